@@ -1,0 +1,270 @@
+"""The C++ core as Python sees it: the index, block headers, page copies. Arrays in, arrays out.
+
+Every call takes whole arrays and releases the GIL; none is made once per block. Shapes are written
+[n, k]; all arrays are C-contiguous and little-endian. A wrong dtype or shape is a TypeError or
+ValueError that names the argument. An unknown pool, lease or transfer id is a KeyError. A broken
+invariant ends the process (csrc/base/check.h).
+"""
+
+from collections.abc import Buffer, Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+type U8 = NDArray[np.uint8]
+type U32 = NDArray[np.uint32]
+type U64 = NDArray[np.uint64]
+
+# ---- index (csrc/index) ----------------------------------------------------------------------
+
+ADOPTED: Final[int]  # the page is now that block's residency in this pool
+DUPLICATE: Final[int]  # the block has a page here; this one stays private to its lease
+REFUSED: Final[int]  # nothing happened: a gap, a page that is not private here, or a key collision
+
+RESTORED: Final[int]  # in the tree
+ORPHAN: Final[int]  # its parent is neither a namespace nor restored
+FORGED: Final[int]  # digest != SHA-256(parent || tokens)
+CONFLICT: Final[int]  # its page is taken, out of range, or its block has a page in the pool already
+
+class PoolCounts:
+    """A pool's pages by owner (I5: free + private + resident + in_flight == pages)."""
+
+    slabs: int
+    pages: int
+    free: int
+    private: int
+    resident: int
+    in_flight: int
+    pinned: int  # of the resident and in-flight ones
+
+class IndexCounts:
+    namespaces: int
+    nodes: int
+    blocks: int  # with a page somewhere
+    holes: int
+    leases: int
+    transfers: int
+    metadata_bytes: int  # of the tree and the pools, beside the tokens
+    collisions: int  # commits refused because a key stood for other tokens
+
+class Match:
+    """What a lookup found. `tiers[i]` counts the blocks whose fastest page is in the i-th pool of
+    the chain that starts at the pool asked for (gpu, cpu, disk)."""
+
+    blocks: int
+    tiers: tuple[int, ...]
+
+class Transfer:
+    """One batched move between two pools, in prefix order. Source and target pages are pinned until
+    `complete`. `records` is None unless one of the two pools is durable."""
+
+    id: int  # rises by one with each transfer of this index, from 1
+    source: int
+    target: int
+    source_pages: U32  # [n]
+    target_pages: U32  # [n]
+    extents: U32  # [m, 3] (first source page, first target page, count): the same pages as runs
+    records: Records | None
+
+class Records:
+    """The identity of a transfer's blocks, as the header and the catalogue write it."""
+
+    namespaces: U8  # [n, 32]
+    digests: U8  # [n, 32]
+    parents: U8  # [n, 32] digest of the block before; of a first block its namespace
+    keys: U8  # [n, 16]
+    tokens: U32  # [n, page_size]
+    generations: U64  # [n] of the page in the durable pool
+
+class Wait:
+    """The next block is on its way in a transfer of someone else: await it, then ask again."""
+
+    transfer: int
+
+class Evicted:
+    """Pages that were resident and are free. In a durable pool the caller deletes these digests
+    before it plans the next transfer into that pool (reuse only what a committed delete freed)."""
+
+    pages: U32  # [n]
+    digests: U8  # [n, 32] in a durable pool, [0, 32] elsewhere
+    last_copies: int  # how many of them were in no other pool
+
+class Lease:
+    """The state of an open lease.
+
+    `pages` are the gpu pages of its leading blocks, in order: resident or being filled by a
+    transfer <= `transfer`. Every one is pinned. `tiers` says where those blocks were found.
+    """
+
+    id: int
+    matched: int  # blocks that some tier of the chain held at acquire, holes excluded
+    pages: U32  # [blocks leased and committed so far]
+    tiers: tuple[int, ...]  # of `pages` found at acquire, by the tier they were found in
+    transfer: int  # the last transfer its pages depend on; 0 when all are resident
+    computing: int  # blocks right after `matched` that another open lease is computing now
+
+class Index:
+    """The tree, its pools and the leases on it; see csrc/index/index.h for laws I1-I7.
+
+    It never moves a byte, waits, or reads a clock. Threads may share it: one lock inside.
+    """
+
+    def __init__(self, *, first_generation: int = 1, first_stamp: int = 1) -> None:
+        """Generations (of pages in durable pools) and stamps (recency) rise from these."""
+
+    # pools and slabs
+    def add_pool(
+        self, *, page_size: int, pages_per_slab: int, below: int | None, durable: bool
+    ) -> int:
+        """A pool without slabs. `below` is the next slower pool of its chain. Ids are never reused."""
+    def add_slab(self, pool: int) -> int:
+        """One more slab, at the lowest free number s: pages [s * pages_per_slab, (s+1) * ...)."""
+    def empty_slab(self, pool: int, slab: int) -> Evicted:
+        """Evict what lies in the slab, and what lies below it in this pool, tail first. Pinned,
+        private and in-flight pages stay, and with them what is above them; never makes a hole."""
+    def take_slab(self, pool: int, slab: int) -> bool:
+        """Remove the slab if all its pages are free; False otherwise. Its number becomes free."""
+    def slab_free(self, pool: int) -> U32:
+        """[highest slab number + 1] free pages by slab; 0xFFFFFFFF where there is no slab."""
+    def pool_counts(self, pool: int) -> PoolCounts: ...
+    def close_pool(self, pool: int) -> None:
+        """A session ended: its leases are released, private pages freed, nothing is planned into it
+        again. It stays a source for `plan_demote` until `remove_pool`."""
+    def remove_pool(self, pool: int) -> None:
+        """Forget a closed pool and what is resident in it. Transfers under way from or into it count
+        as failed; completing one later is ignored."""
+
+    # namespaces
+    def open_namespace(self, namespace: bytes, page_size: int) -> int:
+        """32 bytes -> its id in this index; the same id when opened again. ValueError if it was opened
+        with another page_size."""
+
+    # requests
+    def match(self, namespace: int, pool: int, tokens: U32) -> Match:
+        """Longest cached prefix of full blocks along the chain of `pool`. Changes nothing. All full
+        blocks of `tokens` count: the caller cuts the last token off."""
+    def acquire(self, namespace: int, pool: int, tokens: U32, max_blocks: int) -> Lease:
+        """Open a lease on at most max_blocks matched blocks: touches them, pins the leading ones that
+        are (or are arriving) in `pool`, registers the other full blocks of `tokens` as being
+        computed. `pool` is a session's: the head of a chain."""
+    def next_load(self, lease: int, max_pages: int) -> Transfer | Wait | None:
+        """The next part of the leased prefix that must come from a durable pool into the one above
+        it, evicting there; None when nothing (more) can or need be loaded."""
+    def promote(self, lease: int) -> Transfer | None:
+        """Move the run that follows the lease's pages and is resident in the pool below into the
+        lease's pool, as far as free and evictable pages go. The lease has these pages at once and
+        depends on the transfer. None when there is nothing to move or no room."""
+    def lease(self, lease: int) -> Lease: ...
+    def commit(self, lease: int, first_block: int, tokens: U32, pages: U32) -> U8:
+        """[k] of ADOPTED, DUPLICATE, REFUSED for blocks [first_block, first_block + k) of the lease,
+        tokens [k * page_size], pages [k] private to the lease's pool. Idempotent: what was adopted
+        or duplicate with the same page and tokens is so again. After one REFUSED all are."""
+    def release(self, lease: int) -> None:
+        """Unpin; the pages of duplicates become free; blocks no longer count as being computed."""
+
+    # private pages of a session
+    def grant(self, pool: int, pages: int) -> U32:
+        """Up to `pages` pages, free -> private, evicting as needed; fewer when the rest is pinned."""
+    def keep(self, pool: int, pages: U32) -> bool:
+        """These free pages become private (an engine re-attached with them); False, and nothing
+        changes, when one of them is not free."""
+    def give_back(self, pool: int, pages: U32) -> bool:
+        """private -> free; False, and nothing changes, when one is not private or is a duplicate that
+        an open lease still holds."""
+
+    # behind
+    def plan_demote(self, pool: int, max_pages: int) -> Transfer | None:
+        """Copy what was committed to (or completed in) `pool`, is not in the pool below it, nor on its
+        way there, parents first, oldest first. Evicts below unless that pool is durable: then only
+        its free pages are used. A block whose parent is not below is left out."""
+    def undemoted(self, pool: int) -> int:
+        """Blocks that `plan_demote` has still to consider."""
+    def complete(self, transfer: int, done: int) -> None:
+        """The first `done` blocks are resident in the target; the pages of the rest are free again.
+        A failed demotion is considered again when its blocks are next acquired."""
+    def evict(self, pool: int, pages: int) -> Evicted:
+        """Up to `pages` leaves of the pool, least recently used first; first those that a slower pool
+        also holds. Never pinned ones, never a hole."""
+    def lost(self, pool: int, pages: U32) -> Evicted:
+        """A fault took these pages: unpinned residents are dropped (this may leave holes); others are
+        left alone."""
+    def restore(
+        self, pool: int, digests: U8, parents: U8, tokens: U32, pages: U32, generations: U64, stamps: U32
+    ) -> U8:
+        """[n] of RESTORED, ORPHAN, FORGED, CONFLICT: rebuild a durable pool's residency from its
+        catalogue, in any order. Slabs and namespaces must be there before."""
+    def stamps(self, pool: int) -> U32:
+        """[pages] recency by page; 0 where nothing is resident."""
+
+    def counts(self) -> IndexCounts: ...
+    def check(self) -> None:
+        """Prove I1-I7; ends the process with the facts if one is broken."""
+
+def chain_keys(namespace: bytes, tokens: U32, page_size: int) -> U8:
+    """[blocks, 16] xxh3_128(key[i-1] || tokens[i]) of the full blocks; key[-1] = xxh3_128(namespace)."""
+
+# ---- block (csrc/block) ----------------------------------------------------------------------
+
+HEADER_BYTES: Final[int]  # 4096: one sector before each payload
+
+BLOCK_OK: Final[int]
+BLOCK_BAD_HEADER: Final[int]  # magic, version, a reserved field or the header's checksum
+BLOCK_OTHER: Final[int]  # a sound header of another block, namespace or layout
+BLOCK_STALE: Final[int]  # the generation is not the expected one
+BLOCK_BAD_PAYLOAD: Final[int]  # the payload's checksum
+
+def chain_digests(parent: bytes, tokens: U32, page_size: int) -> U8:
+    """[blocks, 32] SHA-256(digest[i-1] || tokens[i]) of the full blocks; digest[-1] = parent."""
+
+def xxh3_128(data: Buffer) -> bytes:
+    """16 bytes, canonical (big-endian) as XXH128_canonicalFromHash writes them; seed 0."""
+
+def sha256(data: Buffer) -> bytes: ...
+def encode_headers(
+    memory: Buffer, offsets: U64, records: Records, layout_digest: bytes, payload_bytes: int
+) -> U8:
+    """Write the header sector of page i at memory[offsets[i]:+4096]; its payload lies right after it.
+    Returns [n, 16] xxh3_128 of the payloads. `memory` is writable, offsets are multiples of 4096."""
+
+def verify_blocks(
+    memory: Buffer, offsets: U64, records: Records, layout_digest: bytes, payload_bytes: int
+) -> U8:
+    """[n] of BLOCK_*: header against its checksum and the expected namespace, digest, parent, tokens,
+    generation and layout, then the payload against the header. Changes nothing."""
+
+# ---- copy (csrc/copy) ------------------------------------------------------------------------
+
+class ThreadTeam:
+    """A fixed team of threads that share the work of one call at a time; the caller is one of them."""
+
+    def __init__(self, threads: int) -> None: ...
+    threads: int
+
+def gather(
+    team: ThreadTeam, pool: Buffer, segments: U64, pages: U32, arena: Buffer, offsets: U64
+) -> None:
+    """Copy pages out of an engine's layer-major pool into block-contiguous payloads.
+
+    segments [s, 3] = (offset, stride, bytes): segment j of page p lies at pool[offset + p * stride],
+    and goes to arena[offsets[i] + sum(bytes of segments before j)]. IndexError names what is outside.
+    """
+
+def scatter(
+    team: ThreadTeam,
+    arena: Buffer,
+    offsets: U64,
+    pool: Buffer,
+    segments: U64,
+    pages: U32,
+    *,
+    segments_per_layer: int,
+    progress: Buffer | None = None,
+    progress_base: int = 0,
+    event_fd: int = -1,
+) -> None:
+    """The way back, all pages of a layer before the next layer's. After layer i the 8-byte word
+    `progress` is set (release order) to progress_base + i + 1 and 1 is written to event_fd."""
+
+def copy_backend() -> str:
+    """The instruction set that gather and scatter use here: avx512, avx2 or portable."""
