@@ -6,15 +6,15 @@ ValueError that names the argument. An unknown pool, lease or transfer id is a K
 invariant ends the process (csrc/base/check.h).
 """
 
-from collections.abc import Buffer, Sequence
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Buffer
 
-type U8 = NDArray[np.uint8]
-type U32 = NDArray[np.uint32]
-type U64 = NDArray[np.uint64]
+U8: TypeAlias = NDArray[np.uint8]
+U32: TypeAlias = NDArray[np.uint32]
+U64: TypeAlias = NDArray[np.uint64]
 
 # ---- index (csrc/index) ----------------------------------------------------------------------
 
