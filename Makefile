@@ -1,0 +1,59 @@
+# Everything a newcomer or a machine runs. `make demo` and `make test` need only python3 (3.11 or
+# newer, with venv), g++ 12 or newer and make; the rest is installed into .venv.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: help env demo test test-full lint format asan tsan bench proto clean
+
+BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+BIN := $(abspath $(VENV))/bin
+READY := $(VENV)/.ready
+# Where there is CUDA, or another index: make CONSTRAINTS=/dev/null
+CONSTRAINTS ?= constraints.txt
+CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/cpp/*.h' 'tests/cpp/*.cpp')
+export PATH := $(BIN):$(PATH)
+export HF_HUB_OFFLINE := 1
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+env: $(READY)  ## the virtual environment, with both packages built and installed in place
+
+$(READY): pyproject.toml constraints.txt
+	$(BASE_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --upgrade pip
+	$(PYTHON) -m pip install --quiet -c $(CONSTRAINTS) "scikit-build-core>=0.11" "pybind11>=2.13" cmake ninja
+	$(PYTHON) -m pip install --quiet -c $(CONSTRAINTS) --no-build-isolation \
+		-C editable.rebuild=true -C build-dir=build/editable -e ".[engine,dev]"
+	@$(PYTHON) -c "import torch; print('torch', torch.__version__, 'cuda' if torch.cuda.is_available() else 'cpu')"
+	@touch $@
+
+demo: $(READY)  ## a real model, the daemon and the engine: what each tier saves, in one table
+	$(PYTHON) -m benchmarks.demo
+
+test: lint  ## everything that runs in under 15 minutes
+	$(PYTHON) -m pytest -q -m "not slow"
+
+test-full: lint  ## the slow tests too
+	$(PYTHON) -m pytest -q
+
+lint: $(READY)  ## ruff, mypy --strict, clang-format
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(if $(CPP),$(BIN)/clang-format --dry-run --Werror $(CPP))
+
+format: $(READY)  ## write what lint asks for
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: $(READY)  ## every benchmark of benchmarks/README.md, JSON into build/bench
+	mkdir -p build/bench
+	$(PYTHON) -m benchmarks.rpc --json build/bench/rpc.json
+	$(PYTHON) -m benchmarks.ttft --json build/bench/ttft.json
+
+clean:  ## remove the environment and what was built
+	rm -rf $(VENV) build

@@ -1,0 +1,403 @@
+"""The house rules as tests: floors of imports, sizes, words, safe calls, READMEs, generated code.
+
+Not a linter: ruff, mypy and clang-format judge lines; this judges where things stand.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILE_LINES_MAX = 500  # a longer file holds more than one concept
+PYTHON_FUNCTION_LINES_MAX = 60
+CPP_FUNCTION_LINES_MAX = 70
+ARGUMENTS_MAX = 6
+README_LINES_MAX = 100
+
+# Imports go to a lower line, or rightwards on the same line.
+KVC2_FLOORS = """
+    __main__
+    cli
+    server, client
+    cache
+    sessions, mover, events
+    tiers
+    arena
+    layout, namespace, v1
+    _core
+    config, errors, metrics
+"""
+ENGINE_FLOORS = """
+    __main__
+    cli
+    http, demo_model
+    scheduler
+    prefix, runner
+    graphs, models, sampler
+    experts, attention, weights
+    batch, request, layers
+    _kernels
+    config, errors, metrics
+"""
+CPP_FLOORS = """
+    bindings
+    index/index, block, copy, experts, attention
+    index/radix_tree, index/eviction
+    index/page_pool, index/block_key
+    base
+"""
+# The client is what an engine carries: it must not pull in the daemon.
+CLIENT_SEES = {"v1", "layout", "errors", "client"}
+# Only the bridge talks to the daemon's client.
+BRIDGE = "engine/prefix"
+
+# design words -> what we never call them, as whole words of a public name
+FORBIDDEN_WORDS = {
+    *("slot", "slots", "frame", "frames", "allocator", "suffix", "lookup", "ticket", "borrow"),
+    *("purge", "onboard", "offload", "swap", "reserve", "extend", "stash", "job", "jobs", "fake"),
+    *("l1", "l2", "l3", "g1", "g2", "g3", "g4", "object", "objects", "chunks", "extra"),
+    *("utils", "util", "common", "manager", "helper", "helpers", "misc", "v2", "old", "tmp"),
+}
+
+
+def floors(text: str) -> dict[str, tuple[int, int]]:
+    table = {}
+    for row, line in enumerate(text.strip().splitlines()):
+        for column, name in enumerate(line.split(",")):
+            table[name.strip()] = (row, column)
+    return table
+
+
+def python_files(*folders: str) -> list[Path]:
+    found = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [path for path in found if "v1" not in path.relative_to(ROOT).parts]
+
+
+def cpp_files() -> list[Path]:
+    folders = (ROOT / "csrc", ROOT / "tests" / "cpp")
+    return [
+        path
+        for folder in folders
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in {".h", ".cpp"}
+    ]
+
+
+def identify(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """Absolute dotted names that a file imports, also inside functions and TYPE_CHECKING."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{stem}.{alias.name}" for alias in node.names)
+
+
+def floor_of(dotted: str, package: str, table: dict[str, tuple[int, int]]) -> str | None:
+    """The floor's name of a module of `package`; None for other packages and the package itself."""
+    parts = dotted.split(".")
+    if parts[0] != package or len(parts) < 2:
+        return None
+    return parts[1] if parts[1] in table else None
+
+
+@pytest.mark.parametrize(
+    ("package", "text"), [("kvc2", KVC2_FLOORS), ("engine", ENGINE_FLOORS)], ids=["kvc2", "engine"]
+)
+def test_python_imports_go_downwards(package: str, text: str) -> None:
+    table = floors(text)
+    wrong = []
+    for path in python_files(package):
+        if path.name == "__init__.py" and path.parent.name == package:
+            continue
+        own = path.relative_to(ROOT / package).parts[0].removesuffix(".py")
+        assert own in table, f"{identify(path)}: which floor? name it in {Path(__file__).name}"
+        for module in imported_modules(path):
+            other = floor_of(module, package, table)
+            if other and other != own and table[other] <= table[own]:
+                wrong.append(f"{identify(path)} ({own}) imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_client_carries_nothing_of_the_daemon() -> None:
+    table = floors(KVC2_FLOORS)
+    seen = {
+        floor_of(module, "kvc2", table)
+        for path in python_files("kvc2")
+        if path.relative_to(ROOT / "kvc2").parts[0].removesuffix(".py") == "client"
+        for module in imported_modules(path)
+    }
+    assert seen - {None} <= CLIENT_SEES
+
+
+def test_only_the_bridge_talks_to_the_daemon() -> None:
+    wrong = [
+        f"{identify(path)} imports {module}"
+        for path in python_files("engine")
+        for module in imported_modules(path)
+        if module.split(".")[0] == "kvc2" and not identify(path).startswith(BRIDGE)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_daemon_needs_no_torch() -> None:
+    wrong = [
+        f"{identify(path)} imports {module}"
+        for path in python_files("kvc2")
+        for module in imported_modules(path)
+        if module.split(".")[0] in {"torch", "transformers", "engine", "fastapi"}
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def cpp_floor(name: str, table: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
+    """`index/radix_tree_split.h` stands on the floor of the longest entry that begins its name."""
+    fits = [
+        entry
+        for entry in table
+        if name == entry or name.startswith((entry + "/", entry + "_", entry + "."))
+    ]
+    return table[max(fits, key=len)] if fits else None
+
+
+def test_cpp_includes_go_downwards() -> None:
+    table = floors(CPP_FLOORS)
+    wrong = []
+    for path in sorted((ROOT / "csrc").rglob("*")):
+        if path.suffix not in {".h", ".cpp"}:
+            continue
+        name = str(path.relative_to(ROOT / "csrc"))
+        own = cpp_floor(name, table)
+        assert own is not None, f"csrc/{name}: which floor? name it in {Path(__file__).name}"
+        for header in re.findall(r'#include "([^"]+)"', path.read_text()):
+            other = cpp_floor(header, table)
+            if other is None or other[0] < own[0]:
+                wrong.append(f"csrc/{name} includes {header}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_files_hold_one_concept() -> None:
+    files = python_files("kvc2", "engine", "tests", "benchmarks") + cpp_files()
+    long = [
+        f"{identify(path)}: {count} lines"
+        for path in files
+        if (count := len(path.read_text().splitlines())) > FILE_LINES_MAX
+    ]
+    assert not long, "\n".join(long)
+
+
+def python_functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def test_python_functions_fit_a_screen() -> None:
+    long = [
+        f"{identify(path)}:{node.lineno} {node.name}: {count} lines"
+        for path in python_files("kvc2", "engine", "tests", "benchmarks")
+        for node in python_functions(path)
+        if (count := (node.end_lineno or node.lineno) - node.lineno + 1) > PYTHON_FUNCTION_LINES_MAX
+    ]
+    assert not long, "\n".join(long)
+
+
+def argument_count(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    names = [each.arg for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+    return len([name for name in names if name not in {"self", "cls"}])
+
+
+def test_functions_take_few_arguments() -> None:
+    """Commands are left out: an argument of theirs is a flag of the manual page."""
+    many = [
+        f"{identify(path)}:{node.lineno} {node.name}: {argument_count(node)} arguments"
+        for path in python_files("kvc2", "engine")
+        for node in python_functions(path)
+        if path.stem != "cli" and argument_count(node) > ARGUMENTS_MAX
+    ]
+    assert not many, "\n".join(many)
+
+
+def cpp_functions(text: str) -> Iterator[tuple[int, int]]:
+    """(first line, lines) of blocks that open and close at a column: formatted code only."""
+    opened: dict[int, int] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        indent = len(line) - len(line.lstrip())
+        scope = re.match(r"\s*(namespace|class|struct|enum|union|extern|public|private)\b", line)
+        if line.rstrip().endswith("{") and not scope and indent <= 2:
+            opened.setdefault(indent, number)
+        elif re.match(r"\s*}", line) and indent in opened:
+            start = opened.pop(indent)
+            yield start, number - start + 1
+
+
+def test_cpp_functions_fit_a_screen() -> None:
+    long = [
+        f"{identify(path)}:{start}: {count} lines"
+        for path in cpp_files()
+        for start, count in cpp_functions(path.read_text())
+        if count > CPP_FUNCTION_LINES_MAX
+    ]
+    assert not long, "\n".join(long)
+
+
+def words_of(name: str) -> set[str]:
+    return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+[0-9]*|[0-9]+", name)}
+
+
+def public_names(path: Path) -> Iterator[str]:
+    """Classes, functions, their arguments and fields that do not begin with an underscore."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name
+            yield from (each.arg for each in (*node.args.args, *node.args.kwonlyargs))
+        elif isinstance(node, ast.ClassDef):
+            yield node.name
+            for field in node.body:
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                    yield field.target.id
+
+
+def allowed_words() -> dict[str, str]:
+    lines = (ROOT / "tests" / "tidy_allow.txt").read_text().splitlines()
+    rows = [line.split(None, 1) for line in lines if line.strip() and not line.startswith("#")]
+    assert all(len(row) == 2 for row in rows), "tidy_allow.txt: a name, then the reason"
+    return {row[0]: row[1] for row in rows}
+
+
+def proto_names() -> Iterator[str]:
+    for path in sorted((ROOT / "proto").rglob("*.proto")):
+        text = re.sub(r"//.*", "", path.read_text())
+        yield from re.findall(r"\b(?:message|rpc|service)\s+(\w+)", text)
+        yield from re.findall(r"\b(\w+)\s*=\s*\d+;", text)
+
+
+def test_public_names_use_our_words() -> None:
+    allowed = allowed_words()
+    names = {name for path in python_files("kvc2", "engine") for name in public_names(path)}
+    names |= set(proto_names())
+    wrong = {
+        f"{name}: {', '.join(sorted(bad))}"
+        for name in names
+        if not name.startswith("_")
+        and name not in allowed
+        and (bad := words_of(name) & FORBIDDEN_WORDS)
+    }
+    assert not wrong, "\n".join(sorted(wrong))
+    unused = [name for name in allowed if name not in names]
+    assert not unused, f"tidy_allow.txt allows what is not there: {unused}"
+
+
+def dangerous(node: ast.Call) -> str | None:
+    """Design: no code from data. Says what is dangerous about a call, or None."""
+    name = ast.unparse(node.func)
+    keywords = {each.arg: ast.unparse(each.value) for each in node.keywords}
+    if name in {"eval", "exec", "os.system", "os.popen"} or name.startswith(
+        ("pickle.", "marshal.", "shelve.")
+    ):
+        return name
+    if name in {"yaml.load", "yaml.unsafe_load", "yaml.full_load"}:
+        return name
+    if name == "torch.load" and keywords.get("weights_only") != "True":
+        return "torch.load without weights_only=True"
+    if keywords.get("shell") == "True":
+        return f"{name}(shell=True)"
+    if keywords.get("allow_pickle") == "True":
+        return f"{name}(allow_pickle=True)"
+    return None
+
+
+def test_no_code_comes_from_data() -> None:
+    files = python_files("kvc2", "engine", "benchmarks", "tests")
+    wrong = [
+        f"{identify(path)}:{node.lineno} {what}"
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and (what := dangerous(node))
+    ]
+    wrong += [
+        f"{identify(path)} imports {module}"
+        for path in files
+        for module in imported_modules(path)
+        if module.split(".")[0] in {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def tracked_files() -> list[Path]:
+    listing = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listing.returncode:
+        pytest.skip("not a git checkout: which files are ours is unknown")
+    return [ROOT / line for line in listing.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+def test_every_folder_has_a_readme_of_at_most_a_hundred_lines() -> None:
+    folders = {path.parent for path in tracked_files()} - {ROOT}
+    ours = {
+        folder
+        for folder in folders
+        if not any(part.startswith(".") for part in folder.relative_to(ROOT).parts)
+    }
+    # proto/kvc2 and proto/kvc2/v1 only spell the package's name
+    ours = {
+        folder
+        for folder in ours
+        if "proto" not in folder.relative_to(ROOT).parts[:1] or folder == ROOT / "proto"
+    }
+    missing = [identify(folder) for folder in sorted(ours) if not (folder / "README.md").exists()]
+    assert not missing, f"no README.md in {missing}"
+    long = [
+        identify(path)
+        for path in tracked_files()
+        if path.name == "README.md"
+        and path.parent != ROOT
+        and len(path.read_text().splitlines()) > README_LINES_MAX
+    ]
+    assert not long, f"over {README_LINES_MAX} lines: {long}"
+
+
+def test_the_top_level_is_fixed() -> None:
+    allowed = {"kvc2", "engine", "proto", "csrc", "configs", "tests", "benchmarks"}
+    found = {
+        path.relative_to(ROOT).parts[0]
+        for path in tracked_files()
+        if len(path.relative_to(ROOT).parts) > 1
+    }
+    assert {name for name in found if not name.startswith(".")} == allowed
+
+
+def test_nothing_is_left_for_later() -> None:
+    marks = re.compile(
+        "|".join(["TO" + "DO", "FIX" + "ME", "X" * 3 + r"\b", "raise NotImplemented" + "Error"])
+    )
+    files = python_files("kvc2", "engine", "tests", "benchmarks") + cpp_files()
+    wrong = [identify(path) for path in files if marks.search(path.read_text())]
+    assert not wrong, wrong
+
+
+def test_generated_protobuf_code_is_current(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "grpc_tools.protoc", "-I", "proto"]
+    command += [f"--{kind}_out={tmp_path}" for kind in ("python", "grpc_python", "pyi")]
+    sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "proto").rglob("*.proto"))]
+    subprocess.run([*command, *sources], cwd=ROOT, check=True)
+    for made in sorted((tmp_path / "kvc2" / "v1").iterdir()):
+        kept = ROOT / "kvc2" / "v1" / made.name
+        assert kept.exists(), f"kvc2/v1/{made.name} is missing: run make proto"
+        assert kept.read_text() == made.read_text(), (
+            f"kvc2/v1/{made.name} is not current: run make proto"
+        )
