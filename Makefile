@@ -9,10 +9,15 @@ BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 BIN := $(abspath $(VENV))/bin
+PACKAGES := $(VENV)/.packages
 READY := $(VENV)/.ready
+# true: every import rebuilds what changed in csrc/ (for C++ edits; a start then takes a second longer)
+REBUILD ?= false
 # Where there is CUDA, or another index: make CONSTRAINTS=/dev/null
 CONSTRAINTS ?= constraints.txt
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/cpp/*.h' 'tests/cpp/*.cpp')
+SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name CMakeLists.txt)
+INSTALL := -C editable.rebuild=$(REBUILD) -C build-dir=build/editable -e
 export PATH := $(BIN):$(PATH)
 export HF_HUB_OFFLINE := 1
 
@@ -21,13 +26,16 @@ help:  ## this list
 
 env: $(READY)  ## the virtual environment, with both packages built and installed in place
 
-$(READY): pyproject.toml constraints.txt
+$(PACKAGES): pyproject.toml constraints.txt
 	$(BASE_PYTHON) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --upgrade pip
 	$(PYTHON) -m pip install --quiet -c $(CONSTRAINTS) "scikit-build-core>=0.11" "pybind11>=2.13" cmake ninja
-	$(PYTHON) -m pip install --quiet -c $(CONSTRAINTS) --no-build-isolation \
-		-C editable.rebuild=true -C build-dir=build/editable -e ".[engine,dev]"
+	$(PYTHON) -m pip install --quiet -c $(CONSTRAINTS) --no-build-isolation $(INSTALL) ".[engine,dev]"
 	@$(PYTHON) -c "import torch; print('torch', torch.__version__, 'cuda' if torch.cuda.is_available() else 'cpu')"
+	@touch $@
+
+$(READY): $(PACKAGES) $(SOURCES)
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation $(INSTALL) .
 	@touch $@
 
 demo: $(READY)  ## a real model, the daemon and the engine: what each tier saves, in one table
