@@ -1,0 +1,252 @@
+"""The daemon's configuration: frozen dataclasses, composed; validated once, when they are made.
+
+A key of the YAML file is a field's name, in its section; its flag is --section-key with dashes
+(`cpu: {memory_size_gb: 500}` is --cpu-memory-size-gb 500).
+Sizes in `gb` are 10^9 bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from kvc2 import errors
+
+GB = 1_000_000_000
+ALIGNMENT = 4096
+ARENA_SHARE = 0.25  # of available memory: the machine is also there for others
+DISK_SHARE = 0.25  # of the file system's size, which a restart doesn't change
+ARENA_BYTES_MIN = 1 << 20
+WritePolicy = Literal["behind", "back", "through"]
+
+
+def available_memory_bytes(root: Path = Path("/")) -> int:
+    """What this process could still take: MemAvailable, or less where a cgroup (v2, v1) says so."""
+    text = (root / "proc/meminfo").read_text()
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
+    available = int(found[1]) * 1024 if found else 0
+    for limit, used in _cgroup_limits(root):
+        available = min(available, max(limit - used, 0))
+    return available
+
+
+def _cgroup_limits(root: Path) -> list[tuple[int, int]]:
+    """(limit, used) of every cgroup above this process that has a limit."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            mount = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        # inside a container the path may not exist below the mount: then its root is our group
+        folder = mount / path.strip("/")
+        for each in [folder, *folder.parents]:
+            limit, used = (_read_number(each / name) for name in names)
+            if limit is not None and used is not None:
+                found.append((limit, used))
+            if each == mount:
+                break
+    return found
+
+
+def _read_number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such group, or "max"
+        return None
+
+
+def default_listen() -> str:
+    """unix:$XDG_RUNTIME_DIR/kvc2/kvc2.sock, or below /tmp/kvc2-UID where that is not set."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    folder = Path(runtime) / "kvc2" if runtime else Path(f"/tmp/kvc2-{os.getuid()}")
+    return f"unix:{folder / 'kvc2.sock'}"
+
+
+def _check(key: str, value: float, low: float, high: float) -> None:
+    if not (math.isfinite(value) and low <= value <= high):
+        raise errors.InvalidConfig(key, value, f"{low:g} to {high:g}")
+
+
+@dataclass(frozen=True)
+class CpuConfig:
+    """The arena. memory_size_gb: None is a quarter of the memory available at start."""
+
+    memory_size_gb: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory_size_gb is None:
+            share = available_memory_bytes() * ARENA_SHARE / GB
+            object.__setattr__(self, "memory_size_gb", max(share, ARENA_BYTES_MIN / GB))
+        _check("cpu.memory_size_gb", self.memory_size_gb or 0, ARENA_BYTES_MIN / GB, 1e6)
+
+    @property
+    def memory_bytes(self) -> int:
+        assert self.memory_size_gb is not None
+        return round(self.memory_size_gb * GB) // ALIGNMENT * ALIGNMENT
+
+    @classmethod
+    def of_bytes(cls, memory_bytes: int) -> CpuConfig:
+        return cls(memory_size_gb=memory_bytes / GB)
+
+
+@dataclass(frozen=True)
+class DiskConfig:
+    """Slab files and catalogue. path None: no disk tier. size_gb None: a quarter of the file
+    system that holds the path."""
+
+    path: Path | None = None
+    size_gb: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.path is None:
+            if self.size_gb is not None:
+                raise errors.InvalidConfig("disk.size_gb", self.size_gb, "only with disk.path")
+            return
+        object.__setattr__(self, "path", Path(self.path).expanduser().absolute())
+        if self.size_gb is None:
+            object.__setattr__(self, "size_gb", _file_system_bytes(self.path) * DISK_SHARE / GB)
+        _check("disk.size_gb", self.size_gb or 0, 0.001, 1e7)
+
+    @property
+    def size_bytes(self) -> int:
+        return 0 if self.size_gb is None else round(self.size_gb * GB) // ALIGNMENT * ALIGNMENT
+
+    @classmethod
+    def of_bytes(cls, path: Path, size_bytes: int) -> DiskConfig:
+        return cls(path=path, size_gb=size_bytes / GB)
+
+
+def _file_system_bytes(path: Path) -> int:
+    while not path.exists():
+        path = path.parent
+    facts = os.statvfs(path)
+    return facts.f_blocks * facts.f_frsize
+
+
+@dataclass(frozen=True)
+class AttnConfig:
+    """The engine's page and chunk size, where a file shared with it names them; else None."""
+
+    page_size: int | None = None
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        size = self.page_size
+        if size is not None and not (1 <= size <= 512 and size & (size - 1) == 0):
+            raise errors.InvalidConfig("attn.page_size", size, "a power of two from 1 to 512")
+        if self.chunk_size is not None and (
+            self.chunk_size < 1 or self.chunk_size % (self.page_size or 1)
+        ):
+            raise errors.InvalidConfig(
+                "attn.chunk_size", self.chunk_size, "a multiple of attn.page_size"
+            )
+
+
+@dataclass(frozen=True)
+class LimitsConfig:
+    """What one daemon takes on; a call beyond one is refused with the limit's name."""
+
+    max_sessions: int = 64
+    max_namespaces: int = 1024  # of a session
+    max_leases: int = 4096  # of a session
+    max_leases_per_call: int = 1024  # of a commit or release
+    max_tokens: int = 1 << 20  # of a prompt
+    max_pool_pages: int = 1 << 24
+    max_grant_pages: int = 1 << 16
+    max_queue: int = 1024  # transfers and tasks that wait, each queue
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("max_sessions", 1, 4096),
+            ("max_namespaces", 1, 1 << 20),
+            ("max_leases", 1, 1 << 20),
+            ("max_leases_per_call", 1, 1 << 16),
+            ("max_tokens", 1, 1 << 24),
+            ("max_pool_pages", 1, 1 << 31),
+            ("max_grant_pages", 1, 1 << 24),
+            ("max_queue", 1, 1 << 20),
+        ):
+            _check(f"limits.{name}", getattr(self, name), low, high)
+
+    @property
+    def message_bytes(self) -> int:
+        """The largest message, both ways: a prompt's tokens and as many page ids, and room."""
+        return 8 * self.max_tokens + (1 << 20)
+
+
+@dataclass(frozen=True)
+class TenantConfig:
+    """A tenant: secret_file holds at least 16 bytes, readable by its owner alone; uids are the user
+    ids that may open its namespaces, empty: the socket's owner."""
+
+    name: str
+    secret_file: Path
+    uids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", self.name) or self.name == "default":
+            raise errors.InvalidConfig(
+                "tenants.name", self.name, "1 to 64 of A-Z a-z 0-9 _ . - and not `default`"
+            )
+        object.__setattr__(self, "secret_file", Path(self.secret_file).expanduser().absolute())
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """`kvc2 serve`, whole. Raises InvalidConfig with key, value and what is allowed.
+
+    listen: unix:PATH or HOST:PORT of a loopback address. metrics_port: of /metrics on 127.0.0.1,
+    None: off. gpu_only: no arena, no disk. slab_bytes: a multiple of 4096. copy_threads: 0 is one
+    a core, at most 4. write_policy: behind copies a commit to slower tiers soon, back only when it
+    is evicted, through before the commit is answered.
+    """
+
+    listen: str = field(default_factory=default_listen)
+    metrics_port: int | None = None
+    gpu_only: bool = False
+    write_policy: WritePolicy = "behind"
+    slab_bytes: int = 64 << 20
+    copy_threads: int = 0
+    acquire_deadline_ms: int = 2000
+    drain_timeout_s: float = 30.0
+    log_format: Literal["text", "json"] = "text"
+    cpu: CpuConfig = field(default_factory=CpuConfig)
+    disk: DiskConfig = field(default_factory=DiskConfig)
+    attn: AttnConfig = field(default_factory=AttnConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    tenants: tuple[TenantConfig, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.metrics_port is not None:
+            _check("metrics_port", self.metrics_port, 0, 65535)
+        if self.write_policy not in get_args(WritePolicy):
+            raise errors.InvalidConfig("write_policy", self.write_policy, "behind, back or through")
+        if self.log_format not in ("text", "json"):
+            raise errors.InvalidConfig("log_format", self.log_format, "text or json")
+        _check("slab_bytes", self.slab_bytes, 1 << 16, 1 << 32)
+        if self.slab_bytes % ALIGNMENT:
+            raise errors.InvalidConfig("slab_bytes", self.slab_bytes, "a multiple of 4096")
+        _check("copy_threads", self.copy_threads, 0, 256)
+        if self.copy_threads == 0:
+            cores = len(os.sched_getaffinity(0))
+            object.__setattr__(self, "copy_threads", min(cores, 4))  # memory is full with 4
+        _check("acquire_deadline_ms", self.acquire_deadline_ms, 1, 600_000)
+        _check("drain_timeout_s", self.drain_timeout_s, 0, 3600)
+        if self.gpu_only and self.disk.path is not None:
+            object.__setattr__(self, "disk", DiskConfig())
+        names = [each.name for each in self.tenants]
+        if len(set(names)) != len(names):
+            raise errors.InvalidConfig("tenants", names, "each name once")

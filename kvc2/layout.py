@@ -1,0 +1,219 @@
+"""How a page lies in a pool: segments in canonical order, what they sum to, and slab shapes.
+
+Not here: who owns a page (csrc/index), and copying (csrc/copy). Client and daemon both use this.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvc2 import errors
+from kvc2.v1 import cache_pb2
+
+LAYOUT_VERSION = 1
+PAGE_SIZE_MAX = 512  # tokens of a block fit the header sector
+HEADER_BYTES = 4096  # one sector before each payload (csrc/block)
+ALIGNMENT = 4096  # O_DIRECT: payloads are padded to it
+SEGMENTS_MAX = 4096  # 2,048 layers of key and value: a limit against forged layouts
+SEGMENT_BYTES_MAX = 1 << 30
+SLAB_TAIL_MAX = 0.05  # of a slab that no page uses
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Part `kv` (0 key, 1 value) of one layer: page p lies at [offset + p * stride, + bytes)."""
+
+    layer: int
+    kv: int
+    bytes: int
+    offset: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Segments in canonical order: by layer from 0, key before value. Raises InvalidRequest.
+
+    `component`, `part` and `parts` are reserved: 0, 0 of 1. Offsets and strides say where pages
+    lie in one engine's pool and are no part of `digest`.
+    """
+
+    segments: tuple[Segment, ...]
+    page_size: int
+    layout_version: int = LAYOUT_VERSION
+    component: int = 0
+    part: int = 0
+    parts: int = 1
+
+    def __post_init__(self) -> None:
+        check_page_size("layout.page_size", self.page_size)
+        if self.layout_version != LAYOUT_VERSION:
+            raise errors.InvalidRequest("layout.layout_version", self.layout_version, "1")
+        for name, value, only in (
+            ("component", self.component, 0),
+            ("part", self.part, 0),
+            ("parts", self.parts, 1),
+        ):
+            if value != only:
+                raise errors.Reserved(f"layout.{name}", value, f"reserved, must be {only}")
+        self._check_segments()
+
+    def _check_segments(self) -> None:
+        count = len(self.segments)
+        if not 1 <= count <= SEGMENTS_MAX:
+            raise errors.InvalidRequest("layout.segments", count, f"1 to {SEGMENTS_MAX} of them")
+        per_layer = sum(each.layer == 0 for each in self.segments)
+        for index, each in enumerate(self.segments):
+            name = f"layout.segments[{index}]"
+            place = divmod(index, per_layer) if per_layer else (-1, -1)
+            if (each.layer, each.kv) != place or count % per_layer:
+                raise errors.InvalidRequest(
+                    f"{name}.layer, kv",
+                    (each.layer, each.kv),
+                    "in order: layers from 0, all alike, and 0 (key) before 1 (value)",
+                )
+            if not 1 <= each.bytes <= SEGMENT_BYTES_MAX:
+                raise errors.InvalidRequest(
+                    f"{name}.bytes", each.bytes, f"1 to {SEGMENT_BYTES_MAX}"
+                )
+            if each.stride < each.bytes:
+                raise errors.InvalidRequest(f"{name}.stride", each.stride, f">= {each.bytes}")
+
+    @property
+    def segments_per_layer(self) -> int:
+        return sum(each.layer == 0 for each in self.segments)
+
+    @property
+    def layers(self) -> int:
+        return self.segments[-1].layer + 1
+
+    @cached_property
+    def digest(self) -> bytes:
+        """32 bytes over what makes two payloads interchangeable (SHA-256, little-endian u64s)."""
+        numbers = [self.layout_version, self.page_size, self.component, self.part, self.parts]
+        for each in self.segments:
+            numbers += [each.layer, each.kv, each.bytes]
+        packed = struct.pack(f"<{len(numbers)}Q", *numbers)
+        return hashlib.sha256(b"kvc2.layout\0" + packed).digest()
+
+    @cached_property
+    def payload_bytes(self) -> int:
+        """KV of one block: its segments one after the other."""
+        return sum(each.bytes for each in self.segments)
+
+    @cached_property
+    def page_bytes(self) -> int:
+        """A page in arena and slab file: header sector, then the payload padded to 4096."""
+        return HEADER_BYTES + -(-self.payload_bytes // ALIGNMENT) * ALIGNMENT
+
+    def segment_table(self) -> NDArray[np.uint64]:
+        """[segments, 3] (offset, stride, bytes), as _core.gather and _core.scatter take them."""
+        rows = [(each.offset, each.stride, each.bytes) for each in self.segments]
+        return np.array(rows, dtype=np.uint64).reshape(-1, 3)
+
+    def check_fits(self, num_pages: int, memory_bytes: int) -> None:
+        """Raises InvalidRequest when a page of a pool would lie outside of its memory, or when two
+        pages would overlap: a forged layout could make one block's copy spoil another's."""
+        spans = []
+        for index, each in enumerate(self.segments):
+            end = each.offset + (num_pages - 1) * each.stride + each.bytes
+            if end > memory_bytes:
+                raise errors.InvalidRequest(
+                    f"layout.segments[{index}]",
+                    f"pages end at byte {end}",
+                    f"within memory_bytes = {memory_bytes}",
+                )
+            spans.append((each.offset, end, each.stride, each.bytes, index))
+        self._check_apart(sorted(spans))
+
+    def _check_apart(self, spans: list[tuple[int, int, int, int, int]]) -> None:
+        """Two segments are apart when their spans are, or when they interleave at one stride with
+        all of their parts inside it (pages as one contiguous record each)."""
+        rows = np.array(spans, dtype=np.float64).reshape(-1, 5)
+        starts, ends = rows[:, 0], rows[:, 1]
+        if (starts[1:] >= np.maximum.accumulate(ends)[:-1]).all():
+            return
+        same = len({stride for _, _, stride, _, _ in spans}) == 1
+        stride = spans[0][2]
+        inside = spans[-1][0] + spans[-1][3] - spans[0][0] <= stride
+        apart = all(a[0] + a[3] <= b[0] for a, b in itertools.pairwise(spans))
+        if not (same and inside and apart):
+            raise errors.InvalidRequest("layout.segments", "overlap", "pages that lie apart")
+
+    def to_proto(self) -> cache_pb2.Layout:
+        return cache_pb2.Layout(
+            segments=[
+                cache_pb2.Segment(
+                    layer=each.layer,
+                    kv=each.kv,
+                    bytes=each.bytes,
+                    offset=each.offset,
+                    stride=each.stride,
+                )
+                for each in self.segments
+            ],
+            page_size=self.page_size,
+            layout_version=self.layout_version,
+            component=self.component,
+            part=self.part,
+            parts=self.parts,
+        )
+
+    @staticmethod
+    def from_proto(message: cache_pb2.Layout) -> Layout:
+        """Raises InvalidRequest or Reserved with the field's name."""
+        return Layout(
+            segments=tuple(
+                Segment(each.layer, each.kv, each.bytes, each.offset, each.stride)
+                for each in message.segments[: SEGMENTS_MAX + 1]
+            ),
+            page_size=message.page_size,
+            layout_version=message.layout_version,
+            component=message.component,
+            part=message.part,
+            parts=message.parts,
+        )
+
+
+def layer_major(layers: int, num_pages: int, *, segment_bytes: int, page_size: int) -> Layout:
+    """The layout of an engine's pool: for each layer the keys of all pages, then the values.
+
+    One key (or value) page is [kv_heads, page_size, head_size], contiguous: segment_bytes of it.
+    """
+    segments = [
+        Segment(
+            layer, kv, segment_bytes, (2 * layer + kv) * num_pages * segment_bytes, segment_bytes
+        )
+        for layer in range(layers)
+        for kv in (0, 1)
+    ]
+    return Layout(tuple(segments), page_size)
+
+
+def check_page_size(field: str, page_size: int) -> None:
+    """Raises InvalidRequest unless it is a power of two from 1 to PAGE_SIZE_MAX."""
+    if not (1 <= page_size <= PAGE_SIZE_MAX and page_size & (page_size - 1) == 0):
+        raise errors.InvalidRequest(field, page_size, f"a power of two from 1 to {PAGE_SIZE_MAX}")
+
+
+@dataclass(frozen=True)
+class SlabShape:
+    slab_bytes: int
+    pages_per_slab: int
+
+
+def slab_shape(page_bytes: int, slab_bytes: int) -> SlabShape:
+    """The smallest multiple of slab_bytes of which pages of page_bytes leave at most 5 % unused."""
+    for multiple in range(1, page_bytes * 20 // slab_bytes + 2):
+        size = multiple * slab_bytes
+        pages = size // page_bytes
+        if pages and size - pages * page_bytes <= SLAB_TAIL_MAX * size:
+            return SlabShape(size, pages)
+    raise errors.InvalidRequest("page_bytes", page_bytes, "at least 1")

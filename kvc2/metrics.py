@@ -1,0 +1,131 @@
+"""Counters, gauges and histograms of one daemon, in a registry of their own.
+
+Every fault has a counter (design.md 4: a fault is a miss, and a counter goes up). Not here: events,
+which are log lines (events.py), and serving /metrics (server.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+# kind -> what happened. Each is a label of kvc2_faults_total from the start, at zero.
+FAULTS = {
+    "acquire_deadline": "an acquire answered at its deadline, with a shorter prefix",
+    "arena_short": "memory for the arena could not be had: the cpu tier is smaller",
+    "catalogue_error": "the disk's catalogue refused a transaction",
+    "catalogue_reset": "a damaged catalogue was put aside at start",
+    "corrupt_block": "a block's header or payload failed its checksum",
+    "disk_full": "the disk had no room, by the file system's word",
+    "disk_read": "a read from the disk failed",
+    "disk_write": "a write to the disk failed",
+    "foreign_block": "a sound block of another name lay where one was expected",
+    "fenced_call": "a call of a session that is over, or of another daemon instance",
+    "internal_error": "an rpc failed by a fault of the daemon's own",
+    "key_collision": "a commit whose key stood for other tokens was refused",
+    "lost_slab": "a slab file was missing or short",
+    "queue_full": "work was turned away since its queue was full",
+    "refused_commit": "blocks of a commit were refused",
+    "refused_request": "a request was refused with INVALID_ARGUMENT",
+    "restore_refused": "a catalogue record did not fit at restart",
+    "session_crashed": "a session ended without a detach",
+    "session_expired": "a session's heartbeats stopped",
+    "side_socket_refused": "a hand-over on the side socket was refused",
+    "stale_page": "a page's generation was not its record's",
+    "transfer_failed": "a transfer failed in part or whole",
+    "undemoted_lost": "blocks of an ended session had no other copy and were not saved in time",
+}
+
+# seconds: the hot calls take 50 us to 1 ms, disk transfers up to seconds
+BUCKETS = (50e-6, 100e-6, 200e-6, 300e-6, 500e-6, 1e-3, 2e-3, 5e-3, 0.02, 0.1, 0.5, 2.0, 10.0)
+PageCounts = Iterable[tuple[str, str, int]]  # (tier, state, pages)
+
+
+class Metrics:
+    """Threads may share it. `watch_pages` is asked at each scrape."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        registry = self.registry
+        self.faults = Counter(
+            "kvc2_faults", "Faults, each of which was served as a miss", ["kind"], registry=registry
+        )
+        for kind in FAULTS:
+            self.faults.labels(kind)
+        self.prompt_tokens = Counter(
+            "kvc2_prompt_tokens", "Tokens of acquired prompts", registry=registry
+        )
+        self.matched_tokens = Counter(
+            "kvc2_matched_tokens", "Leased tokens by where they lay", ["tier"], registry=registry
+        )
+        self.committed_blocks = Counter(
+            "kvc2_committed_blocks",
+            "Blocks of commits: adopted, duplicate or refused",
+            ["result"],
+            registry=registry,
+        )
+        self.evicted_blocks = Counter(
+            "kvc2_evicted_blocks",
+            "Blocks that lost their page in a tier",
+            ["tier"],
+            registry=registry,
+        )
+        self.last_copies = Counter(
+            "kvc2_last_copies", "Evicted blocks that no tier holds any more", registry=registry
+        )
+        pair = ["source", "target"]
+        self.transfer_blocks = Counter(
+            "kvc2_transfer_blocks", "Blocks that a transfer brought", pair, registry=registry
+        )
+        self.transfer_bytes = Counter(
+            "kvc2_transfer_bytes", "Bytes that transfers brought", pair, registry=registry
+        )
+        self.transfer_seconds = Histogram(
+            "kvc2_transfer_seconds", "Time of one batch", pair, buckets=BUCKETS, registry=registry
+        )
+        self.rpc_seconds = Histogram(
+            "kvc2_rpc_seconds",
+            "Daemon's own time of a call, waiting for slower tiers included",
+            ["rpc"],
+            buckets=BUCKETS,
+            registry=registry,
+        )
+        self.rpcs = Counter("kvc2_rpcs", "Calls by status", ["rpc", "status"], registry=registry)
+        self.sessions = Gauge("kvc2_sessions", "Open sessions", registry=registry)
+        self.leases = Gauge("kvc2_leases", "Open leases", registry=registry)
+
+    def fault(self, kind: str, count: int = 1) -> None:
+        """Count a fault. KeyError for a kind that FAULTS doesn't explain."""
+        if kind not in FAULTS:
+            raise KeyError(kind)
+        self.faults.labels(kind).inc(count)
+
+    def watch_pages(self, counts: Callable[[], PageCounts]) -> None:
+        """Publish kvc2_pages{tier, state} from `counts`, called at each scrape."""
+        self.registry.register(_Pages(counts))
+
+    def values(self) -> dict[str, float]:
+        """Every counter and gauge: name without kvc2_, labels by commas, buckets left out."""
+        found = {}
+        for family in self.registry.collect():
+            for sample in family.samples:
+                if sample.name.endswith(("_bucket", "_created")):
+                    continue
+                labels = ",".join(f"{key}={sample.labels[key]}" for key in sorted(sample.labels))
+                name = sample.name.removeprefix("kvc2_")
+                found[f"{name}{{{labels}}}" if labels else name] = sample.value
+        return found
+
+
+class _Pages(Collector):
+    def __init__(self, counts: Callable[[], PageCounts]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        family = GaugeMetricFamily("kvc2_pages", "Pages by owner", labels=["tier", "state"])
+        for tier, state, pages in self._counts():
+            family.add_metric([tier, state], pages)
+        yield family

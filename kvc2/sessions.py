@@ -1,0 +1,117 @@
+"""Sessions: who is attached, under which epoch, and until when.
+
+A session is one engine's attachment. Its epoch rises with each and is never reused in one run of
+the daemon (`instance`), so a call or a completion of an earlier one can't be taken for a later
+one's. Not here: the stream and the side socket (server/) and what a session's
+end does to pages (cache.py).
+
+    joining -> ready [join: its pool is mapped]   joining, ready -> over [end]
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from kvc2 import errors
+from kvc2.layout import Layout
+
+HEARTBEAT_INTERVAL_S = 1.0
+EXPIRY_S = 3.0  # three heartbeats
+INSTANCE_BYTES = 16
+
+SessionState = Literal["joining", "ready", "over"]
+
+
+@dataclass(eq=False)
+class Session:
+    """One attachment. The table makes it, the server fills `pid` and `uid`, and the cache keeps
+    what it needs of its own in `pool` (set by Cache.open_session) and `leases`.
+
+    `leases` maps request_id to the index's lease id; `namespaces` the ids that this session opened,
+    to their 32 bytes.
+    """
+
+    epoch: int
+    engine_name: str
+    layout: Layout
+    num_pages: int
+    attached_at: float
+    last_heartbeat: float
+    state: SessionState = "joining"
+    pid: int = 0
+    uid: int = -1
+    pool: Any = None
+    leases: dict[bytes, int] = field(default_factory=dict)
+    namespaces: dict[int, bytes] = field(default_factory=dict)
+
+
+class SessionTable:
+    """The open sessions. One thread (the event loop's) uses it; `clock` is monotonic seconds."""
+
+    def __init__(self, *, max_sessions: int, clock: Callable[[], float]) -> None:
+        self.instance = secrets.token_bytes(INSTANCE_BYTES)
+        self._clock = clock
+        self._max_sessions = max_sessions
+        self._next_epoch = 1
+        self._open: dict[int, Session] = {}
+
+    def open(self, engine_name: str, layout: Layout, num_pages: int) -> Session:
+        """A new session in state joining. Raises LimitReached."""
+        if len(self._open) >= self._max_sessions:
+            raise errors.LimitReached(
+                "limits.max_sessions", self._max_sessions, "sessions are open"
+            )
+        now = self._clock()
+        session = Session(self._next_epoch, engine_name, layout, num_pages, now, now)
+        self._next_epoch += 1
+        self._open[session.epoch] = session
+        return session
+
+    def join(self, session: Session) -> None:
+        """Its pool is mapped: calls may begin."""
+        if session.state != "joining":
+            raise errors.SessionOver(f"session {session.epoch} is {session.state}")
+        session.state = "ready"
+        session.last_heartbeat = self._clock()
+
+    def end(self, session: Session) -> bool:
+        """Fence it off: no call of it is served again. False when it was over already."""
+        if session.state == "over":
+            return False
+        session.state = "over"
+        del self._open[session.epoch]
+        return True
+
+    def heartbeat(self, session: Session) -> None:
+        """Raises SessionOver: a thawed engine learns here that it was given up."""
+        if session.state == "over":
+            raise errors.SessionOver(f"session {session.epoch} has ended")
+        session.last_heartbeat = self._clock()
+
+    def of_call(self, instance: bytes, epoch: int) -> Session:
+        """The ready session that a call names. Raises SessionOver for every other."""
+        session = self._open.get(epoch)
+        if session is None or instance != self.instance:
+            raise errors.SessionOver(
+                f"session {epoch} is over or of another run of the daemon: attach again"
+            )
+        if session.state != "ready":
+            raise errors.SessionOver(f"session {epoch} has not joined its side socket yet")
+        return session
+
+    def expired(self) -> list[Session]:
+        """Sessions without a heartbeat for EXPIRY_S. Changes nothing."""
+        limit = self._clock() - EXPIRY_S
+        return [each for each in self._open.values() if each.last_heartbeat <= limit]
+
+    def seconds_open(self, session: Session) -> float:
+        return self._clock() - session.attached_at
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(list(self._open.values()))
+
+    def __len__(self) -> int:
+        return len(self._open)

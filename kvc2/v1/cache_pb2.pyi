@@ -1,0 +1,429 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Segment(_message.Message):
+    __slots__ = ("layer", "kv", "bytes", "offset", "stride")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    KV_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    STRIDE_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    kv: int
+    bytes: int
+    offset: int
+    stride: int
+    def __init__(self, layer: _Optional[int] = ..., kv: _Optional[int] = ..., bytes: _Optional[int] = ..., offset: _Optional[int] = ..., stride: _Optional[int] = ...) -> None: ...
+
+class Layout(_message.Message):
+    __slots__ = ("segments", "page_size", "layout_version", "component", "part", "parts")
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    COMPONENT_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    segments: _containers.RepeatedCompositeFieldContainer[Segment]
+    page_size: int
+    layout_version: int
+    component: int
+    part: int
+    parts: int
+    def __init__(self, segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., page_size: _Optional[int] = ..., layout_version: _Optional[int] = ..., component: _Optional[int] = ..., part: _Optional[int] = ..., parts: _Optional[int] = ...) -> None: ...
+
+class AttachRequest(_message.Message):
+    __slots__ = ("hello", "heartbeat", "detach")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    DETACH_FIELD_NUMBER: _ClassVar[int]
+    hello: Hello
+    heartbeat: Heartbeat
+    detach: Detach
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., detach: _Optional[_Union[Detach, _Mapping]] = ...) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("engine_name", "layout", "num_pages", "kept_pages", "memory_bytes", "wire_version")
+    ENGINE_NAME_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
+    KEPT_PAGES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    engine_name: str
+    layout: Layout
+    num_pages: int
+    kept_pages: bytes
+    memory_bytes: int
+    wire_version: int
+    def __init__(self, engine_name: _Optional[str] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., num_pages: _Optional[int] = ..., kept_pages: _Optional[bytes] = ..., memory_bytes: _Optional[int] = ..., wire_version: _Optional[int] = ...) -> None: ...
+
+class Heartbeat(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Detach(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AttachResponse(_message.Message):
+    __slots__ = ("attached", "drain", "ready", "heartbeat")
+    ATTACHED_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    attached: Attached
+    drain: DrainNotice
+    ready: Ready
+    heartbeat: Heartbeat
+    def __init__(self, attached: _Optional[_Union[Attached, _Mapping]] = ..., drain: _Optional[_Union[DrainNotice, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
+
+class Attached(_message.Message):
+    __slots__ = ("instance", "session_epoch", "nonce", "side_socket", "heartbeat_interval_ms", "expiry_ms")
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    SESSION_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    SIDE_SOCKET_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
+    EXPIRY_MS_FIELD_NUMBER: _ClassVar[int]
+    instance: bytes
+    session_epoch: int
+    nonce: bytes
+    side_socket: str
+    heartbeat_interval_ms: int
+    expiry_ms: int
+    def __init__(self, instance: _Optional[bytes] = ..., session_epoch: _Optional[int] = ..., nonce: _Optional[bytes] = ..., side_socket: _Optional[str] = ..., heartbeat_interval_ms: _Optional[int] = ..., expiry_ms: _Optional[int] = ...) -> None: ...
+
+class DrainNotice(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Ready(_message.Message):
+    __slots__ = ("granted_pages",)
+    GRANTED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    granted_pages: bytes
+    def __init__(self, granted_pages: _Optional[bytes] = ...) -> None: ...
+
+class SessionRef(_message.Message):
+    __slots__ = ("instance", "session_epoch")
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    SESSION_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    instance: bytes
+    session_epoch: int
+    def __init__(self, instance: _Optional[bytes] = ..., session_epoch: _Optional[int] = ...) -> None: ...
+
+class OpenNamespaceRequest(_message.Message):
+    __slots__ = ("session", "identity", "tenant", "salt")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    SALT_FIELD_NUMBER: _ClassVar[int]
+    session: SessionRef
+    identity: bytes
+    tenant: str
+    salt: bytes
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., identity: _Optional[bytes] = ..., tenant: _Optional[str] = ..., salt: _Optional[bytes] = ...) -> None: ...
+
+class OpenNamespaceResponse(_message.Message):
+    __slots__ = ("namespace_id",)
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    namespace_id: int
+    def __init__(self, namespace_id: _Optional[int] = ...) -> None: ...
+
+class MatchRequest(_message.Message):
+    __slots__ = ("session", "namespace_id", "tokens")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    session: SessionRef
+    namespace_id: int
+    tokens: bytes
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., tokens: _Optional[bytes] = ...) -> None: ...
+
+class TierTokens(_message.Message):
+    __slots__ = ("gpu", "cpu", "disk", "remote")
+    GPU_FIELD_NUMBER: _ClassVar[int]
+    CPU_FIELD_NUMBER: _ClassVar[int]
+    DISK_FIELD_NUMBER: _ClassVar[int]
+    REMOTE_FIELD_NUMBER: _ClassVar[int]
+    gpu: int
+    cpu: int
+    disk: int
+    remote: int
+    def __init__(self, gpu: _Optional[int] = ..., cpu: _Optional[int] = ..., disk: _Optional[int] = ..., remote: _Optional[int] = ...) -> None: ...
+
+class MatchResponse(_message.Message):
+    __slots__ = ("matched_tokens", "tiers")
+    MATCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    matched_tokens: int
+    tiers: TierTokens
+    def __init__(self, matched_tokens: _Optional[int] = ..., tiers: _Optional[_Union[TierTokens, _Mapping]] = ...) -> None: ...
+
+class AcquireRequest(_message.Message):
+    __slots__ = ("session", "namespace_id", "request_id", "tokens", "grant_pages", "deadline_ms", "key_mode", "extras")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GRANT_PAGES_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    KEY_MODE_FIELD_NUMBER: _ClassVar[int]
+    EXTRAS_FIELD_NUMBER: _ClassVar[int]
+    session: SessionRef
+    namespace_id: int
+    request_id: bytes
+    tokens: bytes
+    grant_pages: int
+    deadline_ms: int
+    key_mode: int
+    extras: bytes
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., request_id: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., grant_pages: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., key_mode: _Optional[int] = ..., extras: _Optional[bytes] = ...) -> None: ...
+
+class AcquireResponse(_message.Message):
+    __slots__ = ("matched_tokens", "tiers", "prefix_pages", "transfer", "granted_pages", "computing_tokens")
+    MATCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_PAGES_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    GRANTED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    COMPUTING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    matched_tokens: int
+    tiers: TierTokens
+    prefix_pages: bytes
+    transfer: int
+    granted_pages: bytes
+    computing_tokens: int
+    def __init__(self, matched_tokens: _Optional[int] = ..., tiers: _Optional[_Union[TierTokens, _Mapping]] = ..., prefix_pages: _Optional[bytes] = ..., transfer: _Optional[int] = ..., granted_pages: _Optional[bytes] = ..., computing_tokens: _Optional[int] = ...) -> None: ...
+
+class GrantRequest(_message.Message):
+    __slots__ = ("session", "pages")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    session: SessionRef
+    pages: int
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., pages: _Optional[int] = ...) -> None: ...
+
+class GrantResponse(_message.Message):
+    __slots__ = ("granted_pages",)
+    GRANTED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    granted_pages: bytes
+    def __init__(self, granted_pages: _Optional[bytes] = ...) -> None: ...
+
+class LeaseCommit(_message.Message):
+    __slots__ = ("request_id", "first_block", "tokens", "pages")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    request_id: bytes
+    first_block: int
+    tokens: bytes
+    pages: bytes
+    def __init__(self, request_id: _Optional[bytes] = ..., first_block: _Optional[int] = ..., tokens: _Optional[bytes] = ..., pages: _Optional[bytes] = ...) -> None: ...
+
+class CommitRequest(_message.Message):
+    __slots__ = ("session", "leases", "grant_pages", "durable")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    GRANT_PAGES_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_FIELD_NUMBER: _ClassVar[int]
+    session: SessionRef
+    leases: _containers.RepeatedCompositeFieldContainer[LeaseCommit]
+    grant_pages: int
+    durable: bool
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., leases: _Optional[_Iterable[_Union[LeaseCommit, _Mapping]]] = ..., grant_pages: _Optional[int] = ..., durable: _Optional[bool] = ...) -> None: ...
+
+class CommitResponse(_message.Message):
+    __slots__ = ("results", "granted_pages", "durable")
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    GRANTED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_FIELD_NUMBER: _ClassVar[int]
+    results: _containers.RepeatedScalarFieldContainer[bytes]
+    granted_pages: bytes
+    durable: bool
+    def __init__(self, results: _Optional[_Iterable[bytes]] = ..., granted_pages: _Optional[bytes] = ..., durable: _Optional[bool] = ...) -> None: ...
+
+class ReleaseRequest(_message.Message):
+    __slots__ = ("session", "request_ids", "returned_pages", "grant_pages")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
+    RETURNED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    GRANT_PAGES_FIELD_NUMBER: _ClassVar[int]
+    session: SessionRef
+    request_ids: _containers.RepeatedScalarFieldContainer[bytes]
+    returned_pages: bytes
+    grant_pages: int
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., request_ids: _Optional[_Iterable[bytes]] = ..., returned_pages: _Optional[bytes] = ..., grant_pages: _Optional[int] = ...) -> None: ...
+
+class ReleaseResponse(_message.Message):
+    __slots__ = ("granted_pages",)
+    GRANTED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    granted_pages: bytes
+    def __init__(self, granted_pages: _Optional[bytes] = ...) -> None: ...
+
+class FlushRequest(_message.Message):
+    __slots__ = ("deadline_ms",)
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    deadline_ms: int
+    def __init__(self, deadline_ms: _Optional[int] = ...) -> None: ...
+
+class FlushResponse(_message.Message):
+    __slots__ = ("durable_blocks", "not_durable_blocks")
+    class NotDurableBlocksEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    DURABLE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NOT_DURABLE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    durable_blocks: int
+    not_durable_blocks: _containers.ScalarMap[str, int]
+    def __init__(self, durable_blocks: _Optional[int] = ..., not_durable_blocks: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
+class EvictRequest(_message.Message):
+    __slots__ = ("tier", "blocks")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    tier: str
+    blocks: int
+    def __init__(self, tier: _Optional[str] = ..., blocks: _Optional[int] = ...) -> None: ...
+
+class EvictResponse(_message.Message):
+    __slots__ = ("evicted_blocks", "last_copies")
+    EVICTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LAST_COPIES_FIELD_NUMBER: _ClassVar[int]
+    evicted_blocks: int
+    last_copies: int
+    def __init__(self, evicted_blocks: _Optional[int] = ..., last_copies: _Optional[int] = ...) -> None: ...
+
+class StatsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class TierStats(_message.Message):
+    __slots__ = ("tier", "capacity_bytes", "pages", "free_pages", "private_pages", "resident_pages", "in_flight_pages", "pinned_pages")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    FREE_PAGES_FIELD_NUMBER: _ClassVar[int]
+    PRIVATE_PAGES_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_PAGES_FIELD_NUMBER: _ClassVar[int]
+    IN_FLIGHT_PAGES_FIELD_NUMBER: _ClassVar[int]
+    PINNED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    tier: str
+    capacity_bytes: int
+    pages: int
+    free_pages: int
+    private_pages: int
+    resident_pages: int
+    in_flight_pages: int
+    pinned_pages: int
+    def __init__(self, tier: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., pages: _Optional[int] = ..., free_pages: _Optional[int] = ..., private_pages: _Optional[int] = ..., resident_pages: _Optional[int] = ..., in_flight_pages: _Optional[int] = ..., pinned_pages: _Optional[int] = ...) -> None: ...
+
+class SessionStats(_message.Message):
+    __slots__ = ("session_epoch", "engine_name", "pid", "leases", "seconds", "pool")
+    SESSION_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_NAME_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    session_epoch: int
+    engine_name: str
+    pid: int
+    leases: int
+    seconds: float
+    pool: TierStats
+    def __init__(self, session_epoch: _Optional[int] = ..., engine_name: _Optional[str] = ..., pid: _Optional[int] = ..., leases: _Optional[int] = ..., seconds: _Optional[float] = ..., pool: _Optional[_Union[TierStats, _Mapping]] = ...) -> None: ...
+
+class StatsResponse(_message.Message):
+    __slots__ = ("version", "instance", "uptime_s", "tiers", "sessions", "blocks", "holes", "leases", "namespaces", "metadata_bytes", "counters")
+    class CountersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HOLES_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACES_FIELD_NUMBER: _ClassVar[int]
+    METADATA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    instance: bytes
+    uptime_s: float
+    tiers: _containers.RepeatedCompositeFieldContainer[TierStats]
+    sessions: _containers.RepeatedCompositeFieldContainer[SessionStats]
+    blocks: int
+    holes: int
+    leases: int
+    namespaces: int
+    metadata_bytes: int
+    counters: _containers.ScalarMap[str, float]
+    def __init__(self, version: _Optional[str] = ..., instance: _Optional[bytes] = ..., uptime_s: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., sessions: _Optional[_Iterable[_Union[SessionStats, _Mapping]]] = ..., blocks: _Optional[int] = ..., holes: _Optional[int] = ..., leases: _Optional[int] = ..., namespaces: _Optional[int] = ..., metadata_bytes: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("deadline_ms",)
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    deadline_ms: int
+    def __init__(self, deadline_ms: _Optional[int] = ...) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ("flushed",)
+    FLUSHED_FIELD_NUMBER: _ClassVar[int]
+    flushed: FlushResponse
+    def __init__(self, flushed: _Optional[_Union[FlushResponse, _Mapping]] = ...) -> None: ...
+
+class ReadRequest(_message.Message):
+    __slots__ = ("session", "request_id", "first_block", "blocks")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    session: SessionRef
+    request_id: bytes
+    first_block: int
+    blocks: int
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., request_id: _Optional[bytes] = ..., first_block: _Optional[int] = ..., blocks: _Optional[int] = ...) -> None: ...
+
+class ReadResponse(_message.Message):
+    __slots__ = ("block", "payload")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    block: int
+    payload: bytes
+    def __init__(self, block: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class WriteRequest(_message.Message):
+    __slots__ = ("session", "request_id", "block", "tokens", "payload")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    session: SessionRef
+    request_id: bytes
+    block: int
+    tokens: bytes
+    payload: bytes
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., request_id: _Optional[bytes] = ..., block: _Optional[int] = ..., tokens: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class WriteResponse(_message.Message):
+    __slots__ = ("results",)
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    results: bytes
+    def __init__(self, results: _Optional[bytes] = ...) -> None: ...
