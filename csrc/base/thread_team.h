@@ -1,0 +1,60 @@
+// A fixed team of threads that share the work of one call. The caller is one of them, so a team of
+// one starts no thread. Between calls the others sleep on a condition variable: the engine beside
+// us needs the cores. Not a queue: a call returns when its work is done.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace kvc2 {
+
+class ThreadTeam {
+ public:
+  explicit ThreadTeam(size_t threads);  // the caller included; at least 1
+  ~ThreadTeam();
+  ThreadTeam(const ThreadTeam&) = delete;
+  ThreadTeam& operator=(const ThreadTeam&) = delete;
+
+  size_t threads() const { return others_.size() + 1; }
+
+  // Calls body(begin, end) for pieces of at most `grain` that cover [0, items) once. Pieces are
+  // handed out in rising order, to whoever is free: items may differ in cost. All effects of the
+  // pieces are visible to the caller afterwards. Calls from several threads run one by one.
+  // `body` must not throw, and must not call the same team.
+  template <class Body>
+  void parallel_for(size_t items, size_t grain, const Body& body) {
+    const Work work{[](const void* context, size_t begin, size_t end) {
+                      (*static_cast<const Body*>(context))(begin, end);
+                    },
+                    &body, items, grain == 0 ? 1 : grain};
+    run(work);
+  }
+
+ private:
+  struct Work {
+    void (*call)(const void* context, size_t begin, size_t end);
+    const void* context;
+    size_t items, grain;
+  };
+
+  void run(const Work& work);
+  void take_pieces(const Work& work);
+  void serve();
+
+  std::mutex calls_;  // held for a whole call
+  std::mutex mutex_;  // guards what follows, up to stop_
+  std::condition_variable wake_, idle_;
+  Work work_{};
+  uint64_t call_ = 0;  // rises by one with each call that wakes the others
+  size_t busy_ = 0;    // of the others, still in this call
+  bool stop_ = false;
+  std::atomic<size_t> next_{0};  // first item that nobody has taken
+  std::vector<std::thread> others_;
+};
+
+}  // namespace kvc2
