@@ -1,0 +1,85 @@
+// The header sector of a page, and checks of whole pages (design: pages in arena, slab file and
+// remote store are one buffer, a 4 KiB sector and then the payload). A header says what the payload
+// is, so that no page is believed for where it lies. Not responsible for where pages lie, nor for
+// moving them.
+//
+// All integers are little-endian. A reserved field has one allowed value; another one means a
+// writer that knows more than we do, and its block is a miss (kBadHeader).
+//
+//   offset bytes field             meaning
+//        0     8 magic             "KVC2PAGE"
+//        8     4 version           1
+//       12     4 flags             reserved: 0
+//       16    32 namespace         HMAC-SHA256(tenant secret, model identity)
+//       48    32 digest            SHA-256(parent || tokens)
+//       80    32 parent            digest of the block before; of a first block its namespace
+//      112    16 key               xxh3_128 chain, canonical
+//      128     4 key_mode          reserved: 0 (tokens); later 1 (opaque, see external_key)
+//      132     4 component         reserved: 0 (full attention)
+//      136     4 part              reserved: 0 \ part of parts: the range of layers and heads that
+//      140     4 parts             reserved: 1 / the page holds, once tensor parallelism is built
+//      144    32 layout            digest of the layout of the payload
+//      176     4 page_size         tokens in the block, 1 to 512
+//      180     4 external_bytes    reserved: 0; later the length of external_key
+//      184    64 external_key      reserved: 0; later the key that an opaque engine sent
+//      248    32 extras            reserved: 0; later the digest of images among the tokens
+//      280     8 payload_bytes     after the header; the page's padding to 4096 is not counted
+//      288     8 generation        of the page in its durable pool: one more at each reuse
+//      296    16 payload_checksum  xxh3_128 of the payload, canonical
+//      312    32 mac               reserved: 0; later HMAC of header and payload
+//      344   680                   reserved: 0
+//     1024  2048 tokens            page_size of u32, then 0
+//     3072  1008                   reserved: 0
+//     4080    16 checksum          xxh3_128 of bytes 0 to 4079, canonical
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+namespace kvc2 {
+
+constexpr size_t kHeaderBytes = 4096;
+constexpr size_t kTokensMax = 512;  // of a block: the room for them in the header
+
+using Bytes16 = std::array<uint8_t, 16>;
+using Bytes32 = std::array<uint8_t, 32>;
+
+enum class BlockState : uint8_t {
+  kOk,
+  kBadHeader,   // magic, version, a reserved field or the header's checksum
+  kOther,       // a sound header of another block, namespace or layout
+  kStale,       // the generation is not the expected one
+  kBadPayload,  // the payload's checksum
+};
+
+// What a page is expected, or is said, to hold.
+struct BlockRecord {
+  const uint8_t* name_space;  // 32
+  const uint8_t* digest;      // 32
+  const uint8_t* parent;      // 32
+  const uint8_t* key;         // 16
+  std::span<const uint32_t> tokens;
+  uint64_t generation;
+};
+
+struct PayloadShape {
+  Bytes32 layout;  // digest of the layout
+  uint64_t bytes;
+};
+
+// Writes the header at `page`, whose payload lies right after it. Returns the payload's checksum.
+Bytes16 encode_header(uint8_t* page, const BlockRecord& record, const PayloadShape& payload);
+
+// Believes nothing of the page but its length. What is wrong with several parts is named after the
+// first of kBadHeader, kOther, kStale, kBadPayload.
+BlockState verify_block(const uint8_t* page, const BlockRecord& record,
+                        const PayloadShape& payload);
+
+// digest[i] = SHA-256(digest[i-1] || tokens[i]), digest[-1] = parent, for each full block of
+// `tokens`; into `digests`, which has room for them, 32 bytes each.
+void chain_digests(const Bytes32& parent, std::span<const uint32_t> tokens, size_t page_size,
+                   std::span<uint8_t> digests);
+
+}  // namespace kvc2
