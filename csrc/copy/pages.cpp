@@ -1,0 +1,177 @@
+#include "copy/pages.h"
+
+#include <emmintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <mutex>
+#include <vector>
+
+#include "base/check.h"
+#include "copy/stream.h"
+
+namespace kvc2 {
+namespace {
+
+// A piece of work is about this large: small enough to share out evenly, large enough that taking
+// it and fencing it cost nothing beside copying it (some 10 us).
+constexpr uint64_t kPieceBytes = 128 * 1024;
+
+copy::Stream stream_here() {
+  switch (copy_isa()) {
+    case Isa::kAmx:
+    case Isa::kAvx512:
+      return copy::stream_avx512;
+    case Isa::kAvx2:
+      return copy::stream_avx2;
+    case Isa::kPortable:
+      break;
+  }
+  return copy::stream_portable;
+}
+
+// Where each segment begins in a payload; one more entry for the end.
+std::vector<uint64_t> payload_starts(std::span<const Segment> segments) {
+  std::vector<uint64_t> starts(segments.size() + 1);
+  for (size_t j = 0; j < segments.size(); ++j) starts[j + 1] = starts[j] + segments[j].bytes;
+  return starts;
+}
+
+size_t pieces_grain(uint64_t payload_bytes, size_t segments) {
+  const uint64_t mean = std::max<uint64_t>(payload_bytes / std::max<size_t>(segments, 1), 1);
+  return static_cast<size_t>(std::max<uint64_t>(kPieceBytes / mean, 1));
+}
+
+// offset + times * stride + bytes, or nothing if that doesn't fit 64 bits
+std::optional<uint64_t> end_of(const Segment& segment, uint64_t times) {
+  uint64_t end = 0;
+  if (__builtin_mul_overflow(times, segment.stride, &end) ||
+      __builtin_add_overflow(end, segment.offset, &end) ||
+      __builtin_add_overflow(end, segment.bytes, &end)) {
+    return std::nullopt;
+  }
+  return end;
+}
+
+// Counts the pieces of each layer down and reports leading complete layers. Pieces are handed out
+// in layer order, but the last of one layer may finish after the first of the next.
+class LayerCount {
+ public:
+  LayerCount(size_t layers, size_t items_per_layer, const LayersDone& done)
+      : items_left_(layers), done_(done) {
+    for (auto& left : items_left_) left.store(items_per_layer, std::memory_order_relaxed);
+  }
+
+  // Items [begin, end) of one layer are stored and fenced.
+  void finish(size_t layer, size_t items) {
+    // acq_rel: who takes the count to zero has seen what the others of this layer stored
+    if (items_left_[layer].fetch_sub(items, std::memory_order_acq_rel) == items) report();
+  }
+
+ private:
+  void report() {
+    const std::lock_guard lock(mutex_);
+    while (reported_ < items_left_.size() &&
+           items_left_[reported_].load(std::memory_order_acquire) == 0) {
+      done_(++reported_);
+    }
+  }
+
+  std::vector<std::atomic<size_t>> items_left_;
+  const LayersDone& done_;
+  std::mutex mutex_;
+  size_t reported_ = 0;
+};
+
+}  // namespace
+
+void copy::stream_portable(uint8_t* to, const uint8_t* from, size_t bytes) {
+  std::memcpy(to, from, bytes);
+}
+
+Isa copy_isa() { return std::min(cpu().isa, Isa::kAvx512); }
+
+std::optional<std::string> outside(const PageList& list, size_t pool_bytes, size_t arena_bytes) {
+  uint64_t payload_bytes = 0;
+  const auto last_page = std::max_element(list.pages.begin(), list.pages.end());
+  for (size_t j = 0; j < list.segments.size(); ++j) {
+    if (__builtin_add_overflow(payload_bytes, list.segments[j].bytes, &payload_bytes)) {
+      return "segments[" + std::to_string(j) + "]: the payload is longer than 64 bits can say";
+    }
+    if (last_page == list.pages.end()) continue;
+    const auto end = end_of(list.segments[j], *last_page);
+    if (!end || *end > pool_bytes) {
+      return "pages[" + std::to_string(last_page - list.pages.begin()) +
+             "] = " + std::to_string(*last_page) + ": segments[" + std::to_string(j) +
+             "] ends outside the pool of " + std::to_string(pool_bytes) + " bytes";
+    }
+  }
+  for (size_t i = 0; i < list.offsets.size(); ++i) {
+    if (list.offsets[i] > arena_bytes || arena_bytes - list.offsets[i] < payload_bytes) {
+      return "offsets[" + std::to_string(i) + "] = " + std::to_string(list.offsets[i]) +
+             ": a payload of " + std::to_string(payload_bytes) +
+             " bytes ends outside the arena of " + std::to_string(arena_bytes) + " bytes";
+    }
+  }
+  return std::nullopt;
+}
+
+void gather(ThreadTeam& team, const PageList& list, Memory<const uint8_t> pool,
+            Memory<uint8_t> arena) {
+  KVC2_CHECK(!outside(list, pool.bytes, arena.bytes), "gather outside its memory");
+  const std::vector<uint64_t> starts = payload_starts(list.segments);
+  const copy::Stream stream = stream_here();
+  const size_t segments = list.segments.size();
+  // items in the order (page, segment): the arena is written from front to back
+  team.parallel_for(list.pages.size() * segments, pieces_grain(starts.back(), segments),
+                    [&](size_t begin, size_t end) {
+                      for (size_t item = begin; item < end; ++item) {
+                        const size_t i = item / segments, j = item % segments;
+                        const Segment& segment = list.segments[j];
+                        stream(arena.data + list.offsets[i] + starts[j],
+                               pool.data + segment.offset + list.pages[i] * segment.stride,
+                               segment.bytes);
+                      }
+                      _mm_sfence();
+                    });
+}
+
+void scatter(ThreadTeam& team, const PageList& list, Memory<const uint8_t> arena,
+             Memory<uint8_t> pool, size_t segments_per_layer, const LayersDone& done) {
+  const size_t segments = list.segments.size(), pages = list.pages.size();
+  KVC2_CHECK(segments_per_layer > 0 && segments % segments_per_layer == 0,
+             "%zu segments in layers of %zu", segments, segments_per_layer);
+  KVC2_CHECK(!outside(list, pool.bytes, arena.bytes), "scatter outside its memory");
+  const size_t layers = segments / segments_per_layer;
+  const size_t items_per_layer = pages * segments_per_layer;
+  if (items_per_layer == 0) {
+    for (size_t layer = 0; layer < layers; ++layer) done(layer + 1);
+    return;
+  }
+  const std::vector<uint64_t> starts = payload_starts(list.segments);
+  const copy::Stream stream = stream_here();
+  LayerCount count(layers, items_per_layer, done);
+  // items in the order (segment, page): layer after layer
+  const auto copy_items = [&](size_t begin, size_t end) {
+    for (size_t item = begin; item < end; ++item) {
+      const size_t j = item / pages, i = item % pages;
+      const Segment& segment = list.segments[j];
+      stream(pool.data + segment.offset + list.pages[i] * segment.stride,
+             arena.data + list.offsets[i] + starts[j], segment.bytes);
+    }
+    _mm_sfence();
+  };
+  team.parallel_for(segments * pages, pieces_grain(starts.back(), segments),
+                    [&](size_t begin, size_t end) {
+                      while (begin < end) {  // a piece may reach over the end of a layer
+                        const size_t layer = begin / items_per_layer;
+                        const size_t stop = std::min(end, (layer + 1) * items_per_layer);
+                        copy_items(begin, stop);
+                        count.finish(layer, stop - begin);
+                        begin = stop;
+                      }
+                    });
+}
+
+}  // namespace kvc2

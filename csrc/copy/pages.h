@@ -1,0 +1,58 @@
+// Copies between an engine's layer-major pool and block-contiguous payloads. Knows segments and
+// bytes, never heads or dtypes. Not responsible for headers, nor for who may touch a page.
+//
+//   segment j of page p:      pool[segments[j].offset + p * segments[j].stride ; segments[j].bytes]
+//   segment j of payload i:   arena[offsets[i] + sum of bytes of segments before j]
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <span>
+#include <string>
+
+#include "base/cpu.h"
+#include "base/thread_team.h"
+
+namespace kvc2 {
+
+// Row of the [s, 3] array that describes a layout.
+struct Segment {
+  uint64_t offset, stride, bytes;
+};
+
+template <class Byte>
+struct Memory {
+  Byte* data;
+  size_t bytes;
+};
+
+// Which pages, and where their payloads lie. Pages and payloads that are written to must not
+// overlap one another: two threads would write there.
+struct PageList {
+  std::span<const Segment> segments;
+  std::span<const uint32_t> pages;
+  std::span<const uint64_t> offsets;  // as many as pages
+};
+
+// What would lie outside the pool or the arena, in words, or nothing.
+std::optional<std::string> outside(const PageList& list, size_t pool_bytes, size_t arena_bytes);
+
+// Pages out of the pool. Nothing may be outside().
+void gather(ThreadTeam& team, const PageList& list, Memory<const uint8_t> pool,
+            Memory<uint8_t> arena);
+
+// Told, in order, that the first `layers` layers of all pages are in the pool and visible to any
+// thread that synchronises with this call; from any thread of the team, one call at a time.
+using LayersDone = std::function<void(size_t layers)>;
+
+// Payloads into the pool, in the order of layers; a layer is `segments_per_layer` segments, which
+// divides their number. Nothing may be outside().
+void scatter(ThreadTeam& team, const PageList& list, Memory<const uint8_t> arena,
+             Memory<uint8_t> pool, size_t segments_per_layer, const LayersDone& done);
+
+// The instruction set that both use on this machine.
+Isa copy_isa();
+
+}  // namespace kvc2
