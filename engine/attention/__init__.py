@@ -1,0 +1,1 @@
+"""Paged attention: one contract (base), one implementation a device."""

@@ -1,0 +1,77 @@
+"""What one step of the runner computes: rows of several sequences, prefill and decode alike.
+
+Not responsible for choosing them (scheduler), nor for who owns a page (prefix).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The tokens of one sequence that a step computes, and where its KV lies.
+
+    `context_len` counts all tokens whose KV exists after the step, these included; `pages` hold
+    them in order. `wants_logits`: of the last token.
+    """
+
+    token_ids: Sequence[int]
+    context_len: int
+    pages: Sequence[int]
+    wants_logits: bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """S slices as flat arrays, T tokens in all. int64 what torch indexes with, int32 the rest."""
+
+    token_ids: Tensor  # int64 [T]
+    positions: Tensor  # int64 [T]
+    query_lens: Tensor  # int32 [S]
+    context_lens: Tensor  # int32 [S], with this step's tokens
+    block_tables: Tensor  # int32 [S, max_pages], rows padded with page 0, which isn't read
+    logits_rows: Tensor  # int64 [R], rows of the T whose logits are wanted, ascending
+    page_ids: Tensor  # int64 [T], where each token's KV goes
+    page_offsets: Tensor  # int64 [T], its place in that page
+
+    @classmethod
+    def of(cls, slices: Sequence[Slice], page_size: int) -> Batch:
+        """Flattens the slices. Raises ValueError for one that is empty or lacks pages."""
+        for index, s in enumerate(slices):
+            _check(index, s, page_size)
+        query = np.array([len(s.token_ids) for s in slices], np.int32)
+        context = np.array([s.context_len for s in slices], np.int32)
+        ends = np.cumsum(query, dtype=np.int64)
+        owner = np.repeat(np.arange(len(slices)), query)
+        positions = np.arange(int(query.sum())) - (ends - context)[owner]
+        tables = np.zeros((len(slices), max(len(s.pages) for s in slices)), np.int32)
+        for row, s in enumerate(slices):
+            tables[row, : len(s.pages)] = s.pages
+        wanted = np.array([s.wants_logits for s in slices], bool)
+        return cls(
+            token_ids=torch.from_numpy(
+                np.concatenate([np.asarray(s.token_ids, np.int64) for s in slices])
+            ),
+            positions=torch.from_numpy(positions),
+            query_lens=torch.from_numpy(query),
+            context_lens=torch.from_numpy(context),
+            block_tables=torch.from_numpy(tables),
+            logits_rows=torch.from_numpy(ends[wanted] - 1),
+            page_ids=torch.from_numpy(tables[owner, positions // page_size].astype(np.int64)),
+            page_offsets=torch.from_numpy(positions % page_size),
+        )
+
+
+def _check(index: int, s: Slice, page_size: int) -> None:
+    if not 0 < len(s.token_ids) <= s.context_len:
+        tokens = len(s.token_ids)
+        raise ValueError(f"slice {index}: {tokens} tokens in a context of {s.context_len}")
+    if len(s.pages) * page_size < s.context_len:
+        pages = len(s.pages)
+        raise ValueError(f"slice {index}: {pages} pages for a context of {s.context_len}")

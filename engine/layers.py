@@ -1,0 +1,106 @@
+"""The plain layers of a transformer. Every product with a weight goes through `linear`: that is
+the seam behind which kernels replace torch's.
+
+Not responsible for attention, experts, or how layers are stacked (models/).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from engine.config import RopeConfig
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """[T, in] x [out, in] -> [T, out], in the dtype of x."""
+    return functional.linear(x, weight)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension, summed in float32 (arXiv 1910.07467)."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * (wide * scale).to(x.dtype)
+
+
+def silu_and_multiply(gate_up: Tensor) -> Tensor:
+    """[T, 2n] -> [T, n]: silu of the first half times the second half."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+class Rope:
+    """Rotary embedding (arXiv 2104.09864), halves rotated as in Hugging Face's models.
+
+    Angles come from a table in float32, so they depend on the position alone. Changes nothing.
+    """
+
+    def __init__(self, config: RopeConfig, head_dim: int, max_positions: int) -> None:
+        angles = torch.outer(torch.arange(max_positions).float(), _frequencies(config, head_dim))
+        scale = _attention_factor(config)
+        self._cos = angles.cos() * scale  # [max_positions, head_dim / 2]
+        self._sin = angles.sin() * scale
+
+    def to(self, device: torch.device) -> Rope:
+        """The same table on a device; changes this one."""
+        self._cos, self._sin = self._cos.to(device), self._sin.to(device)
+        return self
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, float32 [T, 1, head_dim / 2], for `rotate`; once a step."""
+        return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns x [T, heads, head_dim] by its positions' angles; computed in float32."""
+    cos, sin = angles
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def _frequencies(config: RopeConfig, head_dim: int) -> Tensor:
+    """Radians per position, float32 [head_dim / 2]."""
+    plain = 1.0 / config.theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    if config.rope_type == "linear":
+        return plain / config.factor
+    if config.rope_type == "llama3":
+        return _llama3(config, plain)
+    if config.rope_type == "yarn":
+        return _yarn(config, plain, head_dim)
+    return plain
+
+
+def _llama3(config: RopeConfig, plain: Tensor) -> Tensor:
+    """Long waves are stretched by `factor`, short ones kept, those between mixed (Llama 3.1)."""
+    waves = config.original_max_positions * plain / (2 * math.pi)  # in the original context
+    width = config.high_freq_factor - config.low_freq_factor
+    kept = ((waves - config.low_freq_factor) / width).clamp(0, 1)
+    return (1 - kept) * plain / config.factor + kept * plain
+
+
+def _yarn(config: RopeConfig, plain: Tensor, head_dim: int) -> Tensor:
+    """NTK by parts (arXiv 2309.00071, section 3.2)."""
+
+    def dimension(rotations: float) -> float:
+        waves = config.original_max_positions / (rotations * 2 * math.pi)
+        return head_dim * math.log(waves) / (2 * math.log(config.theta))
+
+    low, high = dimension(config.beta_fast), dimension(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low if high != low else 0.001  # as in the paper's code: no division by zero
+    kept = 1 - ((torch.arange(head_dim // 2).float() - low) / width).clamp(0, 1)
+    return (1 - kept) * plain / config.factor + kept * plain
+
+
+def _attention_factor(config: RopeConfig) -> float:
+    if config.rope_type != "yarn":
+        return 1.0
+    if config.attention_factor is not None:
+        return config.attention_factor
+    return 0.1 * math.log(config.factor) + 1.0 if config.factor > 1 else 1.0

@@ -1,0 +1,31 @@
+"""Qwen3-MoE (arXiv 2505.09388): normed queries and keys, and some layers without experts."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.config import ModelConfig
+from engine.models.base import DenseFeedForward, FeedForward, Model
+from engine.models.stack import ExpertNames, attention_layer, moe_layer, stack
+from engine.weights import Checkpoint
+
+_NAMES = ExpertNames(block="mlp", gate="gate_proj", up="up_proj", down="down_proj")
+
+
+def qwen3_moe(config: ModelConfig, checkpoint: Checkpoint) -> Model:
+    """A Qwen3MoeForCausalLM checkpoint as a model."""
+    layers = [
+        attention_layer(config, checkpoint, i, _feed_forward(config, checkpoint, i))
+        for i in range(config.num_layers)
+    ]
+    return stack(config, checkpoint, layers)
+
+
+def _feed_forward(config: ModelConfig, checkpoint: Checkpoint, index: int) -> FeedForward:
+    if config.moe_layers[index]:
+        return moe_layer(config, checkpoint, index, _NAMES)
+    prefix, size, hidden = f"model.layers.{index}.mlp", config.dense_size, config.hidden_size
+    gate = checkpoint.tensor(f"{prefix}.gate_proj.weight", size, hidden)
+    up = checkpoint.tensor(f"{prefix}.up_proj.weight", size, hidden)
+    down = checkpoint.tensor(f"{prefix}.down_proj.weight", hidden, size)
+    return DenseFeedForward(torch.cat((gate, up)), down)

@@ -1,0 +1,123 @@
+"""Builds decoders from checkpoints: what Mixtral and Qwen3-MoE share.
+
+A model file supplies the names of its tensors; the shapes come from the configuration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.experts.grouped import GroupedExperts, MoeLayer
+from engine.experts.router import Router
+from engine.layers import Rope
+from engine.models.base import DecoderLayer, FeedForward, HeadNorms, Model
+from engine.weights import Checkpoint
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """How an architecture calls its experts' parts."""
+
+    block: str  # of one layer: "block_sparse_moe" or "mlp"
+    gate: str
+    up: str
+    down: str
+
+
+def attention_layer(
+    config: ModelConfig, checkpoint: Checkpoint, index: int, feed_forward: FeedForward
+) -> DecoderLayer:
+    """Layer `index` with its norms and projections; the feed-forward is the caller's."""
+    c, prefix = config, f"model.layers.{index}"
+    rows = {"q": c.query_heads * c.head_dim, "k": c.kv_heads * c.head_dim}
+    rows["v"] = rows["k"]
+    projections = [
+        checkpoint.tensor(f"{prefix}.self_attn.{part}_proj.weight", size, c.hidden_size)
+        for part, size in rows.items()
+    ]
+    return DecoderLayer(
+        attention_norm=checkpoint.tensor(f"{prefix}.input_layernorm.weight", c.hidden_size),
+        qkv=torch.cat(projections),
+        head_norms=_head_norms(config, checkpoint, f"{prefix}.self_attn"),
+        out=checkpoint.tensor(f"{prefix}.self_attn.o_proj.weight", c.hidden_size, rows["q"]),
+        feed_forward_norm=checkpoint.tensor(
+            f"{prefix}.post_attention_layernorm.weight", c.hidden_size
+        ),
+        feed_forward=feed_forward,
+    )
+
+
+def moe_layer(
+    config: ModelConfig, checkpoint: Checkpoint, index: int, names: ExpertNames
+) -> MoeLayer:
+    """The router and experts of a layer, stored one by one or fused.
+
+    Files hold experts one by one under the architecture's own names; transformers 5 keeps them
+    fused in memory as `mlp.experts.gate_up_proj`, and a plain dump of that is read too.
+    """
+    c, layer = config, f"model.layers.{index}"
+    fused = f"{layer}.mlp.experts.gate_up_proj" in checkpoint
+    block = f"{layer}.mlp" if fused else f"{layer}.{names.block}"
+    read = _fused_experts if fused else _single_experts
+    router = checkpoint.tensor(f"{block}.gate.weight", c.num_experts, c.hidden_size)
+    return MoeLayer(
+        Router(router, c.experts_per_token, c.normalize_top_k),
+        read(config, checkpoint, f"{block}.experts", names),
+    )
+
+
+def stack(config: ModelConfig, checkpoint: Checkpoint, layers: list[DecoderLayer]) -> Model:
+    """The whole model: embeddings below the layers, norm and head above."""
+    c = config
+    embeddings = checkpoint.tensor("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
+    head = embeddings
+    if not c.tied_embeddings:
+        head = checkpoint.tensor("lm_head.weight", c.vocab_size, c.hidden_size)
+    return Model(
+        config=config,
+        embeddings=embeddings,
+        layers=tuple(layers),
+        norm=checkpoint.tensor("model.norm.weight", c.hidden_size),
+        head=head,
+        rope=Rope(c.rope, c.head_dim, c.max_positions),
+    )
+
+
+def _head_norms(config: ModelConfig, checkpoint: Checkpoint, prefix: str) -> HeadNorms | None:
+    if config.architecture != "Qwen3MoeForCausalLM":
+        return None
+    return HeadNorms(
+        checkpoint.tensor(f"{prefix}.q_norm.weight", config.head_dim),
+        checkpoint.tensor(f"{prefix}.k_norm.weight", config.head_dim),
+    )
+
+
+def _fused_experts(
+    config: ModelConfig, checkpoint: Checkpoint, prefix: str, names: ExpertNames
+) -> GroupedExperts:
+    count, size, hidden = config.num_experts, config.expert_size, config.hidden_size
+    return GroupedExperts(
+        checkpoint.tensor(f"{prefix}.gate_up_proj", count, 2 * size, hidden),
+        checkpoint.tensor(f"{prefix}.down_proj", count, hidden, size),
+    )
+
+
+def _single_experts(
+    config: ModelConfig, checkpoint: Checkpoint, prefix: str, names: ExpertNames
+) -> GroupedExperts:
+    count, size, hidden = config.num_experts, config.expert_size, config.hidden_size
+    gate_up = torch.empty(count, 2 * size, hidden, dtype=config.dtype)
+    down = torch.empty(count, hidden, size, dtype=config.dtype)
+
+    def read(expert: int, part: str, *shape: int) -> Tensor:
+        return checkpoint.tensor(f"{prefix}.{expert}.{part}.weight", *shape)
+
+    for expert in range(count):
+        gate_up[expert, :size] = read(expert, names.gate, size, hidden)
+        gate_up[expert, size:] = read(expert, names.up, size, hidden)
+        down[expert] = read(expert, names.down, hidden, size)
+    return GroupedExperts(gate_up, down)

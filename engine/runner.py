@@ -1,0 +1,49 @@
+"""Runs one step of a model over the paged pool.
+
+Not responsible for what the step computes (scheduler), nor for choosing tokens (sampler).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from engine.attention.base import KvPool, KvShape
+from engine.attention.cpu import CpuAttention
+from engine.batch import Batch
+from engine.models.base import Model
+
+LayerReady = Callable[[int], None]
+
+
+class Runner:
+    """A model bound to a pool. One step at a time, from one thread."""
+
+    def __init__(self, model: Model, pool: KvPool) -> None:
+        expected = KvShape.of(model.config, pool.shape.page_size)
+        if pool.shape != expected:
+            raise ValueError(f"pool: its shape is {pool.shape}, the model's {expected}")
+        self.model = model
+        self.pool = pool
+        self._attention = CpuAttention(pool, model.config.query_heads)
+
+    @torch.inference_mode()
+    def step(self, batch: Batch, layer_ready: LayerReady | None = None) -> Tensor:
+        """Computes the batch's KV into its pages; float32 logits [R, vocab] of its logits_rows.
+
+        `layer_ready(i)` is called before layer i reads the pool, and may wait, so that a
+        promotion in layer order can still be under way. What it raises ends the step: pages of
+        the batch's own tokens are then undefined, all others untouched.
+        """
+        self._attention.plan(batch)
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            if layer_ready is not None:
+                layer_ready(layer)
+            self._attention.write(layer, key, value)
+            return self._attention.attend(layer, query)
+
+        hidden = self.model.hidden(batch.token_ids, batch.positions, attend)
+        return self.model.logits(hidden[batch.logits_rows])
