@@ -1,0 +1,204 @@
+"""The cpu tier's memory: one sealed memfd that only this process can write, in runs of units.
+
+The memfd is mapped read-write first and then sealed SHRINK | GROW | FUTURE_WRITE | SEAL: whoever
+gets the file descriptor can map it for reading only. A background thread faults the units in, so
+that serving starts at once; a unit can be taken once it is there. Not here: which page of a slab
+belongs to whom (csrc/index), and which pool a slab serves (tiers/cpu.py).
+
+    absent -> free [faulted in]      free -> taken [take]      taken -> free [give_back]
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import logging
+import mmap
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvc2 import errors
+
+LOG = logging.getLogger(__name__)
+
+F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h; Python 3.11 has no name for it
+MFD_HUGETLB = 0x4
+MADV_POPULATE_WRITE = 23  # Linux 5.14
+HUGE_PAGE_BYTES = 2 << 20
+# Memory that is left to others while units are faulted in: less would invite the OOM killer.
+SPARE_BYTES = 256 << 20
+TOUCH_BYTES = 64 << 20  # one step of the fallback for kernels before 5.14
+ABSENT, FREE, TAKEN = 0, 1, 2
+
+_libc = ctypes.CDLL(None, use_errno=True)  # its calls release the GIL
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+class Arena:
+    """`memory_bytes` (cut to whole units of `unit_bytes`) of shared memory, at least one unit.
+
+    Threads may share it: one lock inside. `memory` is [capacity_bytes] u8, writable.
+    """
+
+    def __init__(
+        self,
+        memory_bytes: int,
+        unit_bytes: int,
+        *,
+        available_bytes: Callable[[], int] | None = None,
+    ) -> None:
+        if memory_bytes < unit_bytes:
+            raise errors.InvalidConfig(
+                "cpu-memory-size-gb", memory_bytes, f"at least one slab of {unit_bytes} bytes"
+            )
+        self.unit_bytes = unit_bytes
+        self.capacity_bytes = memory_bytes // unit_bytes * unit_bytes
+        self._available_bytes = available_bytes or memory_available_bytes
+        self._states = np.zeros(self.capacity_bytes // unit_bytes, np.uint8)
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.fd, self._map, self.page_kind = _create(self.capacity_bytes)
+        self.memory: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
+
+    def start(self, on_ready: Callable[[], None] = lambda: None) -> None:
+        """Begin to fault units in; `on_ready` runs on that thread after each, and at the end."""
+        LOG.info("arena: %d bytes on %s", self.capacity_bytes, self.page_kind)
+        self._thread = threading.Thread(
+            target=self._populate, args=(on_ready,), name="kvc2-arena", daemon=True
+        )
+        self._thread.start()
+
+    def wait_populated(self, timeout_s: float | None = None) -> bool:
+        """Blocks until the background thread is done; False when the time is over first."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        return self._thread is None or not self._thread.is_alive()
+
+    def close(self) -> None:
+        """Stop faulting in and close the file descriptor. The mapping goes with its last view."""
+        self._stopped.set()
+        self.wait_populated()
+        os.close(self.fd)
+
+    def take(self, run_bytes: int) -> int | None:
+        """Offset of a free contiguous run (a multiple of unit_bytes), the first that fits; or None."""
+        units = run_bytes // self.unit_bytes
+        with self._lock:
+            free = (self._states == FREE).astype(np.int64)
+            if units < 1 or units > free.size:
+                return None
+            sums = np.concatenate([[0], np.cumsum(free)])
+            starts = np.flatnonzero(sums[units:] - sums[:-units] == units)
+            if starts.size == 0:
+                return None
+            first = int(starts[0])
+            self._states[first : first + units] = TAKEN
+            return first * self.unit_bytes
+
+    def give_back(self, offset: int, run_bytes: int) -> None:
+        """A taken run is free again. ValueError when it was not taken."""
+        first, units = offset // self.unit_bytes, run_bytes // self.unit_bytes
+        with self._lock:
+            states = self._states[first : first + units]
+            if states.size != units or not (states == TAKEN).all():
+                raise ValueError(f"arena: run at {offset} of {run_bytes} bytes is not taken")
+            states[:] = FREE
+
+    @property
+    def ready_bytes(self) -> int:
+        """Bytes faulted in so far, taken or free."""
+        with self._lock:
+            return int(np.count_nonzero(self._states)) * self.unit_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        with self._lock:
+            return int(np.count_nonzero(self._states == FREE)) * self.unit_bytes
+
+    @property
+    def short_bytes(self) -> int:
+        """Bytes that were asked for and could not be had; known once it is populated."""
+        alive = self._thread is None or self._thread.is_alive()
+        return 0 if alive else self.capacity_bytes - self.ready_bytes
+
+    def _populate(self, on_ready: Callable[[], None]) -> None:
+        for unit in range(self._states.size):
+            if self._stopped.is_set():
+                return
+            if self._available_bytes() < self.unit_bytes + SPARE_BYTES:
+                LOG.warning("arena: memory runs short, %d bytes had", unit * self.unit_bytes)
+                break
+            if not self._fault_in(unit * self.unit_bytes):
+                LOG.warning("arena: no memory, %d bytes had", unit * self.unit_bytes)
+                break
+            with self._lock:
+                self._states[unit] = FREE
+            on_ready()
+        on_ready()
+
+    def _fault_in(self, offset: int) -> bool:
+        address = self.memory.ctypes.data + offset
+        if _libc.madvise(address, self.unit_bytes, MADV_POPULATE_WRITE) == 0:
+            return True
+        if ctypes.get_errno() != 22:  # anything but EINVAL: there is no memory
+            return False
+        for start in range(offset, offset + self.unit_bytes, TOUCH_BYTES):
+            end = min(start + TOUCH_BYTES, offset + self.unit_bytes)
+            self.memory[start:end:4096] = 0
+        return True
+
+
+def memory_available_bytes() -> int:
+    """What the kernel says can be had without swapping, the cgroup's limit included."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    fields = dict(line.split(":") for line in lines)
+    available = int(fields["MemAvailable"].split()[0]) << 10
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    try:
+        return min(available, int(limit.read_text()) - int(used.read_text()))
+    except (OSError, ValueError):  # no cgroup, or its limit is "max"
+        return available
+
+
+def _create(capacity_bytes: int) -> tuple[int, mmap.mmap, str]:
+    """A mapped and sealed memfd; hugetlb pages when the host has set them aside, else shmem."""
+    if capacity_bytes % HUGE_PAGE_BYTES == 0:
+        try:
+            fd = os.memfd_create("kvc2-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | MFD_HUGETLB)
+            try:
+                return fd, _map(fd, capacity_bytes), "2 MiB hugetlb pages"
+            except OSError:
+                os.close(fd)
+        except OSError:
+            pass  # a kernel without hugetlb, or no huge pages set aside: the usual case
+    fd = os.memfd_create("kvc2-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    mapped = _map(fd, capacity_bytes)
+    try:
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        pass  # a kernel without transparent huge pages
+    return fd, mapped, _shmem_page_kind()
+
+
+def _map(fd: int, capacity_bytes: int) -> mmap.mmap:
+    os.ftruncate(fd, capacity_bytes)
+    mapped = mmap.mmap(fd, capacity_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    return mapped
+
+
+def _shmem_page_kind() -> str:
+    try:
+        modes = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled").read_text()
+    except OSError:
+        return "4 KiB pages"
+    mode = modes.partition("[")[2].partition("]")[0]
+    huge = mode in {"always", "within_size", "advise", "force"}
+    return f"{'transparent huge' if huge else '4 KiB'} pages (shmem_enabled is {mode})"

@@ -1,0 +1,111 @@
+"""What every tier meets: the shape of its pages, where its slabs lie, how its pages move.
+
+A tier is executed here and decided in csrc/index: nothing in this folder chooses a page. All page
+moves go between a tier and the arena; `offsets` are always those of whole arena pages (header
+sector first, then the payload).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvc2.layout import HEADER_BYTES, Layout, slab_shape
+
+U8 = NDArray[np.uint8]
+U32 = NDArray[np.uint32]
+U64 = NDArray[np.uint64]
+NO_SLAB = np.iinfo(np.int64).min
+
+
+@dataclass(frozen=True)
+class PageShape:
+    """What pages of one layout are in arena and slab: all that a restart must know of a layout."""
+
+    layout_digest: bytes  # 32
+    page_size: int  # tokens
+    payload_bytes: int
+    page_bytes: int
+    slab_bytes: int
+    pages_per_slab: int
+
+    @staticmethod
+    def of(layout: Layout, slab_bytes: int) -> PageShape:
+        shape = slab_shape(layout.page_bytes, slab_bytes)
+        return PageShape(
+            layout_digest=layout.digest,
+            page_size=layout.page_size,
+            payload_bytes=layout.payload_bytes,
+            page_bytes=layout.page_bytes,
+            slab_bytes=shape.slab_bytes,
+            pages_per_slab=shape.pages_per_slab,
+        )
+
+
+class PageStore(Protocol):
+    """The pages of one pool, and the two ways between them and the arena.
+
+    Both block, release the GIL for the bytes, and may be called from any thread, by several at
+    once for different pages. pages [n], offsets [n] of arena pages; no page twice.
+    """
+
+    def read(self, pages: U32, offsets: U64) -> U8:
+        """Bring pages into the arena. [n] of 1 (came) or 0 (a fault took it: never an exception)."""
+
+    def write(self, pages: U32, offsets: U64) -> None:
+        """Copy arena pages here. OSError: any of them may be torn now."""
+
+
+class SlabTable:
+    """Base of each slab by its number; pages [s * pages_per_slab, ...) lie in slab s."""
+
+    def __init__(self, shape: PageShape) -> None:
+        self.shape = shape
+        self._bases = np.empty(0, np.int64)
+
+    def __contains__(self, number: int) -> bool:
+        return number < self._bases.size and int(self._bases[number]) != NO_SLAB
+
+    def numbers(self) -> list[int]:
+        return [int(number) for number in np.flatnonzero(self._bases != NO_SLAB)]
+
+    def put(self, number: int, base: int) -> None:
+        if number >= self._bases.size:
+            grown = np.full(max(number + 1, 2 * self._bases.size), NO_SLAB, np.int64)
+            grown[: self._bases.size] = self._bases
+            self._bases = grown
+        self._bases[number] = base
+
+    def drop(self, number: int) -> int:
+        """Its base. KeyError when there is no such slab."""
+        base = self.base(number)
+        self._bases[number] = NO_SLAB
+        return base
+
+    def base(self, number: int) -> int:
+        if number not in self:
+            raise KeyError(number)
+        return int(self._bases[number])
+
+    def bases(self, pages: U32) -> NDArray[np.int64]:
+        """[n] the base of each page's slab. KeyError for a page without a slab."""
+        numbers = pages // self.shape.pages_per_slab
+        if numbers.size and int(numbers.max()) >= self._bases.size:
+            raise KeyError(int(numbers.max()))
+        found = self._bases[numbers]
+        if (found == NO_SLAB).any():
+            raise KeyError(int(numbers[found == NO_SLAB][0]))
+        return found
+
+    def within(self, pages: U32) -> U64:
+        """[n] the offset of each page in its slab."""
+        inside = (pages % self.shape.pages_per_slab).astype(np.uint64)
+        return inside * np.uint64(self.shape.page_bytes)
+
+
+def payload_offsets(offsets: U64) -> U64:
+    """Where the payloads of arena pages begin."""
+    return offsets + np.uint64(HEADER_BYTES)

@@ -1,0 +1,88 @@
+"""The gpu tier: a session's pool, and the two ways its pages come and go.
+
+`GpuExecutor` is the contract. `SharedMemoryPool` is the stand-in's executor: the engine's pool is a
+memfd mapped here, and csrc/copy moves pages. A CUDA executor (an IPC handle, one worker process a
+session, since a peer's death can poison a CUDA context) meets the same contract and isn't built.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from typing import Protocol
+
+import numpy as np
+
+from kvc2 import _core
+from kvc2.layout import Layout
+from kvc2.tiers.base import U8, U32, U64, PageStore, payload_offsets
+
+PROGRESS_STEP = 1 << 16  # progress word = sequence * PROGRESS_STEP + layers done
+
+
+class GpuExecutor(PageStore, Protocol):
+    """A PageStore that also tells the engine how far a transfer is."""
+
+    def write(self, pages: U32, offsets: U64, *, sequence: int = 0) -> None:
+        """Layer by layer; after each the progress word is sequence * 65536 + layers done. Calls
+        of one pool come one after the other, `sequence` rising; 0 publishes nothing."""
+
+
+class Copier:
+    """csrc/copy with one team of threads that one call at a time may use."""
+
+    def __init__(self, threads: int) -> None:
+        self._team = _core.ThreadTeam(threads)
+        self._lock = threading.Lock()
+
+    def gather(self, pool: GpuMemory, pages: U32, arena: U8, offsets: U64) -> None:
+        with self._lock:
+            _core.gather(self._team, pool.memory, pool.segments, pages, arena, offsets)
+
+    def scatter(self, pool: GpuMemory, pages: U32, arena: U8, offsets: U64, sequence: int) -> None:
+        with self._lock:
+            _core.scatter(
+                self._team,
+                arena,
+                offsets,
+                pool.memory,
+                pool.segments,
+                pages,
+                segments_per_layer=pool.segments_per_layer,
+                progress=pool.progress if sequence else None,
+                progress_base=sequence * PROGRESS_STEP,
+                event_fd=pool.event_fd if sequence else -1,
+            )
+
+
+class GpuMemory:
+    """An engine's pool as mapped here, and where its progress is told."""
+
+    def __init__(
+        self, layout: Layout, memory: mmap.mmap, progress: mmap.mmap, event_fd: int
+    ) -> None:
+        self.memory = np.frombuffer(memory, np.uint8)
+        self.progress = progress
+        self.event_fd = event_fd
+        self.segments = layout.segment_table()
+        self.segments_per_layer = layout.segments_per_layer
+
+
+class SharedMemoryPool:
+    """A GpuExecutor over memory shared with the engine. Promotions and demotions have a team of
+    threads each, so that neither waits for the other's batch."""
+
+    def __init__(self, memory: GpuMemory, arena: U8, promoter: Copier, demoter: Copier) -> None:
+        self._memory = memory
+        self._arena = arena
+        self._promoter = promoter
+        self._demoter = demoter
+
+    def read(self, pages: U32, offsets: U64) -> U8:
+        self._demoter.gather(self._memory, pages, self._arena, payload_offsets(offsets))
+        return np.ones(pages.size, np.uint8)
+
+    def write(self, pages: U32, offsets: U64, *, sequence: int = 0) -> None:
+        self._promoter.scatter(
+            self._memory, pages, self._arena, payload_offsets(offsets), sequence
+        )
