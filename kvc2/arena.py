@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvc2 import errors
+from kvc2.config import available_memory_bytes
 
 LOG = logging.getLogger(__name__)
 
@@ -54,11 +55,11 @@ class Arena:
     ) -> None:
         if memory_bytes < unit_bytes:
             raise errors.InvalidConfig(
-                "cpu-memory-size-gb", memory_bytes, f"at least one slab of {unit_bytes} bytes"
+                "cpu.memory_size_gb", memory_bytes / 1e9, f"at least one slab: {unit_bytes / 1e9:g}"
             )
         self.unit_bytes = unit_bytes
         self.capacity_bytes = memory_bytes // unit_bytes * unit_bytes
-        self._available_bytes = available_bytes or memory_available_bytes
+        self._available_bytes = available_bytes or available_memory_bytes
         self._states = np.zeros(self.capacity_bytes // unit_bytes, np.uint8)
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -152,18 +153,6 @@ class Arena:
             end = min(start + TOUCH_BYTES, offset + self.unit_bytes)
             self.memory[start:end:4096] = 0
         return True
-
-
-def memory_available_bytes() -> int:
-    """What the kernel says can be had without swapping, the cgroup's limit included."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    fields = dict(line.split(":") for line in lines)
-    available = int(fields["MemAvailable"].split()[0]) << 10
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    try:
-        return min(available, int(limit.read_text()) - int(used.read_text()))
-    except (OSError, ValueError):  # no cgroup, or its limit is "max"
-        return available
 
 
 def _create(capacity_bytes: int) -> tuple[int, mmap.mmap, str]:

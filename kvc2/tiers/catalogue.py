@@ -1,0 +1,311 @@
+"""The disk's catalogue: which block lies in which page, in LMDB, one transaction a batch.
+
+A block exists on disk only if its record is committed. Tables: `meta` (format version, start
+count), `layouts` (digest -> shape), `namespaces` (32 bytes -> page size, identity; never a secret),
+`blocks` ((layout number, page) -> record). Keyed by page, so a page has at most one record
+whatever happens. Not here: the bytes of pages (slab_file.py).
+
+One thread at a time uses a Catalogue, and nothing forks after it is open.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import lmdb
+import numpy as np
+from numpy.typing import NDArray
+
+from kvc2 import _core, errors
+from kvc2.tiers.base import U8, U32, PageShape
+
+LOG = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+DATA_FILE = "data.mdb"
+PAGE_BYTES = 4096  # LMDB's
+META_OFFSET = 16  # of MDB_meta behind its page header
+META = struct.Struct("<IIQQ IHHQQQQQ IHHQQQQQ QQ")  # LMDB 0.9, mdb.c: struct MDB_meta
+META_MAGIC, META_VERSION = 0xBEEFC0DE, 1
+KEY = np.dtype([("layout", ">u4"), ("page", ">u4")])
+LAYOUT = struct.Struct("<IIQQQI")  # number, page_size, payload, page and slab bytes, pages a slab
+START = struct.Struct("<Q")
+SLACK_BYTES_MIN = 1 << 20  # namespaces, free lists and the copies that a transaction makes
+PAGE_ROOM = 8  # bytes a page for the recency array and the copy that replaces it
+BROKEN = (
+    lmdb.CorruptedError,
+    lmdb.InvalidError,
+    lmdb.PageNotFoundError,
+    lmdb.VersionMismatchError,
+    lmdb.PanicError,
+    lmdb.IncompatibleError,
+    lmdb.BadTxnError,
+    lmdb.BadRslotError,
+    lmdb.CursorFullError,
+)
+LEAF_FILL = 0.5  # of an LMDB leaf page, the least that splits leave
+
+
+class Damaged(Exception):
+    """The catalogue's file can't be what a sound LMDB left behind."""
+
+
+class Full(Exception):
+    """The transaction did not fit; nothing of it happened."""
+
+
+def record_type(page_size: int) -> np.dtype[np.void]:
+    """What a restart needs of one block, as it lies in the value."""
+    return np.dtype(
+        [
+            ("digest", np.uint8, (32,)),
+            ("parent", np.uint8, (32,)),
+            ("generation", "<u8"),
+            ("checksum", np.uint8, (16,)),
+            ("tokens", "<u4", (page_size,)),
+        ]
+    )
+
+
+def room_bytes(shape: PageShape) -> int:
+    """Catalogue bytes that one slab's pages may need: records in half-full leaves, their recency."""
+    record = record_type(shape.page_size).itemsize + 16  # node header and key
+    leaf = PAGE_BYTES - 16
+    if record > leaf // 2:  # LMDB gives it overflow pages of its own
+        one = -(-(record + 16) // PAGE_BYTES) * PAGE_BYTES + 64
+    else:
+        one = int(PAGE_BYTES / ((leaf // record) * LEAF_FILL))
+    return shape.pages_per_slab * (one + PAGE_ROOM)
+
+
+@dataclass
+class Change:
+    """What one transaction does, in this order: deletes, then the rest."""
+
+    deletes: dict[int, list[U32]] = field(default_factory=dict)  # pages by layout number
+    namespaces: dict[bytes, tuple[int, bytes]] = field(default_factory=dict)  # page size, identity
+    inserts: list[tuple[bytes, bytes]] = field(default_factory=list)  # of `insertions`
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Records of one layout, as arrays in page order."""
+
+    pages: U32
+    records: NDArray[np.void]
+
+
+def insertions(
+    number: int, pages: U32, records: _core.Records, checksums: U8
+) -> list[tuple[bytes, bytes]]:
+    """Keys and values of a batch's blocks."""
+    rows = np.empty(pages.size, record_type(records.tokens.shape[1]))
+    rows["digest"], rows["parent"] = records.digests, records.parents
+    rows["generation"], rows["checksum"] = records.generations, checksums
+    rows["tokens"] = records.tokens
+    return list(zip(_keys(number, pages), _values(rows), strict=True))
+
+
+class Catalogue:
+    """Raises Damaged or StartRefused at open; `slack_bytes` bounds what is beside the records."""
+
+    def __init__(self, folder: Path, slack_bytes: int) -> None:
+        self.folder = folder
+        self._slack_bytes = max(slack_bytes, SLACK_BYTES_MIN)
+        self._room_bytes = 0
+        folder.mkdir(mode=0o700, exist_ok=True)
+        _check_file(folder / DATA_FILE)
+        try:
+            self._open()
+            self.start_count = self._begin()
+            self.layouts = self._layouts()
+            self.namespaces = self._namespaces()
+        except errors.StartRefused:
+            self._env.close()
+            raise
+        except (*BROKEN, struct.error) as error:
+            raise Damaged(str(error)) from error
+        except lmdb.Error as error:
+            raise errors.StartRefused(f"{folder}: {error}") from error
+
+    def _open(self) -> None:
+        self._env = lmdb.open(
+            str(self.folder),
+            map_size=self.bytes_max,
+            max_dbs=4,
+            mode=0o600,
+            writemap=False,
+            sync=True,
+            metasync=True,
+        )
+        self._meta, self._layout_table, self._namespace_table, self._blocks = (
+            self._env.open_db(name) for name in (b"meta", b"layouts", b"namespaces", b"blocks")
+        )
+
+    def _begin(self) -> int:
+        """Check the format and commit one more start: generations of this run are new ones."""
+        with self._env.begin(db=self._meta, write=True) as txn:
+            version = txn.get(b"format")
+            if version is not None and version != START.pack(FORMAT_VERSION):
+                found = int.from_bytes(version, "little")
+                raise errors.StartRefused(
+                    f"{self.folder}: format {found}, this version reads {FORMAT_VERSION};"
+                    " serve it with the version that wrote it, or give another disk.path"
+                )
+            count = START.unpack(txn.get(b"starts", START.pack(0)))[0] + 1
+            txn.put(b"format", START.pack(FORMAT_VERSION))
+            txn.put(b"starts", START.pack(count))
+        return int(count)
+
+    def _layouts(self) -> dict[int, PageShape]:
+        with self._env.begin(db=self._layout_table) as txn:
+            found = {}
+            for digest, value in txn.cursor():
+                number, *numbers = LAYOUT.unpack(value)
+                found[number] = PageShape(digest, *numbers)
+        return found
+
+    def _namespaces(self) -> dict[bytes, tuple[int, bytes]]:
+        with self._env.begin(db=self._namespace_table) as txn:
+            return {
+                key: (struct.unpack_from("<I", value)[0], value[4:]) for key, value in txn.cursor()
+            }
+
+    @property
+    def bytes_max(self) -> int:
+        """What the catalogue's files may come to, at most (LMDB's map is bounded by it)."""
+        size = self._slack_bytes + self._room_bytes
+        return -(-size // PAGE_BYTES) * PAGE_BYTES
+
+    def make_room(self, room: int) -> None:
+        """Bytes for the records of all slabs (`room_bytes` of each): moves the bound of the map."""
+        self._room_bytes = room
+        self._env.set_mapsize(self.bytes_max)
+
+    def add_layout(self, shape: PageShape) -> int:
+        """The number of a layout, a new one if it has none yet. Commits."""
+        for number, known in self.layouts.items():
+            if known.layout_digest == shape.layout_digest:
+                return number
+        number = max(self.layouts, default=0) + 1
+        value = LAYOUT.pack(
+            number,
+            shape.page_size,
+            shape.payload_bytes,
+            shape.page_bytes,
+            shape.slab_bytes,
+            shape.pages_per_slab,
+        )
+        with self._env.begin(db=self._layout_table, write=True) as txn:
+            txn.put(shape.layout_digest, value)
+        self.layouts[number] = shape
+        return number
+
+    def records(self, number: int) -> Stored:
+        """All records of a layout. Raises Damaged when LMDB finds its file broken."""
+        shape = self.layouts[number]
+        kind = record_type(shape.page_size)
+        prefix = struct.pack(">I", number)
+        try:
+            with self._env.begin(db=self._blocks) as txn:
+                cursor = txn.cursor()
+                items = cursor.iternext() if cursor.set_range(prefix) else iter(())
+                rows = [(key, value) for key, value in items if key[:4] == prefix]
+        except lmdb.Error as error:
+            raise Damaged(str(error)) from error
+        if any(len(key) != KEY.itemsize or len(value) != kind.itemsize for key, value in rows):
+            raise Damaged("a record of another length")
+        keys = np.frombuffer(b"".join(key for key, _ in rows), KEY)
+        values = np.frombuffer(b"".join(value for _, value in rows), kind)
+        return Stored(keys["page"].astype(np.uint32), values)
+
+    def commit(self, change: Change) -> None:
+        """All of it, durable when this returns, or nothing: Full, or lmdb.Error for other faults."""
+        try:
+            with self._env.begin(write=True) as txn:
+                for number, arrays in change.deletes.items():
+                    for pages in arrays:
+                        _delete(txn, self._blocks, _keys(number, pages))
+                if change.namespaces:
+                    self._put_namespaces(txn, change.namespaces)
+                if change.inserts:
+                    txn.cursor(self._blocks).putmulti(change.inserts)
+        except (lmdb.MapFullError, lmdb.DiskError) as error:
+            raise Full(str(error)) from error
+        self._keep_whole()
+
+    def drop_namespaces(self, names: Iterable[bytes]) -> None:
+        """Forget namespaces that hold no block any more."""
+        with self._env.begin(write=True) as txn:
+            _delete(txn, self._namespace_table, names)
+        for name in names:
+            self.namespaces.pop(name, None)
+
+    def has_room_for(self, identity: bytes) -> bool:
+        """Whether one more namespace leaves half of the slack to LMDB itself."""
+        used = sum(len(value) + PAGE_BYTES // 8 for _, value in self.namespaces.values())
+        return used + len(identity) + PAGE_BYTES <= self._slack_bytes // 2
+
+    def file_bytes(self) -> int:
+        return (self.folder / DATA_FILE).stat().st_size
+
+    def close(self) -> None:
+        self._env.close()
+
+    def _put_namespaces(self, txn: lmdb.Transaction, found: dict[bytes, tuple[int, bytes]]) -> None:
+        for name, (page_size, identity) in found.items():
+            txn.put(name, struct.pack("<I", page_size) + identity, db=self._namespace_table)
+            self.namespaces[name] = (page_size, identity)
+
+    def _keep_whole(self) -> None:
+        """LMDB may end its file before a page that it allocated and gave up in one transaction; the
+        check at the next start would take that for a truncated file."""
+        path = self.folder / DATA_FILE
+        needed = (self._env.info()["last_pgno"] + 1) * PAGE_BYTES
+        if path.stat().st_size < needed:
+            os.truncate(path, needed)
+
+
+def _keys(number: int, pages: U32) -> list[bytes]:
+    keys = np.empty(pages.size, KEY)
+    keys["layout"], keys["page"] = number, pages
+    return _values(keys)
+
+
+def _values(rows: NDArray[np.void]) -> list[bytes]:
+    """Each row's bytes."""
+    found: list[bytes] = rows.view(f"V{rows.dtype.itemsize}").tolist()
+    return found
+
+
+def _delete(txn: lmdb.Transaction, table: object, keys: Iterable[bytes]) -> None:
+    deque((txn.delete(key, db=table) for key in keys), maxlen=0)
+
+
+def _check_file(path: Path) -> None:
+    """Raises Damaged when the data file is shorter than its newest meta page says: LMDB 0.9 would
+    map it all the same, and reading beyond its end is SIGBUS."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with path.open("rb") as file:
+        head = file.read(2 * PAGE_BYTES)
+    pages, newest = [], -1
+    for start in (META_OFFSET, PAGE_BYTES + META_OFFSET):
+        if len(head) < start + META.size:
+            raise Damaged(f"{path}: {len(head)} bytes are no catalogue")
+        values = META.unpack_from(head, start)
+        if values[:2] != (META_MAGIC, META_VERSION) or values[4] != PAGE_BYTES:
+            raise Damaged(f"{path}: meta page {len(pages)} is none of LMDB 0.9")
+        pages.append(values)
+        newest = max(newest, values[-1])
+    last_page = max(values[-2] for values in pages if values[-1] == newest)
+    if path.stat().st_size < (last_page + 1) * PAGE_BYTES:
+        raise Damaged(f"{path}: shorter than its {last_page + 1} pages")
+
+

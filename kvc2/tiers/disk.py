@@ -1,0 +1,317 @@
+"""The disk tier: one directory with a catalogue and slab files, within one budget of bytes.
+
+    DIR/lock  DIR/catalogue/data.mdb  DIR/slabs/<layout digest>/NNNNNNNN.slab  DIR/recency/<number>
+
+Order of a batch: data, one fdatasync a file, one catalogue transaction (deletes of what was evicted
+for later batches, inserts of this one), and only then it is acknowledged. A page whose delete isn't
+committed is never planned into: the caller (behind.py) runs batches one after the other and keeps
+`DiskPool.deletes` until `store` says they are committed. Not here: which blocks go to disk.
+
+`store`, `grow`, `shrink` and `save_recency` run on one thread, the writer; `DiskPool.read` on any.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import lmdb
+import numpy as np
+
+from kvc2 import _core, errors
+from kvc2.metrics import Metrics
+from kvc2.tiers.base import U8, U32, U64, PageShape
+from kvc2.tiers.catalogue import Catalogue, Change, Damaged, Full, Stored, insertions, room_bytes
+from kvc2.tiers.slab_file import Files, SlabFiles
+
+LOG = logging.getLogger(__name__)
+
+SLACK_SHARE = 64  # of the budget is for what the catalogue holds beside records
+SLACK_BYTES_MAX = 64 << 20
+LOCK_FILES_BYTES = 16 << 10  # our lock, LMDB's lock.mdb
+SMALL_COMMIT = 64  # deletes of one transaction after a large one did not fit
+READ_FAILED = 255  # beside _core.BLOCK_*: the bytes did not come at all
+FAULT_OF_STATUS = {
+    READ_FAILED: "disk_read",
+    _core.BLOCK_BAD_HEADER: "corrupt_block",
+    _core.BLOCK_BAD_PAYLOAD: "corrupt_block",
+    _core.BLOCK_OTHER: "foreign_block",
+    _core.BLOCK_STALE: "stale_page",
+}
+
+
+@dataclass
+class DiskPool:
+    """The pages of one layout on disk. `deletes` are pages that the index has freed and whose
+    records are still there."""
+
+    number: int
+    shape: PageShape
+    slabs: SlabFiles
+    deletes: list[U32] = field(default_factory=list)
+
+    def load(self, arena: U8, pages: U32, offsets: U64, records: _core.Records) -> U8:
+        """Read pages into the arena and verify them whole. [n] of BLOCK_* or READ_FAILED."""
+        came = self.slabs.read(pages, offsets)
+        shape = self.shape
+        status = _core.verify_blocks(
+            arena, offsets, records, shape.layout_digest, shape.payload_bytes
+        )
+        status[came == 0] = READ_FAILED
+        return status
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Blocks on their way from arena pages to disk pages."""
+
+    pool: DiskPool
+    pages: U32
+    offsets: U64
+    records: _core.Records
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """written: all blocks of the batch are durable (or none). committed: the deletes are."""
+
+    written: bool
+    committed: bool
+
+
+class DiskTier:
+    """Raises StartRefused when another daemon has the directory or its format is unknown."""
+
+    def __init__(
+        self,
+        path: Path,
+        size_bytes: int,
+        arena: U8,
+        metrics: Metrics,
+        *,
+        files: Files | None = None,
+    ) -> None:
+        self.path = path
+        self.size_bytes = size_bytes
+        self._arena = arena
+        self._metrics = metrics
+        self._files = files or Files()
+        self.pools: dict[bytes, DiskPool] = {}
+        self._stored: dict[int, Stored] = {}
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock_fd = _lock(path)
+        try:
+            for name in ("slabs", "recency"):
+                (path / name).mkdir(mode=0o700, exist_ok=True)
+            self.catalogue = self._open_catalogue()
+            self._open_pools()
+        except BaseException:
+            os.close(self._lock_fd)
+            raise
+
+    def pool(self, shape: PageShape) -> DiskPool:
+        """The pool of a layout, made when it has none yet: on the writer's thread, or at start. A
+        layout keeps the slab shape that it was first stored with. May raise lmdb.Error."""
+        if shape.layout_digest not in self.pools:
+            number = self.catalogue.add_layout(shape)
+            known = self.catalogue.layouts[number]
+            folder = self.path / "slabs" / known.layout_digest.hex()
+            slabs = SlabFiles(folder, known, self._arena, self._files)
+            self.pools[shape.layout_digest] = DiskPool(number, known, slabs)
+        return self.pools[shape.layout_digest]
+
+    # ---- the budget ----
+
+    def has_budget(self, shape: PageShape) -> bool:
+        """Whether one more slab of this shape keeps slabs and catalogue within size_bytes."""
+        return self._bytes_bound([shape]) <= self.size_bytes
+
+    def grow(self, pool: DiskPool) -> int | None:
+        """One more slab file; its number, or None when there is no budget or no room."""
+        if not self.has_budget(pool.shape):
+            return None
+        number = pool.slabs.next_number()
+        try:
+            self._reserve_records([pool.shape])
+            pool.slabs.add(number)
+        except (OSError, lmdb.Error) as error:
+            self._metrics.fault("disk_full")
+            LOG.warning("disk: no room for a slab: %s", error)
+            return None
+        return number
+
+    def shrink(self, pool: DiskPool, number: int) -> None:
+        """Delete a slab's file; its pages are free and their deletes committed."""
+        pool.slabs.remove(number)
+
+    def _bytes_bound(self, more: list[PageShape]) -> int:
+        slabs = sum(pool.shape.slab_bytes * len(pool.slabs.numbers()) for pool in self._all())
+        slabs += sum(shape.slab_bytes for shape in more)
+        aside = self.path / "catalogue.damaged"
+        kept = sum(each.stat().st_size for each in aside.glob("*")) if aside.exists() else 0
+        catalogue = max(self._slack_bytes + self._room_bytes(more), self.catalogue.file_bytes())
+        return slabs + catalogue + kept + LOCK_FILES_BYTES
+
+    def _reserve_records(self, more: list[PageShape]) -> None:
+        self.catalogue.make_room(self._room_bytes(more))
+
+    def _room_bytes(self, more: list[PageShape]) -> int:
+        held = [pool.shape for pool in self._all() for _ in pool.slabs.numbers()]
+        return sum(room_bytes(shape) for shape in held + more)
+
+    def _all(self) -> list[DiskPool]:
+        return list(self.pools.values())
+
+    @property
+    def _slack_bytes(self) -> int:
+        return max(1 << 20, min(SLACK_BYTES_MAX, self.size_bytes // SLACK_SHARE))
+
+    # ---- batches ----
+
+    def store(self, batch: Batch | None, change: Change) -> Outcome:
+        """Write a batch and commit it with `change`, durable when this returns. Never raises for a
+        fault of the disk: it is counted, and the outcome says what did not happen."""
+        written = batch is not None and self._write(batch, change)
+        try:
+            if change.deletes or change.inserts or change.namespaces:
+                self.catalogue.commit(change)
+            return Outcome(written, True)
+        except Full as error:
+            self._metrics.fault("disk_full")
+            LOG.warning("disk: the catalogue is full: %s", error)
+            return Outcome(False, self._commit_small(change))
+        except lmdb.Error as error:
+            self._metrics.fault("catalogue_error")
+            LOG.warning("disk: catalogue: %s", error)
+            return Outcome(False, False)
+
+    def _write(self, batch: Batch, change: Change) -> bool:
+        shape = batch.pool.shape
+        checksums = _core.encode_headers(
+            self._arena, batch.offsets, batch.records, shape.layout_digest, shape.payload_bytes
+        )
+        try:
+            batch.pool.slabs.write(batch.pages, batch.offsets)
+            batch.pool.slabs.sync(batch.pages)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            self._metrics.fault("disk_full" if full else "disk_write")
+            LOG.warning("disk: writing %d pages: %s", batch.pages.size, error)
+            return False
+        change.inserts = insertions(batch.pool.number, batch.pages, batch.records, checksums)
+        return True
+
+    def _commit_small(self, change: Change) -> bool:
+        """The deletes alone, few at a time: after a full disk LMDB needs a small commit before a
+        large one passes, and deletes are what makes room."""
+        try:
+            for number, arrays in change.deletes.items():
+                pages = np.concatenate(arrays)
+                for start in range(0, pages.size, SMALL_COMMIT):
+                    part = {number: [pages[start : start + SMALL_COMMIT]]}
+                    self.catalogue.commit(Change(deletes=part))
+        except (Full, lmdb.Error) as error:
+            LOG.warning("disk: deletes are not committed: %s", error)
+            return False
+        return True
+
+    # ---- restart ----
+
+    def stored(self, pool: DiskPool) -> Stored:
+        """The records of a pool whose slabs are there; of lost slabs they are deleted here. To be
+        asked once, at start."""
+        stored = self._stored.pop(pool.number)
+        held = np.array(pool.slabs.numbers(), np.uint32)
+        sound = np.isin(stored.pages // pool.shape.pages_per_slab, held)
+        if not sound.all():
+            lost = stored.pages[~sound]
+            self._metrics.fault("lost_slab", np.unique(lost // pool.shape.pages_per_slab).size)
+            LOG.warning("disk: %d blocks lay in slabs that are gone", lost.size)
+            self.store(None, Change(deletes={pool.number: [lost]}))
+        return Stored(stored.pages[sound], stored.records[sound])
+
+    def _open_catalogue(self) -> Catalogue:
+        folder = self.path / "catalogue"
+        try:
+            catalogue = Catalogue(folder, self._slack_bytes)
+        except Damaged as error:
+            return self._put_aside(folder, str(error))
+        try:
+            self._stored = {number: catalogue.records(number) for number in catalogue.layouts}
+        except Damaged as error:
+            catalogue.close()
+            return self._put_aside(folder, str(error))
+        return catalogue
+
+    def _put_aside(self, folder: Path, why: str) -> Catalogue:
+        """Start empty beside a damaged catalogue; the last one is kept for whoever looks into it."""
+        self._metrics.fault("catalogue_reset")
+        LOG.error("disk: the catalogue is damaged (%s): put aside, the tier starts empty", why)
+        aside = self.path / "catalogue.damaged"
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        return Catalogue(folder, self._slack_bytes)
+
+    def _open_pools(self) -> None:
+        shapes = list(self.catalogue.layouts.values())
+        known = {shape.layout_digest.hex() for shape in shapes}
+        for folder in (self.path / "slabs").iterdir():
+            if folder.is_dir() and folder.name not in known:
+                shutil.rmtree(folder)  # nothing names what lies there
+        for shape in shapes:
+            pool = self.pool(shape)
+            for number, path in pool.slabs.stored().items():
+                self._open_slab(pool, number, path)
+        self._reserve_records([])
+
+    def _open_slab(self, pool: DiskPool, number: int, path: Path) -> None:
+        """A short file isn't opened, and so its records are dropped; nor is one over the budget."""
+        whole = path.stat().st_size == pool.shape.slab_bytes
+        if whole and self.has_budget(pool.shape):
+            try:
+                pool.slabs.add(number)
+                return
+            except OSError as error:
+                LOG.warning("disk: %s: %s", path, error)
+        path.unlink(missing_ok=True)
+
+    def read_recency(self, pool: DiskPool) -> U32:
+        """[pages] stamps by page as last written aside; empty when there are none."""
+        path = self.path / "recency" / str(pool.number)
+        try:
+            data = path.read_bytes()
+        except OSError:
+            return np.empty(0, np.uint32)
+        return np.frombuffer(data[: len(data) // 4 * 4], "<u4").astype(np.uint32)
+
+    def save_recency(self, stamps: dict[bytes, U32]) -> None:
+        """Write the stamps of each layout aside. Losing them costs order, never bytes: no sync."""
+        for digest, array in stamps.items():
+            path = self.path / "recency" / str(self.pools[digest].number)
+            try:
+                aside = path.with_suffix(".new")
+                aside.write_bytes(array.astype("<u4").tobytes())
+                aside.rename(path)
+            except OSError as error:
+                LOG.warning("disk: recency not written: %s", error)
+
+    def close(self) -> None:
+        for pool in self.pools.values():
+            pool.slabs.close()
+        self.catalogue.close()
+        os.close(self._lock_fd)
+
+
+def _lock(path: Path) -> int:
+    fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise errors.StartRefused(f"{path}: another daemon serves this directory") from error
+    return fd
