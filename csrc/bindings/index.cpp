@@ -1,3 +1,388 @@
-#include <pybind11/pybind11.h>
+// kvc2._core, part "index": whole arrays in, whole arrays out, the GIL released in between. The
+// contract is kvc2/_core.pyi. Arguments of a wrong dtype are a TypeError and of a wrong shape a
+// ValueError, by name; nothing is converted silently.
+#include "index/index.h"
 
-void bind_index(pybind11::module_&) {}
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+namespace py = pybind11;
+using namespace py::literals;
+using namespace kvc2;
+
+namespace {
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style>;
+
+// An argument as a C-contiguous array of T with `dims` dimensions, of which the last has `width`
+// items (0: any).
+template <typename T>
+std::span<const T> view(const py::object& given, const char* name, int dims, size_t width = 0) {
+  if (!py::isinstance<py::array>(given)) {
+    throw py::type_error(std::string(name) + ": not a numpy array");
+  }
+  const auto array = py::reinterpret_borrow<py::array>(given);
+  if (!array.dtype().is(py::dtype::of<T>()) && !array.dtype().equal(py::dtype::of<T>())) {
+    throw py::type_error(std::string(name) + ": dtype " +
+                         py::str(array.dtype()).cast<std::string>() + ", not " +
+                         py::str(py::dtype::of<T>()).cast<std::string>());
+  }
+  if (array.ndim() != dims || (width != 0 && static_cast<size_t>(array.shape(dims - 1)) != width)) {
+    throw py::value_error(std::string(name) + ": shape " +
+                          py::str(array.attr("shape")).cast<std::string>() + ", not [n" +
+                          (width ? ", " + std::to_string(width) : "") + "]");
+  }
+  if (!(array.flags() & py::array::c_style)) {
+    throw py::value_error(std::string(name) + ": not C-contiguous");
+  }
+  return {static_cast<const T*>(array.data()), static_cast<size_t>(array.size())};
+}
+
+template <typename T>
+void same_length(std::span<const T> values, size_t rows, const char* name) {
+  if (values.size() != rows) {
+    throw py::value_error(std::string(name) + ": " + std::to_string(values.size()) + " rows, not " +
+                          std::to_string(rows));
+  }
+}
+
+std::span<const Digest> digests_of(const py::object& given, const char* name) {
+  const auto bytes = view<uint8_t>(given, name, 2, sizeof(Digest));
+  return {reinterpret_cast<const Digest*>(bytes.data()), bytes.size() / sizeof(Digest)};
+}
+
+template <typename T>
+Array<T> array_of(std::span<const T> values) {
+  return Array<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+template <typename T>
+Array<T> array_of(const std::vector<T>& values) {
+  return array_of(std::span<const T>(values));
+}
+
+// Small fixed-size items (names, extents, answers) as rows of their elements.
+template <typename T, typename Item>
+Array<T> rows_of(const std::vector<Item>& items) {
+  constexpr auto width = static_cast<py::ssize_t>(sizeof(Item) / sizeof(T));
+  return Array<T>({static_cast<py::ssize_t>(items.size()), width},
+                  reinterpret_cast<const T*>(items.data()));
+}
+
+template <typename Answer>
+Array<uint8_t> answers_of(const std::vector<Answer>& answers) {
+  static_assert(sizeof(Answer) == 1);
+  return Array<uint8_t>(static_cast<py::ssize_t>(answers.size()),
+                        reinterpret_cast<const uint8_t*>(answers.data()));
+}
+
+py::tuple tuple_of(const std::vector<uint32_t>& values) { return py::tuple(py::cast(values)); }
+
+Digest namespace_of(const py::bytes& given) {
+  const std::string_view bytes = given;
+  if (bytes.size() != sizeof(Digest)) {
+    throw py::value_error("namespace: " + std::to_string(bytes.size()) + " bytes, not 32");
+  }
+  Digest name;
+  std::memcpy(name.data(), bytes.data(), name.size());
+  return name;
+}
+
+// The records of a transfer, as arrays; also made by callers who know them from elsewhere.
+struct RecordArrays {
+  Array<uint8_t> namespaces, digests, parents, keys;
+  Array<uint32_t> tokens;
+  Array<uint64_t> generations;
+};
+
+RecordArrays arrays_of(const Records& records) {
+  const auto count = static_cast<py::ssize_t>(records.digests.size());
+  const auto tokens = static_cast<py::ssize_t>(records.tokens.size());
+  const py::ssize_t page_size = count ? tokens / count : 0;
+  return {rows_of<uint8_t>(records.namespaces),
+          rows_of<uint8_t>(records.digests),
+          rows_of<uint8_t>(records.parents),
+          rows_of<uint8_t>(records.keys),
+          Array<uint32_t>({count, page_size}, records.tokens.data()),
+          array_of(records.generations)};
+}
+
+py::object object_of(const std::optional<Transfer>& transfer) {
+  return transfer ? py::cast(*transfer) : py::none();
+}
+
+void bind_results(py::module_& module) {
+  py::class_<PagePool::Counts>(module, "PoolCounts")
+      .def_readonly("slabs", &PagePool::Counts::slabs)
+      .def_readonly("pages", &PagePool::Counts::pages)
+      .def_readonly("free", &PagePool::Counts::free)
+      .def_readonly("private", &PagePool::Counts::private_)
+      .def_readonly("resident", &PagePool::Counts::resident)
+      .def_readonly("in_flight", &PagePool::Counts::in_flight)
+      .def_readonly("pinned", &PagePool::Counts::pinned);
+  py::class_<IndexCounts>(module, "IndexCounts")
+      .def_readonly("namespaces", &IndexCounts::namespaces)
+      .def_readonly("nodes", &IndexCounts::nodes)
+      .def_readonly("blocks", &IndexCounts::blocks)
+      .def_readonly("holes", &IndexCounts::holes)
+      .def_readonly("leases", &IndexCounts::leases)
+      .def_readonly("transfers", &IndexCounts::transfers)
+      .def_readonly("metadata_bytes", &IndexCounts::metadata_bytes)
+      .def_readonly("collisions", &IndexCounts::collisions);
+  py::class_<Match>(module, "Match")
+      .def_readonly("blocks", &Match::blocks)
+      .def_property_readonly("tiers", [](const Match& m) { return tuple_of(m.tiers); });
+  py::class_<Wait>(module, "Wait").def_readonly("transfer", &Wait::transfer);
+  py::class_<Evicted>(module, "Evicted")
+      .def_property_readonly("pages", [](const Evicted& e) { return array_of(e.pages); })
+      .def_property_readonly("digests",
+                             [](const Evicted& e) { return rows_of<uint8_t>(e.digests); })
+      .def_readonly("last_copies", &Evicted::last_copies);
+  py::class_<LeaseView>(module, "Lease")
+      .def_readonly("id", &LeaseView::id)
+      .def_readonly("matched", &LeaseView::matched)
+      .def_property_readonly("pages", [](const LeaseView& l) { return array_of(l.pages); })
+      .def_property_readonly("tiers", [](const LeaseView& l) { return tuple_of(l.tiers); })
+      .def_readonly("transfer", &LeaseView::transfer)
+      .def_readonly("computing", &LeaseView::computing);
+}
+
+void bind_transfer(py::module_& module) {
+  py::class_<RecordArrays>(module, "Records")
+      .def(py::init([](const py::object& namespaces, const py::object& digests,
+                       const py::object& parents, const py::object& keys, const py::object& tokens,
+                       const py::object& generations) {
+             const size_t rows = view<uint64_t>(generations, "generations", 1).size();
+             same_length(digests_of(namespaces, "namespaces"), rows, "namespaces");
+             same_length(digests_of(digests, "digests"), rows, "digests");
+             same_length(digests_of(parents, "parents"), rows, "parents");
+             view<uint8_t>(keys, "keys", 2, sizeof(BlockKey));
+             view<uint32_t>(tokens, "tokens", 2);
+             return RecordArrays{namespaces, digests, parents, keys, tokens, generations};
+           }),
+           py::kw_only(), "namespaces"_a, "digests"_a, "parents"_a, "keys"_a, "tokens"_a,
+           "generations"_a)
+      .def_readonly("namespaces", &RecordArrays::namespaces)
+      .def_readonly("digests", &RecordArrays::digests)
+      .def_readonly("parents", &RecordArrays::parents)
+      .def_readonly("keys", &RecordArrays::keys)
+      .def_readonly("tokens", &RecordArrays::tokens)
+      .def_readonly("generations", &RecordArrays::generations);
+  py::class_<Transfer>(module, "Transfer")
+      .def_readonly("id", &Transfer::id)
+      .def_readonly("source", &Transfer::source)
+      .def_readonly("target", &Transfer::target)
+      .def_property_readonly("source_pages",
+                             [](const Transfer& t) { return array_of(t.source_pages); })
+      .def_property_readonly("target_pages",
+                             [](const Transfer& t) { return array_of(t.target_pages); })
+      .def_property_readonly("extents",
+                             [](const Transfer& t) { return rows_of<uint32_t>(t.extents); })
+      .def_property_readonly("records", [](const Transfer& t) -> py::object {
+        return t.records ? py::cast(arrays_of(*t.records)) : py::none();
+      });
+}
+
+// Runs `work` without the GIL.
+template <typename Work>
+auto unlocked(Work&& work) {
+  const py::gil_scoped_release release;
+  return work();
+}
+
+void bind_pools(py::class_<Index>& index) {
+  index
+      .def(
+          "add_pool",
+          [](Index& self, uint32_t page_size, uint32_t pages_per_slab, std::optional<PoolId> below,
+             bool durable) {
+            return unlocked(
+                [&] { return self.add_pool({page_size, pages_per_slab, below, durable}); });
+          },
+          py::kw_only(), "page_size"_a, "pages_per_slab"_a, "below"_a, "durable"_a)
+      .def("add_slab", &Index::add_slab, "pool"_a, py::call_guard<py::gil_scoped_release>())
+      .def("empty_slab", &Index::empty_slab, "pool"_a, "slab"_a,
+           py::call_guard<py::gil_scoped_release>())
+      .def("take_slab", &Index::take_slab, "pool"_a, "slab"_a,
+           py::call_guard<py::gil_scoped_release>())
+      .def(
+          "slab_free",
+          [](const Index& self, PoolId pool) {
+            return array_of(unlocked([&] { return self.slab_free(pool); }));
+          },
+          "pool"_a)
+      .def("pool_counts", &Index::pool_counts, "pool"_a, py::call_guard<py::gil_scoped_release>())
+      .def("close_pool", &Index::close_pool, "pool"_a, py::call_guard<py::gil_scoped_release>())
+      .def("remove_pool", &Index::remove_pool, "pool"_a, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "open_namespace",
+          [](Index& self, const py::bytes& name, uint32_t page_size) {
+            const Digest digest = namespace_of(name);
+            return unlocked([&] { return self.open_namespace(digest, page_size); });
+          },
+          "namespace"_a, "page_size"_a)
+      .def(
+          "grant",
+          [](Index& self, PoolId pool, uint32_t pages) {
+            return array_of(unlocked([&] { return self.grant(pool, pages); }));
+          },
+          "pool"_a, "pages"_a)
+      .def(
+          "keep",
+          [](Index& self, PoolId pool, const py::object& pages) {
+            const auto ids = view<uint32_t>(pages, "pages", 1);
+            return unlocked([&] { return self.keep(pool, ids); });
+          },
+          "pool"_a, "pages"_a)
+      .def(
+          "give_back",
+          [](Index& self, PoolId pool, const py::object& pages) {
+            const auto ids = view<uint32_t>(pages, "pages", 1);
+            return unlocked([&] { return self.give_back(pool, ids); });
+          },
+          "pool"_a, "pages"_a);
+}
+
+void bind_requests(py::class_<Index>& index) {
+  index
+      .def(
+          "match",
+          [](const Index& self, uint32_t space, PoolId pool, const py::object& tokens) {
+            const auto given = view<uint32_t>(tokens, "tokens", 1);
+            return unlocked([&] { return self.match(space, pool, given); });
+          },
+          "namespace"_a, "pool"_a, "tokens"_a)
+      .def(
+          "acquire",
+          [](Index& self, uint32_t space, PoolId pool, const py::object& tokens,
+             uint32_t max_blocks) {
+            const auto given = view<uint32_t>(tokens, "tokens", 1);
+            return unlocked([&] { return self.acquire(space, pool, given, max_blocks); });
+          },
+          "namespace"_a, "pool"_a, "tokens"_a, "max_blocks"_a)
+      .def(
+          "next_load",
+          [](Index& self, LeaseId lease, uint32_t max_pages) -> py::object {
+            const Load load = unlocked([&] { return self.next_load(lease, max_pages); });
+            if (const auto* transfer = std::get_if<Transfer>(&load)) return py::cast(*transfer);
+            if (const auto* wait = std::get_if<Wait>(&load)) return py::cast(*wait);
+            return py::none();
+          },
+          "lease"_a, "max_pages"_a)
+      .def(
+          "promote",
+          [](Index& self, LeaseId lease) {
+            return object_of(unlocked([&] { return self.promote(lease); }));
+          },
+          "lease"_a)
+      .def("lease", &Index::lease, "lease"_a, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "commit",
+          [](Index& self, LeaseId lease, uint32_t first_block, const py::object& tokens,
+             const py::object& pages) {
+            const auto given = view<uint32_t>(tokens, "tokens", 1);
+            const auto ids = view<uint32_t>(pages, "pages", 1);
+            return answers_of(
+                unlocked([&] { return self.commit(lease, first_block, given, ids); }));
+          },
+          "lease"_a, "first_block"_a, "tokens"_a, "pages"_a)
+      .def("release", &Index::release, "lease"_a, py::call_guard<py::gil_scoped_release>());
+}
+
+Array<uint8_t> restore(Index& self, PoolId pool, const py::object& digests,
+                       const py::object& parents, const py::object& tokens, const py::object& pages,
+                       const py::object& generations, const py::object& stamps) {
+  const RestoreBatch batch{digests_of(digests, "digests"),
+                           digests_of(parents, "parents"),
+                           view<uint32_t>(tokens, "tokens", 2, self.page_size(pool)),
+                           view<uint32_t>(pages, "pages", 1),
+                           view<uint64_t>(generations, "generations", 1),
+                           view<uint32_t>(stamps, "stamps", 1)};
+  const size_t rows = batch.digests.size();
+  same_length(batch.parents, rows, "parents");
+  if (batch.tokens.size() != rows * self.page_size(pool)) {
+    throw py::value_error("tokens: not a row for each of digests");
+  }
+  same_length(batch.pages, rows, "pages");
+  same_length(batch.generations, rows, "generations");
+  same_length(batch.stamps, rows, "stamps");
+  return answers_of(unlocked([&] { return self.restore(pool, batch); }));
+}
+
+void bind_behind(py::class_<Index>& index) {
+  index
+      .def(
+          "plan_demote",
+          [](Index& self, PoolId pool, uint32_t max_pages) {
+            return object_of(unlocked([&] { return self.plan_demote(pool, max_pages); }));
+          },
+          "pool"_a, "max_pages"_a)
+      .def("undemoted", &Index::undemoted, "pool"_a, py::call_guard<py::gil_scoped_release>())
+      .def("complete", &Index::complete, "transfer"_a, "done"_a,
+           py::call_guard<py::gil_scoped_release>())
+      .def("evict", &Index::evict, "pool"_a, "pages"_a, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "lost",
+          [](Index& self, PoolId pool, const py::object& pages) {
+            const auto ids = view<uint32_t>(pages, "pages", 1);
+            return unlocked([&] { return self.lost(pool, ids); });
+          },
+          "pool"_a, "pages"_a)
+      .def("restore", &restore, "pool"_a, "digests"_a, "parents"_a, "tokens"_a, "pages"_a,
+           "generations"_a, "stamps"_a)
+      .def(
+          "stamps",
+          [](const Index& self, PoolId pool) {
+            return array_of(unlocked([&] { return self.stamps(pool); }));
+          },
+          "pool"_a)
+      .def("counts", &Index::counts, py::call_guard<py::gil_scoped_release>())
+      .def("check", &Index::check, py::call_guard<py::gil_scoped_release>());
+}
+
+template <typename Answer>
+int number(Answer answer) {
+  return static_cast<int>(answer);
+}
+
+}  // namespace
+
+void bind_index(py::module_& module) {
+  py::register_exception_translator([](std::exception_ptr raised) {
+    try {
+      if (raised) std::rethrow_exception(raised);
+    } catch (const UnknownId& unknown) {
+      PyErr_SetString(PyExc_KeyError, unknown.what());
+    }
+  });
+  module.attr("ADOPTED") = number(CommitResult::kAdopted);
+  module.attr("DUPLICATE") = number(CommitResult::kDuplicate);
+  module.attr("REFUSED") = number(CommitResult::kRefused);
+  module.attr("RESTORED") = number(RestoreResult::kRestored);
+  module.attr("ORPHAN") = number(RestoreResult::kOrphan);
+  module.attr("FORGED") = number(RestoreResult::kForged);
+  module.attr("CONFLICT") = number(RestoreResult::kConflict);
+  bind_results(module);
+  bind_transfer(module);
+  py::class_<Index> index(module, "Index");
+  index.def(py::init<uint64_t, uint32_t>(), py::kw_only(), "first_generation"_a = 1,
+            "first_stamp"_a = 1);
+  bind_pools(index);
+  bind_requests(index);
+  bind_behind(index);
+  module.def(
+      "chain_keys",
+      [](const py::bytes& space, const py::object& tokens, uint32_t page_size) {
+        const Digest name = namespace_of(space);
+        const auto given = view<uint32_t>(tokens, "tokens", 1);
+        if (page_size == 0 || page_size > kMaxPageSize)
+          throw py::value_error("page_size: 1 to 512");
+        return rows_of<uint8_t>(
+            unlocked([&] { return chain_keys(root_key(name), given, page_size); }));
+      },
+      "namespace"_a, "tokens"_a, "page_size"_a);
+}

@@ -1,0 +1,41 @@
+// The two names of a block. Its key, 128 bits, is the finger in memory; its digest, 256 bits, names
+// it on disk and remote. Both chain over everything before it, so that equal names mean equal
+// prefixes. Keys are not trusted alone: the tree compares tokens too.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <span>
+#include <vector>
+
+namespace kvc2 {
+
+using BlockKey = std::array<uint8_t, 16>;
+using Digest = std::array<uint8_t, 32>;
+using Tokens = std::span<const uint32_t>;
+
+constexpr uint32_t kMaxPageSize = 512;  // tokens of a block; the header's field has this bound
+
+struct NameHash {  // a name is already well mixed: its first eight bytes are the hash
+  template <size_t N>
+  size_t operator()(const std::array<uint8_t, N>& name) const {
+    uint64_t word;
+    std::memcpy(&word, name.data(), sizeof word);
+    return word;
+  }
+};
+
+// key[-1] = xxh3_128(namespace).
+BlockKey root_key(const Digest& space);
+
+// key[i] = xxh3_128(key[i-1] || tokens[i]); at most kMaxPageSize tokens.
+BlockKey next_key(const BlockKey& parent, Tokens block);
+
+// The keys of all full blocks of `tokens` after the block named `parent`.
+std::vector<BlockKey> chain_keys(const BlockKey& parent, Tokens tokens, uint32_t page_size);
+
+// digest[i] = SHA-256(digest[i-1] || tokens[i]); digest[-1] = namespace.
+Digest next_digest(const Digest& parent, Tokens block);
+
+}  // namespace kvc2

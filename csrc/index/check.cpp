@@ -1,0 +1,178 @@
+// The proofs of I1-I7: everything that is maintained step by step is counted again from scratch.
+// O(everything): for tests, and for `kvc2` when it is asked to.
+#include "base/check.h"
+
+#include <algorithm>
+
+#include "index/index.h"
+
+namespace kvc2 {
+
+void RadixTree::check_residency(NodeId id, const Residency& in) const {
+  const Node& node = nodes_[id];
+  KVC2_CHECK(in.any(), "node %u keeps an empty residency of pool %u", id, in.pool);
+  KVC2_CHECK(pools_[in.pool] != nullptr, "node %u has pages of pool %u, removed", id, in.pool);
+  KVC2_CHECK(in.pages.size() <= node.blocks(), "node %u pool %u", id, in.pool);
+  KVC2_CHECK(in.pages.empty() || in.pages.back() != kNoPage, "node %u pool %u", id, in.pool);
+  uint32_t count = 0;
+  for (uint32_t i = 0; i < in.pages.size(); ++i) {
+    if (in.pages[i] == kNoPage) continue;
+    ++count;
+    const Page& page = (*pools_[in.pool])[in.pages[i]];
+    KVC2_CHECK(pools_[in.pool]->state(in.pages[i]) >= PageState::kInFlight && page.node == id &&
+                   page.block == node.first + i,
+               "I6: pool %u page %u of node %u is owned by node %u", in.pool, in.pages[i], id,
+               page.node);
+  }
+  uint32_t children = 0;
+  for (NodeId child = node.first_child; child != kNoNode; child = nodes_[child].next) {
+    children += find_residency(nodes_[child], in.pool) != nullptr;
+  }
+  KVC2_CHECK(count == in.count && children == in.children,
+             "node %u pool %u: %u pages, %u children with some; counted %u and %u", id, in.pool,
+             in.count, in.children, count, children);
+  KVC2_CHECK(in.rank == rank_of(id, in), "I3: node %u pool %u has a stale rank", id, in.pool);
+  KVC2_CHECK(in.rank == kNotEvictable || orders_[in.pool].holds(id, in.rank),
+             "I3: node %u is not in the order of pool %u", id, in.pool);
+}
+
+void RadixTree::check_node(NodeId id) const {
+  const Node& node = nodes_[id];
+  const Space& space = spaces[node.space];
+  KVC2_CHECK(node.tokens.size() == size_t{node.blocks()} * space.page_size &&
+                 node.stamps.size() == node.blocks() && node.digests.size() <= node.blocks(),
+             "I1: node %u has %u keys", id, node.blocks());
+  for (NodeId child = node.first_child; child != kNoNode; child = nodes_[child].next) {
+    KVC2_CHECK(nodes_[child].live && nodes_[child].parent == id &&
+                   nodes_[child].space == node.space &&
+                   nodes_[child].first == node.first + node.blocks(),
+               "I1: node %u is no child of node %u", child, id);
+  }
+  for (const Residency& in : node.pools) {
+    check_residency(id, in);
+    KVC2_CHECK(pools_[in.pool]->shape.page_size == space.page_size, "node %u pool %u", id, in.pool);
+  }
+  if (node.parent == kNoNode) {
+    KVC2_CHECK(node.blocks() == 0 && space.root == id, "I1: node %u is no root", id);
+    return;
+  }
+  KVC2_CHECK(node.blocks() > 0, "I1: node %u is empty", id);
+  const auto head = heads_.find(node.keys[0]);
+  KVC2_CHECK(head != heads_.end() && head->second == id, "I1: node %u is not found", id);
+  const Node& above = nodes_[node.parent];
+  BlockKey key = above.keys.empty() ? root_key(space.name) : above.keys.back();
+  for (uint32_t i = 0; i < node.blocks(); ++i) {
+    key = next_key(key, tokens_at(node, i));
+    KVC2_CHECK(key == node.keys[i], "I1: the key of block %u of node %u", i, id);
+  }
+  Digest digest = above.digests.empty() ? space.name : above.digests.back();
+  for (uint32_t i = 0; i < node.digests.size(); ++i) {
+    digest = next_digest(digest, tokens_at(node, i));
+    KVC2_CHECK(digest == node.digests[i], "the digest of block %u of node %u", i, id);
+  }
+  KVC2_CHECK(node.first_child != kNoNode || anywhere({id, node.blocks() - 1}),
+             "I2: node %u ends in a hole", id);
+}
+
+void RadixTree::check() const {
+  uint32_t live = 0, all = 0, empty = 0;
+  size_t ranked = 0, ordered = 0;
+  std::vector<uint32_t> present(pools_.size(), 0);
+  for (NodeId id = 0; id < nodes_.size(); ++id) {
+    const Node& node = nodes_[id];
+    if (!node.live) continue;
+    check_node(id);
+    ++live;
+    all += node.blocks();
+    for (uint32_t i = 0; i < node.blocks(); ++i) empty += !anywhere({id, i});
+    for (const Residency& in : node.pools) {
+      ranked += in.rank != kNotEvictable;
+      present[in.pool] += in.count;
+    }
+  }
+  for (const EvictionOrder& order : orders_) ordered += order.size();
+  KVC2_CHECK(live == live_nodes && all == blocks && empty == holes,
+             "%u nodes, %u blocks, %u holes; counted %u, %u, %u", live_nodes, blocks, holes, live,
+             all, empty);
+  KVC2_CHECK(live == heads_.size() + spaces.size(), "I1: %zu heads of %u nodes", heads_.size(),
+             live);
+  KVC2_CHECK(ranked == ordered, "I3: %zu of %zu in the orders are there", ranked, ordered);
+  for (PoolId pool = 0; pool < pools_.size(); ++pool) {
+    if (!pools_[pool]) continue;
+    const PagePool::Counts& counts = pools_[pool]->counts();
+    KVC2_CHECK(counts.resident + counts.in_flight == present[pool],
+               "I6: pool %u has %u resident and %u in flight, the tree %u", pool, counts.resident,
+               counts.in_flight, present[pool]);
+  }
+}
+
+// I4: the pins are those of the leases and the transfers, and so are in-flight and held pages.
+void Index::check_pins() const {
+  struct Expected {
+    uint32_t pins = 0, held = 0, arriving = 0;
+  };
+  std::unordered_map<uint64_t, Expected> expected;
+  const auto at = [&](PoolId pool, PageId page) -> Expected& {
+    return expected[uint64_t{pool} << 32 | page];
+  };
+  for (const auto& [id, lease] : leases_) {
+    for (const auto* list : {&lease.held, &lease.stray}) {
+      for (const Held& held : *list) {
+        if (held.anchor != kNoPage) ++at(lease.pool, held.anchor).pins;
+        if (held.page != held.anchor) ++at(lease.pool, held.page).held;
+      }
+    }
+  }
+  for (const auto& [id, transfer] : transfers_) {
+    for (size_t i = 0; i < transfer.source_pages.size(); ++i) {
+      if (alive(transfer.source)) ++at(transfer.source, transfer.source_pages[i]).pins;
+      if (!alive(transfer.target)) continue;
+      ++at(transfer.target, transfer.target_pages[i]).pins;
+      ++at(transfer.target, transfer.target_pages[i]).arriving;
+      KVC2_CHECK(in_flight_.at(uint64_t{transfer.target} << 32 | transfer.target_pages[i]) == id,
+                 "pool %u page %u", transfer.target, transfer.target_pages[i]);
+    }
+  }
+  size_t arriving = 0;
+  for (PoolId id = 0; id < pools_.size(); ++id) {
+    for (PageId page = 0; alive(id) && page < pools_[id]->size(); ++page) {
+      const Expected want = at(id, page);
+      const Page& info = (*pools_[id])[page];
+      const bool in_flight = pools_[id]->state(page) == PageState::kInFlight;
+      KVC2_CHECK(
+          info.pins == want.pins && info.held == want.held && in_flight == want.arriving,
+          "I4: pool %u page %u: %u pins, held %u, in flight %d; leases and transfers say %u, "
+          "%u, %u",
+          id, page, info.pins, info.held, in_flight, want.pins, want.held, want.arriving);
+      arriving += in_flight;
+    }
+  }
+  KVC2_CHECK(arriving == in_flight_.size(), "%zu of %zu in flight", arriving, in_flight_.size());
+}
+
+void Index::check_computing() const {
+  std::unordered_map<BlockKey, uint32_t, NameHash> expected;
+  for (const auto& [id, lease] : leases_) {
+    for (size_t i = lease.computing_from; i < lease.unmatched.size(); ++i) {
+      ++expected[lease.unmatched[i]];
+    }
+  }
+  KVC2_CHECK(expected == computing_, "%zu blocks are computed by leases, %zu are registered",
+             expected.size(), computing_.size());
+}
+
+void Index::check() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (PoolId id = 0; id < pools_.size(); ++id) {
+    if (!alive(id)) continue;
+    pools_[id]->check(id);
+    size_t queued = 0;
+    for (PageId page = 0; page < pools_[id]->size(); ++page) queued += (*pools_[id])[page].queued;
+    KVC2_CHECK(queued == pools_[id]->undemoted.size(), "pool %u queues %zu pages", id, queued);
+  }
+  tree_.check();
+  check_pins();
+  check_computing();
+}
+
+}  // namespace kvc2

@@ -1,0 +1,265 @@
+// The index: what is cached, where, who may use it, and what should move. It decides; the daemon
+// executes. In one sentence: *a radix tree of blocks, each with at most one page in each pool,
+// where leases and transfers pin pages and everything unpinned may be evicted from its leaves.*
+//
+//     namespace ── [b0 b1 b2] ─┬─ [b3 b4]                      a node: a run of blocks
+//                              └─ [b3' b4' b5']
+//     gpu 4 (engine A)  5  6  7     8  9                       a page per block and pool:
+//     gpu 6 (engine B)  1  2        -                          pools may hold different prefixes
+//     cpu 1             3  4  5     6  -                       of a path
+//     disk 0            9  8  7     6  -
+//         below: gpu 4 -> cpu 1, gpu 6 -> cpu 1, cpu 1 -> disk 0    (a chain, fastest first)
+//
+// A page has one owner and these arrows only (page_pool.h has the functions):
+//     free -> private      grant, keep            private -> resident   commit: adopted; restore
+//     free -> in_flight    promote, next_load,    private -> free       give_back, session end,
+//                          plan_demote                                  release of a duplicate
+//     in_flight -> resident  complete             resident -> free      evict, lost, remove_pool
+//     in_flight -> free      complete (the part that failed)
+//
+// Laws; `check()` proves them:
+//   I1 Children of a node start with distinct keys; no node is empty; keys on a path form the
+//   chain. I2 A block has a page, or is a hole above one that has. Policy never makes a hole,
+//   faults may
+//      (lost, remove_pool, a failed transfer); match stops there; committing that block again joins
+//      what is below.
+//   I3 A copy that is not the last may be dropped at any time, the leaf of its pool first; a last
+//      copy only if it is a leaf of the union of all pools. Blocks of a transfer become resident in
+//      prefix order; of a failed one the part before the failure stays; demotion goes parent first.
+//   I4 A pin is on (block, pool): a lease pins its own pool's pages, a transfer its source and its
+//      destination. Nothing pinned is evicted.
+//   I5 Per pool: free + private + resident + in_flight == slabs x pages of a slab.
+//   I6 A page has exactly one owner, and a block at most one page in a pool.
+//   I7 A page is readable only after commit or completion; committed blocks never change.
+//
+// Presence (resident or in flight) counts for leaf-ness and for "is it there already"; only
+// residence counts for a match, as a source, and as a reason to drop another copy.
+//
+// Costs, n blocks of a request, e edges on its path: match and acquire compare n blocks' tokens and
+// hash e + 1 blocks; commit, promote and load are O(1) a block, and O(log nodes) a victim. A split
+// touches the pages before the branch. stamps, counts, restore and remove_pool walk what they name.
+// One mutex; no call waits for anything else. No I/O, no clock, no threads.
+#pragma once
+
+#include <deque>
+#include <mutex>
+#include <optional>
+#include <stdexcept>
+#include <unordered_map>
+#include <variant>
+#include <vector>
+
+#include "index/radix_tree.h"
+
+namespace kvc2 {
+
+using LeaseId = uint64_t;
+using TransferId = uint64_t;
+
+// A pool, namespace, lease or transfer that is not (or no longer) there.
+struct UnknownId : std::out_of_range {
+  using std::out_of_range::out_of_range;
+};
+
+enum class CommitResult : uint8_t { kAdopted, kDuplicate, kRefused };
+enum class RestoreResult : uint8_t { kRestored, kOrphan, kForged, kConflict };
+
+struct IndexCounts {
+  uint64_t namespaces, nodes, blocks, holes, leases, transfers, metadata_bytes, collisions;
+};
+
+struct Match {
+  uint32_t blocks = 0;
+  std::vector<uint32_t> tiers;  // by pool of the chain: blocks whose fastest page is there
+};
+
+struct Records {  // what a header and the catalogue write of a block; by block
+  std::vector<Digest> namespaces, digests, parents;
+  std::vector<BlockKey> keys;
+  std::vector<uint32_t> tokens;
+  std::vector<uint64_t> generations;
+};
+
+struct Extent {
+  uint32_t source, target, pages;
+};
+
+struct Transfer {
+  TransferId id;
+  PoolId source, target;
+  std::vector<PageId> source_pages, target_pages;
+  std::vector<Extent> extents;
+  std::optional<Records> records;  // where one end is durable
+};
+
+struct Wait {
+  TransferId transfer;
+};
+
+using Load = std::variant<std::monostate, Transfer, Wait>;
+
+struct Evicted {
+  std::vector<PageId> pages;
+  std::vector<Digest> digests;  // of a durable pool
+  uint32_t last_copies = 0;
+};
+
+struct LeaseView {
+  LeaseId id;
+  uint32_t matched;
+  std::vector<PageId> pages;
+  std::vector<uint32_t> tiers;
+  TransferId transfer;
+  uint32_t computing;
+};
+
+struct RestoreBatch {  // by block; tokens are page_size each
+  std::span<const Digest> digests, parents;
+  Tokens tokens;
+  std::span<const PageId> pages;
+  std::span<const uint64_t> generations;
+  std::span<const uint32_t> stamps;
+};
+
+// The contract of each function is in kvc2/_core.pyi. Throws UnknownId, or std::invalid_argument
+// for misuse that an argument shows.
+class Index {
+ public:
+  Index(uint64_t first_generation, uint32_t first_stamp)
+      : tree_(pools_), generation_(first_generation), stamp_(first_stamp) {}
+
+  PoolId add_pool(const PagePool::Shape& shape);
+  uint32_t add_slab(PoolId pool);
+  Evicted empty_slab(PoolId pool, uint32_t slab);
+  bool take_slab(PoolId pool, uint32_t slab);
+  std::vector<uint32_t> slab_free(PoolId pool) const;
+  PagePool::Counts pool_counts(PoolId pool) const;
+  uint32_t page_size(PoolId pool) const;
+  void close_pool(PoolId pool);
+  void remove_pool(PoolId pool);
+
+  uint32_t open_namespace(const Digest& name, uint32_t page_size);
+
+  Match match(uint32_t space, PoolId pool, Tokens tokens) const;
+  LeaseView acquire(uint32_t space, PoolId pool, Tokens tokens, uint32_t max_blocks);
+  Load next_load(LeaseId lease, uint32_t max_pages);
+  std::optional<Transfer> promote(LeaseId lease);
+  LeaseView lease(LeaseId lease) const;
+  std::vector<CommitResult> commit(LeaseId lease, uint32_t first_block, Tokens tokens,
+                                   std::span<const PageId> pages);
+  void release(LeaseId lease);
+
+  std::vector<PageId> grant(PoolId pool, uint32_t pages);
+  bool keep(PoolId pool, std::span<const PageId> pages);
+  bool give_back(PoolId pool, std::span<const PageId> pages);
+
+  std::optional<Transfer> plan_demote(PoolId pool, uint32_t max_pages);
+  uint64_t undemoted(PoolId pool) const;
+  void complete(TransferId transfer, uint32_t done);
+  Evicted evict(PoolId pool, uint32_t pages);
+  Evicted lost(PoolId pool, std::span<const PageId> pages);
+  std::vector<RestoreResult> restore(PoolId pool, const RestoreBatch& batch);
+  std::vector<uint32_t> stamps(PoolId pool) const;
+
+  IndexCounts counts() const;
+  void check() const;
+
+ private:
+  static constexpr uint8_t kComputed = 0xFF;
+
+  // One block of a lease. `page` is what the engine uses, `anchor` the block's page in the pool,
+  // pinned: the same, unless `page` is a duplicate's. The anchor's owner is how the lease finds its
+  // block again after splits.
+  struct Held {
+    PageId page, anchor;
+    uint8_t tier;  // found in this pool of the chain at acquire; kComputed when committed
+  };
+
+  struct Lease {
+    uint32_t space;
+    PoolId pool;
+    uint32_t stamp;
+    uint32_t matched = 0;
+    uint32_t computing = 0;
+    std::vector<Held> held{};           // of leading blocks
+    std::vector<Held> stray{};          // after a transfer failed: pinned till release, unusable
+    std::vector<uint8_t> found{};       // by matched block: the fastest tier at acquire
+    uint32_t tokens_from = 0;           // first block that `tokens` has
+    std::vector<uint32_t> tokens{};     // of matched blocks that were not in the pool at acquire
+    std::vector<TransferId> depends{};  // transfers that fill held pages
+    std::vector<BlockKey> unmatched{};  // keys of the full blocks after `matched`
+    uint32_t computing_from = 0;        // of them, from here on registered in computing_
+  };
+
+  struct OpenTransfer {
+    PoolId source, target;
+    std::vector<PageId> source_pages{}, target_pages{};
+    bool failed = false;  // an end was removed; the other stays pinned until complete
+  };
+
+  // pools.cpp
+  PagePool& pool(PoolId id) const;
+  bool alive(PoolId id) const { return id < pools_.size() && pools_[id] != nullptr; }
+  std::vector<PoolId> chain(PoolId head) const;
+  std::optional<PageId> allocate(PoolId pool, PageState to);  // evicts, but never in a durable pool
+  void drop(Place at, PoolId pool);
+  void evict_at(Place at, PoolId pool, Evicted& evicted);
+  void evict_below(Place at, PoolId pool, Evicted& evicted);
+
+  // leases.cpp
+  const Lease& open_lease(LeaseId id) const;
+  void check_space(uint32_t space, PoolId pool) const;
+  uint32_t tiers_of(const Run& run, std::span<const PoolId> chain,
+                    std::vector<uint8_t>& tiers) const;
+  uint32_t tick();
+  void hold_leading(Lease& lease, const std::vector<Run>& path);
+  bool hold(Lease& lease, Place at);
+  void register_computing(Lease& lease, Tokens tokens, const std::vector<Run>& path);
+  void unregister_computing(Lease& lease, uint32_t end);
+  void requeue(const Run& run, std::span<const PoolId> chain);
+  LeaseView view(LeaseId id, const Lease& lease) const;
+  Place cursor(const Lease& lease) const;
+  std::optional<Place> step(const Lease& lease, Place at, uint32_t block) const;
+  CommitResult commit_again(const Lease& lease, uint32_t block, Tokens tokens, PageId page) const;
+  CommitResult commit_next(Lease& lease, Place& at, Tokens tokens, PageId page);
+  void let_go(PoolId pool, std::span<const Held> held);
+  void close_lease(Lease& lease);
+
+  // transfers.cpp
+  bool add(OpenTransfer& plan, Place at);
+  Transfer start(OpenTransfer&& plan);
+  Records records_of(const OpenTransfer& plan);
+  std::vector<Place> missing_below(PoolId source, PoolId target, PageId page) const;
+  void arrive(PoolId target, PageId page);
+  void fail(PoolId target, std::span<const PageId> pages);
+  std::optional<TransferId> transfer_into(PoolId pool, PageId page) const;
+
+  // restore.cpp
+  struct Known {  // what a record can hang on: a resident page, or (kNoPage) a namespace's root
+    Digest digest;
+    PageId page;
+    NodeId root;
+  };
+  std::deque<Known> known_parents(PoolId pool);
+  RestoreResult restore_one(PoolId pool, const RestoreBatch& batch, size_t i, Place parent);
+
+  // check.cpp
+  void check_pins() const;
+  void check_computing() const;
+
+  mutable std::mutex mutex_;
+  Pools pools_;
+  RadixTree tree_;
+  std::unordered_map<BlockKey, uint32_t, NameHash> space_ids_;  // by root key
+  std::unordered_map<LeaseId, Lease> leases_;
+  std::unordered_map<TransferId, OpenTransfer> transfers_;
+  std::unordered_map<uint64_t, TransferId> in_flight_;          // by pool << 32 | target page
+  std::unordered_map<BlockKey, uint32_t, NameHash> computing_;  // leases that compute a block
+  uint64_t generation_;                                         // of the next page reused
+  uint32_t stamp_;                                              // of the last acquire
+  LeaseId last_lease_ = 0;
+  TransferId last_transfer_ = 0;
+  uint64_t collisions_ = 0;
+};
+
+}  // namespace kvc2

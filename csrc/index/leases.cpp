@@ -1,0 +1,278 @@
+// Index: what a request does. Match, acquire, commit, release.
+#include <algorithm>
+
+#include "base/check.h"
+#include "index/index.h"
+
+namespace kvc2 {
+
+using Lock = std::lock_guard<std::mutex>;
+
+uint32_t Index::open_namespace(const Digest& name, uint32_t page_size) {
+  const Lock lock(mutex_);
+  if (page_size == 0 || page_size > kMaxPageSize)
+    throw std::invalid_argument("page_size: 1 to 512");
+  const auto next = static_cast<uint32_t>(tree_.spaces.size());
+  const auto [at, fresh] = space_ids_.try_emplace(root_key(name), next);
+  if (fresh) return tree_.add_space(name, page_size);
+  if (tree_.spaces[at->second].name != name)
+    throw std::invalid_argument("namespace: key collision");
+  if (tree_.spaces[at->second].page_size != page_size) {
+    throw std::invalid_argument("page_size: the namespace was opened with " +
+                                std::to_string(tree_.spaces[at->second].page_size));
+  }
+  return at->second;
+}
+
+void Index::check_space(uint32_t space, PoolId id) const {
+  if (space >= tree_.spaces.size()) throw UnknownId("namespace " + std::to_string(space));
+  if (tree_.spaces[space].page_size != pool(id).shape.page_size) {
+    throw std::invalid_argument("pool: its page_size is not the namespace's");
+  }
+}
+
+const Index::Lease& Index::open_lease(LeaseId id) const {
+  const auto found = leases_.find(id);
+  if (found == leases_.end()) throw UnknownId("lease " + std::to_string(id));
+  return found->second;
+}
+
+// Appends the fastest pool that holds each leading block of the run; stops at one that none holds.
+uint32_t Index::tiers_of(const Run& run, std::span<const PoolId> chain,
+                         std::vector<uint8_t>& tiers) const {
+  for (uint32_t i = 0; i < run.blocks; ++i) {
+    uint8_t tier = 0;
+    while (tier < chain.size() && !tree_.resident({run.node, run.offset + i}, chain[tier])) ++tier;
+    if (tier == chain.size()) return i;
+    tiers.push_back(tier);
+  }
+  return run.blocks;
+}
+
+Match Index::match(uint32_t space, PoolId head, Tokens tokens) const {
+  const Lock lock(mutex_);
+  check_space(space, head);
+  const std::vector<PoolId> pools = chain(head);
+  std::vector<uint8_t> tiers;
+  for (const Run& run : tree_.find(space, tokens)) {
+    if (tiers_of(run, pools, tiers) < run.blocks) break;
+  }
+  Match match{static_cast<uint32_t>(tiers.size()), std::vector<uint32_t>(pools.size(), 0)};
+  for (const uint8_t tier : tiers) ++match.tiers[tier];
+  return match;
+}
+
+uint32_t Index::tick() {
+  if (++stamp_ == 0xFFFFFFFF) {
+    tree_.halve_stamps();
+    for (auto& [id, lease] : leases_) lease.stamp /= 2;
+    stamp_ = 0x80000000;
+  }
+  return stamp_;
+}
+
+LeaseView Index::acquire(uint32_t space, PoolId head, Tokens tokens, uint32_t max_blocks) {
+  const Lock lock(mutex_);
+  check_space(space, head);
+  if (pool(head).closed)
+    throw std::invalid_argument("pool: " + std::to_string(head) + " is closed");
+  const size_t size = tree_.spaces[space].page_size;
+  const size_t limit = std::min<size_t>(tokens.size() / size, max_blocks);
+  const std::vector<PoolId> pools = chain(head);
+  Lease lease{.space = space, .pool = head, .stamp = tick()};
+  std::vector<Run> path;
+  for (Run run : tree_.find(space, tokens.first(limit * size))) {
+    const uint32_t blocks = run.blocks;
+    run.blocks = tiers_of(run, pools, lease.found);
+    if (run.blocks > 0) path.push_back(run);
+    if (run.blocks < blocks) break;
+  }
+  lease.matched = static_cast<uint32_t>(lease.found.size());
+  hold_leading(lease, path);
+  for (const Run& run : path) {
+    tree_.touch(run, lease.stamp);
+    requeue(run, pools);
+  }
+  lease.tokens_from = static_cast<uint32_t>(lease.held.size());
+  const Tokens rest = tokens.first(lease.matched * size).subspan(lease.tokens_from * size);
+  lease.tokens.assign(rest.begin(), rest.end());
+  register_computing(lease, tokens, path);
+  const LeaseId id = ++last_lease_;
+  return view(id, leases_.emplace(id, std::move(lease)).first->second);
+}
+
+// The caller refreshes the nodes.
+void Index::hold_leading(Lease& lease, const std::vector<Run>& path) {
+  for (const Run& run : path) {
+    for (uint32_t i = 0; i < run.blocks; ++i) {
+      if (!hold(lease, {run.node, run.offset + i})) return;
+    }
+  }
+}
+
+// Pins the next block's page in the lease's pool, if there is one. The caller refreshes the node.
+bool Index::hold(Lease& lease, Place at) {
+  const PageId page = tree_.page(at, lease.pool);
+  if (page == kNoPage) return false;
+  pool(lease.pool).pin(page);
+  if (const auto transfer = transfer_into(lease.pool, page)) lease.depends.push_back(*transfer);
+  lease.held.push_back({page, page, lease.found[lease.held.size()]});
+  return true;
+}
+
+void Index::register_computing(Lease& lease, Tokens tokens, const std::vector<Run>& path) {
+  const Space& space = tree_.spaces[lease.space];
+  BlockKey key = root_key(space.name);
+  if (!path.empty())
+    key = tree_[path.back().node].keys[path.back().offset + path.back().blocks - 1];
+  const Tokens rest = tokens.subspan(size_t{lease.matched} * space.page_size);
+  lease.unmatched = chain_keys(key, rest, space.page_size);
+  const auto first_idle = std::ranges::find_if_not(
+      lease.unmatched, [&](const BlockKey& block) { return computing_.contains(block); });
+  lease.computing = static_cast<uint32_t>(first_idle - lease.unmatched.begin());
+  for (const BlockKey& block : lease.unmatched) ++computing_[block];
+}
+
+// Blocks before `end` are no longer being computed by this lease.
+void Index::unregister_computing(Lease& lease, uint32_t end) {
+  while (lease.computing_from < lease.unmatched.size() &&
+         lease.matched + lease.computing_from < end) {
+    const auto found = computing_.find(lease.unmatched[lease.computing_from++]);
+    if (--found->second == 0) computing_.erase(found);
+  }
+}
+
+// What a pool of the chain holds and the pool below it lacks is considered for demotion again.
+void Index::requeue(const Run& run, std::span<const PoolId> chain) {
+  for (size_t tier = 0; tier + 1 < chain.size(); ++tier) {
+    if (tree_.holds_all(run, chain[tier + 1])) continue;
+    for (uint32_t i = 0; i < run.blocks; ++i) {
+      const Place at{run.node, run.offset + i};
+      if (!tree_.resident(at, chain[tier]) || tree_.page(at, chain[tier + 1]) != kNoPage) continue;
+      pool(chain[tier]).enqueue(tree_.page(at, chain[tier]));
+    }
+  }
+}
+
+LeaseView Index::view(LeaseId id, const Lease& lease) const {
+  LeaseView view{id, lease.matched,  {}, std::vector<uint32_t>(chain(lease.pool).size(), 0),
+                 0,  lease.computing};
+  for (const Held& held : lease.held) {
+    view.pages.push_back(held.page);
+    if (held.tier != kComputed) ++view.tiers[held.tier];
+  }
+  for (const TransferId transfer : lease.depends) {
+    if (transfers_.contains(transfer)) view.transfer = std::max(view.transfer, transfer);
+  }
+  return view;
+}
+
+LeaseView Index::lease(LeaseId id) const {
+  const Lock lock(mutex_);
+  return view(id, open_lease(id));
+}
+
+// The last block that the lease holds.
+Place Index::cursor(const Lease& lease) const {
+  if (lease.held.empty()) return {tree_.spaces[lease.space].root, kBeforeFirst};
+  return tree_.owner(lease.pool, lease.held.back().anchor);
+}
+
+// From `at` to the lease's `block`, if that was matched and is still in the tree.
+std::optional<Place> Index::step(const Lease& lease, Place at, uint32_t block) const {
+  if (block < lease.tokens_from || block >= lease.matched) return std::nullopt;
+  const size_t size = tree_.spaces[lease.space].page_size;
+  return tree_.next(at, Tokens(lease.tokens).subspan((block - lease.tokens_from) * size, size));
+}
+
+std::vector<CommitResult> Index::commit(LeaseId id, uint32_t first_block, Tokens tokens,
+                                        std::span<const PageId> pages) {
+  const Lock lock(mutex_);
+  auto& lease = const_cast<Lease&>(open_lease(id));
+  const size_t size = tree_.spaces[lease.space].page_size;
+  if (tokens.size() != pages.size() * size) {
+    throw std::invalid_argument("tokens: not page_size for each of pages");
+  }
+  std::vector<CommitResult> results(pages.size(), CommitResult::kRefused);
+  Place at = cursor(lease);
+  for (size_t i = 0; i < pages.size(); ++i) {
+    const Tokens block = tokens.subspan(i * size, size);
+    const uint64_t position = uint64_t{first_block} + i;
+    if (position > lease.held.size()) break;
+    results[i] = position < lease.held.size()
+                     ? commit_again(lease, static_cast<uint32_t>(position), block, pages[i])
+                     : commit_next(lease, at, block, pages[i]);
+    if (results[i] == CommitResult::kRefused) break;
+  }
+  unregister_computing(lease, static_cast<uint32_t>(lease.held.size()));
+  return results;
+}
+
+CommitResult Index::commit_again(const Lease& lease, uint32_t block, Tokens tokens,
+                                 PageId page) const {
+  const Held& held = lease.held[block];
+  if (held.page != page) return CommitResult::kRefused;
+  const Place at = tree_.owner(lease.pool, held.anchor);
+  if (!std::ranges::equal(tree_.tokens(at), tokens)) return CommitResult::kRefused;
+  return held.page == held.anchor ? CommitResult::kAdopted : CommitResult::kDuplicate;
+}
+
+// The block after `at`, which moves on to it.
+CommitResult Index::commit_next(Lease& lease, Place& at, Tokens tokens, PageId page) {
+  PagePool& into = pool(lease.pool);
+  if (!into.is(page, PageState::kPrivate) || into[page].held) return CommitResult::kRefused;
+  const auto block = tree_.insert(at, tokens, lease.stamp);
+  if (!block) {
+    ++collisions_;
+    return CommitResult::kRefused;
+  }
+  at = *block;
+  if (tree_[at.node].stamps[at.offset] < lease.stamp) {
+    tree_.touch({at.node, at.offset, 1}, lease.stamp);
+  }
+  const PageId there = tree_.page(at, lease.pool);
+  if (there == kNoPage) {
+    into.move(page, PageState::kResident);
+    tree_.place(at, lease.pool, page);
+    into.enqueue(page);
+  } else {
+    into[page].held = 1;
+    if (const auto transfer = transfer_into(lease.pool, there)) lease.depends.push_back(*transfer);
+  }
+  const PageId anchor = there == kNoPage ? page : there;
+  into.pin(anchor);
+  lease.held.push_back({page, anchor, kComputed});
+  tree_.refresh(at.node);
+  return there == kNoPage ? CommitResult::kAdopted : CommitResult::kDuplicate;
+}
+
+void Index::release(LeaseId id) {
+  const Lock lock(mutex_);
+  close_lease(const_cast<Lease&>(open_lease(id)));
+  leases_.erase(id);
+}
+
+void Index::close_lease(Lease& lease) {
+  let_go(lease.pool, lease.held);
+  let_go(lease.pool, lease.stray);
+  unregister_computing(lease, 0xFFFFFFFF);
+}
+
+void Index::let_go(PoolId id, std::span<const Held> held) {
+  PagePool& from = pool(id);
+  NodeId node = kNoNode;  // refreshed once for its run of pages
+  for (const Held& each : held) {
+    if (each.page != each.anchor) {
+      from[each.page].held = 0;
+      from.free(each.page);
+    }
+    if (each.anchor == kNoPage) continue;
+    from.unpin(each.anchor);
+    const NodeId owner = from[each.anchor].node;
+    if (node != kNoNode && owner != node) tree_.refresh(node);
+    node = owner;
+  }
+  if (node != kNoNode) tree_.refresh(node);
+}
+
+}  // namespace kvc2

@@ -1,0 +1,168 @@
+#include "index/page_pool.h"
+
+#include "base/check.h"
+
+namespace kvc2 {
+
+uint32_t PagePool::add_slab() {
+  uint32_t slab = 0;
+  while (slab < slabs_.size() && slabs_[slab].present) ++slab;
+  if (slab == slabs_.size()) {
+    slabs_.emplace_back();
+    pages_.resize(slabs_.size() * size_t{shape.pages_per_slab});
+    if (shape.durable) generations.resize(pages_.size());
+  }
+  slabs_[slab].present = true;
+  ++counts_.slabs;
+  counts_.pages += shape.pages_per_slab;
+  const PageId first = slab * shape.pages_per_slab;
+  for (PageId page = first + shape.pages_per_slab; page-- > first;) {  // ascending off the list
+    pages_[page].state = static_cast<uint32_t>(PageState::kFree);
+    ++counts_.free;
+    link(page);
+  }
+  return slab;
+}
+
+bool PagePool::take_slab(uint32_t slab) {
+  if (!has_slab(slab) || slabs_[slab].free != shape.pages_per_slab) return false;
+  const PageId first = slab * shape.pages_per_slab;
+  for (PageId page = first; page < first + shape.pages_per_slab; ++page) {
+    const bool queued = pages_[page].queued;  // the queue still holds its number
+    pages_[page] = Page{};
+    pages_[page].queued = queued;
+  }
+  slabs_[slab] = Slab{};
+  slabs_with_free_.erase(slab);
+  --counts_.slabs;
+  counts_.pages -= shape.pages_per_slab;
+  counts_.free -= shape.pages_per_slab;
+  return true;
+}
+
+bool PagePool::has_slab(uint32_t slab) const {
+  return slab < slabs_.size() && slabs_[slab].present;
+}
+
+std::vector<uint32_t> PagePool::slab_free() const {
+  std::vector<uint32_t> free;
+  for (const Slab& slab : slabs_) free.push_back(slab.present ? slab.free : kNoSlab);
+  while (!free.empty() && free.back() == kNoSlab) free.pop_back();
+  return free;
+}
+
+std::optional<PageId> PagePool::allocate(PageState to) {
+  if (slabs_with_free_.empty()) return std::nullopt;
+  const PageId page = slabs_[*slabs_with_free_.begin()].first_free;
+  take(page, to);
+  return page;
+}
+
+void PagePool::take(PageId page, PageState to) {
+  KVC2_CHECK(is(page, PageState::kFree), "page %u is in state %d", page, int(state(page)));
+  unlink(page);
+  set_state(page, to);
+}
+
+void PagePool::move(PageId page, PageState to) {
+  const PageState from = state(page);
+  KVC2_CHECK(
+      to == PageState::kResident && (from == PageState::kPrivate || from == PageState::kInFlight),
+      "page %u: %d -> %d", page, int(from), int(to));
+  set_state(page, to);
+}
+
+void PagePool::free(PageId page) {
+  KVC2_CHECK(state(page) > PageState::kFree, "page %u is in state %d", page, int(state(page)));
+  KVC2_CHECK(pages_[page].pins == 0 && !pages_[page].held, "page %u is pinned", page);
+  set_state(page, PageState::kFree);
+  link(page);
+}
+
+void PagePool::pin(PageId page) {
+  KVC2_CHECK(state(page) >= PageState::kInFlight, "page %u has no block to pin", page);
+  if (pages_[page].pins++ == 0) ++counts_.pinned;
+}
+
+void PagePool::unpin(PageId page) {
+  KVC2_CHECK(pages_[page].pins > 0, "page %u has no pin", page);
+  if (--pages_[page].pins == 0) --counts_.pinned;
+}
+
+void PagePool::enqueue(PageId page) {
+  if (!shape.below || pages_[page].queued) return;
+  pages_[page].queued = 1;
+  undemoted.push_back(page);
+}
+
+size_t PagePool::metadata_bytes() const {
+  return pages_.capacity() * sizeof(Page) + generations.capacity() * sizeof(uint64_t) +
+         slabs_.capacity() * sizeof(Slab);
+}
+
+uint32_t& PagePool::count(PageState state) {
+  switch (state) {
+    case PageState::kFree:
+      return counts_.free;
+    case PageState::kPrivate:
+      return counts_.private_;
+    case PageState::kInFlight:
+      return counts_.in_flight;
+    default:
+      KVC2_CHECK(state == PageState::kResident, "no count of state %d", int(state));
+      return counts_.resident;
+  }
+}
+
+void PagePool::set_state(PageId page, PageState to) {
+  --count(state(page));
+  ++count(to);
+  pages_[page].state = static_cast<uint32_t>(to);
+}
+
+void PagePool::link(PageId page) {
+  const uint32_t number = page / shape.pages_per_slab;
+  Slab& slab = slabs_[number];
+  pages_[page].node = slab.first_free;
+  pages_[page].block = kNoPage;
+  if (slab.first_free != kNoPage) pages_[slab.first_free].block = page;
+  slab.first_free = page;
+  if (slab.free++ == 0) slabs_with_free_.insert(number);
+}
+
+void PagePool::unlink(PageId page) {
+  const uint32_t number = page / shape.pages_per_slab;
+  Slab& slab = slabs_[number];
+  const auto [next, previous] = std::pair(pages_[page].node, pages_[page].block);
+  if (next != kNoPage) pages_[next].block = previous;
+  if (previous != kNoPage) pages_[previous].node = next;
+  if (slab.first_free == page) slab.first_free = next;
+  pages_[page].node = pages_[page].block = kNoPage;
+  if (--slab.free == 0) slabs_with_free_.erase(number);
+}
+
+void PagePool::check(PoolId self) const {
+  Counts seen;
+  for (PageId page = 0; page < pages_.size(); ++page) {
+    const PageState state = this->state(page);
+    KVC2_CHECK((state != PageState::kAbsent) == slabs_[page / shape.pages_per_slab].present,
+               "pool %u page %u: state %d", self, page, int(state));
+    seen.pages += state != PageState::kAbsent;
+    seen.free += state == PageState::kFree;
+    seen.private_ += state == PageState::kPrivate;
+    seen.in_flight += state == PageState::kInFlight;
+    seen.resident += state == PageState::kResident;
+    seen.pinned += pages_[page].pins > 0;
+    KVC2_CHECK(!pages_[page].held || state == PageState::kPrivate, "pool %u page %u", self, page);
+    KVC2_CHECK(!pages_[page].pins || state >= PageState::kInFlight, "pool %u page %u", self, page);
+  }
+  const Counts& c = counts_;
+  KVC2_CHECK(seen.free == c.free && seen.private_ == c.private_ && seen.in_flight == c.in_flight &&
+                 seen.resident == c.resident && seen.pages == c.pages && seen.pinned == c.pinned,
+             "I5: pool %u counts free %u private %u in flight %u resident %u pinned %u", self,
+             c.free, c.private_, c.in_flight, c.resident, c.pinned);
+  KVC2_CHECK(c.free + c.private_ + c.in_flight + c.resident == c.slabs * shape.pages_per_slab,
+             "I5: pool %u of %u slabs", self, c.slabs);
+}
+
+}  // namespace kvc2

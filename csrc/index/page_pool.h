@@ -1,0 +1,113 @@
+// Pages of one pool: who owns each, by number only; the bytes are elsewhere (kvc2/tiers).
+//
+//   slab 0            slab 1 (taken)    slab 2
+//   [0 1 2 3 .. p-1]                    [2p 2p+1 .. 3p-1]        page = slab * pages_per_slab + i
+//
+// A page is in one state (design.md 6):
+//   from      -> to         [function]        who
+//   absent    -> free       [add_slab]
+//   free      -> private    [allocate, take]  a session's grant
+//   free      -> in_flight  [allocate]        a transfer into this pool
+//   free      -> resident   [take]            restore from a catalogue
+//   private   -> resident   [move]            commit: adopted
+//   in_flight -> resident   [move]            complete
+//   private, in_flight, resident -> free [free]   give back; fail; evict
+//   free      -> absent     [take_slab]
+// Freeing a pinned page, or any arrow not drawn, is the caller's bug and ends the process.
+//
+// Each call is O(1) (add_slab, take_slab: O(pages of a slab)), and a page costs 12 bytes here, 20
+// in a durable pool. Pages come from the lowest slab that has any, so that high slabs empty first.
+// Not thread-safe: the index holds its lock.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <optional>
+#include <set>
+#include <vector>
+
+namespace kvc2 {
+
+using PoolId = uint32_t;
+using PageId = uint32_t;
+using NodeId = uint32_t;
+
+constexpr PageId kNoPage = 0xFFFFFFFF;
+constexpr uint32_t kNoSlab = 0xFFFFFFFF;
+
+enum class PageState : uint8_t { kAbsent, kFree, kPrivate, kInFlight, kResident };
+
+struct Page {
+  // Of a block's page (in_flight, resident): the node that holds the block, and the block's
+  // position on its path from the root. Of a free page: the next and the previous free page of its
+  // slab.
+  uint32_t node = kNoPage;
+  uint32_t block = kNoPage;
+  uint32_t pins : 26 = 0;   // leases and transfers that forbid its eviction (I4)
+  uint32_t state : 4 = 0;   // PageState
+  uint32_t held : 1 = 0;    // private: the duplicate of an open lease
+  uint32_t queued : 1 = 0;  // waits in the pool's demotion queue
+};
+
+class PagePool {
+ public:
+  struct Shape {
+    uint32_t page_size;
+    uint32_t pages_per_slab;
+    std::optional<PoolId> below;  // the next slower pool of its chain
+    bool durable;
+  };
+  struct Counts {
+    uint32_t slabs = 0, pages = 0, free = 0, private_ = 0, in_flight = 0, resident = 0, pinned = 0;
+  };
+
+  explicit PagePool(const Shape& of) : shape(of) {}
+
+  uint32_t add_slab();            // its number: the lowest free one
+  bool take_slab(uint32_t slab);  // false unless it is there and all its pages are free
+  bool has_slab(uint32_t slab) const;
+  std::vector<uint32_t> slab_free() const;  // free pages by slab; kNoSlab where there is none
+
+  std::optional<PageId> allocate(PageState to);
+  void take(PageId page, PageState to);  // this free page
+  void move(PageId page, PageState to);  // private or in_flight -> resident
+  void free(PageId page);
+  void pin(PageId page);
+  void unpin(PageId page);
+  void enqueue(PageId page);  // to be demoted; once, and only where there is a pool below
+
+  bool valid(PageId page) const { return page < pages_.size(); }
+  PageState state(PageId page) const { return static_cast<PageState>(pages_[page].state); }
+  bool is(PageId page, PageState state) const { return valid(page) && this->state(page) == state; }
+  Page& operator[](PageId page) { return pages_[page]; }
+  const Page& operator[](PageId page) const { return pages_[page]; }
+  uint32_t size() const { return static_cast<uint32_t>(pages_.size()); }  // absent ones included
+  const Counts& counts() const { return counts_; }
+  size_t metadata_bytes() const;
+
+  void check(PoolId self) const;  // I5
+
+  const Shape shape;
+  bool closed = false;                // its session ended: nothing is planned into it again
+  std::vector<uint64_t> generations;  // by page; of a durable pool only
+  std::deque<PageId> undemoted;  // oldest first; what became of a page is seen when it is popped
+
+ private:
+  struct Slab {
+    bool present = false;
+    uint32_t free = 0;
+    PageId first_free = kNoPage;
+  };
+
+  uint32_t& count(PageState state);
+  void set_state(PageId page, PageState to);
+  void link(PageId page);
+  void unlink(PageId page);
+
+  std::vector<Page> pages_;
+  std::vector<Slab> slabs_;
+  std::set<uint32_t> slabs_with_free_;
+  Counts counts_;
+};
+
+}  // namespace kvc2

@@ -1,0 +1,265 @@
+// Structure: finding, inserting, splitting, trimming, naming. What lies where: residency.cpp.
+#include "index/radix_tree.h"
+
+#include <algorithm>
+
+#include "base/check.h"
+
+namespace kvc2 {
+
+uint32_t RadixTree::add_space(const Digest& name, uint32_t page_size) {
+  const auto space = static_cast<uint32_t>(spaces.size());
+  const NodeId root = new_node();
+  nodes_[root].space = space;
+  spaces.push_back({name, page_size, root});
+  return space;
+}
+
+NodeId RadixTree::new_node() {
+  NodeId id;
+  if (free_nodes_.empty()) {
+    id = static_cast<NodeId>(nodes_.size());
+    nodes_.emplace_back();
+  } else {
+    id = free_nodes_.back();
+    free_nodes_.pop_back();
+  }
+  nodes_[id].live = true;
+  ++live_nodes;
+  return id;
+}
+
+Tokens RadixTree::tokens_at(const Node& node, uint32_t offset) const {
+  const uint32_t size = spaces[node.space].page_size;
+  return Tokens(node.tokens).subspan(size_t{offset} * size, size);
+}
+
+Tokens RadixTree::tokens(Place at) const { return tokens_at(nodes_[at.node], at.offset); }
+
+NodeId RadixTree::child(NodeId node, const BlockKey& key, Tokens block) const {
+  const auto found = heads_.find(key);
+  if (found == heads_.end()) return kNoNode;
+  const Node& candidate = nodes_[found->second];
+  const bool same = candidate.parent == node && std::ranges::equal(tokens_at(candidate, 0), block);
+  return same ? found->second : kNoNode;
+}
+
+// How many leading blocks of `wanted` are `held`. One memcmp when all are, the usual case.
+static uint32_t equal_blocks(Tokens held, Tokens wanted, uint32_t page_size) {
+  const size_t common = std::min(held.size(), wanted.size() / page_size * page_size);
+  if (std::memcmp(held.data(), wanted.data(), common * sizeof(uint32_t)) == 0) {
+    return static_cast<uint32_t>(common / page_size);
+  }
+  const auto end = held.begin() + static_cast<std::ptrdiff_t>(common);
+  const auto differ = std::mismatch(held.begin(), end, wanted.begin()).first;
+  return static_cast<uint32_t>((differ - held.begin()) / page_size);
+}
+
+std::vector<Run> RadixTree::find(uint32_t space, Tokens tokens) const {
+  const uint32_t size = spaces[space].page_size;
+  std::vector<Run> path;
+  NodeId node = spaces[space].root;
+  while (tokens.size() >= size) {
+    const Node& at = nodes_[node];
+    const Tokens block = tokens.first(size);
+    node = child(node,
+                 next_key(at.keys.empty() ? root_key(spaces[space].name) : at.keys.back(), block),
+                 block);
+    if (node == kNoNode) break;
+    const uint32_t same = equal_blocks(nodes_[node].tokens, tokens, size);
+    path.push_back({node, 0, same});
+    if (same < nodes_[node].blocks()) break;
+    tokens = tokens.subspan(size_t{same} * size);
+  }
+  return path;
+}
+
+std::optional<Place> RadixTree::parent(Place at) const {
+  if (at.offset > 0) return Place{at.node, at.offset - 1};
+  const NodeId above = nodes_[at.node].parent;
+  if (nodes_[above].parent == kNoNode) return std::nullopt;  // a root has no block
+  return Place{above, nodes_[above].blocks() - 1};
+}
+
+std::optional<Place> RadixTree::next(Place at, Tokens block) const {
+  const Node& node = nodes_[at.node];
+  const uint32_t offset = at.offset + 1;
+  if (offset < node.blocks()) {
+    if (!std::ranges::equal(tokens_at(node, offset), block)) return std::nullopt;
+    return Place{at.node, offset};
+  }
+  const BlockKey key =
+      next_key(node.keys.empty() ? root_key(spaces[node.space].name) : node.keys.back(), block);
+  const NodeId found = child(at.node, key, block);
+  if (found == kNoNode) return std::nullopt;
+  return Place{found, 0};
+}
+
+std::optional<Place> RadixTree::insert(Place at, Tokens block, uint32_t stamp) {
+  if (const auto there = next(at, block)) return there;
+  const Node& node = nodes_[at.node];
+  const uint32_t offset = at.offset + 1;
+  const BlockKey key =
+      next_key(node.keys.empty() ? root_key(spaces[node.space].name) : node.keys[at.offset], block);
+  const bool branches = offset < node.blocks();
+  if (heads_.contains(key) || (branches && node.keys[offset] == key)) return std::nullopt;
+  const NodeId above = branches ? split(at.node, offset) : at.node;
+  const bool extend = nodes_[above].parent != kNoNode && nodes_[above].first_child == kNoNode;
+  NodeId into = above;
+  if (!extend) {
+    into = new_node();
+    nodes_[into].space = nodes_[above].space;
+    nodes_[into].first = nodes_[above].first + nodes_[above].blocks();
+    adopt_child(above, into);
+    heads_[key] = into;
+  }
+  append(into, key, block, stamp);
+  refresh(above);
+  return Place{into, nodes_[into].blocks() - 1};
+}
+
+void RadixTree::append(NodeId node, const BlockKey& key, Tokens block, uint32_t stamp) {
+  Node& to = nodes_[node];
+  to.tokens.insert(to.tokens.end(), block.begin(), block.end());
+  to.keys.push_back(key);
+  to.stamps.push_back(stamp);
+  ++blocks;
+  ++holes;  // until a page is placed
+}
+
+void RadixTree::adopt_child(NodeId parent, NodeId child) {
+  const NodeId second = nodes_[parent].first_child;
+  nodes_[child].parent = parent;
+  nodes_[child].previous = kNoNode;
+  nodes_[child].next = second;
+  if (second != kNoNode) nodes_[second].previous = child;
+  nodes_[parent].first_child = child;
+}
+
+void RadixTree::orphan_child(NodeId child) {
+  Node& node = nodes_[child];
+  if (node.previous != kNoNode) nodes_[node.previous].next = node.next;
+  if (node.next != kNoNode) nodes_[node.next].previous = node.previous;
+  if (nodes_[node.parent].first_child == child) nodes_[node.parent].first_child = node.next;
+  node.parent = node.previous = node.next = kNoNode;
+}
+
+template <typename T>
+static std::vector<T> cut_front(std::vector<T>& from, size_t count) {
+  count = std::min(count, from.size());
+  const auto end = from.begin() + static_cast<std::ptrdiff_t>(count);
+  std::vector<T> front(from.begin(), end);
+  from.erase(from.begin(), end);
+  return front;
+}
+
+void RadixTree::split_residency(Node& head, NodeId head_id, Node& tail, uint32_t at) {
+  const NodeId tail_id = head.first_child;
+  for (Residency& in : tail.pools) {
+    set_rank(tail_id, in, kNotEvictable);
+    Residency above{.pool = in.pool, .pages = cut_front(in.pages, at)};
+    for (const PageId page : above.pages) {
+      if (page == kNoPage) continue;
+      (*pools_[in.pool])[page].node = head_id;
+      ++above.count;
+    }
+    while (!above.pages.empty() && above.pages.back() == kNoPage) above.pages.pop_back();
+    in.count -= above.count;
+    above.children = in.any() ? 1 : 0;
+    head.pools.push_back(std::move(above));
+  }
+  std::erase_if(tail.pools, [](const Residency& in) { return !in.any(); });
+}
+
+// The blocks before `at` go to a new node above; the rest, with the children, keeps its id.
+NodeId RadixTree::split(NodeId node, uint32_t at) {
+  const NodeId head_id = new_node();
+  Node& head = nodes_[head_id];
+  Node& tail = nodes_[node];
+  const NodeId above = tail.parent;
+  orphan_child(node);
+  adopt_child(above, head_id);
+  adopt_child(head_id, node);
+  head.space = tail.space;
+  head.first = tail.first;
+  tail.first += at;
+  head.tokens = cut_front(tail.tokens, size_t{at} * spaces[head.space].page_size);
+  head.keys = cut_front(tail.keys, at);
+  head.stamps = cut_front(tail.stamps, at);
+  head.digests = cut_front(tail.digests, at);
+  heads_[head.keys[0]] = head_id;
+  heads_[tail.keys[0]] = node;
+  split_residency(head, head_id, tail, at);
+  refresh(head_id);
+  refresh(node);
+  return head_id;
+}
+
+void RadixTree::remove_tail(Node& node) {
+  const uint32_t left = node.blocks() - 1;
+  node.tokens.resize(size_t{left} * spaces[node.space].page_size);
+  node.keys.pop_back();
+  node.stamps.pop_back();
+  if (node.digests.size() > left) node.digests.pop_back();
+  --blocks;
+  --holes;
+}
+
+void RadixTree::trim(NodeId id) {
+  while (nodes_[id].parent != kNoNode && nodes_[id].first_child == kNoNode) {
+    Node& node = nodes_[id];
+    const BlockKey head = node.keys[0];
+    while (node.blocks() > 0 && !anywhere({id, node.blocks() - 1})) remove_tail(node);
+    refresh(id);
+    if (node.blocks() > 0) return;
+    const NodeId above = node.parent;
+    heads_.erase(head);
+    orphan_child(id);
+    KVC2_CHECK(node.pools.empty(), "node %u has no block, but pages", id);
+    node = Node{};
+    free_nodes_.push_back(id);
+    --live_nodes;
+    refresh(above);  // it may be a leaf now
+    id = above;
+  }
+}
+
+const Digest& RadixTree::digest(Place at) {
+  std::vector<NodeId> unnamed;  // nodes on the path, deepest first
+  NodeId id = at.node;
+  uint32_t wanted = at.offset + 1;
+  while (nodes_[id].parent != kNoNode && nodes_[id].digests.size() < wanted) {
+    unnamed.push_back(id);
+    id = nodes_[id].parent;
+    wanted = nodes_[id].blocks();
+  }
+  for (auto node = unnamed.rbegin(); node != unnamed.rend(); ++node) {
+    Node& to = nodes_[*node];
+    const uint32_t end = *node == at.node ? at.offset + 1 : to.blocks();
+    for (auto i = static_cast<uint32_t>(to.digests.size()); i < end; ++i) {
+      const Digest name = next_digest(parent_digest({*node, i}), tokens_at(to, i));
+      to.digests.push_back(name);
+    }
+  }
+  return nodes_[at.node].digests[at.offset];
+}
+
+const Digest& RadixTree::parent_digest(Place at) {
+  const auto above = parent(at);
+  return above ? digest(*above) : spaces[nodes_[at.node].space].name;
+}
+
+size_t RadixTree::metadata_bytes() const {
+  constexpr size_t kHeadBytes = 48;   // a node of heads_ and its bucket
+  constexpr size_t kOrderBytes = 48;  // a node of an order's set
+  size_t bytes = nodes_.size() * sizeof(Node) + heads_.size() * kHeadBytes;
+  for (const Node& node : nodes_) {
+    bytes += node.keys.capacity() * sizeof(BlockKey) + node.stamps.capacity() * sizeof(uint32_t) +
+             node.digests.capacity() * sizeof(Digest) + node.pools.capacity() * sizeof(Residency);
+    for (const Residency& in : node.pools) bytes += in.pages.capacity() * sizeof(PageId);
+  }
+  for (const EvictionOrder& order : orders_) bytes += order.size() * kOrderBytes;
+  return bytes;
+}
+
+}  // namespace kvc2

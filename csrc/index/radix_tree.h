@@ -1,0 +1,157 @@
+// The blocks of all namespaces as compressed radix trees, and where each block has pages.
+//
+// A node holds a run of blocks that nothing has branched from. A commit that branches splits it;
+// the part after the branch keeps the node's id, so only the pages before it change their owner:
+//
+//     before                            after: block 2' joins beside 2
+//     root ── n7 [0 1 2 3] ── n9 [4]    root ── n8 [0 1] ┬─ n7 [2 3] ── n9 [4]
+//                                                        └─ n5 [2']
+//
+// Per node and pool a Residency counts what lies in the node and how many children have pages of
+// that pool in their subtrees, so that "is this page the leaf of its pool" is one look. It is
+// propagated upwards only when a subtree gains its first or loses its last page of a pool.
+//
+// Laws kept here: I1 (children start with distinct keys, no node but a root is empty, keys form the
+// chain), I2 (a run never ends in a hole: `trim`), I3 (`rank_of` admits only what may go).
+// Costs: finding compares tokens and hashes once an edge; a block costs 20 bytes here beside its
+// tokens, 4 a pool that holds it, 32 once it has been named by a digest; a node about 200 bytes.
+// Not thread-safe: the index holds its lock. Knows no lease and no transfer: they are pins to it.
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <optional>
+#include <span>
+#include <unordered_map>
+#include <vector>
+
+#include "index/block_key.h"
+#include "index/eviction.h"
+#include "index/page_pool.h"
+
+namespace kvc2 {
+
+using Pools = std::vector<std::unique_ptr<PagePool>>;  // by id; null once removed
+
+constexpr NodeId kNoNode = 0xFFFFFFFF;
+constexpr uint32_t kBeforeFirst = 0xFFFFFFFF;  // + 1 == 0
+
+// A block: the offset-th of a node's run. {root, kBeforeFirst} is where a path begins.
+struct Place {
+  NodeId node;
+  uint32_t offset;
+};
+
+// Consecutive blocks of one node.
+struct Run {
+  NodeId node;
+  uint32_t offset;
+  uint32_t blocks;
+};
+
+struct Space {  // a namespace
+  Digest name;
+  uint32_t page_size;
+  NodeId root;
+};
+
+struct Residency {  // one pool's pages in one node
+  PoolId pool;
+  uint32_t count = 0;         // of them that are there
+  uint32_t children = 0;      // whose subtrees have pages of this pool
+  std::vector<PageId> pages;  // by offset; ends with the last one there
+  Rank rank = kNotEvictable;  // of the last page, in the pool's order
+
+  bool any() const { return count + children > 0; }
+};
+
+struct Node {
+  NodeId parent = kNoNode, first_child = kNoNode, next = kNoNode, previous = kNoNode;  // siblings
+  uint32_t space = 0;
+  uint32_t first = 0;  // position of its first block on the path
+  bool live = false;
+  std::vector<uint32_t> tokens;
+  std::vector<BlockKey> keys;
+  std::vector<uint32_t> stamps;  // by block: when last acquired
+  std::vector<Digest> digests;   // of the leading blocks that have been named
+  std::vector<Residency> pools;
+
+  uint32_t blocks() const { return static_cast<uint32_t>(keys.size()); }
+};
+
+class RadixTree {
+ public:
+  explicit RadixTree(Pools& pools) : pools_(pools) {}
+
+  // Structure.
+  uint32_t add_space(const Digest& name, uint32_t page_size);  // its number
+  std::vector<Run> find(uint32_t space, Tokens tokens) const;  // leading blocks, holes included
+  std::optional<Place> next(Place at,
+                            Tokens block) const;  // the block after `at` with these tokens
+  std::optional<Place> insert(Place at, Tokens block,
+                              uint32_t stamp);  // find or add; none: collision
+  void trim(NodeId node);  // drop trailing blocks without a page, and nodes that this empties
+  std::optional<Place> parent(Place at) const;  // none before the first block
+
+  // Residency. Pages are placed and cleared here; their states are the pool's.
+  PageId page(Place at, PoolId pool) const;  // resident or in flight; else kNoPage
+  bool resident(Place at, PoolId pool) const;
+  bool holds_all(const Run& run, PoolId pool) const;  // may be false though it does, after a fault
+  bool anywhere(Place at) const;                      // present in any pool
+  bool resident_elsewhere(Place at, PoolId pool) const;
+  void place(Place at, PoolId pool, PageId page);  // the caller refreshes the node
+  PageId clear(Place at, PoolId pool);             // the caller trims the node
+  Place owner(PoolId pool, PageId page) const;
+
+  // Recency and eviction.
+  void touch(const Run& run, uint32_t stamp);
+  void refresh(NodeId node);  // after a change of pins, stamps or residency in it
+  Rank rank_of(NodeId node, const Residency& in) const;
+  std::optional<Place> coldest(PoolId pool) const;  // the next victim
+  std::optional<Place> evictable(NodeId node,
+                                 PoolId pool) const;            // its last page there, if it may go
+  std::vector<NodeId> subtree(NodeId node, PoolId pool) const;  // with pages of it; parents first
+  void halve_stamps();
+
+  // Identity.
+  const Digest& digest(Place at);         // makes those on the path that are missing
+  const Digest& parent_digest(Place at);  // of a first block the namespace
+  Tokens tokens(Place at) const;
+
+  const Node& operator[](NodeId node) const { return nodes_[node]; }
+  void check() const;
+  size_t metadata_bytes() const;  // O(nodes)
+
+  std::vector<Space> spaces;
+  uint32_t live_nodes = 0;
+  uint32_t blocks = 0;  // holes included
+  uint32_t holes = 0;
+
+ private:
+  NodeId new_node();
+  Tokens tokens_at(const Node& node, uint32_t offset) const;
+  NodeId child(NodeId node, const BlockKey& key, Tokens block) const;
+  NodeId split(NodeId node, uint32_t at);
+  void split_residency(Node& head, NodeId head_id, Node& tail, uint32_t at);
+  void adopt_child(NodeId parent, NodeId child);
+  void orphan_child(NodeId child);
+  void append(NodeId node, const BlockKey& key, Tokens block, uint32_t stamp);
+  void remove_tail(Node& node);
+  Residency* find_residency(Node& node, PoolId pool) const;
+  const Residency* find_residency(const Node& node, PoolId pool) const;
+  Residency& residency(Node& node, PoolId pool) const;
+  void drop_residency(NodeId node, PoolId pool);
+  void propagate(NodeId node, PoolId pool, int change);
+  void set_rank(NodeId node, Residency& in, Rank rank);
+  EvictionOrder& order(PoolId pool);
+  void check_node(NodeId id) const;
+  void check_residency(NodeId id, const Residency& in) const;
+
+  Pools& pools_;
+  std::deque<Node> nodes_;  // a deque never moves what it holds
+  std::vector<NodeId> free_nodes_;
+  std::unordered_map<BlockKey, NodeId, NameHash> heads_;  // by the key of a node's first block
+  std::vector<EvictionOrder> orders_;                     // by pool
+};
+
+}  // namespace kvc2

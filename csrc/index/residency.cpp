@@ -1,0 +1,177 @@
+// The tree's second half: which block has a page in which pool, and which of them may be evicted.
+#include <algorithm>
+
+#include "base/check.h"
+#include "index/radix_tree.h"
+
+namespace kvc2 {
+
+const Residency* RadixTree::find_residency(const Node& node, PoolId pool) const {
+  for (const Residency& in : node.pools) {
+    if (in.pool == pool) return &in;
+  }
+  return nullptr;
+}
+
+Residency* RadixTree::find_residency(Node& node, PoolId pool) const {
+  return const_cast<Residency*>(find_residency(std::as_const(node), pool));
+}
+
+Residency& RadixTree::residency(Node& node, PoolId pool) const {
+  if (Residency* in = find_residency(node, pool)) return *in;
+  node.pools.push_back({.pool = pool, .pages = {}});
+  return node.pools.back();
+}
+
+void RadixTree::drop_residency(NodeId id, PoolId pool) {
+  Node& node = nodes_[id];
+  Residency* in = find_residency(node, pool);
+  set_rank(id, *in, kNotEvictable);
+  node.pools.erase(node.pools.begin() + (in - node.pools.data()));
+}
+
+EvictionOrder& RadixTree::order(PoolId pool) {
+  if (pool >= orders_.size()) orders_.resize(pool + 1);
+  return orders_[pool];
+}
+
+void RadixTree::set_rank(NodeId node, Residency& in, Rank rank) {
+  if (in.rank == rank) return;
+  order(in.pool).move(node, in.rank, rank);
+  in.rank = rank;
+}
+
+PageId RadixTree::page(Place at, PoolId pool) const {
+  const Residency* in = find_residency(nodes_[at.node], pool);
+  return in && at.offset < in->pages.size() ? in->pages[at.offset] : kNoPage;
+}
+
+bool RadixTree::resident(Place at, PoolId pool) const {
+  const PageId found = page(at, pool);
+  return found != kNoPage && pools_[pool]->state(found) == PageState::kResident;
+}
+
+bool RadixTree::holds_all(const Run& run, PoolId pool) const {
+  const Residency* in = find_residency(nodes_[run.node], pool);
+  return in && in->count == in->pages.size() && in->pages.size() >= run.offset + run.blocks;
+}
+
+bool RadixTree::anywhere(Place at) const {
+  return std::ranges::any_of(nodes_[at.node].pools, [&](const Residency& in) {
+    return at.offset < in.pages.size() && in.pages[at.offset] != kNoPage;
+  });
+}
+
+bool RadixTree::resident_elsewhere(Place at, PoolId pool) const {
+  return std::ranges::any_of(nodes_[at.node].pools, [&](const Residency& in) {
+    return in.pool != pool && resident(at, in.pool);
+  });
+}
+
+Place RadixTree::owner(PoolId pool, PageId page) const {
+  const Page& info = (*pools_[pool])[page];
+  return {info.node, info.block - nodes_[info.node].first};
+}
+
+void RadixTree::place(Place at, PoolId pool, PageId page) {
+  Node& node = nodes_[at.node];
+  if (!anywhere(at)) --holes;
+  Residency& in = residency(node, pool);
+  const bool had = in.any();
+  if (in.pages.size() <= at.offset) in.pages.resize(at.offset + 1, kNoPage);
+  KVC2_CHECK(in.pages[at.offset] == kNoPage, "I6: a block has pages %u and %u in pool %u",
+             in.pages[at.offset], page, pool);
+  in.pages[at.offset] = page;
+  ++in.count;
+  (*pools_[pool])[page].node = at.node;
+  (*pools_[pool])[page].block = node.first + at.offset;
+  if (!had) propagate(at.node, pool, +1);
+}
+
+PageId RadixTree::clear(Place at, PoolId pool) {
+  Residency* in = find_residency(nodes_[at.node], pool);
+  KVC2_CHECK(in && at.offset < in->pages.size() && in->pages[at.offset] != kNoPage,
+             "no page of pool %u at node %u, %u", pool, at.node, at.offset);
+  const PageId page = in->pages[at.offset];
+  in->pages[at.offset] = kNoPage;
+  --in->count;
+  while (!in->pages.empty() && in->pages.back() == kNoPage) in->pages.pop_back();
+  if (!in->any()) {
+    drop_residency(at.node, pool);
+    propagate(at.node, pool, -1);
+  }
+  if (!anywhere(at)) ++holes;
+  return page;
+}
+
+// The subtree of `node` gained its first (+1) or lost its last (-1) page of a pool.
+void RadixTree::propagate(NodeId node, PoolId pool, int change) {
+  for (NodeId above = nodes_[node].parent; above != kNoNode; above = nodes_[above].parent) {
+    Residency& in = residency(nodes_[above], pool);
+    const bool had = in.any();
+    in.children += static_cast<uint32_t>(change);
+    const bool has = in.any();
+    if (!has) drop_residency(above, pool);
+    refresh(above);
+    if (had == has) return;
+  }
+}
+
+void RadixTree::touch(const Run& run, uint32_t stamp) {
+  auto& stamps = nodes_[run.node].stamps;
+  std::fill_n(stamps.begin() + run.offset, run.blocks, stamp);
+  refresh(run.node);
+}
+
+// I3: the leaf of its pool; a last copy only if it is a leaf of the union too. I4: no pins.
+Rank RadixTree::rank_of(NodeId id, const Residency& in) const {
+  if (in.count == 0 || in.children > 0) return kNotEvictable;
+  const Node& node = nodes_[id];
+  const Place at{id, static_cast<uint32_t>(in.pages.size()) - 1};
+  const PagePool& pool = *pools_[in.pool];
+  const PageId page = in.pages.back();
+  if (pool.state(page) != PageState::kResident || pool[page].pins > 0) return kNotEvictable;
+  bool held_below = false;
+  for (auto below = pool.shape.below; below && !held_below; below = pools_[*below]->shape.below) {
+    held_below = resident(at, *below);
+  }
+  const bool leaf = at.offset + 1 == node.blocks() && node.first_child == kNoNode;
+  if (!leaf && !held_below && !resident_elsewhere(at, in.pool)) return kNotEvictable;
+  return rank(held_below, node.stamps[at.offset]);
+}
+
+void RadixTree::refresh(NodeId node) {
+  for (Residency& in : nodes_[node].pools) set_rank(node, in, rank_of(node, in));
+}
+
+std::optional<Place> RadixTree::coldest(PoolId pool) const {
+  if (pool >= orders_.size()) return std::nullopt;
+  const auto node = orders_[pool].first();
+  return node ? evictable(*node, pool) : std::nullopt;
+}
+
+std::optional<Place> RadixTree::evictable(NodeId node, PoolId pool) const {
+  const Residency* in = find_residency(nodes_[node], pool);
+  if (!in || in->rank == kNotEvictable) return std::nullopt;
+  return Place{node, static_cast<uint32_t>(in->pages.size()) - 1};
+}
+
+std::vector<NodeId> RadixTree::subtree(NodeId node, PoolId pool) const {
+  std::vector<NodeId> found{node};
+  for (size_t i = 0; i < found.size(); ++i) {
+    for (NodeId c = nodes_[found[i]].first_child; c != kNoNode; c = nodes_[c].next) {
+      if (find_residency(nodes_[c], pool)) found.push_back(c);
+    }
+  }
+  return found;
+}
+
+// When the 32-bit clock is about to overflow: old differences blur, the order stays.
+void RadixTree::halve_stamps() {
+  for (NodeId id = 0; id < nodes_.size(); ++id) {
+    for (uint32_t& stamp : nodes_[id].stamps) stamp /= 2;
+    refresh(id);
+  }
+}
+
+}  // namespace kvc2

@@ -1,0 +1,81 @@
+// Index: rebuild a durable pool's residency from its catalogue, which has no order. A record counts
+// only if its digest follows from its parent's and its tokens, so that a damaged or foreign record
+// is a miss for itself and for what hangs on it.
+#include <deque>
+
+#include "index/index.h"
+
+namespace kvc2 {
+
+// What records can hang on: namespaces, and blocks that the pool holds already. A block is known by
+// its page, since a split moves its place.
+std::deque<Index::Known> Index::known_parents(PoolId id) {
+  std::deque<Known> known;
+  const PagePool& of = pool(id);
+  for (const Space& space : tree_.spaces) {
+    if (space.page_size == of.shape.page_size) known.push_back({space.name, kNoPage, space.root});
+  }
+  for (PageId page = 0; page < of.size(); ++page) {
+    if (of.state(page) != PageState::kResident) continue;
+    known.push_back({tree_.digest(tree_.owner(id, page)), page, kNoNode});
+  }
+  return known;
+}
+
+RestoreResult Index::restore_one(PoolId id, const RestoreBatch& batch, size_t i, Place parent) {
+  PagePool& into = pool(id);
+  const size_t size = into.shape.page_size;
+  const PageId page = batch.pages[i];
+  if (!into.is(page, PageState::kFree)) return RestoreResult::kConflict;
+  const auto block = tree_.insert(parent, batch.tokens.subspan(i * size, size), batch.stamps[i]);
+  if (!block) {
+    ++collisions_;
+    return RestoreResult::kConflict;
+  }
+  const Place at = *block;
+  if (tree_.page(at, id) != kNoPage) return RestoreResult::kConflict;
+  if (tree_[at.node].stamps[at.offset] < batch.stamps[i]) {
+    tree_.touch({at.node, at.offset, 1}, batch.stamps[i]);
+  }
+  into.take(page, PageState::kResident);
+  into.generations[page] = batch.generations[i];
+  generation_ = std::max(generation_, batch.generations[i] + 1);
+  stamp_ = std::max(stamp_, batch.stamps[i]);
+  tree_.place(at, id, page);
+  tree_.refresh(at.node);
+  return RestoreResult::kRestored;
+}
+
+std::vector<RestoreResult> Index::restore(PoolId id, const RestoreBatch& batch) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!pool(id).shape.durable) throw std::invalid_argument("pool: not a durable one");
+  const size_t size = pool(id).shape.page_size;
+  const size_t count = batch.digests.size();
+  std::vector<RestoreResult> results(count, RestoreResult::kOrphan);
+  std::unordered_map<Digest, std::vector<size_t>, NameHash> children;
+  for (size_t i = 0; i < count; ++i) {
+    const Tokens tokens = batch.tokens.subspan(i * size, size);
+    if (next_digest(batch.parents[i], tokens) != batch.digests[i]) {
+      results[i] = RestoreResult::kForged;
+    } else {
+      children[batch.parents[i]].push_back(i);
+    }
+  }
+  // From each parent that is there down to what hangs on it, breadth first.
+  std::deque<Known> known = known_parents(id);
+  for (; !known.empty(); known.pop_front()) {
+    const Known parent = known.front();
+    const auto hanging = children.extract(parent.digest);
+    if (hanging.empty()) continue;
+    for (const size_t i : hanging.mapped()) {
+      const bool root = parent.page == kNoPage;
+      const Place at = root ? Place{parent.root, kBeforeFirst} : tree_.owner(id, parent.page);
+      results[i] = restore_one(id, batch, i, at);
+      if (results[i] != RestoreResult::kRestored) continue;
+      known.push_back({batch.digests[i], batch.pages[i], kNoNode});
+    }
+  }
+  return results;
+}
+
+}  // namespace kvc2

@@ -1,0 +1,251 @@
+// Index: what should move between pools, and what became of it.
+#include <algorithm>
+#include <unordered_set>
+
+#include "base/check.h"
+#include "index/index.h"
+
+namespace kvc2 {
+
+using Lock = std::lock_guard<std::mutex>;
+
+static uint64_t in_flight_key(PoolId pool, PageId page) { return uint64_t{pool} << 32 | page; }
+
+std::optional<TransferId> Index::transfer_into(PoolId id, PageId page) const {
+  if (pool(id).state(page) != PageState::kInFlight) return std::nullopt;
+  return in_flight_.at(in_flight_key(id, page));
+}
+
+// One more block of a plan: a page in the target, evicting there; false if there is none to be had.
+// The block before it must not be the victim, or the target would get a gap.
+bool Index::add(OpenTransfer& plan, Place at) {
+  PagePool& target = pool(plan.target);
+  const auto above = target.counts().free == 0 ? tree_.parent(at) : std::nullopt;
+  const PageId anchor = above ? tree_.page(*above, plan.target) : kNoPage;
+  if (anchor != kNoPage) {
+    target.pin(anchor);
+    tree_.refresh(above->node);
+  }
+  const auto page = allocate(plan.target, PageState::kInFlight);
+  if (anchor != kNoPage) {
+    target.unpin(anchor);
+    tree_.refresh(above->node);
+  }
+  if (!page) return false;
+  const PageId source = tree_.page(at, plan.source);
+  tree_.place(at, plan.target, *page);
+  pool(plan.source).pin(source);
+  target.pin(*page);
+  tree_.refresh(at.node);
+  plan.source_pages.push_back(source);
+  plan.target_pages.push_back(*page);
+  return true;
+}
+
+static std::vector<Extent> extents_of(std::span<const PageId> source,
+                                      std::span<const PageId> target) {
+  std::vector<Extent> extents;
+  for (size_t i = 0; i < source.size(); ++i) {
+    if (!extents.empty()) {
+      Extent& last = extents.back();
+      if (last.source + last.pages == source[i] && last.target + last.pages == target[i]) {
+        ++last.pages;
+        continue;
+      }
+    }
+    extents.push_back({source[i], target[i], 1});
+  }
+  return extents;
+}
+
+Records Index::records_of(const OpenTransfer& plan) {
+  const bool to_durable = pool(plan.target).shape.durable;
+  const PagePool& durable = pool(to_durable ? plan.target : plan.source);
+  const auto& pages = to_durable ? plan.target_pages : plan.source_pages;
+  Records records;
+  for (size_t i = 0; i < pages.size(); ++i) {
+    const Place at = tree_.owner(plan.target, plan.target_pages[i]);
+    const Tokens tokens = tree_.tokens(at);
+    records.namespaces.push_back(tree_.spaces[tree_[at.node].space].name);
+    records.digests.push_back(tree_.digest(at));
+    records.parents.push_back(tree_.parent_digest(at));
+    records.keys.push_back(tree_[at.node].keys[at.offset]);
+    records.tokens.insert(records.tokens.end(), tokens.begin(), tokens.end());
+    records.generations.push_back(durable.generations[pages[i]]);
+  }
+  return records;
+}
+
+Transfer Index::start(OpenTransfer&& plan) {
+  PagePool& target = pool(plan.target);
+  const TransferId id = ++last_transfer_;
+  for (const PageId page : plan.target_pages) {
+    in_flight_[in_flight_key(plan.target, page)] = id;
+    if (target.shape.durable) target.generations[page] = generation_++;
+  }
+  Transfer transfer{id,
+                    plan.source,
+                    plan.target,
+                    plan.source_pages,
+                    plan.target_pages,
+                    extents_of(plan.source_pages, plan.target_pages),
+                    std::nullopt};
+  if (target.shape.durable || pool(plan.source).shape.durable) transfer.records = records_of(plan);
+  transfers_.emplace(id, std::move(plan));
+  return transfer;
+}
+
+Load Index::next_load(LeaseId id, uint32_t max_pages) {
+  const Lock lock(mutex_);
+  const Lease& lease = open_lease(id);
+  const std::vector<PoolId> pools = chain(lease.pool);
+  // Where the pool above the durable one is the lease's own, promote loads.
+  if (pools.size() < 3 || !pool(pools.back()).shape.durable) return {};
+  const PoolId target = pools[pools.size() - 2];
+  if (pool(target).closed) return {};
+  OpenTransfer plan{.source = pools.back(), .target = target};
+  Place at = cursor(lease);
+  const std::span memory(pools.begin(), pools.end() - 1);
+  for (auto block = static_cast<uint32_t>(lease.held.size());
+       block < lease.matched && plan.source_pages.size() < max_pages; ++block) {
+    const auto next = step(lease, at, block);
+    if (!next) break;
+    at = *next;
+    const bool near = tree_.page(at, lease.pool) != kNoPage ||
+                      std::ranges::any_of(memory, [&](PoolId p) { return tree_.resident(at, p); });
+    if (near && plan.source_pages.empty()) continue;
+    if (near) break;
+    const auto coming =
+        std::ranges::find_if(memory, [&](PoolId p) { return tree_.page(at, p) != kNoPage; });
+    if (coming != memory.end()) {
+      if (!plan.source_pages.empty()) break;
+      return Wait{*transfer_into(*coming, tree_.page(at, *coming))};
+    }
+    if (!tree_.resident(at, plan.source) || !add(plan, at)) break;
+  }
+  if (plan.source_pages.empty()) return {};
+  return start(std::move(plan));
+}
+
+std::optional<Transfer> Index::promote(LeaseId id) {
+  const Lock lock(mutex_);
+  auto& lease = const_cast<Lease&>(open_lease(id));
+  PagePool& into = pool(lease.pool);
+  const auto below = into.shape.below;
+  OpenTransfer plan{.source = below.value_or(0), .target = lease.pool};
+  Place at = cursor(lease);
+  while (const auto next = step(lease, at, static_cast<uint32_t>(lease.held.size()))) {
+    at = *next;
+    if (tree_.page(at, lease.pool) != kNoPage) {
+      if (!plan.source_pages.empty()) break;
+      hold(lease, at);
+      tree_.refresh(at.node);
+      continue;
+    }
+    if (!below || !tree_.resident(at, *below) || !add(plan, at)) break;
+    const PageId page = plan.target_pages.back();
+    into.pin(page);
+    lease.held.push_back({page, page, lease.found[lease.held.size()]});
+  }
+  if (plan.source_pages.empty()) return std::nullopt;
+  Transfer transfer = start(std::move(plan));
+  lease.depends.push_back(transfer.id);
+  return transfer;
+}
+
+// The block of `page` and those before it that the target lacks, parents first; none if the page or
+// one of them has gone from the source, or the target has it already.
+std::vector<Place> Index::missing_below(PoolId source, PoolId target, PageId page) const {
+  std::vector<Place> missing;
+  if (!pool(source).is(page, PageState::kResident)) return missing;
+  std::optional<Place> at = tree_.owner(source, page);
+  for (; at && tree_.page(*at, target) == kNoPage; at = tree_.parent(*at)) {
+    if (!tree_.resident(*at, source)) return {};
+    missing.push_back(*at);
+  }
+  std::ranges::reverse(missing);
+  return missing;
+}
+
+std::optional<Transfer> Index::plan_demote(PoolId id, uint32_t max_pages) {
+  const Lock lock(mutex_);
+  PagePool& from = pool(id);
+  if (!from.shape.below || pool(*from.shape.below).closed) return std::nullopt;
+  OpenTransfer plan{.source = id, .target = *from.shape.below};
+  const auto add_next = [&](Place at) {
+    return plan.source_pages.size() < max_pages && add(plan, at);
+  };
+  while (!from.undemoted.empty() && plan.source_pages.size() < max_pages) {
+    const PageId page = from.undemoted.front();
+    const std::vector<Place> missing = missing_below(id, plan.target, page);
+    if (!std::ranges::all_of(missing, add_next)) break;  // it stays the first to be considered
+    from.undemoted.pop_front();
+    from[page].queued = 0;
+  }
+  if (plan.source_pages.empty()) return std::nullopt;
+  return start(std::move(plan));
+}
+
+uint64_t Index::undemoted(PoolId id) const {
+  const Lock lock(mutex_);
+  return pool(id).undemoted.size();
+}
+
+void Index::complete(TransferId id, uint32_t done) {
+  const Lock lock(mutex_);
+  const auto found = transfers_.find(id);
+  if (found == transfers_.end()) throw UnknownId("transfer " + std::to_string(id));
+  const auto count = static_cast<uint32_t>(found->second.source_pages.size());
+  if (done > count) throw std::invalid_argument("done: more than the transfer has");
+  const OpenTransfer transfer = std::move(found->second);
+  transfers_.erase(found);
+  if (transfer.failed) done = 0;
+  if (alive(transfer.source)) {
+    for (const PageId page : transfer.source_pages) {
+      pool(transfer.source).unpin(page);
+      tree_.refresh(pool(transfer.source)[page].node);
+    }
+  }
+  if (!alive(transfer.target)) return;
+  const std::span pages(transfer.target_pages);
+  for (const PageId page : pages) in_flight_.erase(in_flight_key(transfer.target, page));
+  for (const PageId page : pages.first(done)) arrive(transfer.target, page);
+  if (done < count) fail(transfer.target, pages.subspan(done));
+}
+
+void Index::arrive(PoolId id, PageId page) {
+  PagePool& target = pool(id);
+  target.move(page, PageState::kResident);
+  target.unpin(page);
+  const Place at = tree_.owner(id, page);
+  const auto below = target.shape.below;
+  if (below && tree_.page(at, *below) == kNoPage) target.enqueue(page);
+  tree_.refresh(at.node);
+}
+
+// Leases on these pages end before the first of them; what they hold after it stays theirs until
+// release, since an engine may still be reading it.
+void Index::fail(PoolId id, std::span<const PageId> pages) {
+  PagePool& target = pool(id);
+  const std::unordered_set<PageId> failed(pages.begin(), pages.end());
+  for (auto& [lease_id, lease] : leases_) {
+    if (lease.pool != id) continue;
+    const auto end = std::ranges::find_if(
+        lease.held, [&](const Held& held) { return failed.contains(held.anchor); });
+    for (auto held = end; held != lease.held.end(); ++held) {
+      if (failed.contains(held->anchor)) {
+        target.unpin(held->anchor);
+        if (held->page == held->anchor) held->page = kNoPage;
+        held->anchor = kNoPage;
+      }
+      lease.stray.push_back(*held);
+    }
+    lease.held.erase(end, lease.held.end());
+  }
+  for (size_t i = pages.size(); i-- > 0;) {  // tail first: no block loses its parent
+    target.unpin(pages[i]);
+    drop(tree_.owner(id, pages[i]), id);
+  }
+}
+
+}  // namespace kvc2
