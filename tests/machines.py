@@ -1,0 +1,373 @@
+"""Hypothesis state machines: random calls on the real thing and on its naive oracle.
+
+The blocks are few and small, so that prefixes are shared and nodes split all the time, and the pools
+hold fewer pages than a path has blocks, so that everything is evicted all the time.
+"""
+
+import itertools
+
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvc2 import _core
+from tests.models import IN_FLIGHT, PRIVATE, RESIDENT, IndexModel, PoolModel, TransferModel, digests
+
+PAGE_SIZE = 2
+PER_SLAB = 3
+NAMESPACES = [b"a" * 32, b"b" * 32]
+BLOCKS = [(0, 0), (0, 1), (7, 7)]  # two begin alike: tokens are compared whole
+
+Prompt = list[tuple[int, ...]]
+prompts = st.lists(st.sampled_from(BLOCKS), max_size=6)
+small = st.integers(0, 5)
+choice = st.integers(0, 1000)  # of one of several, modulo their number
+
+
+def u32(values: object) -> np.ndarray:
+    return np.array(values, dtype=np.uint32).reshape(-1)
+
+
+def block_bytes(block: object) -> bytes:
+    return u32(block).tobytes()
+
+
+class IndexMachine(RuleBasedStateMachine):
+    """Two engines' pools over one cpu and one durable pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.index = _core.Index(first_generation=10)
+        self.model = IndexModel()
+        self.generations: dict[int, int] = {}  # by page of the durable pool
+        self.last_generation = 9
+        self.last_transfer = 0
+
+    @initialize()
+    def build(self) -> None:
+        self.disk = self.add_pool(below=None, durable=True, slabs=4)
+        self.cpu = self.add_pool(below=self.disk, durable=False, slabs=2)
+        self.gpus = [self.add_pool(below=self.cpu, durable=False, slabs=2) for _ in range(2)]
+        for i, name in enumerate(NAMESPACES):
+            assert self.index.open_namespace(name, PAGE_SIZE) == i
+            assert self.index.open_namespace(name, PAGE_SIZE) == i
+
+    def add_pool(self, *, below: int | None, durable: bool, slabs: int) -> int:
+        pool = self.index.add_pool(
+            page_size=PAGE_SIZE, pages_per_slab=PER_SLAB, below=below, durable=durable
+        )
+        self.model.pools[pool] = PoolModel(PER_SLAB, below, durable)
+        for _ in range(slabs):
+            self.grow(pool)
+        return pool
+
+    def grow(self, pool: int) -> None:
+        slab = self.index.add_slab(pool)
+        state = self.model.pools[pool].state
+        assert slab == next(s for s in itertools.count() if s * PER_SLAB not in state)
+        state.update(dict.fromkeys(range(slab * PER_SLAB, (slab + 1) * PER_SLAB), "free"))
+
+    def a_pool(self, pick: int) -> int:
+        return sorted(self.model.pools)[pick % len(self.model.pools)]
+
+    def a_gpu(self, pick: int) -> int:
+        return self.gpus[pick % len(self.gpus)]
+
+    def a_lease(self, pick: int) -> int:
+        return sorted(self.model.leases)[pick % len(self.model.leases)]
+
+    def some(self, pool: int, state: str, count: int, pick: int) -> list[int]:
+        pages = [p for p, s in self.model.pools[pool].state.items() if s == state]
+        start = pick % len(pages) if pages else 0
+        return (pages[start:] + pages[:start])[:count]
+
+    # requests
+    @rule(namespace=st.integers(0, 1), gpu=choice, prompt=prompts, limit=st.integers(0, 7))
+    def acquire(self, namespace: int, gpu: int, prompt: Prompt, limit: int) -> None:
+        pool = self.a_gpu(gpu)
+        tokens = np.concatenate([u32(prompt), u32([7] * (limit % PAGE_SIZE))])
+        if self.model.pools[pool].closed:
+            return
+        lease = self.index.acquire(namespace, pool, tokens, limit)
+        self.model.acquire(lease.id, namespace, pool, prompt, limit)
+        assert lease.matched == len(self.model.leases[lease.id].found)
+        assert lease.computing == self.model.leases[lease.id].computing
+
+    @precondition(lambda self: self.model.leases)
+    @rule(
+        lease=choice, shift=st.sampled_from([0] * 9 + [-2, -1, 1]), tail=prompts, follow=st.booleans(),
+        page=choice, foreign=st.integers(0, 9),
+    )  # fmt: skip
+    def commit(
+        self, lease: int, shift: int, tail: Prompt, follow: bool, page: int, foreign: int
+    ) -> None:
+        at = self.a_lease(lease)
+        held = len(self.model.leases[at].held)
+        first = max(held + shift, 0)
+        blocks = list(self.model.leases[at].path[first + 1 :]) if follow else tail
+        pages = self.some(self.model.leases[at].pool, PRIVATE, len(blocks), page)
+        if foreign == 0 and pages:
+            pages[-1] = page % (3 * PER_SLAB)
+        if foreign == 1 and pages:
+            pages[-1] = pages[0]
+        self.check_commit(at, first, blocks[: len(pages)], pages)  # type: ignore[arg-type]
+
+    @precondition(lambda self: self.model.leases)
+    @rule(lease=choice, first=small)
+    def commit_again(self, lease: int, first: int) -> None:
+        at = self.a_lease(lease)
+        held = self.model.leases[at].held[first:]
+        self.check_commit(at, first, [h.path[-1] for h in held], [h.page for h in held])  # type: ignore[misc]
+
+    def check_commit(self, lease: int, first: int, blocks: Prompt, pages: list[int]) -> None:
+        answers = self.index.commit(lease, first, u32(blocks), u32(pages))
+        assert list(answers) == self.model.commit(lease, first, blocks, pages)
+
+    @precondition(lambda self: self.model.leases)
+    @rule(lease=choice)
+    def release(self, lease: int) -> None:
+        at = self.a_lease(lease)
+        self.index.release(at)
+        self.model.release(at)
+
+    # private pages
+    @rule(gpu=choice, count=small)
+    def grant(self, gpu: int, count: int) -> None:
+        pool = self.a_gpu(gpu)
+        self.model.grant(pool, count, self.index.grant(pool, count).tolist())
+
+    @rule(gpu=choice, count=small, page=choice, foreign=st.integers(0, 5))
+    def give_back(self, gpu: int, count: int, page: int, foreign: int) -> None:
+        pool = self.a_gpu(gpu)
+        pages = self.some(pool, PRIVATE, count, page)
+        pages += [page % (3 * PER_SLAB)] if foreign == 0 else []
+        state = self.model.pools[pool].state
+        fine = len(set(pages)) == len(pages) and all(
+            state.get(p) == PRIVATE and not self.model.is_held(pool, p) for p in pages
+        )
+        assert self.index.give_back(pool, u32(pages)) == fine
+        state.update(dict.fromkeys(pages if fine else [], "free"))
+
+    @rule(gpu=choice, pages=st.lists(st.integers(0, 3 * PER_SLAB), max_size=3))
+    def keep(self, gpu: int, pages: list[int]) -> None:
+        pool = self.a_gpu(gpu)
+        at = self.model.pools[pool]
+        fine = not at.closed and len(set(pages)) == len(pages)
+        fine = fine and all(at.state.get(p) == "free" for p in pages)
+        assert self.index.keep(pool, u32(pages)) == fine
+        at.state.update(dict.fromkeys(pages if fine else [], PRIVATE))
+
+    # transfers
+    @precondition(lambda self: self.model.leases)
+    @rule(lease=choice)
+    def promote(self, lease: int) -> None:
+        at = self.a_lease(lease)
+        real = self.index.promote(at)
+        pages = [] if real is None else real.target_pages.tolist()
+        self.check_transfer(real, self.model.promote(at, None if real is None else real.id, pages))
+
+    @precondition(lambda self: self.model.leases)
+    @rule(lease=choice, count=st.integers(1, 4))
+    def next_load(self, lease: int, count: int) -> None:
+        at = self.a_lease(lease)
+        real = self.index.next_load(at, count)
+        if isinstance(real, _core.Wait):
+            assert self.model.next_load(at, count, None, []) == real.transfer
+            return
+        pages = [] if real is None else real.target_pages.tolist()
+        expected = self.model.next_load(at, count, None if real is None else real.id, pages)
+        assert not isinstance(expected, int), f"did not wait for {expected}"
+        self.check_transfer(real, expected)
+
+    @rule(pool=choice, count=small)
+    def plan_demote(self, pool: int, count: int) -> None:
+        source = self.a_pool(pool)
+        if source == self.disk:
+            assert self.index.plan_demote(source, count) is None
+            return
+        real = self.index.plan_demote(source, count)
+        pages = [] if real is None else real.target_pages.tolist()
+        transfer = None if real is None else real.id
+        self.check_transfer(real, self.model.plan_demote(source, count, transfer, pages))
+
+    def check_transfer(self, real: "_core.Transfer | None", expected: TransferModel | None) -> None:
+        if real is None:
+            assert expected is None
+            return
+        assert expected is not None
+        self.last_transfer += 1
+        assert real.id == self.last_transfer
+        assert (real.source, real.target) == (expected.source, expected.target)
+        assert real.source_pages.tolist() == expected.source_pages
+        runs = [(s + i, t + i) for s, t, n in real.extents.tolist() for i in range(n)]
+        assert runs == list(zip(expected.source_pages, expected.target_pages, strict=True))
+        if self.disk not in (real.source, real.target):
+            assert real.records is None
+            return
+        if real.target == self.disk:
+            for page in expected.target_pages:
+                self.last_generation += 1
+                self.generations[page] = self.last_generation
+        self.check_records(real, expected)
+
+    def check_records(self, real: "_core.Transfer", expected: TransferModel) -> None:
+        records = real.records
+        durable = expected.target_pages if real.target == self.disk else expected.source_pages
+        assert records is not None
+        assert records.generations.tolist() == [self.generations[page] for page in durable]
+        for i, (namespace, *blocks) in enumerate(expected.paths):
+            name = NAMESPACES[namespace]  # type: ignore[call-overload]
+            chain = [name, *digests(name, [block_bytes(block) for block in blocks])]
+            assert records.namespaces[i].tobytes() == name
+            assert [records.parents[i].tobytes(), records.digests[i].tobytes()] == chain[-2:]
+            assert tuple(records.tokens[i].tolist()) == blocks[-1]
+            keys = _core.chain_keys(name, u32(blocks), PAGE_SIZE)
+            assert records.keys[i].tobytes() == keys[-1].tobytes()
+
+    @precondition(lambda self: self.model.transfers)
+    @rule(transfer=choice, short=st.sampled_from([0, 0, 0, 1, 2, 9]))
+    def complete(self, transfer: int, short: int) -> None:
+        at = sorted(self.model.transfers)[transfer % len(self.model.transfers)]
+        done = max(len(self.model.transfers[at].paths) - short, 0)
+        self.index.complete(at, done)
+        self.model.complete(at, done)
+
+    # eviction and faults
+    @rule(pool=choice, count=small)
+    def evict(self, pool: int, count: int) -> None:
+        at = self.a_pool(pool)
+        pages = dict(self.model.pools[at].blocks)
+        real = self.index.evict(at, count)
+        paths = self.model.evict(at, count)
+        assert real.pages.tolist() == [pages[path] for path in paths]
+        if at == self.disk:
+            chains = [digests(NAMESPACES[n], [block_bytes(b) for b in bs]) for n, *bs in paths]  # type: ignore[call-overload]
+            assert [d.tobytes() for d in real.digests] == [chain[-1] for chain in chains]
+        else:
+            assert real.digests.shape == (0, 32)
+
+    @rule(pool=choice, pages=st.lists(st.integers(0, 4 * PER_SLAB), max_size=3))
+    def lost(self, pool: int, pages: list[int]) -> None:
+        at = self.a_pool(pool)
+        assert self.index.lost(at, u32(pages)).pages.tolist() == self.model.lost(at, pages)
+
+    @rule(gpu=choice)
+    def session_ends(self, gpu: int) -> None:
+        pool = self.a_gpu(gpu)
+        self.index.close_pool(pool)
+        self.model.close_pool(pool)
+
+    @precondition(lambda self: any(self.model.pools[gpu].closed for gpu in self.gpus))
+    @rule()
+    def session_is_forgotten(self) -> None:
+        pool = next(gpu for gpu in self.gpus if self.model.pools[gpu].closed)
+        self.index.remove_pool(pool)
+        self.model.remove_pool(pool)
+        self.gpus.remove(pool)
+        self.gpus.append(self.add_pool(below=self.cpu, durable=False, slabs=2))
+
+    # slabs
+    @rule(pool=choice)
+    def add_slab(self, pool: int) -> None:
+        at = self.a_pool(pool)
+        if not self.model.pools[at].closed and len(self.model.pools[at].state) < 5 * PER_SLAB:
+            self.grow(at)
+
+    @rule(pool=choice, slab=st.integers(0, 4))
+    def empty_slab(self, pool: int, slab: int) -> None:
+        at = self.a_pool(pool)
+        real = self.index.empty_slab(at, slab)
+        assert set(real.pages.tolist()) == self.model.empty_slab(at, slab)
+
+    @rule(pool=choice, slab=st.integers(0, 4))
+    def take_slab(self, pool: int, slab: int) -> None:
+        at = self.a_pool(pool)
+        state = self.model.pools[at].state
+        pages = range(slab * PER_SLAB, (slab + 1) * PER_SLAB)
+        fine = all(state.get(page) == "free" for page in pages)
+        assert self.index.take_slab(at, slab) == fine
+        for page in pages if fine else []:
+            del state[page]
+
+    # restart
+    @rule(order=st.randoms(use_true_random=False))
+    def restore(self, order: object) -> None:
+        """What the durable pool holds, in any order, in a fresh index."""
+        at = self.model.pools[self.disk]
+        rows = [(p, page) for p, page in at.blocks.items() if at.state[page] == RESIDENT]
+        order.shuffle(rows)  # type: ignore[attr-defined]
+        whole = {p for p, _ in rows if all(at.resident(p[:n]) for n in range(2, len(p) + 1))}
+        fresh = _core.Index()
+        disk = fresh.add_pool(
+            page_size=PAGE_SIZE, pages_per_slab=PER_SLAB, below=None, durable=True
+        )
+        for _ in range(5):
+            fresh.add_slab(disk)
+        for name in NAMESPACES:
+            fresh.open_namespace(name, PAGE_SIZE)
+        chains = [
+            [NAMESPACES[n], *digests(NAMESPACES[n], [block_bytes(b) for b in bs])]  # type: ignore[call-overload]
+            for (n, *bs), _ in rows
+        ]
+        answers = fresh.restore(
+            disk,
+            np.frombuffer(b"".join(c[-1] for c in chains), np.uint8).reshape(-1, 32),
+            np.frombuffer(b"".join(c[-2] for c in chains), np.uint8).reshape(-1, 32),
+            u32([p[-1] for p, _ in rows]).reshape(-1, PAGE_SIZE),
+            u32([page for _, page in rows]),
+            np.array([self.generations[page] for _, page in rows], dtype=np.uint64),
+            u32([self.model.stamps[p] for p, _ in rows]),
+        )
+        fresh.check()
+        restored = [_core.RESTORED if p in whole else _core.ORPHAN for p, _ in rows]
+        assert answers.tolist() == restored
+        for (namespace, *blocks), _ in rows:
+            longest = next(n for n in range(len(blocks), -1, -1)
+                           if n == 0 or (namespace, *blocks[:n]) in whole)  # fmt: skip
+            assert fresh.match(namespace, disk, u32(blocks)).blocks == longest  # type: ignore[arg-type]
+
+    # after every step
+    @invariant()
+    def laws_hold(self) -> None:
+        self.index.check()
+
+    @invariant()
+    def counts_agree(self) -> None:
+        for pool, at in self.model.pools.items():
+            real = self.index.pool_counts(pool)
+            states = list(at.state.values())
+            got = [real.free, real.private, real.in_flight, real.resident, real.pages]
+            assert got == [
+                *(states.count(s) for s in ("free", PRIVATE, IN_FLIGHT, RESIDENT)), len(states)
+            ]  # fmt: skip
+            assert real.pinned == sum(self.model.pins(pool, page) > 0 for page in at.state)
+            assert self.index.undemoted(pool) == len(at.queue)
+            stamps = self.index.stamps(pool)
+            assert {int(p): int(stamps[p]) for p in stamps.nonzero()[0]} == {
+                page: self.model.stamps[path]
+                for path, page in at.blocks.items()
+                if at.resident(path)
+            }
+        real = self.index.counts()
+        blocks = {path for at in self.model.pools.values() for path in at.blocks}
+        assert (real.blocks, real.holes) == (len(blocks), self.model.holes())
+        assert (real.leases, real.transfers) == (len(self.model.leases), len(self.model.transfers))
+
+    @invariant()
+    def matches_agree(self) -> None:
+        paths = {path for at in self.model.pools.values() for path in at.blocks}
+        for namespace, *blocks in paths:
+            for pool in self.gpus:
+                found = self.model.tiers(namespace, pool, blocks)  # type: ignore[arg-type]
+                match = self.index.match(namespace, pool, u32(blocks))  # type: ignore[arg-type]
+                assert match.blocks == len(found)
+                assert match.tiers == tuple(found.count(t) for t in range(3))
+
+    @invariant()
+    def leases_agree(self) -> None:
+        for lease, at in self.model.leases.items():
+            real = self.index.lease(lease)
+            assert real.pages.tolist() == [held.page for held in at.held]
+            tiers = [held.tier for held in at.held]
+            assert real.tiers == tuple(tiers.count(t) for t in range(3))
+            assert real.transfer == self.model.depends(at)

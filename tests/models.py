@@ -1,0 +1,441 @@
+"""Naive oracles: obviously right, no cleverness, for small states only.
+
+`IndexModel` is what csrc/index must equal. A block is its whole path (namespace, block, block, ...),
+so there is no tree, no split and no count to keep: every question scans everything. It decides
+evictions itself; only the choice among free pages is the index's, so a call that takes pages is
+told which ones (`picks`) and checks that they were free to take.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+Path = tuple[object, ...]  # (namespace id, tokens of block 0, tokens of block 1, ...)
+
+FREE, PRIVATE, IN_FLIGHT, RESIDENT = "free", "private", "in_flight", "resident"
+ADOPTED, DUPLICATE, REFUSED = 0, 1, 2
+
+
+@dataclass
+class PoolModel:
+    per_slab: int
+    below: int | None
+    durable: bool
+    closed: bool = False
+    state: dict[int, str] = field(default_factory=dict)
+    blocks: dict[Path, int] = field(default_factory=dict)  # in flight or resident
+    queue: list[int] = field(default_factory=list)
+
+    def present(self, path: Path) -> bool:
+        return path in self.blocks
+
+    def resident(self, path: Path) -> bool:
+        return path in self.blocks and self.state[self.blocks[path]] == RESIDENT
+
+    def owner(self, page: int) -> Path:
+        return next(path for path, at in self.blocks.items() if at == page)
+
+    def free_pages(self) -> list[int]:
+        return [page for page, state in self.state.items() if state == FREE]
+
+
+@dataclass
+class Held:
+    path: Path
+    page: int
+    tier: int | None  # None: committed by the lease
+    duplicate: bool = False
+    anchored: bool = True  # the block's page in the pool is pinned; False once its transfer failed
+
+
+@dataclass
+class LeaseModel:
+    namespace: int
+    pool: int
+    stamp: int
+    path: Path  # of all full blocks of its tokens
+    found: list[int]  # tier by matched block
+    computing: int
+    held: list[Held] = field(default_factory=list)
+    stray: list[Held] = field(default_factory=list)
+    known_from: int = 0  # matched blocks before this one can't be found again once lost
+    committed: int = 0  # blocks before this one are not being computed
+
+    def computes(self) -> list[Path]:
+        first = max(len(self.found), self.committed)
+        return [self.path[: i + 2] for i in range(first, len(self.path) - 1)]
+
+
+@dataclass
+class TransferModel:
+    source: int
+    target: int
+    paths: list[Path]
+    source_pages: list[int]
+    target_pages: list[int]
+    failed: bool = False
+
+
+class IndexModel:
+    def __init__(self) -> None:
+        self.pools: dict[int, PoolModel] = {}
+        self.stamps: dict[Path, int] = {}  # of present blocks and of holes
+        self.leases: dict[int, LeaseModel] = {}
+        self.transfers: dict[int, TransferModel] = {}
+        self.clock = 1
+
+    # questions
+    def chain(self, pool: int) -> list[int]:
+        below = self.pools[pool].below
+        return [pool] if below is None else [pool, *self.chain(below)]
+
+    def anywhere(self, path: Path) -> bool:
+        return any(pool.present(path) for pool in self.pools.values())
+
+    def under(self, path: Path, pool: int | None = None) -> list[Path]:
+        """Blocks below `path` with a page in `pool` (None: in any)."""
+        pools = self.pools.values() if pool is None else [self.pools[pool]]
+        deeper = [p for each in pools for p in each.blocks if len(p) > len(path)]
+        return [p for p in deeper if p[: len(path)] == path]
+
+    def pins(self, pool: int, page: int) -> int:
+        count = 0
+        for lease in self.leases.values():
+            for held in lease.held + lease.stray:
+                anchored = lease.pool == pool and held.anchored
+                count += anchored and self.pools[pool].blocks[held.path] == page
+        for transfer in self.transfers.values():
+            count += transfer.source == pool and page in transfer.source_pages
+            count += transfer.target == pool and page in transfer.target_pages
+        return count
+
+    def is_held(self, pool: int, page: int) -> bool:
+        leases = [lease for lease in self.leases.values() if lease.pool == pool]
+        return any(h.duplicate and h.page == page for le in leases for h in le.held + le.stray)
+
+    def held_below(self, path: Path, pool: int) -> bool:
+        return any(self.pools[p].resident(path) for p in self.chain(pool)[1:])
+
+    def last_copy(self, path: Path, pool: int) -> bool:
+        return not any(p.resident(path) for i, p in self.pools.items() if i != pool)
+
+    def evictable(self, path: Path, pool: int) -> bool:
+        at = self.pools[pool]
+        if not at.resident(path) or self.pins(pool, at.blocks[path]) or self.under(path, pool):
+            return False
+        return not self.last_copy(path, pool) or not self.under(path)
+
+    def tiers(self, namespace: int, pool: int, blocks: list[tuple[int, ...]]) -> list[int]:
+        """The fastest tier by matched block."""
+        tiers = []
+        for i in range(len(blocks)):
+            path = (namespace, *blocks[: i + 1])
+            holders = [t for t, p in enumerate(self.chain(pool)) if self.pools[p].resident(path)]
+            if not holders:
+                break
+            tiers.append(holders[0])
+        return tiers
+
+    def holes(self) -> int:
+        prefixes = {
+            p[:n] for pool in self.pools.values() for p in pool.blocks for n in range(2, len(p))
+        }
+        return sum(not self.anywhere(path) for path in prefixes)
+
+    def depends(self, lease: LeaseModel) -> int:
+        pages = [self.pools[lease.pool].blocks[held.path] for held in lease.held]
+        return max(
+            (i for i, t in self.transfers.items() if t.target == lease.pool
+             and set(t.target_pages) & set(pages)),
+            default=0,
+        )  # fmt: skip
+
+    # changes
+    def drop(self, path: Path, pool: int) -> int:
+        at = self.pools[pool]
+        page = at.blocks.pop(path)
+        at.state[page] = FREE
+        self.forget()
+        return page
+
+    def forget(self) -> None:
+        """Neither a block nor a hole: its stamp is gone too."""
+        gone = [p for p in self.stamps if not self.anywhere(p) and not self.under(p)]
+        for path in gone:
+            del self.stamps[path]
+
+    def victim(self, pool: int, spared: Path | None = None) -> Path | None:
+        candidates = [p for p in self.pools[pool].blocks if self.evictable(p, pool) and p != spared]
+        order = {p: (not self.held_below(p, pool), self.stamps[p]) for p in candidates}
+        return min(candidates, key=order.__getitem__, default=None)
+
+    def take(
+        self, pool: int, picks: Iterator[int], state: str, spared: Path | None = None
+    ) -> int | None:
+        at = self.pools[pool]
+        if not at.free_pages():
+            path = None if at.durable else self.victim(pool, spared)
+            if path is None:
+                return None
+            self.drop(path, pool)
+        page = next(picks, None)
+        assert page is not None, f"pool {pool} had room for one more page"
+        assert at.state.get(page) == FREE, f"page {page} of pool {pool} was {at.state.get(page)}"
+        at.state[page] = state
+        return page
+
+    def grant(self, pool: int, count: int, picks: list[int]) -> None:
+        source = iter(picks)
+        for _ in range(0 if self.pools[pool].closed else count):
+            if self.take(pool, source, PRIVATE) is None:
+                break
+        assert next(source, None) is None, "more pages than there are"
+
+    def enqueue(self, pool: int, page: int) -> None:
+        at = self.pools[pool]
+        if at.below is not None and page not in at.queue:
+            at.queue.append(page)
+
+    def acquire(
+        self, lease: int, namespace: int, pool: int, blocks: list[tuple[int, ...]], limit: int
+    ) -> None:
+        self.clock += 1
+        found = self.tiers(namespace, pool, blocks[:limit])
+        opened = LeaseModel(namespace, pool, self.clock, (namespace, *blocks), found, 0)
+        computed = {p for other in self.leases.values() for p in other.computes()}
+        while len(found) + opened.computing < len(blocks):
+            if opened.path[: len(found) + opened.computing + 2] not in computed:
+                break
+            opened.computing += 1
+        matched = [opened.path[: i + 2] for i in range(len(found))]
+        for path in matched:
+            self.stamps[path] = self.clock
+        chain = self.chain(pool)
+        for upper, lower in itertools.pairwise(chain):
+            for path in matched:
+                if self.pools[upper].resident(path) and not self.pools[lower].present(path):
+                    self.enqueue(upper, self.pools[upper].blocks[path])
+        self.hold_more(opened)
+        opened.known_from = len(opened.held)
+        self.leases[lease] = opened
+
+    def hold_more(self, lease: LeaseModel) -> None:
+        """Pages in the lease's pool that follow what it holds."""
+        while (path := self.next_path(lease)) and self.pools[lease.pool].present(path):
+            page = self.pools[lease.pool].blocks[path]
+            lease.held.append(Held(path, page, lease.found[len(lease.held)]))
+
+    def next_path(self, lease: LeaseModel, block: int | None = None) -> Path | None:
+        """The matched block, hanging on what the lease holds, if it is (still) there."""
+        held = len(lease.held)
+        block = held if block is None else block
+        if not lease.known_from <= block < len(lease.found):
+            return None
+        before = lease.held[-1].path if lease.held else lease.path[:1]
+        path = (*before, *lease.path[held + 1 : block + 2])
+        return path if path in self.stamps else None
+
+    def commit(
+        self, lease_id: int, first: int, blocks: list[tuple[int, ...]], pages: list[int]
+    ) -> list[int]:
+        lease = self.leases[lease_id]
+        answers: list[int] = []
+        for i, (block, page) in enumerate(zip(blocks, pages, strict=True)):
+            refused = REFUSED in answers
+            answers.append(REFUSED if refused else self.commit_one(lease, first + i, block, page))
+        lease.committed = max(lease.committed, len(lease.held))
+        return answers
+
+    def commit_one(self, lease: LeaseModel, block: int, tokens: tuple[int, ...], page: int) -> int:
+        at = self.pools[lease.pool]
+        if block < len(lease.held):
+            held = lease.held[block]
+            if held.page != page or held.path[-1] != tokens:
+                return REFUSED
+            return DUPLICATE if held.duplicate else ADOPTED
+        free_to_use = at.state.get(page) == PRIVATE and not self.is_held(lease.pool, page)
+        if block > len(lease.held) or not free_to_use:
+            return REFUSED
+        before = lease.held[-1].path if lease.held else (lease.namespace,)
+        path = (*before, tokens)
+        self.stamps[path] = max(self.stamps.get(path, 0), lease.stamp)
+        duplicate = at.present(path)
+        if not duplicate:
+            at.state[page] = RESIDENT
+            at.blocks[path] = page
+            self.enqueue(lease.pool, page)
+        lease.held.append(Held(path, page, None, duplicate))
+        return DUPLICATE if duplicate else ADOPTED
+
+    def release(self, lease_id: int) -> None:
+        lease = self.leases.pop(lease_id)
+        for held in lease.held + lease.stray:
+            if held.duplicate:
+                self.pools[lease.pool].state[held.page] = FREE
+
+    def add(self, plan: TransferModel, path: Path, picks: Iterator[int]) -> bool:
+        page = self.take(plan.target, picks, IN_FLIGHT, spared=path[:-1])
+        if page is None:
+            return False
+        self.pools[plan.target].blocks[path] = page
+        plan.paths.append(path)
+        plan.source_pages.append(self.pools[plan.source].blocks[path])
+        plan.target_pages.append(page)
+        self.transfers[-1] = plan  # pins while the plan is made
+        return True
+
+    def start(self, plan: TransferModel, transfer: int | None) -> TransferModel | None:
+        self.transfers.pop(-1, None)
+        assert (transfer is not None) == bool(plan.paths)
+        if transfer is not None:
+            self.transfers[transfer] = plan
+        return plan if plan.paths else None
+
+    def promote(
+        self, lease_id: int, transfer: int | None, picks: list[int]
+    ) -> TransferModel | None:
+        lease = self.leases[lease_id]
+        self.hold_more(lease)
+        below = self.pools[lease.pool].below
+        plan = TransferModel(-1 if below is None else below, lease.pool, [], [], [])
+        source = iter(picks)
+        while below is not None and (path := self.next_path(lease)):
+            if self.pools[lease.pool].present(path) or not self.pools[below].resident(path):
+                break
+            if not self.add(plan, path, source):
+                break
+            lease.held.append(Held(path, plan.target_pages[-1], lease.found[len(lease.held)]))
+        return self.start(plan, transfer)
+
+    def next_load(
+        self, lease_id: int, count: int, transfer: int | None, picks: list[int]
+    ) -> TransferModel | int | None:
+        """A transfer, or the id of the one to wait for."""
+        lease = self.leases[lease_id]
+        chain = self.chain(lease.pool)
+        plan = TransferModel(chain[-1], chain[-2], [], [], [])
+        source = iter(picks)
+        memory = [self.pools[p] for p in chain[:-1]]
+        for block in range(len(lease.held), len(lease.found)):
+            path = self.next_path(lease, block)
+            if path is None or len(plan.paths) == count:
+                break
+            if memory[0].present(path) or any(p.resident(path) for p in memory):
+                if plan.paths:
+                    break
+                continue
+            coming = [p for p in chain[:-1] if self.pools[p].present(path)]
+            if coming and not plan.paths:
+                page = self.pools[coming[0]].blocks[path]
+                return next(
+                    i for i, t in self.transfers.items()
+                    if t.target == coming[0] and page in t.target_pages
+                )  # fmt: skip
+            if (
+                coming
+                or not self.pools[chain[-1]].resident(path)
+                or not self.add(plan, path, source)
+            ):
+                break
+        return self.start(plan, transfer)
+
+    def plan_demote(
+        self, pool: int, count: int, transfer: int | None, picks: list[int]
+    ) -> TransferModel | None:
+        at = self.pools[pool]
+        assert at.below is not None
+        plan = TransferModel(pool, at.below, [], [], [])
+        source = iter(picks)
+        full = False
+        while at.queue and len(plan.paths) < count and not full:
+            for path in self.missing_below(pool, at.below, at.queue[0]):
+                full = len(plan.paths) == count or not self.add(plan, path, source)
+                if full:
+                    break
+            if not full:
+                at.queue.pop(0)
+        return self.start(plan, transfer)
+
+    def missing_below(self, pool: int, below: int, page: int) -> list[Path]:
+        if self.pools[pool].state.get(page) != RESIDENT:
+            return []
+        path = self.pools[pool].owner(page)
+        missing = []
+        while len(path) > 1 and not self.pools[below].present(path):
+            if not self.pools[pool].resident(path):
+                return []
+            missing.insert(0, path)
+            path = path[:-1]
+        return missing
+
+    def complete(self, transfer_id: int, done: int) -> None:
+        transfer = self.transfers.pop(transfer_id)
+        done = 0 if transfer.failed else done
+        at = self.pools.get(transfer.target)
+        if at is None:
+            return
+        for path, page in list(zip(transfer.paths, transfer.target_pages, strict=True))[:done]:
+            at.state[page] = RESIDENT
+            if at.below is not None and not self.pools[at.below].present(path):
+                self.enqueue(transfer.target, page)
+        failed = transfer.paths[done:]
+        for lease in self.leases.values():
+            hit = [i for i, h in enumerate(lease.held) if h.path in failed]
+            if lease.pool == transfer.target and hit:
+                lease.stray += lease.held[hit[0] :]
+                del lease.held[hit[0] :]
+                for held in lease.stray:
+                    held.anchored = held.anchored and held.path not in failed
+        for path in reversed(failed):
+            self.drop(path, transfer.target)
+
+    def evict(self, pool: int, count: int) -> list[Path]:
+        evicted: list[Path] = []
+        while len(evicted) < count and (path := self.victim(pool)):
+            self.drop(path, pool)
+            evicted.append(path)
+        return evicted
+
+    def empty_slab(self, pool: int, slab: int) -> set[int]:
+        at = self.pools[pool]
+        evicted = set()
+        for page in range(slab * at.per_slab, (slab + 1) * at.per_slab):
+            if at.state.get(page) != RESIDENT:
+                continue
+            top = at.owner(page)
+            for path in sorted([top, *self.under(top, pool)], key=len, reverse=True):
+                if self.evictable(path, pool):
+                    evicted.add(self.drop(path, pool))
+        return evicted
+
+    def lost(self, pool: int, pages: list[int]) -> list[int]:
+        at = self.pools[pool]
+        gone = []
+        for page in pages:
+            if at.state.get(page) == RESIDENT and not self.pins(pool, page):
+                self.drop(at.owner(page), pool)
+                gone.append(page)
+        return gone
+
+    def close_pool(self, pool: int) -> None:
+        self.pools[pool].closed = True
+        for lease in [i for i, le in self.leases.items() if le.pool == pool]:
+            self.release(lease)
+        for page, state in self.pools[pool].state.items():
+            if state == PRIVATE:
+                self.pools[pool].state[page] = FREE
+
+    def remove_pool(self, pool: int) -> None:
+        del self.pools[pool]
+        for transfer in self.transfers.values():
+            transfer.failed |= pool in (transfer.source, transfer.target)
+        self.forget()
+
+
+def digests(name: bytes, blocks: list[bytes]) -> list[bytes]:
+    """SHA-256 chain of the blocks' tokens from the namespace on."""
+    chain = [name]
+    for block in blocks:
+        chain.append(hashlib.sha256(chain[-1] + block).digest())
+    return chain[1:]
