@@ -20,9 +20,8 @@ struct Cpu {
 };
 
 // Detected at the first call, then constant. The environment variable KVC2_ISA (portable, avx2,
-// avx512, amx) lowers the level for tests, never raises it; `portable` drops sha_ni too, and
-// anything below amx leaves avx512_bf16 as the processor has it only at avx512 and above.
-// Throws std::invalid_argument when KVC2_ISA holds another word.
+// avx512, amx) lowers the level for tests and never raises it; features that belong to a higher
+// level go with it (sha_ni counts as avx2). Throws std::invalid_argument for another word.
 const Cpu& cpu();
 
 // The word of KVC2_ISA for a level.
