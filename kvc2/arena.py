@@ -17,6 +17,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,7 @@ class Arena:
         os.close(self.fd)
 
     def take(self, run_bytes: int) -> int | None:
-        """Offset of a free contiguous run (a multiple of unit_bytes), the first that fits; or None."""
+        """Offset of the first free run of so many bytes (a multiple of unit_bytes); or None."""
         units = run_bytes // self.unit_bytes
         with self._lock:
             free = (self._states == FREE).astype(np.int64)
@@ -168,10 +169,8 @@ def _create(capacity_bytes: int) -> tuple[int, mmap.mmap, str]:
             pass  # a kernel without hugetlb, or no huge pages set aside: the usual case
     fd = os.memfd_create("kvc2-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     mapped = _map(fd, capacity_bytes)
-    try:
+    with suppress(OSError):  # a kernel without transparent huge pages
         mapped.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:
-        pass  # a kernel without transparent huge pages
     return fd, mapped, _shmem_page_kind()
 
 

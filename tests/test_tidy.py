@@ -27,10 +27,10 @@ KVC2_FLOORS = """
     cli
     server, client
     cache
-    sessions, mover, events
+    sessions, mover, behind, events
     tiers
     arena
-    layout, namespace, v1
+    layout, namespace, results, v1
     _core
     config, errors, metrics
 """

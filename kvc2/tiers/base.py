@@ -7,12 +7,13 @@ sector first, then the payload).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvc2 import _core
 from kvc2.layout import HEADER_BYTES, Layout, slab_shape
 
 U8 = NDArray[np.uint8]
@@ -34,15 +35,44 @@ class PageShape:
 
     @staticmethod
     def of(layout: Layout, slab_bytes: int) -> PageShape:
-        shape = slab_shape(layout.page_bytes, slab_bytes)
+        slab = slab_shape(layout.page_bytes, slab_bytes)
         return PageShape(
             layout_digest=layout.digest,
             page_size=layout.page_size,
             payload_bytes=layout.payload_bytes,
             page_bytes=layout.page_bytes,
-            slab_bytes=shape.slab_bytes,
-            pages_per_slab=shape.pages_per_slab,
+            slab_bytes=slab.slab_bytes,
+            pages_per_slab=slab.pages_per_slab,
         )
+
+    def with_slabs(self, slab_bytes: int) -> PageShape:
+        """The same pages in slabs of another unit (a restart with another `slab_bytes`)."""
+        slab = slab_shape(self.page_bytes, slab_bytes)
+        return replace(self, slab_bytes=slab.slab_bytes, pages_per_slab=slab.pages_per_slab)
+
+
+@dataclass(frozen=True)
+class RecordsPart:
+    """Some rows of a transfer's records; _core takes any object with these arrays for records."""
+
+    namespaces: U8
+    digests: U8
+    parents: U8
+    keys: U8
+    tokens: U32
+    generations: U64
+
+
+def part_of(records: _core.Records, part: slice) -> _core.Records:
+    rows = RecordsPart(
+        namespaces=records.namespaces[part],
+        digests=records.digests[part],
+        parents=records.parents[part],
+        keys=records.keys[part],
+        tokens=records.tokens[part],
+        generations=records.generations[part],
+    )
+    return cast(_core.Records, rows)
 
 
 class PageStore(Protocol):
@@ -53,7 +83,7 @@ class PageStore(Protocol):
     """
 
     def read(self, pages: U32, offsets: U64) -> U8:
-        """Bring pages into the arena. [n] of 1 (came) or 0 (a fault took it: never an exception)."""
+        """Bring pages into the arena. [n] of 1 (came) or 0 (a fault took it): no exception."""
 
     def write(self, pages: U32, offsets: U64) -> None:
         """Copy arena pages here. OSError: any of them may be torn now."""

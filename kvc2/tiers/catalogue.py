@@ -5,7 +5,8 @@ count), `layouts` (digest -> shape), `namespaces` (32 bytes -> page size, identi
 `blocks` ((layout number, page) -> record). Keyed by page, so a page has at most one record
 whatever happens. Not here: the bytes of pages (slab_file.py).
 
-One thread at a time uses a Catalogue, and nothing forks after it is open.
+One thread at a time commits to a Catalogue (`add_layout` and `add_namespace` may be called from
+another), and nothing forks after it is open.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def record_type(page_size: int) -> np.dtype[np.void]:
 
 
 def room_bytes(shape: PageShape) -> int:
-    """Catalogue bytes that one slab's pages may need: records in half-full leaves, their recency."""
+    """Catalogue bytes that one slab's pages may need: records in half-full leaves, recency."""
     record = record_type(shape.page_size).itemsize + 16  # node header and key
     leaf = PAGE_BYTES - 16
     if record > leaf // 2:  # LMDB gives it overflow pages of its own
@@ -89,7 +90,6 @@ class Change:
     """What one transaction does, in this order: deletes, then the rest."""
 
     deletes: dict[int, list[U32]] = field(default_factory=dict)  # pages by layout number
-    namespaces: dict[bytes, tuple[int, bytes]] = field(default_factory=dict)  # page size, identity
     inserts: list[tuple[bytes, bytes]] = field(default_factory=list)  # of `insertions`
 
 
@@ -119,6 +119,8 @@ class Catalogue:
         self.folder = folder
         self._slack_bytes = max(slack_bytes, SLACK_BYTES_MIN)
         self._room_bytes = 0
+        self._new_layouts: dict[int, PageShape] = {}
+        self._new_namespaces: dict[bytes, tuple[int, bytes]] = {}  # page size, identity
         folder.mkdir(mode=0o700, exist_ok=True)
         _check_file(folder / DATA_FILE)
         try:
@@ -189,23 +191,25 @@ class Catalogue:
         self._env.set_mapsize(self.bytes_max)
 
     def add_layout(self, shape: PageShape) -> int:
-        """The number of a layout, a new one if it has none yet. Commits."""
+        """The number of a layout; a new one is committed with the next change."""
         for number, known in self.layouts.items():
             if known.layout_digest == shape.layout_digest:
                 return number
         number = max(self.layouts, default=0) + 1
-        value = LAYOUT.pack(
-            number,
-            shape.page_size,
-            shape.payload_bytes,
-            shape.page_bytes,
-            shape.slab_bytes,
-            shape.pages_per_slab,
-        )
-        with self._env.begin(db=self._layout_table, write=True) as txn:
-            txn.put(shape.layout_digest, value)
         self.layouts[number] = shape
+        self._new_layouts[number] = shape
         return number
+
+    def add_namespace(self, name: bytes, page_size: int, identity: bytes) -> bool:
+        """To be committed with the next change. False, and not stored, when namespaces would fill
+        more than half of the slack: LMDB itself needs the rest."""
+        if name in self.namespaces:
+            return True
+        used = sum(len(value) + PAGE_BYTES // 8 for _, value in self.namespaces.values())
+        if used + len(identity) + PAGE_BYTES > self._slack_bytes // 2:
+            return False
+        self.namespaces[name] = self._new_namespaces[name] = (page_size, identity)
+        return True
 
     def records(self, number: int) -> Stored:
         """All records of a layout. Raises Damaged when LMDB finds its file broken."""
@@ -226,19 +230,35 @@ class Catalogue:
         return Stored(keys["page"].astype(np.uint32), values)
 
     def commit(self, change: Change) -> None:
-        """All of it, durable when this returns, or nothing: Full, or lmdb.Error for other faults."""
+        """All of it, durable when this returns, or nothing: Full, or lmdb.Error for other faults.
+        Layouts and namespaces that are new since the last commit go along."""
+        layouts, namespaces = dict(self._new_layouts), dict(self._new_namespaces)
+        if not (change.deletes or change.inserts or layouts or namespaces):
+            return
         try:
             with self._env.begin(write=True) as txn:
                 for number, arrays in change.deletes.items():
                     for pages in arrays:
                         _delete(txn, self._blocks, _keys(number, pages))
-                if change.namespaces:
-                    self._put_namespaces(txn, change.namespaces)
+                for number, shape in layouts.items():
+                    txn.put(shape.layout_digest, _pack(number, shape), db=self._layout_table)
+                for name, (page_size, identity) in namespaces.items():
+                    value = struct.pack("<I", page_size) + identity
+                    txn.put(name, value, db=self._namespace_table)
                 if change.inserts:
                     txn.cursor(self._blocks).putmulti(change.inserts)
         except (lmdb.MapFullError, lmdb.DiskError) as error:
             raise Full(str(error)) from error
+        for number in layouts:
+            del self._new_layouts[number]
+        for name in namespaces:
+            del self._new_namespaces[name]
         self._keep_whole()
+
+    @property
+    def has_news(self) -> bool:
+        """Whether a layout or namespace waits for a commit."""
+        return bool(self._new_layouts or self._new_namespaces)
 
     def drop_namespaces(self, names: Iterable[bytes]) -> None:
         """Forget namespaces that hold no block any more."""
@@ -247,21 +267,11 @@ class Catalogue:
         for name in names:
             self.namespaces.pop(name, None)
 
-    def has_room_for(self, identity: bytes) -> bool:
-        """Whether one more namespace leaves half of the slack to LMDB itself."""
-        used = sum(len(value) + PAGE_BYTES // 8 for _, value in self.namespaces.values())
-        return used + len(identity) + PAGE_BYTES <= self._slack_bytes // 2
-
     def file_bytes(self) -> int:
         return (self.folder / DATA_FILE).stat().st_size
 
     def close(self) -> None:
         self._env.close()
-
-    def _put_namespaces(self, txn: lmdb.Transaction, found: dict[bytes, tuple[int, bytes]]) -> None:
-        for name, (page_size, identity) in found.items():
-            txn.put(name, struct.pack("<I", page_size) + identity, db=self._namespace_table)
-            self.namespaces[name] = (page_size, identity)
 
     def _keep_whole(self) -> None:
         """LMDB may end its file before a page that it allocated and gave up in one transaction; the
@@ -270,6 +280,17 @@ class Catalogue:
         needed = (self._env.info()["last_pgno"] + 1) * PAGE_BYTES
         if path.stat().st_size < needed:
             os.truncate(path, needed)
+
+
+def _pack(number: int, shape: PageShape) -> bytes:
+    return LAYOUT.pack(
+        number,
+        shape.page_size,
+        shape.payload_bytes,
+        shape.page_bytes,
+        shape.slab_bytes,
+        shape.pages_per_slab,
+    )
 
 
 def _keys(number: int, pages: U32) -> list[bytes]:
@@ -284,7 +305,7 @@ def _values(rows: NDArray[np.void]) -> list[bytes]:
     return found
 
 
-def _delete(txn: lmdb.Transaction, table: object, keys: Iterable[bytes]) -> None:
+def _delete(txn: lmdb.Transaction, table: lmdb._Database, keys: Iterable[bytes]) -> None:
     deque((txn.delete(key, db=table) for key in keys), maxlen=0)
 
 
@@ -295,7 +316,8 @@ def _check_file(path: Path) -> None:
         return
     with path.open("rb") as file:
         head = file.read(2 * PAGE_BYTES)
-    pages, newest = [], -1
+    pages: list[tuple[int, ...]] = []
+    newest = -1
     for start in (META_OFFSET, PAGE_BYTES + META_OFFSET):
         if len(head) < start + META.size:
             raise Damaged(f"{path}: {len(head)} bytes are no catalogue")
@@ -307,5 +329,3 @@ def _check_file(path: Path) -> None:
     last_page = max(values[-2] for values in pages if values[-1] == newest)
     if path.stat().st_size < (last_page + 1) * PAGE_BYTES:
         raise Damaged(f"{path}: shorter than its {last_page + 1} pages")
-
-

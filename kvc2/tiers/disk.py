@@ -60,7 +60,7 @@ class DiskPool:
         came = self.slabs.read(pages, offsets)
         shape = self.shape
         status = _core.verify_blocks(
-            arena, offsets, records, shape.layout_digest, shape.payload_bytes
+            arena.data, offsets, records, shape.layout_digest, shape.payload_bytes
         )
         status[came == 0] = READ_FAILED
         return status
@@ -115,8 +115,8 @@ class DiskTier:
             raise
 
     def pool(self, shape: PageShape) -> DiskPool:
-        """The pool of a layout, made when it has none yet: on the writer's thread, or at start. A
-        layout keeps the slab shape that it was first stored with. May raise lmdb.Error."""
+        """The pool of a layout, made when it has none yet. A layout keeps the slab shape that it
+        was first stored with."""
         if shape.layout_digest not in self.pools:
             number = self.catalogue.add_layout(shape)
             known = self.catalogue.layouts[number]
@@ -178,8 +178,7 @@ class DiskTier:
         fault of the disk: it is counted, and the outcome says what did not happen."""
         written = batch is not None and self._write(batch, change)
         try:
-            if change.deletes or change.inserts or change.namespaces:
-                self.catalogue.commit(change)
+            self.catalogue.commit(change)
             return Outcome(written, True)
         except Full as error:
             self._metrics.fault("disk_full")
@@ -193,7 +192,7 @@ class DiskTier:
     def _write(self, batch: Batch, change: Change) -> bool:
         shape = batch.pool.shape
         checksums = _core.encode_headers(
-            self._arena, batch.offsets, batch.records, shape.layout_digest, shape.payload_bytes
+            self._arena.data, batch.offsets, batch.records, shape.layout_digest, shape.payload_bytes
         )
         try:
             batch.pool.slabs.write(batch.pages, batch.offsets)
@@ -249,7 +248,7 @@ class DiskTier:
         return catalogue
 
     def _put_aside(self, folder: Path, why: str) -> Catalogue:
-        """Start empty beside a damaged catalogue; the last one is kept for whoever looks into it."""
+        """Start empty beside a damaged catalogue; the last one is kept to be looked into."""
         self._metrics.fault("catalogue_reset")
         LOG.error("disk: the catalogue is damaged (%s): put aside, the tier starts empty", why)
         aside = self.path / "catalogue.damaged"
@@ -279,6 +278,20 @@ class DiskTier:
             except OSError as error:
                 LOG.warning("disk: %s: %s", path, error)
         path.unlink(missing_ok=True)
+
+    def forget_namespaces(self, used: set[bytes]) -> None:
+        """Drop the namespaces that no block starts from. At start only."""
+        unused = [name for name in self.catalogue.namespaces if name not in used]
+        try:
+            self.catalogue.drop_namespaces(unused)
+        except lmdb.Error as error:
+            self._metrics.fault("catalogue_error")
+            LOG.warning("disk: catalogue: %s", error)
+
+    def last_stamp(self) -> int:
+        """The highest stamp that was written aside: this run's begin above it."""
+        arrays = [self.read_recency(pool) for pool in self.pools.values()]
+        return max((int(array.max()) for array in arrays if array.size), default=0)
 
     def read_recency(self, pool: DiskPool) -> U32:
         """[pages] stamps by page as last written aside; empty when there are none."""

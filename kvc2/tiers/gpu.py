@@ -37,15 +37,15 @@ class Copier:
 
     def gather(self, pool: GpuMemory, pages: U32, arena: U8, offsets: U64) -> None:
         with self._lock:
-            _core.gather(self._team, pool.memory, pool.segments, pages, arena, offsets)
+            _core.gather(self._team, pool.memory.data, pool.segments, pages, arena.data, offsets)
 
     def scatter(self, pool: GpuMemory, pages: U32, arena: U8, offsets: U64, sequence: int) -> None:
         with self._lock:
             _core.scatter(
                 self._team,
-                arena,
+                arena.data,
                 offsets,
-                pool.memory,
+                pool.memory.data,
                 pool.segments,
                 pages,
                 segments_per_layer=pool.segments_per_layer,
@@ -83,6 +83,4 @@ class SharedMemoryPool:
         return np.ones(pages.size, np.uint8)
 
     def write(self, pages: U32, offsets: U64, *, sequence: int = 0) -> None:
-        self._promoter.scatter(
-            self._memory, pages, self._arena, payload_offsets(offsets), sequence
-        )
+        self._promoter.scatter(self._memory, pages, self._arena, payload_offsets(offsets), sequence)

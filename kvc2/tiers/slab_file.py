@@ -117,7 +117,7 @@ class SlabFiles:
     def __init__(self, folder: Path, shape: PageShape, arena: U8, files: Files) -> None:
         self.folder = folder
         self.shape = shape
-        self._arena = memoryview(arena)
+        self._arena = arena.data
         self._files = files
         self._slabs = SlabTable(shape)  # a slab's base is its file descriptor
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -139,7 +139,7 @@ class SlabFiles:
         return next(number for number in range(len(taken) + 1) if number not in taken)
 
     def add(self, number: int) -> bool:
-        """Open the slab's file; create it, or fill it up, when it isn't whole. True if it was whole.
+        """Open the slab's file; create it, or fill it, when it isn't whole. True if it was whole.
         OSError (ENOSPC, EMFILE): there is no such slab now, and no file left behind."""
         path = self.folder / f"{number:08d}.slab"
         fd = self._files.open(path)
@@ -202,7 +202,9 @@ class SlabFiles:
             except OSError as error:
                 LOG.warning("disk: reading %s at %d: %s", self.folder, run.place + done, error)
                 break
-            if got == 0 or got % 512:  # the file's end, or a torn tail that O_DIRECT can't go on from
+            if (
+                got == 0 or got % 512
+            ):  # the file's end, or a torn tail that O_DIRECT can't go on from
                 done += got
                 break
             done += got

@@ -1,0 +1,297 @@
+"""Write-behind: when committed blocks go to slower tiers.
+
+Two tasks on the event loop: gpu -> cpu soon after a commit, cpu -> disk when no load is under way.
+Both yield to transfers that someone waits for, though not for ever. The disk's order is kept here:
+batches run one after the other; nothing is planned into a disk pool while a page that the index
+has freed there still has its record (`DiskPool.deletes`); two batches of pages are kept free ahead.
+Not here: which blocks (csrc/index), the copying (mover.py), durability itself (tiers/disk.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+from kvc2 import _core
+from kvc2.config import WritePolicy
+from kvc2.metrics import Metrics
+from kvc2.mover import GpuPool, Mover
+from kvc2.tiers.pools import LayoutPools, Pools
+
+LOG = logging.getLogger(__name__)
+
+GATHER_BYTES = 16 << 20  # about 4 ms of copying: what a promotion may have to wait for
+STORE_BYTES = 32 << 20  # one fdatasync and one commit (about 2 ms) for 16 ms of writing
+POOL_SHARE = 8  # a batch is at most this part of its pool, so that two kept free don't starve it
+PATIENCE_S = 0.5  # transfers behind yield this long before each batch, not for ever
+RETRY_S = 1.0  # after the disk refused
+FULL_RETRY_S = 4.0  # after the file system refused another slab; others may have made room
+RECENCY_S = 30.0
+PRESSURE = 4  # write_policy back: copy when less than 1 / PRESSURE of a pool is free
+
+
+class Behind:
+    """All on the event loop. `gpus` is the cache's own table of open pools."""
+
+    def __init__(
+        self,
+        index: _core.Index,
+        mover: Mover,
+        pools: Pools,
+        gpus: dict[int, GpuPool],
+        *,
+        policy: WritePolicy,
+        metrics: Metrics,
+    ) -> None:
+        self._index = index
+        self._mover = mover
+        self._pools = pools
+        self._gpus = gpus
+        self._policy = policy
+        self._metrics = metrics
+        self._urgent = 0
+        self.failed_blocks = 0  # did not get to the disk since the start
+        self._wakes = {"gpu": asyncio.Event(), "disk": asyncio.Event()}
+        self._idle: set[str] = set()
+        self._quiet = asyncio.Event()
+        self._settled = asyncio.Event()
+        self._full_until = 0.0
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        self._tasks = [
+            asyncio.create_task(self._run("gpu", self._demote_all)),
+            asyncio.create_task(self._run("disk", self._store_all)),
+            asyncio.create_task(self._keep_recency()),
+        ]
+
+    async def stop(self) -> None:
+        """Ends after the batches under way."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def wake(self) -> None:
+        """There may be something to copy, or room for it."""
+        if not self._mover.waited_for:
+            self._quiet.set()
+        for name, event in self._wakes.items():
+            self._idle.discard(name)
+            event.set()
+
+    async def drained(self, deadline_s: float) -> bool:
+        """Copy without yielding until nothing more can be; False when the time is over first."""
+        self._urgent += 1
+        self._quiet.set()
+        self.wake()
+        try:
+            async with asyncio.timeout(deadline_s):
+                while len(self._idle) < len(self._wakes):
+                    self._settled.clear()
+                    await self._settled.wait()
+            return True
+        except TimeoutError:
+            return False
+        finally:
+            self._urgent -= 1
+
+    async def rescue(self, gpu: GpuPool, timeout_s: float) -> None:
+        """Copy what a dead engine committed and no other tier holds; its memory is still mapped."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while await self._demote(gpu, rescue=True):
+                    pass
+        self.wake()
+
+    def undemoted(self) -> int:
+        """Blocks that a slower tier should have and has not."""
+        ids = [gpu.id for gpu in self._gpus.values()]
+        ids += [each.cpu_id for each in self._pools.layouts.values() if each.disk is not None]
+        return sum(self._index.undemoted(each) for each in ids)
+
+    async def _run(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        wake = self._wakes[name]
+        while True:
+            wake.clear()
+            try:
+                await work()
+            except Exception:
+                self._metrics.fault("internal_error")
+                LOG.exception("write-behind to below %s", name)
+            if not wake.is_set():
+                self._idle.add(name)
+                self._settled.set()
+            await wake.wait()
+
+    async def _yield(self) -> None:
+        if self._mover.waited_for and not self._urgent and self._policy != "through":
+            self._quiet.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._quiet.wait(), PATIENCE_S)
+
+    def _wanted(self, pool: int) -> bool:
+        """write_policy back copies only what is about to be evicted, or for a flush."""
+        if self._policy != "back" or self._urgent:
+            return True
+        counts = self._index.pool_counts(pool)
+        return counts.free < counts.pages // PRESSURE
+
+    # ---- gpu -> cpu ----
+
+    async def _demote_all(self) -> None:
+        moved = True
+        while moved:
+            moved = False
+            for gpu in list(self._gpus.values()):
+                moved |= await self._demote(gpu)
+
+    async def _demote(self, gpu: GpuPool, *, rescue: bool = False) -> bool:
+        """One batch; False when there was nothing to do."""
+        if not rescue:
+            await self._yield()
+        async with gpu.demoting:
+            if gpu.closed or gpu.pools is None or not self._index.undemoted(gpu.id):
+                return False
+            if not rescue and not self._wanted(gpu.id):
+                return False
+            pages = max(1, GATHER_BYTES // gpu.pools.shape.page_bytes)
+            self._pools.make_room(gpu.pools, min(pages, self._index.undemoted(gpu.id)))
+            transfer = self._index.plan_demote(gpu.id, pages)
+            if transfer is None:
+                return False
+            await asyncio.shield(self._mover.demote(gpu, transfer))
+            self.wake()
+            return True
+
+    # ---- cpu -> disk ----
+
+    async def _store_all(self) -> None:
+        moved = True
+        while moved:
+            moved = False
+            for pools in list(self._pools.layouts.values()):
+                if pools.disk is not None:
+                    moved |= await self._store(pools)
+
+    async def _store(self, pools: LayoutPools) -> bool:
+        """One step of a layout's disk pool; False when there is nothing that can be done."""
+        disk, disk_id = pools.disk, pools.disk_id
+        assert disk is not None
+        assert disk_id is not None
+        if disk.deletes:
+            return await self._commit(pools, None)
+        if not self._index.undemoted(pools.cpu_id) or not self._wanted(pools.cpu_id):
+            return False
+        await self._yield()
+        await self._make_room(pools)
+        if disk.deletes:  # a load found bad pages while this waited
+            return True
+        pages = self._batch_pages(pools)
+        transfer = self._index.plan_demote(pools.cpu_id, pages)
+        # only now: the plan must not have got a page whose record is still there
+        free = self._index.pool_counts(disk_id).free
+        if free < 2 * pages:
+            self.drop(pools, self._index.evict(disk_id, 2 * pages - free))
+        if transfer is None and not disk.deletes:
+            return False
+        return await self._commit(pools, transfer)
+
+    async def _commit(self, pools: LayoutPools, transfer: _core.Transfer | None) -> bool:
+        outcome = await asyncio.shield(self._mover.store(pools, transfer))
+        if transfer is not None and not outcome.written:
+            self.failed_blocks += transfer.target_pages.size
+        if not outcome.committed:
+            asyncio.get_running_loop().call_later(RETRY_S, self.wake)
+        return outcome.committed
+
+    def drop(self, pools: LayoutPools, evicted: _core.Evicted) -> None:
+        """Pages that the index freed on disk: their records go with the next commit."""
+        assert pools.disk is not None
+        self._pools.count_evicted("disk", evicted)
+        if evicted.pages.size:
+            pools.disk.deletes.append(evicted.pages)
+
+    def _batch_pages(self, pools: LayoutPools) -> int:
+        assert pools.disk_id is not None
+        held = self._index.pool_counts(pools.disk_id).pages
+        return max(1, min(STORE_BYTES // pools.shape.page_bytes, held // POOL_SHARE))
+
+    # ---- slabs on disk ----
+
+    async def _make_room(self, pools: LayoutPools) -> None:
+        """Slabs for what waits, as far as the budget goes; the first one from another layout."""
+        assert pools.disk is not None
+        assert pools.disk_id is not None
+        need = min(
+            2 * max(1, STORE_BYTES // pools.shape.page_bytes), self._index.undemoted(pools.cpu_id)
+        )
+        while self._index.pool_counts(pools.disk_id).free < need:
+            if await self._grow(pools):
+                continue
+            if self._index.pool_counts(pools.disk_id).slabs or not await self._take_over(pools):
+                return
+
+    async def _grow(self, pools: LayoutPools) -> bool:
+        disk, now = pools.disk, asyncio.get_running_loop().time()
+        assert disk is not None
+        assert pools.disk_id is not None
+        assert self._pools.disk is not None
+        if now < self._full_until or not self._pools.disk.has_budget(disk.shape):
+            return False
+        number = await asyncio.shield(self._mover.on_writer(lambda tier: tier.grow(disk)))
+        if number is None:
+            self._full_until = now + FULL_RETRY_S
+            asyncio.get_running_loop().call_later(FULL_RETRY_S, self.wake)
+            return False
+        added = self._index.add_slab(pools.disk_id)
+        if added != number:
+            raise RuntimeError(f"slab {added} of the index is slab {number} on disk")
+        return True
+
+    async def _take_over(self, needy: LayoutPools) -> bool:
+        """Empty and delete a slab of the layout that has most, to make room in the budget."""
+        others = [
+            each
+            for each in self._pools.layouts.values()
+            if each is not needy and each.disk is not None and each.disk.slabs.numbers()
+        ]
+        if not others:
+            return False
+        largest = max(others, key=_disk_bytes)
+        disk, disk_id = largest.disk, largest.disk_id
+        assert disk is not None
+        assert disk_id is not None
+        for number in reversed(disk.slabs.numbers()):
+            self.drop(largest, self._index.empty_slab(disk_id, number))
+            if disk.deletes and not await self._commit(largest, None):
+                return False
+            if self._index.take_slab(disk_id, number):
+                await asyncio.shield(
+                    self._mover.on_writer(lambda tier, n=number: tier.shrink(disk, n))  # type: ignore[misc]
+                )
+                return True
+        return False
+
+    # ---- recency ----
+
+    async def save_recency(self) -> None:
+        """Write the order of use aside."""
+        stamps = {
+            digest: self._index.stamps(each.disk_id)
+            for digest, each in self._pools.layouts.items()
+            if each.disk_id is not None
+        }
+        if stamps:
+            await self._mover.on_writer(lambda tier: tier.save_recency(stamps))
+
+    async def _keep_recency(self) -> None:
+        while True:
+            await asyncio.sleep(RECENCY_S)
+            await self.save_recency()
+
+
+def _disk_bytes(pools: LayoutPools) -> int:
+    assert pools.disk is not None
+    return len(pools.disk.slabs.numbers()) * pools.disk.shape.slab_bytes

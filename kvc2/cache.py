@@ -1,0 +1,525 @@
+"""The cache as the server calls it: asks the index for plans and has them carried out.
+
+All methods run on the event loop's thread. Index calls are inline; bytes move on the mover's
+threads. Not here: the wire and its checks (server/), which block goes where (csrc/index), how
+bytes move (mover.py), what goes to slower tiers and when (behind.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import resource
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvc2 import _core, errors
+from kvc2.arena import Arena
+from kvc2.behind import Behind
+from kvc2.config import ServeConfig
+from kvc2.metrics import Metrics
+from kvc2.mover import GpuPool, Mover
+from kvc2.results import (
+    AcquireResult,
+    CacheStats,
+    EvictResult,
+    FlushResult,
+    MatchResult,
+    TierCounts,
+)
+from kvc2.sessions import Session
+from kvc2.tiers.base import PageShape
+from kvc2.tiers.disk import DiskTier
+from kvc2.tiers.gpu import Copier, GpuMemory, SharedMemoryPool
+from kvc2.tiers.pools import Pools
+from kvc2.tiers.slab_file import Files
+
+__all__ = [
+    "AcquireResult",
+    "Cache",
+    "CacheStats",
+    "EvictResult",
+    "FlushResult",
+    "MatchResult",
+    "TierCounts",
+]
+
+U8 = NDArray[np.uint8]
+U32 = NDArray[np.uint32]
+
+LOAD_BYTES = 64 << 20  # of one transfer from disk: 50 ms of reading, in parts on a few threads
+ARENA_SHARE = 4  # at most a quarter of the arena is being loaded at a time
+RESCUE_S = 2.0  # for a dead engine's uncopied blocks
+EVICT_DRAIN_S = 2.0
+ALL = 0xFFFFFFFF
+Step = asyncio.Future[int] | asyncio.Future[None] | asyncio.Future[Literal[True]]
+
+
+@dataclass(eq=False)
+class SessionPool:
+    """What the cache keeps of a session, in Session.pool. `replies` are those of open leases;
+    `settling` ends the acquires under way when it is done."""
+
+    gpu: GpuPool
+    replies: dict[bytes, asyncio.Future[AcquireResult]] = field(default_factory=dict)
+    settling: dict[bytes, asyncio.Future[None]] = field(default_factory=dict)
+
+
+class Cache:
+    """`files` is where tests put faults of the disk."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        files: Files | None = None,
+    ) -> None:
+        self._config = config
+        self._metrics = metrics
+        self._clock = clock
+        self._files = files
+        self._gpus: dict[int, GpuPool] = {}
+        self._sessions: dict[int, Session] = {}
+        self._arena: Arena | None = None
+        self._disk: DiskTier | None = None
+        self._pools: Pools | None = None
+        self._behind: Behind | None = None
+
+    async def start(self) -> None:
+        """Open the tiers, restore what the disk holds, start the threads. Raises StartRefused."""
+        _raise_file_limit()
+        config, memory = self._config, np.empty(0, np.uint8)
+        if not config.gpu_only:
+            self._arena = Arena(config.cpu.memory_bytes, config.slab_bytes)
+            memory = self._arena.memory
+            if config.disk.path is not None:
+                self._disk = DiskTier(
+                    config.disk.path,
+                    config.disk.size_bytes,
+                    memory,
+                    self._metrics,
+                    files=self._files,
+                )
+        starts = 0 if self._disk is None else self._disk.catalogue.start_count
+        stamp = 0 if self._disk is None else self._disk.last_stamp()
+        self.index = _core.Index(first_generation=(starts << 32) + 1, first_stamp=stamp + 1)
+        self._load_ended = asyncio.Event()
+        self._mover = Mover(self.index, self._metrics, memory, self._disk, self._transfer_ended)
+        if self._arena is not None:
+            self._copiers = Copier(config.copy_threads), Copier(config.copy_threads)
+            self._pools = Pools(self.index, self._arena, self._disk, self._metrics)
+            self._pools.restore()
+            self._behind = Behind(
+                self.index,
+                self._mover,
+                self._pools,
+                self._gpus,
+                policy=config.write_policy,
+                metrics=self._metrics,
+            )
+            self._behind.start()
+            loop = asyncio.get_running_loop()
+            self._arena.start(lambda: _call(loop, self._arena_grew))
+
+    async def stop(self, deadline_s: float) -> FlushResult:
+        """Flush, then close sessions, threads and tiers."""
+        result = await self.flush(deadline_s)
+        for session in list(self._sessions.values()):
+            await self.close_session(session, False)
+        if self._behind is not None:
+            await self._behind.stop()
+            if self._disk is not None:
+                await self._behind.save_recency()
+        await asyncio.to_thread(self._mover.close)
+        if self._disk is not None:
+            self._disk.close()
+        if self._arena is not None:
+            await asyncio.to_thread(self._arena.close)
+        return result
+
+    def _arena_grew(self) -> None:
+        assert self._arena is not None
+        if self._arena.short_bytes:
+            self._metrics.fault("arena_short")
+        self._wake()
+
+    def _transfer_ended(self) -> None:
+        self._load_ended.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._behind is not None:
+            self._behind.wake()
+
+    # ---- sessions ----
+
+    def open_session(
+        self,
+        session: Session,
+        *,
+        memory: mmap.mmap,
+        progress: mmap.mmap,
+        event_fd: int,
+        kept_pages: U32,
+    ) -> None:
+        """A gpu pool for the session, over the cpu and disk pools of its layout. `memory` is the
+        engine's pool and stays mapped until close_session has returned. Raises InvalidRequest."""
+        layout = session.layout
+        layout.check_fits(session.num_pages, len(memory))
+        pools, store = None, None
+        if self._pools is not None and self._arena is not None:
+            pools = self._pools.of(PageShape.of(layout, self._config.slab_bytes))
+            mapped = GpuMemory(layout, memory, progress, event_fd)
+            store = SharedMemoryPool(mapped, self._arena.memory, *self._copiers)
+        pool = self.index.add_pool(
+            page_size=layout.page_size,
+            pages_per_slab=session.num_pages,
+            below=None if pools is None else pools.cpu_id,
+            durable=False,
+        )
+        self.index.add_slab(pool)
+        if kept_pages.size and not self.index.keep(pool, _u32(kept_pages)):
+            self.index.close_pool(pool)
+            self.index.remove_pool(pool)
+            raise errors.InvalidRequest("hello.kept_pages", kept_pages.size, "each page once")
+        if pools is not None and self._pools is not None:
+            self._pools.ensure_slab(pools)
+        queue = ThreadPoolExecutor(1, f"kvc2-promote-{session.epoch}")
+        session.pool = SessionPool(GpuPool(pool, pools, store, queue))
+        self._gpus[session.epoch] = session.pool.gpu
+        self._sessions[session.epoch] = session
+
+    async def close_session(self, session: Session, crashed: bool) -> None:
+        """Leases are gone at once. `crashed`: the engine's process is dead, so its pages can't
+        change any more and what no other tier holds is copied first, for at most 2 s."""
+        if self._sessions.pop(session.epoch, None) is None:
+            return
+        pool: SessionPool = session.pool
+        gpu = pool.gpu
+        session.leases.clear()
+        self.index.close_pool(gpu.id)
+        for settling in pool.settling.values():
+            _finish(settling)
+        gpu.queue.shutdown(wait=False, cancel_futures=True)
+        if crashed and self._behind is not None:
+            await self._behind.rescue(gpu, RESCUE_S)
+        else:
+            gpu.closed = True
+        if gpu.pools is not None and (left := self.index.undemoted(gpu.id)):
+            self._metrics.fault("undemoted_lost", left)
+        await asyncio.to_thread(gpu.queue.shutdown, True)
+        async with gpu.demoting:  # a batch under way still reads this memory
+            gpu.closed = True
+        self.index.remove_pool(gpu.id)
+        del self._gpus[session.epoch]
+        session.pool = None
+        self._wake()
+
+    def open_namespace(self, session: Session, namespace: bytes, identity: bytes) -> int:
+        """Its id in the index; the identity goes to the catalogue with the next batch."""
+        page_size = session.layout.page_size
+        number = self.index.open_namespace(namespace, page_size)
+        if self._disk is not None and not self._disk.catalogue.add_namespace(
+            namespace, page_size, identity
+        ):
+            self._metrics.fault("catalogue_error")
+        return number
+
+    # ---- requests ----
+
+    def match(self, session: Session, namespace_id: int, tokens: U32) -> MatchResult:
+        """The longest cached prefix of less than all tokens. Changes nothing."""
+        found = self.index.match(namespace_id, _pool(session).gpu.id, _u32(tokens[:-1]))
+        size = session.layout.page_size
+        return MatchResult(found.blocks * size, _tokens_by_tier(found.tiers, size))
+
+    async def acquire(
+        self,
+        session: Session,
+        namespace_id: int,
+        request_id: bytes,
+        tokens: U32,
+        grant_pages: int,
+        deadline_s: float,
+    ) -> AcquireResult:
+        """Open a lease on the longest prefix; awaits only what comes from disk, at most deadline_s.
+        While the lease is open the same request_id gets the same answer. Raises SessionOver."""
+        pool = _pool(session)
+        if request_id in pool.replies:
+            return await asyncio.shield(pool.replies[request_id])
+        blocks = (len(tokens) - 1) // session.layout.page_size
+        opened = self.index.acquire(namespace_id, pool.gpu.id, _u32(tokens), blocks)
+        session.leases[request_id] = opened.id
+        reply: asyncio.Future[AcquireResult] = asyncio.get_running_loop().create_future()
+        pool.replies[request_id] = reply
+        self._promote(pool, opened.id)
+        try:
+            step = self._next_load(pool, opened.id)
+            if step is not None:
+                await self._settle(pool, request_id, opened.id, step, deadline_s)
+        finally:
+            # also when the caller went away: it may ask again under this request_id
+            if session.leases.get(request_id) == opened.id:
+                reply.set_result(self._answer(session, opened.id, grant_pages))
+            elif not reply.done():
+                reply.set_result(_nothing())
+        if session.pool is None or pool.gpu.broken:
+            raise errors.SessionOver(f"session {session.epoch} has ended")
+        return reply.result()
+
+    def _promote(self, pool: SessionPool, lease: int) -> bool:
+        """cpu -> gpu as far as pages go; whether there was something."""
+        if pool.gpu.broken:
+            raise errors.SessionOver("a transfer into the session's pool has failed: attach again")
+        transfer = self.index.promote(lease)
+        if transfer is None:
+            return False
+        self._mover.promote(pool.gpu, transfer)
+        return True
+
+    def _next_load(self, pool: SessionPool, lease: int) -> Step | None:
+        """Begin the next load of the lease, or find the one that it waits for."""
+        pools = pool.gpu.pools
+        if pools is None or pools.disk is None or self._pools is None or self._arena is None:
+            return None
+        quarter = self._arena.capacity_bytes // ARENA_SHARE
+        room = quarter - self._mover.loading_bytes
+        if room < pools.shape.page_bytes and self._mover.loading_bytes:
+            self._load_ended.clear()
+            return asyncio.ensure_future(self._load_ended.wait())
+        pages = max(1, min(LOAD_BYTES, room) // pools.shape.page_bytes)
+        step = self.index.next_load(lease, pages)
+        if isinstance(step, _core.Wait):
+            return self._mover.ended(step.transfer)
+        return None if step is None else self._mover.load(pools, step)
+
+    async def _settle(
+        self,
+        pool: SessionPool,
+        request_id: bytes,
+        lease: int,
+        step: Step,
+        deadline_s: float,
+    ) -> None:
+        """Load and promote until nothing more can come, the deadline, or a release."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + deadline_s
+        released: asyncio.Future[None] = loop.create_future()
+        pool.settling[request_id] = released
+        try:
+            next_step: Step | None = step
+            while next_step is not None:
+                await asyncio.wait(
+                    [next_step, released],
+                    timeout=max(0.0, deadline - loop.time()),
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if released.done():
+                    return
+                if not next_step.done():
+                    self._metrics.fault("acquire_deadline")
+                    return
+                self._promote(pool, lease)
+                if next_step.result() == 0:  # a load that brought nothing would be tried for ever
+                    return
+                next_step = self._next_load(pool, lease)
+        finally:
+            del pool.settling[request_id]
+
+    def _answer(self, session: Session, lease: int, grant_pages: int) -> AcquireResult:
+        pool, size = _pool(session), session.layout.page_size
+        view = self.index.lease(lease)
+        held = view.pages.size
+        return AcquireResult(
+            matched_tokens=held * size,
+            tiers=_tokens_by_tier(view.tiers, size),
+            prefix_pages=view.pages,
+            transfer=pool.gpu.pending.get(view.transfer, 0),
+            granted_pages=self.grant(session, grant_pages),
+            computing_tokens=view.computing * size if held == view.matched else 0,
+        )
+
+    def commit(
+        self, session: Session, request_id: bytes, first_block: int, tokens: U32, pages: U32
+    ) -> U8:
+        """[k] of ADOPTED, DUPLICATE, REFUSED. Raises NotFound for an unknown lease."""
+        lease = session.leases.get(request_id)
+        if lease is None:
+            raise errors.NotFound("request_id", request_id, "an open lease of this session")
+        result = self.index.commit(lease, first_block, _u32(tokens), _u32(pages))
+        self._wake()
+        return result
+
+    def release(self, session: Session, request_id: bytes) -> None:
+        """Close a lease; an acquire of it that is under way answers with nothing."""
+        pool = _pool(session)
+        lease = session.leases.pop(request_id, None)
+        if lease is None:
+            return
+        self.index.release(lease)
+        pool.replies.pop(request_id, None)
+        if request_id in pool.settling:
+            _finish(pool.settling[request_id])
+
+    def grant(self, session: Session, pages: int) -> U32:
+        """Up to `pages` pages to fill, evicting as needed."""
+        if not pages:
+            return np.empty(0, np.uint32)
+        granted = self.index.grant(_pool(session).gpu.id, pages)
+        if self._config.write_policy == "back":
+            self._wake()
+        return granted
+
+    def give_back(self, session: Session, pages: U32) -> None:
+        """Granted pages come back unused. Raises InvalidRequest when one was not granted."""
+        if not self.index.give_back(_pool(session).gpu.id, _u32(pages)):
+            raise errors.InvalidRequest("returned_pages", pages.size, "pages granted and not used")
+
+    # ---- the whole ----
+
+    async def wait_durable(self, deadline_s: float) -> bool:
+        """Whether all that is committed is on disk, within the deadline."""
+        if self._behind is None or self._disk is None:
+            return False
+        failed = self._behind.failed_blocks
+        drained = await self._behind.drained(deadline_s)
+        return drained and failed == self._behind.failed_blocks and not self._behind.undemoted()
+
+    async def flush(self, deadline_s: float) -> FlushResult:
+        """Copy what is committed towards the disk until all of it is there or the time is over."""
+        if self._behind is None or self._pools is None or self._disk is None:
+            blocks = self.index.counts().blocks
+            return FlushResult(0, {"no_disk": blocks} if blocks else {})
+        failed = self._behind.failed_blocks
+        drained = await self._behind.drained(deadline_s)
+        failed = self._behind.failed_blocks - failed
+        left = self._behind.undemoted()
+        reason = "disk_full" if drained else "deadline"
+        found = {"error": failed, reason: left}
+        durable = self._tier_counts("disk").resident
+        return FlushResult(durable, {name: count for name, count in found.items() if count})
+
+    async def evict(self, tier: str, blocks: int) -> EvictResult:
+        """Drop up to `blocks` unpinned blocks (0: all) from gpu, cpu or disk; what slower tiers
+        don't hold yet is copied there first, within 2 s."""
+        if self._behind is not None and tier != "disk":
+            await self._behind.drained(EVICT_DRAIN_S)
+        wanted, evicted, last_copies = blocks or ALL, 0, 0
+        for pool in self._pool_ids(tier):
+            found = self.index.evict(pool, wanted - evicted)
+            evicted += found.pages.size
+            last_copies += found.last_copies
+            self._count_evicted(tier, pool, found)
+        self._wake()
+        return EvictResult(evicted, last_copies)
+
+    def _count_evicted(self, tier: str, pool: int, found: _core.Evicted) -> None:
+        if tier == "disk" and self._behind is not None and self._pools is not None:
+            pools = next(each for each in self._pools.layouts.values() if each.disk_id == pool)
+            self._behind.drop(pools, found)
+        else:
+            self._metrics.evicted_blocks.labels(tier).inc(found.pages.size)
+            self._metrics.last_copies.inc(found.last_copies)
+
+    def stats(self) -> CacheStats:
+        """Sizes and counts. Changes nothing."""
+        counts = self.index.counts()
+        tiers = ["gpu"] + ["cpu"] * (self._arena is not None) + ["disk"] * (self._disk is not None)
+        return CacheStats(
+            tiers=[self._tier_counts(tier) for tier in tiers],
+            pools=[self._session_counts(each) for each in self._sessions.values()],
+            blocks=counts.blocks,
+            holes=counts.holes,
+            leases=counts.leases,
+            namespaces=counts.namespaces,
+            metadata_bytes=counts.metadata_bytes,
+        )
+
+    def _pool_ids(self, tier: str) -> list[int]:
+        if tier == "gpu":
+            return [gpu.id for gpu in self._gpus.values() if not gpu.closed]
+        layouts = [] if self._pools is None else list(self._pools.layouts.values())
+        if tier == "cpu":
+            return [each.cpu_id for each in layouts]
+        return [each.disk_id for each in layouts if each.disk_id is not None]
+
+    def _tier_counts(self, tier: str) -> TierCounts:
+        sizes = {
+            "gpu": sum(_pool_bytes(each) for each in self._sessions.values()),
+            "cpu": 0 if self._arena is None else self._arena.capacity_bytes,
+            "disk": 0 if self._disk is None else self._disk.size_bytes,
+        }
+        found = [self.index.pool_counts(each) for each in self._pool_ids(tier)]
+        return TierCounts(
+            tier=tier,
+            capacity_bytes=sizes[tier],
+            pages=sum(each.pages for each in found),
+            free=sum(each.free for each in found),
+            private=sum(each.private for each in found),
+            resident=sum(each.resident for each in found),
+            in_flight=sum(each.in_flight for each in found),
+            pinned=sum(each.pinned for each in found),
+        )
+
+    def _session_counts(self, session: Session) -> TierCounts:
+        counts = self.index.pool_counts(_pool(session).gpu.id)
+        return TierCounts(
+            tier="gpu",
+            capacity_bytes=_pool_bytes(session),
+            pages=counts.pages,
+            free=counts.free,
+            private=counts.private,
+            resident=counts.resident,
+            in_flight=counts.in_flight,
+            pinned=counts.pinned,
+            session_epoch=session.epoch,
+        )
+
+
+def _pool(session: Session) -> SessionPool:
+    pool = session.pool
+    if not isinstance(pool, SessionPool):
+        raise errors.SessionOver(f"session {session.epoch} has no pool: it is over or not ready")
+    return pool
+
+
+def _pool_bytes(session: Session) -> int:
+    return session.num_pages * session.layout.payload_bytes
+
+
+def _u32(array: NDArray[np.integer]) -> U32:
+    return np.ascontiguousarray(array, np.uint32)
+
+
+def _tokens_by_tier(blocks: tuple[int, ...], page_size: int) -> tuple[int, ...]:
+    return tuple(count * page_size for count in (*blocks, 0, 0, 0)[:4])
+
+
+def _nothing() -> AcquireResult:
+    """The answer to an acquire that was released meanwhile."""
+    empty = np.empty(0, np.uint32)
+    return AcquireResult(0, (0, 0, 0, 0), empty, 0, empty, 0)
+
+
+def _call(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
+    """From another thread."""
+    loop.call_soon_threadsafe(work)
+
+
+def _finish(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _raise_file_limit() -> None:
+    """Every slab file stays open: take as many file descriptors as we are allowed."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

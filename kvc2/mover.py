@@ -1,0 +1,271 @@
+"""Carries out the index's transfers on threads and tells it how they ended.
+
+    promote  cpu -> gpu  one FIFO thread a session: its progress word rises with its transfers
+    load     disk -> cpu a few threads; a transfer is cut into parts so that the disk has depth
+    demote   gpu -> cpu  one thread
+    store    cpu -> disk one thread, the only one that writes the catalogue
+
+Completions come back on the event loop, where `Index.complete` is called. Not here: which
+transfers there should be (csrc/index) and when to ask for those behind (behind.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import TypeVar
+
+import numpy as np
+
+from kvc2 import _core
+from kvc2.metrics import Metrics
+from kvc2.tiers.base import U8, part_of
+from kvc2.tiers.catalogue import Change
+from kvc2.tiers.disk import FAULT_OF_STATUS, Batch, DiskTier, Outcome
+from kvc2.tiers.gpu import GpuExecutor
+from kvc2.tiers.pools import LayoutPools
+
+LOG = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+LOAD_THREADS = 4  # depth of the disk's queue: 4 reads of 8 MiB keep an NVMe disk busy
+LOAD_PART_BYTES = 8 << 20
+
+
+@dataclass(eq=False)
+class GpuPool:
+    """A session's pool: its executor, the thread that fills it, and its transfers by number.
+
+    `pending` maps the index's transfer ids to this session's sequence numbers until they are done.
+    `broken`: a promotion failed half-way, so that no later progress may be told.
+    """
+
+    id: int
+    pools: LayoutPools | None  # None: gpu_only, nothing below
+    store: GpuExecutor | None
+    queue: ThreadPoolExecutor
+    sequence: int = 0
+    pending: dict[int, int] = field(default_factory=dict)
+    demoting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    broken: bool = False
+    closed: bool = False
+
+
+class Mover:
+    """All methods are called on the event loop's thread. `arena` is [bytes] u8."""
+
+    def __init__(
+        self,
+        index: _core.Index,
+        metrics: Metrics,
+        arena: U8,
+        disk: DiskTier | None,
+        on_done: Callable[[], None],
+    ) -> None:
+        self._index = index
+        self._metrics = metrics
+        self._arena = arena
+        self._disk = disk
+        self._on_done = on_done
+        self._loads = ThreadPoolExecutor(LOAD_THREADS, "kvc2-load")
+        self._behind = ThreadPoolExecutor(1, "kvc2-demote")
+        self._writer = ThreadPoolExecutor(1, "kvc2-disk")
+        self._under_way: set[int] = set()
+        self._waiters: dict[int, list[asyncio.Future[None]]] = {}
+        self.loading_bytes = 0
+        self.promoting = 0
+
+    def close(self) -> None:
+        """Waits for what runs; what has not begun is dropped."""
+        for each in (self._loads, self._behind, self._writer):
+            each.shutdown(wait=True, cancel_futures=True)
+
+    def ended(self, transfer: int) -> asyncio.Future[None]:
+        """Done when the transfer is over and the index knows; a future for each caller."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if transfer in self._under_way:
+            self._waiters.setdefault(transfer, []).append(waiter)
+        else:
+            waiter.set_result(None)
+        return waiter
+
+    @property
+    def waited_for(self) -> bool:
+        """Whether a transfer is under way that someone waits for: those behind yield to it."""
+        return self.loading_bytes > 0 or self.promoting > 0
+
+    # ---- towards faster tiers ----
+
+    def promote(self, gpu: GpuPool, transfer: _core.Transfer) -> None:
+        """cpu -> gpu, behind everything that was promoted to this session before."""
+        assert gpu.pools is not None
+        assert gpu.store is not None
+        gpu.sequence += 1
+        gpu.pending[transfer.id] = sequence = gpu.sequence
+        self.promoting += 1
+        store, pages = gpu.store, transfer.target_pages
+        offsets = gpu.pools.cpu.offsets(transfer.source_pages)
+        begun = perf_counter()
+        running = asyncio.get_running_loop().run_in_executor(
+            gpu.queue, lambda: store.write(pages, offsets, sequence=sequence)
+        )
+        self._under_way.add(transfer.id)
+        running.add_done_callback(lambda done: self._promoted(gpu, transfer, done, begun))
+
+    def _promoted(
+        self,
+        gpu: GpuPool,
+        transfer: _core.Transfer,
+        running: asyncio.Future[None],
+        begun: float,
+    ) -> None:
+        self.promoting -= 1
+        gpu.pending.pop(transfer.id, None)
+        good = transfer.target_pages.size
+        if running.cancelled():
+            good = 0
+        elif error := running.exception():
+            LOG.error("promotion failed: %r", error)
+            gpu.broken = True
+            gpu.queue.shutdown(wait=False, cancel_futures=True)
+            good = 0
+        self._end(transfer, good, gpu.pools, ("cpu", "gpu"), begun)
+
+    def load(self, pools: LayoutPools, transfer: _core.Transfer) -> asyncio.Future[int]:
+        """disk -> cpu, each block verified whole. The result is how many leading blocks came; the
+        bad ones are dropped from the index and the catalogue. Never raises."""
+        task = asyncio.ensure_future(self._load(pools, transfer))
+        self._under_way.add(transfer.id)
+        self.loading_bytes += transfer.target_pages.size * pools.shape.page_bytes
+        return task
+
+    async def _load(self, pools: LayoutPools, transfer: _core.Transfer) -> int:
+        assert pools.disk is not None
+        assert transfer.records is not None
+        count, page_bytes = transfer.target_pages.size, pools.shape.page_bytes
+        offsets = pools.cpu.offsets(transfer.target_pages)
+        begun = perf_counter()
+        loop, step = asyncio.get_running_loop(), max(1, LOAD_PART_BYTES // page_bytes)
+        parts = [slice(start, min(start + step, count)) for start in range(0, count, step)]
+        running = [
+            loop.run_in_executor(
+                self._loads,
+                pools.disk.load,
+                self._arena,
+                transfer.source_pages[part],
+                offsets[part],
+                part_of(transfer.records, part),
+            )
+            for part in parts
+        ]
+        results = await asyncio.gather(*running, return_exceptions=True)
+        status = np.full(count, _core.BLOCK_BAD_PAYLOAD, np.uint8)
+        for part, result in zip(parts, results, strict=True):
+            if isinstance(result, BaseException):
+                LOG.error("load failed: %r", result)
+            else:
+                status[part] = result
+        self.loading_bytes -= count * page_bytes
+        bad = np.flatnonzero(status != _core.BLOCK_OK)
+        good = int(bad[0]) if bad.size else count
+        self._end(transfer, good, pools, ("disk", "cpu"), begun)
+        if bad.size:
+            self._drop(pools, transfer.source_pages[bad], status[bad])
+        return good
+
+    def _drop(self, pools: LayoutPools, pages: _core.U32, status: U8) -> None:
+        """Blocks that the disk has spoiled: a miss from now on."""
+        assert pools.disk is not None
+        assert pools.disk_id is not None
+        for kind, count in zip(*np.unique(status, return_counts=True), strict=True):
+            self._metrics.fault(FAULT_OF_STATUS[int(kind)], int(count))
+        LOG.warning("disk: %d blocks did not come whole, dropped", pages.size)
+        lost = self._index.lost(pools.disk_id, pages)
+        if lost.pages.size:
+            pools.disk.deletes.append(lost.pages)
+
+    # ---- towards slower tiers ----
+
+    async def demote(self, gpu: GpuPool, transfer: _core.Transfer) -> None:
+        """gpu -> cpu."""
+        assert gpu.pools is not None
+        assert gpu.store is not None
+        offsets = gpu.pools.cpu.offsets(transfer.target_pages)
+        begun = perf_counter()
+        running = asyncio.get_running_loop().run_in_executor(
+            self._behind, gpu.store.read, transfer.source_pages, offsets
+        )
+        self._under_way.add(transfer.id)
+        good = 0
+        try:
+            came = await running
+            bad = np.flatnonzero(came == 0)
+            good = int(bad[0]) if bad.size else came.size
+        except Exception as error:
+            LOG.error("demotion failed: %r", error)
+        finally:
+            # a pool that is gone has no bytes to vouch for
+            self._end(transfer, 0 if gpu.closed else good, gpu.pools, ("gpu", "cpu"), begun)
+
+    async def store(self, pools: LayoutPools, transfer: _core.Transfer | None) -> Outcome:
+        """cpu -> disk: one batch (or none) and all deletes of the pool, in one commit."""
+        assert pools.disk is not None
+        assert self._disk is not None
+        deletes, pools.disk.deletes = pools.disk.deletes, []
+        change = Change(deletes={pools.disk.number: deletes} if deletes else {})
+        batch = None
+        if transfer is not None:
+            assert transfer.records is not None
+            offsets = pools.cpu.offsets(transfer.source_pages)
+            batch = Batch(pools.disk, transfer.target_pages, offsets, transfer.records)
+        begun = perf_counter()
+        running = self.on_writer(lambda disk: disk.store(batch, change))
+        if transfer is not None:
+            self._under_way.add(transfer.id)
+        outcome = Outcome(False, False)
+        try:
+            outcome = await running
+        except Exception as error:
+            LOG.error("store failed: %r", error)
+        if not outcome.committed:
+            pools.disk.deletes[:0] = deletes
+        if transfer is not None:
+            good = transfer.target_pages.size if outcome.written else 0
+            self._end(transfer, good, pools, ("cpu", "disk"), begun)
+        return outcome
+
+    def on_writer(self, work: Callable[[DiskTier], T]) -> asyncio.Future[T]:
+        """Run `work` on the thread that alone writes the disk's catalogue."""
+        assert self._disk is not None
+        return asyncio.get_running_loop().run_in_executor(self._writer, work, self._disk)
+
+    # ---- the end of a transfer ----
+
+    def _end(
+        self,
+        transfer: _core.Transfer,
+        good: int,
+        pools: LayoutPools | None,
+        way: tuple[str, str],
+        begun: float,
+    ) -> None:
+        self._under_way.discard(transfer.id)
+        try:
+            self._index.complete(transfer.id, good)
+        except KeyError:
+            good = 0  # its pool was removed meanwhile
+        if good < transfer.target_pages.size:
+            self._metrics.fault("transfer_failed")
+        self._metrics.transfer_blocks.labels(*way).inc(good)
+        if pools is not None:
+            self._metrics.transfer_bytes.labels(*way).inc(good * pools.shape.payload_bytes)
+        self._metrics.transfer_seconds.labels(*way).observe(perf_counter() - begun)
+        for waiter in self._waiters.pop(transfer.id, []):
+            if not waiter.done():
+                waiter.set_result(None)
+        self._on_done()
