@@ -96,6 +96,8 @@ class Detached(Kvc2Error):
         super().__init__(text or f"detached: the daemon is {reason}")
 
 
+ERROR_KIND = "kvc2-error"  # metadata key
+
 # exception -> the name of its grpc.StatusCode; what is not listed is INTERNAL and logged
 STATUS: dict[type[Kvc2Error], str] = {
     InvalidRequest: "INVALID_ARGUMENT",
@@ -113,13 +115,13 @@ def status_of(error: BaseException) -> str:
     return STATUS.get(type(error), "INTERNAL") if isinstance(error, Kvc2Error) else "INTERNAL"
 
 
-def of_status(status: str, details: str) -> Kvc2Error:
-    """The exception that a client raises for a status; the inverse of `status_of`.
+def of_kind(kind: str, details: str) -> Kvc2Error | None:
+    """The exception of that class name as a client raises it; None if no answer has that name.
 
-    UNAVAILABLE and DEADLINE_EXCEEDED can also come from the transport: the client looks at its
-    connection first and asks here only about answers of a daemon.
+    The name travels as trailing metadata ERROR_KIND, since a status can also be the transport's:
+    UNAVAILABLE is a draining daemon or none at all.
     """
-    for kind, name in STATUS.items():
-        if name == status:
-            return kind(details)
-    return Unreachable(f"{status}: {details}")
+    for each in STATUS:
+        if each.__name__ == kind:
+            return each(details)
+    return None

@@ -20,6 +20,7 @@ from kvc2.layout import Layout
 
 HEARTBEAT_INTERVAL_S = 1.0
 EXPIRY_S = 3.0  # three heartbeats
+JOIN_S = 10.0  # for the side socket; an earlier session of the engine may have to end first
 INSTANCE_BYTES = 16
 
 SessionState = Literal["joining", "ready", "over"]
@@ -103,9 +104,14 @@ class SessionTable:
         return session
 
     def expired(self) -> list[Session]:
-        """Sessions without a heartbeat for EXPIRY_S. Changes nothing."""
-        limit = self._clock() - EXPIRY_S
-        return [each for each in self._open.values() if each.last_heartbeat <= limit]
+        """Sessions without a heartbeat for EXPIRY_S, or not joined for JOIN_S. Changes nothing."""
+        now = self._clock()
+        return [
+            each
+            for each in self._open.values()
+            if (each.state == "joining" and now - each.attached_at >= JOIN_S)
+            or (each.state == "ready" and now - each.last_heartbeat >= EXPIRY_S)
+        ]
 
     def seconds_open(self, session: Session) -> float:
         return self._clock() - session.attached_at

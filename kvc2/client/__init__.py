@@ -1,0 +1,39 @@
+"""What an engine carries of kvc2: see README.md for what lies where."""
+
+from kvc2.client.admin import Admin
+from kvc2.client.client import Client
+from kvc2.client.memory import PoolMemory
+from kvc2.client.results import (
+    Acquired,
+    Committed,
+    DaemonStats,
+    Evicted,
+    Flushed,
+    LeaseCommit,
+    Matched,
+    Released,
+    SessionStats,
+    TierStats,
+    TierTokens,
+)
+from kvc2.client.session import NamespaceHandle
+from kvc2.errors import Detached
+
+__all__ = [
+    "Acquired",
+    "Admin",
+    "Client",
+    "Committed",
+    "DaemonStats",
+    "Detached",
+    "Evicted",
+    "Flushed",
+    "LeaseCommit",
+    "Matched",
+    "NamespaceHandle",
+    "PoolMemory",
+    "Released",
+    "SessionStats",
+    "TierStats",
+    "TierTokens",
+]

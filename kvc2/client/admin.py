@@ -1,0 +1,62 @@
+"""Calls that need no session: what the command line and an operator's script use."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from kvc2 import errors
+from kvc2.client import channel, results
+from kvc2.v1 import cache_pb2
+
+MARGIN_S = 10.0  # on top of a deadline that the daemon keeps itself
+
+
+class Admin:
+    """Raises errors.Unreachable when no daemon answers. Threads may share it."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = channel.Channel(address)
+
+    def __enter__(self) -> Admin:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def stats(self) -> results.DaemonStats:
+        return results.daemon_stats(self._call("Stats", cache_pb2.StatsRequest()))
+
+    def flush(self, deadline_s: float = 30.0) -> results.Flushed:
+        """Wait until all that is committed is durable, at most deadline_s."""
+        request = cache_pb2.FlushRequest(deadline_ms=max(1, round(deadline_s * 1000)))
+        return results.flushed(self._call("Flush", request, deadline_s))
+
+    def evict(self, tier: str, blocks: int = 0) -> results.Evicted:
+        """Drop unpinned blocks from gpu, cpu or disk; blocks = 0: all of them."""
+        answer = self._call("Evict", cache_pb2.EvictRequest(tier=tier, blocks=blocks), 60.0)
+        return results.Evicted(answer.evicted_blocks, answer.last_copies)
+
+    def drain(self, deadline_s: float = 30.0) -> results.Flushed:
+        """Flush and end the daemon."""
+        request = cache_pb2.DrainRequest(deadline_ms=max(1, round(deadline_s * 1000)))
+        return results.flushed(self._call("Drain", request, deadline_s).flushed)
+
+    def _call(self, name: str, request: Any, wait_s: float = 0.0) -> Any:
+        if not channel.probe(self.address):
+            raise errors.Unreachable(f"no daemon listens at {self.address}")
+        try:
+            return self._channel.call(name, request, wait_s + MARGIN_S)
+        except grpc.RpcError as error:
+            raise channel.translated(error) from error

@@ -1,0 +1,369 @@
+"""The engine's end: a session kept alive and re-opened by a thread, and the calls of the wire.
+
+detached -> attached [a daemon answered]    attached -> silent [no answer to heartbeats, or its
+attached, silent -> detached [dead]          stream broke while its process lives]
+silent -> attached [it answers again: a new session, the old one's transfers have ended]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from kvc2 import errors
+from kvc2.client import channel, results
+from kvc2.client.memory import PoolMemory
+from kvc2.client.session import DEATH_S, NamespaceHandle, Offer, Over, Session, process_is_dead
+from kvc2.layout import Layout
+from kvc2.v1 import cache_pb2
+
+State = Literal["attached", "detached", "silent"]
+BACKOFF_S_MIN = 0.05
+BACKOFF_S_MAX = 1.0  # attached again within 2 s of the daemon being back
+SILENT_S = 2.0  # without an answer to a heartbeat
+ACQUIRE_DEADLINE_S = 2.0  # the daemon's default
+ACQUIRE_MARGIN_S = 1.0  # the daemon answers at its deadline; then it is silent
+DETACH_S = 2.0
+DURABLE_S = 60.0  # a commit that waits for the disk
+TICK_S = 0.25  # to see that a silent daemon's process died
+ORPHANS_S = 1.0  # of the heartbeats' thread
+ORPHANS_A_CALL = 256
+ORPHANS_MAX = 4096  # timed-out acquires to release; beyond it the session's end frees them
+
+
+class Engine(Protocol):
+    """What a client asks and tells its engine, on the client's thread; none may call the client.
+
+    kept_pages() is asked right before each attach and answers the pages that the engine goes on
+    using: from then on the others are the daemon's, until on_detached (dead: all are the engine's)
+    or on_attached, which says what is granted to it at first.
+    """
+
+    def kept_pages(self) -> NDArray[np.uint32]: ...
+
+    def on_attached(self, granted: NDArray[np.uint32]) -> None: ...
+
+    def on_detached(self, detached: errors.Detached) -> None: ...
+
+
+class Client:
+    """A session with the daemon at `address`, attached in the background. Threads may share it.
+
+    Calls raise errors.Detached when there is no session, and another errors.Kvc2Error when the
+    daemon refuses what was asked. The pool holds num_bytes // layout.payload_bytes pages.
+    """
+
+    def __init__(
+        self, address: str, *, pool: PoolMemory, layout: Layout, engine_name: str, engine: Engine
+    ) -> None:
+        self.address = address
+        self.last_refusal: errors.Kvc2Error | None = None
+        self._engine = engine
+        self._offer = Offer(pool, layout, engine_name, self._ask_kept_pages)
+        self._asked = False  # for the pages it keeps, in the attach under way
+        self._silent_pidfd = -1
+        self._session: Session | None = None
+        self._state: State = "detached"
+        self._changed = threading.Condition()
+        self._orphans: deque[bytes] = deque(maxlen=ORPHANS_MAX)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="kvc2-session", daemon=True)
+        self._thread.start()
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    def wait_attached(self, timeout_s: float) -> bool:
+        """Wait until there is a session."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._state == "attached", timeout_s)
+
+    def close(self) -> None:
+        """End the session in order. Idempotent. on_detached is not called."""
+        self._closing.set()
+        session = self._session
+        if session is not None:
+            session.wake()
+        self._thread.join()
+
+    # ---- calls of a session
+
+    def open_namespace(
+        self, identity: bytes, tenant: str = "", salt: bytes = b""
+    ) -> NamespaceHandle:
+        """A handle that stays good across sessions. Without one now, it is opened when needed."""
+        handle = NamespaceHandle(identity, tenant, salt)
+        with contextlib.suppress(errors.Detached):
+            self._number(self._attached(), handle)
+        return handle
+
+    def _number(self, session: Session, handle: NamespaceHandle) -> int:
+        """The handle's id in this session."""
+        epoch, number = handle.opened
+        if epoch != session.key:
+            request = cache_pb2.OpenNamespaceRequest(
+                session=session.head,
+                identity=handle.identity,
+                tenant=handle.tenant,
+                salt=handle.salt,
+            )
+            number = self._call(session, "OpenNamespace", request).namespace_id
+            handle.opened = (session.key, number)
+        return number
+
+    def match(self, namespace: NamespaceHandle, tokens: NDArray[np.uint32]) -> results.Matched:
+        """The longest cached prefix. Changes nothing."""
+        session = self._attached()
+        request = cache_pb2.MatchRequest(
+            session=session.head,
+            namespace_id=self._number(session, namespace),
+            tokens=results.packed(tokens),
+        )
+        answer = self._call(session, "Match", request)
+        return results.Matched(answer.matched_tokens, results.tier_tokens(answer.tiers))
+
+    def acquire(
+        self,
+        namespace: NamespaceHandle,
+        request_id: bytes,
+        tokens: NDArray[np.uint32],
+        *,
+        grant_pages: int = 0,
+        deadline_s: float | None = None,
+    ) -> results.Acquired:
+        """Open a lease on the longest cached prefix; waits at most deadline_s and a margin."""
+        session = self._attached()
+        request = cache_pb2.AcquireRequest(
+            session=session.head,
+            namespace_id=self._number(session, namespace),
+            request_id=request_id,
+            tokens=results.packed(tokens),
+            grant_pages=grant_pages,
+            deadline_ms=0 if deadline_s is None else max(1, round(deadline_s * 1000)),
+        )
+        wait_s = ACQUIRE_DEADLINE_S if deadline_s is None else deadline_s
+        try:
+            answer = self._call(session, "Acquire", request, wait_s + ACQUIRE_MARGIN_S)
+        except errors.Detached:
+            self._orphans.append(request_id)  # it may have been opened all the same
+            raise
+        return results.Acquired(
+            matched_tokens=answer.matched_tokens,
+            tiers=results.tier_tokens(answer.tiers),
+            prefix_pages=results.pages(answer.prefix_pages),
+            transfer=answer.transfer,
+            granted_pages=results.pages(answer.granted_pages),
+            computing_tokens=answer.computing_tokens,
+        )
+
+    def commit(
+        self,
+        commits: Sequence[results.LeaseCommit],
+        *,
+        grant_pages: int = 0,
+        durable: bool = False,
+    ) -> results.Committed:
+        """Make filled pages visible. Call it after the device has finished writing them."""
+        session = self._attached()
+        request = cache_pb2.CommitRequest(
+            session=session.head,
+            leases=[
+                cache_pb2.LeaseCommit(
+                    request_id=each.request_id,
+                    first_block=each.first_block,
+                    tokens=results.packed(each.tokens),
+                    pages=results.packed(each.pages),
+                )
+                for each in commits
+            ],
+            grant_pages=grant_pages,
+            durable=durable,
+        )
+        wait_s = DURABLE_S if durable else channel.CALL_S
+        answer = self._call(session, "Commit", request, wait_s)
+        return results.Committed(
+            results=[np.frombuffer(each, dtype=np.uint8) for each in answer.results],
+            granted=results.pages(answer.granted_pages),
+            durable=answer.durable,
+        )
+
+    def release(
+        self,
+        request_ids: Sequence[bytes],
+        *,
+        returned: NDArray[np.uint32] = results.NO_PAGES,
+        grant_pages: int = 0,
+    ) -> results.Released:
+        """Close leases. Call it after the device has finished reading their pages."""
+        session = self._attached()
+        request = cache_pb2.ReleaseRequest(
+            session=session.head,
+            request_ids=request_ids,
+            returned_pages=results.packed(returned),
+            grant_pages=grant_pages,
+        )
+        answer = self._call(session, "Release", request)
+        return results.Released(results.pages(answer.granted_pages))
+
+    def grant(self, pages: int) -> NDArray[np.uint32]:
+        """More private pages to fill, maybe fewer than asked for. Not idempotent: never retried."""
+        session = self._attached()
+        request = cache_pb2.GrantRequest(session=session.head, pages=pages)
+        return results.pages(self._call(session, "Grant", request, retries=0).granted_pages)
+
+    def wait_layer(self, transfer: int, layer: int, timeout_s: float) -> bool:
+        """Wait until `layer` of a transfer is in the pool: no call, no spinning. False after
+        timeout_s, or when its session is over."""
+        session = self._session
+        progress = session.progress if session is not None else None
+        return progress is not None and progress.wait(transfer, layer, timeout_s)
+
+    def _attached(self) -> Session:
+        session = self._session
+        if session is None or self._state != "attached":
+            raise errors.Detached("silent" if self._state == "silent" else "dead")
+        return session
+
+    def _call(
+        self,
+        session: Session,
+        name: str,
+        request: Any,
+        timeout_s: float = channel.CALL_S,
+        *,
+        retries: int = 1,
+    ) -> Any:
+        """One answer; a broken call is tried again once if its session still is there, which only
+        idempotent rpcs may be. Raises Detached when the daemon is gone, silent or draining."""
+        try:
+            return session.channel.call(name, request, timeout_s)
+        except grpc.RpcError as broken:
+            error = channel.translated(broken)
+            late = channel.code(broken) == "DEADLINE_EXCEEDED"
+        if isinstance(error, errors.Unreachable):
+            if retries and not late and not session.ended and self._session is session:
+                return self._call(session, name, request, timeout_s, retries=retries - 1)
+            dead = session.daemon_is_dead(0 if late else DEATH_S)
+            raise errors.Detached("dead" if dead else "silent", f"{name}: {error}")
+        if isinstance(error, errors.SessionOver | errors.Draining):
+            raise errors.Detached("silent", f"{name}: {error}")
+        raise error
+
+    # ---- the thread that keeps the session
+
+    def _keep(self) -> None:
+        backoff_s = BACKOFF_S_MIN
+        while not self._closing.is_set():
+            session = self._try_attach()
+            if session is not None:
+                backoff_s = BACKOFF_S_MIN
+                self._tend(session)
+                continue
+            if self._state == "silent" and self._is_known_dead():
+                self._lose("dead")
+            self._closing.wait(backoff_s)
+            backoff_s = min(2 * backoff_s, BACKOFF_S_MAX)
+        self._watch_process(-1)
+
+    def _try_attach(self) -> Session | None:
+        if not channel.probe(self.address):
+            return None
+        self._asked = False
+        try:
+            session = Session(self.address, self._offer)
+        except errors.Kvc2Error as error:
+            self.last_refusal = error
+            if self._asked:  # the pages it gave away are its again, as far as they were
+                reason: Literal["dead", "silent"] = "silent" if self._state == "silent" else "dead"
+                self._engine.on_detached(errors.Detached(reason, f"can't attach: {error}"))
+            return None
+        self.last_refusal = None
+        self._orphans.clear()
+        self._watch_process(-1)
+        self._engine.on_attached(session.granted)
+        self._set(session, "attached")
+        return session
+
+    def _ask_kept_pages(self) -> NDArray[np.uint32]:
+        self._asked = True
+        return self._engine.kept_pages()
+
+    def _tend(self, session: Session) -> None:
+        """Keep the session until it is over or the client closes; then close it."""
+        try:
+            self._watch(session)
+            if self._closing.is_set():
+                self._set(None, "detached")
+                session.detach(DETACH_S)
+                return
+            if session.daemon_is_dead():
+                self._lose("dead")
+            elif self._state == "attached":
+                self._lose("silent")
+            if self._state == "silent":
+                self._watch_process(os.dup(session.pidfd) if session.pidfd >= 0 else -1)
+        finally:
+            session.close()
+
+    def _watch(self, session: Session) -> None:
+        """Beat and listen; returns when the session is over, or answers after it was silent."""
+        beat_at = time.monotonic()
+        while not self._closing.is_set():
+            now = time.monotonic()
+            if now >= beat_at:
+                session.send_heartbeat()
+                beat_at = now + session.heartbeat_s
+            if self._state == "attached":
+                self._release_orphans(session)
+            message = session.receive(max(0.0, min(beat_at - time.monotonic(), TICK_S)))
+            if isinstance(message, Over):
+                return
+            if message is not None:
+                if self._state == "silent":
+                    return
+                session.last_answer = time.monotonic()
+            elif self._state == "silent" and session.daemon_is_dead(0):
+                return
+            elif self._state == "attached" and now - session.last_answer > SILENT_S:
+                self._lose("silent")
+
+    def _release_orphans(self, session: Session) -> None:
+        ids = list(self._orphans)
+        if not ids:
+            return
+        request = cache_pb2.ReleaseRequest(session=session.head, request_ids=ids[:ORPHANS_A_CALL])
+        with contextlib.suppress(errors.Kvc2Error):
+            self._call(session, "Release", request, ORPHANS_S)
+            for _ in request.request_ids:
+                self._orphans.popleft()
+
+    def _lose(self, reason: Literal["dead", "silent"]) -> None:
+        self._set(None, "detached" if reason == "dead" else "silent")
+        self._engine.on_detached(errors.Detached(reason))
+
+    def _set(self, session: Session | None, state: State) -> None:
+        with self._changed:
+            self._session, self._state = session, state
+            self._changed.notify_all()
+
+    def _watch_process(self, pidfd: int) -> None:
+        """Remember the process of a silent daemon; -1: none."""
+        if self._silent_pidfd >= 0:
+            os.close(self._silent_pidfd)
+        self._silent_pidfd = pidfd
+
+    def _is_known_dead(self) -> bool:
+        """Of the daemon that fell silent. Where the kernel named no process: nothing listens."""
+        if self._silent_pidfd >= 0:
+            return process_is_dead(self._silent_pidfd, 0)
+        return not channel.probe(self.address)

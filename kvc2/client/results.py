@@ -1,0 +1,186 @@
+"""What the calls answer, as frozen dataclasses; arrays are numpy's, read-only views of messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvc2.v1 import cache_pb2
+
+U8 = NDArray[np.uint8]
+U32 = NDArray[np.uint32]
+NO_PAGES: U32 = np.zeros(0, dtype=np.uint32)
+
+
+@dataclass(frozen=True)
+class TierTokens:
+    """Tokens by the tier that they were found in."""
+
+    gpu: int
+    cpu: int
+    disk: int
+    remote: int
+
+
+@dataclass(frozen=True)
+class Matched:
+    """matched_tokens: a multiple of page_size, less than the tokens given."""
+
+    matched_tokens: int
+    tiers: TierTokens
+
+
+@dataclass(frozen=True)
+class Acquired:
+    """A lease. prefix_pages [matched_tokens / page_size] lie in the session's pool, in order; layer
+    i of them may be read when Client.wait_layer(transfer, i) is true, at once when transfer is 0.
+    granted_pages: new private pages, maybe fewer than asked for. computing_tokens: tokens right
+    after the prefix that another lease is computing now."""
+
+    matched_tokens: int
+    tiers: TierTokens
+    prefix_pages: U32
+    transfer: int
+    granted_pages: U32
+    computing_tokens: int
+
+
+@dataclass(frozen=True)
+class LeaseCommit:
+    """Filled pages of one lease: tokens [k * page_size] of blocks [first_block, first_block + k),
+    pages [k]."""
+
+    request_id: bytes
+    first_block: int
+    tokens: U32
+    pages: U32
+
+
+@dataclass(frozen=True)
+class Committed:
+    """results: of each lease [k] of 0 adopted, 1 duplicate, 2 refused. durable: all adopted blocks
+    are on disk; False unless asked for."""
+
+    results: list[U8]
+    granted: U32
+    durable: bool
+
+
+@dataclass(frozen=True)
+class Released:
+    granted: U32
+
+
+@dataclass(frozen=True)
+class Flushed:
+    """not_durable_blocks by reason: no_disk, disk_full, error, deadline, pinned."""
+
+    durable_blocks: int
+    not_durable_blocks: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Evicted:
+    """last_copies: of the evicted blocks those that no tier holds any more."""
+
+    evicted_blocks: int
+    last_copies: int
+
+
+@dataclass(frozen=True)
+class TierStats:
+    """pages == free + private + resident + in_flight; pinned ones are resident or in flight."""
+
+    tier: str
+    capacity_bytes: int
+    pages: int
+    free_pages: int
+    private_pages: int
+    resident_pages: int
+    in_flight_pages: int
+    pinned_pages: int
+
+
+@dataclass(frozen=True)
+class SessionStats:
+    session_epoch: int
+    engine_name: str
+    pid: int
+    leases: int
+    seconds: float
+    pool: TierStats
+
+
+@dataclass(frozen=True)
+class DaemonStats:
+    """counters: every counter of /metrics by name, without kvc2_."""
+
+    version: str
+    instance: str
+    uptime_s: float
+    tiers: tuple[TierStats, ...]
+    sessions: tuple[SessionStats, ...]
+    blocks: int
+    holes: int
+    leases: int
+    namespaces: int
+    metadata_bytes: int
+    counters: dict[str, float]
+
+
+def pages(data: bytes) -> U32:
+    return np.frombuffer(data, dtype="<u4")
+
+
+def packed(array: NDArray[np.uint32]) -> bytes:
+    """A u32 array as the wire has it. Lists and other integer dtypes are converted."""
+    return np.ascontiguousarray(array, dtype="<u4").tobytes()
+
+
+def tier_tokens(message: cache_pb2.TierTokens) -> TierTokens:
+    return TierTokens(message.gpu, message.cpu, message.disk, message.remote)
+
+
+def flushed(message: cache_pb2.FlushResponse) -> Flushed:
+    return Flushed(message.durable_blocks, dict(message.not_durable_blocks))
+
+
+def tier_stats(message: cache_pb2.TierStats) -> TierStats:
+    return TierStats(
+        tier=message.tier,
+        capacity_bytes=message.capacity_bytes,
+        pages=message.pages,
+        free_pages=message.free_pages,
+        private_pages=message.private_pages,
+        resident_pages=message.resident_pages,
+        in_flight_pages=message.in_flight_pages,
+        pinned_pages=message.pinned_pages,
+    )
+
+
+def daemon_stats(message: cache_pb2.StatsResponse) -> DaemonStats:
+    return DaemonStats(
+        version=message.version,
+        instance=message.instance.hex(),
+        uptime_s=message.uptime_s,
+        tiers=tuple(tier_stats(each) for each in message.tiers),
+        sessions=tuple(
+            SessionStats(
+                session_epoch=each.session_epoch,
+                engine_name=each.engine_name,
+                pid=each.pid,
+                leases=each.leases,
+                seconds=each.seconds,
+                pool=tier_stats(each.pool),
+            )
+            for each in message.sessions
+        ),
+        blocks=message.blocks,
+        holes=message.holes,
+        leases=message.leases,
+        namespaces=message.namespaces,
+        metadata_bytes=message.metadata_bytes,
+        counters=dict(message.counters),
+    )

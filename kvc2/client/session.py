@@ -1,0 +1,193 @@
+"""One session as its engine sees it: hello, hand-over on the side socket, the stream's messages.
+
+Not here: when to attach again and what the engine is told (client.py).
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import queue
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from kvc2 import errors
+from kvc2.client import results
+from kvc2.client.channel import Channel, translated
+from kvc2.client.memory import OverSignal, PoolMemory, Progress
+from kvc2.layout import Layout
+from kvc2.v1 import cache_pb2
+
+WIRE_VERSION = 1
+ATTACHED_S = 3.0  # for the daemon's first answer
+READY_S = 10.0  # it may first have to end our earlier session, which takes up to 2 s
+SIDE_S = 10.0
+SERVES_S = 1.0  # asked first: a frozen daemon must not take pages off the engine's hands
+DEATH_S = 0.3  # between a process's sockets closing and its pidfd saying so
+_CREDENTIALS = struct.Struct("iII")
+
+
+@dataclass(eq=False)
+class NamespaceHandle:
+    """An identity, tenant and salt, opened in whichever session there is."""
+
+    identity: bytes
+    tenant: str
+    salt: bytes
+    opened: tuple[bytes, int] = (b"", 0)  # (key of the session, id in it)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What an engine brings to every session of its."""
+
+    pool: PoolMemory
+    layout: Layout
+    engine_name: str
+    kept_pages: Callable[[], NDArray[np.uint32]]
+
+
+class Over:
+    """The stream has ended: the exception that it ended with, if a daemon said why."""
+
+    def __init__(self, error: errors.Kvc2Error | None) -> None:
+        self.error = error
+
+
+Message = cache_pb2.AttachResponse | Over
+
+
+class Session:
+    """Attaches when it is made: raises a Kvc2Error when the daemon refuses, Unreachable when it
+    does not answer. `close` it in any case. Calls may use `head` and `channel` from any thread."""
+
+    def __init__(self, address: str, offer: Offer) -> None:
+        self.channel = Channel(address)
+        if not self.channel.serves(SERVES_S):
+            self.channel.close()
+            raise errors.Unreachable(f"no daemon serves at {address}")
+        self._over = OverSignal()
+        self.pidfd = -1
+        self.progress: Progress | None = None
+        self.ended = False
+        self._outbox: queue.SimpleQueue[cache_pb2.AttachRequest | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._stream = self.channel.attach(iter(self._outbox.get, None))
+        reader = threading.Thread(target=self._read, name="kvc2-stream", daemon=True)
+        reader.start()
+        try:
+            self._attach(offer)
+        except BaseException:
+            self.close()
+            raise
+
+    def _attach(self, offer: Offer) -> None:
+        hello = cache_pb2.Hello(
+            engine_name=offer.engine_name,
+            layout=offer.layout.to_proto(),
+            num_pages=offer.pool.num_bytes // offer.layout.payload_bytes,
+            kept_pages=results.packed(offer.kept_pages()),
+            memory_bytes=offer.pool.num_bytes,
+            wire_version=WIRE_VERSION,
+        )
+        self._outbox.put(cache_pb2.AttachRequest(hello=hello))
+        attached = self._expect("attached", ATTACHED_S).attached
+        self.head = cache_pb2.SessionRef(
+            instance=attached.instance, session_epoch=attached.session_epoch
+        )
+        self.key = self.head.SerializeToString()
+        self.heartbeat_s = max(0.05, attached.heartbeat_interval_ms / 1000)
+        self._join(attached, offer.pool)
+        self.granted = results.pages(self._expect("ready", READY_S).ready.granted_pages)
+        self.last_answer = time.monotonic()
+
+    def _expect(self, kind: str, timeout_s: float) -> cache_pb2.AttachResponse:
+        message = self.receive(timeout_s)
+        if isinstance(message, Over):
+            raise message.error or errors.Unreachable("the daemon ended the stream")
+        if message is None or message.WhichOneof("message") != kind:
+            raise errors.Unreachable(f"no `{kind}` from the daemon within {timeout_s} s")
+        return message
+
+    def _join(self, attached: cache_pb2.Attached, pool: PoolMemory) -> None:
+        """Hand the pool over, learn who the daemon is, and get the progress page."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as side:
+            side.settimeout(SIDE_S)
+            try:
+                side.connect(attached.side_socket)
+                passed = array.array("i", [pool.fd])
+                side.sendmsg([attached.nonce], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed)])
+                packed = side.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+                pid = _CREDENTIALS.unpack(packed)[0]
+                self.pidfd = os.pidfd_open(pid) if pid > 0 else -1
+                answer, fds, _, _ = socket.recv_fds(side, 600, 2)
+            except OSError as error:
+                raise errors.Unreachable(f"side socket {attached.side_socket}: {error}") from error
+        for fd in fds:
+            os.set_inheritable(fd, False)
+        if answer != b"ok" or len(fds) != 2:
+            for fd in fds:
+                os.close(fd)
+            raise errors.Unreachable(f"side socket: {answer.decode(errors='replace')}")
+        self.progress = Progress(fds[0], fds[1], self._over)
+
+    def _read(self) -> None:
+        error: errors.Kvc2Error | None = None
+        try:
+            for message in self._stream:
+                self._inbox.put(message)
+        except grpc.RpcError as broken:
+            found = translated(broken)
+            error = None if isinstance(found, errors.Unreachable) else found
+        self.ended = True
+        self._over.set()
+        self._inbox.put(Over(error))
+
+    def receive(self, timeout_s: float) -> Message | None:
+        """The stream's next message; None when none came in time."""
+        try:
+            return self._inbox.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+    def wake(self) -> None:
+        """Make a `receive` under way return None."""
+        self._inbox.put(None)
+
+    def send_heartbeat(self) -> None:
+        self._outbox.put(cache_pb2.AttachRequest(heartbeat=cache_pb2.Heartbeat()))
+
+    def daemon_is_dead(self, wait_s: float = DEATH_S) -> bool:
+        """Whether the daemon's process is known to be gone."""
+        return self.pidfd >= 0 and process_is_dead(self.pidfd, wait_s)
+
+    def detach(self, timeout_s: float) -> None:
+        """End the session in order and wait until the daemon has closed the stream."""
+        self._outbox.put(cache_pb2.AttachRequest(detach=cache_pb2.Detach()))
+        deadline = time.monotonic() + timeout_s
+        while not self.ended and (left := deadline - time.monotonic()) > 0:
+            self.receive(left)
+
+    def close(self) -> None:
+        """Break the stream and the connection. A daemon that has heard no detach sees a crash."""
+        self._outbox.put(None)
+        self._stream.cancel()
+        self.channel.close()
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+
+def process_is_dead(pidfd: int, wait_s: float) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(wait_s * 1000))

@@ -1,0 +1,5 @@
+"""The daemon's server: see README.md for what lies where."""
+
+from kvc2.server.daemon import Daemon, serve
+
+__all__ = ["Daemon", "serve"]

@@ -1,0 +1,100 @@
+"""Where the daemon listens: the folder, the lock, the stale socket of a dead daemon.
+
+A second gRPC server silently takes over a bound unix path, so a lock is taken before the bind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvc2 import errors
+from kvc2.config import SIDE_ENDING, default_listen, socket_path
+
+LOCK_ENDING = ".lock"
+
+
+class Address:
+    """One daemon's claim on a unix path, held until `close`. Raises StartRefused.
+
+    `grpc_target` is what a gRPC server binds; `side_path` is the side socket's.
+    """
+
+    def __init__(self, listen: str) -> None:
+        self.path = socket_path(listen)
+        if self.path is None:
+            self.grpc_target = listen.replace("localhost:", "127.0.0.1:", 1)
+            beside = socket_path(default_listen())
+            assert beside is not None
+            # the port may be 0, so the process id tells two daemons apart
+            self.side_path = beside.with_name(f"kvc2-{os.getpid()}{SIDE_ENDING}")
+            owned = self.side_path
+        else:
+            self.grpc_target = f"unix:{self.path}"
+            self.side_path = self.path.with_name(self.path.name + SIDE_ENDING)
+            owned = self.path
+        _own_folder(owned.parent)
+        self._lock = _lock(owned.with_name(owned.name + LOCK_ENDING))
+        for each in (self.path, self.side_path):
+            if each is not None:
+                _unlink_stale(each)
+
+    @contextlib.contextmanager
+    def private_files(self) -> Iterator[None]:
+        """Sockets bound inside are 0600 from the moment they exist."""
+        mask = os.umask(0o177)
+        try:
+            yield
+        finally:
+            os.umask(mask)
+
+    def close(self) -> None:
+        """Remove the sockets, then give up the lock. The lock's file stays: unlinking it would let
+        two daemons hold one lock each."""
+        for each in (self.path, self.side_path):
+            if each is not None:
+                each.unlink(missing_ok=True)
+        os.close(self._lock)
+
+
+def _own_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = folder.stat()
+    except OSError as error:
+        raise errors.StartRefused(f"listen: {folder}: {error.strerror}") from error
+    if facts.st_uid not in (os.getuid(), 0) or stat.S_IMODE(facts.st_mode) & 0o022:
+        raise errors.StartRefused(
+            f"listen: {folder} belongs to another user or is writable by others; "
+            "use a folder of mode 0700"
+        )
+
+
+def _lock(path: Path) -> int:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise errors.StartRefused(f"listen: {path}: {error.strerror}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise errors.StartRefused(
+            f"listen: another daemon serves here ({path} is locked)"
+        ) from None
+    return fd
+
+
+def _unlink_stale(path: Path) -> None:
+    """We hold the lock, so a socket here is a dead daemon's. Anything else is someone's file."""
+    try:
+        facts = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(facts.st_mode):
+        raise errors.StartRefused(f"listen: {path} exists and is not a socket")
+    path.unlink()

@@ -1,0 +1,274 @@
+"""The Attach stream and the life of a session: hello, hand-over, heartbeats, end.
+
+A session is over when its stream ends, its process dies (pidfd) or its heartbeats stop for 3 s,
+whichever is first; what then happens to its pages is the cache's (Cache.close_session).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from kvc2 import errors, events
+from kvc2.cache import Cache
+from kvc2.config import ServeConfig
+from kvc2.layout import Layout
+from kvc2.metrics import Metrics
+from kvc2.server import checks
+from kvc2.server.side import NONCE_BYTES, Handover
+from kvc2.sessions import EXPIRY_S, HEARTBEAT_INTERVAL_S, Session, SessionTable
+from kvc2.v1 import cache_pb2
+
+EXPIRY_CHECK_S = 0.25
+SEND_S = 1.0  # an engine that doesn't read its stream is not waited for
+HELLO_S = 3.0
+MEMORY_BYTES_MAX = 1 << 44
+FIRST_GRANT_SHARE = 8  # of the pool, at most FIRST_GRANT_PAGES: the rest is better used as cache
+FIRST_GRANT_PAGES = 256
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(eq=False)
+class _Attachment:
+    """A session's stream and hand-over. `ended` carries why: a crash or in order."""
+
+    session: Session
+    hello: cache_pb2.Hello
+    nonce: bytes
+    context: Context
+    ended: asyncio.Future[str]
+    handover: Handover | None = None
+    sending: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def end(self, reason: str) -> None:
+        if not self.ended.done():
+            self.ended.set_result(reason)
+
+    async def send(self, message: cache_pb2.AttachResponse) -> None:
+        """Raises nothing: a stream that breaks ends the session elsewhere."""
+        try:
+            async with asyncio.timeout(SEND_S), self.sending:
+                await self.context.write(message)
+        except (
+            TimeoutError,
+            asyncio.InvalidStateError,
+            grpc.RpcError,
+            grpc.aio.UsageError,
+        ) as error:
+            events.warning("send_failed", epoch=self.session.epoch, reason=repr(error))
+
+
+class Attachments:
+    """All sessions of one daemon. Runs on the event loop."""
+
+    def __init__(
+        self, config: ServeConfig, cache: Cache, table: SessionTable, metrics: Metrics
+    ) -> None:
+        self._config = config
+        self._cache = cache
+        self._metrics = metrics
+        self.table = table
+        self.side_path = ""
+        self.draining = False
+        self._by_nonce: dict[bytes, _Attachment] = {}
+        self._open: dict[int, _Attachment] = {}
+        self._closing: dict[asyncio.Task[None], int] = {}  # -> pid
+
+    # ---- the stream
+
+    async def attach(self, context: Context) -> None:
+        """The Attach rpc. Its cleanup is a task of its own: a broken stream cancels this one."""
+        hello = await self._read_hello(context)
+        layout = self._check_hello(hello)
+        session = self.table.open(hello.engine_name, layout, hello.num_pages)
+        ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        attachment = _Attachment(session, hello, nonce, context, ended)
+        self._by_nonce[nonce] = attachment
+        self._open[session.epoch] = attachment
+        self._metrics.sessions.set(len(self.table))
+        reader = asyncio.create_task(self._read(attachment))
+        try:
+            await attachment.send(self._attached(attachment))
+            reason = await asyncio.shield(ended)
+        except asyncio.CancelledError:
+            attachment.end("broken")
+            raise
+        finally:
+            reader.cancel()
+            self._close(attachment)
+        if reason == "expired":
+            raise errors.SessionOver(f"session {session.epoch} sent no heartbeat for {EXPIRY_S} s")
+
+    async def _read_hello(self, context: Context) -> cache_pb2.Hello:
+        if self.draining:
+            raise errors.Draining("the daemon drains: no new sessions")
+        try:
+            async with asyncio.timeout(HELLO_S):
+                first = await context.read()
+        except TimeoutError:
+            raise errors.InvalidRequest("hello", "nothing", f"within {HELLO_S} s") from None
+        if not isinstance(first, cache_pb2.AttachRequest) or first.WhichOneof("message") != "hello":
+            raise errors.InvalidRequest("message", None, "hello must be the first")
+        return first.hello
+
+    def _check_hello(self, hello: cache_pb2.Hello) -> Layout:
+        limits = self._config.limits
+        if hello.wire_version != 1:
+            raise errors.InvalidRequest("hello.wire_version", hello.wire_version, "1")
+        checks.text("hello.engine_name", hello.engine_name, checks.ENGINE_NAME_BYTES_MAX)
+        if not 1 <= hello.num_pages <= limits.max_pool_pages:
+            raise errors.InvalidRequest(
+                "hello.num_pages", hello.num_pages, f"1 to {limits.max_pool_pages}"
+            )
+        if not 1 <= hello.memory_bytes <= MEMORY_BYTES_MAX:
+            raise errors.InvalidRequest(
+                "hello.memory_bytes", hello.memory_bytes, f"1 to {MEMORY_BYTES_MAX}"
+            )
+        layout = Layout.from_proto(hello.layout)
+        layout.check_fits(hello.num_pages, hello.memory_bytes)
+        wanted = self._config.attn.page_size
+        if wanted is not None and layout.page_size != wanted:
+            raise errors.InvalidRequest(
+                "layout.page_size", layout.page_size, f"attn.page_size of the daemon: {wanted}"
+            )
+        return layout
+
+    def _attached(self, attachment: _Attachment) -> cache_pb2.AttachResponse:
+        return cache_pb2.AttachResponse(
+            attached=cache_pb2.Attached(
+                instance=self.table.instance,
+                session_epoch=attachment.session.epoch,
+                nonce=attachment.nonce,
+                side_socket=self.side_path,
+                heartbeat_interval_ms=round(HEARTBEAT_INTERVAL_S * 1000),
+                expiry_ms=round(EXPIRY_S * 1000),
+            )
+        )
+
+    async def _read(self, attachment: _Attachment) -> None:
+        answer = cache_pb2.AttachResponse(heartbeat=cache_pb2.Heartbeat())
+        try:
+            while True:
+                message = await attachment.context.read()
+                if not isinstance(message, cache_pb2.AttachRequest):  # the client's end of stream
+                    attachment.end("broken")
+                    return
+                kind = message.WhichOneof("message")
+                if kind == "heartbeat":
+                    self.table.heartbeat(attachment.session)
+                    await attachment.send(answer)
+                else:
+                    attachment.end("detached" if kind == "detach" else "misused")
+                    return
+        except (errors.SessionOver, grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+            attachment.end("broken")
+
+    # ---- the side socket
+
+    def expect(self, nonce: bytes, uid: int) -> int:
+        """Bytes of the pool that the engine with this nonce announced. Uses the nonce up."""
+        attachment = self._by_nonce.pop(nonce, None)
+        if attachment is None:
+            raise errors.InvalidRequest("nonce", None, "the one of an Attached message, once")
+        attachment.session.uid = uid
+        return attachment.hello.memory_bytes
+
+    async def join(self, nonce: bytes, handover: Handover) -> None:
+        """The pool is mapped: open it in the cache and say Ready."""
+        attachment = next((each for each in self._open.values() if each.nonce == nonce), None)
+        if attachment is None:
+            raise errors.SessionOver("the stream ended before the side socket joined")
+        session, hello = attachment.session, attachment.hello
+        # an engine that re-attaches brings the same memory: old transfers into it must have ended
+        earlier = [task for task, pid in self._closing.items() if pid == handover.pid]
+        if earlier:
+            await asyncio.wait(earlier)
+        if session.state != "joining":
+            raise errors.SessionOver(f"session {session.epoch} is {session.state}")
+        kept = checks.pages("hello.kept_pages", hello.kept_pages, session)
+        session.pid, session.uid = handover.pid, handover.uid
+        self._cache.open_session(
+            session,
+            memory=handover.memory,
+            progress=handover.progress,
+            event_fd=handover.event_fd,
+            kept_pages=kept,
+        )
+        attachment.handover = handover
+        self.table.join(session)
+        first = min(hello.num_pages // FIRST_GRANT_SHARE, FIRST_GRANT_PAGES)
+        granted = self._cache.grant(session, first).tobytes()
+        if handover.pidfd >= 0:
+            asyncio.get_running_loop().add_reader(handover.pidfd, attachment.end, "died")
+        events.event(
+            "attached",
+            epoch=session.epoch,
+            engine=session.engine_name,
+            pid=session.pid,
+            kept=len(kept),
+        )
+        ready = cache_pb2.Ready(granted_pages=granted)
+        await attachment.send(cache_pb2.AttachResponse(ready=ready))
+
+    # ---- the end
+
+    def _close(self, attachment: _Attachment) -> None:
+        """Fence the session off at once; its pages follow in a task. Idempotent."""
+        session = attachment.session
+        joined = session.state == "ready"
+        if not self.table.end(session):
+            return
+        del self._open[session.epoch]
+        self._by_nonce.pop(attachment.nonce, None)
+        self._metrics.sessions.set(len(self.table))
+        reason = attachment.ended.result() if attachment.ended.done() else "broken"
+        crashed = reason not in ("detached", "drained")
+        if crashed:
+            self._metrics.fault("session_expired" if reason == "expired" else "session_crashed")
+        events.event("session_over", epoch=session.epoch, pid=session.pid, reason=reason)
+        if joined:
+            task = asyncio.create_task(self._close_pages(attachment, crashed))
+            self._closing[task] = session.pid
+            task.add_done_callback(self._closing.pop)
+
+    async def _close_pages(self, attachment: _Attachment, crashed: bool) -> None:
+        handover = attachment.handover
+        if handover is not None and handover.pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(handover.pidfd)
+        try:
+            await self._cache.close_session(attachment.session, crashed)
+        finally:
+            if handover is not None:
+                handover.close()
+
+    async def watch_expiry(self) -> None:
+        """Ends sessions whose engine is frozen; runs until cancelled."""
+        while True:
+            await asyncio.sleep(EXPIRY_CHECK_S)
+            self.expire()
+
+    def expire(self) -> None:
+        for session in self.table.expired():
+            attachment = self._open[session.epoch]
+            attachment.end("expired")
+            self._close(attachment)  # now: the stream's task may wait for a frozen peer
+
+    async def notify_drain(self) -> None:
+        """Tell every session that the daemon is about to stop."""
+        self.draining = True
+        notice = cache_pb2.AttachResponse(drain=cache_pb2.DrainNotice())
+        await asyncio.gather(*(each.send(notice) for each in list(self._open.values())))
+
+    async def close(self) -> None:
+        """End every session in order and wait until the cache has let go of their pools."""
+        for each in list(self._open.values()):
+            each.end("drained")
+            self._close(each)
+        if self._closing:
+            await asyncio.wait(list(self._closing))

@@ -1,0 +1,288 @@
+"""The Cache service: each rpc checks its fields, asks the cache, and answers.
+
+Index calls run inline on the event loop; what waits (slower tiers, flush) is awaited. Acquire is
+the one call a request waits for, so nothing in it is made per block or per token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+
+from kvc2 import errors
+from kvc2.cache import Cache, FlushResult, TierCounts
+from kvc2.config import ServeConfig
+from kvc2.metrics import Metrics
+from kvc2.namespace import check_layout, decode
+from kvc2.server import checks
+from kvc2.server.attach import Attachments
+from kvc2.server.tenants import Tenants
+from kvc2.sessions import Session
+from kvc2.v1 import cache_pb2
+
+RESULTS = ("adopted", "duplicate", "refused")
+DURABLE_WAITS_MAX = 64  # flushes and durable commits that wait at a time
+
+
+class CacheCalls:
+    """One daemon's handlers, named as the rpcs. They raise errors.Kvc2Error; wiring.py answers."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        cache: Cache,
+        attachments: Attachments,
+        metrics: Metrics,
+        drain: Callable[[float], Awaitable[cache_pb2.FlushResponse]],
+    ) -> None:
+        self._config = config
+        self._limits = config.limits
+        self._cache = cache
+        self._attachments = attachments
+        self._table = attachments.table
+        self._metrics = metrics
+        self._tenants = Tenants(config)
+        self._drain = drain
+        self._started_at = time.monotonic()
+        self._durable_waits = 0
+        self._acquire_deadline_s = config.acquire_deadline_ms / 1000
+        tiers = ("gpu", "cpu", "disk", "remote")
+        self._matched = [metrics.matched_tokens.labels(tier) for tier in tiers]
+        self._committed = [metrics.committed_blocks.labels(result) for result in RESULTS]
+
+    def _session(self, head: cache_pb2.SessionRef) -> Session:
+        try:
+            return self._table.of_call(head.instance, head.session_epoch)
+        except errors.SessionOver:
+            self._metrics.fault("fenced_call")
+            raise
+
+    async def OpenNamespace(
+        self, request: cache_pb2.OpenNamespaceRequest
+    ) -> cache_pb2.OpenNamespaceResponse:
+        session = self._session(request.session)
+        tenant = checks.text("tenant", request.tenant, checks.TENANT_BYTES_MAX)
+        identity = decode(request.identity)
+        check_layout(identity, session.layout)
+        namespace = self._tenants.namespace(tenant, session.uid, request.identity, request.salt)
+        known = namespace in session.namespaces.values()
+        if not known and len(session.namespaces) >= self._limits.max_namespaces:
+            raise errors.LimitReached(
+                "limits.max_namespaces", self._limits.max_namespaces, "namespaces are open"
+            )
+        number = self._cache.open_namespace(session, namespace, request.identity)
+        session.namespaces[number] = namespace
+        return cache_pb2.OpenNamespaceResponse(namespace_id=number)
+
+    async def Match(self, request: cache_pb2.MatchRequest) -> cache_pb2.MatchResponse:
+        session = self._session(request.session)
+        number = checks.namespace_id(session, request.namespace_id)
+        tokens = checks.tokens("tokens", request.tokens, self._limits)
+        found = self._cache.match(session, number, tokens)
+        return cache_pb2.MatchResponse(
+            matched_tokens=found.matched_tokens, tiers=_tier_tokens(found.tiers)
+        )
+
+    async def Acquire(self, request: cache_pb2.AcquireRequest) -> cache_pb2.AcquireResponse:
+        session = self._session(request.session)
+        if self._attachments.draining:
+            raise errors.Draining("the daemon drains: no new leases")
+        number = checks.namespace_id(session, request.namespace_id)
+        request_id = checks.request_id("request_id", request.request_id)
+        tokens = checks.tokens("tokens", request.tokens, self._limits)
+        grant = checks.grant("grant_pages", request.grant_pages, self._limits)
+        deadline_s = checks.deadline_s("deadline_ms", request.deadline_ms, self._acquire_deadline_s)
+        checks.reserved("key_mode", request.key_mode, 0)
+        checks.reserved("extras", request.extras, b"")
+        if len(session.leases) >= self._limits.max_leases and request_id not in session.leases:
+            raise errors.LimitReached("limits.max_leases", self._limits.max_leases, "are open")
+        found = await self._cache.acquire(session, number, request_id, tokens, grant, deadline_s)
+        self._metrics.prompt_tokens.inc(len(tokens))
+        for counter, count in zip(self._matched, found.tiers, strict=False):
+            if count:
+                counter.inc(count)
+        return cache_pb2.AcquireResponse(
+            matched_tokens=found.matched_tokens,
+            tiers=_tier_tokens(found.tiers),
+            prefix_pages=found.prefix_pages.tobytes(),
+            transfer=found.transfer,
+            granted_pages=found.granted_pages.tobytes(),
+            computing_tokens=found.computing_tokens,
+        )
+
+    async def Grant(self, request: cache_pb2.GrantRequest) -> cache_pb2.GrantResponse:
+        session = self._session(request.session)
+        return cache_pb2.GrantResponse(granted_pages=self._grant(session, "pages", request.pages))
+
+    def _grant(self, session: Session, field: str, count: int) -> bytes:
+        if checks.grant(field, count, self._limits) == 0:
+            return b""
+        return self._cache.grant(session, count).tobytes()
+
+    async def Commit(self, request: cache_pb2.CommitRequest) -> cache_pb2.CommitResponse:
+        session = self._session(request.session)
+        checks.few("leases", len(request.leases), self._limits.max_leases_per_call)
+        checks.grant("grant_pages", request.grant_pages, self._limits)
+        # all are checked before the first is committed: a refused call has changed nothing
+        commits = [
+            self._check_commit(session, f"leases[{index}]", each)
+            for index, each in enumerate(request.leases)
+        ]
+        results = [self._cache.commit(session, *each) for each in commits]
+        for result in results:
+            counts = np.bincount(result, minlength=len(RESULTS))
+            for counter, count in zip(self._committed, counts, strict=False):
+                counter.inc(int(count))
+            if counts[2]:
+                self._metrics.fault("refused_commit", int(counts[2]))
+        durable = await self._wait_durable() if request.durable else False
+        if request.durable:  # waiting may have outlived the session
+            self._session(request.session)
+        return cache_pb2.CommitResponse(
+            results=[result.tobytes() for result in results],
+            granted_pages=self._grant(session, "grant_pages", request.grant_pages),
+            durable=durable,
+        )
+
+    def _check_commit(
+        self, session: Session, field: str, commit: cache_pb2.LeaseCommit
+    ) -> tuple[bytes, int, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        request_id = checks.request_id(f"{field}.request_id", commit.request_id)
+        if request_id not in session.leases:
+            raise errors.NotFound(f"{field}.request_id", request_id, "an open lease")
+        pages = checks.pages(f"{field}.pages", commit.pages, session)
+        tokens = checks.tokens(f"{field}.tokens", commit.tokens, self._limits)
+        size = session.layout.page_size
+        if len(tokens) != len(pages) * size:
+            raise errors.InvalidRequest(
+                f"{field}.tokens", f"{len(tokens)} tokens", f"{size} for each of {len(pages)} pages"
+            )
+        most = self._limits.max_tokens // size
+        if commit.first_block + len(pages) > most:
+            raise errors.InvalidRequest(
+                f"{field}.first_block", commit.first_block, f"at most {most} blocks in all"
+            )
+        return request_id, commit.first_block, tokens, pages
+
+    async def _wait_durable(self) -> bool:
+        with self._waiting():
+            return await self._cache.wait_durable(self._config.drain_timeout_s)
+
+    def _waiting(self) -> _Counted:
+        if self._durable_waits >= DURABLE_WAITS_MAX:
+            raise errors.LimitReached("durable waits", DURABLE_WAITS_MAX, "calls wait already")
+        return _Counted(self)
+
+    async def Release(self, request: cache_pb2.ReleaseRequest) -> cache_pb2.ReleaseResponse:
+        session = self._session(request.session)
+        checks.few("request_ids", len(request.request_ids), self._limits.max_leases_per_call)
+        checks.grant("grant_pages", request.grant_pages, self._limits)
+        returned = checks.pages("returned_pages", request.returned_pages, session)
+        ids = [
+            checks.request_id(f"request_ids[{index}]", each)
+            for index, each in enumerate(request.request_ids)
+        ]
+        for each in ids:
+            self._cache.release(session, each)
+        if len(returned):
+            self._cache.give_back(session, returned)
+        return cache_pb2.ReleaseResponse(
+            granted_pages=self._grant(session, "grant_pages", request.grant_pages)
+        )
+
+    async def Flush(self, request: cache_pb2.FlushRequest) -> cache_pb2.FlushResponse:
+        deadline_s = checks.deadline_s(
+            "deadline_ms", request.deadline_ms, self._config.drain_timeout_s
+        )
+        with self._waiting():
+            return flush_response(await self._cache.flush(deadline_s))
+
+    async def Evict(self, request: cache_pb2.EvictRequest) -> cache_pb2.EvictResponse:
+        found = await self._cache.evict(checks.tier(request.tier), request.blocks)
+        return cache_pb2.EvictResponse(evicted_blocks=found.evicted, last_copies=found.last_copies)
+
+    async def Stats(self, request: cache_pb2.StatsRequest) -> cache_pb2.StatsResponse:
+        stats = self._cache.stats()
+        leases = sum(len(each.leases) for each in self._table)
+        self._metrics.leases.set(leases)
+        pools = {each.session_epoch: each for each in stats.pools}
+        return cache_pb2.StatsResponse(
+            version=importlib.metadata.version("kvc2"),
+            instance=self._table.instance,
+            uptime_s=time.monotonic() - self._started_at,
+            tiers=[_tier_stats(each) for each in stats.tiers],
+            sessions=[self._session_stats(each, pools) for each in self._table],
+            blocks=stats.blocks,
+            holes=stats.holes,
+            leases=leases,
+            namespaces=stats.namespaces,
+            metadata_bytes=stats.metadata_bytes,
+            counters=self._metrics.values(),
+        )
+
+    def _session_stats(self, session: Session, pools: dict[int, Any]) -> cache_pb2.SessionStats:
+        pool = pools.get(session.epoch)
+        return cache_pb2.SessionStats(
+            session_epoch=session.epoch,
+            engine_name=session.engine_name,
+            pid=session.pid,
+            leases=len(session.leases),
+            seconds=self._table.seconds_open(session),
+            pool=_tier_stats(pool) if pool is not None else None,
+        )
+
+    async def Drain(self, request: cache_pb2.DrainRequest) -> cache_pb2.DrainResponse:
+        deadline_s = checks.deadline_s(
+            "deadline_ms", request.deadline_ms, self._config.drain_timeout_s
+        )
+        # shielded: a client that goes away doesn't undo a drain that has begun
+        flushed = await asyncio.shield(asyncio.ensure_future(self._drain(deadline_s)))
+        return cache_pb2.DrainResponse(flushed=flushed)
+
+    async def Read(self, request: cache_pb2.ReadRequest) -> cache_pb2.ReadResponse:
+        raise errors.Reserved("Read", None, "reserved: this version serves shared memory only")
+
+    async def Write(self, request: cache_pb2.WriteRequest) -> cache_pb2.WriteResponse:
+        raise errors.Reserved("Write", None, "reserved: this version serves shared memory only")
+
+
+class _Counted:
+    """One of at most DURABLE_WAITS_MAX waits, while it is entered."""
+
+    def __init__(self, calls: CacheCalls) -> None:
+        self._calls = calls
+
+    def __enter__(self) -> None:
+        self._calls._durable_waits += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._calls._durable_waits -= 1
+
+
+def flush_response(result: FlushResult) -> cache_pb2.FlushResponse:
+    return cache_pb2.FlushResponse(
+        durable_blocks=result.durable_blocks, not_durable_blocks=result.not_durable
+    )
+
+
+def _tier_tokens(tiers: tuple[int, ...]) -> cache_pb2.TierTokens:
+    gpu, cpu, disk, remote = (*tiers, 0, 0, 0, 0)[:4]
+    return cache_pb2.TierTokens(gpu=gpu, cpu=cpu, disk=disk, remote=remote)
+
+
+def _tier_stats(counts: TierCounts) -> cache_pb2.TierStats:
+    return cache_pb2.TierStats(
+        tier=counts.tier,
+        capacity_bytes=counts.capacity_bytes,
+        pages=counts.pages,
+        free_pages=counts.free,
+        private_pages=counts.private,
+        resident_pages=counts.resident,
+        in_flight_pages=counts.in_flight,
+        pinned_pages=counts.pinned,
+    )

@@ -1,0 +1,97 @@
+"""What a call may carry: each check names the field, its value and what is allowed.
+
+Everything that crosses the wire passes here before it reaches the cache, which trusts shapes and
+ranges but checks ownership (a page of another lease) itself.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvc2 import errors
+from kvc2.config import LimitsConfig
+from kvc2.sessions import Session
+
+REQUEST_ID_BYTES_MAX = 128
+ENGINE_NAME_BYTES_MAX = 128
+TENANT_BYTES_MAX = 64
+DEADLINE_MS_MAX = 3_600_000
+TIERS = ("gpu", "cpu", "disk")
+
+
+def array(field: str, data: bytes, most: int) -> NDArray[np.uint32]:
+    """A u32 array of at most `most` elements, without a copy. Raises InvalidRequest."""
+    if len(data) & 3:
+        raise errors.InvalidRequest(field, f"{len(data)} bytes", "a u32 array, 4 bytes an element")
+    if len(data) > 4 * most:
+        raise errors.InvalidRequest(field, f"{len(data) // 4} elements", f"at most {most}")
+    return np.frombuffer(data, dtype="<u4")
+
+
+def tokens(field: str, data: bytes, limits: LimitsConfig) -> NDArray[np.uint32]:
+    found = array(field, data, limits.max_tokens)
+    if not len(found):
+        raise errors.InvalidRequest(field, "empty", f"1 to {limits.max_tokens} tokens")
+    return found
+
+
+def pages(field: str, data: bytes, session: Session) -> NDArray[np.uint32]:
+    """Page ids below the session's num_pages, none twice."""
+    found = array(field, data, session.num_pages)
+    if len(found):
+        if int(found.max()) >= session.num_pages:
+            raise errors.InvalidRequest(
+                field, int(found.max()), f"page ids below {session.num_pages}"
+            )
+        if len(np.unique(found)) != len(found):
+            raise errors.InvalidRequest(field, "a page twice", "each page once")
+    return found
+
+
+def request_id(field: str, value: bytes) -> bytes:
+    if not 1 <= len(value) <= REQUEST_ID_BYTES_MAX:
+        raise errors.InvalidRequest(
+            field, f"{len(value)} bytes", f"1 to {REQUEST_ID_BYTES_MAX} bytes"
+        )
+    return value
+
+
+def grant(field: str, count: int, limits: LimitsConfig) -> int:
+    if count > limits.max_grant_pages:
+        raise errors.InvalidRequest(field, count, f"at most {limits.max_grant_pages}")
+    return count
+
+
+def deadline_s(field: str, milliseconds: int, default_s: float) -> float:
+    if milliseconds > DEADLINE_MS_MAX:
+        raise errors.InvalidRequest(field, milliseconds, f"at most {DEADLINE_MS_MAX}")
+    return milliseconds / 1000 if milliseconds else default_s
+
+
+def text(field: str, value: str, most: int) -> str:
+    if len(value.encode()) > most:
+        raise errors.InvalidRequest(field, value, f"at most {most} bytes")
+    return value
+
+
+def reserved(field: str, value: object, only: object) -> None:
+    if value != only:
+        raise errors.Reserved(field, value, f"reserved, must be {only!r}")
+
+
+def namespace_id(session: Session, number: int) -> int:
+    if number not in session.namespaces:
+        raise errors.NotFound("namespace_id", number, "opened by this session with OpenNamespace")
+    return number
+
+
+def tier(value: str) -> str:
+    if value not in TIERS:
+        raise errors.InvalidRequest("tier", value, "gpu, cpu or disk")
+    return value
+
+
+def few(field: str, count: int, most: int) -> None:
+    if count > most:
+        raise errors.InvalidRequest(field, f"{count} of them", f"at most {most}")

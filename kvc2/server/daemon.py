@@ -1,0 +1,196 @@
+"""One daemon: opens what it serves with, in order, and closes it in the opposite order.
+
+starting -> serving -> draining -> stopped      health: NOT_SERVING but in `serving`
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from kvc2 import errors, events
+from kvc2.cache import Cache, FlushResult
+from kvc2.config import ServeConfig
+from kvc2.metrics import Metrics
+from kvc2.server import wiring
+from kvc2.server.address import Address
+from kvc2.server.attach import Attachments
+from kvc2.server.calls import CacheCalls, flush_response
+from kvc2.server.side import SideSocket
+from kvc2.sessions import SessionTable
+from kvc2.v1 import cache_pb2
+
+STOP_GRACE_S = 0.5  # for calls under way when the last flush has ended
+SCRAPE_S = 1.0
+
+
+class Daemon:
+    """`async with Daemon(config) as daemon: await daemon.stopped.wait()`. Raises StartRefused and
+    InvalidConfig from its start. `cache` is for tests; None: the real one."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        *,
+        cache: Callable[[ServeConfig, Metrics], Cache] = Cache,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self.metrics = Metrics()
+        self.cache = cache(config, self.metrics)
+        self.stopped = asyncio.Event()
+        self.port = 0
+        self._address = Address(config.listen)
+        table = SessionTable(max_sessions=config.limits.max_sessions, clock=clock)
+        self.attachments = Attachments(config, self.cache, table, self.metrics)
+        self._flushed: asyncio.Task[FlushResult] | None = None
+        self._deadline = 0.0
+        self._server = wiring.open_server(config.limits)
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in the stubs
+        self.metrics_port = 0
+
+    async def __aenter__(self) -> Daemon:
+        """Open in order. What was opened is closed again, last first, here and in __aexit__."""
+        started = time.monotonic()
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._address.close)
+            await self.cache.start()
+            stack.push_async_callback(self._stop_cache)
+            self._register()
+            await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+            self._bind()
+            stack.callback(self._side.close)
+            self._serve_metrics(stack)
+            await self._server.start()
+            stack.push_async_callback(self._server.stop, STOP_GRACE_S)
+            stack.push_async_callback(self.attachments.close)
+            expiry = asyncio.create_task(self.attachments.watch_expiry())
+            stack.callback(expiry.cancel)
+            await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+            self._opened = stack.pop_all()
+        events.event(
+            "serving",
+            listen=self.config.listen,
+            port=self.port,
+            arena_bytes=0 if self.config.gpu_only else self.config.cpu.memory_bytes,
+            disk=self.config.disk.path,
+            seconds=round(time.monotonic() - started, 3),
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.attachments.draining = True
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._opened.aclose()
+
+    async def _stop_cache(self) -> None:
+        flushed = await self.cache.stop(max(0.0, self._deadline - time.monotonic()))
+        not_durable = sum(flushed.not_durable.values())
+        events.event("stopped", durable=flushed.durable_blocks, not_durable=not_durable)
+
+    def _register(self) -> None:
+        calls = CacheCalls(
+            self.config, self.cache, self.attachments, self.metrics, self._drain_call
+        )
+        wiring.register(self._server, calls, self.attachments, self.metrics)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (*wiring.SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+
+    def _bind(self) -> None:
+        with self._address.private_files():
+            try:
+                self.port = self._server.add_insecure_port(self._address.grpc_target)
+            except RuntimeError as error:
+                raise errors.StartRefused(f"listen: can't bind {self.config.listen}") from error
+        self.attachments.side_path = str(self._address.side_path)
+        self._side = SideSocket(
+            self._address.side_path, self.attachments.expect, self.attachments.join, self.metrics
+        )
+
+    def _serve_metrics(self, stack: contextlib.AsyncExitStack) -> None:
+        if self.config.metrics_port is None:
+            return
+        from prometheus_client import start_http_server
+
+        loop, own = asyncio.get_running_loop(), threading.get_ident()
+
+        async def on_loop() -> list[tuple[str, str, int]]:
+            return page_counts(self.cache)
+
+        def counts() -> Iterable[tuple[str, str, int]]:
+            if threading.get_ident() == own:
+                return page_counts(self.cache)
+            return asyncio.run_coroutine_threadsafe(on_loop(), loop).result(SCRAPE_S)
+
+        self.metrics.watch_pages(counts)
+        try:
+            server, _ = start_http_server(
+                self.config.metrics_port, "127.0.0.1", self.metrics.registry
+            )
+        except OSError as error:
+            raise errors.StartRefused(
+                f"metrics_port = {self.config.metrics_port}: {error.strerror}"
+            ) from error
+        self.metrics_port = server.server_port
+        stack.callback(server.server_close)
+        # in a thread, since the scrape under way may be waiting for this loop
+        stack.push_async_callback(asyncio.to_thread, server.shutdown)
+
+    async def _set_health(self, status: Any) -> None:
+        for name in ("", *wiring.SERVICES):
+            await self._health.set(name, status)
+
+    async def drain(self, deadline_s: float) -> FlushResult:
+        """Take nothing new, tell the sessions, flush. The first call's deadline counts."""
+        if self._flushed is None:
+            self._deadline = time.monotonic() + deadline_s
+            self._flushed = asyncio.create_task(self._drain(deadline_s))
+        return await asyncio.shield(self._flushed)
+
+    async def _drain(self, deadline_s: float) -> FlushResult:
+        events.event("draining", deadline_s=deadline_s)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self.attachments.notify_drain()
+        return await self.cache.flush(deadline_s)
+
+    async def _drain_call(self, deadline_s: float) -> cache_pb2.FlushResponse:
+        flushed = await self.drain(deadline_s)
+        # the answer leaves before the server does: stop() waits STOP_GRACE_S for calls under way
+        asyncio.get_running_loop().call_soon(self.stopped.set)
+        return flush_response(flushed)
+
+    def stop_on_signals(self) -> None:
+        """SIGTERM and SIGINT drain, within drain_timeout_s, and then set `stopped`."""
+
+        def begin() -> None:
+            task = asyncio.ensure_future(self.drain(self.config.drain_timeout_s))
+            task.add_done_callback(lambda _: self.stopped.set())
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, begin)
+
+
+def page_counts(cache: Cache) -> list[tuple[str, str, int]]:
+    """(tier, state, pages) of every tier, for /metrics."""
+    return [
+        (counts.tier, state, getattr(counts, state))
+        for counts in cache.stats().tiers
+        for state in ("free", "private", "resident", "in_flight", "pinned")
+    ]
+
+
+async def serve(config: ServeConfig) -> None:
+    """Run a daemon until it is told to stop. Raises StartRefused and InvalidConfig."""
+    async with Daemon(config) as daemon:
+        daemon.stop_on_signals()
+        await daemon.stopped.wait()

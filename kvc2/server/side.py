@@ -1,0 +1,204 @@
+"""The side socket: file descriptors pass here, and here the kernel says who the engine is.
+
+One datagram each way on a SOCK_SEQPACKET connection: the engine's is the nonce of its Attach stream
+with its pool's memfd; the daemon's is `ok` with the progress memfd and an eventfd, or `error: ...`.
+A memfd is mapped only when it is sealed against a change of its size and has the declared size: one
+that its owner truncates would kill this process with SIGBUS.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import fcntl
+import mmap
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvc2 import errors, events
+from kvc2.metrics import Metrics
+
+NONCE_BYTES = 16
+PROGRESS_BYTES = 4096
+PENDING_MAX = 32  # connections that have not sent their datagram yet
+PENDING_S = 2.0
+SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+F_SEAL_FUTURE_WRITE = 0x10  # not named by the module
+_CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
+
+
+@dataclass(eq=False)
+class Handover:
+    """What a session shares with its engine. `pidfd` is -1 where the kernel names no process."""
+
+    pid: int
+    uid: int
+    pidfd: int
+    memory: mmap.mmap
+    progress: mmap.mmap
+    progress_fd: int
+    event_fd: int
+
+    def close(self) -> None:
+        """Close the descriptors; the maps go when the last user drops them. Idempotent."""
+        for name in ("pidfd", "progress_fd", "event_fd"):
+            fd = getattr(self, name)
+            if fd >= 0:
+                setattr(self, name, -1)
+                os.close(fd)
+
+
+# (nonce, uid) -> bytes that the memfd must have. Raises a Kvc2Error for an unknown nonce.
+Expect = Callable[[bytes, int], int]
+# (nonce, handover): takes the handover over unless it raises a Kvc2Error.
+Join = Callable[[bytes, Handover], Awaitable[None]]
+
+
+class SideSocket:
+    """Listens at `path`, 0600. All of it runs on the event loop that opened it."""
+
+    def __init__(self, path: Path, expect: Expect, join: Join, metrics: Metrics) -> None:
+        self._expect = expect
+        self._join = join
+        self._metrics = metrics
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._pending: dict[socket.socket, asyncio.TimerHandle] = {}
+        self._loop = asyncio.get_running_loop()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.setblocking(False)
+        mask = os.umask(0o177)
+        try:
+            self._listener.bind(str(path))
+        finally:
+            os.umask(mask)
+        self._listener.listen(PENDING_MAX)
+        self._loop.add_reader(self._listener, self._accept)
+
+    def close(self) -> None:
+        self._loop.remove_reader(self._listener)
+        self._listener.close()
+        for task in self._tasks:
+            task.cancel()
+        for each in list(self._pending):
+            self._drop(each)
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:  # it went away again, or we are out of descriptors: the next one may do
+            return
+        connection.setblocking(False)
+        if len(self._pending) >= PENDING_MAX:
+            connection.close()
+            return
+        self._pending[connection] = self._loop.call_later(PENDING_S, self._drop, connection)
+        self._loop.add_reader(connection, self._receive, connection)
+
+    def _drop(self, connection: socket.socket) -> None:
+        timer = self._pending.pop(connection, None)
+        if timer is not None:
+            timer.cancel()
+            self._loop.remove_reader(connection)
+            connection.close()
+
+    def _receive(self, connection: socket.socket) -> None:
+        self._loop.remove_reader(connection)
+        self._pending[connection].cancel()
+        fds: list[int] = []
+        try:
+            nonce, fds = _read_datagram(connection)
+            handover = self._admit(connection, nonce, fds)
+        except (errors.Kvc2Error, OSError, ValueError) as error:
+            self._refuse(connection, error)
+        else:
+            task = self._loop.create_task(self._finish(connection, nonce, handover))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    async def _finish(self, connection: socket.socket, nonce: bytes, handover: Handover) -> None:
+        try:
+            await self._join(nonce, handover)
+        except (errors.Kvc2Error, OSError, ValueError) as error:
+            handover.close()
+            self._refuse(connection, error)
+            return
+        try:
+            _send_descriptors(connection, handover)
+        except OSError as error:  # the engine died: its pidfd and its stream end the session
+            events.warning("side_socket_broken", reason=str(error))
+        self._drop(connection)
+
+    def _refuse(self, connection: socket.socket, error: Exception) -> None:
+        self._metrics.fault("side_socket_refused")
+        events.warning("side_socket_refused", reason=str(error))
+        with contextlib.suppress(OSError):  # the peer is gone: nobody is left to tell
+            connection.send(b"error: " + str(error).encode()[:500])
+        self._drop(connection)
+
+    def _admit(self, connection: socket.socket, nonce: bytes, fds: list[int]) -> Handover:
+        """Check and map what came; nothing is kept when it raises."""
+        packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        pid, uid, _ = _CREDENTIALS.unpack(packed)
+        size = self._expect(nonce, uid)
+        if len(fds) != 1:
+            raise errors.InvalidRequest(
+                "side socket", f"{len(fds)} descriptors", "the pool's memfd"
+            )
+        memory = map_sealed(fds[0], size)
+        handover = Handover(pid, uid, -1, memory, mmap.mmap(-1, PROGRESS_BYTES), -1, -1)
+        try:
+            handover.pidfd = os.pidfd_open(pid) if pid > 0 else -1
+            handover.progress_fd = _progress_memfd()
+            handover.progress = mmap.mmap(handover.progress_fd, PROGRESS_BYTES)
+            handover.event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        except BaseException:
+            handover.close()
+            raise
+        return handover
+
+
+def map_sealed(fd: int, size: int) -> mmap.mmap:
+    """Map a client's memfd of exactly `size` bytes, read-write. Raises InvalidRequest."""
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError as error:
+        raise errors.InvalidRequest("pool memory", "a descriptor", "a memfd with seals") from error
+    if seals & SIZE_SEALS != SIZE_SEALS:
+        raise errors.InvalidRequest("pool memory", f"seals {seals:#x}", "sealed SHRINK|GROW|SEAL")
+    if seals & (fcntl.F_SEAL_WRITE | F_SEAL_FUTURE_WRITE):
+        raise errors.InvalidRequest("pool memory", f"seals {seals:#x}", "writable")
+    actual = os.fstat(fd).st_size
+    if actual != size:
+        raise errors.InvalidRequest("pool memory", f"{actual} bytes", f"memory_bytes = {size}")
+    return mmap.mmap(fd, size)
+
+
+def _progress_memfd() -> int:
+    fd = os.memfd_create("kvc2-progress", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, PROGRESS_BYTES)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SIZE_SEALS)
+    return fd
+
+
+def _read_datagram(connection: socket.socket) -> tuple[bytes, list[int]]:
+    """The nonce and what descriptors came with it, at most four: the rest the kernel closes."""
+    room = socket.CMSG_SPACE(4 * array.array("i").itemsize)
+    data, ancillary, _, _ = connection.recvmsg(NONCE_BYTES + 1, room, socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    return data, list(fds)
+
+
+def _send_descriptors(connection: socket.socket, handover: Handover) -> None:
+    passed = array.array("i", [handover.progress_fd, handover.event_fd])
+    connection.sendmsg([b"ok"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed)])

@@ -1,0 +1,81 @@
+"""Tenants: their secrets and who may open their namespaces.
+
+A secret never leaves this file but as the key of an HMAC. The default tenant belongs to the
+socket's owner; its secret is made once and kept beside the disk tier's files, since it must be the
+same after a restart for what the disk holds to be found.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from kvc2 import errors
+from kvc2.config import ServeConfig
+from kvc2.namespace import SECRET_BYTES_MIN, namespace
+
+DEFAULT_TENANT = "default"
+SECRET_FILE = "default-tenant.secret"
+SECRET_BYTES = 32
+
+
+class Tenants:
+    """Secrets by tenant. Raises InvalidConfig for a secret file that others can read."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        owner = os.getuid()
+        self._secrets = {DEFAULT_TENANT: _default_secret(config.disk.path)}
+        self._uids = {DEFAULT_TENANT: {owner}}
+        for index, each in enumerate(config.tenants):
+            self._secrets[each.name] = _read_secret(f"tenants[{index}]", each.secret_file)
+            self._uids[each.name] = set(each.uids) or {owner}
+
+    def namespace(self, tenant: str, uid: int, identity: bytes, salt: bytes) -> bytes:
+        """The 32 bytes that name (identity, tenant, salt). Raises NotFound and Denied."""
+        name = tenant or DEFAULT_TENANT
+        secret = self._secrets.get(name)
+        if secret is None:
+            raise errors.NotFound("tenant", name, "a tenant of the daemon's configuration")
+        if uid not in self._uids[name]:
+            raise errors.Denied("tenant", name, f"not open to user id {uid}")
+        return namespace(secret, identity, salt)
+
+
+def _default_secret(disk: Path | None) -> bytes:
+    if disk is None:  # nothing that it names outlives this process
+        return secrets.token_bytes(SECRET_BYTES)
+    disk.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = disk / SECRET_FILE
+    if not path.exists():
+        fresh = path.with_suffix(".new")
+        fresh.unlink(missing_ok=True)
+        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.write(fd, secrets.token_bytes(SECRET_BYTES))
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        fresh.rename(path)  # whole or not at all: half a secret would orphan the whole disk
+    return _read_secret("disk.path", path)
+
+
+def _read_secret(field: str, path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            facts = os.fstat(file.fileno())
+            secret = file.read(4096)
+    except OSError as error:
+        raise errors.InvalidConfig(
+            f"{field}.secret_file", str(path), f"a readable file: {error.strerror}"
+        ) from error
+    if stat.S_IMODE(facts.st_mode) & 0o077:
+        raise errors.InvalidConfig(
+            f"{field}.secret_file", str(path), "mode 0600: others may read it"
+        )
+    if len(secret) < SECRET_BYTES_MIN:
+        raise errors.InvalidConfig(
+            f"{field}.secret_file", str(path), f"at least {SECRET_BYTES_MIN} bytes in it"
+        )
+    return secret
