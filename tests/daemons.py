@@ -60,8 +60,8 @@ def serve_config(folder: Path, **changes: Any) -> ServeConfig:
 
 
 class ServedDaemon:
-    """`with ServedDaemon(config) as served:` — `served.daemon` lives on the loop's thread; `on_loop`
-    runs a function there. `cache=None`: the real one."""
+    """`with ServedDaemon(config) as served:` its daemon lives on the loop's thread; `on_loop` runs
+    a function there. `cache=None`: the real one."""
 
     def __init__(
         self,

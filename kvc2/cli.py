@@ -1,0 +1,273 @@
+"""The command line: `kvc2 serve` runs the daemon, the others talk to a running one.
+
+Exit codes: 0 done, 1 failed, 2 bad usage. Imports are lazy, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvc2 import config, errors
+
+if TYPE_CHECKING:
+    from kvc2.client import Admin, DaemonStats, Flushed
+
+FAILED, BAD_USAGE = 1, 2
+
+app = typer.Typer(
+    name="kvc2",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="A prefix cache for large models: GPU, CPU memory and disk, one tree.",
+)
+
+
+class WritePolicy(StrEnum):
+    behind = "behind"
+    back = "back"
+    through = "through"
+
+
+class LogFormat(StrEnum):
+    text = "text"
+    json = "json"
+
+
+class Tier(StrEnum):
+    gpu = "gpu"
+    cpu = "cpu"
+    disk = "disk"
+
+
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="The daemon's address, unix:PATH or HOST:PORT.", show_default="as `kvc2 serve`'s"
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of a table.")]
+Deadline = Annotated[float, typer.Option(help="Give up after this many seconds.", min=0.001)]
+
+
+def option(text: str, default: str) -> Any:
+    """A flag of `serve`; None when not given, so that it can overlay the file."""
+    return typer.Option(help=text, show_default=default)
+
+
+@app.command(
+    epilog="Example: kvc2 serve --cpu-memory-size-gb 500 --disk-path /mnt/kv "
+    "--disk-size-gb 2000. Sizes in gb are 10^9 bytes. A key of the file is a flag: "
+    "`cpu: {memory_size_gb: 500}`; flags go over the file. Tenants are declared in the file only. "
+    "Exit codes: 0 stopped in order, 1 can't start, 2 bad usage."
+)
+def serve(
+    config_file: Annotated[
+        Path | None,
+        typer.Option("--config", help="YAML file of these keys, or one of KTransformers'."),
+    ] = None,
+    listen: Annotated[
+        str | None,
+        option("unix:PATH, or HOST:PORT of a loopback address.", "$XDG_RUNTIME_DIR/kvc2/kvc2.sock"),
+    ] = None,
+    metrics_port: Annotated[
+        int | None, option("Port of Prometheus' /metrics on 127.0.0.1; 0: any.", "off")
+    ] = None,
+    gpu_only: Annotated[
+        bool | None,
+        typer.Option("--gpu-only/--no-gpu-only", help="No arena and no disk.", show_default="no"),
+    ] = None,
+    write_policy: Annotated[
+        WritePolicy | None,
+        option("When a committed block is copied to slower tiers.", "behind"),
+    ] = None,
+    slab_bytes: Annotated[
+        int | None, option("Bytes of a slab, a multiple of 4096.", "67108864")
+    ] = None,
+    copy_threads: Annotated[
+        int | None, option("Threads that copy pages; 0: one a core, at most 4.", "0")
+    ] = None,
+    acquire_deadline_ms: Annotated[
+        int | None, option("How long an acquire waits for slower tiers, ms.", "2000")
+    ] = None,
+    drain_timeout_s: Annotated[
+        float | None, option("How long SIGTERM may flush, seconds.", "30")
+    ] = None,
+    log_format: Annotated[LogFormat | None, option("Of the lines on stderr.", "text")] = None,
+    cpu_memory_size_gb: Annotated[
+        float | None, option("Arena, 10^9 bytes.", "a quarter of available memory")
+    ] = None,
+    disk_path: Annotated[
+        Path | None, option("Folder of slab files and catalogue; made if missing.", "no disk tier")
+    ] = None,
+    disk_size_gb: Annotated[
+        float | None, option("What the disk tier may take, 10^9 bytes.", "a quarter of it")
+    ] = None,
+    attn_page_size: Annotated[
+        int | None, option("Refuse engines with another page size, tokens.", "any")
+    ] = None,
+    attn_chunk_size: Annotated[
+        int | None, option("The engine's prefill chunk, tokens; only checked.", "any")
+    ] = None,
+    limits_max_sessions: Annotated[int | None, option("Engines at a time.", "64")] = None,
+    limits_max_namespaces: Annotated[
+        int | None, option("Namespaces a session opens.", "1024")
+    ] = None,
+    limits_max_leases: Annotated[int | None, option("Open leases of a session.", "4096")] = None,
+    limits_max_leases_per_call: Annotated[
+        int | None, option("Leases in one commit or release.", "1024")
+    ] = None,
+    limits_max_tokens: Annotated[int | None, option("Tokens of a prompt.", "1048576")] = None,
+    limits_max_pool_pages: Annotated[
+        int | None, option("Pages of an engine's pool.", "16777216")
+    ] = None,
+    limits_max_grant_pages: Annotated[int | None, option("Pages of one grant.", "65536")] = None,
+    limits_max_queue: Annotated[
+        int | None, option("Tasks that wait in one queue of the daemon.", "1024")
+    ] = None,
+) -> None:
+    """Run the cache daemon until SIGTERM, which drains: it flushes to the disk and exits 0."""
+    flags = {key: value for key, value in locals().items() if value is not None}
+    flags.pop("config_file", None)
+    with _exit_codes():
+        settings = config.load(config_file, nested(flags))
+        _run(settings)
+
+
+def nested(flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags as the file nests them: cpu_memory_size_gb is memory_size_gb in the section cpu."""
+    values: dict[str, Any] = {}
+    for name, value in flags.items():
+        value = str(value) if isinstance(value, StrEnum) else value
+        section, _, key = name.partition("_")
+        if section in config.SECTIONS:
+            values.setdefault(section, {})[key] = value
+        else:
+            values[name] = value
+    return values
+
+
+def _run(settings: config.ServeConfig) -> None:
+    import asyncio
+
+    from kvc2 import events
+    from kvc2.server import serve as serve_until_stopped
+
+    writer = events.EventWriter(sys.stderr, settings.log_format)
+    try:
+        asyncio.run(serve_until_stopped(settings))
+    finally:
+        writer.close()
+
+
+@app.command(epilog="Example: kvc2 stats --json | jq .tiers")
+def stats(address: Address = None, as_json: Json = False) -> None:
+    """Show tiers, sessions and counters of a running daemon."""
+    with _exit_codes(), _admin(address) as admin:
+        found = admin.stats()
+        if as_json:
+            print(json.dumps(asdict(found), indent=2))
+        else:
+            _print_stats(found)
+
+
+@app.command(epilog="Example: kvc2 flush --deadline-s 60")
+def flush(address: Address = None, deadline_s: Deadline = 30.0, as_json: Json = False) -> None:
+    """Wait until all committed blocks are on disk; exit code 1 if some are not."""
+    with _exit_codes(), _admin(address) as admin:
+        _report_flushed(admin.flush(deadline_s), as_json)
+
+
+@app.command(epilog="Example: kvc2 evict --tier cpu")
+def evict(
+    tier: Annotated[Tier, typer.Option(help="Which tier's copies to drop.")],
+    address: Address = None,
+    blocks: Annotated[int, typer.Option(help="How many; 0: all that can be.", min=0)] = 0,
+    as_json: Json = False,
+) -> None:
+    """Drop unpinned blocks from one tier; they stay in the others."""
+    with _exit_codes(), _admin(address) as admin:
+        found = admin.evict(tier.value, blocks)
+        if as_json:
+            print(json.dumps(asdict(found)))
+        else:
+            print(f"evicted {found.evicted_blocks} blocks, {found.last_copies} of them last copies")
+
+
+@app.command(epilog="Example: kvc2 drain --deadline-s 120")
+def drain(address: Address = None, deadline_s: Deadline = 30.0, as_json: Json = False) -> None:
+    """Flush and stop a running daemon; exit code 1 if some blocks are not on disk."""
+    with _exit_codes(), _admin(address) as admin:
+        _report_flushed(admin.drain(deadline_s), as_json)
+
+
+def _admin(address: str | None) -> Admin:
+    from kvc2.client import Admin
+
+    return Admin(address or config.default_listen())
+
+
+def _report_flushed(found: Flushed, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(found)))
+    else:
+        left = ", ".join(f"{count} {why}" for why, count in found.not_durable_blocks.items())
+        print(f"{found.durable_blocks} blocks are durable; not: {left or 'none'}")
+    # without a disk nothing can be: that is how the daemon was asked to run, no failure
+    if any(count for why, count in found.not_durable_blocks.items() if why != "no_disk"):
+        raise typer.Exit(FAILED)
+
+
+def _print_stats(found: DaemonStats) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(
+        f"kvc2 {found.version}, up {found.uptime_s:.0f} s: {found.blocks} blocks, "
+        f"{found.holes} holes, {found.leases} leases, {found.namespaces} namespaces, "
+        f"{found.metadata_bytes / 1e6:.1f} MB of metadata"
+    )
+    pages = Table("tier", "capacity", "pages", "free", "private", "resident", "in flight", "pinned")
+    engines = [(f"gpu of {each.engine_name or each.pid}", each.pool) for each in found.sessions]
+    for name, each in [*((each.tier, each) for each in found.tiers), *engines]:
+        counts = (each.pages, each.free_pages, each.private_pages, each.resident_pages)
+        more = (each.in_flight_pages, each.pinned_pages)
+        size = f"{each.capacity_bytes / config.GB:.3f} GB"
+        pages.add_row(name, size, *(str(count) for count in counts + more))
+    console.print(pages)
+    faults = Table("fault", "count")
+    for name, value in found.counters.items():
+        if name.startswith("faults_total{") and value:
+            faults.add_row(
+                name.removeprefix("faults_total{kind=").removesuffix("}"), f"{value:.0f}"
+            )
+    if faults.row_count:
+        console.print(faults)
+
+
+@contextlib.contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Expected errors as one line on stderr and an exit code; others keep their traceback."""
+    try:
+        yield
+    except (errors.InvalidConfig, errors.InvalidRequest) as error:
+        print(f"kvc2: {error}", file=sys.stderr)
+        raise typer.Exit(BAD_USAGE) from error
+    except errors.Kvc2Error as error:
+        print(f"kvc2: {error}", file=sys.stderr)
+        raise typer.Exit(FAILED) from error
+
+
+def main() -> None:
+    app()
