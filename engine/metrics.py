@@ -1,0 +1,48 @@
+"""The engine's Prometheus metrics. Every fault of the cache that a request survived has a counter.
+
+Not responsible for serving them (http).
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+# TTFT reaches from a GPU hit of some milliseconds to a cold prefill of minutes on a CPU
+TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class EngineMetrics:
+    """One registry an engine, so that tests can have many in a process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"kvc2_engine_{name}", text, labels, registry=self.registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"kvc2_engine_{name}", text, labels, registry=self.registry)
+
+        self.requests = counter("requests", "Requests ended, by outcome", "outcome")
+        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts that began to answer")
+        self.matched_tokens = counter("matched_tokens", "Of these, found cached, by tier", "tier")
+        self.prefilled_tokens = counter("prefilled_tokens", "Tokens computed by prefill")
+        self.generated_tokens = counter("generated_tokens", "Tokens generated")
+        self.steps = counter("steps", "Steps of the runner")
+        self.preemptions = counter("preemptions", "Requests set back since pages ran out")
+        self.prefix_lost = counter("prefix_lost", "Requests recomputed: a promotion didn't arrive")
+        self.waits = counter("waits", "Requests that waited for another's commits of their prefix")
+        self.faults = counter("faults", "Calls of the daemon that failed, by call", "call")
+        self.detached = counter("detached", "Sessions with the daemon that ended, by why", "reason")
+        self.commits = counter("commits", "Blocks committed, by answer", "answer")
+        self.attached = gauge("attached", "1 while there is a session with the daemon")
+        self.running = gauge("running", "Requests in the batch")
+        self.waiting = gauge("waiting", "Requests not yet in the batch")
+        self.pages = gauge("pages", "Pages of the pool, by owner", "owner")
+        self.prefill_rate = gauge("prefill_tokens_per_second", "Measured over recent steps")
+        self.ttft = Histogram(
+            "kvc2_engine_ttft_seconds",
+            "Time from arrival to the first token",
+            buckets=TTFT_BUCKETS_S,
+            registry=self.registry,
+        )

@@ -1,0 +1,131 @@
+"""What a caller asks of the engine, and what comes back: plain values that every floor above shares.
+
+Not responsible for when a request runs (scheduler), nor for the words of HTTP (http).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+U32 = NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request's tokens are chosen. Raises ValueError for a field out of its range."""
+
+    temperature: float = 1.0  # 0: always the best token
+    top_p: float = 1.0  # in (0, 1]: the fewest tokens whose probabilities reach it
+    top_k: int = 0  # the k best; 0: all
+    seed: int | None = None  # None: a different stream each time
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature = {self.temperature}: must be 0 or more")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p = {self.top_p}: must be over 0 and at most 1")
+        if self.top_k < 0:
+            raise ValueError(f"top_k = {self.top_k}: must be 0 (all) or more")
+
+    def generator(self) -> torch.Generator:
+        """A new random stream of this request: the same each time if `seed` is given."""
+        generator = torch.Generator()
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        return generator
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whose cache a request may share: a tenant of the daemon, narrowed by a salt."""
+
+    tenant: str = ""  # empty: the daemon's default
+    salt: bytes = b""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that a token made certain; `stopped`: a stop string was met and cut off."""
+
+    text: str
+    stopped: bool = False
+
+
+class TextStream(Protocol):
+    """Turns one request's tokens into text as they come (engine/text.py)."""
+
+    def push(self, token_id: int) -> Piece:
+        """The text that this token settles; what may yet become a stop string is held back."""
+
+    def flush(self) -> str:
+        """What is still held back, at the end. Changes the stream: call it once."""
+
+
+@dataclass(frozen=True)
+class TierTokens:
+    """Tokens of a matched prefix by the tier that held them."""
+
+    gpu: int = 0
+    cpu: int = 0
+    disk: int = 0
+    remote: int = 0
+
+
+@dataclass(frozen=True)
+class RequestStats:
+    """What a request cost, up to its first token. Times in milliseconds."""
+
+    prompt_tokens: int
+    matched_tokens: int
+    tiers: TierTokens
+    prefilled_tokens: int
+    ttft_ms: float
+    generated_tokens: int
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token, the model's raw logit for it, and its log-probability at temperature 1."""
+
+    token_id: int
+    logit: float
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Output:
+    """One step's news of one request: a token, its end, or both.
+
+    `finish` is None while it runs; then "stop" (end token or stop string), "length" or "error".
+    """
+
+    text: str = ""
+    token_id: int | None = None
+    chosen: ScoredToken | None = None  # where the request asks for scores
+    top: tuple[ScoredToken, ...] = ()  # the best ones, best first, as many as were asked for
+    finish: str | None = None
+    error: str | None = None
+    stats: RequestStats | None = None  # with `finish`
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to be completed. `deliver` is called on the scheduler's thread; it must not block."""
+
+    request_id: str
+    tokens: U32  # the prompt, at least one
+    max_tokens: int  # to generate, at least one
+    sampling: SamplingParams
+    text: TextStream
+    deliver: Callable[[Output], None]
+    caller: Caller = field(default_factory=Caller)
+    end_token_ids: frozenset[int] = frozenset()
+    top_scores: int | None = None  # None: no scores; else the chosen token's, and this many best

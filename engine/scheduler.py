@@ -1,0 +1,497 @@
+"""Decides what each step computes: first come, first served, continuous batching, chunked prefill.
+
+Laws: a chunk ends at a multiple of chunk_size counted from token 0, or at the prompt's end, so that the same
+tokens are computed in the same pieces whoever else is there. Decodes go first, then prefills by arrival, within
+the token budget. When pages run out, the youngest gives its pages up and is computed again later; the oldest
+always advances. A prompt whose next tokens another request computes now waits for those commits, for a bounded
+time, and then hits them.
+Not responsible for pages and the daemon (prefix), the thread it runs on (worker), or HTTP.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from engine.batch import Batch, Slice
+from engine.metrics import EngineMetrics
+from engine.prefix import Lease, Prefix, PrefixLostError
+from engine.request import Output, Request, ScoredToken
+from engine.sampler import sample
+from engine.sequence import Sequence
+
+log = logging.getLogger(__name__)
+
+RATE_SMOOTHING = 0.3  # weight of the newest step in the measured prefill rate
+RATE_UNMEASURED = 200.0  # tokens/s before the first prefill: slow, so that waits are long enough
+WAIT_SLACK = 1.5  # of the estimate, since the other one shares its steps with others
+WAIT_EXTRA_S = 0.5
+WAIT_MAX_S = 60.0
+POLL_S = 0.05  # between two matches for a prefix that another engine computes
+RECLAIM_TIMEOUT_S = 1.0
+RECLAIM_PAUSE_S = 0.05  # between two requests for pages that were not granted
+
+
+class Compute(Protocol):
+    """engine.runner.Runner, as the scheduler uses it."""
+
+    def step(self, batch: Batch, layer_ready: Callable[[int], None] | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """`token_budget`: tokens a step computes at most. `starve_s`: how long a request that is alone may
+    wait for pages that a silent daemon holds, before it fails."""
+
+    chunk_size: int
+    token_budget: int
+    max_running: int
+    starve_s: float = 30.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """`count` tokens of a sequence, from its `computed` on."""
+
+    sequence: Sequence
+    count: int
+
+    @property
+    def reaches_end(self) -> bool:
+        return self.sequence.computed + self.count == len(self.sequence.tokens)
+
+
+class Scheduler:
+    """One thread calls all of it. `clock` is monotonic seconds."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        *,
+        prefix: Prefix,
+        compute: Compute,
+        metrics: EngineMetrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self.config = config
+        self.prefix = prefix
+        self.prefill_rate: float | None = None  # tokens/s
+        self._compute = compute
+        self._metrics = metrics
+        self._clock = clock
+        self._order = 0
+        self._waiting: deque[Sequence] = deque()  # by arrival
+        self._acquiring: list[Sequence] = []
+        self._deferred: list[Sequence] = []
+        self._running: list[Sequence] = []  # by arrival
+        self._by_id: dict[str, Sequence] = {}
+        self._orphans: list[Sequence] = []  # cancelled while acquiring: released when the lease comes
+        self._reclaim_at = 0.0
+
+    # what comes in
+
+    def add(self, request: Request, arrived: float | None = None) -> None:
+        """Queue a request that fits (see http: what can never fit is refused there)."""
+        self._order += 1
+        sequence = Sequence(
+            request=request,
+            order=self._order,
+            arrived=self._clock() if arrived is None else arrived,
+            tokens=[int(token) for token in request.tokens],
+            generator=request.sampling.generator(),
+        )
+        self._by_id[request.request_id] = sequence
+        self._waiting.append(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        """The caller is gone. Frees all it holds; nothing more is delivered. Unknown: no change."""
+        sequence = self._by_id.get(request_id)
+        if sequence is not None:
+            self._remove(sequence)
+            self._metrics.requests.labels("cancelled").inc()
+
+    def fail_all(self, error: str) -> None:
+        """End every request with an error."""
+        for sequence in list(self._by_id.values()):
+            self._finish(sequence, "error", error)
+
+    # one step
+
+    @property
+    def idle(self) -> bool:
+        """No request is there at all."""
+        return not self._by_id and not self._orphans
+
+    def step(self) -> bool:
+        """Admit, compute one batch, deliver. False when there was nothing to compute."""
+        self._collect_acquired()
+        self._end_waits()
+        self._admit()
+        work = self._plan()
+        if work:
+            self._run(work)
+        self._measure()
+        return bool(work)
+
+    def check(self) -> None:
+        """Raises AssertionError when pages and sequences don't agree. For tests; between steps only."""
+        orders = [sequence.order for sequence in self._running]
+        assert orders == sorted(orders), "running sequences are out of order"
+        for sequence in self._running:
+            assert sequence.lease is not None, "a running sequence has no lease"
+            room = len(sequence.lease.pages) * self.prefix.config.page_size
+            assert sequence.computed <= room, "KV was computed without a page"
+        for sequence in (*self._waiting, *self._deferred):
+            assert sequence.lease is None, "a waiting sequence holds a lease"
+        self.prefix.book.check()
+
+    # admission
+
+    def _admit(self) -> None:
+        while self._waiting and self._active() < self.config.max_running:
+            sequence = self._waiting[0]
+            if self._active() and not self._has_room(sequence):
+                return
+            self._waiting.popleft()
+            self._acquire(sequence)
+
+    def _active(self) -> int:
+        return len(self._running) + len(self._acquiring) + len(self._deferred)
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether its tokens fit beside what is held and what the active ones have yet to compute."""
+        size = self.prefix.config.page_size
+        coming = -(-(len(sequence.tokens) + 1) // size)
+        for other in (*self._running, *self._acquiring, *self._deferred):
+            held = len(other.lease.pages) if other.lease else 0
+            coming += max(0, -(-(len(other.tokens) + 1) // size) - held)
+        return self.prefix.book.counts().held + coming <= self.prefix.book.capacity()
+
+    def _acquire(self, sequence: Sequence) -> None:
+        sequence.attempts += 1
+        sequence.acquiring = self.prefix.acquire(
+            sequence.lease_id(),
+            sequence.array(),
+            sequence.request.caller,
+            cached=sequence.cached,
+        )
+        self._acquiring.append(sequence)
+
+    def _collect_acquired(self) -> None:
+        for sequence in [s for s in self._acquiring if s.acquiring and s.acquiring.done()]:
+            self._acquiring.remove(sequence)
+            lease = self._take_lease(sequence)
+            if self._should_wait(sequence, lease):
+                self._defer(sequence, lease)
+            else:
+                self._start(sequence, lease)
+        for sequence in [s for s in self._orphans if s.acquiring and s.acquiring.done()]:
+            self._orphans.remove(sequence)
+            self.prefix.release([self._take_lease(sequence)])
+
+    @staticmethod
+    def _take_lease(sequence: Sequence) -> Lease:
+        assert sequence.acquiring is not None
+        lease, sequence.acquiring = sequence.acquiring.result(), None
+        return lease
+
+    def _start(self, sequence: Sequence, lease: Lease) -> None:
+        sequence.lease = lease
+        sequence.computed = lease.matched_tokens
+        sequence.wait_for = None
+        if sequence.first_token_at is None:
+            sequence.matched_tokens, sequence.tiers = lease.matched_tokens, lease.tiers
+            sequence.prefilled_tokens = 0
+        self._running.append(sequence)
+        self._running.sort(key=lambda s: s.order)
+
+    # waiting for a prefix that another request computes now
+
+    def _should_wait(self, sequence: Sequence, lease: Lease) -> bool:
+        if lease.computing_tokens < self.prefix.config.page_size:
+            return False
+        return sequence.wait_until is None or self._clock() < sequence.wait_until
+
+    def _defer(self, sequence: Sequence, lease: Lease) -> None:
+        """Give the lease back, so that nobody takes this one for the one that computes."""
+        estimate = lease.computing_tokens / (self.prefill_rate or RATE_UNMEASURED)
+        if sequence.wait_until is None:
+            bound = min(WAIT_MAX_S, WAIT_SLACK * estimate + WAIT_EXTRA_S)
+            sequence.wait_until = self._clock() + bound
+            self._metrics.waits.inc()
+        size = self.prefix.config.page_size
+        sequence.wait_tokens = lease.matched_tokens + lease.computing_tokens
+        sequence.wait_for, common = self._computing(sequence)
+        if sequence.wait_for is not None:
+            sequence.wait_tokens = min(sequence.wait_tokens, common // size * size)
+        self.prefix.release([lease])
+        self._deferred.append(sequence)
+
+    def _computing(self, sequence: Sequence) -> tuple[Sequence | None, int]:
+        """The running one of ours that shares the longest beginning, and its tokens."""
+        best: tuple[Sequence | None, int] = (None, 0)
+        mine = sequence.array()
+        for other in self._running:
+            if other.request.caller != sequence.request.caller or not other.cached:
+                continue
+            theirs = other.array(len(mine))
+            differs = np.flatnonzero(mine[: len(theirs)] != theirs)
+            common = int(differs[0]) if len(differs) else len(theirs)
+            if common > best[1]:
+                best = (other, common)
+        return best if best[1] >= self.prefix.config.page_size else (None, 0)
+
+    def _end_waits(self) -> None:
+        for sequence in [s for s in self._deferred if self._wait_is_over(s)]:
+            self._deferred.remove(sequence)
+            sequence.matching = None
+            self._acquire(sequence)
+
+    def _wait_is_over(self, sequence: Sequence) -> bool:
+        if sequence.wait_until is None or self._clock() >= sequence.wait_until:
+            return True
+        other = sequence.wait_for
+        if other is not None:
+            if other not in self._running or other.lease is None or other.lease.refused:
+                return True
+            return other.lease.settled * self.prefix.config.page_size >= sequence.wait_tokens
+        if sequence.matching is None:
+            sequence.matching = self.prefix.matched(sequence.array(), sequence.request.caller)
+        if not sequence.matching.done():
+            return False
+        matched, sequence.matching = sequence.matching.result(), None
+        return matched >= sequence.wait_tokens
+
+    # what a step computes
+
+    def _plan(self) -> list[Work]:
+        """Decodes first, then chunks by arrival, as far as budget and pages go."""
+        budget = self.config.token_budget
+        work: list[Work] = []
+        for decoding in (True, False):
+            for sequence in [s for s in self._running if s.decoding is decoding]:
+                if sequence not in self._running:  # an older one took its pages meanwhile
+                    continue
+                count = self._next_count(sequence)
+                if count > budget:  # nobody younger overtakes it, so that it isn't starved
+                    break
+                if self._make_room(sequence, count, work):
+                    work.append(Work(sequence, count))
+                    budget -= count
+        return [w for w in work if w.sequence in self._running]
+
+    def _next_count(self, sequence: Sequence) -> int:
+        chunk = self.config.chunk_size
+        end = min(len(sequence.tokens), (sequence.computed // chunk + 1) * chunk)
+        return end - sequence.computed
+
+    def _make_room(self, sequence: Sequence, count: int, work: list[Work]) -> bool:
+        """Pages for its next tokens, if need be those of younger ones. False: not in this step."""
+        lease, tokens = sequence.lease, sequence.computed + count
+        assert lease is not None
+        while not self.prefix.extend(lease, tokens):
+            if self._reclaim(-(-tokens // self.prefix.config.page_size) - len(lease.pages)):
+                continue
+            victim = self._running[-1]
+            if victim is sequence:
+                self._starve(sequence)
+                return False
+            self._preempt(victim)
+            self._reclaim_at = 0.0
+        sequence.starved_since = None
+        return True
+
+    def _reclaim(self, pages: int) -> bool:
+        now = self._clock()
+        if now < self._reclaim_at:
+            return False
+        if self.prefix.reclaim(pages, RECLAIM_TIMEOUT_S):
+            return True
+        self._reclaim_at = now + RECLAIM_PAUSE_S
+        return False
+
+    def _starve(self, sequence: Sequence) -> None:
+        """Nobody is younger. Beside others it just waits for them; alone, not for ever."""
+        if len(self._running) > 1:
+            return
+        now = self._clock()
+        if sequence.starved_since is None:
+            sequence.starved_since = now
+        elif now - sequence.starved_since > self.config.starve_s:
+            self._finish(sequence, "error", "no KV pages became free; the cache daemon is silent")
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the head of the queue: it is younger than all running, older than all waiting."""
+        self._metrics.preemptions.inc()
+        self._set_back(sequence)
+
+    def _set_back(self, sequence: Sequence) -> None:
+        assert sequence.lease is not None
+        self._running.remove(sequence)
+        self.prefix.release([sequence.lease])
+        sequence.lease, sequence.computed = None, 0
+        self._waiting.append(sequence)
+        self._waiting = deque(sorted(self._waiting, key=lambda s: s.order))
+
+    # the step itself
+
+    def _run(self, work: list[Work]) -> None:
+        leases = [w.sequence.lease for w in work if w.sequence.lease]
+        slices = [
+            Slice(
+                token_ids=w.sequence.tokens[w.sequence.computed : w.sequence.computed + w.count],
+                context_len=w.sequence.computed + w.count,
+                pages=lease.pages,
+                wants_logits=w.reaches_end,
+            )
+            for w, lease in zip(work, leases, strict=True)
+        ]
+        batch = Batch.of(slices, self.prefix.config.page_size)
+        started = self._clock()
+        try:
+            logits = self._compute.step(batch, self.prefix.layer_ready(leases))
+        except PrefixLostError as lost:
+            self._prefix_lost([w.sequence for w in work], lost)
+            return
+        except Exception:  # a step that fails must not take the engine with it
+            log.exception("a step failed; its %d requests end", len(work))
+            for w in work:
+                self._finish(w.sequence, "error", "the step that computed this request failed")
+            return
+        self.prefix.arrived(leases)
+        self._metrics.steps.inc()
+        self._measure_rate(work, self._clock() - started)
+        self._advance(work, logits)
+
+    def _prefix_lost(self, sequences: list[Sequence], lost: PrefixLostError) -> None:
+        """The rest of the batch just repeats the step: computing KV again writes the same values."""
+        for sequence in sequences:
+            if sequence.lease is not None and sequence.lease.transfer:
+                log.warning("%s is computed anew: %s", sequence.request.request_id, lost)
+                self._metrics.prefix_lost.inc()
+                sequence.cached = False
+                self._set_back(sequence)
+
+    def _advance(self, work: list[Work], logits: Tensor) -> None:
+        for w in work:
+            w.sequence.computed += w.count
+            if w.sequence.first_token_at is None:
+                w.sequence.prefilled_tokens += w.count
+        # before anything is released: a lease's last blocks are committed too
+        self.prefix.commit(
+            [
+                (w.sequence.lease, w.sequence.array(w.sequence.computed))
+                for w in work
+                if w.sequence.lease
+            ],
+            soon=self._pages_soon(),
+        )
+        ended = [w.sequence for w in work if w.reaches_end]
+        for w in work:
+            assert w.sequence.computed <= len(w.sequence.tokens)
+        ended = [w.sequence for w in work if w.sequence.computed == len(w.sequence.tokens)]
+        if not ended:
+            return
+        params = [s.request.sampling for s in ended]
+        tokens = sample(logits, params, [s.generator for s in ended])
+        for row, (sequence, token) in enumerate(zip(ended, tokens, strict=True)):
+            self._deliver(sequence, token, logits[row])
+
+    def _pages_soon(self) -> int:
+        """Pages that the next step's chunks need, to be granted with this step's commits."""
+        size = self.prefix.config.page_size
+        prefills = [s for s in self._running if not s.decoding]
+        return sum(-(-self._next_count(s) // size) for s in prefills)
+
+    def _deliver(self, sequence: Sequence, token: int, logits: Tensor) -> None:
+        request = sequence.request
+        sequence.tokens.append(token)
+        self._metrics.generated_tokens.inc()
+        if sequence.first_token_at is None:
+            self._first_token(sequence)
+        output = Output(token_id=token)
+        if request.top_scores is not None:
+            chosen, top = _scores(logits, token, request.top_scores)
+            output = replace(output, chosen=chosen, top=top)
+        finish: str | None = None
+        if token in request.end_token_ids:
+            finish, text = "stop", request.text.flush()
+        else:
+            piece = request.text.push(token)
+            text = piece.text
+            if piece.stopped:
+                finish = "stop"
+            elif sequence.generated >= request.max_tokens:
+                finish, text = "length", text + request.text.flush()
+        output = replace(output, text=text)
+        if finish is None:
+            request.deliver(output)
+        else:
+            self._remove(sequence)
+            self._metrics.requests.labels(finish).inc()
+            request.deliver(replace(output, finish=finish, stats=sequence.stats()))
+
+    def _first_token(self, sequence: Sequence) -> None:
+        sequence.first_token_at = self._clock()
+        self._metrics.ttft.observe(sequence.first_token_at - sequence.arrived)
+        self._metrics.prompt_tokens.inc(sequence.prompt_tokens)
+        for tier in ("gpu", "cpu", "disk", "remote"):
+            self._metrics.matched_tokens.labels(tier).inc(getattr(sequence.tiers, tier))
+
+    # the end of a request
+
+    def _finish(self, sequence: Sequence, reason: str, error: str | None = None) -> None:
+        self._remove(sequence)
+        self._metrics.requests.labels(reason).inc()
+        sequence.request.deliver(Output(finish=reason, error=error, stats=sequence.stats()))
+
+    def _remove(self, sequence: Sequence) -> None:
+        """Out of whatever state it is in; its pages go back."""
+        del self._by_id[sequence.request.request_id]
+        for group in (self._waiting, self._deferred, self._running):
+            if sequence in group:
+                group.remove(sequence)
+        if sequence in self._acquiring:
+            self._acquiring.remove(sequence)
+            self._orphans.append(sequence)
+            self.prefix.cancel(sequence.lease_id())
+        if sequence.lease is not None:
+            self.prefix.release([sequence.lease])
+            sequence.lease = None
+
+    # what is measured
+
+    def _measure_rate(self, work: list[Work], seconds: float) -> None:
+        prefilled = sum(w.count for w in work if not w.sequence.decoding)
+        self._metrics.prefilled_tokens.inc(prefilled)
+        if prefilled == 0 or seconds <= 0:
+            return
+        rate, old = prefilled / seconds, self.prefill_rate
+        self.prefill_rate = rate if old is None else old + RATE_SMOOTHING * (rate - old)
+        self._metrics.prefill_rate.set(self.prefill_rate)
+
+    def _measure(self) -> None:
+        self._metrics.running.set(len(self._running))
+        self._metrics.waiting.set(
+            len(self._waiting) + len(self._acquiring) + len(self._deferred)
+        )
+        counts = self.prefix.book.counts()
+        for owner in ("free", "used", "daemon", "quarantined"):
+            self._metrics.pages.labels(owner).set(getattr(counts, owner))
+
+
+def _scores(logits: Tensor, token: int, count: int) -> tuple[ScoredToken, tuple[ScoredToken, ...]]:
+    """The chosen token and the `count` best of float32 [vocab]; ties by the lower token id."""
+    logprobs = logits.log_softmax(-1)
+    values, ids = logits.topk(count)
+
+    def scored(index: int) -> ScoredToken:
+        return ScoredToken(index, float(logits[index]), float(logprobs[index]))
+
+    return scored(token), tuple(scored(int(i)) for i in ids)

@@ -1,0 +1,80 @@
+"""One request on its way through the scheduler: its tokens, what is computed, its lease, its times.
+
+Not responsible for any decision (scheduler).
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from engine.prefix import Lease
+from engine.request import U32, Request, RequestStats, TierTokens
+
+
+@dataclass
+class Sequence:
+    """`tokens` are the prompt and what was generated. KV exists for the first `computed`.
+
+    waiting -> acquiring [admit]    acquiring -> running | deferred [acquired]
+    deferred -> acquiring [the other one committed, or the wait is over]
+    running -> waiting [preempt, prefix lost]    any -> gone [finish, cancel]
+    """
+
+    request: Request
+    order: int  # of arrival; rises
+    arrived: float
+    tokens: list[int]
+    generator: torch.Generator
+    computed: int = 0
+    lease: Lease | None = None
+    acquiring: Future[Lease] | None = None
+    attempts: int = 0  # leases asked for; makes their ids unique
+    cached: bool = True  # False: its prefix was lost, it computes without the cache
+    # waiting for another's commits
+    wait_until: float | None = None  # set at the first wait, and never moved
+    wait_tokens: int = 0  # matched tokens that end the wait
+    wait_for: Sequence | None = None  # one of ours, or None: another engine's
+    matching: Future[int] | None = None
+    starved_since: float | None = None
+    # what RequestStats reports, fixed by the first token
+    first_token_at: float | None = None
+    matched_tokens: int = 0
+    tiers: TierTokens = field(default_factory=TierTokens)
+    prefilled_tokens: int = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.tokens)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def decoding(self) -> bool:
+        """Only its last token lacks KV, and that one was generated."""
+        return self.generated > 0 and self.computed == len(self.tokens) - 1
+
+    def lease_id(self) -> bytes:
+        """Of the present attempt: a late release of an earlier one never closes a later one."""
+        return f"{self.request.request_id}/{self.attempts}".encode()
+
+    def array(self, end: int | None = None) -> U32:
+        """The first `end` tokens, or all."""
+        return np.array(self.tokens[:end], np.uint32)
+
+    def stats(self) -> RequestStats:
+        """As of now; ttft_ms is 0 before the first token."""
+        first = self.first_token_at
+        return RequestStats(
+            prompt_tokens=self.prompt_tokens,
+            matched_tokens=self.matched_tokens,
+            tiers=self.tiers,
+            prefilled_tokens=self.prefilled_tokens,
+            ttft_ms=0.0 if first is None else 1000 * (first - self.arrived),
+            generated_tokens=self.generated,
+        )

@@ -1,0 +1,71 @@
+"""Text from tokens as they come, and stop strings, which may span tokens.
+
+Not responsible for tokenizing prompts (http).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from engine.request import Piece
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders write for an incomplete character
+# A byte-level tokenizer completes any character within 4 tokens; beyond that the bytes are simply
+# not UTF-8, and holding text back longer would only delay the replacement character.
+PENDING_TOKENS_MAX = 6
+
+
+class IncrementalText:
+    """Decodes a growing list of tokens, each character once, in O(1) tokens a step.
+
+    Tokens are decoded together with the few before them, since many tokenizers treat the first
+    token of a text differently (a leading space).
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
+        self._decode = decode
+        self._stop = tuple(s for s in stop if s)
+        self._ids: list[int] = []
+        self._shown = 0  # tokens whose text is out
+        self._context = 0  # where decoding starts: a few tokens before `_shown`
+        self._held = ""  # decoded, but may be the start of a stop string
+
+    def push(self, token_id: int) -> Piece:
+        """The text that this token settles; what may yet become a stop string is held back."""
+        self._ids.append(token_id)
+        self._held += self._settled(last=False)
+        return self._release()
+
+    def flush(self) -> str:
+        """What is still held back, an unfinished character included. Call it once, at the end."""
+        self._held += self._settled(last=True)
+        piece = self._release()
+        text, self._held = piece.text + ("" if piece.stopped else self._held), ""
+        return text
+
+    def _settled(self, last: bool) -> str:
+        before = self._decode(self._ids[self._context : self._shown])
+        whole = self._decode(self._ids[self._context :])
+        pending = len(self._ids) - self._shown
+        if whole.endswith(REPLACEMENT) and not last and pending < PENDING_TOKENS_MAX:
+            return ""
+        text = whole[len(before) :]
+        self._context, self._shown = self._shown, len(self._ids)
+        return text
+
+    def _release(self) -> Piece:
+        """Moves text out of `_held`: all up to a stop string, or all that can't begin one."""
+        found = [at for at in map(self._held.find, self._stop) if at >= 0]
+        if found:
+            text, self._held = self._held[: min(found)], ""
+            return Piece(text, stopped=True)
+        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        cut = len(self._held) - keep
+        text, self._held = self._held[:cut], self._held[cut:]
+        return Piece(text)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
