@@ -6,13 +6,14 @@
     DAEMON       the daemon's: resident, free or unknown; leased ones read   granted, end(dead)
     QUARANTINED  a silent daemon may still write it, or believe it its own   end(dead), begin
 
-`holders[page]` counts the block tables it is in: a prefix may be in many. A FREE page is in none. A USED
-page has one (after a daemon's death also more: what was shared is then ours). Two marks on a USED page:
-`duplicate`, the daemon takes it back at release; `unsure`, a commit of it has no answer yet.
+`holders[page]` counts the block tables it is in: a prefix may be in many. A FREE page is in none.
+A USED page has one (after a daemon's death also more: what was shared is then ours). Two marks on
+a USED page: `duplicate`, the daemon takes it back at release; `unsure`, a commit of it has no
+answer yet.
 
-What a silent daemon could do wrong rules the design: it may thaw, and copy out what it believes to be a
-committed block. So a page that it adopted, or may have adopted, is not filled again until its process is
-known dead or it has answered a new session. Threads may share a book: one lock inside.
+What a silent daemon could do wrong rules the design: it may thaw, and copy out what it believes to
+be a committed block. So a page that it adopted, or may have adopted, is not filled again until its
+process is known dead or it has answered a new session. Threads may share a book: one lock inside.
 """
 
 from __future__ import annotations
@@ -142,11 +143,11 @@ class PageBook:
 
     # sessions
 
-    def offer(self, reserve: int) -> U32:
-        """The pages that we keep in the next session: held ones, and up to `reserve` FREE ones. The
+    def offer(self, spare: int) -> U32:
+        """The pages that we keep in the next session: held ones, and up to `spare` FREE ones. The
         other FREE ones become the daemon's at once, so that none is filled while it takes over."""
         with self._lock:
-            excess = np.array(self._free[reserve:], np.uint32)
+            excess = np.array(self._free[spare:], np.uint32)
             self._set(excess, Owner.DAEMON)
             kept = np.concatenate([np.flatnonzero(self._holders), np.array(self._free, np.int64)])
             return np.sort(kept).astype(np.uint32)
@@ -189,11 +190,13 @@ class PageBook:
     def counts(self) -> PageCounts:
         """Pages by owner. Changes nothing."""
         with self._lock:
-            by_owner = np.bincount(self._owner, minlength=4)
-            return PageCounts(*(int(n) for n in by_owner), held=int((self._holders > 0).sum()))
+            free, used, daemon, quarantined = np.bincount(self._owner, minlength=4).tolist()
+            held = int((self._holders > 0).sum())
+            return PageCounts(free, used, daemon, quarantined, held)
 
     def check(self, tables: Sequence[Sequence[int]] | None = None) -> None:
-        """Raises AssertionError when the laws above don't hold; `tables`: all block tables there are."""
+        """Raises AssertionError when the laws above don't hold; `tables`: all block tables there
+        are."""
         with self._lock:
             free = np.flatnonzero(self._owner == Owner.FREE)
             assert sorted(self._free) == free.tolist(), "the free list and the owners differ"

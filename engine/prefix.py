@@ -1,12 +1,12 @@
 """The engine's only bridge to the daemon: leases, commits, releases, grants, and life without it.
 
-Not responsible for who runs next (scheduler), nor for what a page holds (runner); who owns which page
-is told by pages.py.
+Not responsible for who runs next (scheduler), nor for what a page holds (runner); who owns which
+page is told by pages.py.
 
-A request's way: `acquire` (on a thread of its own: the one call that a request waits for), `extend` its
-block table as it grows, `commit` full blocks after a step, `release`. Commits, releases and grants run
-in order on one bridge thread, so that a slow or silent daemon never stalls a step. Without a session
-the same calls work on the engine's own pages, without hits. A fault is a miss.
+A request's way: `acquire` (on a thread of its own: the one call that a request waits for), `grow`
+its block table as it grows, `commit` full blocks after a step, `release`. Commits, releases and
+grants run in order on one bridge thread, so that a slow or silent daemon never stalls a step.
+Without a session the same calls work on the engine's own pages, without hits. A fault is a miss.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class PrefixLostError(Exception):
 
 
 class CacheClient(Protocol):
-    """What the bridge uses of kvc2.client.Client; a namespace is whatever open_namespace returns."""
+    """What the bridge uses of kvc2.client.Client; a namespace is whatever open_namespace
+    returns."""
 
     def open_namespace(self, identity: bytes, tenant: str = "", salt: bytes = b"") -> Any: ...
 
@@ -81,8 +82,8 @@ class Lease:
 
 @dataclass(frozen=True)
 class BridgeConfig:
-    """`low_water`: free pages under which the grant is topped up, `high_water`: over which pages are
-    given back. `load_timeout_s`: how long a layer of a promised prefix is waited for."""
+    """`low_water`: free pages under which the grant is topped up, `high_water`: over which pages
+    are given back. `load_timeout_s`: how long a layer of a promised prefix is waited for."""
 
     page_size: int
     layers: int
@@ -127,8 +128,8 @@ class Prefix:
     def acquire(
         self, request_id: bytes, tokens: U32, caller: Caller, *, cached: bool = True
     ) -> Future[Lease]:
-        """A lease on the longest cached prefix; without a session, or if not `cached`, an empty one.
-        Never fails: a fault is a miss."""
+        """A lease on the longest cached prefix; without a session, or if not `cached`, an empty
+        one. Never fails: a fault is a miss."""
         if cached and self._client is not None and self.book.session:
             return self._acquires.submit(self._acquire, self._client, request_id, tokens, caller)
         done: Future[Lease] = Future()
@@ -139,7 +140,7 @@ class Prefix:
         """Tokens that a lease would match now. Changes nothing; 0 on a fault."""
         return self._acquires.submit(self._matched, tokens, caller)
 
-    def extend(self, lease: Lease, tokens: int) -> bool:
+    def grow(self, lease: Lease, tokens: int) -> bool:
         """Grow the block table to hold `tokens`; False, and no change, when pages are lacking."""
         lacking = -(-tokens // self.config.page_size) - len(lease.pages)
         if lacking <= 0:
@@ -151,8 +152,8 @@ class Prefix:
         return True
 
     def layer_ready(self, leases: Sequence[Lease]) -> Callable[[int], None] | None:
-        """What the runner calls before it reads a layer; None when all of it is there. It waits, and
-        raises PrefixLostError when a layer doesn't come in time or its session is over."""
+        """What the runner calls before it reads a layer; None when all of it is there. It waits,
+        and raises PrefixLostError when a layer doesn't come in time or its session is over."""
         pending = [lease for lease in leases if lease.transfer]
         client = self._client
         if not pending or client is None:
@@ -312,7 +313,7 @@ class Prefix:
     def _commit(self, session: int, batch: list[tuple[Lease, LeaseCommit]], wanted: int) -> None:
         client = self._client
         assert client is not None
-        for lease, part in batch:
+        for _, part in batch:
             if not self.book.committing(session, part.pages.tolist()):
                 return
         try:

@@ -1,4 +1,5 @@
-"""What a caller asks of the engine, and what comes back: plain values that every floor above shares.
+"""What a caller asks of the engine, and what comes back: plain values that every floor above
+shares.
 
 Not responsible for when a request runs (scheduler), nor for the words of HTTP (http).
 """
@@ -118,7 +119,8 @@ class Output:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to be completed. `deliver` is called on the scheduler's thread; it must not block."""
+    """One prompt to be completed. `deliver` is called on the scheduler's thread; it must not
+    block."""
 
     request_id: str
     tokens: U32  # the prompt, at least one

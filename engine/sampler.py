@@ -3,37 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How one request's tokens are chosen. Raises ValueError for a field out of its range."""
-
-    temperature: float = 1.0  # 0: always the best token
-    top_p: float = 1.0  # in (0, 1]: the fewest tokens whose probabilities reach it
-    top_k: int = 0  # the k best; 0: all
-    seed: int | None = None  # None: a different stream each time
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature = {self.temperature}: must be 0 or more")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p = {self.top_p}: must be over 0 and at most 1")
-        if self.top_k < 0:
-            raise ValueError(f"top_k = {self.top_k}: must be 0 (all) or more")
-
-    def generator(self) -> torch.Generator:
-        """A new random stream of this request: the same each time if `seed` is given."""
-        generator = torch.Generator()
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self.seed)
-        return generator
+from engine.request import SamplingParams
 
 
 def sample(

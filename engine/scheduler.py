@@ -1,27 +1,26 @@
 """Decides what each step computes: first come, first served, continuous batching, chunked prefill.
 
-Laws: a chunk ends at a multiple of chunk_size counted from token 0, or at the prompt's end, so that the same
-tokens are computed in the same pieces whoever else is there. Decodes go first, then prefills by arrival, within
-the token budget. When pages run out, the youngest gives its pages up and is computed again later; the oldest
-always advances. A prompt whose next tokens another request computes now waits for those commits, for a bounded
-time, and then hits them.
-Not responsible for pages and the daemon (prefix), the thread it runs on (worker), or HTTP.
+Laws: a chunk ends at a multiple of chunk_size counted from token 0, or at the prompt's end, so
+that the same tokens are computed in the same pieces whoever else is there. Decodes go first, then
+prefills by arrival, within the token budget. When pages run out, the youngest gives its pages up
+and is computed again later; the oldest always advances. A prompt whose next tokens another request
+computes now waits for those commits, for a bounded time, and then hits them. Not responsible for
+pages and the daemon (prefix), the thread it runs on (worker), or HTTP.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
 from torch import Tensor
 
+from engine.admission import Admission
 from engine.batch import Batch, Slice
 from engine.metrics import EngineMetrics
-from engine.prefix import Lease, Prefix, PrefixLostError
+from engine.prefix import Prefix, PrefixLostError
 from engine.request import Output, Request, ScoredToken
 from engine.sampler import sample
 from engine.sequence import Sequence
@@ -29,11 +28,6 @@ from engine.sequence import Sequence
 log = logging.getLogger(__name__)
 
 RATE_SMOOTHING = 0.3  # weight of the newest step in the measured prefill rate
-RATE_UNMEASURED = 200.0  # tokens/s before the first prefill: slow, so that waits are long enough
-WAIT_SLACK = 1.5  # of the estimate, since the other one shares its steps with others
-WAIT_EXTRA_S = 0.5
-WAIT_MAX_S = 60.0
-POLL_S = 0.05  # between two matches for a prefix that another engine computes
 RECLAIM_TIMEOUT_S = 1.0
 RECLAIM_PAUSE_S = 0.05  # between two requests for pages that were not granted
 
@@ -46,8 +40,8 @@ class Compute(Protocol):
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """`token_budget`: tokens a step computes at most. `starve_s`: how long a request that is alone may
-    wait for pages that a silent daemon holds, before it fails."""
+    """`token_budget`: tokens a step computes at most. `starve_s`: how long a request that is alone
+    may wait for pages that a silent daemon holds, before it fails."""
 
     chunk_size: int
     token_budget: int
@@ -86,12 +80,11 @@ class Scheduler:
         self._metrics = metrics
         self._clock = clock
         self._order = 0
-        self._waiting: deque[Sequence] = deque()  # by arrival
-        self._acquiring: list[Sequence] = []
-        self._deferred: list[Sequence] = []
+        self._admission = Admission(
+            prefix=prefix, max_running=config.max_running, metrics=metrics, clock=clock
+        )
         self._running: list[Sequence] = []  # by arrival
         self._by_id: dict[str, Sequence] = {}
-        self._orphans: list[Sequence] = []  # cancelled while acquiring: released when the lease comes
         self._reclaim_at = 0.0
 
     # what comes in
@@ -107,7 +100,7 @@ class Scheduler:
             generator=request.sampling.generator(),
         )
         self._by_id[request.request_id] = sequence
-        self._waiting.append(sequence)
+        self._admission.put(sequence)
 
     def cancel(self, request_id: str) -> None:
         """The caller is gone. Frees all it holds; nothing more is delivered. Unknown: no change."""
@@ -124,15 +117,19 @@ class Scheduler:
     # one step
 
     @property
+    def requests(self) -> int:
+        """Requests that have not ended."""
+        return len(self._by_id)
+
+    @property
     def idle(self) -> bool:
         """No request is there at all."""
-        return not self._by_id and not self._orphans
+        return not self._running and not len(self._admission)
 
     def step(self) -> bool:
         """Admit, compute one batch, deliver. False when there was nothing to compute."""
-        self._collect_acquired()
-        self._end_waits()
-        self._admit()
+        self._running += self._admission.started(self._running, self.prefill_rate)
+        self._running.sort(key=lambda s: s.order)
         work = self._plan()
         if work:
             self._run(work)
@@ -140,133 +137,17 @@ class Scheduler:
         return bool(work)
 
     def check(self) -> None:
-        """Raises AssertionError when pages and sequences don't agree. For tests; between steps only."""
+        """Raises AssertionError when pages and sequences don't agree. For tests; between steps
+        only."""
         orders = [sequence.order for sequence in self._running]
         assert orders == sorted(orders), "running sequences are out of order"
         for sequence in self._running:
             assert sequence.lease is not None, "a running sequence has no lease"
             room = len(sequence.lease.pages) * self.prefix.config.page_size
             assert sequence.computed <= room, "KV was computed without a page"
-        for sequence in (*self._waiting, *self._deferred):
+        for sequence in (*self._admission.waiting, *self._admission.deferred):
             assert sequence.lease is None, "a waiting sequence holds a lease"
         self.prefix.book.check()
-
-    # admission
-
-    def _admit(self) -> None:
-        while self._waiting and self._active() < self.config.max_running:
-            sequence = self._waiting[0]
-            if self._active() and not self._has_room(sequence):
-                return
-            self._waiting.popleft()
-            self._acquire(sequence)
-
-    def _active(self) -> int:
-        return len(self._running) + len(self._acquiring) + len(self._deferred)
-
-    def _has_room(self, sequence: Sequence) -> bool:
-        """Whether its tokens fit beside what is held and what the active ones have yet to compute."""
-        size = self.prefix.config.page_size
-        coming = -(-(len(sequence.tokens) + 1) // size)
-        for other in (*self._running, *self._acquiring, *self._deferred):
-            held = len(other.lease.pages) if other.lease else 0
-            coming += max(0, -(-(len(other.tokens) + 1) // size) - held)
-        return self.prefix.book.counts().held + coming <= self.prefix.book.capacity()
-
-    def _acquire(self, sequence: Sequence) -> None:
-        sequence.attempts += 1
-        sequence.acquiring = self.prefix.acquire(
-            sequence.lease_id(),
-            sequence.array(),
-            sequence.request.caller,
-            cached=sequence.cached,
-        )
-        self._acquiring.append(sequence)
-
-    def _collect_acquired(self) -> None:
-        for sequence in [s for s in self._acquiring if s.acquiring and s.acquiring.done()]:
-            self._acquiring.remove(sequence)
-            lease = self._take_lease(sequence)
-            if self._should_wait(sequence, lease):
-                self._defer(sequence, lease)
-            else:
-                self._start(sequence, lease)
-        for sequence in [s for s in self._orphans if s.acquiring and s.acquiring.done()]:
-            self._orphans.remove(sequence)
-            self.prefix.release([self._take_lease(sequence)])
-
-    @staticmethod
-    def _take_lease(sequence: Sequence) -> Lease:
-        assert sequence.acquiring is not None
-        lease, sequence.acquiring = sequence.acquiring.result(), None
-        return lease
-
-    def _start(self, sequence: Sequence, lease: Lease) -> None:
-        sequence.lease = lease
-        sequence.computed = lease.matched_tokens
-        sequence.wait_for = None
-        if sequence.first_token_at is None:
-            sequence.matched_tokens, sequence.tiers = lease.matched_tokens, lease.tiers
-            sequence.prefilled_tokens = 0
-        self._running.append(sequence)
-        self._running.sort(key=lambda s: s.order)
-
-    # waiting for a prefix that another request computes now
-
-    def _should_wait(self, sequence: Sequence, lease: Lease) -> bool:
-        if lease.computing_tokens < self.prefix.config.page_size:
-            return False
-        return sequence.wait_until is None or self._clock() < sequence.wait_until
-
-    def _defer(self, sequence: Sequence, lease: Lease) -> None:
-        """Give the lease back, so that nobody takes this one for the one that computes."""
-        estimate = lease.computing_tokens / (self.prefill_rate or RATE_UNMEASURED)
-        if sequence.wait_until is None:
-            bound = min(WAIT_MAX_S, WAIT_SLACK * estimate + WAIT_EXTRA_S)
-            sequence.wait_until = self._clock() + bound
-            self._metrics.waits.inc()
-        size = self.prefix.config.page_size
-        sequence.wait_tokens = lease.matched_tokens + lease.computing_tokens
-        sequence.wait_for, common = self._computing(sequence)
-        if sequence.wait_for is not None:
-            sequence.wait_tokens = min(sequence.wait_tokens, common // size * size)
-        self.prefix.release([lease])
-        self._deferred.append(sequence)
-
-    def _computing(self, sequence: Sequence) -> tuple[Sequence | None, int]:
-        """The running one of ours that shares the longest beginning, and its tokens."""
-        best: tuple[Sequence | None, int] = (None, 0)
-        mine = sequence.array()
-        for other in self._running:
-            if other.request.caller != sequence.request.caller or not other.cached:
-                continue
-            theirs = other.array(len(mine))
-            differs = np.flatnonzero(mine[: len(theirs)] != theirs)
-            common = int(differs[0]) if len(differs) else len(theirs)
-            if common > best[1]:
-                best = (other, common)
-        return best if best[1] >= self.prefix.config.page_size else (None, 0)
-
-    def _end_waits(self) -> None:
-        for sequence in [s for s in self._deferred if self._wait_is_over(s)]:
-            self._deferred.remove(sequence)
-            sequence.matching = None
-            self._acquire(sequence)
-
-    def _wait_is_over(self, sequence: Sequence) -> bool:
-        if sequence.wait_until is None or self._clock() >= sequence.wait_until:
-            return True
-        other = sequence.wait_for
-        if other is not None:
-            if other not in self._running or other.lease is None or other.lease.refused:
-                return True
-            return other.lease.settled * self.prefix.config.page_size >= sequence.wait_tokens
-        if sequence.matching is None:
-            sequence.matching = self.prefix.matched(sequence.array(), sequence.request.caller)
-        if not sequence.matching.done():
-            return False
-        matched, sequence.matching = sequence.matching.result(), None
-        return matched >= sequence.wait_tokens
 
     # what a step computes
 
@@ -295,7 +176,7 @@ class Scheduler:
         """Pages for its next tokens, if need be those of younger ones. False: not in this step."""
         lease, tokens = sequence.lease, sequence.computed + count
         assert lease is not None
-        while not self.prefix.extend(lease, tokens):
+        while not self.prefix.grow(lease, tokens):
             if self._reclaim(-(-tokens // self.prefix.config.page_size) - len(lease.pages)):
                 continue
             victim = self._running[-1]
@@ -336,8 +217,7 @@ class Scheduler:
         self._running.remove(sequence)
         self.prefix.release([sequence.lease])
         sequence.lease, sequence.computed = None, 0
-        self._waiting.append(sequence)
-        self._waiting = deque(sorted(self._waiting, key=lambda s: s.order))
+        self._admission.put(sequence)
 
     # the step itself
 
@@ -370,7 +250,8 @@ class Scheduler:
         self._advance(work, logits)
 
     def _prefix_lost(self, sequences: list[Sequence], lost: PrefixLostError) -> None:
-        """The rest of the batch just repeats the step: computing KV again writes the same values."""
+        """The rest of the batch just repeats the step: computing KV again writes the same
+        values."""
         for sequence in sequences:
             if sequence.lease is not None and sequence.lease.transfer:
                 log.warning("%s is computed anew: %s", sequence.request.request_id, lost)
@@ -392,9 +273,6 @@ class Scheduler:
             ],
             soon=self._pages_soon(),
         )
-        ended = [w.sequence for w in work if w.reaches_end]
-        for w in work:
-            assert w.sequence.computed <= len(w.sequence.tokens)
         ended = [w.sequence for w in work if w.sequence.computed == len(w.sequence.tokens)]
         if not ended:
             return
@@ -454,13 +332,9 @@ class Scheduler:
     def _remove(self, sequence: Sequence) -> None:
         """Out of whatever state it is in; its pages go back."""
         del self._by_id[sequence.request.request_id]
-        for group in (self._waiting, self._deferred, self._running):
-            if sequence in group:
-                group.remove(sequence)
-        if sequence in self._acquiring:
-            self._acquiring.remove(sequence)
-            self._orphans.append(sequence)
-            self.prefix.cancel(sequence.lease_id())
+        self._admission.remove(sequence)
+        if sequence in self._running:
+            self._running.remove(sequence)
         if sequence.lease is not None:
             self.prefix.release([sequence.lease])
             sequence.lease = None
@@ -478,9 +352,7 @@ class Scheduler:
 
     def _measure(self) -> None:
         self._metrics.running.set(len(self._running))
-        self._metrics.waiting.set(
-            len(self._waiting) + len(self._acquiring) + len(self._deferred)
-        )
+        self._metrics.waiting.set(len(self._admission))
         counts = self.prefix.book.counts()
         for owner in ("free", "used", "daemon", "quarantined"):
             self._metrics.pages.labels(owner).set(getattr(counts, owner))
@@ -489,7 +361,7 @@ class Scheduler:
 def _scores(logits: Tensor, token: int, count: int) -> tuple[ScoredToken, tuple[ScoredToken, ...]]:
     """The chosen token and the `count` best of float32 [vocab]; ties by the lower token id."""
     logprobs = logits.log_softmax(-1)
-    values, ids = logits.topk(count)
+    ids = logits.topk(count).indices
 
     def scored(index: int) -> ScoredToken:
         return ScoredToken(index, float(logits[index]), float(logprobs[index]))

@@ -39,6 +39,7 @@ class Sequence:
     wait_tokens: int = 0  # matched tokens that end the wait
     wait_for: Sequence | None = None  # one of ours, or None: another engine's
     matching: Future[int] | None = None
+    match_at: float = 0.0  # not to be asked before
     starved_since: float | None = None
     # what RequestStats reports, fixed by the first token
     first_token_at: float | None = None
@@ -62,6 +63,13 @@ class Sequence:
     def lease_id(self) -> bytes:
         """Of the present attempt: a late release of an earlier one never closes a later one."""
         return f"{self.request.request_id}/{self.attempts}".encode()
+
+    def begin(self, lease: Lease) -> None:
+        """It runs, from the end of its cached prefix."""
+        self.lease, self.computed = lease, lease.matched_tokens
+        if self.first_token_at is None:
+            self.matched_tokens, self.tiers = lease.matched_tokens, lease.tiers
+            self.prefilled_tokens = 0
 
     def array(self, end: int | None = None) -> U32:
         """The first `end` tokens, or all."""

@@ -38,11 +38,11 @@ ENGINE_FLOORS = """
     __main__
     cli
     http, demo_model
-    scheduler
+    worker, scheduler, admission, sequence
     prefix, runner
     graphs, models, sampler
     experts, attention, weights
-    batch, request, layers
+    batch, pages, text, request, layers
     _kernels
     config, errors, metrics
 """
