@@ -63,6 +63,7 @@ class PageBook:
         self._holders = np.zeros(num_pages, np.int32)
         self._duplicate = np.zeros(num_pages, bool)
         self._unsure = np.zeros(num_pages, bool)
+        self._offered: U32 = np.zeros(0, np.uint32)  # FREE until an attach under way began
         self._free: list[int] = list(range(num_pages - 1, -1, -1))  # a stack, page 0 on top
 
     # what requests do
@@ -147,8 +148,8 @@ class PageBook:
         """The pages that we keep in the next session: held ones, and up to `spare` FREE ones. The
         other FREE ones become the daemon's at once, so that none is filled while it takes over."""
         with self._lock:
-            excess = np.array(self._free[spare:], np.uint32)
-            self._set(excess, Owner.DAEMON)
+            self._offered = np.array(self._free[spare:], np.uint32)
+            self._set(self._offered, Owner.DAEMON)
             kept = np.concatenate([np.flatnonzero(self._holders), np.array(self._free, np.int64)])
             return np.sort(kept).astype(np.uint32)
 
@@ -158,6 +159,7 @@ class PageBook:
             self._sessions += 1
             self.session, self.silent = self._sessions, False
             self._clear_marks()
+            self._offered = np.zeros(0, np.uint32)
             held = self._holders > 0
             self._owner[held] = Owner.USED
             self._owner[~held & (self._owner != Owner.FREE)] = Owner.DAEMON
@@ -165,10 +167,13 @@ class PageBook:
             return self.session
 
     def end(self, *, dead: bool, unsettled: Sequence[int] = ()) -> None:
-        """The session ended. Dead: every page is ours. Silent: only what was granted is, and
-        `unsettled` ones (a promotion into them may be under way) are quarantined."""
+        """The session ended, or could not begin: what was offered is ours again. Dead: every page
+        is. Silent: only what was granted is, and `unsettled` ones (a promotion into them may be
+        under way) are quarantined."""
         with self._lock:
             self.session, self.silent = 0, not dead
+            offered, self._offered = self._offered, np.zeros(0, np.uint32)
+            self._set(offered, Owner.FREE)
             if not dead:
                 index = np.asarray(unsettled, np.int64)
                 self._owner[index[self._owner[index] == Owner.DAEMON]] = Owner.QUARANTINED

@@ -91,6 +91,7 @@ class BridgeConfig:
     low_water: int = 0
     high_water: int = 1 << 30
     load_timeout_s: float = 10.0
+    grant_timeout_s: float = 1.0  # how long a step waits for a grant when pages ran out
 
 
 class Prefix:
@@ -210,13 +211,13 @@ class Prefix:
         """Tell the daemon that an acquire under way is not wanted; its future still comes."""
         self._operations.submit(self._release, [Lease(request_id, self.book.session)])
 
-    def reclaim(self, pages: int, timeout_s: float) -> bool:
+    def reclaim(self, pages: int) -> bool:
         """Wait for what was released, ask for a grant if need be; whether `pages` are free then."""
         future = self._operations.submit(self._refill, pages)
         try:
-            future.result(timeout_s)
+            future.result(self.config.grant_timeout_s)
         except FutureTimeout:
-            log.warning("the daemon didn't answer a request for pages within %.1f s", timeout_s)
+            log.warning("the daemon didn't answer a request for %d pages in time", pages)
         return self.book.free >= pages
 
     def close(self) -> None:

@@ -28,7 +28,6 @@ from engine.sequence import Sequence
 log = logging.getLogger(__name__)
 
 RATE_SMOOTHING = 0.3  # weight of the newest step in the measured prefill rate
-RECLAIM_TIMEOUT_S = 1.0
 RECLAIM_PAUSE_S = 0.05  # between two requests for pages that were not granted
 
 
@@ -192,7 +191,7 @@ class Scheduler:
         now = self._clock()
         if now < self._reclaim_at:
             return False
-        if self.prefix.reclaim(pages, RECLAIM_TIMEOUT_S):
+        if self.prefix.reclaim(pages):
             return True
         self._reclaim_at = now + RECLAIM_PAUSE_S
         return False
