@@ -1,4 +1,4 @@
-"""The embedded model: its arithmetic on tiny arrays, its directory's life; slow: the whole build."""
+"""The embedded model: arithmetic on tiny arrays, its directory's life; slow: the whole build."""
 
 from __future__ import annotations
 
