@@ -1,0 +1,76 @@
+"""What the benchmarks and the demo decide by: the rule of equality, the rows, the cases."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report
+from benchmarks.equality import bf16_step, compare
+
+
+@pytest.mark.parametrize(
+    ("value", "step"), [(1.0, 2**-7), (1.99, 2**-7), (2.0, 2**-6), (20.5, 2**-3), (-20.5, 2**-3)]
+)
+def test_a_bf16_step_is_the_distance_to_the_next_number(value: float, step: float) -> None:
+    assert bf16_step(value) == step
+
+
+def test_equal_tokens_are_equal_whatever_the_logits() -> None:
+    assert compare((1, 2), (1, 2), ((3.0, 3.0), (9.0, 1.0))).how == "tokens"
+
+
+def test_a_first_difference_at_a_tie_is_equal_and_later_ones_do_not_matter() -> None:
+    top = ((9.0, 1.0), (20.0, 19.75), (9.0, 1.0))  # steps of 0.125 at 20: two apart
+    found = compare((1, 5, 7), (1, 4, 9), top)
+    assert (found.how, found.at, found.steps) == ("tie", 1, 2.0)
+
+
+def test_a_first_difference_elsewhere_is_none() -> None:
+    top = ((9.0, 1.0), (20.0, 19.6))
+    assert not compare((1, 5), (1, 4), top).equal
+    assert not compare((5, 4), (1, 4), top).equal
+
+
+def test_an_output_that_ends_early_differs_where_it_ends() -> None:
+    top = ((9.0, 1.0), (20.0, 20.0))
+    assert compare((1,), (1, 4), top).how == "tie"
+    assert compare((1,), (1, 4), ((9.0, 1.0), (9.0, 1.0))).how == "differs"
+    assert compare((1, 4, 4), (1, 4), top).how == "differs"
+
+
+def test_rows_are_all_alike_and_an_absent_peer_is_null(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = report.row(
+        "case",
+        "ms",
+        "lower",
+        [3.0, 1.0, 2.0],
+        peers={"here": 4.0, "gone": report.Absent("not installed")},
+        goal="fast",
+    )
+    report.finish("title", [made], tmp_path / "deep" / "rows.json")
+    (row,) = json.loads((tmp_path / "deep" / "rows.json").read_text())
+    assert row.pop("load_average") >= 0
+    assert row == {
+        "case": "case",
+        "unit": "ms",
+        "better": "lower",
+        "ours": 2.0,
+        "limit": None,
+        "limit_name": None,
+        "peers": {"here": 4.0, "gone": None},
+        "spread": [1.0, 3.0],
+        "repeats": 3,
+    }
+    assert "gone did not run: not installed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1234.5, "1234"), (12.345, "12.3"), (1.2345, "1.23"), (0.012345, "0.0123")]
+)
+def test_figures_have_three_digits(value: float, text: str) -> None:
+    assert report.number(value) == text
