@@ -4,6 +4,7 @@
 sanitized C++ code; see tests/cpp/README.md for the command line.
 """
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -24,3 +25,8 @@ class BuiltExtensions(MetaPathFinder):
 
 
 sys.meta_path.insert(0, BuiltExtensions())
+
+
+def pytest_report_header() -> str:
+    """Where the core really came from, so that nobody trusts a run over the wrong build."""
+    return f"kvc2._core: {importlib.import_module('kvc2._core').__file__}"
