@@ -111,7 +111,7 @@ class Cache:
         starts = 0 if self._disk is None else self._disk.catalogue.start_count
         stamp = 0 if self._disk is None else self._disk.last_stamp()
         self.index = _core.Index(first_generation=(starts << 32) + 1, first_stamp=stamp + 1)
-        self._load_ended = asyncio.Event()
+        self._changed = asyncio.Event()
         self._mover = Mover(self.index, self._metrics, memory, self._disk, self._transfer_ended)
         if self._arena is not None:
             self._copiers = Copier(config.copy_threads), Copier(config.copy_threads)
@@ -149,10 +149,11 @@ class Cache:
         assert self._arena is not None
         if self._arena.short_bytes:
             self._metrics.fault("arena_short")
+        self._changed.set()
         self._wake()
 
     def _transfer_ended(self) -> None:
-        self._load_ended.set()
+        self._changed.set()
         self._wake()
 
     def _wake(self) -> None:
@@ -293,13 +294,26 @@ class Cache:
         quarter = self._arena.capacity_bytes // ARENA_SHARE
         room = quarter - self._mover.loading_bytes
         if room < pools.shape.page_bytes and self._mover.loading_bytes:
-            self._load_ended.clear()
-            return asyncio.ensure_future(self._load_ended.wait())
-        pages = max(1, min(LOAD_BYTES, room) // pools.shape.page_bytes)
+            return self._until_changed()
+        view = self.index.lease(lease)
+        wanted = view.matched - view.pages.size
+        if wanted == 0:
+            return None
+        pages = min(wanted, max(1, min(LOAD_BYTES, room) // pools.shape.page_bytes))
+        self._pools.make_room(pools, pages)
         step = self.index.next_load(lease, pages)
         if isinstance(step, _core.Wait):
             return self._mover.ended(step.transfer)
-        return None if step is None else self._mover.load(pools, step)
+        if step is not None:
+            return self._mover.load(pools, step)
+        if not pools.cpu.slabs() and not self._arena.wait_populated(0):
+            return self._until_changed()  # a daemon just started: its first slab is coming
+        return None
+
+    def _until_changed(self) -> asyncio.Future[Literal[True]]:
+        """Done when a load has ended or the arena has grown."""
+        self._changed.clear()
+        return asyncio.ensure_future(self._changed.wait())
 
     async def _settle(
         self,
