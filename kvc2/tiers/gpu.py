@@ -62,7 +62,7 @@ class GpuMemory:
         self, layout: Layout, memory: mmap.mmap, progress: mmap.mmap, event_fd: int
     ) -> None:
         self.memory = np.frombuffer(memory, np.uint8)
-        self.progress = memoryview(progress)[:8]
+        self.progress = memoryview(progress)[:8]  # the word; the rest of the page is free
         self.event_fd = event_fd
         self.segments = layout.segment_table()
         self.segments_per_layer = layout.segments_per_layer
