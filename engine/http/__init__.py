@@ -1,0 +1,1 @@
+"""OpenAI's HTTP interface: schema (what comes in), app (routes), replies (what goes out)."""

@@ -1,0 +1,312 @@
+"""The HTTP service: from a body to a request for the worker, and from its outputs to an answer.
+
+Not responsible for what runs when (scheduler), nor for the shapes of bodies (schema, replies).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from engine import request as engine_request
+from engine.http.errors import ApiError, of_validation, refused
+from engine.http.replies import Asked, Reply, event
+from engine.http.schema import Body, ChatBody, CompletionBody
+from engine.http.tokenizer import TemplateError, Tokenizer
+from engine.request import Caller, Output, SamplingParams
+from engine.text import IncrementalText
+from engine.worker import TooBusyError, Worker
+
+COMPLETION_TOKENS_DEFAULT = 16  # OpenAI's, for /v1/completions; a chat may fill the context
+DETAIL_SCORES = 2  # kvc2_details reports the two best tokens
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the service needs to know. `max_tokens`: prompt and answer together, as the model and
+    the pool allow. `tenants`: API key -> tenant; empty: no key is needed, all are `tenant`."""
+
+    model: str
+    max_tokens: int
+    vocab_size: int
+    end_token_ids: frozenset[int]
+    tenant: str = ""
+    tenants: Mapping[str, str] = field(default_factory=dict)
+    max_body_bytes: int = 8 << 20
+
+
+def build(
+    served: Served,
+    *,
+    worker: Worker,
+    tokenizer: Tokenizer,
+    registry: CollectorRegistry,
+    attached: Callable[[], bool],
+) -> FastAPI:
+    """The application. `attached` tells whether there is a session with the daemon."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        yield
+        await asyncio.to_thread(worker.stop, 10.0)
+
+    app = FastAPI(title="kvc2-engine", lifespan=lifespan, docs_url=None, redoc_url=None)
+    service = Service(served, worker, tokenizer)
+
+    @app.exception_handler(ApiError)
+    async def refuse(_: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(HTTPException)
+    async def no_route(_: Request, error: HTTPException) -> Response:
+        return ApiError(error.status_code, str(error.detail)).response()
+
+    @app.post("/v1/completions")
+    async def completions(http: Request) -> Response:
+        return await service.answer(http, CompletionBody)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(http: Request) -> Response:
+        return await service.answer(http, ChatBody)
+
+    @app.get("/v1/models")
+    async def models(http: Request) -> Response:
+        service.caller(http, None)
+        return JSONResponse({"object": "list", "data": [service.model_card()]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(http: Request, name: str) -> Response:
+        service.caller(http, None)
+        service.check_model(name)
+        return JSONResponse(service.model_card())
+
+    @app.get("/health")
+    async def health() -> Response:
+        ok = worker.healthy
+        body = {"status": "ok" if ok else "failed", "attached": attached()}
+        return JSONResponse(body, 200 if ok else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+class Service:
+    """Answers both endpoints."""
+
+    def __init__(self, served: Served, worker: Worker, tokenizer: Tokenizer) -> None:
+        self._served = served
+        self._worker = worker
+        self._tokenizer = tokenizer
+
+    def model_card(self) -> dict[str, Any]:
+        served = self._served
+        card = {"id": served.model, "object": "model", "created": 0, "owned_by": "kvc2"}
+        return card | {"max_model_len": served.max_tokens}
+
+    async def answer(self, http: Request, kind: type[CompletionBody] | type[ChatBody]) -> Response:
+        """One request from its bytes to its answer. Raises ApiError for what is refused."""
+        self.caller(http, None)  # before anything of the body is looked at
+        try:
+            body = kind.model_validate_json(await self._read(http))
+        except ValidationError as error:
+            raise of_validation(error) from error
+        self.check_model(body.model)
+        prompt = await asyncio.to_thread(self._tokens, body)
+        reply = Reply(
+            Asked(
+                model=self._served.model,
+                logprobs=body.top_logprobs_asked,
+                details=body.kvc2_details,
+                token_text=self._tokenizer.token_text,
+            ),
+            chat=isinstance(body, ChatBody),
+        )
+        outputs = self._run(http, body, prompt, reply.id)
+        first = await anext(outputs)  # so that a request that fails at once has a status of its own
+        if first.finish == "error":
+            raise ApiError(500, first.error or "the request failed")
+        if body.stream:
+            pieces = self._pieces(reply, first, outputs, body)
+            return StreamingResponse(pieces, media_type="text/event-stream")
+        return await self._whole(reply, first, outputs)
+
+    def caller(self, http: Request, salt: str | None) -> Caller:
+        """Whose request this is, by its API key. Raises ApiError 401."""
+        salt_bytes = b"" if salt is None else salt.encode()
+        if not self._served.tenants:
+            return Caller(self._served.tenant, salt_bytes)
+        kind, _, given = http.headers.get("authorization", "").partition(" ")
+        found = [
+            tenant
+            for key, tenant in self._served.tenants.items()
+            if hmac.compare_digest(key.encode(), given.strip().encode())
+        ]
+        if kind.lower() != "bearer" or not found:
+            message = "Authorization: a known key is needed (Bearer KEY)"
+            raise ApiError(401, message, param="Authorization", code="invalid_api_key")
+        return Caller(found[0], salt_bytes)
+
+    def check_model(self, name: str) -> None:
+        """Raises ApiError 404 unless it is the served one."""
+        if name != self._served.model:
+            text = f"model = {name[:80]!r}: the model served here is {self._served.model!r}"
+            raise ApiError(404, text, param="model", code="model_not_found")
+
+    async def _read(self, http: Request) -> bytes:
+        limit = self._served.max_body_bytes
+        body = bytearray()
+        async for part in http.stream():
+            body += part
+            if len(body) > limit:
+                text = f"the body is longer than {limit} bytes"
+                raise ApiError(413, text, code="request_too_large")
+        return bytes(body)
+
+    def _tokens(self, body: CompletionBody | ChatBody) -> list[int]:
+        if isinstance(body, ChatBody):
+            messages = [{"role": m.role, "content": m.text} for m in body.messages]
+            try:
+                return self._tokenizer.chat(messages)
+            except TemplateError as error:
+                text = f"messages: {error}"
+                raise ApiError(400, text, param="messages", code="invalid_value") from error
+        prompt = body.single_prompt
+        if isinstance(prompt, str):
+            tokens = self._tokenizer.encode(prompt)
+            if not tokens:
+                raise refused("prompt", prompt, "at least one token")
+            return tokens
+        largest = max(prompt)
+        if largest >= self._served.vocab_size:
+            raise refused("prompt", largest, f"token ids below {self._served.vocab_size}")
+        return prompt
+
+    def _output_tokens(self, body: Body, prompt_tokens: int) -> int:
+        """How many to generate at most. Raises ApiError for what can never fit."""
+        limit, asked = self._served.max_tokens, body.output_tokens_max
+        if prompt_tokens + (asked or 1) > limit:
+            param = "messages" if isinstance(body, ChatBody) else "prompt"
+            text = (
+                f"{param}: {prompt_tokens} tokens of prompt and {asked or 1} to generate exceed "
+                f"the {limit} tokens that this engine can hold"
+            )
+            raise ApiError(400, text, param=param, code="context_length_exceeded")
+        if asked is not None:
+            return asked
+        room = limit - prompt_tokens
+        return room if isinstance(body, ChatBody) else min(room, COMPLETION_TOKENS_DEFAULT)
+
+    def _request(
+        self, http: Request, body: Body, prompt: list[int], request_id: str
+    ) -> tuple[engine_request.Request, asyncio.Queue[Output]]:
+        outputs: asyncio.Queue[Output] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def deliver(output: Output) -> None:
+            with suppress(RuntimeError):  # the loop has closed: nobody listens any more
+                loop.call_soon_threadsafe(outputs.put_nowait, output)
+
+        scores = body.top_logprobs_asked
+        if body.kvc2_details:
+            scores = max(scores or 0, DETAIL_SCORES)
+        request = engine_request.Request(
+            request_id=request_id,
+            tokens=np.array(prompt, np.uint32),
+            max_tokens=self._output_tokens(body, len(prompt)),
+            sampling=SamplingParams(
+                temperature=1.0 if body.temperature is None else body.temperature,
+                top_p=1.0 if body.top_p is None else body.top_p,
+                top_k=body.top_k or 0,
+                seed=body.seed,
+            ),
+            text=IncrementalText(self._tokenizer.decode, body.stop_strings),
+            deliver=deliver,
+            caller=self.caller(http, body.cache_salt),
+            end_token_ids=frozenset() if body.ignore_eos else self._served.end_token_ids,
+            top_scores=scores if scores is None else min(scores, self._served.vocab_size),
+        )
+        return request, outputs
+
+    async def _run(
+        self, http: Request, body: Body, prompt: list[int], request_id: str
+    ) -> AsyncIterator[Output]:
+        """The request's outputs as they come; leaving early, or a caller who hangs up, cancels
+        it."""
+        request, outputs = self._request(http, body, prompt, request_id)
+        try:
+            self._worker.submit(request)
+        except TooBusyError as error:
+            raise ApiError(429, str(error), code="queue_full") from error
+        gone = asyncio.create_task(_hung_up(http))
+        ended = False
+        try:
+            while not ended:
+                news = asyncio.create_task(outputs.get())
+                await asyncio.wait((news, gone), return_when=asyncio.FIRST_COMPLETED)
+                if not news.done():
+                    news.cancel()
+                    raise ApiError(499, "the caller hung up")
+                ended = news.result().finish is not None
+                yield news.result()
+        finally:
+            gone.cancel()
+            if not ended:
+                self._worker.cancel(request_id)
+
+    @staticmethod
+    async def _whole(reply: Reply, first: Output, outputs: AsyncIterator[Output]) -> Response:
+        seen = [first]
+        async for output in outputs:
+            seen.append(output)
+        if seen[-1].finish == "error":
+            raise ApiError(500, seen[-1].error or "the request failed")
+        return JSONResponse(reply.whole(seen))
+
+    @staticmethod
+    async def _pieces(
+        reply: Reply, first: Output, outputs: AsyncIterator[Output], body: Body
+    ) -> AsyncIterator[bytes]:
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        seen = [first]
+        yield reply.opening(with_usage) + reply.piece(first, seen, with_usage)
+        try:
+            async for output in outputs:
+                seen.append(output)
+                if output.finish == "error":
+                    error = ApiError(500, output.error or "the request failed")
+                    yield event(error.body())
+                    return
+                piece = reply.piece(output, seen, with_usage)
+                if piece:
+                    yield piece
+        except ApiError:  # the caller hung up: nobody reads this
+            return
+        finally:
+            await outputs.aclose()  # type: ignore[attr-defined]  # it is a generator: cancels
+        stats = seen[-1].stats
+        assert stats is not None
+        yield reply.closing(stats, with_usage)
+
+
+async def _hung_up(http: Request) -> None:
+    """Returns when the caller's connection is gone."""
+    while True:
+        message = await http.receive()
+        if message["type"] == "http.disconnect":
+            return

@@ -1,0 +1,158 @@
+"""The answers, whole and in pieces, as OpenAI words them.
+
+Not responsible for where the tokens come from (routes).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from engine.request import Output, RequestStats, ScoredToken
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(value: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text}\n\n".encode()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What shapes an answer beside its tokens."""
+
+    model: str
+    logprobs: int | None  # beside the chosen token's; None: none
+    details: bool
+    token_text: Callable[[int], str]
+
+
+class Reply:
+    """One answer under way. `chat` chooses between the two endpoints' shapes."""
+
+    def __init__(self, asked: Asked, *, chat: bool) -> None:
+        self._asked = asked
+        self._chat = chat
+        self.id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
+        self._created = int(time.time())
+        self._shown = 0  # characters so far, for text_offset
+
+    def whole(self, outputs: Sequence[Output]) -> dict[str, Any]:
+        """The answer at once; the last output has `finish` and `stats`."""
+        text = "".join(output.text for output in outputs)
+        choice: dict[str, Any] = {"index": 0, "finish_reason": outputs[-1].finish}
+        if self._chat:
+            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+        else:
+            choice["text"] = text
+        choice["logprobs"] = self._logprobs(outputs)
+        answer = self._head("chat.completion" if self._chat else "text_completion", [choice])
+        stats = outputs[-1].stats
+        assert stats is not None
+        answer["usage"] = usage(stats)
+        if self._asked.details:
+            answer["kvc2"] = self._details(outputs, stats)
+        return answer
+
+    def opening(self, with_usage: bool) -> bytes:
+        """The first piece of a chat: who speaks. Completions have none."""
+        if not self._chat:
+            return b""
+        delta = {"role": "assistant", "content": "", "refusal": None}
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
+        return event(self._piece([choice], with_usage))
+
+    def piece(self, output: Output, seen: Sequence[Output], with_usage: bool) -> bytes:
+        """What one output adds; empty when that is nothing yet. `seen`: all outputs so far."""
+        if not output.text and output.finish is None and self._asked.logprobs is None:
+            return b""
+        choice: dict[str, Any] = {"index": 0, "finish_reason": output.finish}
+        if self._chat:
+            choice["delta"] = {"content": output.text} if output.text else {}
+        else:
+            choice["text"] = output.text
+        choice["logprobs"] = self._logprobs([output])
+        value = self._piece([choice], with_usage)
+        if output.stats is not None and self._asked.details:
+            value["kvc2"] = self._details(seen, output.stats)
+        return event(value)
+
+    def closing(self, stats: RequestStats, with_usage: bool) -> bytes:
+        """After the last piece: usage, where asked for, and the end mark."""
+        if not with_usage:
+            return DONE
+        value = self._piece([], with_usage)
+        value["usage"] = usage(stats)
+        return event(value) + DONE
+
+    def _head(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self._created,
+            "model": self._asked.model,
+            "choices": choices,
+        }
+
+    def _piece(self, choices: list[dict[str, Any]], with_usage: bool) -> dict[str, Any]:
+        value = self._head("chat.completion.chunk" if self._chat else "text_completion", choices)
+        if with_usage:
+            value["usage"] = None
+        return value
+
+    def _details(self, outputs: Sequence[Output], stats: RequestStats) -> dict[str, Any]:
+        """Where the prompt's KV came from, and each token's logit beside the two best ones."""
+        tokens = [
+            {
+                "token_id": output.token_id,
+                "logit": output.chosen.logit if output.chosen else None,
+                "top": [{"token_id": t.token_id, "logit": t.logit} for t in output.top[:2]],
+            }
+            for output in outputs
+            if output.token_id is not None
+        ]
+        return asdict(stats) | {"tokens": tokens}
+
+    def _logprobs(self, outputs: Sequence[Output]) -> dict[str, Any] | None:
+        count = self._asked.logprobs
+        if count is None:
+            return None
+        scored = [(output.chosen, output.top[:count]) for output in outputs if output.chosen]
+        if self._chat:
+            content = [
+                self._entry(chosen) | {"top_logprobs": [self._entry(t) for t in top]}
+                for chosen, top in scored
+            ]
+            return {"content": content, "refusal": None}
+        name = self._asked.token_text
+        texts = [name(chosen.token_id) for chosen, _ in scored]
+        offsets = []
+        for text in texts:
+            offsets.append(self._shown)
+            self._shown += len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [chosen.logprob for chosen, _ in scored],
+            "top_logprobs": [{name(t.token_id): t.logprob for t in top} for _, top in scored],
+            "text_offset": offsets,
+        }
+
+    def _entry(self, token: ScoredToken) -> dict[str, Any]:
+        text = self._asked.token_text(token.token_id)
+        return {"token": text, "logprob": token.logprob, "bytes": list(text.encode())}
+
+
+def usage(stats: RequestStats) -> dict[str, Any]:
+    """Tokens as OpenAI counts them; `cached_tokens` are the ones that were not computed."""
+    return {
+        "prompt_tokens": stats.prompt_tokens,
+        "completion_tokens": stats.generated_tokens,
+        "total_tokens": stats.prompt_tokens + stats.generated_tokens,
+        "prompt_tokens_details": {"cached_tokens": stats.matched_tokens},
+    }

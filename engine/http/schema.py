@@ -1,0 +1,166 @@
+"""The bodies that callers send, checked field by field: OpenAI's, and three of our own.
+
+`top_k`, `ignore_eos`: as other servers of open models have them. `cache_salt` narrows whose cache
+is shared. `kvc2_details` asks for the `kvc2` member of the answer. A field that OpenAI has and the
+engine doesn't do is refused by name unless its value asks for nothing; an unknown one always is.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+STOP_STRINGS_MAX = 16
+STOP_CHARACTERS_MAX = 1024
+TOP_LOGPROBS_MAX = 20
+SALT_BYTES_MAX = 256  # the daemon's limit
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+StopString = Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS_MAX)]
+
+
+class Strict(BaseModel):
+    """No coercion ("5" is no number), no unknown fields, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class Body(Strict):
+    """What both endpoints take."""
+
+    model: str
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: StopString | list[StopString] | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Literal[1] | None = None
+    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Literal[0] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    user: str | None = None
+    ignore_eos: bool = False
+    cache_salt: str | None = None
+    kvc2_details: bool = False
+
+    @field_validator("presence_penalty", "frequency_penalty", mode="before")
+    @classmethod
+    def _zero(cls, value: Any) -> Any:
+        return 0 if isinstance(value, float) and value == 0 else value
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, value: Any) -> Any:
+        if isinstance(value, list) and len(value) > STOP_STRINGS_MAX:
+            raise ValueError(f"at most {STOP_STRINGS_MAX} stop strings")
+        return value
+
+    @field_validator("cache_salt")
+    @classmethod
+    def _short_salt(cls, value: str | None) -> str | None:
+        if value is not None and not 1 <= len(value.encode()) <= SALT_BYTES_MAX:
+            raise ValueError(f"1 to {SALT_BYTES_MAX} bytes")
+        return value
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> Body:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only allowed when stream is true")
+        return self
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def output_tokens_max(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def top_logprobs_asked(self) -> int | None:
+        """None: no log-probabilities; else how many beside the chosen token's."""
+        raise NotImplementedError
+
+
+class CompletionBody(Body):
+    """/v1/completions."""
+
+    prompt: str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1, max_length=1)]
+    logprobs: int | None = Field(default=None, ge=0, le=TOP_LOGPROBS_MAX)
+    echo: Literal[False] | None = None
+    best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None
+
+    @property
+    def single_prompt(self) -> str | list[int]:
+        if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int):
+            return self.prompt[0]
+        return self.prompt  # type: ignore[return-value]  # the branches left are str and TokenIds
+
+    @property
+    def top_logprobs_asked(self) -> int | None:
+        return self.logprobs
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+
+    @property
+    def text(self) -> str:
+        if self.content is None:
+            return ""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class TextFormat(Strict):
+    type: Literal["text"]
+
+
+class ChatBody(Body):
+    """/v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=TOP_LOGPROBS_MAX)
+    response_format: TextFormat | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    store: Literal[False] | None = None
+    metadata: dict[str, str] | None = None
+
+    @model_validator(mode="after")
+    def _top_needs_logprobs(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is only allowed when logprobs is true")
+        return self
+
+    @property
+    def output_tokens_max(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def top_logprobs_asked(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
