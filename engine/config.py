@@ -1,6 +1,6 @@
 """What the engine must know about a model, read once from its directory and checked there.
 
-Not responsible for weights (weights.py), nor for the server's own settings.
+Not responsible for weights (weights.py), nor for the server's own settings (settings.py).
 """
 
 from __future__ import annotations

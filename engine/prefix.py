@@ -14,24 +14,37 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
+from engine.config import ModelConfig
 from engine.metrics import EngineMetrics
 from engine.pages import PageBook
 from engine.request import U32, Caller, TierTokens
 from kvc2 import errors
-from kvc2.client import Acquired, Committed, LeaseCommit, Matched, Released
+from kvc2.client import (
+    Acquired,
+    Client,
+    Committed,
+    LeaseCommit,
+    Matched,
+    Released,
+)
+from kvc2.client import PoolMemory as PoolMemory
+from kvc2.layout import layer_major
+from kvc2.namespace import Identity
 
 log = logging.getLogger(__name__)
 
 WAIT_SLICE_S = 0.1  # how often a wait for a layer looks whether the session still lives
+ACQUIRES_MAX = 8  # calls under way; each may wait for a disk
 NAMESPACES_MAX = 1024  # salts are the callers' choice: beyond this, a new one runs without hits
 REFUSED = 2
+WEIGHT_CLASSES = ("attention", "embedding", "experts", "norms", "router")
 ANSWERS = ("adopted", "duplicate", "refused")
 
 
@@ -222,6 +235,8 @@ class Prefix:
 
     def close(self) -> None:
         """End the session in order. No other call may be under way, or follow."""
+        self._acquires.shutdown()
+        self._operations.shutdown()
         if self._client is not None:
             self._client.close()
 
@@ -373,3 +388,65 @@ class Prefix:
     def _fault(self, call: str, error: errors.Kvc2Error) -> None:
         self._metrics.faults.labels(call).inc()
         log.warning("%s: %s", call, error)
+
+
+def identity_of(config: ModelConfig, weights_digest: bytes, page_size: int) -> Identity:
+    """Everything that this engine's KV depends on. Raises errors.InvalidRequest for a model whose
+    KV can't be cached by prefix."""
+    dtype = str(config.dtype).removeprefix("torch.")
+    rope = {name: str(value) for name, value in asdict(config.rope).items() if name != "theta"}
+    return Identity(
+        weights_digest=weights_digest.hex(),
+        architecture=config.architecture,
+        dtypes=tuple((kind, dtype) for kind in WEIGHT_CLASSES),
+        kv_dtype=dtype,
+        layers=config.num_layers,
+        kv_heads=config.kv_heads,
+        head_size=config.head_dim,
+        rope_theta=config.rope.theta,
+        page_size=page_size,
+        rope_scaling=tuple(sorted(rope.items())),
+    )
+
+
+@dataclass(frozen=True)
+class Daemon:
+    """Where the daemon listens, and what it is told of this engine's pool."""
+
+    address: str
+    pool: PoolMemory
+    num_pages: int
+    segment_bytes: int
+    engine_name: str
+
+    def client(self, prefix: Prefix) -> Client:
+        """A client that attaches in the background, and again whenever it must."""
+        layout = layer_major(
+            prefix.config.layers,
+            self.num_pages,
+            segment_bytes=self.segment_bytes,
+            page_size=prefix.config.page_size,
+        )
+        return Client(
+            self.address,
+            pool=self.pool,
+            layout=layout,
+            engine_name=self.engine_name,
+            engine=prefix,
+        )
+
+
+def open_prefix(
+    book: PageBook, config: BridgeConfig, metrics: EngineMetrics, daemon: Daemon | None
+) -> Prefix:
+    """A bridge on threads of its own, attached to the daemon if there is one."""
+    prefix = Prefix(
+        book,
+        config,
+        operations=ThreadPoolExecutor(1, "kvc2-bridge"),
+        acquires=ThreadPoolExecutor(ACQUIRES_MAX, "kvc2-acquire"),
+        metrics=metrics,
+    )
+    if daemon is not None:
+        prefix.connect(daemon.client)
+    return prefix

@@ -1,8 +1,8 @@
 """Stand-ins for the scheduler's tests: a model whose KV is checkable, and a daemon in 150 lines.
 
 The model writes into each token's place in the pool a hash of all tokens up to it, made from the
-hash that it *reads* through the block table; the next token is that hash modulo the vocabulary. So a
-wrong page, a page read too early or one overwritten while it is read all give wrong tokens.
+hash that it *reads* through the block table; the next token is that hash modulo the vocabulary. So
+a wrong page, a page read too early or one overwritten while it is read all give wrong tokens.
 """
 
 from __future__ import annotations
@@ -243,7 +243,8 @@ class SmallDaemon:
             if self._key(namespace, path, blocks) not in self.resident:
                 break
             blocks += 1
-        return Matched(matched_tokens=blocks * PAGE_SIZE, tiers=SimpleNamespace())  # type: ignore[arg-type]
+        return Matched(matched_tokens=blocks * PAGE_SIZE, tiers=SimpleNamespace())  # type:
+        ignore[arg - type]
 
     def wait_layer(self, transfer: int, layer: int, timeout_s: float) -> bool:
         if not self.arrive:

@@ -252,7 +252,7 @@ def test_requests_outlive_the_daemon(reason: str, steps: int) -> None:
     house = build(48)
     house.ask(prompt(30), 3)
     house.run()
-    asked = [house.ask(prompt(30) + [seed], 12) for seed in range(3)]
+    asked = [house.ask([*prompt(30), seed], 12) for seed in range(3)]
     house.step(steps)
     assert house.daemon is not None
     house.daemon.detach(reason)
@@ -265,7 +265,7 @@ def test_requests_outlive_the_daemon(reason: str, steps: int) -> None:
     for each in asked:
         wanted = expected_tokens(each.request.tokens.tolist(), each.request.max_tokens)
         assert each.tokens == wanted
-    again = house.ask(prompt(10, 9) + [1, 2, 3], 1)
+    again = house.ask([*prompt(10, 9), 1, 2, 3], 1)
     house.run()
     assert again.stats.matched_tokens == 8
 

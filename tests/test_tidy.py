@@ -37,6 +37,7 @@ KVC2_FLOORS = """
 ENGINE_FLOORS = """
     __main__
     cli
+    serve
     http, demo_model
     worker, scheduler, admission, sequence
     prefix, runner
@@ -44,7 +45,7 @@ ENGINE_FLOORS = """
     experts, attention, weights
     batch, pages, text, request, layers
     _kernels
-    config, errors, metrics
+    settings, config, errors, metrics
 """
 CPP_FLOORS = """
     bindings

@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from engine import request as engine_request
 from engine.http.errors import ApiError, of_validation, refused
 from engine.http.replies import Asked, Reply, event
-from engine.http.schema import Body, ChatBody, CompletionBody
+from engine.http.schema import ChatBody, CompletionBody
 from engine.http.tokenizer import TemplateError, Tokenizer
 from engine.request import Caller, Output, SamplingParams
 from engine.text import IncrementalText
@@ -197,7 +197,7 @@ class Service:
             raise refused("prompt", largest, f"token ids below {self._served.vocab_size}")
         return prompt
 
-    def _output_tokens(self, body: Body, prompt_tokens: int) -> int:
+    def _output_tokens(self, body: ChatBody | CompletionBody, prompt_tokens: int) -> int:
         """How many to generate at most. Raises ApiError for what can never fit."""
         limit, asked = self._served.max_tokens, body.output_tokens_max
         if prompt_tokens + (asked or 1) > limit:
@@ -213,7 +213,7 @@ class Service:
         return room if isinstance(body, ChatBody) else min(room, COMPLETION_TOKENS_DEFAULT)
 
     def _request(
-        self, http: Request, body: Body, prompt: list[int], request_id: str
+        self, http: Request, body: ChatBody | CompletionBody, prompt: list[int], request_id: str
     ) -> tuple[engine_request.Request, asyncio.Queue[Output]]:
         outputs: asyncio.Queue[Output] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -244,7 +244,7 @@ class Service:
         return request, outputs
 
     async def _run(
-        self, http: Request, body: Body, prompt: list[int], request_id: str
+        self, http: Request, body: ChatBody | CompletionBody, prompt: list[int], request_id: str
     ) -> AsyncIterator[Output]:
         """The request's outputs as they come; leaving early, or a caller who hangs up, cancels
         it."""
@@ -280,7 +280,7 @@ class Service:
 
     @staticmethod
     async def _pieces(
-        reply: Reply, first: Output, outputs: AsyncIterator[Output], body: Body
+        reply: Reply, first: Output, outputs: AsyncIterator[Output], body: ChatBody | CompletionBody
     ) -> AsyncIterator[bytes]:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         seen = [first]

@@ -83,15 +83,6 @@ class Body(Strict):
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
-    @property
-    def output_tokens_max(self) -> int | None:
-        return self.max_tokens
-
-    @property
-    def top_logprobs_asked(self) -> int | None:
-        """None: no log-probabilities; else how many beside the chosen token's."""
-        raise NotImplementedError
-
 
 class CompletionBody(Body):
     """/v1/completions."""
@@ -106,10 +97,15 @@ class CompletionBody(Body):
     def single_prompt(self) -> str | list[int]:
         if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int):
             return self.prompt[0]
-        return self.prompt  # type: ignore[return-value]  # the branches left are str and TokenIds
+        return self.prompt
+
+    @property
+    def output_tokens_max(self) -> int | None:
+        return self.max_tokens
 
     @property
     def top_logprobs_asked(self) -> int | None:
+        """None: no log-probabilities; else how many beside the chosen token's."""
         return self.logprobs
 
 

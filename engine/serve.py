@@ -1,0 +1,160 @@
+"""Puts an engine together from its settings, and serves until it is told to stop.
+
+Not responsible for any part itself; nor for flags (cli).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import time
+from dataclasses import dataclass
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+
+from engine.attention.base import KvPool, KvShape
+from engine.config import ModelConfig
+from engine.errors import ConfigError
+from engine.http.app import Served, build
+from engine.http.tokenizer import Tokenizer
+from engine.metrics import EngineMetrics
+from engine.models import load_model
+from engine.pages import PageBook
+from engine.prefix import (
+    BridgeConfig,
+    Daemon,
+    Prefix,
+    identity_of,
+    open_prefix,
+)
+from engine.runner import Runner
+from engine.scheduler import Scheduler, SchedulerConfig
+from engine.settings import EngineConfig, read_api_keys
+from engine.weights import weights_digest
+from engine.worker import Worker
+
+log = logging.getLogger(__name__)
+
+STOP_S = 5  # for answers under way when the process is told to stop
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A whole engine: `app` starts and stops its worker."""
+
+    app: FastAPI
+    prefix: Prefix
+    worker: Worker
+    metrics: EngineMetrics
+
+
+def assemble(config: EngineConfig) -> Engine:
+    """Load the model, make the pool and connect the parts. Takes as long as reading the weights."""
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    model_config = ModelConfig.load(config.model, config.dtype)
+    tokenizer = Tokenizer(config.model)
+    shape = KvShape.of(model_config, config.page_size)
+    num_pages = config.num_pages or int(config.kv_memory_gb * 1e9) // shape.page_bytes
+    if num_pages * config.page_size < 2 * config.page_size:
+        mend = f"a page needs {shape.page_bytes} bytes, and two are the least"
+        raise ConfigError("kv_memory_gb", config.kv_memory_gb, mend)
+    memory = PoolMemory(num_pages * shape.page_bytes)
+    model = load_model(config.model, config.dtype)
+    metrics = EngineMetrics()
+    prefix = _prefix(config, model_config, shape, memory, metrics)
+    scheduler = Scheduler(
+        SchedulerConfig(config.chunk_size, config.step_tokens, config.max_running),
+        prefix=prefix,
+        compute=Runner(model, KvPool(shape, num_pages, memory.map)),
+        metrics=metrics,
+        clock=time.monotonic,
+    )
+    worker = Worker(scheduler, config.max_queued)
+    end_token_ids = set(model_config.eos_token_ids)
+    if tokenizer.end_token_id is not None:
+        end_token_ids.add(tokenizer.end_token_id)
+    served = Served(
+        model=config.model_name,
+        max_tokens=min(model_config.max_positions, num_pages * config.page_size),
+        vocab_size=model_config.vocab_size,
+        end_token_ids=frozenset(end_token_ids),
+        tenant=config.tenant,
+        tenants=read_api_keys(config.api_keys) if config.api_keys else {},
+        max_body_bytes=int(config.max_body_mb * 1e6),
+    )
+    app = build(
+        served,
+        worker=worker,
+        tokenizer=tokenizer,
+        registry=metrics.registry,
+        attached=lambda: prefix.book.session != 0,
+    )
+    return Engine(app, prefix, worker, metrics)
+
+
+def _prefix(
+    config: EngineConfig,
+    model: ModelConfig,
+    shape: KvShape,
+    memory: PoolMemory,
+    metrics: EngineMetrics,
+) -> Prefix:
+    num_pages = memory.num_bytes // shape.page_bytes
+    # two steps ahead, so that a grant is there before it is needed; but most pages cache
+    ahead = 2 * -(-config.step_tokens // config.page_size) + config.max_running
+    low_water = min(ahead, max(1, num_pages // 4))
+    daemon, identity = None, b""
+    if config.kvc2 is not None:
+        identity = identity_of(model, weights_digest(config.model), config.page_size).encode()
+        daemon = Daemon(
+            config.kvc2,
+            memory,
+            num_pages,
+            shape.segment_bytes,
+            f"{config.model_name}:{os.getpid()}",
+        )
+    bridge = BridgeConfig(
+        page_size=config.page_size,
+        layers=shape.layers,
+        identity=identity,
+        low_water=low_water,
+        high_water=2 * low_water,
+        load_timeout_s=config.load_timeout_s,
+    )
+    return open_prefix(PageBook(num_pages), bridge, metrics, daemon)
+
+
+def run(config: EngineConfig) -> None:
+    """Serve until SIGINT or SIGTERM. The port is bound before the model is loaded, so that a taken
+    one is told at once, and the line `serving` is printed when requests are answered."""
+    listener = _bind(config.host, config.port)
+    engine = assemble(config)
+    host, port = listener.getsockname()[:2]
+    log.info("serving %s at http://%s:%d", config.model_name, host, port)
+    print(f"serving {config.model_name} at http://{host}:{port}", flush=True)
+    server = uvicorn.Server(
+        uvicorn.Config(engine.app, log_level="warning", timeout_graceful_shutdown=STOP_S)
+    )
+    for each in (signal.SIGINT, signal.SIGTERM):
+        # uvicorn raises a signal again once it has stopped in order: that is exit code 0 here
+        signal.signal(each, lambda *_: None)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        engine.prefix.close()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError("port", port, f"can't be bound on {host}: {error}") from error
+    return listener
