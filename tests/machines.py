@@ -1,7 +1,7 @@
 """Hypothesis state machines: random calls on the real thing and on its naive oracle.
 
-The blocks are few and small, so that prefixes are shared and nodes split all the time, and the pools
-hold fewer pages than a path has blocks, so that everything is evicted all the time.
+The blocks are few and small, so that prefixes are shared and nodes split all the time, and a pool
+holds about as many pages as a path has blocks, so that everything is evicted all the time.
 """
 
 import itertools
@@ -19,8 +19,14 @@ NAMESPACES = [b"a" * 32, b"b" * 32]
 BLOCKS = [(0, 0), (0, 1), (7, 7)]  # two begin alike: tokens are compared whole
 
 Prompt = list[tuple[int, ...]]
-prompts = st.lists(st.sampled_from(BLOCKS), max_size=6)
-small = st.integers(0, 5)
+STEM = [BLOCKS[0], BLOCKS[1], BLOCKS[0], BLOCKS[2]]  # of most prompts, for some length
+prompts = st.builds(
+    lambda shared, own: STEM[:shared] + own,
+    st.integers(0, len(STEM)),
+    st.lists(st.sampled_from(BLOCKS), max_size=3),
+)
+namespaces = st.sampled_from([0, 0, 0, 1])
+small = st.integers(1, 5)
 choice = st.integers(0, 1000)  # of one of several, modulo their number
 
 
@@ -68,10 +74,10 @@ class IndexMachine(RuleBasedStateMachine):
         state.update(dict.fromkeys(range(slab * PER_SLAB, (slab + 1) * PER_SLAB), "free"))
 
     def a_pool(self, pick: int) -> int:
-        return sorted(self.model.pools)[pick % len(self.model.pools)]
+        return pick if pick in self.model.pools else [*self.gpus, self.cpu, self.disk][pick % 4]
 
     def a_gpu(self, pick: int) -> int:
-        return self.gpus[pick % len(self.gpus)]
+        return pick if pick in self.gpus else self.gpus[pick % 2]
 
     def a_lease(self, pick: int) -> int:
         return sorted(self.model.leases)[pick % len(self.model.leases)]
@@ -82,12 +88,14 @@ class IndexMachine(RuleBasedStateMachine):
         return (pages[start:] + pages[:start])[:count]
 
     # requests
-    @rule(namespace=st.integers(0, 1), gpu=choice, prompt=prompts, limit=st.integers(0, 7))
+    @rule(namespace=namespaces, gpu=choice, prompt=prompts, limit=st.sampled_from([9, 9, 3, 0]))
     def acquire(self, namespace: int, gpu: int, prompt: Prompt, limit: int) -> None:
         pool = self.a_gpu(gpu)
         tokens = np.concatenate([u32(prompt), u32([7] * (limit % PAGE_SIZE))])
         if self.model.pools[pool].closed:
             return
+        if len(self.model.leases) == 4:  # else every page is pinned soon
+            self.release(0)
         lease = self.index.acquire(namespace, pool, tokens, limit)
         self.model.acquire(lease.id, namespace, pool, prompt, limit)
         assert lease.matched == len(self.model.leases[lease.id].found)
@@ -113,7 +121,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.check_commit(at, first, blocks[: len(pages)], pages)  # type: ignore[arg-type]
 
     @precondition(lambda self: self.model.leases)
-    @rule(lease=choice, first=small)
+    @rule(lease=choice, first=st.integers(0, 5))
     def commit_again(self, lease: int, first: int) -> None:
         at = self.a_lease(lease)
         held = self.model.leases[at].held[first:]
@@ -129,6 +137,88 @@ class IndexMachine(RuleBasedStateMachine):
         at = self.a_lease(lease)
         self.index.release(at)
         self.model.release(at)
+
+    # whole lives, so that walks get deep
+    @rule(namespace=namespaces, gpu=choice, prompt=prompts, stays=st.integers(0, 4))
+    def serve(self, namespace: int, gpu: int, prompt: Prompt, stays: int) -> None:
+        """A request from acquire to release, all transfers well."""
+        pool = self.a_gpu(gpu)
+        if self.model.pools[pool].closed:
+            return
+        self.acquire(namespace, pool, prompt, len(prompt))
+        lease = max(self.model.leases)
+        at = sorted(self.model.leases).index(lease)
+        for _ in range(3):
+            self.next_load(at, 3)
+            self.arrive()
+            self.promote(at)
+            self.arrive()
+        held = len(self.model.leases[lease].held)
+        self.grant(pool, len(prompt) - held)
+        pages = self.some(pool, PRIVATE, len(prompt) - held, 0)
+        self.check_commit(lease, held, prompt[held : held + len(pages)], pages)
+        if stays != 1:
+            self.release(sorted(self.model.leases).index(lease))
+
+    @precondition(lambda self: any(at.blocks for at in self.model.pools.values()))
+    @rule(
+        gpu=choice,
+        known=choice,
+        own=st.lists(st.sampled_from(BLOCKS), max_size=2),
+        steps=st.lists(st.sampled_from(["load", "promote", "arrive", "promote"]), max_size=4),
+    )
+    def reuse(self, gpu: int, known: int, own: Prompt, steps: list[str]) -> None:
+        """A prompt that some pool has a part of; its transfers may stay under way."""
+        paths = sorted({p for at in self.model.pools.values() for p in at.blocks}, key=repr)
+        namespace, *blocks = paths[known % len(paths)]
+        pool = self.a_gpu(gpu)
+        if self.model.pools[pool].closed:
+            return
+        self.acquire(namespace, pool, [*blocks, *own], 9)  # type: ignore[arg-type, list-item]
+        at = len(self.model.leases) - 1
+        for step in steps:
+            if step == "load":
+                self.next_load(at, 3)
+            elif step == "promote":
+                self.promote(at)
+            else:
+                self.arrive()
+
+    @rule(gpu=choice, prompt=prompts)
+    def serve_twins(self, gpu: int, prompt: Prompt) -> None:
+        """Two requests compute the same blocks at once."""
+        pool = self.a_gpu(gpu)
+        if self.model.pools[pool].closed:
+            return
+        for _ in range(2):
+            self.acquire(0, pool, prompt, 9)
+        for lease in sorted(self.model.leases)[-2:]:
+            held = len(self.model.leases[lease].held)
+            self.grant(pool, len(prompt) - held)
+            pages = self.some(pool, PRIVATE, len(prompt) - held, 0)
+            pages = [page for page in pages if not self.model.is_held(pool, page)]
+            self.check_commit(lease, held, prompt[held : held + len(pages)], pages)
+
+    @rule(count=st.integers(1, 6), to_disk=st.booleans())
+    def demote_all(self, count: int, to_disk: bool) -> None:
+        """Write-behind, as far as there is room."""
+        for pool in [*self.gpus, self.cpu][: 3 if to_disk else 2]:
+            self.plan_demote(pool, count)
+            self.arrive()
+
+    def arrive(self) -> None:
+        """The newest transfer ends well, if it is under way."""
+        if self.last_transfer in self.model.transfers:
+            done = len(self.model.transfers[self.last_transfer].paths)
+            self.index.complete(self.last_transfer, done)
+            self.model.complete(self.last_transfer, done)
+
+    @rule(pick=choice, count=small)
+    def squeeze(self, pick: int, count: int) -> None:
+        """A block lives on in slower pools only."""
+        self.demote_all(6, True)
+        for pool in [*self.gpus, self.cpu][: 2 + pick % 2]:
+            self.evict(pool, count)
 
     # private pages
     @rule(gpu=choice, count=small)
@@ -251,8 +341,10 @@ class IndexMachine(RuleBasedStateMachine):
         at = self.a_pool(pool)
         assert self.index.lost(at, u32(pages)).pages.tolist() == self.model.lost(at, pages)
 
-    @rule(gpu=choice)
-    def session_ends(self, gpu: int) -> None:
+    @rule(gpu=choice, rarely=st.integers(0, 9))
+    def session_ends(self, gpu: int, rarely: int) -> None:
+        if rarely != 7:
+            return
         pool = self.a_gpu(gpu)
         self.index.close_pool(pool)
         self.model.close_pool(pool)

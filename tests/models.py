@@ -1,7 +1,7 @@
 """Naive oracles: obviously right, no cleverness, for small states only.
 
-`IndexModel` is what csrc/index must equal. A block is its whole path (namespace, block, block, ...),
-so there is no tree, no split and no count to keep: every question scans everything. It decides
+`IndexModel` is what csrc/index must equal. A block is its whole path (namespace, block, ...), so
+there is no tree, no split and no count to keep: every question scans everything. It decides
 evictions itself; only the choice among free pages is the index's, so a call that takes pages is
 told which ones (`picks`) and checks that they were free to take.
 """

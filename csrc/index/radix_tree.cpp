@@ -88,6 +88,7 @@ std::optional<Place> RadixTree::next(Place at, Tokens block) const {
     if (!std::ranges::equal(tokens_at(node, offset), block)) return std::nullopt;
     return Place{at.node, offset};
   }
+  if (node.first_child == kNoNode) return std::nullopt;  // the usual commit: nothing to hash
   const BlockKey key =
       next_key(node.keys.empty() ? root_key(spaces[node.space].name) : node.keys.back(), block);
   const NodeId found = child(at.node, key, block);

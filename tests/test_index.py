@@ -1,0 +1,217 @@
+"""The laws of csrc/index/index.h one by one. Random walks: test_index_machine.py."""
+
+import numpy as np
+import pytest
+
+from kvc2 import _core
+
+SIZE = 2
+NAME = b"n" * 32
+
+
+def tokens(*blocks: int) -> np.ndarray:
+    return np.repeat(np.array(blocks, dtype=np.uint32), SIZE)
+
+
+class House:
+    """One engine's pool of 4 pages over a cpu pool of 6 and a durable one of 8."""
+
+    def __init__(self) -> None:
+        self.index = _core.Index()
+        self.disk = self.pool(8, None, durable=True)
+        self.cpu = self.pool(6, self.disk)
+        self.gpu = self.pool(4, self.cpu)
+        self.space = self.index.open_namespace(NAME, SIZE)
+
+    def pool(self, pages: int, below: int | None, *, durable: bool = False) -> int:
+        pool = self.index.add_pool(
+            page_size=SIZE, pages_per_slab=pages, below=below, durable=durable
+        )
+        self.index.add_slab(pool)
+        return pool
+
+    def compute(self, *blocks: int) -> int:
+        """An open lease that has committed the blocks."""
+        lease = self.index.acquire(self.space, self.gpu, tokens(*blocks), len(blocks))
+        first = len(lease.pages)
+        pages = self.index.grant(self.gpu, len(blocks) - first)
+        answers = self.index.commit(lease.id, first, tokens(*blocks[first:]), pages)
+        assert set(answers.tolist()) <= {_core.ADOPTED}
+        return lease.id
+
+    def demote(self, pool: int) -> None:
+        while transfer := self.index.plan_demote(pool, 8):
+            self.index.complete(transfer.id, len(transfer.source_pages))
+
+    def matched(self, *blocks: int) -> tuple[int, ...]:
+        self.index.check()
+        return self.index.match(self.space, self.gpu, tokens(*blocks)).tiers
+
+
+@pytest.fixture
+def house() -> House:
+    return House()
+
+
+def test_nothing_is_visible_before_commit(house: House) -> None:
+    lease = house.index.acquire(house.space, house.gpu, tokens(1, 2), 2)
+    pages = house.index.grant(house.gpu, 2)
+    assert house.matched(1, 2) == (0, 0, 0)
+    house.index.commit(lease.id, 0, tokens(1, 2), pages)
+    assert house.matched(1, 2, 3) == (2, 0, 0)
+
+
+def test_evicting_never_touches_a_pinned_prefix(house: House) -> None:
+    lease = house.compute(1, 2, 3)
+    assert house.index.evict(house.gpu, 9).pages.size == 0
+    house.index.release(lease)
+    assert house.index.evict(house.gpu, 9).last_copies == 3
+
+
+def test_evicting_takes_the_tail_first_and_the_coldest_path(house: House) -> None:
+    house.index.release(house.compute(1, 2))
+    house.index.release(house.compute(1, 3))
+    house.index.evict(house.gpu, 1)
+    assert house.matched(1, 2) == (1, 0, 0)
+    assert house.matched(1, 3) == (2, 0, 0)
+
+
+def test_a_copy_that_a_slower_pool_holds_goes_before_a_colder_last_copy(house: House) -> None:
+    house.index.release(house.compute(1))
+    cold = house.index.match(house.space, house.gpu, tokens(1))
+    assert cold.blocks == 1
+    house.index.release(house.compute(2))
+    transfer = house.index.plan_demote(house.gpu, 8)
+    assert transfer is not None
+    house.index.complete(transfer.id, 1)  # block 1; block 2 has failed
+    house.index.release(house.index.acquire(house.space, house.gpu, tokens(1), 1).id)
+    house.index.evict(house.gpu, 1)
+    assert house.matched(1) == (0, 1, 0)
+    assert house.matched(2) == (1, 0, 0)
+
+
+def test_the_later_of_two_equal_commits_stays_private_and_is_freed_at_release(house: House) -> None:
+    first, second = (house.index.acquire(house.space, house.gpu, tokens(1, 2), 2) for _ in range(2))
+    assert (first.computing, second.computing) == (0, 2)
+    pages = house.index.grant(house.gpu, 4)
+    assert house.index.commit(first.id, 0, tokens(1, 2), pages[:2]).tolist() == [_core.ADOPTED] * 2
+    assert (
+        house.index.commit(second.id, 0, tokens(1, 2), pages[2:]).tolist() == [_core.DUPLICATE] * 2
+    )
+    assert not house.index.give_back(house.gpu, pages[2:])
+    house.index.check()
+    house.index.release(second.id)
+    assert house.index.pool_counts(house.gpu).free == 2
+
+
+def test_a_commit_with_a_gap_or_a_foreign_page_is_refused(house: House) -> None:
+    lease = house.index.acquire(house.space, house.gpu, tokens(1, 2), 2)
+    pages = house.index.grant(house.gpu, 2)
+    assert house.index.commit(lease.id, 1, tokens(2), pages[:1]).tolist() == [_core.REFUSED]
+    foreign = np.array([3, pages[0]], dtype=np.uint32)
+    assert house.index.commit(lease.id, 0, tokens(1, 2), foreign).tolist() == [_core.REFUSED] * 2
+    assert house.matched(1) == (0, 0, 0)
+
+
+def test_every_tier_in_turn_gives_the_prefix_back(house: House) -> None:
+    house.index.release(house.compute(1, 2, 3))
+    house.demote(house.gpu)
+    house.demote(house.cpu)
+    house.index.evict(house.gpu, 9)
+    assert house.matched(1, 2, 3) == (0, 3, 0)
+    house.index.evict(house.cpu, 9)
+    assert house.matched(1, 2, 3) == (0, 0, 3)
+    lease = house.index.acquire(house.space, house.gpu, tokens(1, 2, 3), 3).id
+    load = house.index.next_load(lease, 2)
+    assert isinstance(load, _core.Transfer)
+    wait = house.index.next_load(lease, 2)
+    assert isinstance(wait, _core.Wait)
+    assert wait.transfer == load.id
+    house.index.complete(load.id, 2)
+    promote = house.index.promote(lease)
+    assert promote is not None
+    view = house.index.lease(lease)
+    assert (view.transfer, view.tiers) == (promote.id, (0, 0, 2))
+    house.index.complete(promote.id, 2)
+    assert house.index.lease(lease).transfer == 0
+    assert house.matched(1, 2, 3) == (2, 0, 1)
+
+
+def test_a_failed_promotion_ends_the_lease_s_pages_before_it(house: House) -> None:
+    house.index.release(house.compute(1, 2, 3))
+    house.demote(house.gpu)
+    house.index.evict(house.gpu, 9)
+    lease = house.index.acquire(house.space, house.gpu, tokens(1, 2, 3), 3).id
+    transfer = house.index.promote(lease)
+    assert transfer is not None
+    sharer = house.index.acquire(house.space, house.gpu, tokens(1, 2, 3), 3)
+    assert (len(sharer.pages), sharer.transfer) == (3, transfer.id)
+    house.index.complete(transfer.id, 1)
+    house.index.check()
+    for each in (lease, sharer.id):
+        assert len(house.index.lease(each).pages) == 1
+        house.index.release(each)
+    assert house.matched(1, 2, 3) == (1, 2, 0)
+
+
+def test_a_lost_page_makes_a_hole_and_a_commit_closes_it(house: House) -> None:
+    lease = house.compute(1, 2, 3)
+    pages = house.index.lease(lease).pages
+    house.index.release(lease)
+    assert house.index.lost(house.gpu, pages[1:2]).last_copies == 1
+    assert house.index.counts().holes == 1
+    assert house.matched(1, 2, 3) == (1, 0, 0)
+    house.compute(1, 2)
+    assert house.matched(1, 2, 3) == (3, 0, 0)
+
+
+def test_a_removed_pool_fails_its_transfers_but_the_other_end_waits_for_complete(
+    house: House,
+) -> None:
+    house.compute(1, 2)
+    transfer = house.index.plan_demote(house.gpu, 8)
+    assert transfer is not None
+    house.index.close_pool(house.gpu)
+    house.index.remove_pool(house.gpu)
+    house.index.check()
+    assert house.index.pool_counts(house.cpu).in_flight == 2  # a late copy may still write there
+    house.index.complete(transfer.id, 2)
+    house.index.check()
+    assert house.index.pool_counts(house.cpu).free == 6
+
+
+def test_a_durable_pool_never_evicts_by_itself_and_generations_rise(house: House) -> None:
+    seen: list[int] = []
+    for block in range(12):
+        house.index.release(house.compute(block))
+        house.demote(house.gpu)
+        while transfer := house.index.plan_demote(house.cpu, 8):
+            assert transfer.records is not None
+            seen += transfer.records.generations.tolist()
+            house.index.complete(transfer.id, len(transfer.source_pages))
+    assert seen == list(range(1, 9))
+    assert house.index.undemoted(house.cpu) > 0
+
+
+def test_a_slab_can_be_emptied_and_taken(house: House) -> None:
+    house.index.release(house.compute(1, 2))
+    assert not house.index.take_slab(house.gpu, 0)
+    assert house.index.empty_slab(house.gpu, 0).last_copies == 2
+    assert house.index.take_slab(house.gpu, 0)
+    assert house.index.pool_counts(house.gpu).pages == 0
+    house.index.check()
+
+
+def test_arguments_are_refused_by_name(house: House) -> None:
+    index = house.index
+    with pytest.raises(TypeError, match="tokens: dtype int64"):
+        index.match(house.space, house.gpu, np.zeros(4, dtype=np.int64))
+    with pytest.raises(ValueError, match="tokens: shape"):
+        index.match(house.space, house.gpu, np.zeros((2, 2), dtype=np.uint32))
+    with pytest.raises(ValueError, match="page_size"):
+        index.open_namespace(NAME, 2 * SIZE)
+    with pytest.raises(ValueError, match="namespace: 3 bytes"):
+        index.open_namespace(b"abc", SIZE)
+    for call in (lambda: index.lease(9), lambda: index.complete(9, 0), lambda: index.grant(9, 1)):
+        with pytest.raises(KeyError):
+            call()
