@@ -1,0 +1,91 @@
+"""Layouts: what may be mapped, and what makes two payloads interchangeable."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvc2.errors import InvalidRequest, Reserved
+from kvc2.layout import Layout, Segment, layer_major, slab_shape
+from kvc2.v1 import cache_pb2
+
+
+def test_a_layer_major_pool_is_filled_to_its_last_byte() -> None:
+    found = layer_major(3, 10, segment_bytes=256, page_size=16)
+    assert found.payload_bytes == 6 * 256
+    assert found.page_bytes == 4096 + 4096
+    assert (found.layers, found.segments_per_layer) == (3, 2)
+    found.check_fits(10, 6 * 10 * 256)
+    with pytest.raises(InvalidRequest, match=r"segments\[5\]"):
+        found.check_fits(10, 6 * 10 * 256 - 1)
+    assert found.segment_table()[1].tolist() == [10 * 256, 256, 256]
+
+
+def test_the_digest_is_of_content_not_of_place() -> None:
+    digests = {
+        layer_major(3, pages, segment_bytes=256, page_size=16).digest for pages in (1, 10, 99)
+    }
+    assert len(digests) == 1
+    others = [
+        layer_major(2, 10, segment_bytes=256, page_size=16),
+        layer_major(3, 10, segment_bytes=512, page_size=16),
+        layer_major(3, 10, segment_bytes=256, page_size=32),
+    ]
+    assert len({each.digest for each in others} | digests) == 4
+
+
+def test_a_layout_survives_the_wire() -> None:
+    found = layer_major(3, 10, segment_bytes=256, page_size=16)
+    assert (
+        Layout.from_proto(cache_pb2.Layout.FromString(found.to_proto().SerializeToString()))
+        == found
+    )
+
+
+GOOD = layer_major(2, 4, segment_bytes=64, page_size=16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"page_size": 0}, "layout.page_size"),
+        ({"page_size": 48}, "layout.page_size"),
+        ({"page_size": 1024}, "layout.page_size"),
+        ({"layout_version": 2}, "layout.layout_version"),
+        ({"component": 1}, "layout.component"),
+        ({"part": 1}, "layout.part"),
+        ({"parts": 2}, "layout.parts"),
+        ({"segments": ()}, "layout.segments"),
+        ({"segments": GOOD.segments[:3]}, "layout.segments[0].layer, kv"),
+        ({"segments": GOOD.segments[2:]}, "layout.segments[0].layer, kv"),
+        ({"segments": GOOD.segments[::-1]}, "layout.segments[0].layer, kv"),
+        ({"segments": (Segment(0, 0, 0, 0, 64),)}, "layout.segments[0].bytes"),
+        ({"segments": (Segment(0, 0, 64, 0, 63),)}, "layout.segments[0].stride"),
+    ],
+)
+def test_a_forged_layout_is_refused_by_name(changes: dict[str, object], field: str) -> None:
+    with pytest.raises((InvalidRequest, Reserved)) as caught:
+        replace(GOOD, **changes)  # type: ignore[arg-type]
+    assert caught.value.field == field
+
+
+def test_pages_that_overlap_are_refused() -> None:
+    twice = (Segment(0, 0, 64, 0, 64), Segment(0, 1, 64, 32, 64))
+    with pytest.raises(InvalidRequest, match="apart"):
+        Layout(twice, 16).check_fits(4, 4096)
+    interleaved = (Segment(0, 0, 64, 0, 128), Segment(0, 1, 64, 64, 128))
+    Layout(interleaved, 16).check_fits(4, 4 * 128)
+
+
+@given(st.integers(1, 64 << 20), st.sampled_from([1 << 16, 1 << 20, 64 << 20]))
+def test_a_slab_wastes_at_most_a_twentieth(page_bytes: int, slab_bytes: int) -> None:
+    shape = slab_shape(page_bytes, slab_bytes)
+    assert shape.slab_bytes % slab_bytes == 0
+    used = shape.pages_per_slab * page_bytes
+    assert 0 <= shape.slab_bytes - used <= 0.05 * shape.slab_bytes
+    smaller = shape.slab_bytes - slab_bytes
+    if smaller:
+        assert smaller % page_bytes > 0.05 * smaller or smaller < page_bytes
