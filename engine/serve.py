@@ -24,13 +24,7 @@ from engine.http.tokenizer import Tokenizer
 from engine.metrics import EngineMetrics
 from engine.models import load_model
 from engine.pages import PageBook
-from engine.prefix import (
-    BridgeConfig,
-    Daemon,
-    Prefix,
-    identity_of,
-    open_prefix,
-)
+from engine.prefix import BridgeConfig, Daemon, PoolMemory, Prefix, identity_of, open_prefix
 from engine.runner import Runner
 from engine.scheduler import Scheduler, SchedulerConfig
 from engine.settings import EngineConfig, read_api_keys

@@ -243,8 +243,8 @@ class SmallDaemon:
             if self._key(namespace, path, blocks) not in self.resident:
                 break
             blocks += 1
-        return Matched(matched_tokens=blocks * PAGE_SIZE, tiers=SimpleNamespace())  # type:
-        ignore[arg - type]
+        tiers: Any = SimpleNamespace()
+        return Matched(matched_tokens=blocks * PAGE_SIZE, tiers=tiers)
 
     def wait_layer(self, transfer: int, layer: int, timeout_s: float) -> bool:
         if not self.arrive:
