@@ -34,9 +34,9 @@ HIT_SHARE_MIN = 0.9  # of the prompt; what is not matched is the question and a 
 HALF_SHARES = (0.35, 0.65)
 
 QUESTIONS = {
+    "stations": "List the three stations.",
+    "lost": "Where are lost things kept, and for how long?",
     "hours": "What are the opening hours of the Harbour Station?",
-    "tour": "Which tour is right for families?",
-    "bicycle": "How do I report a stolen bicycle?",
     "half": "What should a guest take along on a tour?",
 }
 
@@ -210,16 +210,16 @@ def run(demo: Demo) -> None:
     demo.ready(engine)
     daemon.wait_sessions(1)
 
-    demo.ask(Case("cold", "hours", tier=None), engine)
-    demo.ask(Case("gpu hit", "tour", tier="gpu"), engine)
+    demo.ask(Case("cold", "stations", tier=None), engine)
+    demo.ask(Case("gpu hit", "lost", tier="gpu"), engine)
     board.doing("kvc2 flush; kvc2 evict --tier gpu")
     daemon.flush()
     daemon.evict("gpu")
-    demo.ask(Case("cpu hit", "bicycle", tier="cpu"), engine)
+    demo.ask(Case("cpu hit", "hours", tier="cpu"), engine)
     board.doing("kvc2 flush; kvc2 evict --tier gpu; kvc2 evict --tier cpu")
     daemon.flush()
     daemon.evict("gpu", "cpu")
-    demo.ask(Case("disk hit", "hours", tier="disk"), engine)
+    demo.ask(Case("disk hit", "stations", tier="disk"), engine)
 
     board.doing("kill -9 of the daemon and the engine; both start again")
     daemon.flush()
@@ -229,12 +229,12 @@ def run(demo: Demo) -> None:
     engine = demo.engine("engine-2", daemon)
     demo.ready(engine)
     daemon.wait_sessions(1)
-    demo.ask(Case("disk hit after kill -9", "tour", tier="disk"), engine)
+    demo.ask(Case("disk hit after kill -9", "lost", tier="disk"), engine)
     board.doing("a second engine starts")
     second = demo.engine("engine-3", daemon)
     demo.ready(second)
     daemon.wait_sessions(2)
-    demo.ask(Case("second engine", "bicycle", tier="cpu"), second)
+    demo.ask(Case("second engine", "hours", tier="cpu"), second)
     demo.ask(Case("half of the prefix", "half", tier="gpu", half=True), second)
 
 

@@ -25,7 +25,6 @@ class KeptCache:
         self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
         self._file = file
         self._cache: Any = None
-        self._prefix_tokens = 0
 
     def cold_s(self, tokens: Sequence[int]) -> float:
         """Seconds to the logits after the whole prompt, with nothing kept."""
@@ -36,7 +35,6 @@ class KeptCache:
     def prime(self, prefix: Sequence[int]) -> None:
         """Compute and keep the KV of `prefix`."""
         self._cache = self._forward(prefix, None)
-        self._prefix_tokens = len(prefix)
         tensors = {}
         for number, layer in enumerate(self._cache.layers):
             tensors[f"{number}.keys"] = layer.keys.contiguous()
@@ -50,7 +48,7 @@ class KeptCache:
         begin = time.perf_counter()
         self._forward(delta, self._cache)
         seconds = time.perf_counter() - begin
-        self._cache.crop(self._prefix_tokens)
+        self._cache.crop(-len(delta))  # a negative number: as many tokens less
         return seconds
 
     def file_s(self, delta: Sequence[int]) -> float:

@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +162,19 @@ class Engine(Process):
     def _url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @cached_property
+    def _served(self) -> str:
+        """The name that requests must carry."""
+        with urllib.request.urlopen(f"{self._url}/v1/models", timeout=5) as reply:
+            return str(json.load(reply)["data"][0]["id"])
+
     def _complete(self, path: str, body: dict[str, Any], max_tokens: int) -> Answer:
-        body |= {"model": "demo", "max_tokens": max_tokens, "temperature": 0, "kvc2_details": True}
+        body |= {
+            "model": self._served,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "kvc2_details": True,
+        }
         request = urllib.request.Request(
             self._url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -180,11 +192,12 @@ class Engine(Process):
 
 def _answer(payload: dict[str, Any], seconds: float) -> Answer:
     choice, details = payload["choices"][0], payload["kvc2"]
+    tops = [each["top"][:2] for each in details["tokens"]]
     text = choice["message"]["content"] if "message" in choice else choice["text"]
     return Answer(
         text=text,
-        tokens=tuple(details["tokens"]),
-        top=tuple((best, second) for best, second in details["top_logits"]),
+        tokens=tuple(each["token_id"] for each in details["tokens"]),
+        top=tuple((best["logit"], second["logit"]) for best, second in tops),
         prompt_tokens=details["prompt_tokens"],
         matched_tokens=details["matched_tokens"],
         tiers=dict(details["tiers"]),
