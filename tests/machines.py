@@ -103,8 +103,8 @@ class IndexMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.model.leases)
     @rule(
-        lease=choice, shift=st.sampled_from([0] * 9 + [-2, -1, 1]), tail=prompts, follow=st.booleans(),
-        page=choice, foreign=st.integers(0, 9),
+        lease=choice, shift=st.sampled_from([0] * 9 + [-2, -1, 1]), tail=prompts,
+        follow=st.booleans(), page=choice, foreign=st.integers(0, 9),
     )  # fmt: skip
     def commit(
         self, lease: int, shift: int, tail: Prompt, follow: bool, page: int, foreign: int
