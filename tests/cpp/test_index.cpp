@@ -47,7 +47,8 @@ static void a_slab_goes_only_when_all_its_pages_are_free() {
   pool.free(0);
   KVC2_CHECK(pool.take_slab(0) && !pool.take_slab(0), "free");
   pool.check(0);
-  KVC2_CHECK(*pool.allocate(PageState::kPrivate) == 2 && !pool.allocate(PageState::kPrivate), "");
+  KVC2_CHECK(*pool.allocate(PageState::kPrivate) == 2 && !pool.allocate(PageState::kPrivate),
+             "full");
   KVC2_CHECK(pool.add_slab() == 0, "the lowest number again");
   pool.check(0);
 }
