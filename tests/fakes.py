@@ -109,12 +109,12 @@ class FakeCache:
     def open_namespace(self, session: Session, namespace: bytes, identity: bytes) -> int:
         if namespace not in self.namespaces:
             self.namespaces.append(namespace)
-        return self.namespaces.index(namespace) + 1
+        return self.namespaces.index(namespace)
 
     def _prefix(self, session: Session, number: int, tokens: U32) -> list[int]:
         size, pages = session.layout.page_size, []
         for end in range(size, (len(tokens) - 1) // size * size + 1, size):
-            key = (self.namespaces[number - 1], tokens[:end].tobytes())
+            key = (self.namespaces[number], tokens[:end].tobytes())
             if key not in session.pool.resident:
                 break
             pages.append(session.pool.resident[key])
@@ -161,7 +161,7 @@ class FakeCache:
         results = []
         for index, page in enumerate(pages.tolist()):
             whole = np.concatenate([whole, tokens[index * size : (index + 1) * size]])
-            key = (self.namespaces[number - 1], whole.astype("<u4").tobytes())
+            key = (self.namespaces[number], whole.astype("<u4").tobytes())
             if page not in session.pool.private:
                 results.append(0 if session.pool.resident.get(key) == page else 2)
             elif key in session.pool.resident:

@@ -7,6 +7,7 @@ the one call a request waits for, so nothing in it is made per block or per toke
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib.metadata
 import time
 from collections.abc import Awaitable, Callable
@@ -77,7 +78,7 @@ class CacheCalls:
             )
         number = self._cache.open_namespace(session, namespace, request.identity)
         session.namespaces[number] = namespace
-        return cache_pb2.OpenNamespaceResponse(namespace_id=number)
+        return cache_pb2.OpenNamespaceResponse(namespace_id=number + 1)
 
     async def Match(self, request: cache_pb2.MatchRequest) -> cache_pb2.MatchResponse:
         session = self._session(request.session)
@@ -212,7 +213,7 @@ class CacheCalls:
         self._metrics.leases.set(leases)
         pools = {each.session_epoch: each for each in stats.pools}
         return cache_pb2.StatsResponse(
-            version=importlib.metadata.version("kvc2"),
+            version=_version(),
             instance=self._table.instance,
             uptime_s=time.monotonic() - self._started_at,
             tiers=[_tier_stats(each) for each in stats.tiers],
@@ -262,6 +263,11 @@ class _Counted:
 
     def __exit__(self, *_: object) -> None:
         self._calls._durable_waits -= 1
+
+
+@functools.cache
+def _version() -> str:
+    return importlib.metadata.version("kvc2")
 
 
 def flush_response(result: FlushResult) -> cache_pb2.FlushResponse:

@@ -81,9 +81,10 @@ def reserved(field: str, value: object, only: object) -> None:
 
 
 def namespace_id(session: Session, number: int) -> int:
-    if number not in session.namespaces:
+    """The cache's id: the wire counts from 1, so that a field that was left out is refused."""
+    if number - 1 not in session.namespaces:
         raise errors.NotFound("namespace_id", number, "opened by this session with OpenNamespace")
-    return number
+    return number - 1
 
 
 def tier(value: str) -> str:
