@@ -65,6 +65,62 @@ def option(text: str, default: str) -> Any:
     return typer.Option(help=text, show_default=default)
 
 
+# the flags of `serve`
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="YAML file of these keys, or one of KTransformers'."),
+]
+Listen = Annotated[
+    str | None,
+    option("unix:PATH, or HOST:PORT of a loopback address.", "$XDG_RUNTIME_DIR/kvc2/kvc2.sock"),
+]
+MetricsPort = Annotated[
+    int | None, option("Port of Prometheus' /metrics on 127.0.0.1; 0: any.", "off")
+]
+GpuOnly = Annotated[
+    bool | None,
+    typer.Option("--gpu-only/--no-gpu-only", help="No arena and no disk.", show_default="no"),
+]
+WritePolicyFlag = Annotated[
+    WritePolicy | None,
+    option("When a committed block is copied to slower tiers.", "behind"),
+]
+SlabBytes = Annotated[int | None, option("Bytes of a slab, a multiple of 4096.", "67108864")]
+CopyThreads = Annotated[
+    int | None, option("Threads that copy pages; 0: one a core, at most 4.", "0")
+]
+AcquireDeadlineMs = Annotated[
+    int | None, option("How long an acquire waits for slower tiers, ms.", "2000")
+]
+DrainTimeoutS = Annotated[float | None, option("How long SIGTERM may flush, seconds.", "30")]
+LogFormatFlag = Annotated[LogFormat | None, option("Of the lines on stderr.", "text")]
+CpuMemorySizeGb = Annotated[
+    float | None, option("Arena, 10^9 bytes.", "a quarter of available memory")
+]
+DiskPath = Annotated[
+    Path | None, option("Folder of slab files and catalogue; made if missing.", "no disk tier")
+]
+DiskSizeGb = Annotated[
+    float | None, option("What the disk tier may take, 10^9 bytes.", "a quarter of it")
+]
+AttnPageSize = Annotated[
+    int | None, option("Refuse engines with another page size, tokens.", "any")
+]
+AttnChunkSize = Annotated[
+    int | None, option("The engine's prefill chunk, tokens; only checked.", "any")
+]
+LimitsMaxSessions = Annotated[int | None, option("Engines at a time.", "64")]
+LimitsMaxNamespaces = Annotated[int | None, option("Namespaces a session opens.", "1024")]
+LimitsMaxLeases = Annotated[int | None, option("Open leases of a session.", "4096")]
+LimitsMaxLeasesPerCall = Annotated[int | None, option("Leases in one commit or release.", "1024")]
+LimitsMaxTokens = Annotated[int | None, option("Tokens of a prompt.", "1048576")]
+LimitsMaxPoolPages = Annotated[int | None, option("Pages of an engine's pool.", "16777216")]
+LimitsMaxGrantPages = Annotated[int | None, option("Pages of one grant.", "65536")]
+LimitsMaxQueue = Annotated[
+    int | None, option("Tasks that wait in one queue of the daemon.", "1024")
+]
+
+
 @app.command(
     epilog="Example: kvc2 serve --cpu-memory-size-gb 500 --disk-path /mnt/kv "
     "--disk-size-gb 2000. Sizes in gb are 10^9 bytes. A key of the file is a flag: "
@@ -72,69 +128,29 @@ def option(text: str, default: str) -> Any:
     "Exit codes: 0 stopped in order, 1 can't start, 2 bad usage."
 )
 def serve(
-    config_file: Annotated[
-        Path | None,
-        typer.Option("--config", help="YAML file of these keys, or one of KTransformers'."),
-    ] = None,
-    listen: Annotated[
-        str | None,
-        option("unix:PATH, or HOST:PORT of a loopback address.", "$XDG_RUNTIME_DIR/kvc2/kvc2.sock"),
-    ] = None,
-    metrics_port: Annotated[
-        int | None, option("Port of Prometheus' /metrics on 127.0.0.1; 0: any.", "off")
-    ] = None,
-    gpu_only: Annotated[
-        bool | None,
-        typer.Option("--gpu-only/--no-gpu-only", help="No arena and no disk.", show_default="no"),
-    ] = None,
-    write_policy: Annotated[
-        WritePolicy | None,
-        option("When a committed block is copied to slower tiers.", "behind"),
-    ] = None,
-    slab_bytes: Annotated[
-        int | None, option("Bytes of a slab, a multiple of 4096.", "67108864")
-    ] = None,
-    copy_threads: Annotated[
-        int | None, option("Threads that copy pages; 0: one a core, at most 4.", "0")
-    ] = None,
-    acquire_deadline_ms: Annotated[
-        int | None, option("How long an acquire waits for slower tiers, ms.", "2000")
-    ] = None,
-    drain_timeout_s: Annotated[
-        float | None, option("How long SIGTERM may flush, seconds.", "30")
-    ] = None,
-    log_format: Annotated[LogFormat | None, option("Of the lines on stderr.", "text")] = None,
-    cpu_memory_size_gb: Annotated[
-        float | None, option("Arena, 10^9 bytes.", "a quarter of available memory")
-    ] = None,
-    disk_path: Annotated[
-        Path | None, option("Folder of slab files and catalogue; made if missing.", "no disk tier")
-    ] = None,
-    disk_size_gb: Annotated[
-        float | None, option("What the disk tier may take, 10^9 bytes.", "a quarter of it")
-    ] = None,
-    attn_page_size: Annotated[
-        int | None, option("Refuse engines with another page size, tokens.", "any")
-    ] = None,
-    attn_chunk_size: Annotated[
-        int | None, option("The engine's prefill chunk, tokens; only checked.", "any")
-    ] = None,
-    limits_max_sessions: Annotated[int | None, option("Engines at a time.", "64")] = None,
-    limits_max_namespaces: Annotated[
-        int | None, option("Namespaces a session opens.", "1024")
-    ] = None,
-    limits_max_leases: Annotated[int | None, option("Open leases of a session.", "4096")] = None,
-    limits_max_leases_per_call: Annotated[
-        int | None, option("Leases in one commit or release.", "1024")
-    ] = None,
-    limits_max_tokens: Annotated[int | None, option("Tokens of a prompt.", "1048576")] = None,
-    limits_max_pool_pages: Annotated[
-        int | None, option("Pages of an engine's pool.", "16777216")
-    ] = None,
-    limits_max_grant_pages: Annotated[int | None, option("Pages of one grant.", "65536")] = None,
-    limits_max_queue: Annotated[
-        int | None, option("Tasks that wait in one queue of the daemon.", "1024")
-    ] = None,
+    config_file: ConfigFile = None,
+    listen: Listen = None,
+    metrics_port: MetricsPort = None,
+    gpu_only: GpuOnly = None,
+    write_policy: WritePolicyFlag = None,
+    slab_bytes: SlabBytes = None,
+    copy_threads: CopyThreads = None,
+    acquire_deadline_ms: AcquireDeadlineMs = None,
+    drain_timeout_s: DrainTimeoutS = None,
+    log_format: LogFormatFlag = None,
+    cpu_memory_size_gb: CpuMemorySizeGb = None,
+    disk_path: DiskPath = None,
+    disk_size_gb: DiskSizeGb = None,
+    attn_page_size: AttnPageSize = None,
+    attn_chunk_size: AttnChunkSize = None,
+    limits_max_sessions: LimitsMaxSessions = None,
+    limits_max_namespaces: LimitsMaxNamespaces = None,
+    limits_max_leases: LimitsMaxLeases = None,
+    limits_max_leases_per_call: LimitsMaxLeasesPerCall = None,
+    limits_max_tokens: LimitsMaxTokens = None,
+    limits_max_pool_pages: LimitsMaxPoolPages = None,
+    limits_max_grant_pages: LimitsMaxGrantPages = None,
+    limits_max_queue: LimitsMaxQueue = None,
 ) -> None:
     """Run the cache daemon until SIGTERM, which drains: it flushes to the disk and exits 0."""
     flags = {key: value for key, value in locals().items() if value is not None}
