@@ -65,6 +65,7 @@ class Arena:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
+        self.populated = False  # all units that can be had are here
         self.fd, self._map, self.page_kind = _create(self.capacity_bytes)
         self.memory: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
 
@@ -126,8 +127,7 @@ class Arena:
     @property
     def short_bytes(self) -> int:
         """Bytes that were asked for and could not be had; known once it is populated."""
-        alive = self._thread is None or self._thread.is_alive()
-        return 0 if alive else self.capacity_bytes - self.ready_bytes
+        return self.capacity_bytes - self.ready_bytes if self.populated else 0
 
     def _populate(self, on_ready: Callable[[], None]) -> None:
         for unit in range(self._states.size):
@@ -142,6 +142,7 @@ class Arena:
             with self._lock:
                 self._states[unit] = FREE
             on_ready()
+        self.populated = True
         on_ready()
 
     def _fault_in(self, offset: int) -> bool:

@@ -57,6 +57,7 @@ class Behind:
         self._idle: set[str] = set()
         self._quiet = asyncio.Event()
         self._settled = asyncio.Event()
+        self._woken = asyncio.Event()
         self._full_until = 0.0
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -75,6 +76,7 @@ class Behind:
 
     def wake(self) -> None:
         """There may be something to copy, or room for it."""
+        self._woken.set()
         if not self._mover.waited_for:
             self._quiet.set()
         for name, event in self._wakes.items():
@@ -88,7 +90,7 @@ class Behind:
         self.wake()
         try:
             async with asyncio.timeout(deadline_s):
-                while len(self._idle) < len(self._wakes):
+                while len(self._idle) < len(self._wakes) or self._room_is_coming():
                     self._settled.clear()
                     await self._settled.wait()
             return True
@@ -97,12 +99,21 @@ class Behind:
         finally:
             self._urgent -= 1
 
+    def _room_is_coming(self) -> bool:
+        """A daemon that just started has no slabs yet for what was committed."""
+        return not self._pools.arena.populated and self.undemoted() > 0
+
     async def rescue(self, gpu: GpuPool, timeout_s: float) -> None:
         """Copy what a dead engine committed and no other tier holds; its memory is still mapped."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while await self._demote(gpu, rescue=True):
-                    pass
+                while True:
+                    self._woken.clear()
+                    if await self._demote(gpu, rescue=True):
+                        continue
+                    if self._pools.arena.populated or not self._index.undemoted(gpu.id):
+                        break
+                    await self._woken.wait()
         self.wake()
 
     def undemoted(self) -> int:
@@ -129,7 +140,9 @@ class Behind:
         if self._mover.waited_for and not self._urgent and self._policy != "through":
             self._quiet.clear()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._quiet.wait(), PATIENCE_S)
+                # not wait_for: on Python 3.11 it loses a cancellation that comes with its end
+                async with asyncio.timeout(PATIENCE_S):
+                    await self._quiet.wait()
 
     def _wanted(self, pool: int) -> bool:
         """write_policy back copies only what is about to be evicted, or for a flush."""
@@ -213,6 +226,11 @@ class Behind:
         if evicted.pages.size:
             pools.disk.deletes.append(evicted.pages)
 
+    def _free_beyond(self, pools: LayoutPools) -> int:
+        """Free disk pages beside the two batches that are kept free."""
+        assert pools.disk_id is not None
+        return self._index.pool_counts(pools.disk_id).free - 2 * self._batch_pages(pools)
+
     def _batch_pages(self, pools: LayoutPools) -> int:
         assert pools.disk_id is not None
         held = self._index.pool_counts(pools.disk_id).pages
@@ -224,10 +242,10 @@ class Behind:
         """Slabs for what waits, as far as the budget goes; the first one from another layout."""
         assert pools.disk is not None
         assert pools.disk_id is not None
-        need = min(
-            2 * max(1, STORE_BYTES // pools.shape.page_bytes), self._index.undemoted(pools.cpu_id)
-        )
-        while self._index.pool_counts(pools.disk_id).free < need:
+        batch = max(1, STORE_BYTES // pools.shape.page_bytes)
+        waiting = min(batch, self._index.undemoted(pools.cpu_id))
+        # beside what waits, the two batches that would otherwise be evicted ahead
+        while self._free_beyond(pools) < waiting:
             if await self._grow(pools):
                 continue
             if self._index.pool_counts(pools.disk_id).slabs or not await self._take_over(pools):

@@ -12,6 +12,7 @@ import mmap
 import resource
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
@@ -306,7 +307,7 @@ class Cache:
             return self._mover.ended(step.transfer)
         if step is not None:
             return self._mover.load(pools, step)
-        if not pools.cpu.slabs() and not self._arena.wait_populated(0):
+        if not pools.cpu.slabs() and not self._arena.populated:
             return self._until_changed()  # a daemon just started: its first slab is coming
         return None
 
@@ -426,6 +427,10 @@ class Cache:
         don't hold yet is copied there first, within 2 s."""
         if self._behind is not None and tier != "disk":
             await self._behind.drained(EVICT_DRAIN_S)
+        with suppress(TimeoutError):  # what is on its way is pinned
+            async with asyncio.timeout(EVICT_DRAIN_S):
+                while self._mover.waited_for:
+                    await self._until_changed()
         wanted, evicted, last_copies = blocks or ALL, 0, 0
         for pool in self._pool_ids(tier):
             found = self.index.evict(pool, wanted - evicted)

@@ -80,7 +80,7 @@ class Pools:
     def ensure_slab(self, pools: LayoutPools) -> None:
         """A layout without a slab in the arena takes one from the largest pool. While the arena is
         still being faulted in, one will come by itself."""
-        if pools.cpu.slabs() or self._add_slab(pools) or not self.arena.wait_populated(0):
+        if pools.cpu.slabs() or self._add_slab(pools) or not self.arena.populated:
             return
         others = [each for each in self.layouts.values() if each.cpu.slabs()]
         largest = max(

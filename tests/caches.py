@@ -1,0 +1,43 @@
+"""A Cache on real tiers for tests: small slabs, every fault countable."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from kvc2.cache import Cache
+from kvc2.config import CpuConfig, DiskConfig, ServeConfig
+from kvc2.metrics import Metrics
+from kvc2.tiers.slab_file import Files
+
+MIB = 1 << 20
+SLAB_BYTES = 1 * MIB
+
+
+@asynccontextmanager
+async def running(
+    path: Path | None,
+    *,
+    cpu_bytes: int = 4 * MIB,
+    disk_bytes: int = 16 * MIB,
+    files: Files | None = None,
+    **more: object,
+) -> AsyncIterator[Cache]:
+    more.setdefault("slab_bytes", SLAB_BYTES)
+    config = ServeConfig(
+        cpu=CpuConfig.of_bytes(cpu_bytes),
+        disk=DiskConfig() if path is None else DiskConfig.of_bytes(path, disk_bytes),
+        copy_threads=2,
+        **more,  # type: ignore[arg-type]
+    )
+    cache = Cache(config, Metrics(), files=files)
+    await cache.start()
+    try:
+        yield cache
+    finally:
+        await cache.stop(10)
+
+
+def faults(cache: Cache, kind: str) -> int:
+    return int(cache._metrics.values()[f"faults_total{{kind={kind}}}"])
