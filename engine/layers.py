@@ -1,23 +1,41 @@
-"""The plain layers of a transformer. Every product with a weight goes through `linear`: that is
-the seam behind which kernels replace torch's.
+"""The plain layers of a transformer. Every product with a weight goes through `linear` (or the
+experts): on the CPU our own kernels, whose rows don't depend on the batch; elsewhere torch's.
 
 Not responsible for attention, experts, or how layers are stacked (models/).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from engine import _kernels
 from engine.config import RopeConfig
+
+
+@functools.cache
+def kernel_session() -> _kernels.Session:
+    """The best instruction set of this machine, with as many threads as torch has at the first
+    call. One for all kernels: they take turns."""
+    return _kernels.Session(_kernels.instruction_sets()[-1], torch.get_num_threads())
+
+
+def as_array(x: Tensor) -> _kernels.Array:
+    """A contiguous CPU tensor as the kernels take it; shares its memory."""
+    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """[T, in] x [out, in] -> [T, out], in the dtype of x."""
-    return functional.linear(x, weight)
+    if x.device.type != "cpu":
+        return functional.linear(x, weight)
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    _kernels.linear(kernel_session(), as_array(x.contiguous()), as_array(weight), as_array(out))
+    return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

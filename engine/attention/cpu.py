@@ -5,43 +5,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine import _kernels
 from engine.attention.base import Attention
 from engine.batch import Batch
+from engine.layers import as_array, kernel_session
 
 
 class CpuAttention(Attention):
-    """Gathers each sequence's context once per layer and attends in float32."""
+    """Our kernels, on the pages as they lie: nothing is gathered, and a token's result has the
+    same bits in any batch and chunk."""
 
-    _batch: Batch
+    _places: tuple[_kernels.I64, _kernels.I64]
+    _sequences: tuple[_kernels.I32, _kernels.I32, _kernels.I32]
 
     def plan(self, batch: Batch) -> None:
-        self._batch = batch
+        self._places = batch.page_ids.numpy(), batch.page_offsets.numpy()
+        lengths = batch.query_lens.numpy(), batch.context_lens.numpy()
+        self._sequences = (*lengths, batch.block_tables.numpy())
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        pages, offsets = self._batch.page_ids, self._batch.page_offsets
-        self.pool.key(layer)[pages, :, offsets] = key
-        self.pool.value(layer)[pages, :, offsets] = value
+        new = as_array(key.contiguous()), as_array(value.contiguous())
+        pages = as_array(self.pool.key(layer)), as_array(self.pool.value(layer))
+        _kernels.write(*new, *self._places, *pages)
 
     def attend(self, layer: int, query: Tensor) -> Tensor:
-        out = torch.empty_like(query)
-        begin = 0
-        for row, length in enumerate(self._batch.query_lens.tolist()):
-            end = begin + length
-            out[begin:end] = self._attend_one(layer, row, query[begin:end])
-            begin = end
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        pages = as_array(self.pool.key(layer)), as_array(self.pool.value(layer))
+        queries = as_array(query.contiguous())
+        _kernels.attend(kernel_session(), queries, *pages, *self._sequences, as_array(out))
         return out
-
-    def _attend_one(self, layer: int, row: int, query: Tensor) -> Tensor:
-        context = int(self._batch.context_lens[row])
-        count = -(-context // self.pool.shape.page_size)
-        pages = self._batch.block_tables[row, :count].long()
-        heads, dim = self.pool.shape.kv_heads, self.pool.shape.head_dim
-        key = self.pool.key(layer)[pages].transpose(0, 1).reshape(heads, -1, dim)[:, :context]
-        value = self.pool.value(layer)[pages].transpose(0, 1).reshape(heads, -1, dim)[:, :context]
-        tokens = query.shape[0]
-        grouped = query.view(tokens, heads, -1, dim).permute(1, 2, 0, 3).float()
-        scores = grouped @ key.float().transpose(1, 2).unsqueeze(1) * self.scale
-        ages = torch.arange(context) - torch.arange(context - tokens, context).unsqueeze(1)
-        weights = scores.masked_fill(ages > 0, -torch.inf).softmax(-1)
-        mixed = weights @ value.float().unsqueeze(1)
-        return mixed.permute(2, 0, 1, 3).reshape(query.shape).to(query.dtype)

@@ -1,0 +1,51 @@
+// Products of token rows with weights as checkpoints store them ([out, in], never repacked): one
+// weight for all tokens (linear), or the gated FFN of each token's experts (ffn).
+//
+// A result depends on its own token only: every sum runs over `in` in one fixed order, whatever
+// the number of tokens or threads. Different instruction sets sum in different orders.
+// Not responsible for routing, nor for where a weight lies.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "base/cpu.h"
+#include "base/workspace.h"
+
+namespace kvc2::experts {
+
+enum class Type { kFloat32, kBfloat16 };
+
+// y[t] = w x[t]
+struct Linear {
+  Type type;  // of all three
+  size_t tokens, in, out;
+  const void* x;  // [tokens, in]
+  const void* w;  // [out, in]
+  void* y;        // [tokens, out]
+};
+
+// y[t] = sum over j of weights[t, j] * down_e (silu(gate_e x[t]) * up_e x[t]), e = expert_ids[t, j]
+struct Ffn {
+  Type type;  // of x, gate_up, down and y
+  size_t tokens, hidden, size, experts, chosen;
+  const void* x;              // [tokens, hidden]
+  const int64_t* expert_ids;  // [tokens, chosen], each under `experts`
+  const float* weights;       // [tokens, chosen]
+  const void* gate_up;        // [experts, 2 * size, hidden], gate first
+  const void* down;           // [experts, hidden, size]
+  void* y;                    // [tokens, hidden]
+};
+
+struct Kernels {
+  void (*linear)(const Linear&, Workspace&);
+  void (*ffn)(const Ffn&, Workspace&);
+};
+
+// The kernels for an instruction set, which the machine must have. amx does bfloat16 whose sizes
+// are multiples of 32 (outputs: 16) in tiles, and leaves the rest to avx512.
+Kernels kernels(Isa isa);
+
+extern const Kernels kPortableKernels, kAvx2Kernels, kAvx512Kernels, kAmxKernels;
+
+}  // namespace kvc2::experts

@@ -1,0 +1,114 @@
+// bfloat16 products in AMX tiles. With tokens as columns a weight's stored rows are the left
+// operand as they are, so nothing is repacked, and one token costs what its weights' bytes cost.
+#include <immintrin.h>
+
+#include "base/tiles.h"
+#include "experts/grouped.h"
+
+namespace kvc2::experts {
+namespace {
+
+struct TilesProduct {
+  using Element = uint16_t;
+
+  // A panel is [in / 2][16] pairs: the pair (x[2k], x[2k + 1]) of sixteen tokens is a tile row.
+  static size_t panel_bytes(size_t in) { return in / 2 * kTileRowBytes; }
+
+  static void pack(const uint16_t* const (&rows)[kLanes], size_t in, std::byte* panel) {
+    pack_pairs(rows, in, panel);
+  }
+
+  static void pack_output(std::byte* panel, size_t index, const Lanes (&outputs)[kLanes], size_t) {
+    for (size_t i = 0; i < kLanes; i += 2) {
+      const WordLanes pair = (round_to_bf16(outputs[i]) >> 16) | round_to_bf16(outputs[i + 1]);
+      store(panel + (index + i) / 2 * kTileRowBytes, reinterpret_cast<Lanes>(pair));
+    }
+  }
+
+  class Session {
+   public:
+    template <class Epilogue>
+    void run(const WeightRows<uint16_t>& rows, size_t in, const Panels& panels,
+             const Epilogue& epilogue) {
+      // A missing second run is computed as the first again, and dropped by the caller.
+      const uint16_t* second = rows.second_count > 0 ? rows.second : rows.first;
+      const bool fetch = panels.count <= 2;  // then it is the weights that we wait for
+      size_t p = 0;
+      for (; p + 2 <= panels.count; p += 2) {
+        multiply_two(rows.first, second, in, panels.at(p), panels.at(p + 1), fetch);
+        epilogue(p, sums_[0], sums_[1]);
+        epilogue(p + 1, sums_[2], sums_[3]);
+      }
+      if (p < panels.count) {
+        multiply_one(rows.first, second, in, panels.at(p), fetch);
+        epilogue(p, sums_[0], sums_[1]);
+      }
+    }
+
+   private:
+    // The same lines of the next sixteen rows: one call's rows are too few for the prefetcher.
+    static void prefetch(const uint16_t* w, size_t in) {
+      for (size_t row = kLanes; row < 2 * kLanes; ++row) {
+        _mm_prefetch(reinterpret_cast<const char*>(w + row * in), _MM_HINT_T0);
+      }
+    }
+
+    void multiply_two(const uint16_t* first, const uint16_t* second, size_t in,
+                      const std::byte* left, const std::byte* right, bool fetch) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (size_t k = 0; k < in; k += kTilePairs * 2) {
+        if (fetch) prefetch(first + k, in), prefetch(second + k, in);
+        _tile_loadd(4, first + k, in * sizeof(uint16_t));
+        _tile_loadd(6, left + k / 2 * kTileRowBytes, kTileRowBytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, second + k, in * sizeof(uint16_t));
+        _tile_dpbf16ps(1, 5, 6);
+        _tile_loadd(7, right + k / 2 * kTileRowBytes, kTileRowBytes);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      _tile_stored(0, sums_[0], kTileRowBytes);
+      _tile_stored(1, sums_[1], kTileRowBytes);
+      _tile_stored(2, sums_[2], kTileRowBytes);
+      _tile_stored(3, sums_[3], kTileRowBytes);
+    }
+
+    void multiply_one(const uint16_t* first, const uint16_t* second, size_t in,
+                      const std::byte* panel, bool fetch) {
+      _tile_zero(0);
+      _tile_zero(1);
+      for (size_t k = 0; k < in; k += kTilePairs * 2) {
+        if (fetch) prefetch(first + k, in), prefetch(second + k, in);
+        _tile_loadd(4, first + k, in * sizeof(uint16_t));
+        _tile_loadd(5, second + k, in * sizeof(uint16_t));
+        _tile_loadd(6, panel + k / 2 * kTileRowBytes, kTileRowBytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+      }
+      _tile_stored(0, sums_[0], kTileRowBytes);
+      _tile_stored(1, sums_[1], kTileRowBytes);
+    }
+
+    Tiles tiles_;
+    Lanes sums_[4][kLanes];
+  };
+};
+
+void amx_linear(const Linear& call, Workspace& workspace) {
+  const bool fits = call.type == Type::kBfloat16 && call.in % 32 == 0 && call.out % 16 == 0;
+  fits ? linear<TilesProduct>(call, workspace) : kAvx512Kernels.linear(call, workspace);
+}
+
+void amx_ffn(const Ffn& call, Workspace& workspace) {
+  const bool fits = call.type == Type::kBfloat16 && call.hidden % 32 == 0 && call.size % 32 == 0;
+  fits ? ffn<TilesProduct>(call, workspace) : kAvx512Kernels.ffn(call, workspace);
+}
+
+}  // namespace
+
+const Kernels kAmxKernels = {amx_linear, amx_ffn};
+
+}  // namespace kvc2::experts

@@ -1,0 +1,7 @@
+#include "experts/lanes_product.h"
+
+namespace kvc2::experts {
+
+const Kernels kPortableKernels = {lanes_linear, lanes_ffn};
+
+}  // namespace kvc2::experts

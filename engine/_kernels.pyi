@@ -1,0 +1,71 @@
+"""The engine's kernels as Python sees them: products with weights, attention over pages.
+
+An array is numpy's, C-contiguous: float32, or uint16 that holds bfloat16; all of one call's arrays
+have the same type. A wrong dtype or shape is a ValueError that names the argument. Calls release
+the GIL. A row's result has the same bits whatever else is in the call, and however many threads.
+"""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[Any]  # float32, or uint16 that holds bfloat16
+I32: TypeAlias = NDArray[np.int32]
+I64: TypeAlias = NDArray[np.int64]
+F32: TypeAlias = NDArray[np.float32]
+
+def instruction_sets() -> list[str]:
+    """Of portable, avx2, avx512, amx: those that this machine offers, plainest first."""
+
+class Session:
+    """An instruction set, threads and scratch memory. Calls from several threads take turns."""
+
+    def __init__(self, instruction_set: str, threads: int) -> None: ...
+
+def linear(session: Session, x: Array, w: Array, y: Array, /) -> None:
+    """y [tokens, out] = x [tokens, in] times w [out, in] transposed."""
+
+def ffn(
+    session: Session,
+    x: Array,
+    expert_ids: I64,
+    weights: F32,
+    gate_up: Array,
+    down: Array,
+    y: Array,
+    /,
+) -> None:
+    """y[t] = sum over j of weights[t, j] * down_e (silu(gate_e x[t]) * up_e x[t]).
+
+    x, y [tokens, hidden]; expert_ids, weights [tokens, k], e = expert_ids[t, j]; gate_up
+    [experts, 2 * size, hidden], gate first; down [experts, hidden, size].
+    """
+
+def attend(
+    session: Session,
+    query: Array,
+    key_pages: Array,
+    value_pages: Array,
+    query_lens: I32,
+    context_lens: I32,
+    block_tables: I32,
+    output: Array,
+    /,
+) -> None:
+    """Causal attention of query [tokens, query_heads, head_dim], sequence after sequence.
+
+    Pages [num_pages, kv_heads, page_size, head_dim]; block_tables [sequences, max_pages]; a
+    sequence's queries are the last query_lens of its context_lens tokens.
+    """
+
+def write(
+    key: Array,
+    value: Array,
+    page_ids: I64,
+    offsets: I64,
+    key_pages: Array,
+    value_pages: Array,
+    /,
+) -> None:
+    """key_pages[page_ids[t], :, offsets[t]] = key[t], and so with values."""
