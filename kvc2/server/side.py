@@ -126,7 +126,9 @@ class SideSocket:
     async def _finish(self, connection: socket.socket, nonce: bytes, handover: Handover) -> None:
         try:
             await self._join(nonce, handover)
-        except (errors.Kvc2Error, OSError, ValueError) as error:
+        except Exception as error:  # also a fault of our own: the engine must not be left waiting
+            if not isinstance(error, errors.Kvc2Error):
+                self._metrics.fault("internal_error")
             handover.close()
             self._refuse(connection, error)
             return
