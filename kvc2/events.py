@@ -102,7 +102,12 @@ class EventFormatter(logging.Formatter):
         if record.exc_info and record.exc_info[1] is not None:
             facts["exception"] = _cut(self.formatException(record.exc_info))
         if self._form == "json":
-            line = {"time": stamp, "level": record.levelname.lower(), "event": record.getMessage(), **facts}
+            line = {
+                "time": stamp,
+                "level": record.levelname.lower(),
+                "event": record.getMessage(),
+                **facts,
+            }
             return json.dumps(line)
         words = [f"{key}={json.dumps(value)}" for key, value in facts.items()]
         return " ".join([stamp, record.levelname.lower(), record.getMessage(), *words])
