@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from kvc2 import _core, errors
 from kvc2.arena import Arena
 from kvc2.behind import Behind
 from kvc2.config import ServeConfig
+from kvc2.loading import Loader
 from kvc2.metrics import Metrics
 from kvc2.mover import GpuPool, Mover
 from kvc2.results import (
@@ -54,12 +55,9 @@ __all__ = [
 U8 = NDArray[np.uint8]
 U32 = NDArray[np.uint32]
 
-LOAD_BYTES = 64 << 20  # of one transfer from disk: 50 ms of reading, in parts on a few threads
-ARENA_SHARE = 4  # at most a quarter of the arena is being loaded at a time
 RESCUE_S = 2.0  # for a dead engine's uncopied blocks
 EVICT_DRAIN_S = 2.0
 ALL = 0xFFFFFFFF
-Step = asyncio.Future[int] | asyncio.Future[None] | asyncio.Future[Literal[True]]
 
 
 @dataclass(eq=False)
@@ -112,12 +110,13 @@ class Cache:
         starts = 0 if self._disk is None else self._disk.catalogue.start_count
         stamp = 0 if self._disk is None else self._disk.last_stamp()
         self.index = _core.Index(first_generation=(starts << 32) + 1, first_stamp=stamp + 1)
-        self._changed = asyncio.Event()
         self._mover = Mover(self.index, self._metrics, memory, self._disk, self._transfer_ended)
+        self._loader = Loader(self.index, self._mover, self._metrics)
         if self._arena is not None:
             self._copiers = Copier(config.copy_threads), Copier(config.copy_threads)
             self._pools = Pools(self.index, self._arena, self._disk, self._metrics)
             self._pools.restore()
+            self._loader.pools = self._pools
             self._behind = Behind(
                 self.index,
                 self._mover,
@@ -150,11 +149,11 @@ class Cache:
         assert self._arena is not None
         if self._arena.short_bytes:
             self._metrics.fault("arena_short")
-        self._changed.set()
+        self._loader.changed()
         self._wake()
 
     def _transfer_ended(self) -> None:
-        self._changed.set()
+        self._loader.changed()
         self._wake()
 
     def _wake(self) -> None:
@@ -260,14 +259,15 @@ class Cache:
         blocks = (len(tokens) - 1) // session.layout.page_size
         opened = self.index.acquire(namespace_id, pool.gpu.id, _u32(tokens), blocks)
         session.leases[request_id] = opened.id
-        reply: asyncio.Future[AcquireResult] = asyncio.get_running_loop().create_future()
+        reply: asyncio.Future[AcquireResult] = _future()
         pool.replies[request_id] = reply
-        self._promote(pool, opened.id)
         try:
-            step = self._next_load(pool, opened.id)
+            step = self._loader.begin(pool.gpu, opened.id)
             if step is not None:
-                await self._settle(pool, request_id, opened.id, step, deadline_s)
+                released = pool.settling[request_id] = _future()
+                await self._loader.settle(pool.gpu, opened.id, step, released, deadline_s)
         finally:
+            pool.settling.pop(request_id, None)
             # also when the caller went away: it may ask again under this request_id
             if session.leases.get(request_id) == opened.id:
                 reply.set_result(self._answer(session, opened.id, grant_pages))
@@ -276,78 +276,6 @@ class Cache:
         if session.pool is None or pool.gpu.broken:
             raise errors.SessionOver(f"session {session.epoch} has ended")
         return reply.result()
-
-    def _promote(self, pool: SessionPool, lease: int) -> bool:
-        """cpu -> gpu as far as pages go; whether there was something."""
-        if pool.gpu.broken:
-            raise errors.SessionOver("a transfer into the session's pool has failed: attach again")
-        transfer = self.index.promote(lease)
-        if transfer is None:
-            return False
-        self._mover.promote(pool.gpu, transfer)
-        return True
-
-    def _next_load(self, pool: SessionPool, lease: int) -> Step | None:
-        """Begin the next load of the lease, or find the one that it waits for."""
-        pools = pool.gpu.pools
-        if pools is None or pools.disk is None or self._pools is None or self._arena is None:
-            return None
-        quarter = self._arena.capacity_bytes // ARENA_SHARE
-        room = quarter - self._mover.loading_bytes
-        if room < pools.shape.page_bytes and self._mover.loading_bytes:
-            return self._until_changed()
-        view = self.index.lease(lease)
-        wanted = view.matched - view.pages.size
-        if wanted == 0:
-            return None
-        pages = min(wanted, max(1, min(LOAD_BYTES, room) // pools.shape.page_bytes))
-        self._pools.make_room(pools, pages)
-        step = self.index.next_load(lease, pages)
-        if isinstance(step, _core.Wait):
-            return self._mover.ended(step.transfer)
-        if step is not None:
-            return self._mover.load(pools, step)
-        if not pools.cpu.slabs() and not self._arena.populated:
-            return self._until_changed()  # a daemon just started: its first slab is coming
-        return None
-
-    def _until_changed(self) -> asyncio.Future[Literal[True]]:
-        """Done when a load has ended or the arena has grown."""
-        self._changed.clear()
-        return asyncio.ensure_future(self._changed.wait())
-
-    async def _settle(
-        self,
-        pool: SessionPool,
-        request_id: bytes,
-        lease: int,
-        step: Step,
-        deadline_s: float,
-    ) -> None:
-        """Load and promote until nothing more can come, the deadline, or a release."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + deadline_s
-        released: asyncio.Future[None] = loop.create_future()
-        pool.settling[request_id] = released
-        try:
-            next_step: Step | None = step
-            while next_step is not None:
-                await asyncio.wait(
-                    [next_step, released],
-                    timeout=max(0.0, deadline - loop.time()),
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-                if released.done():
-                    return
-                if not next_step.done():
-                    self._metrics.fault("acquire_deadline")
-                    return
-                self._promote(pool, lease)
-                if next_step.result() == 0:  # a load that brought nothing would be tried for ever
-                    return
-                next_step = self._next_load(pool, lease)
-        finally:
-            del pool.settling[request_id]
 
     def _answer(self, session: Session, lease: int, grant_pages: int) -> AcquireResult:
         pool, size = _pool(session), session.layout.page_size
@@ -430,7 +358,7 @@ class Cache:
         with suppress(TimeoutError):  # what is on its way is pinned
             async with asyncio.timeout(EVICT_DRAIN_S):
                 while self._mover.waited_for:
-                    await self._until_changed()
+                    await self._loader.until_changed()
         wanted, evicted, last_copies = blocks or ALL, 0, 0
         for pool in self._pool_ids(tier):
             found = self.index.evict(pool, wanted - evicted)
@@ -531,6 +459,10 @@ def _nothing() -> AcquireResult:
 def _call(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
     """From another thread."""
     loop.call_soon_threadsafe(work)
+
+
+def _future() -> asyncio.Future[Any]:
+    return asyncio.get_running_loop().create_future()
 
 
 def _finish(future: asyncio.Future[None]) -> None:

@@ -48,6 +48,11 @@ def prompt(seed: int, blocks: int, page_size: int = PAGE_SIZE) -> U32:
     return found.astype(np.uint32)
 
 
+def _tell(told: asyncio.Future[None]) -> None:
+    if not told.done():
+        told.set_result(None)
+
+
 class StandIn:
     """One session of `cache`, of `num_pages` pages."""
 
@@ -110,7 +115,7 @@ class StandIn:
         loop = asyncio.get_running_loop()
         while transfer and struct.unpack_from("<Q", self.progress)[0] < target:
             told: asyncio.Future[None] = loop.create_future()
-            loop.add_reader(self.event_fd, lambda: told.done() or told.set_result(None))
+            loop.add_reader(self.event_fd, _tell, told)
             try:
                 await asyncio.wait_for(told, 10)
                 os.eventfd_read(self.event_fd)

@@ -27,7 +27,7 @@ KVC2_FLOORS = """
     cli
     server, client
     cache
-    sessions, mover, behind, events
+    sessions, loading, behind, mover, events
     tiers
     arena
     layout, namespace, results, v1
