@@ -1,0 +1,71 @@
+"""The arena: sealed memory, handed out in runs, faulted in behind a serving daemon."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+
+import pytest
+
+from kvc2 import errors
+from kvc2.arena import Arena
+
+UNIT = 1 << 16
+
+
+def populated(units: int, available: int = 1 << 40) -> Arena:
+    arena = Arena(units * UNIT, UNIT, available_bytes=lambda: available)
+    arena.start()
+    assert arena.wait_populated(20)
+    return arena
+
+
+def test_nobody_else_can_write_resize_or_unseal_the_arena() -> None:
+    arena = populated(2)
+    with pytest.raises(PermissionError):
+        mmap.mmap(arena.fd, 2 * UNIT, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    with pytest.raises(PermissionError):
+        os.ftruncate(arena.fd, UNIT)
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(arena.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    reader = mmap.mmap(arena.fd, 2 * UNIT, mmap.MAP_SHARED, mmap.PROT_READ)
+    arena.memory[UNIT] = 42  # the daemon writes on, and readers see it
+    assert reader[UNIT] == 42
+    arena.close()
+
+
+def test_runs_are_contiguous_disjoint_and_come_back() -> None:
+    arena = populated(6)
+    first, second, third = (arena.take(2 * UNIT) for _ in range(3))
+    assert [first, second, third] == [0, 2 * UNIT, 4 * UNIT]
+    assert arena.take(UNIT) is None
+    arena.give_back(2 * UNIT, 2 * UNIT)
+    assert arena.take(3 * UNIT) is None
+    assert arena.take(2 * UNIT) == second
+    with pytest.raises(ValueError):
+        arena.give_back(6 * UNIT, UNIT)
+    arena.close()
+
+
+def test_what_is_not_faulted_in_yet_is_not_handed_out() -> None:
+    arena = Arena(4 * UNIT, UNIT)
+    assert arena.take(UNIT) is None
+    seen: list[int] = []
+    arena.start(lambda: seen.append(arena.ready_bytes))
+    assert arena.wait_populated(20)
+    assert seen == [UNIT, 2 * UNIT, 3 * UNIT, 4 * UNIT, 4 * UNIT]
+    arena.close()
+
+
+def test_what_cannot_be_had_shrinks_the_arena() -> None:
+    arena = populated(4, available=0)
+    assert arena.populated
+    assert (arena.ready_bytes, arena.short_bytes) == (0, 4 * UNIT)
+    assert arena.take(UNIT) is None
+    arena.close()
+
+
+def test_an_arena_of_less_than_a_slab_is_refused() -> None:
+    with pytest.raises(errors.InvalidConfig, match=r"cpu\.memory_size_gb"):
+        Arena(UNIT - 1, UNIT)

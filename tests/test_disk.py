@@ -1,0 +1,75 @@
+"""The disk's order: deletes are committed before a page is used again, whatever fails."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvc2 import _core
+from kvc2.tiers.catalogue import Change, Full
+from kvc2.tiers.disk import Outcome
+from kvc2.tiers.pools import LayoutPools
+from tests.caches import MIB, running
+from tests.stand_in import StandIn, prompt
+
+
+@pytest.mark.parametrize("failing", [0, 3], ids=["sound", "every-third-commit-fails"])
+def test_a_page_is_planned_only_after_its_delete_is_committed(
+    tmp_path: Path, failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvc2.behind.RETRY_S", 0.0)
+    recorded: set[int] = set()  # pages with a committed record
+    reused = commits = 0
+
+    async def run() -> None:
+        nonlocal reused
+        async with running(tmp_path, cpu_bytes=2 * MIB, disk_bytes=4 * MIB) as cache:
+            disk, mover = cache._disk, cache._mover
+            assert disk is not None
+            commit, store = disk.catalogue.commit, mover.store
+            ever: set[int] = set()
+
+            def sometimes(change: Change) -> None:
+                nonlocal commits
+                commits += 1
+                if failing and commits % failing == 0:
+                    raise Full("injected")
+                commit(change)
+                for arrays in change.deletes.values():
+                    recorded.difference_update(np.concatenate(arrays).tolist())
+                keys = b"".join(key for key, _ in change.inserts)
+                recorded.update(np.frombuffer(keys, ">u4")[1::2].tolist())
+
+            async def judged(pools: LayoutPools, transfer: _core.Transfer | None) -> Outcome:
+                nonlocal reused
+                if transfer is not None:
+                    planned = set(transfer.target_pages.tolist())
+                    assert not planned & recorded
+                    reused += len(planned & ever)
+                    ever.update(planned)
+                return await store(pools, transfer)
+
+            monkeypatch.setattr(disk.catalogue, "commit", sometimes)
+            monkeypatch.setattr(mover, "store", judged)
+            engine = StandIn(cache, 64)
+            for seed in range(30):
+                await engine.ask(prompt(seed, 32))
+                await cache.flush(10)
+            cache.index.check()
+            assert reused > 0
+            assert cache._metrics.values()["faults_total{kind=internal_error}"] == 0
+
+    asyncio.run(run())
+
+    async def again() -> None:
+        async with running(tmp_path, disk_bytes=4 * MIB) as cache:
+            engine = StandIn(cache, 64)
+            for seed in range(30):
+                await engine.ask(prompt(seed, 32))
+            for kind in ("corrupt_block", "foreign_block", "stale_page"):
+                assert cache._metrics.values()[f"faults_total{{kind={kind}}}"] == 0
+
+    asyncio.run(again())
