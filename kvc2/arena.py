@@ -120,11 +120,6 @@ class Arena:
             return int(np.count_nonzero(self._states)) * self.unit_bytes
 
     @property
-    def free_bytes(self) -> int:
-        with self._lock:
-            return int(np.count_nonzero(self._states == FREE)) * self.unit_bytes
-
-    @property
     def short_bytes(self) -> int:
         """Bytes that were asked for and could not be had; known once it is populated."""
         return self.capacity_bytes - self.ready_bytes if self.populated else 0

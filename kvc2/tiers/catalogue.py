@@ -255,11 +255,6 @@ class Catalogue:
             del self._new_namespaces[name]
         self._keep_whole()
 
-    @property
-    def has_news(self) -> bool:
-        """Whether a layout or namespace waits for a commit."""
-        return bool(self._new_layouts or self._new_namespaces)
-
     def drop_namespaces(self, names: Iterable[bytes]) -> None:
         """Forget namespaces that hold no block any more."""
         with self._env.begin(write=True) as txn:
