@@ -1,0 +1,234 @@
+"""Greedy output is the same, token for token in fp32, wherever the prefix comes from.
+
+One daemon and one engine, real processes, for all tests of this file; the truth is an engine
+without a daemon. Every prompt is its test's own, so that the tests don't feed each other.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from engine.serve import assemble
+from engine.settings import EngineConfig
+from tests.system.daemon import DaemonProcess
+from tests.system.engine import Answer, EngineProcess, small_model
+
+PAGES = 160  # 2,560 tokens: the tests below fill it several times
+FLAGS = ("--num-pages", str(PAGES), "--chunk-size", "64", "--max-running", "4")
+Truth = Callable[[list[int], int], list[int]]
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    return random.Random(seed).choices(range(3, 259), k=length)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def truth(model: Path) -> Iterator[Truth]:
+    """What an engine without any cache answers."""
+    engine = assemble(EngineConfig(model=model, num_pages=PAGES, chunk_size=64, threads=1))
+    with TestClient(engine.app) as client:
+
+        def answer(tokens: list[int], max_tokens: int) -> list[int]:
+            body = {
+                "model": model.name,
+                "prompt": tokens,
+                "max_tokens": max_tokens,
+                "temperature": 0,
+                "ignore_eos": True,
+                "kvc2_details": True,
+            }
+            return Answer(client.post("/v1/completions", json=body).json()).tokens
+
+        yield answer
+    engine.prefix.close()
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    folder = tmp_path_factory.mktemp("daemon")
+    disk = ("--disk-path", str(folder / "disk"), "--disk-size-gb", "0.2")
+    with DaemonProcess(folder, *disk) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def engine(
+    model: Path, daemon: DaemonProcess, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[EngineProcess]:
+    log = tmp_path_factory.mktemp("engine") / "log"
+    with EngineProcess(model, log, "--kvc2", daemon.address, *FLAGS) as process:
+        process.wait_attached()
+        yield process
+
+
+def test_from_the_gpu_tier(engine: EngineProcess, truth: Truth) -> None:
+    tokens = prompt(300, 1)
+    cold, warm = engine.complete(tokens), engine.complete(tokens)
+    assert cold.tokens == warm.tokens == truth(tokens, 8)
+    assert (cold.matched, warm.matched) == (0, 288)
+    assert warm.tiers["gpu"] == 288
+    assert warm.details["prefilled_tokens"] == 12
+    assert warm.body["usage"]["prompt_tokens_details"]["cached_tokens"] == 288
+
+
+def test_from_the_cpu_tier(engine: EngineProcess, daemon: DaemonProcess, truth: Truth) -> None:
+    tokens = prompt(300, 2)
+    engine.complete(tokens)
+    daemon.admin().flush(10)
+    daemon.admin().evict("gpu")
+    warm = engine.complete(tokens)
+    assert warm.tokens == truth(tokens, 8)
+    assert warm.tiers == {"gpu": 0, "cpu": 288, "disk": 0, "remote": 0}
+
+
+def test_from_the_disk_tier(engine: EngineProcess, daemon: DaemonProcess, truth: Truth) -> None:
+    tokens = prompt(300, 3)
+    engine.complete(tokens)
+    daemon.admin().flush(10)
+    daemon.admin().evict("gpu")
+    daemon.admin().evict("cpu")
+    warm = engine.complete(tokens)
+    assert warm.tokens == truth(tokens, 8)
+    assert warm.tiers == {"gpu": 0, "cpu": 0, "disk": 288, "remote": 0}
+
+
+def test_after_eviction_under_pressure(engine: EngineProcess, truth: Truth) -> None:
+    prompts = [prompt(500, seed) for seed in range(40, 48)]  # 4,000 tokens in a pool of 2,560
+    for _ in range(2):
+        for tokens in prompts:
+            assert engine.complete(tokens).tokens == truth(tokens, 8)
+
+
+def test_a_half_shared_prefix(engine: EngineProcess, truth: Truth) -> None:
+    shared = prompt(200, 5)
+    engine.complete(shared + prompt(100, 6))
+    other = shared + prompt(100, 7)
+    warm = engine.complete(other)
+    assert warm.tokens == truth(other, 8)
+    assert warm.matched == 192
+
+
+def test_the_next_turn_hits_what_was_generated(engine: EngineProcess, truth: Truth) -> None:
+    tokens = prompt(40, 8)
+    first = engine.complete(tokens, 40)
+    turn = tokens + first.tokens + prompt(20, 9)
+    second = engine.complete(turn)
+    assert second.tokens == truth(turn, 8)
+    assert second.matched == 64  # 79 tokens had KV
+
+
+def test_concurrent_identical_prompts_are_prefilled_once(
+    engine: EngineProcess, truth: Truth
+) -> None:
+    tokens = prompt(600, 10)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: engine.complete(tokens), range(4)))
+    assert [a.tokens for a in answers] == [truth(tokens, 8)] * 4
+    assert sum(a.details["prefilled_tokens"] for a in answers) == 600 + 3 * 8
+
+
+def test_a_batch_of_different_prompts(engine: EngineProcess, truth: Truth) -> None:
+    prompts = [prompt(30 + 70 * i, 20 + i) for i in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda p: engine.complete(p, 24), prompts))
+    for tokens, answer in zip(prompts, answers, strict=True):
+        assert answer.tokens == truth(tokens, 24)
+
+
+def test_after_the_daemon_was_killed_and_restarted(
+    engine: EngineProcess, daemon: DaemonProcess, truth: Truth
+) -> None:
+    tokens = prompt(300, 11)
+    engine.complete(tokens)
+    daemon.admin().flush(10)
+    daemon.kill()
+    engine.wait_attached(False)
+    alone = engine.complete(tokens)
+    assert alone.tokens == truth(tokens, 8)
+    assert alone.matched == 0
+    daemon.start()
+    engine.wait_attached()
+    warm = engine.complete(tokens)
+    assert warm.tokens == truth(tokens, 8)
+    assert warm.tiers["disk"] == 288
+
+
+@pytest.mark.parametrize("how", ["killed", "frozen"])
+def test_a_daemon_that_goes_away_in_mid_request(
+    engine: EngineProcess, daemon: DaemonProcess, truth: Truth, how: str
+) -> None:
+    # a silent daemon may yet write its pages, so that only granted ones hold what comes
+    tokens, most = (prompt(500, 12), 300) if how == "killed" else (prompt(500, 13), 60)
+    generated = engine.metric("kvc2_engine_generated_tokens_total")
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(engine.complete, tokens, most + i) for i in range(2)]
+        engine.wait_until(
+            lambda: engine.metric("kvc2_engine_generated_tokens_total") > generated + 4
+        )
+        daemon.kill() if how == "killed" else daemon.freeze()
+        for i, answer in enumerate(answers):
+            assert answer.result(60).tokens == truth(tokens, most + i)
+    engine.wait_attached(False)
+    assert engine.complete(tokens, 4).tokens == truth(tokens, 4)
+    daemon.start() if how == "killed" else daemon.thaw()
+    engine.wait_attached()
+    assert engine.complete(tokens, 4).tokens == truth(tokens, 4)
+    again = engine.complete(tokens, 4)
+    assert again.tokens == truth(tokens, 4)
+    assert again.matched == 496
+
+
+def test_a_caller_who_hangs_up_frees_its_pages(
+    engine: EngineProcess, daemon: DaemonProcess
+) -> None:
+    stream = engine.openai.completions.create(
+        model=engine.model_name,
+        prompt=prompt(200, 14),
+        max_tokens=1500,
+        stream=True,
+        temperature=0,
+        extra_body={"ignore_eos": True},
+    )
+    next(iter(stream))
+    assert engine.metric("kvc2_engine_running") == 1
+    stream.close()
+    engine.wait_until(lambda: engine.metric("kvc2_engine_running") == 0)
+    engine.wait_until(lambda: daemon.admin().stats().leases == 0)
+    assert engine.metric("kvc2_engine_requests_total", outcome="cancelled") >= 1
+    engine.wait_until(lambda: engine.metric("kvc2_engine_pages", owner="used") == 0)
+
+
+def test_a_second_engine_hits_what_the_first_computed(
+    model: Path, engine: EngineProcess, daemon: DaemonProcess, truth: Truth, tmp_path: Path
+) -> None:
+    tokens = prompt(300, 15)
+    with EngineProcess(model, tmp_path / "log", "--kvc2", daemon.address, *FLAGS) as other:
+        other.wait_attached()
+        engine.complete(tokens)
+        daemon.admin().flush(10)
+        warm = other.complete(tokens)
+        assert warm.tokens == truth(tokens, 8)
+        assert warm.tiers["cpu"] == 288
+        turn = tokens + warm.tokens + prompt(100, 16)
+        other.complete(turn)
+        daemon.admin().flush(10)
+        back = engine.complete(turn)
+        assert back.tokens == truth(turn, 8)
+        assert back.matched == 400
+        with ThreadPoolExecutor(4) as pool:
+            both = prompt(700, 17)
+            answers = list(pool.map(lambda e: e.complete(both), [engine, other] * 2))
+        assert [a.tokens for a in answers] == [truth(both, 8)] * 4
+        assert other.stop() == 0
+    assert daemon.admin().stats().sessions[0].pool.pages == PAGES

@@ -1,0 +1,138 @@
+"""Settings from a file and flags, checked once; text as it comes; the command's exit codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from engine.cli import app
+from engine.errors import ConfigError
+from engine.settings import EngineConfig, load, read_api_keys
+from engine.text import IncrementalText
+
+KTRANSFORMERS = """
+log: {dir: logs, level: DEBUG}
+server: {ip: 0.0.0.0, port: 10002}
+user: {secret_key: x}
+model: {type: balance_serve}
+attn:
+  page_size: 256
+  chunk_size: 512
+kvc2:
+  gpu_only: true
+  utilization_percentage: 1.0
+  cpu_memory_size_GB: 500
+"""
+
+
+def test_a_ktransformers_file_loads_unchanged(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(KTRANSFORMERS)
+    config = load(tmp_path / "config.yaml", {"model": Path("m"), "port": None})
+    assert (config.page_size, config.chunk_size, config.port) == (256, 512, 30000)
+
+
+def test_flags_go_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("model: /m\nmax_running: 3\nport: 1\nkvc2: unix:/x\n")
+    config = load(tmp_path / "c.yaml", {"port": 2})
+    assert (config.max_running, config.port, config.kvc2) == (3, 2, "unix:/x")
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"dtype": "int8"}, "dtype"),
+        ({"page_size": 24}, "page_size"),
+        ({"chunk_size": 40}, "chunk_size"),
+        ({"max_running": 0}, "max_running"),
+        ({"max_queued": 0}, "max_queued"),
+        ({"threads": -1}, "threads"),
+        ({"num_pages": 1}, "num_pages"),
+        ({"port": 65536}, "port"),
+        ({"kv_memory_gb": 0.0}, "kv_memory_gb"),
+        ({"max_body_mb": float("inf")}, "max_body_mb"),
+        ({"load_timeout_s": -1.0}, "load_timeout_s"),
+        ({"token_budget": 256}, "token_budget"),
+        ({"host": "0.0.0.0"}, "host"),
+    ],
+)
+def test_a_bad_setting_is_named(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        EngineConfig(model=Path("m"), **fields)
+    assert refused.value.field == named
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("max_runing: 3", "max_running"),
+        ("attn: {page_sise: 16}", "attn.page_size"),
+        ("attn: 5", "attn"),
+        ("port: many", "port"),
+        ("- a", "config"),
+        ("a: [", "config"),
+    ],
+)
+def test_a_bad_file_is_told_with_the_nearest_name(tmp_path: Path, text: str, named: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=named):
+        load(tmp_path / "c.yaml", {"model": Path("m")})
+
+
+def test_keys_are_read_and_never_shown(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text("secret-a: team-a\nsecret-b: team-b\n")
+    assert read_api_keys(path) == {"secret-a": "team-a", "secret-b": "team-b"}
+    path.write_text("secret-a: 5\n")
+    with pytest.raises(ConfigError) as refused:
+        read_api_keys(path)
+    assert "secret" not in str(refused.value)
+
+
+def test_help_names_every_setting() -> None:
+    text = CliRunner().invoke(app, ["serve", "--help"]).output
+    for name in EngineConfig.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in text
+    assert CliRunner().invoke(app, ["serve", "--no-such-flag"]).exit_code == 2
+
+
+def decode_utf8(token_ids: Any) -> str:
+    return bytes(token_ids).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("text", ["plain", "Grüße 🎉 ok", "日本語", "\ud7ff end"])
+def test_characters_come_whole_and_once(text: str) -> None:
+    stream = IncrementalText(decode_utf8)
+    pieces = [stream.push(byte).text for byte in text.encode()]
+    assert "".join(pieces) + stream.flush() == text
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_bytes_that_are_no_text_come_out_in_the_end() -> None:
+    stream = IncrementalText(decode_utf8)
+    text = "".join(stream.push(byte).text for byte in b"a\xffb\xe4") + stream.flush()
+    assert text == "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "shown"),
+    [
+        ("one two three", ["two"], "one "),
+        ("one two three", ["three", "two"], "one "),
+        ("aaab", ["aab"], "a"),
+        ("ends with sto", ["stop"], "ends with sto"),
+    ],
+)
+def test_text_ends_before_the_first_stop_string(text: str, stop: list[str], shown: str) -> None:
+    stream = IncrementalText(decode_utf8, stop)
+    out = ""
+    for byte in text.encode():
+        piece = stream.push(byte)
+        out += piece.text
+        if piece.stopped:
+            break
+    else:
+        out += stream.flush()
+    assert out == shown
