@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from kvc2.client import Admin
-
 from kvc2.errors import Kvc2Error
 
 START_TIMEOUT_S = 120.0  # an engine that reads 1.4 GB on a busy machine

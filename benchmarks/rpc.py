@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from kvc2.client import Client, Detached, LeaseCommit, NamespaceHandle, PoolMemory
-from kvc2.client.channel import Channel
 from numpy.typing import NDArray
 
 from benchmarks import empty_server, report
 from benchmarks.processes import Daemon
+from kvc2.client import Client, Detached, LeaseCommit, NamespaceHandle, PoolMemory
+from kvc2.client.channel import Channel
 from kvc2.layout import Layout, Segment
 from kvc2.namespace import Identity
 from kvc2.v1 import cache_pb2
