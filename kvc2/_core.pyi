@@ -117,7 +117,8 @@ class Index:
     def add_pool(
         self, *, page_size: int, pages_per_slab: int, below: int | None, durable: bool
     ) -> int:
-        """A pool without slabs. `below` is the next slower pool of its chain. Ids are never reused."""
+        """A pool without slabs. `below` is the next slower pool of its chain. Ids are never
+        reused."""
     def add_slab(self, pool: int) -> int:
         """One more slab, at the lowest free number s: pages [s * pages_per_slab, (s+1) * ...)."""
     def empty_slab(self, pool: int, slab: int) -> Evicted:
@@ -132,22 +133,22 @@ class Index:
         """A session ended: its leases are released, private pages freed, nothing is planned into it
         again. It stays a source for `plan_demote` until `remove_pool`."""
     def remove_pool(self, pool: int) -> None:
-        """Forget a closed pool and what is resident in it. Transfers under way from or into it count
-        as failed; completing one later is ignored."""
+        """Forget a closed pool and what is resident in it. Transfers under way from or into it
+        count as failed; completing one later is ignored."""
 
     # namespaces
     def open_namespace(self, namespace: bytes, page_size: int) -> int:
-        """32 bytes -> its id in this index; the same id when opened again. ValueError if it was opened
-        with another page_size."""
+        """32 bytes -> its id in this index; the same id when opened again. ValueError if it was
+        opened with another page_size."""
 
     # requests
     def match(self, namespace: int, pool: int, tokens: U32) -> Match:
         """Longest cached prefix of full blocks along the chain of `pool`. Changes nothing. All full
         blocks of `tokens` count: the caller cuts the last token off."""
     def acquire(self, namespace: int, pool: int, tokens: U32, max_blocks: int) -> Lease:
-        """Open a lease on at most max_blocks matched blocks: touches them, pins the leading ones that
-        are (or are arriving) in `pool`, registers the other full blocks of `tokens` as being
-        computed. `pool` is a session's: the head of a chain."""
+        """Open a lease on at most max_blocks matched blocks: touches them, pins the leading ones
+        that are (or are arriving) in `pool`, registers the other full blocks of `tokens` as
+        being computed. `pool` is a session's: the head of a chain."""
     def next_load(self, lease: int, max_pages: int) -> Transfer | Wait | None:
         """The next part of the leased prefix that must come from a durable pool into the one above
         it, evicting there; None when nothing (more) can or need be loaded."""
@@ -157,40 +158,49 @@ class Index:
         depends on the transfer. None when there is nothing to move or no room."""
     def lease(self, lease: int) -> Lease: ...
     def commit(self, lease: int, first_block: int, tokens: U32, pages: U32) -> U8:
-        """[k] of ADOPTED, DUPLICATE, REFUSED for blocks [first_block, first_block + k) of the lease,
-        tokens [k * page_size], pages [k] private to the lease's pool. Idempotent: what was adopted
-        or duplicate with the same page and tokens is so again. After one REFUSED all are."""
+        """[k] of ADOPTED, DUPLICATE, REFUSED for blocks [first_block, first_block + k) of the
+        lease, tokens [k * page_size], pages [k] private to the lease's pool. Idempotent: what
+        was adopted or duplicate with the same page and tokens is so again. After one REFUSED all
+        are."""
     def release(self, lease: int) -> None:
         """Unpin; the pages of duplicates become free; blocks no longer count as being computed."""
 
     # private pages of a session
     def grant(self, pool: int, pages: int) -> U32:
-        """Up to `pages` pages, free -> private, evicting as needed; fewer when the rest is pinned."""
+        """Up to `pages` pages, free -> private, evicting as needed; fewer when the rest is
+        pinned."""
     def keep(self, pool: int, pages: U32) -> bool:
         """These free pages become private (an engine re-attached with them); False, and nothing
         changes, when one of them is not free."""
     def give_back(self, pool: int, pages: U32) -> bool:
-        """private -> free; False, and nothing changes, when one is not private or is a duplicate that
-        an open lease still holds."""
+        """private -> free; False, and nothing changes, when one is not private or is a duplicate
+        that an open lease still holds."""
 
     # behind
     def plan_demote(self, pool: int, max_pages: int) -> Transfer | None:
-        """Copy what was committed to (or completed in) `pool`, is not in the pool below it, nor on its
-        way there, parents first, oldest first. Evicts below unless that pool is durable: then only
-        its free pages are used. A block whose parent is not below is left out."""
+        """Copy what was committed to (or completed in) `pool`, is not in the pool below it, nor
+        on its way there, parents first, oldest first. Evicts below unless that pool is durable:
+        then only its free pages are used. A block whose parent is not below is left out."""
     def undemoted(self, pool: int) -> int:
         """Blocks that `plan_demote` has still to consider."""
     def complete(self, transfer: int, done: int) -> None:
         """The first `done` blocks are resident in the target; the pages of the rest are free again.
         A failed demotion is considered again when its blocks are next acquired."""
     def evict(self, pool: int, pages: int) -> Evicted:
-        """Up to `pages` leaves of the pool, least recently used first; first those that a slower pool
-        also holds. Never pinned ones, never a hole."""
+        """Up to `pages` leaves of the pool, least recently used first; first those that a slower
+        pool also holds. Never pinned ones, never a hole."""
     def lost(self, pool: int, pages: U32) -> Evicted:
-        """A fault took these pages: unpinned residents are dropped (this may leave holes); others are
-        left alone."""
+        """A fault took these pages: unpinned residents are dropped (this may leave holes);
+        others are left alone."""
     def restore(
-        self, pool: int, digests: U8, parents: U8, tokens: U32, pages: U32, generations: U64, stamps: U32
+        self,
+        pool: int,
+        digests: U8,
+        parents: U8,
+        tokens: U32,
+        pages: U32,
+        generations: U64,
+        stamps: U32,
     ) -> U8:
         """[n] of RESTORED, ORPHAN, FORGED, CONFLICT: rebuild a durable pool's residency from its
         catalogue, in any order. Slabs and namespaces must be there before."""
@@ -202,7 +212,8 @@ class Index:
         """Prove I1-I7; ends the process with the facts if one is broken."""
 
 def chain_keys(namespace: bytes, tokens: U32, page_size: int) -> U8:
-    """[blocks, 16] xxh3_128(key[i-1] || tokens[i]) of the full blocks; key[-1] = xxh3_128(namespace)."""
+    """[blocks, 16] xxh3_128(key[i-1] || tokens[i]) of the full blocks; key[-1] =
+    xxh3_128(namespace)."""
 
 # ---- block (csrc/block) ----------------------------------------------------------------------
 
@@ -224,19 +235,21 @@ def sha256(data: Buffer) -> bytes: ...
 def encode_headers(
     memory: Buffer, offsets: U64, records: Records, layout_digest: bytes, payload_bytes: int
 ) -> U8:
-    """Write the header sector of page i at memory[offsets[i]:+4096]; its payload lies right after it.
-    Returns [n, 16] xxh3_128 of the payloads. `memory` is writable, offsets are multiples of 4096."""
+    """Write the header sector of page i at memory[offsets[i]:+4096]; its payload lies right
+    after it. Returns [n, 16] xxh3_128 of the payloads. `memory` is writable, offsets are
+    multiples of 4096."""
 
 def verify_blocks(
     memory: Buffer, offsets: U64, records: Records, layout_digest: bytes, payload_bytes: int
 ) -> U8:
-    """[n] of BLOCK_*: header against its checksum and the expected namespace, digest, parent, tokens,
-    generation and layout, then the payload against the header. Changes nothing."""
+    """[n] of BLOCK_*: header against its checksum and the expected namespace, digest, parent,
+    tokens, generation and layout, then the payload against the header. Changes nothing."""
 
 # ---- copy (csrc/copy) ------------------------------------------------------------------------
 
 class ThreadTeam:
-    """A fixed team of threads that share the work of one call at a time; the caller is one of them."""
+    """A fixed team of threads that share the work of one call at a time; the caller is one of
+    them."""
 
     def __init__(self, threads: int) -> None: ...
     threads: int
@@ -246,8 +259,9 @@ def gather(
 ) -> None:
     """Copy pages out of an engine's layer-major pool into block-contiguous payloads.
 
-    segments [s, 3] = (offset, stride, bytes): segment j of page p lies at pool[offset + p * stride],
-    and goes to arena[offsets[i] + sum(bytes of segments before j)]. IndexError names what is outside.
+    segments [s, 3] = (offset, stride, bytes): segment j of page p lies at pool[offset + p *
+    stride], and goes to arena[offsets[i] + sum(bytes of segments before j)]. IndexError names
+    what is outside.
     """
 
 def scatter(

@@ -30,7 +30,7 @@ KVC2_FLOORS = """
     sessions, loading, behind, mover, events
     tiers
     arena
-    layout, namespace, results, v1
+    namespace, results, layout, v1
     _core
     config, errors, metrics
 """
@@ -49,8 +49,8 @@ ENGINE_FLOORS = """
 """
 CPP_FLOORS = """
     bindings
-    index/index, block, copy, experts, attention
-    index/radix_tree, index/eviction
+    index, block, copy, experts, attention
+    index/radix_tree, index/residency, index/eviction
     index/page_pool, index/block_key
     base
 """
