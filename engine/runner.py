@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from engine.attention.base import KvPool, KvShape
+from engine.attention.base import Attention, KvPool, KvShape
 from engine.attention.cpu import CpuAttention
 from engine.batch import Batch
 from engine.models.base import Model
@@ -27,7 +27,7 @@ class Runner:
             raise ValueError(f"pool: its shape is {pool.shape}, the model's {expected}")
         self.model = model
         self.pool = pool
-        self._attention = CpuAttention(pool, model.config.query_heads)
+        self._attention = _attention(pool, model.config.query_heads)
 
     @torch.inference_mode()
     def step(self, batch: Batch, layer_ready: LayerReady | None = None) -> Tensor:
@@ -47,3 +47,11 @@ class Runner:
 
         hidden = self.model.hidden(batch.token_ids, batch.positions, attend)
         return self.model.logits(hidden[batch.logits_rows])
+
+
+def _attention(pool: KvPool, query_heads: int) -> Attention:
+    if pool.device.type == "cpu":
+        return CpuAttention(pool, query_heads)
+    from engine.attention.flashinfer import FlashInferAttention
+
+    return FlashInferAttention(pool, query_heads)

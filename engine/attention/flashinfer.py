@@ -1,0 +1,58 @@
+"""Attention on CUDA with flashinfer. Imported only there; not yet run on hardware."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.attention.base import Attention, KvPool
+from engine.batch import Batch
+
+_WORKSPACE_BYTES = 128 << 20  # what flashinfer's documentation advises
+
+
+class FlashInferAttention(Attention):
+    """flashinfer's paged prefill over pages in its HND layout; a decode is a prefill of one."""
+
+    _places: tuple[Tensor, Tensor]
+
+    def __init__(self, pool: KvPool, query_heads: int) -> None:
+        super().__init__(pool, query_heads)
+        import flashinfer  # the extra `cuda`
+
+        workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=pool.device)
+        self._wrapper: Any = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
+
+    def plan(self, batch: Batch) -> None:
+        shape, device = self.pool.shape, self.pool.device
+        self._places = batch.page_ids.to(device), batch.page_offsets.to(device)
+        pages = -(-batch.context_lens // shape.page_size)
+        used = torch.arange(batch.block_tables.shape[1]) < pages.unsqueeze(1)
+        self._wrapper.plan(
+            _starts(batch.query_lens).to(device),
+            _starts(pages).to(device),
+            batch.block_tables[used].to(device),
+            ((batch.context_lens - 1) % shape.page_size + 1).to(device),
+            self.query_heads,
+            shape.kv_heads,
+            shape.head_dim,
+            shape.page_size,
+            causal=True,
+            q_data_type=shape.dtype,
+        )
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        pages, offsets = self._places
+        self.pool.key(layer)[pages, :, offsets] = key
+        self.pool.value(layer)[pages, :, offsets] = value
+
+    def attend(self, layer: int, query: Tensor) -> Tensor:
+        out: Tensor = self._wrapper.run(query, (self.pool.key(layer), self.pool.value(layer)))
+        return out
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    """int32 [n + 1]: where each of n runs begins, and where the last ends."""
+    return torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int()

@@ -1,0 +1,199 @@
+"""Every instruction set computes what the plain formula says, and a row's bits are its own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from engine import _kernels
+from engine.layers import as_array
+
+# Largest error over the largest value: rounding to 8 bits of mantissa, or of long float32 sums.
+LIMITS = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+DTYPES = pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
+
+
+@pytest.fixture(params=_kernels.instruction_sets())
+def session(request: pytest.FixtureRequest) -> _kernels.Session:
+    torch.manual_seed(0)
+    return _kernels.Session(request.param, 2)
+
+
+def close(ours: torch.Tensor, expected: torch.Tensor) -> None:
+    error = (ours.double() - expected).abs().max() / expected.abs().max()
+    assert error.item() <= LIMITS[ours.dtype]
+
+
+def linear(session: _kernels.Session, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    y = x.new_full((x.shape[0], w.shape[0]), math.nan)
+    _kernels.linear(session, as_array(x), as_array(w), as_array(y))
+    return y
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 96), (37, 96, 48), (16, 32, 16), (5, 40, 50), (33, 7, 3)]
+)
+def test_linear(session: _kernels.Session, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    tokens, inputs, outputs = shape
+    x, w = torch.randn(tokens, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
+    close(linear(session, x, w), x.double() @ w.double().T)
+
+
+@DTYPES
+def test_a_row_of_linear_does_not_depend_on_the_others(
+    session: _kernels.Session, dtype: torch.dtype
+) -> None:
+    x, w = torch.randn(50, 64).to(dtype), torch.randn(80, 64).to(dtype)
+    whole = linear(session, x, w)
+    for rows in (slice(0, 1), slice(17, 18), slice(3, 37)):
+        assert torch.equal(linear(session, x[rows], w), whole[rows])
+
+
+@dataclass
+class Experts:
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    expert_ids: torch.Tensor
+    weights: torch.Tensor
+
+    @classmethod
+    def of(cls, tokens: int, size: int, hidden: int, dtype: torch.dtype) -> Experts:
+        ids = torch.stack([torch.randperm(6)[:3] for _ in range(tokens)])
+        gate_up, down = torch.randn(6, 2 * size, hidden) / 8, torch.randn(6, hidden, size) / 8
+        return cls(gate_up.to(dtype), down.to(dtype), ids, torch.rand(tokens, 3))
+
+    def run(self, session: _kernels.Session, x: torch.Tensor, rows: slice) -> torch.Tensor:
+        y = torch.full_like(x[rows], math.nan)
+        routing = self.expert_ids[rows].numpy(), self.weights[rows].numpy()
+        weights = as_array(self.gate_up), as_array(self.down)
+        _kernels.ffn(session, as_array(x[rows]), *routing, *weights, as_array(y))
+        return y
+
+    def reference(self, x: torch.Tensor) -> torch.Tensor:
+        """One token and one choice at a time, in float64."""
+        out = torch.zeros(x.shape, dtype=torch.float64)
+        for token, row in enumerate(x.double()):
+            for expert, weight in zip(self.expert_ids[token], self.weights[token], strict=True):
+                gate, up = (self.gate_up[expert].double() @ row).chunk(2)
+                hidden = torch.nn.functional.silu(gate) * up
+                out[token] += weight * (self.down[expert].double() @ hidden)
+        return out
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 64, 96), (37, 96, 64), (5, 40, 50), (70, 32, 32)])
+def test_ffn(session: _kernels.Session, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    tokens, size, hidden = shape
+    x, experts = torch.randn(tokens, hidden).to(dtype), Experts.of(tokens, size, hidden, dtype)
+    whole = experts.run(session, x, slice(0, tokens))
+    close(whole, experts.reference(x))
+    assert torch.equal(experts.run(session, x, slice(tokens - 1, tokens)), whole[-1:])
+
+
+@dataclass
+class Context:
+    """Sequences whose pages are dealt out at random; what no sequence owns is NaN."""
+
+    key_pages: torch.Tensor
+    value_pages: torch.Tensor
+    block_tables: torch.Tensor
+    keys: list[torch.Tensor]  # [context, kv_heads, head_dim] of each sequence
+    values: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, contexts: list[int], shape: tuple[int, int, int], dtype: torch.dtype) -> Context:
+        kv_heads, page_size, head_dim = shape
+        most = max(-(-context // page_size) for context in contexts)
+        pages = torch.randperm(len(contexts) * most).int().view(len(contexts), most)
+        empty = torch.full((pages.numel(), *shape), math.nan, dtype=dtype)
+        new = [torch.randn(2, c, kv_heads, head_dim).to(dtype) for c in contexts]
+        made = cls(empty, empty.clone(), pages, [kv[0] for kv in new], [kv[1] for kv in new])
+        for row, (key, value) in enumerate(zip(made.keys, made.values, strict=True)):
+            positions = torch.arange(len(key))
+            ids, offsets = pages[row][positions // page_size].long(), positions % page_size
+            places = ids.numpy(), offsets.numpy()
+            stores = as_array(made.key_pages), as_array(made.value_pages)
+            _kernels.write(as_array(key), as_array(value), *places, *stores)
+        return made
+
+    def attend(
+        self, session: _kernels.Session, queries: list[torch.Tensor], contexts: list[int]
+    ) -> list[torch.Tensor]:
+        """Outputs of each sequence's queries, which are the last of its first `contexts`."""
+        flat = torch.cat(queries)
+        out = torch.full_like(flat, math.nan)
+        lengths = torch.tensor([len(q) for q in queries]).int()
+        pages = as_array(self.key_pages), as_array(self.value_pages)
+        held = torch.tensor(contexts).int().numpy(), self.block_tables.numpy()
+        _kernels.attend(session, as_array(flat), *pages, lengths.numpy(), *held, as_array(out))
+        return list(out.split(lengths.tolist()))
+
+    def reference(self, row: int, query: torch.Tensor, context: int) -> torch.Tensor:
+        """Softmax of scores under a causal mask, in float64."""
+        key, value = (x[row][:context].double() for x in (self.keys, self.values))
+        group = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query.double(), key) / math.sqrt(query.shape[2])
+        ages = torch.arange(context) - torch.arange(context - len(query), context).unsqueeze(1)
+        return torch.einsum(
+            "hqk,khd->qhd", scores.masked_fill(ages > 0, -math.inf).softmax(-1), value
+        )
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("shape", "group"),
+    [((2, 16, 32), 3), ((1, 4, 64), 1), ((3, 32, 20), 2), ((2, 512, 96), 5)],
+    ids=str,
+)
+def test_attend(
+    session: _kernels.Session, dtype: torch.dtype, shape: tuple[int, int, int], group: int
+) -> None:
+    contexts, lengths = [1, 300, 128, 257], [1, 1, 128, 90]
+    context = Context.of(contexts, shape, dtype)
+    queries = [torch.randn(n, shape[0] * group, shape[2]).to(dtype) for n in lengths]
+    outputs = context.attend(session, queries, contexts)
+    for row, (query, output) in enumerate(zip(queries, outputs, strict=True)):
+        close(output, context.reference(row, query, contexts[row]))
+
+
+@DTYPES
+def test_a_query_does_not_depend_on_its_chunk_or_batch(
+    session: _kernels.Session, dtype: torch.dtype
+) -> None:
+    context = Context.of([300, 40], (2, 16, 32), dtype)
+    query = torch.randn(300, 6, 32).to(dtype)
+    whole = context.attend(session, [query, query[:7]], [300, 40])[0]
+    done = 0
+    for chunk in (1, 130, 37, 131, 1):
+        part = query[done : done + chunk]
+        alone = context.attend(session, [part, query[:1]], [done + chunk, 9])[0]
+        assert torch.equal(alone, whole[done : done + chunk])
+        done += chunk
+
+
+def test_wrong_arguments_are_named() -> None:
+    session = _kernels.Session("portable", 1)
+    x, w = torch.zeros(2, 8), torch.zeros(4, 8)
+    with pytest.raises(ValueError, match="w has a wrong shape"):
+        linear(session, x, torch.zeros(4, 9))
+    with pytest.raises(ValueError, match="w has another dtype"):
+        linear(session, x, w.bfloat16())
+    with pytest.raises(ValueError, match="x is not contiguous"):
+        linear(session, torch.zeros(8, 2).T, w)
+    with pytest.raises(ValueError, match="instruction set 'mmx'"):
+        _kernels.Session("mmx", 1)
+    experts = Experts.of(2, 8, 8, torch.float32)
+    experts.expert_ids[0, 0] = 6
+    with pytest.raises(ValueError, match="expert_ids"):
+        experts.run(session, x, slice(0, 2))
+    context, query = Context.of([20], (1, 16, 8), torch.float32), torch.zeros(1, 1, 8)
+    with pytest.raises(ValueError, match="context_lens"):
+        context.attend(session, [query], [33])
+    context.block_tables[0, 1] = 2
+    with pytest.raises(ValueError, match="block_tables"):
+        context.attend(session, [query], [20])
