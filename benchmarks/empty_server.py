@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 
@@ -19,15 +20,15 @@ GRPC_SOCKET, RAW_SOCKET = "empty.sock", "raw.sock"
 RAW_BYTES_MAX = 1 << 20
 
 
-class EmptyAcquire(grpc.GenericRpcHandler):  # type: ignore[misc]
+class EmptyAcquire(grpc.GenericRpcHandler):  # type: ignore[misc,type-arg]
     """Parses the request, as any handler must, and answers an empty message."""
 
-    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
         if details.method != "/kvc2.v1.Cache/Acquire":
             return None
 
         async def acquire(
-            request: cache_pb2.AcquireRequest, context: grpc.aio.ServicerContext
+            request: cache_pb2.AcquireRequest, context: Any
         ) -> cache_pb2.AcquireResponse:
             return cache_pb2.AcquireResponse()
 
