@@ -207,10 +207,10 @@ class Prefix:
             lease.sent = full
         wanted = self._wanted(soon)
         if batch:
-            self._operations.submit(self._commit, session, batch, wanted)
+            self._submit(self._commit, session, batch, wanted)
         elif wanted and session and not self._topping_up:
             self._topping_up = True
-            self._operations.submit(self._grant, wanted)
+            self._submit(self._grant, wanted)
 
     def release(self, leases: Sequence[Lease]) -> None:
         """Close leases whose pages nothing reads any more. Their private pages become free."""
@@ -218,15 +218,15 @@ class Prefix:
             for lease in leases:
                 self.book.drop(lease.pages)
         else:  # behind their commits, whose answers say whose the pages are
-            self._operations.submit(self._release, list(leases))
+            self._submit(self._release, list(leases))
 
     def cancel(self, request_id: bytes) -> None:
         """Tell the daemon that an acquire under way is not wanted; its future still comes."""
-        self._operations.submit(self._release, [Lease(request_id, self.book.session)])
+        self._submit(self._release, [Lease(request_id, self.book.session)])
 
     def reclaim(self, pages: int) -> bool:
         """Wait for what was released, ask for a grant if need be; whether `pages` are free then."""
-        future = self._operations.submit(self._refill, pages)
+        future = self._submit(self._refill, pages)
         try:
             future.result(self.config.grant_timeout_s)
         except FutureTimeout:
@@ -382,12 +382,23 @@ class Prefix:
     def _refill(self, pages: int) -> None:
         self._grant(pages - self.book.free)
 
+    def _submit(self, operation: Callable[..., None], *args: Any) -> Future[None]:
+        """On the bridge thread, in order. What it doesn't expect is at least said."""
+        future = self._operations.submit(operation, *args)
+        future.add_done_callback(_report)
+        return future
+
     def _wanted(self, soon: int) -> int:
         return max(0, self.config.low_water + soon - self.book.free)
 
     def _fault(self, call: str, error: errors.Kvc2Error) -> None:
         self._metrics.faults.labels(call).inc()
         log.warning("%s: %s", call, error)
+
+
+def _report(future: Future[None]) -> None:
+    if not future.cancelled() and (error := future.exception()) is not None:
+        log.error("an operation on the daemon failed", exc_info=error)
 
 
 def identity_of(config: ModelConfig, weights_digest: bytes, page_size: int) -> Identity:

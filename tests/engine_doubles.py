@@ -218,7 +218,7 @@ class SmallDaemon:
             lease = self.leases[part.request_id]
             assert part.first_block == lease.blocks, "a commit doesn't continue its lease"
             results.append(np.array(self._commit(lease, part), np.uint8))
-        return Committed(results=results, granted=self._grant(grant_pages))
+        return Committed(results, self._grant(grant_pages), durable=False)
 
     def release(
         self, request_ids: Sequence[bytes], *, returned: Any, grant_pages: int = 0
