@@ -20,7 +20,7 @@ GRPC_SOCKET, RAW_SOCKET = "empty.sock", "raw.sock"
 RAW_BYTES_MAX = 1 << 20
 
 
-class EmptyAcquire(grpc.GenericRpcHandler):  # type: ignore[misc,type-arg]
+class EmptyAcquire(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     """Parses the request, as any handler must, and answers an empty message."""
 
     def service(self, details: grpc.HandlerCallDetails) -> Any:

@@ -21,7 +21,9 @@ class KeptCache:
 
     def __init__(self, model: Path, file: Path) -> None:
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
         self._file = file
         self._cache: Any = None

@@ -29,8 +29,8 @@ PAGE_SIZE = 16
 TIERS = ("gpu", "cpu", "disk")
 GOALS = {"gpu": ">= 10 at 4k, > 1", "cpu": ">= 10 at 4k, > 1", "disk": ">= 8 at 4k, > 1"}
 TOKEN_IDS = (100, 40_000)  # of ordinary words in the demo model's vocabulary
-PEER_MEMORY = "transformers, DynamicCache in memory"
-PEER_FILE = "transformers, DynamicCache from a file"
+PEER_MEMORY = "DynamicCache in memory"
+PEER_FILE = "DynamicCache from a file"
 PEER_COLD = "transformers"
 COLD, ALONE = "own cold run", "own cold run without a daemon"
 
@@ -50,9 +50,10 @@ class Bench:
         self._alone = Engine("engine-alone", model, folder)
         stack.callback(self._alone.stop)
         self._peer = KeptCache(model, folder / "kept.safetensors")
+        self._peer.cold_s(self.tokens(PROMPTS["1k"]))  # what is lazily made is made now
         for engine in (self._engine, self._alone):
             engine.wait_ready()
-            engine.complete(self.tokens(PAGE_SIZE), 1)  # what is lazily made is made now
+            engine.complete(self.tokens(PROMPTS["1k"]), 1)
         self._daemon.wait_sessions(1)
 
     def tokens(self, count: int) -> list[int]:
