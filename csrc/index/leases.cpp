@@ -63,12 +63,12 @@ Match Index::match(uint32_t space, PoolId head, Tokens tokens) const {
 }
 
 uint32_t Index::tick() {
-  if (++stamp_ == 0xFFFFFFFF) {
+  if (stamp_ >= 0xFFFFFFFE) {  // a restored stamp may be the very last
     tree_.halve_stamps();
     for (auto& [id, lease] : leases_) lease.stamp /= 2;
-    stamp_ = 0x80000000;
+    stamp_ = 0x7FFFFFFF;
   }
-  return stamp_;
+  return ++stamp_;
 }
 
 LeaseView Index::acquire(uint32_t space, PoolId head, Tokens tokens, uint32_t max_blocks) {
