@@ -104,6 +104,7 @@ std::optional<Place> RadixTree::insert(Place at, Tokens block, uint32_t stamp) {
       next_key(node.keys.empty() ? root_key(spaces[node.space].name) : node.keys[at.offset], block);
   const bool branches = offset < node.blocks();
   if (heads_.contains(key) || (branches && node.keys[offset] == key)) return std::nullopt;
+  if (branches && heads_.contains(node.keys[offset])) return std::nullopt;  // a split adds this one
   const NodeId above = branches ? split(at.node, offset) : at.node;
   const bool extend = nodes_[above].parent != kNoNode && nodes_[above].first_child == kNoNode;
   NodeId into = above;
