@@ -1,17 +1,29 @@
 """Hypothesis state machines: random calls on the real thing and on its naive oracle.
 
 The blocks are few and small, so that prefixes are shared and nodes split all the time, and a pool
-holds about as many pages as a path has blocks, so that everything is evicted all the time.
+holds about as many pages as a path has blocks, so that everything is evicted all the time. Single
+calls are here; lives of requests and sessions that need several in a row are in lives.py. `SEEN`
+counts what the walks came by, and test_index_machine.py demands enough of each.
 """
 
 import itertools
+from collections import Counter
 
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvc2 import _core
-from tests.models import IN_FLIGHT, PRIVATE, RESIDENT, IndexModel, PoolModel, TransferModel, digests
+from tests.models import (
+    IN_FLIGHT,
+    PRIVATE,
+    REFUSED,
+    RESIDENT,
+    IndexModel,
+    PoolModel,
+    TransferModel,
+    digests,
+)  # fmt: skip
 
 PAGE_SIZE = 2
 PER_SLAB = 3
@@ -26,6 +38,7 @@ prompts = st.builds(
     st.lists(st.sampled_from(BLOCKS), max_size=3),
 )
 namespaces = st.sampled_from([0, 0, 0, 1])
+SEEN: Counter[str] = Counter()  # of all walks of this process; see test_index_machine.py
 small = st.integers(1, 5)
 choice = st.integers(0, 1000)  # of one of several, modulo their number
 
@@ -80,7 +93,8 @@ class IndexMachine(RuleBasedStateMachine):
         return pick if pick in self.gpus else self.gpus[pick % 2]
 
     def a_lease(self, pick: int) -> int:
-        return sorted(self.model.leases)[pick % len(self.model.leases)]
+        leases = sorted(self.model.leases)
+        return pick if pick in leases else leases[pick % len(leases)]
 
     def some(self, pool: int, state: str, count: int, pick: int) -> list[int]:
         pages = [p for p, s in self.model.pools[pool].state.items() if s == state]
@@ -91,15 +105,24 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(namespace=namespaces, gpu=choice, prompt=prompts, limit=st.sampled_from([9, 9, 3, 0]))
     def acquire(self, namespace: int, gpu: int, prompt: Prompt, limit: int) -> None:
         pool = self.a_gpu(gpu)
+        if not self.model.pools[pool].closed:
+            self.open(namespace, pool, prompt, limit)
+
+    def open(self, namespace: int, pool: int, prompt: Prompt, limit: int) -> int:
+        """A new lease's id. With 5 open the oldest ends, else every page is pinned soon."""
+        if len(self.model.leases) == 5:
+            self.release(min(self.model.leases))
         tokens = np.concatenate([u32(prompt), u32([7] * (limit % PAGE_SIZE))])
-        if self.model.pools[pool].closed:
-            return
-        if len(self.model.leases) == 4:  # else every page is pinned soon
-            self.release(0)
-        lease = self.index.acquire(namespace, pool, tokens, limit)
-        self.model.acquire(lease.id, namespace, pool, prompt, limit)
-        assert lease.matched == len(self.model.leases[lease.id].found)
-        assert lease.computing == self.model.leases[lease.id].computing
+        real = self.index.acquire(namespace, pool, tokens, limit)
+        self.model.acquire(real.id, namespace, pool, prompt, limit)
+        lease = self.model.leases[real.id]
+        assert (real.matched, real.computing) == (len(lease.found), lease.computing)
+        state = self.model.pools[pool].state
+        SEEN["acquire: an arriving page"] += any(state[h.page] == IN_FLIGHT for h in lease.held)
+        SEEN["acquire: another computes it"] += lease.computing > 0
+        for tier in set(lease.found):
+            SEEN[f"acquire: found in tier {tier}"] += 1
+        return real.id
 
     @precondition(lambda self: self.model.leases)
     @rule(
@@ -128,103 +151,43 @@ class IndexMachine(RuleBasedStateMachine):
         self.check_commit(at, first, [h.path[-1] for h in held], [h.page for h in held])  # type: ignore[misc]
 
     def check_commit(self, lease: int, first: int, blocks: Prompt, pages: list[int]) -> None:
-        answers = self.index.commit(lease, first, u32(blocks), u32(pages))
-        assert list(answers) == self.model.commit(lease, first, blocks, pages)
+        holes = self.model.holes()
+        state = self.model.pools[self.model.leases[lease].pool].state
+        before = dict(state)
+        answers = list(self.index.commit(lease, first, u32(blocks), u32(pages)))
+        assert answers == self.model.commit(lease, first, blocks, pages)
+        SEEN["commit: refused"] += REFUSED in answers
+        SEEN["commit: a hole closed"] += self.model.holes() < holes
+        SEEN["private -> resident: commit"] += before != state
+        fresh = self.model.leases[lease].held[first:]
+        SEEN["commit: a duplicate"] += any(h.duplicate for h in fresh)
+        SEEN["commit: a duplicate of an arriving page"] += any(
+            h.duplicate and self.model.arriving(self.model.leases[lease].pool, h.path)
+            for h in fresh
+        )
 
     @precondition(lambda self: self.model.leases)
     @rule(lease=choice)
     def release(self, lease: int) -> None:
         at = self.a_lease(lease)
         self.index.release(at)
+        self.saw_release(at)
         self.model.release(at)
 
-    # whole lives, so that walks get deep
-    @rule(namespace=namespaces, gpu=choice, prompt=prompts, stays=st.integers(0, 4))
-    def serve(self, namespace: int, gpu: int, prompt: Prompt, stays: int) -> None:
-        """A request from acquire to release, all transfers well."""
-        pool = self.a_gpu(gpu)
-        if self.model.pools[pool].closed:
-            return
-        self.acquire(namespace, pool, prompt, len(prompt))
-        lease = max(self.model.leases)
-        at = sorted(self.model.leases).index(lease)
-        for _ in range(3):
-            self.next_load(at, 3)
-            self.arrive()
-            self.promote(at)
-            self.arrive()
-        held = len(self.model.leases[lease].held)
-        self.grant(pool, len(prompt) - held)
-        pages = self.some(pool, PRIVATE, len(prompt) - held, 0)
-        self.check_commit(lease, held, prompt[held : held + len(pages)], pages)
-        if stays != 1:
-            self.release(sorted(self.model.leases).index(lease))
-
-    @precondition(lambda self: any(at.blocks for at in self.model.pools.values()))
-    @rule(
-        gpu=choice,
-        known=choice,
-        own=st.lists(st.sampled_from(BLOCKS), max_size=2),
-        steps=st.lists(st.sampled_from(["load", "promote", "arrive", "promote"]), max_size=4),
-    )
-    def reuse(self, gpu: int, known: int, own: Prompt, steps: list[str]) -> None:
-        """A prompt that some pool has a part of; its transfers may stay under way."""
-        paths = sorted({p for at in self.model.pools.values() for p in at.blocks}, key=repr)
-        namespace, *blocks = paths[known % len(paths)]
-        pool = self.a_gpu(gpu)
-        if self.model.pools[pool].closed:
-            return
-        self.acquire(namespace, pool, [*blocks, *own], 9)  # type: ignore[arg-type, list-item]
-        at = len(self.model.leases) - 1
-        for step in steps:
-            if step == "load":
-                self.next_load(at, 3)
-            elif step == "promote":
-                self.promote(at)
-            else:
-                self.arrive()
-
-    @rule(gpu=choice, prompt=prompts)
-    def serve_twins(self, gpu: int, prompt: Prompt) -> None:
-        """Two requests compute the same blocks at once."""
-        pool = self.a_gpu(gpu)
-        if self.model.pools[pool].closed:
-            return
-        for _ in range(2):
-            self.acquire(0, pool, prompt, 9)
-        for lease in sorted(self.model.leases)[-2:]:
-            held = len(self.model.leases[lease].held)
-            self.grant(pool, len(prompt) - held)
-            pages = self.some(pool, PRIVATE, len(prompt) - held, 0)
-            pages = [page for page in pages if not self.model.is_held(pool, page)]
-            self.check_commit(lease, held, prompt[held : held + len(pages)], pages)
-
-    @rule(count=st.integers(1, 6), to_disk=st.booleans())
-    def demote_all(self, count: int, to_disk: bool) -> None:
-        """Write-behind, as far as there is room."""
-        for pool in [*self.gpus, self.cpu][: 3 if to_disk else 2]:
-            self.plan_demote(pool, count)
-            self.arrive()
-
-    def arrive(self) -> None:
-        """The newest transfer ends well, if it is under way."""
-        if self.last_transfer in self.model.transfers:
-            done = len(self.model.transfers[self.last_transfer].paths)
-            self.index.complete(self.last_transfer, done)
-            self.model.complete(self.last_transfer, done)
-
-    @rule(pick=choice, count=small)
-    def squeeze(self, pick: int, count: int) -> None:
-        """A block lives on in slower pools only."""
-        self.demote_all(6, True)
-        for pool in [*self.gpus, self.cpu][: 2 + pick % 2]:
-            self.evict(pool, count)
+    def saw_release(self, lease: int) -> None:
+        at = self.model.leases[lease]
+        SEEN["private -> free: a duplicate's end"] += any(h.duplicate for h in at.held + at.stray)
+        SEEN["release: with strays"] += bool(at.stray)
 
     # private pages
     @rule(gpu=choice, count=small)
     def grant(self, gpu: int, count: int) -> None:
         pool = self.a_gpu(gpu)
-        self.model.grant(pool, count, self.index.grant(pool, count).tolist())
+        pages = self.index.grant(pool, count).tolist()
+        free = len(self.model.pools[pool].free_pages())
+        SEEN["free -> private: grant"] += bool(pages)
+        SEEN["grant: by evicting"] += len(pages) > free
+        self.model.grant(pool, count, pages)
 
     @rule(gpu=choice, count=small, page=choice, foreign=st.integers(0, 5))
     def give_back(self, gpu: int, count: int, page: int, foreign: int) -> None:
@@ -236,6 +199,8 @@ class IndexMachine(RuleBasedStateMachine):
             state.get(p) == PRIVATE and not self.model.is_held(pool, p) for p in pages
         )
         assert self.index.give_back(pool, u32(pages)) == fine
+        SEEN["private -> free: give_back"] += fine and bool(pages)
+        SEEN["give_back: refused"] += not fine
         state.update(dict.fromkeys(pages if fine else [], "free"))
 
     @rule(gpu=choice, pages=st.lists(st.integers(0, 3 * PER_SLAB), max_size=3))
@@ -245,6 +210,7 @@ class IndexMachine(RuleBasedStateMachine):
         fine = not at.closed and len(set(pages)) == len(pages)
         fine = fine and all(at.state.get(p) == "free" for p in pages)
         assert self.index.keep(pool, u32(pages)) == fine
+        SEEN["free -> private: keep"] += fine and bool(pages)
         at.state.update(dict.fromkeys(pages if fine else [], PRIVATE))
 
     # transfers
@@ -263,6 +229,7 @@ class IndexMachine(RuleBasedStateMachine):
         real = self.index.next_load(at, count)
         if isinstance(real, _core.Wait):
             assert self.model.next_load(at, count, None, []) == real.transfer
+            SEEN["next_load: wait"] += 1
             return
         pages = [] if real is None else real.target_pages.tolist()
         expected = self.model.next_load(at, count, None if real is None else real.id, pages)
@@ -291,6 +258,10 @@ class IndexMachine(RuleBasedStateMachine):
         assert real.source_pages.tolist() == expected.source_pages
         runs = [(s + i, t + i) for s, t, n in real.extents.tolist() for i in range(n)]
         assert runs == list(zip(expected.source_pages, expected.target_pages, strict=True))
+        down = real.target == self.model.pools[real.source].below
+        kind = "plan_demote" if down else "next_load" if real.source == self.disk else "promote"
+        SEEN[f"free -> in_flight: {kind}"] += 1
+        SEEN["plan_demote: from a closed pool"] += self.model.pools[real.source].closed
         if self.disk not in (real.source, real.target):
             assert real.records is None
             return
@@ -318,9 +289,26 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(transfer=choice, short=st.sampled_from([0, 0, 0, 1, 2, 9]))
     def complete(self, transfer: int, short: int) -> None:
         at = sorted(self.model.transfers)[transfer % len(self.model.transfers)]
-        done = max(len(self.model.transfers[at].paths) - short, 0)
-        self.index.complete(at, done)
-        self.model.complete(at, done)
+        self.land(at, short)
+
+    def land(self, transfer: int, short: int = 0) -> None:
+        """The transfer ends; its last `short` blocks have failed."""
+        plan = self.model.transfers[transfer]
+        done = max(len(plan.paths) - short, 0)
+        lost = plan.paths[0 if plan.failed else done :]
+        leases = [le for le in self.model.leases.values() if le.pool == plan.target]
+        broken = [[h for h in le.held if h.path in lost] for le in leases]
+        SEEN["in_flight -> resident: complete"] += done > 0 and not plan.failed
+        SEEN["complete: of a removed source"] += plan.source not in self.model.pools
+        SEEN["complete: of a removed target"] += plan.target not in self.model.pools
+        if plan.target in self.model.pools:
+            SEEN["in_flight -> free: failed"] += bool(lost)
+            SEEN["complete: only in part"] += 0 < len(lost) < len(plan.paths)
+            SEEN["complete: a failure breaks a lease"] += any(broken)
+            SEEN["complete: and two"] += sum(map(bool, broken)) > 1
+            SEEN["complete: and a duplicate"] += any(h.duplicate for b in broken for h in b)
+        self.index.complete(transfer, done)
+        self.model.complete(transfer, done)
 
     # eviction and faults
     @rule(pool=choice, count=small)
@@ -330,6 +318,11 @@ class IndexMachine(RuleBasedStateMachine):
         real = self.index.evict(at, count)
         paths = self.model.evict(at, count)
         assert real.pages.tolist() == [pages[path] for path in paths]
+        gone = sum(not self.model.anywhere(path) for path in paths)
+        assert real.last_copies == gone
+        SEEN["resident -> free: evict"] += bool(paths)
+        SEEN["evict: a last copy"] += gone > 0
+        SEEN["evict: a copy"] += gone < len(paths)
         if at == self.disk:
             chains = [digests(NAMESPACES[n], [block_bytes(b) for b in bs]) for n, *bs in paths]  # type: ignore[call-overload]
             assert [d.tobytes() for d in real.digests] == [chain[-1] for chain in chains]
@@ -339,13 +332,21 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(pool=choice, pages=st.lists(st.integers(0, 4 * PER_SLAB), max_size=3))
     def lost(self, pool: int, pages: list[int]) -> None:
         at = self.a_pool(pool)
-        assert self.index.lost(at, u32(pages)).pages.tolist() == self.model.lost(at, pages)
+        holes = self.model.holes()
+        gone = self.model.lost(at, pages)
+        assert self.index.lost(at, u32(pages)).pages.tolist() == gone
+        SEEN["resident -> free: lost"] += bool(gone)
+        SEEN["lost: a hole"] += self.model.holes() > holes
 
     @rule(gpu=choice, rarely=st.integers(0, 9))
     def session_ends(self, gpu: int, rarely: int) -> None:
-        if rarely != 7:
-            return
-        pool = self.a_gpu(gpu)
+        if rarely == 7:
+            self.close(self.a_gpu(gpu))
+
+    def close(self, pool: int) -> None:
+        at = self.model.pools[pool]
+        SEEN["close_pool: with leases"] += any(le.pool == pool for le in self.model.leases.values())
+        SEEN["private -> free: session end"] += PRIVATE in at.state.values()
         self.index.close_pool(pool)
         self.model.close_pool(pool)
 
@@ -353,8 +354,14 @@ class IndexMachine(RuleBasedStateMachine):
     @rule()
     def session_is_forgotten(self) -> None:
         pool = next(gpu for gpu in self.gpus if self.model.pools[gpu].closed)
+        holes = self.model.holes()
+        SEEN["resident -> free: remove_pool"] += bool(self.model.pools[pool].blocks)
+        for transfer in self.model.transfers.values():
+            SEEN["remove_pool: of a source"] += transfer.source == pool
+            SEEN["remove_pool: of a target"] += transfer.target == pool
         self.index.remove_pool(pool)
         self.model.remove_pool(pool)
+        SEEN["remove_pool: a hole"] += self.model.holes() > holes
         self.gpus.remove(pool)
         self.gpus.append(self.add_pool(below=self.cpu, durable=False, slabs=2))
 
@@ -370,6 +377,7 @@ class IndexMachine(RuleBasedStateMachine):
         at = self.a_pool(pool)
         real = self.index.empty_slab(at, slab)
         assert set(real.pages.tolist()) == self.model.empty_slab(at, slab)
+        SEEN["resident -> free: empty_slab"] += real.pages.size > 0
 
     @rule(pool=choice, slab=st.integers(0, 4))
     def take_slab(self, pool: int, slab: int) -> None:
@@ -378,6 +386,7 @@ class IndexMachine(RuleBasedStateMachine):
         pages = range(slab * PER_SLAB, (slab + 1) * PER_SLAB)
         fine = all(state.get(page) == "free" for page in pages)
         assert self.index.take_slab(at, slab) == fine
+        SEEN["free -> absent: take_slab"] += fine
         for page in pages if fine else []:
             del state[page]
 
@@ -413,6 +422,8 @@ class IndexMachine(RuleBasedStateMachine):
         fresh.check()
         restored = [_core.RESTORED if p in whole else _core.ORPHAN for p, _ in rows]
         assert answers.tolist() == restored
+        SEEN["free -> resident: restore"] += _core.RESTORED in restored
+        SEEN["restore: an orphan"] += _core.ORPHAN in restored
         for (namespace, *blocks), _ in rows:
             longest = next(n for n in range(len(blocks), -1, -1)
                            if n == 0 or (namespace, *blocks[:n]) in whole)  # fmt: skip
@@ -443,6 +454,8 @@ class IndexMachine(RuleBasedStateMachine):
         real = self.index.counts()
         blocks = {path for at in self.model.pools.values() for path in at.blocks}
         assert (real.blocks, real.holes) == (len(blocks), self.model.holes())
+        SEEN["steps"] += 1
+        SEEN["steps with holes"] += real.holes > 0
         assert (real.leases, real.transfers) == (len(self.model.leases), len(self.model.transfers))
 
     @invariant()

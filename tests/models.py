@@ -110,6 +110,9 @@ class IndexModel:
             count += transfer.target == pool and page in transfer.target_pages
         return count
 
+    def arriving(self, pool: int, path: Path) -> bool:
+        return self.pools[pool].present(path) and not self.pools[pool].resident(path)
+
     def is_held(self, pool: int, page: int) -> bool:
         leases = [lease for lease in self.leases.values() if lease.pool == pool]
         return any(h.duplicate and h.page == page for le in leases for h in le.held + le.stray)

@@ -215,3 +215,68 @@ def test_arguments_are_refused_by_name(house: House) -> None:
     for call in (lambda: index.lease(9), lambda: index.complete(9, 0), lambda: index.grant(9, 1)):
         with pytest.raises(KeyError):
             call()
+
+
+def test_emptying_a_slab_takes_what_lies_below_it_and_spares_what_is_pinned(house: House) -> None:
+    first = house.index.pool_counts(house.gpu).pages
+    house.index.add_slab(house.gpu)
+    house.index.release(house.compute(1, 2, 3, 4, 5))  # the last page is in slab 1
+    assert house.index.lease(house.compute(1)).pages.tolist() == [0]
+    assert house.index.empty_slab(house.gpu, 1).pages.tolist() == [first]
+    emptied = house.index.empty_slab(house.gpu, 0)
+    assert (emptied.pages.tolist(), emptied.last_copies) == ([3, 2, 1], 3)
+    assert house.matched(1, 2) == (1, 0, 0)
+    assert house.index.empty_slab(house.gpu, 7).pages.size == 0
+
+
+def test_a_slab_with_private_pages_or_none_there_is_not_taken(house: House) -> None:
+    page = house.index.grant(house.gpu, 1)
+    assert not house.index.take_slab(house.gpu, 0)
+    assert not house.index.take_slab(house.gpu, 1)
+    house.index.give_back(house.gpu, page)
+    assert house.index.take_slab(house.gpu, 0)
+    assert house.index.slab_free(house.gpu).size == 0
+    assert house.index.add_slab(house.gpu) == 0
+    assert house.index.slab_free(house.gpu).tolist() == [4]
+
+
+def test_a_page_that_waits_for_demotion_survives_its_slab(house: House) -> None:
+    house.index.release(house.compute(1))
+    house.index.evict(house.gpu, 1)
+    assert house.index.take_slab(house.gpu, 0)
+    house.index.add_slab(house.gpu)
+    house.index.release(house.compute(2))
+    house.index.check()
+    assert house.index.undemoted(house.gpu) == 1
+    house.demote(house.gpu)
+    assert house.index.pool_counts(house.cpu).resident == 1
+
+
+def test_nothing_is_planned_into_a_closed_pool_but_out_of_it(house: House) -> None:
+    lease = house.compute(1)
+    house.index.grant(house.gpu, 1)
+    house.index.close_pool(house.gpu)
+    with pytest.raises(KeyError):
+        house.index.release(lease)
+    with pytest.raises(ValueError, match="closed"):
+        house.index.acquire(house.space, house.gpu, tokens(1), 1)
+    with pytest.raises(ValueError, match="closed"):
+        house.index.add_slab(house.gpu)
+    assert house.index.grant(house.gpu, 1).size == 0
+    assert not house.index.keep(house.gpu, np.array([3], dtype=np.uint32))
+    counts = house.index.pool_counts(house.gpu)
+    assert (counts.private, counts.pinned, counts.resident) == (0, 0, 1)
+    house.demote(house.gpu)
+    house.index.remove_pool(house.gpu)
+    house.index.check()
+    assert house.index.pool_counts(house.cpu).resident == 1
+    house.index.close_pool(house.cpu)
+    house.index.evict(house.cpu, 1)
+    house.index.close_pool(house.disk)
+    with pytest.raises(ValueError, match="below another one"):
+        house.index.remove_pool(house.disk)
+
+
+def test_a_pool_is_closed_before_it_is_removed(house: House) -> None:
+    with pytest.raises(ValueError, match="close it first"):
+        house.index.remove_pool(house.gpu)

@@ -1,0 +1,126 @@
+"""Do the index's tests catch bugs? Plants each bug of mutant_patches.py in a copy of csrc/, builds
+it, runs the index tests over it, and demands that something fails. Slow: half a minute a bug.
+
+    python -m tests.mutants [--only WORD] [--folder FOLDER]
+
+Exits with 1 when a bug survives. The copy lies in a temporary folder, or in one that is kept, so
+that the next run builds less; the installed extension is left alone.
+"""
+
+import argparse
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.mutant_patches import MUTANTS, Mutant
+
+HOUSE = Path(__file__).parent.parent
+CPP_TESTS = ["test_index", "test_index_collision"]
+PYTHON_TESTS = ["tests/test_index.py", "tests/test_index_restore.py", "tests/test_index_machine.py"]
+LIMIT_S = 300  # a bug that makes a test hang is caught too
+
+
+class Bench:
+    """A copy of csrc/ with its build, where one bug at a time is planted."""
+
+    def __init__(self, folder: Path) -> None:
+        self.source, self.build = folder / "csrc", folder / "build"
+        for file in (HOUSE / "csrc").rglob("*.*"):
+            copy = self.source / file.relative_to(HOUSE / "csrc")
+            if not copy.exists() or copy.read_bytes() != file.read_bytes():  # else built already
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(file.read_bytes())
+        pybind = [sys.executable, "-m", "pybind11", "--cmakedir"]
+        found = subprocess.run(pybind, check=True, capture_output=True, text=True).stdout.strip()
+        self.command(
+            "cmake", "-S", self.source, "-B", self.build, "-G", "Ninja",
+            "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O1",
+            f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={found}",
+        )  # fmt: skip
+        self.make()
+
+    def command(self, *words: str | Path, **environment: str) -> None:
+        """Raises CalledProcessError, with what was printed, or TimeoutExpired."""
+        subprocess.run(
+            [str(word) for word in words], cwd=HOUSE, env={**os.environ, **environment},
+            check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            timeout=LIMIT_S,
+        )  # fmt: skip
+
+    def make(self) -> None:
+        self.command("cmake", "--build", self.build, "--target", "_core", "-j", "2")
+
+    def cpp_test(self, name: str) -> None:
+        """Linked by hand: the build would make every library of the house for it."""
+        program = self.build / name
+        libraries = [self.build / f"libkvc2_{floor}.a" for floor in ("index", "base")]
+        self.command(
+            "g++", "-std=c++20", "-O1", "-pthread", "-I", self.source,
+            HOUSE / f"tests/cpp/{name}.cpp", *libraries, "-o", program,
+        )  # fmt: skip
+        self.command(program)
+
+    def tests(self) -> str | None:
+        """What failed first; None when all held."""
+        try:
+            self.command(
+                sys.executable, "-m", "pytest", "-x", "-q", "-s", "-p", "tests.sanitized",
+                "-p", "no:faulthandler", "-m", "not slow", *PYTHON_TESTS,
+                KVC2_EXTENSIONS=str(self.build), KVC2_WALK="hunt",
+            )  # fmt: skip
+            for name in CPP_TESTS:
+                self.cpp_test(name)
+        except subprocess.CalledProcessError as failed:
+            return reason(failed)
+        except subprocess.TimeoutExpired:
+            return f"more than {LIMIT_S} s"
+        return None
+
+    def plant(self, mutant: Mutant) -> str | None:
+        """What caught the bug; None when nothing did."""
+        file = self.source / "index" / mutant.file
+        sound = file.read_text()
+        if sound.count(mutant.before) != 1:
+            raise ValueError(f"{mutant.name}: its text is {sound.count(mutant.before)} times there")
+        file.write_text(sound.replace(mutant.before, mutant.after))
+        try:
+            self.make()
+            return self.tests()
+        finally:
+            file.write_text(sound)
+
+
+def reason(failed: subprocess.CalledProcessError) -> str:
+    lines = [line.strip() for line in failed.output.splitlines() if line.strip()]
+    named = [line for line in lines if line.startswith(("FAILED", "ERROR", "check failed"))]
+    return (named or lines or [f"exit {failed.returncode}"])[-1][:110]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--only", default="", help="bugs whose name holds this word")
+    parser.add_argument("--folder", help="where the copy and its build are kept")
+    asked = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        folder = asked.folder or stack.enter_context(tempfile.TemporaryDirectory())
+        bench = Bench(Path(folder))
+        if sound := bench.tests():
+            print(f"without any bug: {sound}")
+            return 1
+        survivors = 0
+        for mutant in (m for m in MUTANTS if asked.only in m.name):
+            start = time.monotonic()
+            caught = bench.plant(mutant)
+            survivors += caught is None
+            took_s = time.monotonic() - start
+            print(f"{mutant.name:44} {took_s:4.0f} s  {caught or 'SURVIVES'}", flush=True)
+    print(f"{survivors} survive")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
