@@ -164,6 +164,8 @@ class IndexLives(IndexMachine):
         below = sorted(
             {p for at in self.model.pools.values() for p in at.blocks if len(p) > 2}, key=repr
         )
+        if not below:  # they were on their way, and failed
+            return
         path = below[pick % len(below)]
         top = path[: 2 + pick % (len(path) - 2)]
         for pool, at in self.model.pools.items():
