@@ -167,7 +167,7 @@ class Behind:
         async with gpu.demoting:
             if gpu.closed or gpu.pools is None or not self._index.undemoted(gpu.id):
                 return False
-            if not rescue and not self._wanted(gpu.id):
+            if not rescue and (gpu.died is not None or not self._wanted(gpu.id)):
                 return False
             pages = max(1, GATHER_BYTES // gpu.pools.shape.page_bytes)
             self._pools.make_room(gpu.pools, min(pages, self._index.undemoted(gpu.id)))

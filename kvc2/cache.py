@@ -11,7 +11,7 @@ import asyncio
 import mmap
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -133,7 +133,7 @@ class Cache:
         """Flush, then close sessions, threads and tiers."""
         result = await self.flush(deadline_s)
         for session in list(self._sessions.values()):
-            await self.close_session(session, False)
+            await self.close_session(session)
         if self._behind is not None:
             await self._behind.stop()
             if self._disk is not None:
@@ -198,9 +198,12 @@ class Cache:
         self._gpus[session.epoch] = session.pool.gpu
         self._sessions[session.epoch] = session
 
-    async def close_session(self, session: Session, crashed: bool) -> None:
-        """Leases are gone at once. `crashed`: the engine's process is dead, so its pages can't
-        change any more and what no other tier holds is copied first, for at most 2 s."""
+    async def close_session(
+        self, session: Session, died: Callable[[], Awaitable[bool]] | None = None
+    ) -> None:
+        """Leases are gone at once. `died` finds out whether the engine's process is dead: then its
+        pages can't change any more, and what no other tier holds is copied first, for at most 2 s.
+        An engine that lives (None: it does) may write to them again: nothing is read any more."""
         if self._sessions.pop(session.epoch, None) is None:
             return
         pool: SessionPool = session.pool
@@ -210,10 +213,9 @@ class Cache:
         for settling in pool.settling.values():
             _finish(settling)
         gpu.queue.shutdown(wait=False, cancel_futures=True)
-        if crashed and self._behind is not None:
+        gpu.died = asyncio.ensure_future((died or _alive)())
+        if await gpu.died and self._behind is not None:
             await self._behind.rescue(gpu, RESCUE_S)
-        else:
-            gpu.closed = True
         if gpu.pools is not None and (left := self.index.undemoted(gpu.id)):
             self._metrics.fault("undemoted_lost", left)
         await asyncio.to_thread(gpu.queue.shutdown, True)
@@ -392,7 +394,7 @@ class Cache:
 
     def _pool_ids(self, tier: str) -> list[int]:
         if tier == "gpu":
-            return [gpu.id for gpu in self._gpus.values() if not gpu.closed]
+            return [gpu.id for gpu in self._gpus.values() if gpu.died is None]
         layouts = [] if self._pools is None else list(self._pools.layouts.values())
         if tier == "cpu":
             return [each.cpu_id for each in layouts]
@@ -463,6 +465,10 @@ def _call(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
 
 def _future() -> asyncio.Future[Any]:
     return asyncio.get_running_loop().create_future()
+
+
+async def _alive() -> bool:
+    return False
 
 
 def _finish(future: asyncio.Future[None]) -> None:

@@ -42,7 +42,8 @@ class GpuPool:
     """A session's pool: its executor, the thread that fills it, and its transfers by number.
 
     `pending` maps the index's transfer ids to this session's sequence numbers until they are done.
-    `broken`: a promotion failed half-way, so that no later progress may be told.
+    `broken`: a promotion failed half-way, so that no later progress may be told. `died` is there
+    when the session is over: whether its engine is known dead, so that its pages can't change.
     """
 
     id: int
@@ -53,6 +54,7 @@ class GpuPool:
     pending: dict[int, int] = field(default_factory=dict)
     demoting: asyncio.Lock = field(default_factory=asyncio.Lock)
     broken: bool = False
+    died: asyncio.Future[bool] | None = None
     closed: bool = False
 
 
@@ -206,11 +208,12 @@ class Mover:
             came = await running
             bad = np.flatnonzero(came == 0)
             good = int(bad[0]) if bad.size else came.size
+            if gpu.died is not None and not await gpu.died:
+                good = 0  # the session ended meanwhile: its engine may have written while we read
         except Exception as error:
             LOG.error("demotion failed: %r", error)
         finally:
-            # a pool that is gone has no bytes to vouch for
-            self._end(transfer, 0 if gpu.closed else good, gpu.pools, ("gpu", "cpu"), begun)
+            self._end(transfer, good, gpu.pools, ("gpu", "cpu"), begun)
 
     async def store(self, pools: LayoutPools, transfer: _core.Transfer | None) -> Outcome:
         """cpu -> disk: one batch (or none) and all deletes of the pool, in one commit."""

@@ -7,6 +7,7 @@ tokens so far) and hands out pages from a set; eviction, transfers and time are 
 from __future__ import annotations
 
 import mmap
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,10 +102,12 @@ class FakeCache:
         session.pool = Pool(free, kept, {}, progress, event_fd)
         self.sessions.append(session)
 
-    async def close_session(self, session: Session, crashed: bool) -> None:
+    async def close_session(
+        self, session: Session, died: Callable[[], Awaitable[bool]] | None = None
+    ) -> None:
         session.leases.clear()
         self.sessions.remove(session)
-        self.closed.append((session.epoch, crashed))
+        self.closed.append((session.epoch, died is not None and await died()))
 
     def open_namespace(self, session: Session, namespace: bytes, identity: bytes) -> int:
         if namespace not in self.namespaces:

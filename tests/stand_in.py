@@ -92,8 +92,11 @@ class StandIn:
         )
         self.number = self.cache.open_namespace(self.session, self.namespace, b"{}")
 
-    async def close(self, *, crashed: bool = False) -> None:
-        await self.cache.close_session(self.session, crashed)
+    async def close(self, *, died: bool = False) -> None:
+        async def known() -> bool:
+            return died
+
+        await self.cache.close_session(self.session, known)
         os.close(self.event_fd)
 
     def request_id(self) -> bytes:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import subprocess
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from kvc2 import errors
 from kvc2.cache import Cache
 from tests.caches import MIB, SLAB_BYTES, faults, running
-from tests.stand_in import PAGE_SIZE, StandIn, prompt
+from tests.stand_in import PAGE_SIZE, U32, StandIn, prompt
 
 
 def test_bytes_come_back_equal_from_gpu_cpu_disk_and_after_a_restart(tmp_path: Path) -> None:
@@ -109,14 +111,47 @@ def test_gpu_only_is_a_chain_of_gpu_alone(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_a_crashed_sessions_blocks_are_copied_before_its_pool_goes() -> None:
+@pytest.mark.parametrize("died", [True, False])
+def test_an_ended_sessions_blocks_are_copied_only_if_its_engine_is_dead(died: bool) -> None:
     async def run() -> None:
         async with running(None) as cache:
             first, second = StandIn(cache, 32), StandIn(cache, 32)
             cache._behind._tasks[0].cancel()  # type: ignore[union-attr]
             await first.ask(prompt(1, 20))
-            await first.close(crashed=True)
-            assert (await second.ask(prompt(1, 20))).tiers == (0, 20 * PAGE_SIZE, 0, 0)
+            await first.close(died=died)
+            found = await second.ask(prompt(1, 20))
+            assert found.tiers == (0, 20 * PAGE_SIZE if died else 0, 0, 0)
+            assert faults(cache, "undemoted_lost") == (0 if died else 20)
+            cache.index.check()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("died", [True, False])
+def test_a_copy_under_way_when_a_session_ends_counts_only_if_its_engine_is_dead(died: bool) -> None:
+    async def run() -> None:
+        async with running(None) as cache:
+            engine = StandIn(cache, 32)
+            store = cache._gpus[engine.session.epoch].store
+            assert store is not None
+            read, begun, let = store.read, threading.Event(), threading.Event()
+
+            def slow_read(pages: U32, offsets: NDArray[np.uint64]) -> NDArray[np.uint8]:
+                begun.set()
+                assert let.wait(10)
+                return read(pages, offsets)
+
+            store.read = slow_read  # type: ignore[method-assign]
+            await engine.ask(prompt(1, 20))
+            await asyncio.to_thread(begun.wait, 10)
+            closing = asyncio.ensure_future(engine.close(died=died))
+            await asyncio.sleep(0)
+            if not died:
+                engine.pool[:] = 0  # it thawed, and these pages are its own now
+            let.set()
+            await closing
+            assert cache.stats().tiers[1].resident == (20 if died else 0)
+            assert (await StandIn(cache, 32).ask(prompt(1, 20))).tiers[1] == (80 if died else 0)
             cache.index.check()
 
     asyncio.run(run())

@@ -7,6 +7,7 @@ whichever is first; what then happens to its pages is the cache's (Cache.close_s
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,8 @@ from kvc2.sessions import EXPIRY_S, HEARTBEAT_INTERVAL_S, Session, SessionTable
 from kvc2.v1 import cache_pb2
 
 EXPIRY_CHECK_S = 0.25
+DEATH_S = 0.5  # a killed process closes its sockets some ms before its pidfd says that it is dead
+FROZEN_S = 0.05  # one look at the pidfd of an engine that fell silent
 SEND_S = 1.0  # an engine that doesn't read its stream is not waited for
 HELLO_S = 3.0
 MEMORY_BYTES_MAX = 1 << 44
@@ -228,24 +231,25 @@ class Attachments:
         self._by_nonce.pop(attachment.nonce, None)
         self._metrics.sessions.set(len(self.table))
         reason = attachment.ended.result() if attachment.ended.done() else "broken"
-        crashed = reason not in ("detached", "drained")
-        if crashed:
+        if reason not in ("detached", "drained"):
             self._metrics.fault("session_expired" if reason == "expired" else "session_crashed")
         events.event("session_over", epoch=session.epoch, pid=session.pid, reason=reason)
         if joined:
-            task = asyncio.create_task(self._close_pages(attachment, crashed))
+            task = asyncio.create_task(self._close_pages(attachment, reason))
             self._closing[task] = session.pid
             task.add_done_callback(self._closing.pop)
 
-    async def _close_pages(self, attachment: _Attachment, crashed: bool) -> None:
+    async def _close_pages(self, attachment: _Attachment, reason: str) -> None:
         handover = attachment.handover
-        if handover is not None and handover.pidfd >= 0:
+        assert handover is not None  # it has joined
+        if handover.pidfd >= 0:
             asyncio.get_running_loop().remove_reader(handover.pidfd)
+        wait_s = {"died": DEATH_S, "broken": DEATH_S, "expired": FROZEN_S}.get(reason)
+        died = None if wait_s is None else functools.partial(handover.died, wait_s)
         try:
-            await self._cache.close_session(attachment.session, crashed)
+            await self._cache.close_session(attachment.session, died)
         finally:
-            if handover is not None:
-                handover.close()
+            handover.close()
 
     async def watch_expiry(self) -> None:
         """Ends sessions whose engine is frozen; runs until cancelled."""

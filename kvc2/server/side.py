@@ -44,6 +44,22 @@ class Handover:
     progress_fd: int
     event_fd: int
 
+    async def died(self, within_s: float) -> bool:
+        """Whether the engine's process is known to be dead, or dies within_s from now."""
+        if self.pidfd < 0:
+            return False
+        loop = asyncio.get_running_loop()
+        dead: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(self.pidfd, _finish, dead)  # instead of the one that ends the session
+        try:
+            async with asyncio.timeout(within_s):
+                await dead
+            return True
+        except TimeoutError:
+            return False
+        finally:
+            loop.remove_reader(self.pidfd)
+
     def close(self) -> None:
         """Close the descriptors; the maps go when the last user drops them. Idempotent."""
         for name in ("pidfd", "progress_fd", "event_fd"):
@@ -165,6 +181,11 @@ class SideSocket:
             handover.close()
             raise
         return handover
+
+
+def _finish(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def map_sealed(fd: int, size: int) -> mmap.mmap:

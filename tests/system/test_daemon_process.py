@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from kvc2.client import Admin
 from tests.system.daemon import SMALL, DaemonProcess, EngineProcess
 
 
@@ -29,6 +30,10 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> float:
 def leases(daemon: DaemonProcess) -> int:
     with daemon.admin() as admin:
         return admin.stats().leases
+
+
+def cpu_blocks(admin: Admin) -> int:
+    return next(each.resident_pages for each in admin.stats().tiers if each.tier == "cpu")
 
 
 def store(engine: EngineProcess, blocks: int = 6) -> None:
@@ -114,6 +119,28 @@ def test_a_frozen_engine_expires_and_is_refused_when_it_thaws(tmp_path: Path) ->
         assert refused["error"] in ("Detached", "NotFound"), refused
         wait_until(lambda: engine.ask(do="status")["sessions"] == 2, 4)
         assert engine.ask(do="status")["detached"] == ["silent"]
+
+
+@pytest.mark.parametrize("end", ["freeze", "kill"])
+def test_only_a_dead_engines_uncopied_blocks_are_copied_after_its_session(
+    tmp_path: Path, end: str
+) -> None:
+    with (
+        DaemonProcess(tmp_path, "--write-policy", "back") as daemon,
+        EngineProcess(daemon.address) as engine,
+    ):
+        assert engine.ask(do="attach")["attached"]
+        store(engine)
+        getattr(engine, end)()
+        wait_until(lambda: leases(daemon) == 0, 5)
+        with daemon.admin() as admin:
+            lost = "faults_total{kind=undemoted_lost}"
+            if end == "kill":
+                wait_until(lambda: cpu_blocks(admin) == 6, 5)
+                assert admin.stats().counters[lost] == 0
+            else:
+                wait_until(lambda: admin.stats().counters[lost] == 6, 5)
+                assert cpu_blocks(admin) == 0
 
 
 def test_a_frozen_daemon_is_silent_not_dead(tmp_path: Path) -> None:
