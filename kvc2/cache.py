@@ -331,12 +331,15 @@ class Cache:
     # ---- the whole ----
 
     async def wait_durable(self, deadline_s: float) -> bool:
-        """Whether all that is committed is on disk, within the deadline."""
-        if self._behind is None or self._disk is None:
+        """Whether all that is committed is on disk, within the deadline. Where there is no disk it
+        waits under write_policy through alone, for the copies in memory."""
+        through = self._config.write_policy == "through"
+        if self._behind is None or (self._disk is None and not through):
             return False
         failed = self._behind.failed_blocks
         drained = await self._behind.drained(deadline_s)
-        return drained and failed == self._behind.failed_blocks and not self._behind.undemoted()
+        copied = failed == self._behind.failed_blocks and not self._behind.undemoted()
+        return drained and copied and self._disk is not None
 
     async def flush(self, deadline_s: float) -> FlushResult:
         """Copy what is committed towards the disk until all of it is there or the time is over."""

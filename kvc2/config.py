@@ -247,8 +247,8 @@ class ServeConfig:
 
     listen: unix:PATH or HOST:PORT of a loopback address. metrics_port: of /metrics on 127.0.0.1,
     None: off. gpu_only: no arena, no disk. slab_bytes: a multiple of 4096. copy_threads: 0 is one
-    a core, at most 4. write_policy: behind copies a commit to slower tiers soon, back only when it
-    is evicted, through before the commit is answered.
+    a core, at most 4. write_policy: behind copies a commit to slower tiers soon, back only when
+    free pages run short, through before the commit is answered (or after 3 s).
     """
 
     listen: str = field(default_factory=default_listen)
