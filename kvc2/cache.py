@@ -357,7 +357,8 @@ class Cache:
 
     async def evict(self, tier: str, blocks: int) -> EvictResult:
         """Drop up to `blocks` unpinned blocks (0: all) from gpu, cpu or disk; what slower tiers
-        don't hold yet is copied there first, within 2 s."""
+        don't hold yet is copied there first, within 2 s. What was evicted from the disk is gone
+        there too, unless its commit fails or takes longer than 2 s."""
         if self._behind is not None and tier != "disk":
             await self._behind.drained(EVICT_DRAIN_S)
         with suppress(TimeoutError):  # what is on its way is pinned
@@ -371,6 +372,8 @@ class Cache:
             last_copies += found.last_copies
             self._count_evicted(tier, pool, found)
         self._wake()
+        if self._behind is not None and tier == "disk":
+            await self._behind.drained(EVICT_DRAIN_S)
         return EvictResult(evicted, last_copies)
 
     def _count_evicted(self, tier: str, pool: int, found: _core.Evicted) -> None:

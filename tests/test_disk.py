@@ -16,6 +16,21 @@ from tests.caches import MIB, running
 from tests.stand_in import StandIn, prompt
 
 
+def test_an_eviction_is_answered_when_its_deletes_are_committed(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with running(tmp_path) as cache:
+            await StandIn(cache, 32).ask(prompt(1, 8))
+            assert (await cache.flush(10)).durable_blocks == 8
+            disk = cache._disk
+            assert disk is not None
+            (number,) = disk.catalogue.layouts
+            assert disk.catalogue.records(number).pages.size == 8
+            assert (await cache.evict("disk", 0)).evicted == 8
+            assert disk.catalogue.records(number).pages.size == 0
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("failing", [0, 3], ids=["sound", "every-third-commit-fails"])
 def test_a_page_is_planned_only_after_its_delete_is_committed(
     tmp_path: Path, failing: int, monkeypatch: pytest.MonkeyPatch
