@@ -80,6 +80,20 @@ def test_health_reflection_and_metrics_are_served(tmp_path: Path) -> None:
         assert 'kvc2_faults_total{kind="corrupt_block"} 0.0' in text
 
 
+def test_a_port_is_told_only_of_tcp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    caplog.set_level("INFO")
+    told = []
+    for listen in (f"unix:{tmp_path / 'kvc2.sock'}", "127.0.0.1:0"):
+        with ServedDaemon(serve_config(tmp_path, listen=listen)) as served:
+            record = [each for each in caplog.records if each.message == "serving"][-1]
+            told.append((record.__dict__["facts"].get("port"), served.daemon.port))
+    assert told[0][0] is None
+    assert told[1][0] == told[1][1] > 0
+
+
 def test_it_listens_on_loopback_tcp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     with ServedDaemon(serve_config(tmp_path, listen="127.0.0.1:0")) as served:

@@ -76,10 +76,12 @@ class Daemon:
             stack.callback(expiry.cancel)
             await self._set_health(health_pb2.HealthCheckResponse.SERVING)
             self._opened = stack.pop_all()
+        # of a unix path gRPC says port 1
+        port = {} if self._address.path is not None else {"port": self.port}
         events.event(
             "serving",
             listen=self.config.listen,
-            port=self.port,
+            **port,
             arena_bytes=0 if self.config.gpu_only else self.config.cpu.memory_bytes,
             disk=self.config.disk.path,
             seconds=round(time.monotonic() - started, 3),
