@@ -120,7 +120,8 @@ class StandIn:
             told: asyncio.Future[None] = loop.create_future()
             loop.add_reader(self.event_fd, _tell, told)
             try:
-                await asyncio.wait_for(told, 10)
+                async with asyncio.timeout(10):
+                    await told
                 os.eventfd_read(self.event_fd)
             finally:
                 loop.remove_reader(self.event_fd)
