@@ -13,13 +13,17 @@ from torch import Tensor
 from engine.attention.base import Attention, KvPool, KvShape
 from engine.attention.cpu import CpuAttention
 from engine.batch import Batch
+from engine.layers import kernel_session
 from engine.models.base import Model
 
 LayerReady = Callable[[int], None]
 
 
 class Runner:
-    """A model bound to a pool. One step at a time, from one thread."""
+    """A model bound to a pool. One step at a time, from one thread.
+
+    On the CPU the first one gives torch's threads to our kernels, and leaves torch with one.
+    """
 
     def __init__(self, model: Model, pool: KvPool) -> None:
         expected = KvShape.of(model.config, pool.shape.page_size)
@@ -51,6 +55,10 @@ class Runner:
 
 def _attention(pool: KvPool, query_heads: int) -> Attention:
     if pool.device.type == "cpu":
+        # Our kernels have the threads. Torch's own would spin beside them between its small
+        # operations: on a busy machine a prefill then took five times as long.
+        kernel_session()
+        torch.set_num_threads(1)
         return CpuAttention(pool, query_heads)
     from engine.attention.flashinfer import FlashInferAttention
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ class FlashInferAttention(Attention):
 
     def __init__(self, pool: KvPool, query_heads: int) -> None:
         super().__init__(pool, query_heads)
-        import flashinfer  # the extra `cuda`
+        flashinfer = importlib.import_module("flashinfer")  # the extra `cuda`; it has no types
 
         workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=pool.device)
         self._wrapper: Any = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
