@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +13,59 @@ import pytest
 
 from kvc2 import _core
 from kvc2.tiers.catalogue import Change, Full
-from kvc2.tiers.disk import Outcome
+from kvc2.tiers.disk import Batch, Outcome
 from kvc2.tiers.pools import LayoutPools
+from kvc2.tiers.slab_file import Files
 from tests.caches import MIB, running
 from tests.stand_in import StandIn, prompt
+
+
+class OneBadPart(Files):
+    """The first write fails at once; the others take their time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun = self.ended = 0
+        self._lock = threading.Lock()
+
+    def write(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        with self._lock:
+            self.begun += 1
+            first = self.begun == 1
+        if first:
+            raise OSError(errno.EIO, "the first part")
+        threading.Event().wait(0.05)
+        put = super().write(fd, buffers, offset)
+        with self._lock:
+            self.ended += 1
+        return put
+
+
+def test_a_failed_batch_is_answered_when_none_of_its_parts_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvc2.tiers.disk.WRITE_PART_BYTES", 2 * 8192)
+    files = OneBadPart()
+
+    async def run() -> None:
+        async with running(tmp_path, files=files) as cache:
+            outcomes: list[tuple[bool, int]] = []
+            disk = cache._disk
+            assert disk is not None
+            store = disk.store
+
+            def noted(batch: Batch | None, change: Change) -> Outcome:
+                outcome = store(batch, change)
+                outcomes.append((outcome.written, files.begun - files.ended))
+                return outcome
+
+            disk.store = noted  # type: ignore[method-assign]
+            await StandIn(cache, 32).ask(prompt(1, 16))
+            await cache.flush(10)
+            assert files.ended > 1
+            assert outcomes[0] == (False, 1)  # the one that failed never ended
+
+    asyncio.run(run())
 
 
 def test_an_eviction_is_answered_when_its_deletes_are_committed(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import fcntl
 import logging
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import numpy as np
 
 from kvc2 import _core, errors
 from kvc2.metrics import Metrics
-from kvc2.tiers.base import U8, U32, U64, PageShape
+from kvc2.tiers.base import U8, U32, U64, PageShape, part_of
 from kvc2.tiers.catalogue import Catalogue, Change, Damaged, Full, Stored, insertions, room_bytes
 from kvc2.tiers.slab_file import Files, SlabFiles
 
@@ -34,6 +35,8 @@ LOG = logging.getLogger(__name__)
 SLACK_SHARE = 64  # of the budget is for what the catalogue holds beside records
 SLACK_BYTES_MAX = 64 << 20
 LOCK_FILES_BYTES = 16 << 10  # our lock, LMDB's lock.mdb
+WRITE_THREADS = 2  # one part's checksums are computed while another part is written
+WRITE_PART_BYTES = 8 << 20
 SMALL_COMMIT = 64  # deletes of one transaction after a large one did not fit
 READ_FAILED = 255  # beside _core.BLOCK_*: the bytes did not come at all
 FAULT_OF_STATUS = {
@@ -101,6 +104,7 @@ class DiskTier:
         self._arena = arena
         self._metrics = metrics
         self._files = files or Files()
+        self._writers = ThreadPoolExecutor(WRITE_THREADS, "kvc2-write")
         self.pools: dict[bytes, DiskPool] = {}
         self._stored: dict[int, Stored] = {}
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -190,12 +194,13 @@ class DiskTier:
             return Outcome(False, False)
 
     def _write(self, batch: Batch, change: Change) -> bool:
-        shape = batch.pool.shape
-        checksums = _core.encode_headers(
-            self._arena.data, batch.offsets, batch.records, shape.layout_digest, shape.payload_bytes
-        )
+        count = batch.pages.size
+        step = max(1, WRITE_PART_BYTES // batch.pool.shape.page_bytes)
+        parts = [slice(start, min(start + step, count)) for start in range(0, count, step)]
+        running = [self._writers.submit(self._write_part, batch, part) for part in parts]
+        wait(running)  # also when one failed: none may still read pages that are free again
         try:
-            batch.pool.slabs.write(batch.pages, batch.offsets)
+            checksums = np.concatenate([each.result() for each in running])
             batch.pool.slabs.sync(batch.pages)
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -204,6 +209,19 @@ class DiskTier:
             return False
         change.inserts = insertions(batch.pool.number, batch.pages, batch.records, checksums)
         return True
+
+    def _write_part(self, batch: Batch, part: slice) -> U8:
+        """[k, 16] checksums of the payloads."""
+        shape, offsets = batch.pool.shape, batch.offsets[part]
+        checksums = _core.encode_headers(
+            self._arena.data,
+            offsets,
+            part_of(batch.records, part),
+            shape.layout_digest,
+            shape.payload_bytes,
+        )
+        batch.pool.slabs.write(batch.pages[part], offsets)
+        return checksums
 
     def _commit_small(self, change: Change) -> bool:
         """The deletes alone, few at a time: after a full disk LMDB needs a small commit before a
@@ -314,6 +332,7 @@ class DiskTier:
                 LOG.warning("disk: recency not written: %s", error)
 
     def close(self) -> None:
+        self._writers.shutdown()
         for pool in self.pools.values():
             pool.slabs.close()
         self.catalogue.close()
