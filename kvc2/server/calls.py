@@ -27,7 +27,7 @@ from kvc2.sessions import Session
 from kvc2.v1 import cache_pb2
 
 # request_id, first block, tokens, pages
-Commit = tuple[bytes, int, np.ndarray[Any, Any], np.ndarray[Any, Any]]
+CheckedCommit = tuple[bytes, int, np.ndarray[Any, Any], np.ndarray[Any, Any]]
 RESULTS = ("adopted", "duplicate", "refused")
 DURABLE_WAITS_MAX = 64  # flushes and durable commits that wait at a time
 THROUGH_S = (
@@ -155,7 +155,7 @@ class CacheCalls:
             durable=durable,
         )
 
-    def _commit(self, session: Session, commits: list[Commit]) -> list[np.ndarray[Any, Any]]:
+    def _commit(self, session: Session, commits: list[CheckedCommit]) -> list[np.ndarray[Any, Any]]:
         results = [self._cache.commit(session, *each) for each in commits]
         for result in results:
             counts = np.bincount(result, minlength=len(RESULTS))
@@ -165,7 +165,9 @@ class CacheCalls:
                 self._metrics.fault("refused_commit", int(counts[2]))
         return results
 
-    def _check_commit(self, session: Session, field: str, commit: cache_pb2.LeaseCommit) -> Commit:
+    def _check_commit(
+        self, session: Session, field: str, commit: cache_pb2.LeaseCommit
+    ) -> CheckedCommit:
         request_id = checks.request_id(f"{field}.request_id", commit.request_id)
         if request_id not in session.leases:
             raise errors.NotFound(f"{field}.request_id", request_id, "an open lease")
