@@ -211,6 +211,8 @@ def test_two_acquires_of_one_prefix_load_it_once(tmp_path: Path) -> None:
             first, second = StandIn(cache, 32), StandIn(cache, 32)
             await on_disk_only(cache, first, 1, 16)
             await asyncio.gather(first.ask(prompt(1, 16)), second.ask(prompt(1, 16)))
+            while cache._mover.promoting:  # the engine sees its last layer before the loop does
+                await cache._loader.until_changed()
             values = cache._metrics.values()
             assert values["transfer_blocks_total{source=disk,target=cpu}"] == 16
             assert values["transfer_blocks_total{source=cpu,target=gpu}"] == 32
