@@ -51,12 +51,16 @@ class EngineProcess:
         lines: queue.Queue[str] = queue.Queue()
         assert self.process.stdout is not None
         stdout = self.process.stdout
-        threading.Thread(target=lambda: lines.put(stdout.readline()), daemon=True).start()
+
+        def read() -> None:  # an editable install may first say that it rebuilds
+            lines.put(next((line for line in stdout if line.startswith("serving ")), ""))
+
+        threading.Thread(target=read, daemon=True).start()
         try:
             line = lines.get(timeout=START_S)
         except queue.Empty:
             line = ""
-        if not line.startswith("serving "):
+        if not line:
             self.process.kill()
             raise AssertionError(f"the engine didn't start: {self.log.read_text()[-2000:]}")
         return line.split()[-1]

@@ -180,7 +180,8 @@ def test_a_daemon_that_goes_away_in_mid_request(
         for i, answer in enumerate(answers):
             assert answer.result(60).tokens == truth(tokens, most + i)
     engine.wait_attached(False)
-    assert engine.complete(tokens, 4).tokens == truth(tokens, 4)
+    short = tokens[:100]
+    assert engine.complete(short, 4).tokens == truth(short, 4)
     daemon.start() if how == "killed" else daemon.thaw()
     engine.wait_attached()
     assert engine.complete(tokens, 4).tokens == truth(tokens, 4)
