@@ -207,10 +207,10 @@ class Prefix:
             lease.sent = full
         wanted = self._wanted(soon)
         if batch:
-            self._submit(self._commit, session, batch, wanted)
+            self._in_order(self._commit, session, batch, wanted)
         elif wanted and session and not self._topping_up:
             self._topping_up = True
-            self._submit(self._grant, wanted)
+            self._in_order(self._grant, wanted)
 
     def release(self, leases: Sequence[Lease]) -> None:
         """Close leases whose pages nothing reads any more. Their private pages become free."""
@@ -218,15 +218,15 @@ class Prefix:
             for lease in leases:
                 self.book.drop(lease.pages)
         else:  # behind their commits, whose answers say whose the pages are
-            self._submit(self._release, list(leases))
+            self._in_order(self._release, list(leases))
 
     def cancel(self, request_id: bytes) -> None:
         """Tell the daemon that an acquire under way is not wanted; its future still comes."""
-        self._submit(self._release, [Lease(request_id, self.book.session)])
+        self._in_order(self._release, [Lease(request_id, self.book.session)])
 
     def reclaim(self, pages: int) -> bool:
         """Wait for what was released, ask for a grant if need be; whether `pages` are free then."""
-        future = self._submit(self._refill, pages)
+        future = self._in_order(self._refill, pages)
         try:
             future.result(self.config.grant_timeout_s)
         except FutureTimeout:
@@ -271,6 +271,12 @@ class Prefix:
 
     # what runs on the executors
 
+    def _in_order(self, call: Callable[..., None], *arguments: Any) -> Future[None]:
+        """Run on the bridge thread, behind what was given to it before."""
+        future = self._operations.submit(call, *arguments)
+        future.add_done_callback(_log_failure)
+        return future
+
     def _acquire(
         self, client: CacheClient, request_id: bytes, tokens: U32, caller: Caller
     ) -> Lease:
@@ -280,7 +286,7 @@ class Prefix:
             if namespace is None:
                 return Lease(request_id)
             found = client.acquire(namespace, request_id, tokens, grant_pages=self._wanted(0))
-        except errors.Kvc2Error as error:
+        except Exception as error:  # whatever it is, the request runs
             self._fault("acquire", error)
             self.cancel(request_id)  # it may have been opened all the same
             return Lease(request_id)
@@ -311,7 +317,7 @@ class Prefix:
         try:
             namespace = self._namespace(self._client, caller)
             return self._client.match(namespace, tokens).matched_tokens if namespace else 0
-        except errors.Kvc2Error as error:
+        except Exception as error:  # whatever it is, the request runs
             self._fault("match", error)
             return 0
 
@@ -382,23 +388,19 @@ class Prefix:
     def _refill(self, pages: int) -> None:
         self._grant(pages - self.book.free)
 
-    def _submit(self, operation: Callable[..., None], *args: Any) -> Future[None]:
-        """On the bridge thread, in order. What it doesn't expect is at least said."""
-        future = self._operations.submit(operation, *args)
-        future.add_done_callback(_report)
-        return future
-
     def _wanted(self, soon: int) -> int:
         return max(0, self.config.low_water + soon - self.book.free)
 
-    def _fault(self, call: str, error: errors.Kvc2Error) -> None:
+    def _fault(self, call: str, error: Exception) -> None:
         self._metrics.faults.labels(call).inc()
-        log.warning("%s: %s", call, error)
+        unknown = not isinstance(error, errors.Kvc2Error)
+        log.warning("%s: %s", call, error, exc_info=unknown)
 
 
-def _report(future: Future[None]) -> None:
+def _log_failure(future: Future[None]) -> None:
+    """A bug on the bridge thread: its pages stay unsure, which is safe, but it must be seen."""
     if not future.cancelled() and (error := future.exception()) is not None:
-        log.error("an operation on the daemon failed", exc_info=error)
+        log.error("the bridge to the daemon failed", exc_info=error)
 
 
 def identity_of(config: ModelConfig, weights_digest: bytes, page_size: int) -> Identity:

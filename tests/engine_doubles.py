@@ -112,8 +112,9 @@ class Inline(Executor):
             future, call = self.calls.pop(0)
             try:
                 future.set_result(call())
-            except BaseException as error:
+            except Exception as error:
                 future.set_exception(error)
+                raise  # nothing that runs here may fail: a fault is a value, or it is a bug
 
 
 @dataclass
@@ -218,7 +219,7 @@ class SmallDaemon:
             lease = self.leases[part.request_id]
             assert part.first_block == lease.blocks, "a commit doesn't continue its lease"
             results.append(np.array(self._commit(lease, part), np.uint8))
-        return Committed(results, self._grant(grant_pages), durable=False)
+        return Committed(results=results, granted=self._grant(grant_pages), durable=False)
 
     def release(
         self, request_ids: Sequence[bytes], *, returned: Any, grant_pages: int = 0
