@@ -68,13 +68,13 @@ CORE_TESTS := tests/test_block.py tests/test_copy.py $(wildcard tests/test_index
 
 asan: $(READY)  ## C++ tests and core tests under AddressSanitizer and UBSan
 	$(call SANITIZE,asan,address$(comma)undefined)
-	KVC2_EXTENSIONS=build/asan ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	KVC2_WALK=quick KVC2_EXTENSIONS=build/asan ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 		LD_PRELOAD="$(call PRELOAD,libasan.so)" $(PYTHON) -m pytest -q -p tests.sanitized \
 		-k "not instruction_set" -m "not slow" $(CORE_TESTS)
 
 tsan: $(READY)  ## the same under ThreadSanitizer
 	$(call SANITIZE,tsan,thread)
-	KVC2_EXTENSIONS=build/tsan TSAN_OPTIONS=halt_on_error=1 \
+	KVC2_WALK=quick KVC2_EXTENSIONS=build/tsan TSAN_OPTIONS=halt_on_error=1 \
 		LD_PRELOAD="$(call PRELOAD,libtsan.so)" $(PYTHON) -m pytest -q -p tests.sanitized \
 		-k "not instruction_set" -m "not slow" $(CORE_TESTS)
 

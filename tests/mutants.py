@@ -88,7 +88,10 @@ class Bench:
             raise ValueError(f"{mutant.name}: its text is {sound.count(mutant.before)} times there")
         file.write_text(sound.replace(mutant.before, mutant.after))
         try:
-            self.make()
+            try:
+                self.make()
+            except subprocess.CalledProcessError as failed:
+                raise ValueError(f"{mutant.name} does not build:\n{failed.output}") from failed
             return self.tests()
         finally:
             file.write_text(sound)
@@ -102,7 +105,7 @@ def reason(failed: subprocess.CalledProcessError) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--only", default="", help="bugs whose name holds this word")
+    parser.add_argument("--only", default="", help="bugs whose file or name holds this word")
     parser.add_argument("--folder", help="where the copy and its build are kept")
     asked = parser.parse_args()
     with contextlib.ExitStack() as stack:
@@ -112,7 +115,7 @@ def main() -> int:
             print(f"without any bug: {sound}")
             return 1
         survivors = 0
-        for mutant in (m for m in MUTANTS if asked.only in m.name):
+        for mutant in (m for m in MUTANTS if asked.only in f"{m.file}: {m.name}"):
             start = time.monotonic()
             caught = bench.plant(mutant)
             survivors += caught is None

@@ -1,5 +1,7 @@
 // What Python cannot reach in csrc/index: the parts below the facade.
+#include <atomic>
 #include <cstdio>
+#include <thread>
 
 #include "base/check.h"
 #include "index/index.h"
@@ -53,8 +55,52 @@ static void a_slab_goes_only_when_all_its_pages_are_free() {
   pool.check(0);
 }
 
+// One thread serves requests, as the daemon's loop does, while another completes transfers, as its
+// movers do. For ThreadSanitizer above all; check() proves what came of it.
+static void one_thread_matches_while_another_completes_transfers() {
+  Index index(1, 1);
+  const PoolId disk = index.add_pool({1, 16, std::nullopt, true});
+  const PoolId cpu = index.add_pool({1, 8, disk, false});
+  const PoolId gpu = index.add_pool({1, 8, cpu, false});
+  for (const PoolId pool : {disk, cpu, gpu}) index.add_slab(pool);
+  const uint32_t space = index.open_namespace(Digest{}, 1);
+  std::atomic<bool> done = false;
+  std::atomic<uint32_t> moved = 0;
+  std::thread mover([&] {
+    for (uint32_t turn = 0; !done || turn < 100; ++turn) {
+      for (const PoolId pool : {gpu, cpu}) {
+        const auto plan = index.plan_demote(pool, 4);
+        if (!plan) continue;
+        const auto pages = static_cast<uint32_t>(plan->source_pages.size());
+        index.complete(plan->id, turn % 3 == 0 ? pages / 2 : pages);
+        moved += pages;
+      }
+      index.evict(disk, turn % 2);
+    }
+  });
+  for (uint32_t turn = 0; turn < 2000; ++turn) {
+    const std::vector<uint32_t> path{turn % 3, turn % 5, turn % 7, turn % 2};
+    const LeaseView lease = index.acquire(space, gpu, path, 4);
+    const Load load = index.next_load(lease.id, 2);
+    if (const auto* plan = std::get_if<Transfer>(&load)) index.complete(plan->id, 1);
+    if (const auto plan = index.promote(lease.id)) index.complete(plan->id, turn % 2);
+    const auto held = static_cast<uint32_t>(index.lease(lease.id).pages.size());
+    const std::vector<PageId> pages = index.grant(gpu, 4 - held);
+    index.commit(lease.id, held, Tokens(path).subspan(held, pages.size()), pages);
+    KVC2_CHECK(index.match(space, gpu, path).blocks <= 4, "longer than the path");
+    index.release(lease.id);
+    index.give_back(gpu, pages);  // false where they have become blocks
+    if (turn % 50 == 0) index.check();
+  }
+  done = true;
+  mover.join();
+  index.check();
+  KVC2_CHECK(moved > 0 && index.counts().leases == 0, "%u pages moved", moved.load());
+}
+
 int main() {
   a_split_moves_the_owners_before_the_branch();
   a_slab_goes_only_when_all_its_pages_are_free();
+  one_thread_matches_while_another_completes_transfers();
   std::puts("ok");
 }
