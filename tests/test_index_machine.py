@@ -60,7 +60,7 @@ AT_LEAST = {
     "commit: a duplicate": 150,
     "commit: a duplicate of an arriving page": 80,
     "commit: a hole closed": 40,
-    "commit: refused": 30,
+    "commit: refused": 6,
     "complete: only in part": 60,
     "complete: a failure breaks a lease": 80,
     "complete: and two": 30,
