@@ -1,7 +1,7 @@
 """Do the index's tests catch bugs? Plants each bug of mutant_patches.py in a copy of csrc/, builds
 it, runs the index tests over it, and demands that something fails. Slow: half a minute a bug.
 
-    python -m tests.mutants [--only WORD] [--folder FOLDER]
+    python -m tests.mutants [--only WORD ...] [--folder FOLDER]
 
 Exits with 1 when a bug survives. The copy lies in a temporary folder, or in one that is kept, so
 that the next run builds less; the installed extension is left alone.
@@ -42,6 +42,7 @@ class Bench:
             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={found}",
         )  # fmt: skip
         self.make()
+        self.compile_tests("index.h")
 
     def command(self, *words: str | Path, **environment: str) -> None:
         """Raises CalledProcessError, with what was printed, or TimeoutExpired."""
@@ -54,26 +55,33 @@ class Bench:
     def make(self) -> None:
         self.command("cmake", "--build", self.build, "--target", "_core", "-j", "2")
 
+    def compile_tests(self, changed: str) -> None:
+        """Again where a header has changed."""
+        for name in CPP_TESTS if changed.endswith(".h") else []:
+            source = HOUSE / f"tests/cpp/{name}.cpp"
+            flags = ["-std=c++20", "-O1", "-I", self.source]
+            self.command("g++", *flags, "-c", source, "-o", self.object(name))
+
+    def object(self, name: str) -> Path:
+        return self.build / f"{name}.o"
+
     def cpp_test(self, name: str) -> None:
         """Linked by hand: the build would make every library of the house for it."""
-        program = self.build / name
         libraries = [self.build / f"libkvc2_{floor}.a" for floor in ("index", "base")]
-        self.command(
-            "g++", "-std=c++20", "-O1", "-pthread", "-I", self.source,
-            HOUSE / f"tests/cpp/{name}.cpp", *libraries, "-o", program,
-        )  # fmt: skip
+        program = self.build / name
+        self.command("g++", "-pthread", self.object(name), *libraries, "-o", program)
         self.command(program)
 
     def tests(self) -> str | None:
         """What failed first; None when all held."""
         try:
+            for name in CPP_TESTS:
+                self.cpp_test(name)
             self.command(
                 sys.executable, "-m", "pytest", "-x", "-q", "-s", "-p", "tests.sanitized",
                 "-p", "no:faulthandler", "-m", "not slow", *PYTHON_TESTS,
                 KVC2_EXTENSIONS=str(self.build), KVC2_WALK="hunt",
             )  # fmt: skip
-            for name in CPP_TESTS:
-                self.cpp_test(name)
         except subprocess.CalledProcessError as failed:
             return reason(failed)
         except subprocess.TimeoutExpired:
@@ -92,9 +100,11 @@ class Bench:
                 self.make()
             except subprocess.CalledProcessError as failed:
                 raise ValueError(f"{mutant.name} does not build:\n{failed.output}") from failed
+            self.compile_tests(mutant.file)
             return self.tests()
         finally:
             file.write_text(sound)
+            self.compile_tests(mutant.file)
 
 
 def reason(failed: subprocess.CalledProcessError) -> str:
@@ -103,9 +113,19 @@ def reason(failed: subprocess.CalledProcessError) -> str:
     return (named or lines or [f"exit {failed.returncode}"])[-1][:110]
 
 
+def chosen(words: list[str]) -> list[Mutant]:
+    return [m for m in MUTANTS if any(word in f"{m.file}: {m.name}" for word in words)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--only", default="", help="bugs whose file or name holds this word")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="WORD",
+        help="bugs whose file or name holds one of these",
+    )
     parser.add_argument("--folder", help="where the copy and its build are kept")
     asked = parser.parse_args()
     with contextlib.ExitStack() as stack:
@@ -115,7 +135,7 @@ def main() -> int:
             print(f"without any bug: {sound}")
             return 1
         survivors = 0
-        for mutant in (m for m in MUTANTS if asked.only in f"{m.file}: {m.name}"):
+        for mutant in chosen(asked.only):
             start = time.monotonic()
             caught = bench.plant(mutant)
             survivors += caught is None
