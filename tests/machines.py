@@ -318,7 +318,7 @@ class IndexMachine(RuleBasedStateMachine):
         real = self.index.evict(at, count)
         paths = self.model.evict(at, count)
         assert real.pages.tolist() == [pages[path] for path in paths]
-        gone = sum(not self.model.anywhere(path) for path in paths)
+        gone = sum(self.model.last_copy(path, at) for path in paths)
         assert real.last_copies == gone
         SEEN["resident -> free: evict"] += bool(paths)
         SEEN["evict: a last copy"] += gone > 0

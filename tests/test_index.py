@@ -280,3 +280,18 @@ def test_nothing_is_planned_into_a_closed_pool_but_out_of_it(house: House) -> No
 def test_a_pool_is_closed_before_it_is_removed(house: House) -> None:
     with pytest.raises(ValueError, match="close it first"):
         house.index.remove_pool(house.gpu)
+
+
+def test_a_copy_on_its_way_does_not_make_another_one_spare(house: House) -> None:
+    other, house.gpu = house.gpu, house.pool(4, house.cpu)
+    house.index.release(house.compute(1, 2))
+    transfer = house.index.plan_demote(house.gpu, 8)
+    assert transfer is not None
+    house.gpu, dying = other, house.gpu
+    house.index.release(house.compute(1))
+    house.index.close_pool(dying)
+    house.index.remove_pool(dying)  # what is on its way from there will not arrive
+    assert house.index.evict(house.gpu, 9).pages.size == 0
+    house.index.complete(transfer.id, 2)
+    assert house.index.evict(house.gpu, 9).last_copies == 1
+    house.index.check()
