@@ -23,7 +23,7 @@ FAULTS = {
     "disk_read": "a read from the disk failed",
     "disk_write": "a write to the disk failed",
     "foreign_block": "a sound block of another name lay where one was expected",
-    "fenced_call": "a call of a session that is over, or of another daemon instance",
+    "fenced_call": "a call of a session that is over, or without its secret",
     "internal_error": "an rpc failed by a fault of the daemon's own",
     "key_collision": "a commit whose key stood for other tokens was refused",
     "lost_slab": "a slab file was missing or short",

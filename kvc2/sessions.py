@@ -1,15 +1,16 @@
 """Sessions: who is attached, under which epoch, and until when.
 
 A session is one engine's attachment. Its epoch rises with each and is never reused in one run of
-the daemon (`instance`), so a call or a completion of an earlier one can't be taken for a later
-one's. Not here: the stream and the side socket (server/) and what a session's
-end does to pages (cache.py).
+the daemon, so a completion of an earlier one can't be taken for a later one's. Its secret is told
+to its engine alone: Stats tells epochs to whoever asks, and over TCP any local user may call. Not
+here: the stream and the side socket (server/) and what a session's end does to pages (cache.py).
 
     joining -> ready [join: its pool is mapped]   joining, ready -> over [end]
 """
 
 from __future__ import annotations
 
+import hmac
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ HEARTBEAT_INTERVAL_S = 1.0
 EXPIRY_S = 3.0  # three heartbeats
 JOIN_S = 10.0  # for the side socket; an earlier session of the engine may have to end first
 INSTANCE_BYTES = 16
+SECRET_BYTES = 16
 
 SessionState = Literal["joining", "ready", "over"]
 
@@ -45,6 +47,7 @@ class Session:
     pid: int = 0
     uid: int = -1
     pool: Any = None
+    secret: bytes = field(default_factory=lambda: secrets.token_bytes(SECRET_BYTES), repr=False)
     leases: dict[bytes, int] = field(default_factory=dict)
     namespaces: dict[int, bytes] = field(default_factory=dict)
 
@@ -92,10 +95,10 @@ class SessionTable:
             raise errors.SessionOver(f"session {session.epoch} has ended")
         session.last_heartbeat = self._clock()
 
-    def of_call(self, instance: bytes, epoch: int) -> Session:
+    def of_call(self, secret: bytes, epoch: int) -> Session:
         """The ready session that a call names. Raises SessionOver for every other."""
         session = self._open.get(epoch)
-        if session is None or instance != self.instance:
+        if session is None or not hmac.compare_digest(secret, session.secret):
             raise errors.SessionOver(
                 f"session {epoch} is over or of another run of the daemon: attach again"
             )

@@ -62,13 +62,13 @@ def test_acquire_names_what_it_refuses(
     assert (code, field in words) == (status, True), words
 
 
-def test_other_epochs_and_instances_are_fenced(wire: Wire) -> None:
-    for instance, epoch in (
-        (wire.head.instance, wire.head.session_epoch + 1),
+def test_other_epochs_and_secrets_are_fenced(wire: Wire) -> None:
+    for secret, epoch in (
+        (wire.head.secret, wire.head.session_epoch + 1),
         (b"\0" * 16, wire.head.session_epoch),
-        (wire.head.instance + b"x", wire.head.session_epoch),
+        (wire.head.secret + b"x", wire.head.session_epoch),
     ):
-        head = pb.SessionRef(instance=instance, session_epoch=epoch)
+        head = pb.SessionRef(secret=secret, session_epoch=epoch)
         requests = {
             "OpenNamespace": pb.OpenNamespaceRequest(session=head),
             "Match": pb.MatchRequest(session=head),

@@ -34,8 +34,8 @@ def test_an_epoch_is_never_used_again() -> None:
     second = open_ready(sessions)
     assert second.epoch > first.epoch
     with pytest.raises(SessionOver):
-        sessions.of_call(sessions.instance, first.epoch)
-    assert sessions.of_call(sessions.instance, second.epoch) is second
+        sessions.of_call(first.secret, first.epoch)
+    assert sessions.of_call(second.secret, second.epoch) is second
 
 
 def test_a_call_of_another_daemon_instance_is_refused() -> None:
@@ -43,14 +43,23 @@ def test_a_call_of_another_daemon_instance_is_refused() -> None:
     session = open_ready(one)
     open_ready(other)
     with pytest.raises(SessionOver):
-        other.of_call(one.instance, session.epoch)
+        other.of_call(session.secret, session.epoch)
+
+
+def test_a_call_with_the_secret_of_another_session_or_what_stats_tells_is_refused() -> None:
+    sessions = table(Clock())
+    session, other = open_ready(sessions), open_ready(sessions)
+    for forged in (other.secret, sessions.instance, b"", session.secret[:-1]):
+        with pytest.raises(SessionOver):
+            sessions.of_call(forged, session.epoch)
+    assert session.secret.hex() not in repr(session)
 
 
 def test_no_call_before_the_side_socket_has_joined() -> None:
     sessions = table(Clock())
     session = sessions.open("e", layout(), NUM_PAGES)
     with pytest.raises(SessionOver, match="joined"):
-        sessions.of_call(sessions.instance, session.epoch)
+        sessions.of_call(session.secret, session.epoch)
 
 
 def test_three_heartbeats_missed_is_expiry() -> None:
@@ -69,7 +78,7 @@ def test_three_heartbeats_missed_is_expiry() -> None:
     with pytest.raises(SessionOver):
         sessions.heartbeat(session)
     with pytest.raises(SessionOver):
-        sessions.of_call(sessions.instance, session.epoch)
+        sessions.of_call(session.secret, session.epoch)
 
 
 def test_heartbeats_do_not_keep_a_session_that_never_joins() -> None:

@@ -86,7 +86,7 @@ class Wire:
         self.stream = stub(iter(self._outbox.get, None), timeout=ANSWER_S)
         attached = next(self.stream).attached
         self.head = cache_pb2.SessionRef(
-            instance=attached.instance, session_epoch=attached.session_epoch
+            secret=attached.secret, session_epoch=attached.session_epoch
         )
         return attached
 

@@ -102,7 +102,7 @@ class Session:
         self._outbox.put(cache_pb2.AttachRequest(hello=hello))
         attached = self._expect("attached", ATTACHED_S).attached
         self.head = cache_pb2.SessionRef(
-            instance=attached.instance, session_epoch=attached.session_epoch
+            secret=attached.secret, session_epoch=attached.session_epoch
         )
         self.key = self.head.SerializeToString()
         self.heartbeat_s = max(0.05, attached.heartbeat_interval_ms / 1000)

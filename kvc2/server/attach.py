@@ -145,7 +145,7 @@ class Attachments:
     def _attached(self, attachment: _Attachment) -> cache_pb2.AttachResponse:
         return cache_pb2.AttachResponse(
             attached=cache_pb2.Attached(
-                instance=self.table.instance,
+                secret=attachment.session.secret,
                 session_epoch=attachment.session.epoch,
                 nonce=attachment.nonce,
                 side_socket=self.side_path,

@@ -64,7 +64,7 @@ class CacheCalls:
 
     def _session(self, head: cache_pb2.SessionRef) -> Session:
         try:
-            return self._table.of_call(head.instance, head.session_epoch)
+            return self._table.of_call(head.secret, head.session_epoch)
         except errors.SessionOver:
             self._metrics.fault("fenced_call")
             raise

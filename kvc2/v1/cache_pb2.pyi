@@ -83,20 +83,20 @@ class AttachResponse(_message.Message):
     def __init__(self, attached: _Optional[_Union[Attached, _Mapping]] = ..., drain: _Optional[_Union[DrainNotice, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
 
 class Attached(_message.Message):
-    __slots__ = ("instance", "session_epoch", "nonce", "side_socket", "heartbeat_interval_ms", "expiry_ms")
-    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("secret", "session_epoch", "nonce", "side_socket", "heartbeat_interval_ms", "expiry_ms")
+    SECRET_FIELD_NUMBER: _ClassVar[int]
     SESSION_EPOCH_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
     SIDE_SOCKET_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
     EXPIRY_MS_FIELD_NUMBER: _ClassVar[int]
-    instance: bytes
+    secret: bytes
     session_epoch: int
     nonce: bytes
     side_socket: str
     heartbeat_interval_ms: int
     expiry_ms: int
-    def __init__(self, instance: _Optional[bytes] = ..., session_epoch: _Optional[int] = ..., nonce: _Optional[bytes] = ..., side_socket: _Optional[str] = ..., heartbeat_interval_ms: _Optional[int] = ..., expiry_ms: _Optional[int] = ...) -> None: ...
+    def __init__(self, secret: _Optional[bytes] = ..., session_epoch: _Optional[int] = ..., nonce: _Optional[bytes] = ..., side_socket: _Optional[str] = ..., heartbeat_interval_ms: _Optional[int] = ..., expiry_ms: _Optional[int] = ...) -> None: ...
 
 class DrainNotice(_message.Message):
     __slots__ = ()
@@ -109,12 +109,12 @@ class Ready(_message.Message):
     def __init__(self, granted_pages: _Optional[bytes] = ...) -> None: ...
 
 class SessionRef(_message.Message):
-    __slots__ = ("instance", "session_epoch")
-    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("secret", "session_epoch")
+    SECRET_FIELD_NUMBER: _ClassVar[int]
     SESSION_EPOCH_FIELD_NUMBER: _ClassVar[int]
-    instance: bytes
+    secret: bytes
     session_epoch: int
-    def __init__(self, instance: _Optional[bytes] = ..., session_epoch: _Optional[int] = ...) -> None: ...
+    def __init__(self, secret: _Optional[bytes] = ..., session_epoch: _Optional[int] = ...) -> None: ...
 
 class OpenNamespaceRequest(_message.Message):
     __slots__ = ("session", "identity", "tenant", "salt")
