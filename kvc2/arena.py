@@ -93,16 +93,22 @@ class Arena:
         """Offset of the first free run of so many bytes (a multiple of unit_bytes); or None."""
         units = run_bytes // self.unit_bytes
         with self._lock:
-            free = (self._states == FREE).astype(np.int64)
-            if units < 1 or units > free.size:
-                return None
-            sums = np.concatenate([[0], np.cumsum(free)])
-            starts = np.flatnonzero(sums[units:] - sums[:-units] == units)
+            starts = _runs(self._states == FREE, units)
             if starts.size == 0:
                 return None
             first = int(starts[0])
             self._states[first : first + units] = TAKEN
             return first * self.unit_bytes
+
+    def runs_beside(self, run_bytes: int, taken: list[int], taken_bytes: int) -> list[int]:
+        """Offsets of the runs that would be free if the runs `taken`, of `taken_bytes` each, were
+        given back. Changes nothing."""
+        with self._lock:
+            free = self._states == FREE
+        for offset in taken:
+            first = offset // self.unit_bytes
+            free[first : first + taken_bytes // self.unit_bytes] = True
+        return [int(start) * self.unit_bytes for start in _runs(free, run_bytes // self.unit_bytes)]
 
     def give_back(self, offset: int, run_bytes: int) -> None:
         """A taken run is free again. ValueError when it was not taken."""
@@ -150,6 +156,14 @@ class Arena:
             end = min(start + TOUCH_BYTES, offset + self.unit_bytes)
             self.memory[start:end:4096] = 0
         return True
+
+
+def _runs(free: NDArray[np.bool_], units: int) -> NDArray[np.int64]:
+    """Where so many free units begin, lowest first."""
+    if units < 1 or units > free.size:
+        return np.empty(0, np.int64)
+    sums = np.concatenate([[0], np.cumsum(free)])
+    return np.flatnonzero(sums[units:] - sums[:-units] == units)
 
 
 def _create(capacity_bytes: int) -> tuple[int, mmap.mmap, str]:

@@ -59,6 +59,7 @@ class Behind:
         self._settled = asyncio.Event()
         self._woken = asyncio.Event()
         self._full_until = 0.0
+        self._in_vain = False  # a slab was taken over, and the file system refused all the same
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -266,10 +267,18 @@ class Behind:
         added = self._index.add_slab(pools.disk_id)
         if added != number:
             raise RuntimeError(f"slab {added} of the index is slab {number} on disk")
+        self._in_vain = False
         return True
 
     async def _take_over(self, needy: LayoutPools) -> bool:
-        """Empty and delete a slab of the layout that has most, to make room in the budget."""
+        """Empty and delete the last slab of the layout that has most, where that can help:
+        to make room in the budget, or once in a full file system until a slab has come of it."""
+        tier = self._pools.disk
+        assert tier is not None
+        assert needy.disk is not None
+        full = tier.has_budget(needy.disk.shape)
+        if not tier.could_hold(needy.disk.shape) or (full and self._in_vain):
+            return False
         others = [
             each
             for each in self._pools.layouts.values()
@@ -281,16 +290,15 @@ class Behind:
         disk, disk_id = largest.disk, largest.disk_id
         assert disk is not None
         assert disk_id is not None
-        for number in reversed(disk.slabs.numbers()):
-            self.drop(largest, self._index.empty_slab(disk_id, number))
-            if disk.deletes and not await self._commit(largest, None):
-                return False
-            if self._index.take_slab(disk_id, number):
-                await asyncio.shield(
-                    self._mover.on_writer(lambda tier, n=number: tier.shrink(disk, n))  # type: ignore[misc]
-                )
-                return True
-        return False
+        number = disk.slabs.numbers()[-1]
+        self.drop(largest, self._index.empty_slab(disk_id, number))
+        if disk.deletes and not await self._commit(largest, None):
+            return False
+        if not self._index.take_slab(disk_id, number):
+            return False  # a load reads from it: its end wakes us, and what it holds can go then
+        await asyncio.shield(self._mover.on_writer(lambda tier: tier.shrink(disk, number)))
+        self._in_vain, self._full_until = full, 0.0
+        return True
 
     # ---- recency ----
 

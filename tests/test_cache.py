@@ -198,6 +198,49 @@ def test_layouts_share_the_arena_and_the_last_to_come_gets_a_slab(tmp_path: Path
     asyncio.run(run())
 
 
+async def filled(cache: Cache, seeds: int) -> StandIn:
+    """A layout of small pages that has taken all of the arena and of the disk."""
+    small = StandIn(cache, 256, segment_bytes=4096)
+    for seed in range(seeds):
+        await small.ask(prompt(seed, 32))
+        await cache.flush(10)
+    return small
+
+
+def test_a_layout_that_fits_nowhere_takes_nothing_from_others(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with running(tmp_path, cpu_bytes=3 * MIB, disk_bytes=6 * MIB) as cache:
+            await filled(cache, 12)
+            held = [each.resident for each in cache.stats().tiers[1:]]
+            assert min(held) > 100
+            # one page is 8 MiB and a sector
+            large = StandIn(cache, 4, segment_bytes=2 * MIB)
+            for seed in range(3):
+                await large.ask(prompt(100 + seed, 2))
+                await cache.flush(0.2)
+            assert [each.resident for each in cache.stats().tiers[1:]] == held
+            cache.index.check()
+
+    asyncio.run(run())
+
+
+def test_a_layout_takes_as_many_slabs_as_its_own_needs(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with running(tmp_path, cpu_bytes=4 * MIB, disk_bytes=8 * MIB) as cache:
+            await filled(cache, 16)
+            before = cache._tier_counts("cpu").pages
+            # one page fills two slabs of 1 MiB
+            large = StandIn(cache, 4, segment_bytes=496 << 10)
+            per_slab = SLAB_BYTES // (4 * 4096 + 4096)
+            assert cache._tier_counts("cpu").pages == before - 2 * per_slab + 1
+            await large.ask(prompt(100, 1))
+            assert (await cache.flush(10)).not_durable == {}
+            assert cache._tier_counts("disk").resident > per_slab
+            cache.index.check()
+
+    asyncio.run(run())
+
+
 async def on_disk_only(cache: Cache, engine: StandIn, seed: int, blocks: int) -> None:
     await engine.ask(prompt(seed, blocks))
     assert (await cache.flush(10)).not_durable == {}

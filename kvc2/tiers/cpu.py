@@ -35,6 +35,15 @@ class CpuPool:
         """Numbers of its slabs, in the order in which they lie in the arena."""
         return sorted(self._slabs.numbers(), key=self._slabs.base)
 
+    def runs(self) -> list[int]:
+        """Where its slabs lie in the arena."""
+        return [self._slabs.base(number) for number in self._slabs.numbers()]
+
+    def slabs_within(self, run: int, run_bytes: int) -> list[int]:
+        """Numbers of its slabs that lie in part or whole in a run of the arena."""
+        first = run - self.shape.slab_bytes
+        return [each for each in self.slabs() if first < self._slabs.base(each) < run + run_bytes]
+
     def offsets(self, pages: U32) -> U64:
         """[n] where each page (its header sector) begins in the arena."""
         return self._slabs.bases(pages).astype(np.uint64) + self._slabs.within(pages)

@@ -133,6 +133,10 @@ class DiskTier:
 
     def has_budget(self, shape: PageShape) -> bool:
         """Whether one more slab of this shape keeps slabs and catalogue within size_bytes."""
+        return self._bytes_bound([*self._held(), shape]) <= self.size_bytes
+
+    def could_hold(self, shape: PageShape) -> bool:
+        """Whether the budget has room for a slab of this shape when all others are gone."""
         return self._bytes_bound([shape]) <= self.size_bytes
 
     def grow(self, pool: DiskPool) -> int | None:
@@ -141,7 +145,7 @@ class DiskTier:
             return None
         number = pool.slabs.next_number()
         try:
-            self._reserve_records([pool.shape])
+            self._reserve_records([*self._held(), pool.shape])
             pool.slabs.add(number)
         except (OSError, lmdb.Error) as error:
             self._metrics.fault("disk_full")
@@ -153,23 +157,20 @@ class DiskTier:
         """Delete a slab's file; its pages are free and their deletes committed."""
         pool.slabs.remove(number)
 
-    def _bytes_bound(self, more: list[PageShape]) -> int:
-        slabs = sum(pool.shape.slab_bytes * len(pool.slabs.numbers()) for pool in self._all())
-        slabs += sum(shape.slab_bytes for shape in more)
+    def _bytes_bound(self, slabs: list[PageShape]) -> int:
+        """Bytes of these slabs and of all that lies beside them, at most."""
         aside = self.path / "catalogue.damaged"
         kept = sum(each.stat().st_size for each in aside.glob("*")) if aside.exists() else 0
-        catalogue = max(self._slack_bytes + self._room_bytes(more), self.catalogue.file_bytes())
-        return slabs + catalogue + kept + LOCK_FILES_BYTES
+        room = self._slack_bytes + sum(map(room_bytes, slabs))
+        catalogue = max(room, self.catalogue.file_bytes())
+        return sum(each.slab_bytes for each in slabs) + catalogue + kept + LOCK_FILES_BYTES
 
-    def _reserve_records(self, more: list[PageShape]) -> None:
-        self.catalogue.make_room(self._room_bytes(more))
+    def _reserve_records(self, slabs: list[PageShape]) -> None:
+        self.catalogue.make_room(sum(map(room_bytes, slabs)))
 
-    def _room_bytes(self, more: list[PageShape]) -> int:
-        held = [pool.shape for pool in self._all() for _ in pool.slabs.numbers()]
-        return sum(room_bytes(shape) for shape in held + more)
-
-    def _all(self) -> list[DiskPool]:
-        return list(self.pools.values())
+    def _held(self) -> list[PageShape]:
+        """The shape of each slab that is there."""
+        return [each.shape for each in list(self.pools.values()) for _ in each.slabs.numbers()]
 
     @property
     def _slack_bytes(self) -> int:
@@ -284,7 +285,7 @@ class DiskTier:
             pool = self.pool(shape)
             for number, path in pool.slabs.stored().items():
                 self._open_slab(pool, number, path)
-        self._reserve_records([])
+        self._reserve_records(self._held())
 
     def _open_slab(self, pool: DiskPool, number: int, path: Path) -> None:
         """A short file isn't opened, and so its records are dropped; nor is one over the budget."""

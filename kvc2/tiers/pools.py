@@ -83,12 +83,23 @@ class Pools:
         if pools.cpu.slabs() or self._add_slab(pools) or not self.arena.populated:
             return
         others = [each for each in self.layouts.values() if each.cpu.slabs()]
-        largest = max(
-            others, key=lambda each: len(each.cpu.slabs()) * each.shape.slab_bytes, default=None
-        )
-        for number in largest.cpu.slabs() if largest else []:
-            if self._take_slab(largest, number) and self._add_slab(pools):
+        for owner in sorted(others, key=_cpu_bytes, reverse=True):
+            if self._take_over(owner, pools):
                 return
+
+    def _take_over(self, owner: LayoutPools, needy: LayoutPools) -> bool:
+        """Empty slabs of `owner` only where the run that results holds a slab of `needy`."""
+        wanted = needy.shape.slab_bytes
+        stuck: set[int] = set()
+        for run in self.arena.runs_beside(wanted, owner.cpu.runs(), owner.shape.slab_bytes):
+            numbers = owner.cpu.slabs_within(run, wanted)
+            if stuck.intersection(numbers):
+                continue
+            kept = next((each for each in numbers if not self._take_slab(owner, each)), None)
+            if kept is None:
+                return self._add_slab(needy)
+            stuck.add(kept)
+        return False
 
     def _add_slab(self, pools: LayoutPools) -> bool:
         run = pools.cpu.take_run()
@@ -97,9 +108,7 @@ class Pools:
         pools.cpu.add_slab(self._index.add_slab(pools.cpu_id), run)
         return True
 
-    def _take_slab(self, pools: LayoutPools | None, number: int) -> bool:
-        if pools is None:
-            return False
+    def _take_slab(self, pools: LayoutPools, number: int) -> bool:
         self.count_evicted("cpu", self._index.empty_slab(pools.cpu_id, number))
         if not self._index.take_slab(pools.cpu_id, number):
             return False  # something in it is pinned or under way
@@ -150,6 +159,10 @@ class Pools:
             pools.disk.deletes.append(refused)
         parents = np.unique(rows["parent"][result == _core.RESTORED], axis=0)
         return {bytes(parent) for parent in parents}
+
+
+def _cpu_bytes(pools: LayoutPools) -> int:
+    return len(pools.cpu.slabs()) * pools.shape.slab_bytes
 
 
 def _stamps_of(recency: U32, pages: U32) -> U32:

@@ -204,6 +204,32 @@ def test_a_full_file_system_stops_writes_and_nothing_else(tmp_path: Path) -> Non
     asyncio.run(run())
 
 
+def test_a_full_file_system_costs_other_layouts_one_slab_at_most(tmp_path: Path) -> None:
+    async def run() -> None:
+        files = Faulty()
+        async with running(tmp_path, disk_bytes=64 * MIB, files=files) as cache:
+            engine = StandIn(cache, 256, segment_bytes=4096)
+            for seed in range(8):
+                await engine.ask(prompt(seed, 32))
+                await cache.flush(10)
+            (pools,) = cache._pools.layouts.values()  # type: ignore[union-attr]
+            assert pools.disk is not None
+            held = len(pools.disk.slabs.numbers())
+            assert held > 3
+            files.full = True
+            other = StandIn(cache, 64, segment_bytes=16384)
+            for seed in range(4):
+                await other.ask(prompt(100 + seed, 8))
+                await cache.flush(0.2)
+                cache._behind._full_until = 0.0  # type: ignore[union-attr]
+            assert len(pools.disk.slabs.numbers()) == held - 1
+            files.full = False
+            cache._behind._full_until = 0.0  # type: ignore[union-attr]
+            assert (await cache.flush(10)).not_durable == {}
+
+    asyncio.run(run())
+
+
 def test_a_small_tmpfs_that_runs_full_is_survived(tmp_path: Path) -> None:
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(tmp_path)], check=False
