@@ -11,6 +11,7 @@ another), and nothing forks after it is open.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import struct
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvc2 import _core, errors
+from kvc2.layout import ALIGNMENT, HEADER_BYTES, check_page_size
 from kvc2.tiers.base import U8, U32, PageShape
 
 LOG = logging.getLogger(__name__)
@@ -170,14 +172,14 @@ class Catalogue:
             found = {}
             for digest, value in txn.cursor():
                 number, *numbers = LAYOUT.unpack(value)
-                found[number] = PageShape(digest, *numbers)
+                shape = PageShape(digest, *numbers)
+                _check_shape(shape)
+                found[number] = shape
         return found
 
     def _namespaces(self) -> dict[bytes, tuple[int, bytes]]:
         with self._env.begin(db=self._namespace_table) as txn:
-            return {
-                key: (struct.unpack_from("<I", value)[0], value[4:]) for key, value in txn.cursor()
-            }
+            return {key: _namespace(value) for key, value in txn.cursor()}
 
     @property
     def bytes_max(self) -> int:
@@ -275,6 +277,42 @@ class Catalogue:
         needed = (self._env.info()["last_pgno"] + 1) * PAGE_BYTES
         if path.stat().st_size < needed:
             os.truncate(path, needed)
+
+
+def _check_shape(shape: PageShape) -> None:
+    """Raises Damaged unless the numbers are those of one layout: LMDB has no checksums, and reads
+    and writes of arena and slabs go by them."""
+    _checked_page_size(shape.page_size)
+    padded = -(-shape.payload_bytes // ALIGNMENT) * ALIGNMENT
+    pages = shape.slab_bytes // shape.page_bytes if shape.page_bytes else 0
+    if (
+        len(shape.layout_digest) != 32
+        or not shape.payload_bytes
+        or shape.page_bytes != HEADER_BYTES + padded
+        or shape.pages_per_slab != pages
+        or not pages
+    ):
+        raise Damaged(f"a layout that can't be: {shape}")
+
+
+def _namespace(value: bytes) -> tuple[int, bytes]:
+    """Page size and identity of a namespace's entry. Raises Damaged."""
+    page_size, identity = struct.unpack_from("<I", value)[0], value[4:]
+    _checked_page_size(page_size)
+    try:
+        sound = isinstance(json.loads(identity), dict)
+    except (ValueError, RecursionError):
+        sound = False
+    if not sound:
+        raise Damaged(f"a namespace whose identity is no JSON object: {identity[:64]!r}")
+    return page_size, identity
+
+
+def _checked_page_size(page_size: int) -> None:
+    try:
+        check_page_size("page_size", page_size)
+    except errors.InvalidRequest as error:
+        raise Damaged(str(error)) from error
 
 
 def _pack(number: int, shape: PageShape) -> bytes:

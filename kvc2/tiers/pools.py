@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvc2 import _core
+from kvc2 import _core, errors
 from kvc2.arena import Arena
 from kvc2.metrics import Metrics
 from kvc2.tiers.base import U32, PageShape
@@ -45,11 +45,15 @@ class Pools:
         self.layouts: dict[bytes, LayoutPools] = {}
 
     def of(self, shape: PageShape) -> LayoutPools:
-        """The pools of a layout, made when it has none yet."""
+        """The pools of a layout, made when it has none yet. Raises InvalidRequest when the disk has
+        it with other sizes: what was copied by them would lie outside of pages."""
         known = self.layouts.get(shape.layout_digest)
         if known is None:
             known = self._make(shape)
             self.layouts[shape.layout_digest] = known
+        wanted, found = _sizes(shape), _sizes(known.shape)
+        if wanted != found:
+            raise errors.InvalidRequest("layout", wanted, f"as the disk has it: {found}")
         return known
 
     def _make(self, shape: PageShape) -> LayoutPools:
@@ -159,6 +163,10 @@ class Pools:
             pools.disk.deletes.append(refused)
         parents = np.unique(rows["parent"][result == _core.RESTORED], axis=0)
         return {bytes(parent) for parent in parents}
+
+
+def _sizes(shape: PageShape) -> tuple[int, int, int]:
+    return shape.page_size, shape.payload_bytes, shape.page_bytes
 
 
 def _cpu_bytes(pools: LayoutPools) -> int:

@@ -13,6 +13,7 @@ import lmdb
 import pytest
 
 from kvc2 import errors
+from kvc2.tiers.catalogue import LAYOUT
 from kvc2.tiers.slab_file import Files
 from tests.caches import MIB, faults, running
 from tests.stand_in import PAGE_SIZE, StandIn, prompt
@@ -279,6 +280,63 @@ def test_a_damaged_catalogue_is_put_aside_and_the_tier_starts_empty(
             assert (await engine.ask(prompt(1, BLOCKS))).matched_tokens == 0
             assert (await cache.flush(10)).durable_blocks == BLOCKS
         assert (tmp_path / "catalogue.damaged/data.mdb").exists()
+
+    asyncio.run(run())
+
+
+def entry(path: Path, table: bytes, change: Callable[[bytes], bytes]) -> None:
+    """Change the one entry of a table behind the daemon's back."""
+    environment = lmdb.open(str(path / "catalogue"), max_dbs=4, map_size=64 * MIB)
+    with environment.begin(write=True, db=environment.open_db(table)) as txn:
+        ((key, value),) = list(txn.cursor())
+        txn.put(key, change(bytes(value)))
+    environment.close()
+
+
+def of_layout(field: int, number: int) -> Callable[[bytes], bytes]:
+    def change(value: bytes) -> bytes:
+        numbers = list(LAYOUT.unpack(value))
+        numbers[field] = number
+        return LAYOUT.pack(*numbers)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("table", "change"),
+    [
+        (b"layouts", of_layout(1, 3)),
+        (b"layouts", of_layout(2, 0)),
+        (b"layouts", of_layout(2, 1 << 20)),
+        (b"layouts", of_layout(3, 0)),
+        (b"layouts", of_layout(4, 1)),
+        (b"layouts", of_layout(5, 0)),
+        (b"layouts", of_layout(5, 1 << 20)),
+        (b"namespaces", lambda value: value[:4] + b"{"),
+        (b"namespaces", lambda value: b"\3\0\0\0" + value[4:]),
+        (b"namespaces", lambda value: value[:2]),
+    ],
+)
+def test_sizes_and_identities_that_can_not_be_are_damage(
+    tmp_path: Path, table: bytes, change: Callable[[bytes], bytes]
+) -> None:
+    async def run() -> None:
+        await stored(tmp_path)
+        entry(tmp_path, table, change)
+        async with running(tmp_path) as cache:
+            assert faults(cache, "catalogue_reset") == 1
+            assert (await StandIn(cache, 32).ask(prompt(1, BLOCKS))).matched_tokens == 0
+
+    asyncio.run(run())
+
+
+def test_a_layout_that_is_stored_with_other_sizes_is_refused(tmp_path: Path) -> None:
+    async def run() -> None:
+        await stored(tmp_path)
+        entry(tmp_path, b"layouts", of_layout(2, 4095))  # sound, and the digest's is 4096
+        async with running(tmp_path) as cache:
+            with pytest.raises(errors.InvalidRequest, match="layout"):
+                StandIn(cache, 32)
 
     asyncio.run(run())
 
