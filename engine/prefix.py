@@ -404,8 +404,9 @@ def _log_failure(future: Future[None]) -> None:
 
 
 def identity_of(config: ModelConfig, weights_digest: bytes, page_size: int) -> Identity:
-    """Everything that this engine's KV depends on. Raises errors.InvalidRequest for a model whose
-    KV can't be cached by prefix."""
+    """Everything that this engine's KV depends on: the weights and their shapes by their digest,
+    what config.json alone says by name. Raises errors.InvalidRequest for a model whose KV can't be
+    cached by prefix."""
     dtype = str(config.dtype).removeprefix("torch.")
     rope = {name: str(value) for name, value in asdict(config.rope).items() if name != "theta"}
     return Identity(
@@ -419,6 +420,10 @@ def identity_of(config: ModelConfig, weights_digest: bytes, page_size: int) -> I
         rope_theta=config.rope.theta,
         page_size=page_size,
         rope_scaling=tuple(sorted(rope.items())),
+        experts_per_token=config.experts_per_token,
+        normalize_top_k=int(config.normalize_top_k),
+        moe_layers=tuple(int(has_experts) for has_experts in config.moe_layers),
+        rms_norm_eps=config.rms_norm_eps,
     )
 
 

@@ -30,9 +30,12 @@ class Identity:
 
     weights_digest: 64 hex digits, SHA-256 over sorted (tensor name, dtype, shape, xxh3_128 of its
     bytes). dtypes: (weight class, dtype as computed) sorted by class. deferral: layers by which
-    cold experts are late. top_k_override: experts a token instead of the model's; 0: the model's.
-    rope_scaling: (key, value) sorted by key, `rope_type` among them. windows: attention window of
-    each layer, 0 for none; empty for none anywhere. adapter_digest: 64 hex digits or empty.
+    cold experts are late. experts_per_token: as computed, whatever the model's file says.
+    normalize_top_k: 1 where the chosen experts' weights are scaled to sum to 1. moe_layers: of each
+    layer 1 if it has experts; empty for a model without any. rms_norm_eps: in every norm.
+    attention_bias: 1 where queries, keys and values have one. rope_scaling: (key, value) sorted by
+    key, `rope_type` among them. windows: attention window of each layer, 0 for none; empty for none
+    anywhere. adapter_digest: 64 hex digits or empty.
     """
 
     weights_digest: str
@@ -48,7 +51,11 @@ class Identity:
     expert_quantisation: str = ""
     expert_group_size: int = 0
     deferral: int = 0
-    top_k_override: int = 0
+    experts_per_token: int = 0
+    normalize_top_k: int = 0
+    moe_layers: tuple[int, ...] = ()
+    rms_norm_eps: float = 0.0
+    attention_bias: int = 0
     kv_scales_digest: str = ""
     attention: str = "full"
     windows: tuple[int, ...] = ()
@@ -76,10 +83,10 @@ class Identity:
                 raise errors.InvalidRequest(
                     f"identity.{name}", pairs, "pairs, sorted, no key twice"
                 )
-        if self.windows and len(self.windows) != self.layers:
-            raise errors.InvalidRequest(
-                "identity.windows", len(self.windows), "one a layer or none"
-            )
+        for name in ("windows", "moe_layers"):
+            given = len(getattr(self, name))
+            if given not in (0, self.layers):
+                raise errors.InvalidRequest(f"identity.{name}", given, "one a layer or none")
         if self.layout_version != LAYOUT_VERSION:
             raise errors.InvalidRequest("identity.layout_version", self.layout_version, "1")
         scaling = dict(self.rope_scaling)
