@@ -16,7 +16,8 @@ def sample(
     """The next token of each row of float32 [R, vocab].
 
     Row i is drawn by params[i] from generators[i] alone, so that a request's tokens don't depend
-    on what else is in the batch. Advances the generators of rows that aren't greedy.
+    on what else is in the batch. Advances the generators of rows that aren't greedy. Raises
+    RuntimeError for a row with nan that isn't greedy.
     """
     best: list[int] = logits.argmax(-1).tolist()
     return [
@@ -28,8 +29,10 @@ def sample(
 def _draw(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
     """One token of float32 [vocab]: temperature, then top-k, then top-p, then the draw."""
     count = min(params.top_k or logits.numel(), logits.numel())
-    values, ids = torch.topk(logits.cpu() / params.temperature, count)  # best first
-    probabilities = values.softmax(-1)
+    values, ids = torch.topk(logits.cpu(), count)  # best first
+    # the best becomes 0 first, and in float64: no temperature over 0 makes inf or nan of it
+    below = values.double() - values[0].double()
+    probabilities = (below / params.temperature).softmax(-1)
     before = probabilities.cumsum(-1) - probabilities  # of all better ones: the best always stays
     kept = probabilities * (before < params.top_p)
     return int(ids[torch.multinomial(kept, 1, generator=generator)])

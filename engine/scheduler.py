@@ -273,12 +273,8 @@ class Scheduler:
             soon=self._pages_soon(),
         )
         ended = [w.sequence for w in work if w.sequence.computed == len(w.sequence.tokens)]
-        if not ended:
-            return
-        params = [s.request.sampling for s in ended]
-        tokens = sample(logits, params, [s.generator for s in ended])
-        for row, (sequence, token) in enumerate(zip(ended, tokens, strict=True)):
-            self._deliver(sequence, token, logits[row])
+        for row, sequence in enumerate(ended):
+            self._next_token(sequence, logits[row])
 
     def _pages_soon(self) -> int:
         """Pages that the next step's chunks need, to be granted with this step's commits."""
@@ -286,12 +282,30 @@ class Scheduler:
         prefills = [s for s in self._running if not s.decoding]
         return sum(-(-self._next_count(s) // size) for s in prefills)
 
-    def _deliver(self, sequence: Sequence, token: int, logits: Tensor) -> None:
-        request = sequence.request
-        sequence.tokens.append(token)
+    def _next_token(self, sequence: Sequence, logits: Tensor) -> None:
+        """One row alone, so that what fails on it ends this request and no other."""
+        try:
+            (token,) = sample(logits[None], [sequence.request.sampling], [sequence.generator])
+            sequence.tokens.append(token)
+            output = self._output(sequence, token, logits)
+        except Exception:
+            request_id = sequence.request.request_id
+            log.exception("no token of %s could be chosen; it ends", request_id)
+            self._finish(sequence, "error", "no token of this request could be chosen")
+            return
         self._metrics.generated_tokens.inc()
         if sequence.first_token_at is None:
             self._first_token(sequence)
+        if output.finish is None:
+            sequence.request.deliver(output)
+        else:
+            self._remove(sequence)
+            self._metrics.requests.labels(output.finish).inc()
+            sequence.request.deliver(replace(output, stats=sequence.stats()))
+
+    def _output(self, sequence: Sequence, token: int, logits: Tensor) -> Output:
+        """The news that `token`, now its last one, makes; advances the request's text."""
+        request = sequence.request
         output = Output(token_id=token)
         if request.top_scores is not None:
             chosen, top = _scores(logits, token, request.top_scores)
@@ -306,13 +320,7 @@ class Scheduler:
                 finish = "stop"
             elif sequence.generated >= request.max_tokens:
                 finish, text = "length", text + request.text.flush()
-        output = replace(output, text=text)
-        if finish is None:
-            request.deliver(output)
-        else:
-            self._remove(sequence)
-            self._metrics.requests.labels(finish).inc()
-            request.deliver(replace(output, finish=finish, stats=sequence.stats()))
+        return replace(output, text=text, finish=finish)
 
     def _first_token(self, sequence: Sequence) -> None:
         sequence.first_token_at = self._clock()

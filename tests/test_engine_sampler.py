@@ -55,6 +55,14 @@ def test_draws_follow_the_tempered_softmax() -> None:
     assert (counts / 4000 - expected).abs().max().item() < 0.04  # 5 standard deviations
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-45, 5e-324])
+def test_the_colder_the_surer_and_never_nan(temperature: float) -> None:
+    assert set(draws(SamplingParams(temperature=temperature, seed=0), 20)) == {1}
+    wide = torch.tensor([[3e38, -3e38, 2e38]])
+    params = SamplingParams(temperature=temperature, top_p=0.5, seed=0)
+    assert sample(wide, [params], [params.generator()]) == [0]
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -179,6 +179,13 @@ def test_an_answer_is_whole(client: TestClient) -> None:
     assert answer["usage"]["total_tokens"] == 7
 
 
+@pytest.mark.parametrize("temperature", [1e-38, 1e-300])
+def test_a_temperature_next_to_nothing_is_greedy(client: TestClient, temperature: float) -> None:
+    wanted = client.post("/v1/completions", json=COMPLETION).json()["choices"][0]["text"]
+    cold = COMPLETION | {"temperature": temperature}
+    assert client.post("/v1/completions", json=cold).json()["choices"][0]["text"] == wanted
+
+
 def test_a_stop_string_is_cut_off(client: TestClient) -> None:
     text = Letters().decode(expected_tokens([65, 66, 67], 8))
     body = COMPLETION | {"max_tokens": 8, "stop": text[2:4]}

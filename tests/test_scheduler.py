@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 
-from engine.request import Caller
+from engine.request import Caller, Piece, SamplingParams
 from engine.scheduler import SchedulerConfig
 from kvc2 import errors
 from tests.engine_doubles import PAGE_SIZE, House, NoText, build, expected_tokens
@@ -211,6 +212,39 @@ def test_a_failed_step_ends_its_requests_and_no_other() -> None:
     house.run()
     assert failed.finish == "error"
     assert after.tokens == expected_tokens(prompt(5), 3)
+
+
+def test_a_row_that_nothing_can_be_drawn_from_ends_its_request_and_no_other() -> None:
+    house = build()
+    compute = house.model.step
+
+    def poisoned(batch: Any, layer_ready: Any = None) -> torch.Tensor:
+        logits = compute(batch, layer_ready)
+        if len(logits) == 2:
+            logits[0] = float("nan")
+        return logits
+
+    house.model.step = poisoned  # type: ignore[method-assign]
+    drawn = SamplingParams(temperature=0.5, seed=1)
+    failed = house.ask(prompt(5), 6, sampling=drawn)
+    other = house.ask(prompt(5, 1), 6, sampling=drawn)
+    house.run()
+    assert failed.finish == "error"
+    assert "chosen" in (failed.outputs[-1].error or "")
+    assert other.finish == "length"
+    assert len(other.tokens) == 6
+    assert house.prefix.book.counts().held == 0
+
+
+def test_text_that_fails_ends_its_request_and_no_other() -> None:
+    class Broken(NoText):
+        def push(self, token_id: int) -> Piece:
+            raise ValueError("no such token")
+
+    house = build()
+    failed, other = house.ask(prompt(5), 3, text=Broken()), house.ask(prompt(5, 1), 3)
+    house.run()
+    assert (failed.finish, other.finish) == ("error", "length")
 
 
 def test_scores_name_the_best_tokens() -> None:
