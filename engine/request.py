@@ -106,6 +106,7 @@ class Output:
     """One step's news of one request: a token, its end, or both.
 
     `finish` is None while it runs; then "stop" (end token or stop string), "length" or "error".
+    `unavailable`: the error is the engine's state, not the request's fault: it may be tried again.
     """
 
     text: str = ""
@@ -114,6 +115,7 @@ class Output:
     top: tuple[ScoredToken, ...] = ()  # the best ones, best first, as many as were asked for
     finish: str | None = None
     error: str | None = None
+    unavailable: bool = False
     stats: RequestStats | None = None  # with `finish`
 
 

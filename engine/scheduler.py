@@ -109,9 +109,13 @@ class Scheduler:
             self._metrics.requests.labels("cancelled").inc()
 
     def fail_all(self, error: str) -> None:
-        """End every request with an error."""
+        """End every request with an error: each is answered, in whatever state the rest is."""
         for sequence in list(self._by_id.values()):
-            self._finish(sequence, "error", error)
+            try:
+                self._finish(sequence, "error", error, unavailable=True)
+            except Exception:  # after a bug nothing of the scheduler can be relied on
+                log.exception("what %s holds can't be freed", sequence.request.request_id)
+                sequence.request.deliver(Output(finish="error", error=error, unavailable=True))
 
     # one step
 
@@ -204,7 +208,8 @@ class Scheduler:
         if sequence.starved_since is None:
             sequence.starved_since = now
         elif now - sequence.starved_since > self.config.starve_s:
-            self._finish(sequence, "error", "no KV pages became free; the cache daemon is silent")
+            error = "no KV pages became free; the cache daemon is silent"
+            self._finish(sequence, "error", error, unavailable=True)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the head of the queue: it is younger than all running, older than all waiting."""
@@ -331,10 +336,14 @@ class Scheduler:
 
     # the end of a request
 
-    def _finish(self, sequence: Sequence, reason: str, error: str | None = None) -> None:
+    def _finish(
+        self, sequence: Sequence, reason: str, error: str, *, unavailable: bool = False
+    ) -> None:
         self._remove(sequence)
         self._metrics.requests.labels(reason).inc()
-        sequence.request.deliver(Output(finish=reason, error=error, stats=sequence.stats()))
+        sequence.request.deliver(
+            Output(finish=reason, error=error, unavailable=unavailable, stats=sequence.stats())
+        )
 
     def _remove(self, sequence: Sequence) -> None:
         """Out of whatever state it is in; its pages go back."""

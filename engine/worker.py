@@ -9,9 +9,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-from engine.request import Request
+from engine.request import Output, Request
 from engine.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -26,17 +27,32 @@ class TooBusyError(Exception):
     """The queue is full: the caller may try again later."""
 
 
+class StoppedError(Exception):
+    """The engine is stopping, or its scheduler has failed: nothing new is taken."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request on its way to the scheduler; `arrived`: monotonic seconds."""
+
+    request: Request
+    arrived: float
+
+
 class Worker:
-    """Runs a scheduler until `stop`. Its methods may be called from any thread."""
+    """Runs a scheduler until `stop`. Its methods may be called from any thread.
+
+    Every request that was taken is answered, also when the scheduler fails.
+    """
 
     def __init__(self, scheduler: Scheduler, max_queued: int) -> None:
         self._scheduler = scheduler
         self._max_queued = max_queued
-        self._calls: deque[Callable[[], None]] = deque()
-        self._wake = threading.Event()
-        self._stopping = False
+        self._lock = threading.Lock()  # over the three below
+        self._incoming: deque[Arrival | str] = deque()  # requests, and ids of unwanted ones
         self._queued = 0  # requests in the scheduler or on their way to it
-        self._lock = threading.Lock()  # over _queued
+        self._stopping = False  # set once: nothing comes in any more
+        self._wake = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="kvc2-scheduler", daemon=True)
 
     def start(self) -> None:
@@ -48,41 +64,70 @@ class Worker:
         return self._thread.is_alive() and not self._stopping
 
     def submit(self, request: Request) -> None:
-        """Queue a request; its outputs come to `request.deliver`. Raises TooBusyError."""
+        """Queue a request; its outputs come to `request.deliver`. Raises TooBusyError, and
+        StoppedError when nobody would ever answer it."""
         arrived = time.monotonic()
         with self._lock:
+            if self._stopping:
+                raise StoppedError("the engine is stopping or has failed")
             if self._queued >= self._max_queued:
                 raise TooBusyError(f"{self._max_queued} requests are queued already")
             self._queued += 1
-        self._call(lambda: self._scheduler.add(request, arrived))
+            self._incoming.append(Arrival(request, arrived))
+        self._wake.set()
 
     def cancel(self, request_id: str) -> None:
         """The caller is gone: free what the request holds. Ended or unknown: no change."""
-        self._call(lambda: self._scheduler.cancel(request_id))
+        with self._lock:
+            if not self._stopping:
+                self._incoming.append(request_id)
+        self._wake.set()
 
     def stop(self, timeout_s: float) -> None:
         """End all requests with an error, and the thread."""
-        self._stopping = True
+        with self._lock:
+            self._stopping = True
         self._wake.set()
         self._thread.join(timeout_s)
 
-    def _call(self, call: Callable[[], None]) -> None:
-        self._calls.append(call)
-        self._wake.set()
-
     def _loop(self) -> None:
+        error = "the scheduler failed"
         try:
             while not self._stopping:
-                self._wake.clear()
-                while self._calls:
-                    self._calls.popleft()()
-                busy = self._scheduler.step()
-                with self._lock:
-                    self._queued = self._scheduler.requests + len(self._calls)
-                if not busy:
-                    self._wake.wait(IDLE_S if self._scheduler.idle else POLL_S)
-            self._scheduler.fail_all("the engine is stopping")
+                self._turn()
+            error = "the engine is stopping"
         except Exception:
             log.exception("the scheduler failed; every request ends")
+        finally:
+            self._end(error)
+
+    def _turn(self) -> None:
+        """Take what came in, compute a step; without work, wait for some."""
+        self._wake.clear()
+        for each in self._taken():
+            if isinstance(each, Arrival):
+                self._scheduler.add(each.request, each.arrived)
+            else:
+                self._scheduler.cancel(each)
+        busy = self._scheduler.step()
+        with self._lock:
+            self._queued = self._scheduler.requests + len(self._incoming)
+        if not busy:
+            self._wake.wait(IDLE_S if self._scheduler.idle else POLL_S)
+
+    def _taken(self) -> Iterator[Arrival | str]:
+        """What came in, one at a time. It leaves the queue when it has been dealt with, so that
+        `_end` answers one that the scheduler failed on."""
+        while self._incoming:
+            yield self._incoming[0]
+            with self._lock:
+                self._incoming.popleft()
+
+    def _end(self, error: str) -> None:
+        """Answer everything that was taken; from here on `submit` refuses."""
+        with self._lock:
             self._stopping = True
-            self._scheduler.fail_all("the scheduler failed")
+        for each in self._taken():
+            if isinstance(each, Arrival):
+                each.request.deliver(Output(finish="error", error=error, unavailable=True))
+        self._scheduler.fail_all(error)

@@ -3,6 +3,7 @@ it."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ from fastapi.testclient import TestClient
 
 from engine.http.app import Served, build
 from engine.http.tokenizer import TemplateError
+from engine.scheduler import SchedulerConfig
 from engine.worker import Worker
-from tests.engine_doubles import VOCABULARY, expected_tokens
+from tests.engine_doubles import VOCABULARY, House, expected_tokens
 from tests.engine_doubles import build as build_house
 
 
@@ -40,7 +42,10 @@ def client() -> Iterator[TestClient]:
 
 
 def serve(tenants: dict[str, str]) -> Iterator[TestClient]:
-    house = build_house(64, daemon=False)
+    yield from over(build_house(64, daemon=False), tenants)
+
+
+def over(house: House, tenants: dict[str, str]) -> Iterator[TestClient]:
     served = Served(
         model="hash",
         max_tokens=200,
@@ -207,6 +212,32 @@ def test_health_metrics_and_models(client: TestClient) -> None:
     assert client.get("/health").json() == {"status": "ok", "attached": False}
     assert "kvc2_engine_requests_total" in client.get("/metrics").text
     assert client.get("/v1/models").json()["data"][0]["id"] == "hash"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_can_not_run_now_is_503(stream: bool) -> None:
+    house = build_house(4, config=SchedulerConfig(8, 16, 4, starve_s=0.0))
+    assert house.daemon is not None
+    house.daemon.detach("silent")  # its pages may not be touched, and those granted are too few
+    house.scheduler._clock = time.monotonic
+    for client in over(house, {}):
+        body = COMPLETION | {"prompt": "abc" * 6, "stream": stream}
+        refused = client.post("/v1/completions", json=body)
+        assert refused.status_code == 503
+        assert "silent" in refused.json()["error"]["message"]
+        assert refused.json()["error"]["code"] == "unavailable"
+
+
+def test_a_stopped_engine_is_503_at_once() -> None:
+    house = build_house(64, daemon=False)
+    for client in over(house, {}):
+        house.scheduler.step = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+        health = client.get("/health")
+        while health.status_code == 200:
+            health = client.get("/health")
+        assert health.json()["status"] == "failed"
+        refused = client.post("/v1/completions", json=COMPLETION)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
 
 
 def test_a_key_is_needed_where_there_are_keys() -> None:

@@ -337,6 +337,7 @@ def test_alone_and_starved_a_request_fails_in_the_end() -> None:
     house.run()
     assert asked.finish == "error"
     assert "pages" in (asked.outputs[-1].error or "")
+    assert asked.outputs[-1].unavailable
     assert house.prefix.book.counts().held == 0
 
 

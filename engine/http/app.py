@@ -27,7 +27,7 @@ from engine.http.schema import ChatBody, CompletionBody
 from engine.http.tokenizer import TemplateError, Tokenizer
 from engine.request import Caller, Output, SamplingParams
 from engine.text import IncrementalText
-from engine.worker import TooBusyError, Worker
+from engine.worker import StoppedError, TooBusyError, Worker
 
 COMPLETION_TOKENS_DEFAULT = 16  # OpenAI's, for /v1/completions; a chat may fill the context
 DETAIL_SCORES = 2  # kvc2_details reports the two best tokens
@@ -140,7 +140,7 @@ class Service:
         outputs = self._run(http, body, prompt, reply.id)
         first = await anext(outputs)  # so that a request that fails at once has a status of its own
         if first.finish == "error":
-            raise ApiError(500, first.error or "the request failed")
+            raise _failed(first)
         if body.stream:
             pieces = self._pieces(reply, first, outputs, body)
             return StreamingResponse(pieces, media_type="text/event-stream")
@@ -253,6 +253,8 @@ class Service:
             self._worker.submit(request)
         except TooBusyError as error:
             raise ApiError(429, str(error), code="queue_full") from error
+        except StoppedError as error:
+            raise ApiError(503, str(error), code="unavailable") from error
         gone = asyncio.create_task(_hung_up(http))
         ended = False
         try:
@@ -275,7 +277,7 @@ class Service:
         async for output in outputs:
             seen.append(output)
         if seen[-1].finish == "error":
-            raise ApiError(500, seen[-1].error or "the request failed")
+            raise _failed(seen[-1])
         return JSONResponse(reply.whole(seen))
 
     @staticmethod
@@ -289,8 +291,7 @@ class Service:
             async for output in outputs:
                 seen.append(output)
                 if output.finish == "error":
-                    error = ApiError(500, output.error or "the request failed")
-                    yield event(error.body())
+                    yield event(_failed(output).body())
                     return
                 piece = reply.piece(output, seen, with_usage)
                 if piece:
@@ -302,6 +303,12 @@ class Service:
         stats = seen[-1].stats
         assert stats is not None
         yield reply.closing(stats, with_usage)
+
+
+def _failed(output: Output) -> ApiError:
+    """503 where another try may succeed, else 500."""
+    text = output.error or "the request failed"
+    return ApiError(503, text, code="unavailable") if output.unavailable else ApiError(500, text)
 
 
 async def _hung_up(http: Request) -> None:
