@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -66,6 +67,8 @@ class EngineConfig:
         self._at_least("threads", 0)
         if self.num_pages is not None:
             self._at_least("num_pages", 2)
+        if self.kvc2 is not None and not is_address(self.kvc2):
+            raise ConfigError("kvc2", self.kvc2, "must be unix:PATH or HOST:PORT, port 1 to 65535")
         if not 0 <= self.port < 65536:
             raise ConfigError("port", self.port, "must be 0 to 65535")
         for name in ("kv_memory_gb", "max_body_mb", "load_timeout_s"):
@@ -90,6 +93,14 @@ class EngineConfig:
     @property
     def model_name(self) -> str:
         return self.served_model_name or self.model.resolve().name
+
+
+def is_address(text: str) -> bool:
+    """Whether a daemon may listen there: unix:PATH or HOST:PORT."""
+    if text.startswith("unix:"):
+        return text != "unix:"
+    host, _, port = text.rpartition(":")
+    return bool(host and re.fullmatch(r"[0-9]{1,5}", port) and 1 <= int(port) <= 65535)
 
 
 def is_loopback(host: str) -> bool:

@@ -12,6 +12,9 @@ from engine.cli import app
 from engine.errors import ConfigError
 from engine.settings import EngineConfig, load, read_api_keys
 from engine.text import IncrementalText
+from kvc2.client.channel import Channel, parse, probe
+from kvc2.errors import InvalidRequest
+from tests.engines import TinyEngine
 
 KTRANSFORMERS = """
 log: {dir: logs, level: DEBUG}
@@ -62,6 +65,25 @@ def test_a_bad_setting_is_named(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError) as refused:
         EngineConfig(model=Path("m"), **fields)
     assert refused.value.field == named
+
+
+NO_ADDRESSES = ["/run/kvc2.sock", "unix:", "host", "host:", ":5", "host:http", "host:0", "h:65536"]
+
+
+@pytest.mark.parametrize("address", NO_ADDRESSES)
+def test_what_is_no_address_of_a_daemon_is_told_at_once(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"kvc2 = .*unix:PATH or HOST:PORT") as refused:
+        EngineConfig(model=Path("m"), kvc2=address)
+    assert (refused.value.field, refused.value.value) == ("kvc2", address)
+    for ask in (parse, probe, Channel, TinyEngine):  # the last one is a whole client
+        with pytest.raises(InvalidRequest, match="address"):
+            ask(address)
+
+
+@pytest.mark.parametrize("address", ["unix:/x", "unix:x", "localhost:5", "127.0.0.1:1", "[::1]:9"])
+def test_an_address_is_one_to_the_engine_and_to_the_client(address: str) -> None:
+    assert EngineConfig(model=Path("m"), kvc2=address).kvc2 == address
+    parse(address)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,24 +16,33 @@ MESSAGE_BYTES_MAX = 256 << 20  # the daemon's own limit is lower, and it says so
 HEALTH_SERVING = b"\x08\x01"  # HealthCheckResponse{status: SERVING}
 PROBE_S = 0.5
 CALL_S = 5.0  # of calls that wait for nothing
+ADDRESSES = "unix:PATH or HOST:PORT"
 
 
-def _target(address: str) -> str:
-    if not address.startswith("unix:") and ":" not in address:
-        raise errors.InvalidRequest("address", address, "unix:PATH or HOST:PORT")
-    return address
+def parse(address: str) -> str | tuple[str, int]:
+    """The path of unix:PATH, or host and port of HOST:PORT. Raises InvalidRequest."""
+    kind, colon, path = address.partition(":")
+    if kind == "unix" and path:
+        return path
+    host, colon, port = address.rpartition(":")
+    if kind == "unix" or not (host and colon and re.fullmatch(r"[0-9]{1,5}", port)):
+        raise errors.InvalidRequest("address", address, ADDRESSES)
+    if not 1 <= int(port) <= 65535:
+        raise errors.InvalidRequest("address", address, "a port of 1 to 65535")
+    return host.strip("[]"), int(port)
 
 
 def probe(address: str) -> bool:
-    """Whether something listens there; gRPC itself would keep trying and not say."""
+    """Whether something listens there; gRPC itself would keep trying and not say. Raises
+    InvalidRequest for what is no address."""
+    place = parse(address)
     try:
-        if address.startswith("unix:"):
+        if isinstance(place, str):
             with socket.socket(socket.AF_UNIX) as connection:
                 connection.settimeout(PROBE_S)
-                connection.connect(address.removeprefix("unix:"))
+                connection.connect(place)
         else:
-            host, _, port = address.rpartition(":")
-            socket.create_connection((host.strip("[]"), int(port)), PROBE_S).close()
+            socket.create_connection(place, PROBE_S).close()
     except OSError:
         return False
     return True
@@ -49,7 +59,8 @@ class Channel:
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.enable_http_proxy", 0),
         ]
-        self._channel = grpc.insecure_channel(_target(address), options)
+        parse(address)
+        self._channel = grpc.insecure_channel(address, options)
         self._calls: dict[str, Callable[..., Any]] = {}
 
     def call(self, name: str, request: Any, timeout_s: float = CALL_S) -> Any:

@@ -58,13 +58,14 @@ class Engine(Protocol):
 class Client:
     """A session with the daemon at `address`, attached in the background. Threads may share it.
 
-    Calls raise errors.Detached when there is no session, and another errors.Kvc2Error when the
-    daemon refuses what was asked. The pool holds num_bytes // layout.payload_bytes pages.
+    Raises InvalidRequest for what is no address. Calls raise errors.Detached when there is no
+    session, and another errors.Kvc2Error when the daemon refuses what was asked. The pool holds num_bytes // layout.payload_bytes pages.
     """
 
     def __init__(
         self, address: str, *, pool: PoolMemory, layout: Layout, engine_name: str, engine: Engine
     ) -> None:
+        channel.parse(address)
         self.address = address
         self.last_refusal: errors.Kvc2Error | None = None
         self._engine = engine
