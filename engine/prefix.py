@@ -281,6 +281,8 @@ class Prefix:
         self, client: CacheClient, request_id: bytes, tokens: U32, caller: Caller
     ) -> Lease:
         session = self.book.session
+        if not session:  # it ended since: an answer would be of one that isn't known here
+            return Lease(request_id)
         try:
             namespace = self._namespace(client, caller)
             if namespace is None:
@@ -305,9 +307,14 @@ class Prefix:
             settled=blocks,
         )
         with self._lock:  # a session that ends meanwhile must see the lease, or the lease its end
-            if not self.book.lend(session, pages):
-                return Lease(request_id)
-            self._open[request_id] = lease
+            current = self.book.lend(session, pages)
+            if current:
+                self._open[request_id] = lease
+        if not current:
+            # if a later session answered, it has the lease open. Pages that it granted stay its
+            # own: which session answered isn't known, and one given back twice would be in use
+            self.cancel(request_id)
+            return Lease(request_id)
         self.book.granted(session, found.granted_pages)
         return lease
 

@@ -358,6 +358,27 @@ def test_an_unanswered_commit_keeps_its_pages_from_reuse() -> None:
     assert house.prefix.book.free == 32
 
 
+def test_a_lease_that_another_session_opened_is_released() -> None:
+    house = build(32)
+    daemon = house.daemon
+    assert daemon is not None
+    acquire = daemon.acquire
+
+    def late(*arguments: Any, **fields: Any) -> Any:
+        if house.prefix.book.session == 1:  # it ends while the call is on its way
+            daemon.detach("dead")
+            daemon.reattach()
+        return acquire(*arguments, **fields)
+
+    daemon.acquire = late  # type: ignore[method-assign]
+    asked = house.ask(prompt(30), 3)
+    house.step()
+    assert not daemon.leases
+    house.run()
+    assert asked.tokens == expected_tokens(prompt(30), 3)
+    assert house.prefix.book.session == 2
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_random_traffic_keeps_tokens_and_pages_right(seed: int) -> None:
     choose = random.Random(seed)
