@@ -59,7 +59,8 @@ class Client:
     """A session with the daemon at `address`, attached in the background. Threads may share it.
 
     Raises InvalidRequest for what is no address. Calls raise errors.Detached when there is no
-    session, and another errors.Kvc2Error when the daemon refuses what was asked. The pool holds num_bytes // layout.payload_bytes pages.
+    session, and another errors.Kvc2Error when the daemon refuses what was asked. The pool holds
+    num_bytes // layout.payload_bytes pages.
     """
 
     def __init__(
