@@ -42,6 +42,7 @@ class Sequence:
     match_at: float = 0.0  # not to be asked before
     starved_since: float | None = None
     # what RequestStats reports, fixed by the first token
+    begun: bool = False  # it had a lease to run with
     first_token_at: float | None = None
     matched_tokens: int = 0
     tiers: TierTokens = field(default_factory=TierTokens)
@@ -65,11 +66,14 @@ class Sequence:
         return f"{self.request.request_id}/{self.attempts}".encode()
 
     def begin(self, lease: Lease) -> None:
-        """It runs, from the end of its cached prefix."""
+        """It runs, from the end of its cached prefix. After a preemption that may hold blocks of
+        its own: what counts as cached is what the first lease found, or less if that is lost."""
         self.lease, self.computed = lease, lease.matched_tokens
-        if self.first_token_at is None:
+        if self.first_token_at is not None:
+            return
+        if not self.begun or lease.matched_tokens < self.matched_tokens:
             self.matched_tokens, self.tiers = lease.matched_tokens, lease.tiers
-            self.prefilled_tokens = 0
+        self.begun = True
 
     def array(self, end: int | None = None) -> U32:
         """The first `end` tokens, or all."""

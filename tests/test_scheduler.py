@@ -163,6 +163,21 @@ def test_when_pages_run_out_the_youngest_is_recomputed(daemon: bool) -> None:
     assert metrics.preemptions._value.get() > 0
 
 
+def test_what_a_request_computed_itself_is_not_cached() -> None:
+    house = build()
+    house.ask(prompt(8), 1)
+    house.run()
+    asked = house.ask(prompt(8) + prompt(22, 1), 3)
+    house.step(3)  # two chunks of the 22 tokens
+    (sequence,) = house.scheduler._running
+    assert (sequence.computed, sequence.generated) == (24, 0)
+    house.scheduler._preempt(sequence)
+    house.run()
+    assert asked.tokens == expected_tokens(prompt(8) + prompt(22, 1), 3)
+    assert (asked.stats.matched_tokens, asked.stats.tiers.gpu) == (8, 8)
+    assert asked.stats.prefilled_tokens == 22  # and none of them twice
+
+
 @pytest.mark.parametrize("steps", range(6))
 def test_cancel_frees_all_pages(steps: int) -> None:
     house = build()
