@@ -29,6 +29,8 @@ WALKS = {"default": Walk(250), "quick": Walk(25), "hunt": Walk(250, shrinks=Fals
 WALK = WALKS[os.environ.get("KVC2_WALK", "default")]
 
 # Arrows of index.h and situations that a sound walk comes by: about a third of what was counted.
+# The same seed walks differently under another release of hypothesis or Python: a fifth of this is
+# asked for, which a rule that is never reached still fails.
 AT_LEAST = {
     "steps": 5000,
     "steps with holes": 200,
@@ -60,7 +62,7 @@ AT_LEAST = {
     "commit: a duplicate": 150,
     "commit: a duplicate of an arriving page": 80,
     "commit: a hole closed": 40,
-    "commit: refused": 6,
+    "commit: refused": 30,
     "complete: only in part": 60,
     "complete: a failure breaks a lease": 80,
     "complete: and two": 30,
@@ -100,7 +102,7 @@ def test_the_index_equals_its_oracle_on_random_walks() -> None:
     SEEN.clear()
     walk(WALK, same=True)
     if WALK is WALKS["default"]:
-        missed = {what: SEEN[what] for what, least in AT_LEAST.items() if SEEN[what] < least}
+        missed = {what: SEEN[what] for what, least in AT_LEAST.items() if SEEN[what] * 5 < least}
         assert not missed, f"the walks come by these too rarely: {missed}"
 
 
