@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 WAIT_SLICE_S = 0.1  # how often a wait for a layer looks whether the session still lives
 ACQUIRES_MAX = 8  # calls under way; each may wait for a disk
-NAMESPACES_MAX = 1024  # salts are the callers' choice: beyond this, a new one runs without hits
+NAMESPACES_MAX = 1024  # of a session, the daemon's default; tenants have equal shares of it
 REFUSED = 2
 WEIGHT_CLASSES = ("attention", "embedding", "experts", "norms", "router")
 ANSWERS = ("adopted", "duplicate", "refused")
@@ -105,6 +105,7 @@ class BridgeConfig:
     high_water: int = 1 << 30
     load_timeout_s: float = 10.0
     grant_timeout_s: float = 1.0  # how long a step waits for a grant when pages ran out
+    tenants: int = 1  # that callers can be of
 
 
 class Prefix:
@@ -131,6 +132,7 @@ class Prefix:
         self._lock = threading.Lock()  # over the two below
         self._open: dict[bytes, Lease] = {}
         self._namespaces: dict[Caller, Any] = {}
+        self._full: set[str] = set()  # tenants that were told of in the log
         self._topping_up = False
 
     def connect(self, make_client: Callable[[Prefix], CacheClient]) -> None:
@@ -286,6 +288,7 @@ class Prefix:
         try:
             namespace = self._namespace(client, caller)
             if namespace is None:
+                self._refused_salt(caller)
                 return Lease(request_id)
             found = client.acquire(namespace, request_id, tokens, grant_pages=self._wanted(0))
         except Exception as error:  # whatever it is, the request runs
@@ -329,12 +332,18 @@ class Prefix:
             return 0
 
     def _namespace(self, client: CacheClient, caller: Caller) -> Any:
-        """The daemon's namespace of this caller, opened once; None beyond the limit."""
+        """The daemon's namespace of this caller, opened once. None for a salt beyond the tenant's
+        share: salts are the callers' choice, and must not end caching for anyone else."""
+        salts_max = NAMESPACES_MAX // self.config.tenants - 1  # one is the tenant's without a salt
         with self._lock:
             known = self._namespaces.get(caller)
-            full = len(self._namespaces) >= NAMESPACES_MAX
-        if known is not None or full:
-            return known
+            if known is not None:
+                return known
+            salts = sum(
+                1 for each in self._namespaces if each.salt and each.tenant == caller.tenant
+            )
+        if caller.salt and salts >= salts_max:
+            return None
         opened = client.open_namespace(self.config.identity, caller.tenant, caller.salt)
         with self._lock:
             return self._namespaces.setdefault(caller, opened)
@@ -397,6 +406,14 @@ class Prefix:
 
     def _wanted(self, soon: int) -> int:
         return max(0, self.config.low_water + soon - self.book.free)
+
+    def _refused_salt(self, caller: Caller) -> None:
+        self._metrics.refused_salts.inc()
+        with self._lock:
+            known = caller.tenant in self._full
+            self._full.add(caller.tenant)
+        if not known:
+            log.warning("tenant %r: too many cache salts; new ones run without hits", caller.tenant)
 
     def _fault(self, call: str, error: Exception) -> None:
         self._metrics.faults.labels(call).inc()

@@ -59,7 +59,8 @@ def assemble(config: EngineConfig) -> Engine:
     memory = PoolMemory(num_pages * shape.page_bytes)
     model = load_model(config.model, config.dtype)
     metrics = EngineMetrics()
-    prefix = _prefix(config, model_config, shape, memory, metrics)
+    tenants = read_api_keys(config.api_keys) if config.api_keys else {}
+    prefix = _prefix(config, model_config, shape, memory, metrics, len(set(tenants.values())))
     scheduler = Scheduler(
         SchedulerConfig(config.chunk_size, config.step_tokens, config.max_running),
         prefix=prefix,
@@ -77,7 +78,7 @@ def assemble(config: EngineConfig) -> Engine:
         vocab_size=model_config.vocab_size,
         end_token_ids=frozenset(end_token_ids),
         tenant=config.tenant,
-        tenants=read_api_keys(config.api_keys) if config.api_keys else {},
+        tenants=tenants,
         max_body_bytes=int(config.max_body_mb * 1e6),
     )
     app = build(
@@ -96,6 +97,7 @@ def _prefix(
     shape: KvShape,
     memory: PoolMemory,
     metrics: EngineMetrics,
+    tenants: int,
 ) -> Prefix:
     num_pages = memory.num_bytes // shape.page_bytes
     # two steps ahead, so that a grant is there before it is needed; but most pages cache
@@ -118,6 +120,7 @@ def _prefix(
         low_water=low_water,
         high_water=2 * low_water,
         load_timeout_s=config.load_timeout_s,
+        tenants=max(1, tenants),
     )
     return open_prefix(PageBook(num_pages), bridge, metrics, daemon)
 

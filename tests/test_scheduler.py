@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -282,6 +283,27 @@ def test_callers_share_nothing() -> None:
         house.run()
         assert asked.stats.matched_tokens == 0
         assert asked.tokens == expected_tokens(prompt(30), 2)
+
+
+def test_one_tenants_salts_end_no_others_caching(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("engine.prefix.NAMESPACES_MAX", 8)
+    house = build(64)
+    house.prefix.config = replace(house.prefix.config, tenants=2)
+
+    def matched(caller: Caller) -> int:
+        asked = [house.ask(prompt(9), 1, caller=caller) for _ in range(2)]
+        house.run()
+        assert asked[1].tokens == expected_tokens(prompt(9), 1)
+        return int(asked[1].stats.matched_tokens)
+
+    found = [matched(Caller("greedy", bytes([salt]))) for salt in range(1, 7)]
+    assert found == [8, 8, 8, 0, 0, 0]  # its share is 4 of 8, and one of them is its own
+    others = [Caller("greedy"), *(Caller("other", salt) for salt in (b"", b"1", b"2", b"3"))]
+    assert [matched(each) for each in others] == [8] * 5
+    assert house.scheduler._metrics.refused_salts._value.get() == 6
+    assert sum("greedy" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_a_refused_commit_costs_only_hits() -> None:
