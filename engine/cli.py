@@ -101,14 +101,19 @@ def serve(
 )
 def make_demo_model(
     directory: Annotated[
-        Path, typer.Argument(help="Where it is built; one that is there and whole is kept.")
-    ],
+        Path | None,
+        typer.Argument(
+            help="Where it is built; one that is there and whole is kept.",
+            show_default="the user's cache",
+        ),
+    ] = None,
 ) -> None:
     """Build the demo's model: a small mixture of experts that really answers."""
     from engine import demo_model
 
     with demo_model.console_progress() as progress:
-        typer.echo(demo_model.build(directory, progress=progress))
+        target = directory or demo_model.default_directory()
+        typer.echo(demo_model.build(target, progress=progress))
 
 
 def main() -> None:

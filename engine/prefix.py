@@ -194,15 +194,20 @@ class Prefix:
             for lease in leases:
                 lease.transfer = 0
 
+    def due(self, lease: Lease, tokens: int) -> bool:
+        """Whether `tokens` computed ones hold a full block that a commit would offer."""
+        current = lease.session == self.book.session != 0
+        return current and not lease.refused and tokens // self.config.page_size > lease.sent
+
     def commit(self, computed: Sequence[tuple[Lease, U32]], soon: int = 0) -> None:
         """Offer the full blocks among each lease's computed tokens to the daemon, all in one call,
         after the step that filled them. Also tops the grant up, by what is needed `soon`."""
         session, size = self.book.session, self.config.page_size
         batch: list[tuple[Lease, LeaseCommit]] = []
         for lease, tokens in computed:
-            full = len(tokens) // size
-            if not session or lease.session != session or lease.refused or full <= lease.sent:
+            if lease.session != session or not self.due(lease, len(tokens)):
                 continue
+            full = len(tokens) // size
             pages = np.array(lease.pages[lease.sent : full], np.uint32)
             new = tokens[lease.sent * size : full * size]
             batch.append((lease, LeaseCommit(lease.request_id, lease.sent, new, pages)))

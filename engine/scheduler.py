@@ -165,7 +165,7 @@ class Scheduler:
                 count = self._next_count(sequence)
                 if count > budget:  # nobody younger overtakes it, so that it isn't starved
                     break
-                if self._make_room(sequence, count, work):
+                if self._make_room(sequence, count):
                     work.append(Work(sequence, count))
                     budget -= count
         return [w for w in work if w.sequence in self._running]
@@ -175,7 +175,7 @@ class Scheduler:
         end = min(len(sequence.tokens), (sequence.computed // chunk + 1) * chunk)
         return end - sequence.computed
 
-    def _make_room(self, sequence: Sequence, count: int, work: list[Work]) -> bool:
+    def _make_room(self, sequence: Sequence, count: int) -> bool:
         """Pages for its next tokens, if need be those of younger ones. False: not in this step."""
         lease, tokens = sequence.lease, sequence.computed + count
         assert lease is not None
@@ -269,11 +269,12 @@ class Scheduler:
             if w.sequence.first_token_at is None:
                 w.sequence.prefilled_tokens += w.count
         # before anything is released: a lease's last blocks are committed too
+        computed = [(w.sequence, w.sequence.lease, w.sequence.computed) for w in work]
         self.prefix.commit(
             [
-                (w.sequence.lease, w.sequence.array(w.sequence.computed))
-                for w in work
-                if w.sequence.lease
+                (lease, sequence.array(end))
+                for sequence, lease, end in computed
+                if lease and self.prefix.due(lease, end)
             ],
             soon=self._pages_soon(),
         )

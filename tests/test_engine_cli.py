@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from engine import demo_model
 from engine.cli import app
 from engine.errors import ConfigError
 from engine.settings import EngineConfig, load, read_api_keys
@@ -118,6 +119,24 @@ def test_help_names_every_setting() -> None:
     for name in EngineConfig.__dataclass_fields__:
         assert "--" + name.replace("_", "-") in text
     assert CliRunner().invoke(app, ["serve", "--no-such-flag"]).exit_code == 2
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_demo_model_has_a_place_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, named: bool
+) -> None:
+    built: list[Path] = []
+
+    def build(directory: Path, **_: Any) -> Path:
+        built.append(directory)
+        return directory
+
+    monkeypatch.setattr(demo_model, "build", build)
+    monkeypatch.setattr(demo_model, "default_directory", lambda: tmp_path / "default")
+    wanted = tmp_path / ("named" if named else "default")
+    result = CliRunner().invoke(app, ["make-demo-model", *([str(wanted)] if named else [])])
+    assert (result.exit_code, built) == (0, [wanted])
+    assert str(wanted) in result.output
 
 
 def decode_utf8(token_ids: Any) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from engine.request import Caller, Piece, SamplingParams
 from engine.scheduler import SchedulerConfig
+from engine.sequence import Sequence
 from kvc2 import errors
 from tests.engine_doubles import PAGE_SIZE, House, NoText, build, expected_tokens
 
@@ -80,6 +81,23 @@ def test_a_prefix_is_computed_once_and_its_tokens_are_reported() -> None:
     assert (first.stats.matched_tokens, first.stats.prefilled_tokens) == (0, 30)
     assert (again.stats.matched_tokens, again.stats.prefilled_tokens) == (28, 2)
     assert again.stats.tiers.gpu == 28
+
+
+def test_tokens_are_copied_for_full_blocks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    house = build()
+    asked = house.ask(prompt(6), 20)
+    house.step(2)
+    copied: list[int | None] = []
+    array = Sequence.array
+
+    def seen(sequence: Sequence, end: int | None = None) -> Any:
+        copied.append(end)
+        return array(sequence, end)
+
+    monkeypatch.setattr(Sequence, "array", seen)
+    house.run()
+    assert asked.finish == "length"
+    assert copied == [8, 12, 16, 20, 24]
 
 
 def test_generated_blocks_are_committed_too() -> None:
