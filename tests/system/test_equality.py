@@ -7,6 +7,7 @@ without a daemon. Every prompt is its test's own, so that the tests don't feed e
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,10 @@ Truth = Callable[[list[int], int], list[int]]
 
 def prompt(length: int, seed: int) -> list[int]:
     return random.Random(seed).choices(range(3, 259), k=length)
+
+
+def evicted_from_gpu(daemon: DaemonProcess) -> float:
+    return daemon.admin().stats().counters.get("evicted_blocks_total{tier=gpu}", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +108,22 @@ def test_from_the_disk_tier(engine: EngineProcess, daemon: DaemonProcess, truth:
     assert warm.tiers == {"gpu": 0, "cpu": 0, "disk": 288, "remote": 0}
 
 
-def test_after_eviction_under_pressure(engine: EngineProcess, truth: Truth) -> None:
+def test_after_eviction_under_pressure(
+    engine: EngineProcess, daemon: DaemonProcess, truth: Truth
+) -> None:
     prompts = [prompt(500, seed) for seed in range(40, 48)]  # 4,000 tokens in a pool of 2,560
-    for _ in range(2):
-        for tokens in prompts:
-            assert engine.complete(tokens).tokens == truth(tokens, 8)
+    wanted = [truth(tokens, 8) for tokens in prompts]
+    evicted = evicted_from_gpu(daemon)
+    cold = [engine.complete(tokens) for tokens in prompts]
+    assert [each.tokens for each in cold] == wanted
+    assert [each.matched for each in cold] == [0] * 8
+    assert evicted_from_gpu(daemon) >= evicted + 8 * 31 - PAGES
+    evicted = evicted_from_gpu(daemon)
+    warm = [engine.complete(tokens) for tokens in prompts]
+    assert [each.tokens for each in warm] == wanted
+    assert sum(each.matched for each in warm) > 0
+    assert sum(each.tiers["cpu"] + each.tiers["disk"] for each in warm) > 0
+    assert evicted_from_gpu(daemon) > evicted
 
 
 def test_a_half_shared_prefix(engine: EngineProcess, truth: Truth) -> None:
@@ -162,6 +178,25 @@ def test_after_the_daemon_was_killed_and_restarted(
     warm = engine.complete(tokens)
     assert warm.tokens == truth(tokens, 8)
     assert warm.tiers["disk"] == 288
+
+
+def test_after_both_were_killed_and_restarted(model: Path, truth: Truth, tmp_path: Path) -> None:
+    tokens, log = prompt(300, 18), tmp_path / "log"
+    disk = ("--disk-path", str(tmp_path / "disk"), "--disk-size-gb", "0.2")
+    with DaemonProcess(tmp_path, *disk) as daemon:
+        flags = ("--kvc2", daemon.address, *FLAGS)
+        with EngineProcess(model, log, *flags) as first:
+            first.wait_attached()
+            assert first.complete(tokens).tokens == truth(tokens, 8)
+            daemon.admin().flush(10)
+            daemon.kill()
+            assert first.stop(signal.SIGKILL) == -signal.SIGKILL
+        daemon.start()
+        with EngineProcess(model, log, *flags) as second:
+            second.wait_attached()
+            warm = second.complete(tokens)
+            assert warm.tokens == truth(tokens, 8)
+            assert warm.tiers == {"gpu": 0, "cpu": 0, "disk": 288, "remote": 0}
 
 
 @pytest.mark.parametrize("how", ["killed", "frozen"])
