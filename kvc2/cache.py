@@ -263,13 +263,18 @@ class Cache:
         session.leases[request_id] = opened.id
         reply: asyncio.Future[AcquireResult] = _future()
         pool.replies[request_id] = reply
+        released: asyncio.Future[None] | None = None
         try:
             step = self._loader.begin(pool.gpu, opened.id)
             if step is not None:
                 released = pool.settling[request_id] = _future()
                 await self._loader.settle(pool.gpu, opened.id, step, released, deadline_s)
+        except BaseException:
+            grant_pages = 0  # nobody hears of them: they would be lost until the session's end
+            raise
         finally:
-            pool.settling.pop(request_id, None)
+            if pool.settling.get(request_id) is released:  # not that of a later acquire
+                pool.settling.pop(request_id, None)
             # also when the caller went away: it may ask again under this request_id
             if session.leases.get(request_id) == opened.id:
                 reply.set_result(self._answer(session, opened.id, grant_pages))

@@ -292,6 +292,46 @@ def test_a_release_cancels_the_acquire_under_way(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_a_cancelled_acquire_is_granted_nothing(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with running(tmp_path) as cache:
+            engine = StandIn(cache, 32)
+            await on_disk_only(cache, engine, 1, 8)
+            waiting = asyncio.ensure_future(engine.acquire(prompt(1, 8), grant=4))
+            await asyncio.sleep(0)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            assert cache._session_counts(engine.session).private == 0
+            cache.release(engine.session, engine.requests.to_bytes(4, "big"))
+            assert (await engine.ask(prompt(1, 8))).matched_tokens == 8 * PAGE_SIZE
+
+    asyncio.run(run())
+
+
+def test_a_second_acquire_of_a_released_request_can_be_released_too(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with running(tmp_path) as cache:
+            engine = StandIn(cache, 32)
+            await on_disk_only(cache, engine, 1, 8)
+            ask = (engine.session, engine.number, b"same", prompt(1, 8), 0, 20.0)
+            first = asyncio.ensure_future(cache.acquire(*ask))
+            await asyncio.sleep(0)
+            cache.release(engine.session, b"same")
+            second = asyncio.ensure_future(cache.acquire(*ask))
+            await asyncio.sleep(0)
+            settling = engine.session.pool.settling[b"same"]
+            await first
+            assert engine.session.pool.settling[b"same"] is settling
+            cache.release(engine.session, b"same")
+            assert settling.done()
+            await second
+            assert not engine.session.pool.settling
+            assert cache.index.counts().leases == 0
+
+    asyncio.run(run())
+
+
 def test_an_acquire_is_idempotent_while_its_lease_is_open() -> None:
     async def run() -> None:
         async with running(None) as cache:
