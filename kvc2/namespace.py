@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import math
 import struct
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -68,6 +69,8 @@ class Identity:
         _check_digest("identity.adapter_digest", self.adapter_digest, needed=False)
         _check_digest("identity.kv_scales_digest", self.kv_scales_digest, needed=False)
         check_page_size("identity.page_size", self.page_size)
+        if not math.isfinite(self.rope_theta):
+            raise errors.InvalidRequest("identity.rope_theta", self.rope_theta, "finite")
         if not self.architecture:
             raise errors.InvalidRequest("identity.architecture", "", "not empty")
         if self.kv_dtype not in DTYPE_BYTES:

@@ -91,6 +91,8 @@ def changed(**changes: Any) -> bytes:
         (changed(layers=-1), "identity.layers"),
         (changed(layers=1 << 40), "identity.layers"),
         (changed(rope_theta=10000), "identity.rope_theta"),
+        (changed(rope_theta=float("inf")), "identity.rope_theta"),
+        (changed(rope_theta=float("nan")), "identity.rope_theta"),
         (changed(windows=["1"]), "identity.windows"),
         (changed(moe_layers=[1]), "identity.moe_layers"),
         (changed(rms_norm_eps=0), "identity.rms_norm_eps"),

@@ -163,6 +163,8 @@ def test_calls_of_a_session_name_what_they_refuse(
 
 def test_calls_without_a_session_name_what_they_refuse(wire: Wire) -> None:
     assert wire.refusal("Evict", pb.EvictRequest(tier="tape"))[1].startswith("tier = 'tape'")
+    code, words = wire.refusal("Evict", pb.EvictRequest(tier="gpu", blocks=1 << 32))
+    assert (code, "blocks" in words) == ("INVALID_ARGUMENT", True)
     for rpc in ("Flush", "Drain"):
         request = getattr(pb, f"{rpc}Request")(deadline_ms=1 << 31)
         assert "deadline_ms" in wire.refusal(rpc, request)[1]

@@ -215,7 +215,8 @@ class CacheCalls:
             return flush_response(await self._cache.flush(deadline_s))
 
     async def Evict(self, request: cache_pb2.EvictRequest) -> cache_pb2.EvictResponse:
-        found = await self._cache.evict(checks.tier(request.tier), request.blocks)
+        blocks = checks.evict_blocks(request.blocks)
+        found = await self._cache.evict(checks.tier(request.tier), blocks)
         return cache_pb2.EvictResponse(evicted_blocks=found.evicted, last_copies=found.last_copies)
 
     async def Stats(self, request: cache_pb2.StatsRequest) -> cache_pb2.StatsResponse:

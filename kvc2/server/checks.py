@@ -17,6 +17,7 @@ REQUEST_ID_BYTES_MAX = 128
 ENGINE_NAME_BYTES_MAX = 128
 TENANT_BYTES_MAX = 64
 DEADLINE_MS_MAX = 3_600_000
+EVICT_BLOCKS_MAX = (1 << 32) - 1  # more than any tier has pages
 TIERS = ("gpu", "cpu", "disk")
 
 
@@ -60,6 +61,12 @@ def request_id(field: str, value: bytes) -> bytes:
 def grant(field: str, count: int, limits: LimitsConfig) -> int:
     if count > limits.max_grant_pages:
         raise errors.InvalidRequest(field, count, f"at most {limits.max_grant_pages}")
+    return count
+
+
+def evict_blocks(count: int) -> int:
+    if count > EVICT_BLOCKS_MAX:
+        raise errors.InvalidRequest("blocks", count, f"at most {EVICT_BLOCKS_MAX}")
     return count
 
 
