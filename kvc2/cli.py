@@ -116,9 +116,6 @@ LimitsMaxLeasesPerCall = Annotated[int | None, option("Leases in one commit or r
 LimitsMaxTokens = Annotated[int | None, option("Tokens of a prompt.", "1048576")]
 LimitsMaxPoolPages = Annotated[int | None, option("Pages of an engine's pool.", "16777216")]
 LimitsMaxGrantPages = Annotated[int | None, option("Pages of one grant.", "65536")]
-LimitsMaxQueue = Annotated[
-    int | None, option("Tasks that wait in one queue of the daemon.", "1024")
-]
 
 
 @app.command(
@@ -150,7 +147,6 @@ def serve(
     limits_max_tokens: LimitsMaxTokens = None,
     limits_max_pool_pages: LimitsMaxPoolPages = None,
     limits_max_grant_pages: LimitsMaxGrantPages = None,
-    limits_max_queue: LimitsMaxQueue = None,
 ) -> None:
     """Run the cache daemon until SIGTERM, which drains: it flushes to the disk and exits 0."""
     flags = {key: value for key, value in locals().items() if value is not None}

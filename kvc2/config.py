@@ -203,7 +203,6 @@ class LimitsConfig:
     max_tokens: int = 1 << 20  # of a prompt
     max_pool_pages: int = 1 << 24
     max_grant_pages: int = 1 << 16
-    max_queue: int = 1024  # transfers and tasks that wait, each queue
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -214,7 +213,6 @@ class LimitsConfig:
             ("max_tokens", 1, 1 << 24),
             ("max_pool_pages", 1, 1 << 31),
             ("max_grant_pages", 1, 1 << 24),
-            ("max_queue", 1, 1 << 20),
         ):
             _check(f"limits.{name}", getattr(self, name), low, high)
 
