@@ -194,7 +194,7 @@ class Cache:
         if pools is not None and self._pools is not None:
             self._pools.ensure_slab(pools)
         queue = ThreadPoolExecutor(1, f"kvc2-promote-{session.epoch}")
-        session.pool = SessionPool(GpuPool(pool, pools, store, queue))
+        session.pool = SessionPool(GpuPool(pool, pools, store, queue, session.give_up))
         self._gpus[session.epoch] = session.pool.gpu
         self._sessions[session.epoch] = session
 

@@ -42,7 +42,8 @@ class GpuPool:
     """A session's pool: its executor, the thread that fills it, and its transfers by number.
 
     `pending` maps the index's transfer ids to this session's sequence numbers until they are done.
-    `broken`: a promotion failed half-way, so that no later progress may be told. `died` is there
+    `broken`: a promotion failed half-way, so that no later progress may be told, and `give_up` has
+    asked for the session's end: its engine can't wait for what never comes. `died` is there
     when the session is over: whether its engine is known dead, so that its pages can't change.
     """
 
@@ -50,6 +51,7 @@ class GpuPool:
     pools: LayoutPools | None  # None: gpu_only, nothing below
     store: GpuExecutor | None
     queue: ThreadPoolExecutor
+    give_up: Callable[[], None] = lambda: None
     sequence: int = 0
     pending: dict[int, int] = field(default_factory=dict)
     demoting: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -135,6 +137,7 @@ class Mover:
             LOG.error("promotion failed: %r", error)
             gpu.broken = True
             gpu.queue.shutdown(wait=False, cancel_futures=True)
+            gpu.give_up()
             good = 0
         self._end(transfer, good, gpu.pools, ("cpu", "gpu"), begun)
 

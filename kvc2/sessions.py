@@ -30,9 +30,10 @@ SessionState = Literal["joining", "ready", "over"]
 
 @dataclass(eq=False)
 class Session:
-    """One attachment. The table makes it, the server fills `pid` and `uid`, and the cache keeps
-    what it needs of its own in `pool` (set by Cache.open_session) and `leases`.
+    """One attachment. The table makes it, the server fills `pid`, `uid` and `give_up`, and the
+    cache keeps what it needs of its own in `pool` (set by Cache.open_session) and `leases`.
 
+    `give_up` ends the attachment when the pool can't be filled any more; the engine attaches again.
     `leases` maps request_id to the index's lease id; `namespaces` the ids that this session opened,
     to their 32 bytes.
     """
@@ -47,6 +48,7 @@ class Session:
     pid: int = 0
     uid: int = -1
     pool: Any = None
+    give_up: Callable[[], None] = field(default=lambda: None, repr=False)
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(SECRET_BYTES), repr=False)
     leases: dict[bytes, int] = field(default_factory=dict)
     namespaces: dict[int, bytes] = field(default_factory=dict)

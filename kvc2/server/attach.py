@@ -92,6 +92,7 @@ class Attachments:
         ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         nonce = secrets.token_bytes(NONCE_BYTES)
         attachment = _Attachment(session, hello, nonce, context, ended)
+        session.give_up = functools.partial(attachment.end, "failed")
         self._by_nonce[nonce] = attachment
         self._open[session.epoch] = attachment
         self._metrics.sessions.set(len(self.table))
@@ -107,6 +108,8 @@ class Attachments:
             self._close(attachment)
         if reason == "expired":
             raise errors.SessionOver(f"session {session.epoch} sent no heartbeat for {EXPIRY_S} s")
+        if reason == "failed":
+            raise errors.SessionOver(f"a transfer into the pool of session {session.epoch} failed")
 
     async def _read_hello(self, context: Context) -> cache_pb2.Hello:
         if self.draining:
