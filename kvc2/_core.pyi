@@ -185,7 +185,7 @@ class Index:
         """Blocks that `plan_demote` has still to consider."""
     def complete(self, transfer: int, done: int) -> None:
         """The first `done` blocks are resident in the target; the pages of the rest are free again.
-        A failed demotion is considered again when its blocks are next acquired."""
+        What a demotion did not bring is `undemoted` again, behind what was so already."""
     def evict(self, pool: int, pages: int) -> Evicted:
         """Up to `pages` leaves of the pool, least recently used first; first those that a slower
         pool also holds. Never pinned ones, never a hole."""

@@ -26,7 +26,7 @@ GATHER_BYTES = 16 << 20  # about 4 ms of copying: what a promotion may have to w
 STORE_BYTES = 32 << 20  # one fdatasync and one commit (about 2 ms) for 16 ms of writing
 POOL_SHARE = 8  # a batch is at most this part of its pool, so that two kept free don't starve it
 PATIENCE_S = 0.5  # transfers behind yield this long before each batch, not for ever
-RETRY_S = 1.0  # after the disk refused
+RETRY_S = 1.0  # after copying failed, or the disk refused
 FULL_RETRY_S = 4.0  # after the file system refused another slab; others may have made room
 RECENCY_S = 30.0
 PRESSURE = 4  # write_policy back: copy when less than 1 / PRESSURE of a pool is free
@@ -52,13 +52,13 @@ class Behind:
         self._policy = policy
         self._metrics = metrics
         self._urgent = 0
-        self.failed_blocks = 0  # did not get to the disk since the start
         self._wakes = {"gpu": asyncio.Event(), "disk": asyncio.Event()}
         self._idle: set[str] = set()
         self._quiet = asyncio.Event()
         self._settled = asyncio.Event()
         self._woken = asyncio.Event()
         self._full_until = 0.0
+        self._retry_at: dict[str, float] = {}  # by what has failed: "gpu" or "disk"
         self._in_vain = False  # a slab was taken over, and the file system refused all the same
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -85,8 +85,10 @@ class Behind:
             event.set()
 
     async def drained(self, deadline_s: float) -> bool:
-        """Copy without yielding until nothing more can be; False when the time is over first."""
+        """Copy without yielding until nothing more can be; False when the time is over first. What
+        has failed is tried at once, and not again before the answer."""
         self._urgent += 1
+        self._retry_at = dict.fromkeys(self._retry_at, 0.0)
         self._quiet.set()
         self.wake()
         try:
@@ -116,6 +118,23 @@ class Behind:
                         break
                     await self._woken.wait()
         self.wake()
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last batch of either kind has failed: it will be tried again."""
+        return bool(self._retry_at)
+
+    def _ended(self, name: str, *, good: bool) -> None:
+        """Note how a batch ended; after a failure the next one waits for RETRY_S."""
+        if good:
+            self._retry_at.pop(name, None)
+            return
+        loop = asyncio.get_running_loop()
+        self._retry_at[name] = loop.time() + RETRY_S
+        loop.call_later(RETRY_S, self.wake)
+
+    def _must_wait(self, name: str) -> bool:
+        return asyncio.get_running_loop().time() < self._retry_at.get(name, 0.0)
 
     def undemoted(self) -> int:
         """Blocks that a slower tier should have and has not."""
@@ -170,14 +189,18 @@ class Behind:
                 return False
             if not rescue and (gpu.died is not None or not self._wanted(gpu.id)):
                 return False
+            if not rescue and self._must_wait("gpu"):
+                return False
             pages = max(1, GATHER_BYTES // gpu.pools.shape.page_bytes)
             self._pools.make_room(gpu.pools, min(pages, self._index.undemoted(gpu.id)))
             transfer = self._index.plan_demote(gpu.id, pages)
             if transfer is None:
                 return False
-            await asyncio.shield(self._mover.demote(gpu, transfer))
+            good = await asyncio.shield(self._mover.demote(gpu, transfer))
+            # a copy that the session's end made worthless says nothing of the next one
+            self._ended("gpu", good=good or gpu.died is not None)
             self.wake()
-            return True
+            return good
 
     # ---- cpu -> disk ----
 
@@ -198,6 +221,8 @@ class Behind:
             return await self._commit(pools, None)
         if not self._index.undemoted(pools.cpu_id) or not self._wanted(pools.cpu_id):
             return False
+        if self._must_wait("disk"):
+            return False
         await self._yield()
         await self._make_room(pools)
         if disk.deletes:  # a load found bad pages while this waited
@@ -214,9 +239,9 @@ class Behind:
 
     async def _commit(self, pools: LayoutPools, transfer: _core.Transfer | None) -> bool:
         outcome = await asyncio.shield(self._mover.store(pools, transfer))
-        if transfer is not None and not outcome.written:
-            self.failed_blocks += transfer.target_pages.size
-        if not outcome.committed:
+        if transfer is not None:
+            self._ended("disk", good=outcome.written)
+        elif not outcome.committed:
             asyncio.get_running_loop().call_later(RETRY_S, self.wake)
         return outcome.committed
 

@@ -341,24 +341,23 @@ class Cache:
         through = self._config.write_policy == "through"
         if self._behind is None or (self._disk is None and not through):
             return False
-        failed = self._behind.failed_blocks
         drained = await self._behind.drained(deadline_s)
-        copied = failed == self._behind.failed_blocks and not self._behind.undemoted()
-        return drained and copied and self._disk is not None
+        return drained and not self._behind.undemoted() and self._disk is not None
 
     async def flush(self, deadline_s: float) -> FlushResult:
         """Copy what is committed towards the disk until all of it is there or the time is over."""
         if self._behind is None or self._pools is None or self._disk is None:
             blocks = self.index.counts().blocks
             return FlushResult(0, {"no_disk": blocks} if blocks else {})
-        failed = self._behind.failed_blocks
         drained = await self._behind.drained(deadline_s)
-        failed = self._behind.failed_blocks - failed
+        reason = "disk_full"
+        if self._behind.failing:
+            reason = "error"
+        elif not drained:
+            reason = "deadline"
         left = self._behind.undemoted()
-        reason = "disk_full" if drained else "deadline"
-        found = {"error": failed, reason: left}
         durable = self._tier_counts("disk").resident
-        return FlushResult(durable, {name: count for name, count in found.items() if count})
+        return FlushResult(durable, {reason: left} if left else {})
 
     async def evict(self, tier: str, blocks: int) -> EvictResult:
         """Drop up to `blocks` unpinned blocks (0: all) from gpu, cpu or disk; what slower tiers

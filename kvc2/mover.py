@@ -196,8 +196,8 @@ class Mover:
 
     # ---- towards slower tiers ----
 
-    async def demote(self, gpu: GpuPool, transfer: _core.Transfer) -> None:
-        """gpu -> cpu."""
+    async def demote(self, gpu: GpuPool, transfer: _core.Transfer) -> bool:
+        """gpu -> cpu. Whether all of it came."""
         assert gpu.pools is not None
         assert gpu.store is not None
         offsets = gpu.pools.cpu.offsets(transfer.target_pages)
@@ -217,6 +217,7 @@ class Mover:
             LOG.error("demotion failed: %r", error)
         finally:
             self._end(transfer, good, gpu.pools, ("gpu", "cpu"), begun)
+        return good == transfer.target_pages.size
 
     async def store(self, pools: LayoutPools, transfer: _core.Transfer | None) -> Outcome:
         """cpu -> disk: one batch (or none) and all deletes of the pool, in one commit."""

@@ -303,6 +303,10 @@ class IndexMachine(RuleBasedStateMachine):
         SEEN["complete: of a removed target"] += plan.target not in self.model.pools
         if plan.target in self.model.pools:
             SEEN["in_flight -> free: failed"] += bool(lost)
+            source = self.model.pools.get(plan.source)
+            SEEN["complete: a failed demotion is queued again"] += bool(lost) and (
+                source is not None and source.below == plan.target
+            )
             SEEN["complete: only in part"] += 0 < len(lost) < len(plan.paths)
             SEEN["complete: a failure breaks a lease"] += any(broken)
             SEEN["complete: and two"] += sum(map(bool, broken)) > 1

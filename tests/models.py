@@ -392,6 +392,10 @@ class IndexModel:
                     held.anchored = held.anchored and held.path not in failed
         for path in reversed(failed):
             self.drop(path, transfer.target)
+        source = self.pools.get(transfer.source)
+        if source is not None and source.below == transfer.target:
+            for page in transfer.source_pages[done:]:
+                self.enqueue(transfer.source, page)
 
     def evict(self, pool: int, count: int) -> list[Path]:
         evicted: list[Path] = []

@@ -180,6 +180,21 @@ def test_a_removed_pool_fails_its_transfers_but_the_other_end_waits_for_complete
     assert house.index.pool_counts(house.cpu).free == 6
 
 
+def test_what_a_demotion_did_not_bring_is_undemoted_again(house: House) -> None:
+    house.index.release(house.compute(1, 2, 3))
+    transfer = house.index.plan_demote(house.gpu, 8)
+    assert transfer is not None
+    house.index.complete(transfer.id, 1)
+    house.index.check()
+    assert house.index.undemoted(house.gpu) == 2
+    again = house.index.plan_demote(house.gpu, 8)
+    assert again is not None
+    assert again.source_pages.tolist() == transfer.source_pages[1:].tolist()
+    house.index.complete(again.id, 2)
+    assert house.index.undemoted(house.gpu) == 0
+    assert house.index.undemoted(house.cpu) == 3
+
+
 def test_a_durable_pool_never_evicts_by_itself_and_generations_rise(house: House) -> None:
     seen: list[int] = []
     for block in range(12):

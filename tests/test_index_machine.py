@@ -64,6 +64,7 @@ AT_LEAST = {
     "commit: a hole closed": 40,
     "commit: refused": 30,
     "complete: only in part": 60,
+    "complete: a failed demotion is queued again": 5,
     "complete: a failure breaks a lease": 80,
     "complete: and two": 30,
     "complete: and a duplicate": 30,

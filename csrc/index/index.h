@@ -15,7 +15,7 @@
 //     free -> in_flight    promote, next_load,    private -> free       give_back, session end,
 //                          plan_demote                                  release of a duplicate
 //     in_flight -> resident  complete             resident -> free      evict, lost, remove_pool
-//     in_flight -> free      complete (the part that failed)
+//     in_flight -> free      complete (the part that failed; to be demoted again if it was)
 //
 // Laws; `check()` proves them:
 //   I1 Children of a node start with distinct keys; no node is empty; keys on a path form the

@@ -210,7 +210,12 @@ void Index::complete(TransferId id, uint32_t done) {
   const std::span pages(transfer.target_pages);
   for (const PageId page : pages) in_flight_.erase(in_flight_key(transfer.target, page));
   for (const PageId page : pages.first(done)) arrive(transfer.target, page);
-  if (done < count) fail(transfer.target, pages.subspan(done));
+  if (done == count) return;
+  fail(transfer.target, pages.subspan(done));
+  if (!alive(transfer.source) || pool(transfer.source).shape.below != transfer.target) return;
+  for (const PageId page : std::span(transfer.source_pages).subspan(done)) {
+    pool(transfer.source).enqueue(page);
+  }
 }
 
 void Index::arrive(PoolId id, PageId page) {
