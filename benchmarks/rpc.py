@@ -137,7 +137,7 @@ class Bench:
 
     def _call_empty(self, tokens: NDArray[np.uint32], request_id: bytes) -> None:
         request = cache_pb2.AcquireRequest(
-            session=cache_pb2.SessionRef(instance=bytes(16), session_epoch=1),
+            session=cache_pb2.SessionRef(secret=bytes(16), session_epoch=1),
             namespace_id=1,
             request_id=request_id,
             tokens=tokens.tobytes(),
