@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,10 @@ def weights_digest(model_dir: Path, cache_dir: Path | None = None) -> bytes:
     """
     files = shards(model_dir)
     cached = (cache_dir or user_cache_path("kvc2") / "weights") / _stat_key(files)
-    try:
+    with suppress(OSError, ValueError):  # not known yet, or unreadable: it is computed again
         known = bytes.fromhex(cached.read_text(encoding="ascii"))
         if len(known) == 32:
             return known
-    except (OSError, ValueError):
-        pass  # not known yet, or unreadable: it is computed again
     digest = hashlib.sha256()
     for line in sorted(line for path in files for line in _tensor_lines(path)):
         digest.update(line)

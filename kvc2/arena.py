@@ -169,14 +169,12 @@ def _runs(free: NDArray[np.bool_], units: int) -> NDArray[np.int64]:
 def _create(capacity_bytes: int) -> tuple[int, mmap.mmap, str]:
     """A mapped and sealed memfd; hugetlb pages when the host has set them aside, else shmem."""
     if capacity_bytes % HUGE_PAGE_BYTES == 0:
-        try:
+        with suppress(OSError):  # no hugetlb, or no huge pages set aside: the usual case
             fd = os.memfd_create("kvc2-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | MFD_HUGETLB)
             try:
                 return fd, _map(fd, capacity_bytes), "2 MiB hugetlb pages"
             except OSError:
                 os.close(fd)
-        except OSError:
-            pass  # a kernel without hugetlb, or no huge pages set aside: the usual case
     fd = os.memfd_create("kvc2-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     mapped = _map(fd, capacity_bytes)
     with suppress(OSError):  # a kernel without transparent huge pages
