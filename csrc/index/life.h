@@ -1,0 +1,50 @@
+// What requests said of a block, beyond that they used it: facts that the order of eviction reads.
+//
+// Every request that uses a block says its Life anew, for the whole prefix that it uses, so along a
+// path they never get longer: *a block expires no earlier than what lies below it* (I8), and what
+// has expired is always a tail. `merged` is how what is known and what a request says combine.
+// Times are seconds of the caller's clock, as Index::advance was told them; 0 is no time.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace kvc2 {
+
+constexpr uint8_t kPriorityMax = 7;
+
+struct Life {
+  uint32_t expires = 0;  // from this second on it does not match and goes first; 0: never
+  uint32_t returns = 0;  // a request that used it is expected back before this second; 0: unknown
+  uint8_t priority = 0;  // the highest that a request gave it, at most kPriorityMax
+  bool ended = false;    // the last request that used it said that its session is over
+
+  bool operator==(const Life&) const = default;
+  bool expired(uint32_t now) const { return expires != 0 && expires <= now; }
+};
+
+// A block that is used again: the longest expiry and the highest priority stay, the rest is news.
+inline Life merged(const Life& known, const Life& said) {
+  const bool for_ever = known.expires == 0 || said.expires == 0;
+  return {.expires = for_ever ? 0 : std::max(known.expires, said.expires),
+          .returns = said.returns,
+          .priority = std::max(known.priority, said.priority),
+          .ended = said.ended};
+}
+
+// What goes before what, whatever the policy says within a standing; the lowest is evicted first.
+enum Standing : uint8_t {
+  kDead = 0,   // expired, or its namespace is retired
+  kEnded = 1,  // of a session that is over
+  kPlain = 2,  // to kPlain + kPriorityMax, by priority
+  kSoftPinned = 15,
+};
+
+inline uint8_t standing(const Life& life, bool soft_pinned, uint32_t now) {
+  if (life.expired(now)) return kDead;
+  if (soft_pinned) return kSoftPinned;
+  if (life.ended && life.priority == 0) return kEnded;
+  return static_cast<uint8_t>(kPlain + life.priority);
+}
+
+}  // namespace kvc2
