@@ -37,6 +37,8 @@ class PoolCounts:
     resident: int
     in_flight: int
     pinned: int  # of the resident and in-flight ones
+    evicted: int  # since the pool was made, whatever asked for it; what faults took is not counted
+    last_copies: int  # of the evicted ones those that were in no other pool
 
 class IndexCounts:
     namespaces: int
@@ -189,6 +191,9 @@ class Index:
     def evict(self, pool: int, pages: int) -> Evicted:
         """Up to `pages` leaves of the pool, least recently used first; first those that a slower
         pool also holds. Never pinned ones, never a hole."""
+    def keep_free(self, pool: int, pages: int) -> Evicted:
+        """Evict, in the same order, until `pages` are free in the pool, but only copies that a
+        slower pool also holds: nothing is lost by it. Fewer are free when there are no more."""
     def lost(self, pool: int, pages: U32) -> Evicted:
         """A fault took these pages: unpinned residents are dropped (this may leave holes);
         others are left alone."""

@@ -1,9 +1,10 @@
 """Write-behind: when committed blocks go to slower tiers.
 
 Two tasks on the event loop: gpu -> cpu soon after a commit, cpu -> disk when no load is under way.
-Both yield to transfers that someone waits for, though not for ever. The disk's order is kept here:
-batches run one after the other; nothing is planned into a disk pool while a page that the index
-has freed there still has its record (`DiskPool.deletes`); two batches of pages are kept free ahead.
+Both yield to transfers that someone waits for, though not for ever, and keep some gpu and cpu pages
+free (watermarks). The disk's order is kept here: batches run one after the other; nothing is
+planned into a disk pool while a page that the index has freed there still has its record
+(`DiskPool.deletes`); two batches of pages are kept free ahead.
 Not here: which blocks (csrc/index), the copying (mover.py), durability itself (tiers/disk.py).
 """
 
@@ -11,11 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from kvc2 import _core
-from kvc2.config import WritePolicy
+from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics
 from kvc2.mover import GpuPool, Mover
 from kvc2.tiers.pools import LayoutPools, Pools
@@ -42,14 +44,15 @@ class Behind:
         pools: Pools,
         gpus: dict[int, GpuPool],
         *,
-        policy: WritePolicy,
+        config: ServeConfig,
         metrics: Metrics,
     ) -> None:
         self._index = index
         self._mover = mover
         self._pools = pools
         self._gpus = gpus
-        self._policy = policy
+        self._policy = config.write_policy
+        self._low, self._high = config.low_watermark, config.high_watermark
         self._metrics = metrics
         self._urgent = 0
         self._wakes = {"gpu": asyncio.Event(), "disk": asyncio.Event()}
@@ -171,6 +174,18 @@ class Behind:
         counts = self._index.pool_counts(pool)
         return counts.free < counts.pages // PRESSURE
 
+    # ---- watermarks ----
+
+    def _keep_free(self, pool: int) -> None:
+        """Below the low watermark: drop copies that a slower tier also holds up to the high one, so
+        that whoever needs a page finds one. Last copies go only for a page that is needed now."""
+        if self._index.pool_counts(pool).free < self._watermark(pool, self._low):
+            self._index.keep_free(pool, self._watermark(pool, self._high))
+
+    def _watermark(self, pool: int, share: float) -> int:
+        """In pages; a pool that is closed or empty has none."""
+        return math.ceil(self._index.pool_counts(pool).pages * share)
+
     # ---- gpu -> cpu ----
 
     async def _demote_all(self) -> None:
@@ -179,6 +194,8 @@ class Behind:
             moved = False
             for gpu in list(self._gpus.values()):
                 moved |= await self._demote(gpu)
+                if gpu.died is None:
+                    self._keep_free(gpu.id)
 
     async def _demote(self, gpu: GpuPool, *, rescue: bool = False) -> bool:
         """One batch; False when there was nothing to do."""
@@ -211,6 +228,8 @@ class Behind:
             for pools in list(self._pools.layouts.values()):
                 if pools.disk is not None:
                     moved |= await self._store(pools)
+                    self._pools.make_room(pools, self._watermark(pools.cpu_id, self._low))
+                    self._keep_free(pools.cpu_id)
 
     async def _store(self, pools: LayoutPools) -> bool:
         """One step of a layout's disk pool; False when there is nothing that can be done."""
@@ -248,7 +267,6 @@ class Behind:
     def drop(self, pools: LayoutPools, evicted: _core.Evicted) -> None:
         """Pages that the index freed on disk: their records go with the next commit."""
         assert pools.disk is not None
-        self._pools.count_evicted("disk", evicted)
         if evicted.pages.size:
             pools.disk.deletes.append(evicted.pages)
 

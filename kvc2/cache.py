@@ -24,6 +24,7 @@ from kvc2 import _core, errors
 from kvc2.arena import Arena
 from kvc2.behind import Behind
 from kvc2.config import ServeConfig
+from kvc2.counts import Counts
 from kvc2.loading import Loader
 from kvc2.metrics import Metrics
 from kvc2.mover import GpuPool, Mover
@@ -112,17 +113,18 @@ class Cache:
         self.index = _core.Index(first_generation=(starts << 32) + 1, first_stamp=stamp + 1)
         self._mover = Mover(self.index, self._metrics, memory, self._disk, self._transfer_ended)
         self._loader = Loader(self.index, self._mover, self._metrics)
+        self.counts = Counts(self.index, self._gpus, self._sessions, self._arena, self._disk)
         if self._arena is not None:
             self._copiers = Copier(config.copy_threads), Copier(config.copy_threads)
             self._pools = Pools(self.index, self._arena, self._disk, self._metrics)
             self._pools.restore()
-            self._loader.pools = self._pools
+            self._loader.pools = self.counts.pools = self._pools
             self._behind = Behind(
                 self.index,
                 self._mover,
                 self._pools,
                 self._gpus,
-                policy=config.write_policy,
+                config=config,
                 metrics=self._metrics,
             )
             self._behind.start()
@@ -221,6 +223,7 @@ class Cache:
         await asyncio.to_thread(gpu.queue.shutdown, True)
         async with gpu.demoting:  # a batch under way still reads this memory
             gpu.closed = True
+        self.counts.forget(gpu)
         self.index.remove_pool(gpu.id)
         del self._gpus[session.epoch]
         session.pool = None
@@ -324,8 +327,7 @@ class Cache:
         if not pages:
             return np.empty(0, np.uint32)
         granted = self.index.grant(_pool(session).gpu.id, pages)
-        if self._config.write_policy == "back":
-            self._wake()
+        self._wake()  # fewer are free now
         return granted
 
     def give_back(self, session: Session, pages: U32) -> None:
@@ -356,7 +358,7 @@ class Cache:
         elif not drained:
             reason = "deadline"
         left = self._behind.undemoted()
-        durable = self._tier_counts("disk").resident
+        durable = self.counts.tier("disk").resident
         return FlushResult(durable, {reason: left} if left else {})
 
     async def evict(self, tier: str, blocks: int) -> EvictResult:
@@ -370,77 +372,26 @@ class Cache:
                 while self._mover.waited_for:
                     await self._loader.until_changed()
         wanted, evicted, last_copies = blocks or ALL, 0, 0
-        for pool in self._pool_ids(tier):
+        for pool in self.counts.pool_ids(tier):
             found = self.index.evict(pool, wanted - evicted)
             evicted += found.pages.size
             last_copies += found.last_copies
-            self._count_evicted(tier, pool, found)
+            if tier == "disk":
+                self._drop_records(pool, found)
         self._wake()
         if self._behind is not None and tier == "disk":
             await self._behind.drained(EVICT_DRAIN_S)
         return EvictResult(evicted, last_copies)
 
-    def _count_evicted(self, tier: str, pool: int, found: _core.Evicted) -> None:
-        if tier == "disk" and self._behind is not None and self._pools is not None:
-            pools = next(each for each in self._pools.layouts.values() if each.disk_id == pool)
-            self._behind.drop(pools, found)
-        else:
-            self._metrics.evicted_blocks.labels(tier).inc(found.pages.size)
-            self._metrics.last_copies.inc(found.last_copies)
+    def _drop_records(self, pool: int, found: _core.Evicted) -> None:
+        assert self._behind is not None
+        assert self._pools is not None
+        pools = next(each for each in self._pools.layouts.values() if each.disk_id == pool)
+        self._behind.drop(pools, found)
 
     def stats(self) -> CacheStats:
         """Sizes and counts. Changes nothing."""
-        counts = self.index.counts()
-        tiers = ["gpu"] + ["cpu"] * (self._arena is not None) + ["disk"] * (self._disk is not None)
-        return CacheStats(
-            tiers=[self._tier_counts(tier) for tier in tiers],
-            pools=[self._session_counts(each) for each in self._sessions.values()],
-            blocks=counts.blocks,
-            holes=counts.holes,
-            leases=counts.leases,
-            namespaces=counts.namespaces,
-            metadata_bytes=counts.metadata_bytes,
-        )
-
-    def _pool_ids(self, tier: str) -> list[int]:
-        if tier == "gpu":
-            return [gpu.id for gpu in self._gpus.values() if gpu.died is None]
-        layouts = [] if self._pools is None else list(self._pools.layouts.values())
-        if tier == "cpu":
-            return [each.cpu_id for each in layouts]
-        return [each.disk_id for each in layouts if each.disk_id is not None]
-
-    def _tier_counts(self, tier: str) -> TierCounts:
-        sizes = {
-            "gpu": sum(_pool_bytes(each) for each in self._sessions.values()),
-            "cpu": 0 if self._arena is None else self._arena.capacity_bytes,
-            "disk": 0 if self._disk is None else self._disk.size_bytes,
-        }
-        found = [self.index.pool_counts(each) for each in self._pool_ids(tier)]
-        return TierCounts(
-            tier=tier,
-            capacity_bytes=sizes[tier],
-            pages=sum(each.pages for each in found),
-            free=sum(each.free for each in found),
-            private=sum(each.private for each in found),
-            resident=sum(each.resident for each in found),
-            in_flight=sum(each.in_flight for each in found),
-            pinned=sum(each.pinned for each in found),
-        )
-
-    def _session_counts(self, session: Session) -> TierCounts:
-        counts = self.index.pool_counts(_pool(session).gpu.id)
-        return TierCounts(
-            tier="gpu",
-            capacity_bytes=_pool_bytes(session),
-            pages=counts.pages,
-            free=counts.free,
-            private=counts.private,
-            resident=counts.resident,
-            in_flight=counts.in_flight,
-            pinned=counts.pinned,
-            session_epoch=session.epoch,
-        )
+        return self.counts.stats()
 
 
 def _pool(session: Session) -> SessionPool:
@@ -448,10 +399,6 @@ def _pool(session: Session) -> SessionPool:
     if not isinstance(pool, SessionPool):
         raise errors.SessionOver(f"session {session.epoch} has no pool: it is over or not ready")
     return pool
-
-
-def _pool_bytes(session: Session) -> int:
-    return session.num_pages * session.layout.payload_bytes
 
 
 def _u32(array: NDArray[np.integer]) -> U32:

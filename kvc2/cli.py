@@ -86,6 +86,13 @@ WritePolicyFlag = Annotated[
     option("When a committed block is copied to slower tiers.", "behind"),
 ]
 SlabBytes = Annotated[int | None, option("Bytes of a slab, a multiple of 4096.", "67108864")]
+LowWatermark = Annotated[
+    float | None,
+    option("Share of a gpu or cpu pool; with less free, spare copies are dropped ahead.", "0.01"),
+]
+HighWatermark = Annotated[
+    float | None, option("Share of a pool that is free when that stops.", "0.02")
+]
 CopyThreads = Annotated[
     int | None, option("Threads that copy pages; 0: one a core, at most 4.", "0")
 ]
@@ -131,6 +138,8 @@ def serve(
     gpu_only: GpuOnly = None,
     write_policy: WritePolicyFlag = None,
     slab_bytes: SlabBytes = None,
+    low_watermark: LowWatermark = None,
+    high_watermark: HighWatermark = None,
     copy_threads: CopyThreads = None,
     acquire_deadline_ms: AcquireDeadlineMs = None,
     drain_timeout_s: DrainTimeoutS = None,

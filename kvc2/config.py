@@ -246,7 +246,9 @@ class ServeConfig:
     listen: unix:PATH or HOST:PORT of a loopback address. metrics_port: of /metrics on 127.0.0.1,
     None: off. gpu_only: no arena, no disk. slab_bytes: a multiple of 4096. copy_threads: 0 is one
     a core, at most 4. write_policy: behind copies a commit to slower tiers soon, back only when
-    free pages run short, through before the commit is answered (or after 3 s).
+    free pages run short, through before the commit is answered (or after 3 s). low_watermark: when
+    less than this share of a gpu or cpu pool is free, copies that a slower tier also holds are
+    dropped until high_watermark is, before anybody waits for a page; 0: only when one is needed.
     """
 
     listen: str = field(default_factory=default_listen)
@@ -254,6 +256,8 @@ class ServeConfig:
     gpu_only: bool = False
     write_policy: WritePolicy = "behind"
     slab_bytes: int = 64 << 20
+    low_watermark: float = 0.01  # what a 4k prompt takes of a pool of some GB; a hit rate's worth
+    high_watermark: float = 0.02
     copy_threads: int = 0
     acquire_deadline_ms: int = 2000
     drain_timeout_s: float = 30.0
@@ -275,6 +279,8 @@ class ServeConfig:
         _check("slab_bytes", self.slab_bytes, 1 << 16, 1 << 32)
         if self.slab_bytes % ALIGNMENT:
             raise errors.InvalidConfig("slab_bytes", self.slab_bytes, "a multiple of 4096")
+        _check("low_watermark", self.low_watermark, 0, 0.5)
+        _check("high_watermark", self.high_watermark, self.low_watermark, 0.9)
         _check("copy_threads", self.copy_threads, 0, 256)
         if self.copy_threads == 0:
             cores = len(os.sched_getaffinity(0))

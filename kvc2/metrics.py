@@ -7,9 +7,10 @@ which are log lines (events.py), and serving /metrics (server.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 # kind -> what happened. Each is a label of kvc2_faults_total from the start, at zero.
@@ -39,11 +40,20 @@ FAULTS = {
 
 # seconds: the hot calls take 50 us to 1 ms, disk transfers up to seconds
 BUCKETS = (50e-6, 100e-6, 200e-6, 300e-6, 500e-6, 1e-3, 2e-3, 5e-3, 0.02, 0.1, 0.5, 2.0, 10.0)
-PageCounts = Iterable[tuple[str, str, int]]  # (tier, state, pages)
+
+
+@dataclass(frozen=True)
+class TierSample:
+    """A tier at a scrape: pages by state, and what was evicted from it since the start."""
+
+    tier: str
+    pages: dict[str, int]
+    evicted: int
+    last_copies: int
 
 
 class Metrics:
-    """Threads may share it. `watch_pages` is asked at each scrape."""
+    """Threads may share it. What `watch_tiers` was given is asked at each scrape."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -64,15 +74,6 @@ class Metrics:
             "Blocks of commits: adopted, duplicate or refused",
             ["result"],
             registry=registry,
-        )
-        self.evicted_blocks = Counter(
-            "kvc2_evicted_blocks",
-            "Blocks that lost their page in a tier",
-            ["tier"],
-            registry=registry,
-        )
-        self.last_copies = Counter(
-            "kvc2_last_copies", "Evicted blocks that no tier holds any more", registry=registry
         )
         pair = ["source", "target"]
         self.transfer_blocks = Counter(
@@ -101,9 +102,9 @@ class Metrics:
             raise KeyError(kind)
         self.faults.labels(kind).inc(count)
 
-    def watch_pages(self, counts: Callable[[], PageCounts]) -> None:
-        """Publish kvc2_pages{tier, state} from `counts`, called at each scrape."""
-        self.registry.register(_Pages(counts))
+    def watch_tiers(self, tiers: Callable[[], Iterable[TierSample]]) -> None:
+        """Publish pages and evictions by tier from `tiers`, called at each scrape."""
+        self.registry.register(_Tiers(tiers))
 
     def values(self) -> dict[str, float]:
         """Every counter and gauge: name without kvc2_, labels by commas, buckets left out."""
@@ -118,12 +119,25 @@ class Metrics:
         return found
 
 
-class _Pages(Collector):
-    def __init__(self, counts: Callable[[], PageCounts]) -> None:
-        self._counts = counts
+class _Tiers(Collector):
+    def __init__(self, tiers: Callable[[], Iterable[TierSample]]) -> None:
+        self._tiers = tiers
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        family = GaugeMetricFamily("kvc2_pages", "Pages by owner", labels=["tier", "state"])
-        for tier, state, pages in self._counts():
-            family.add_metric([tier, state], pages)
-        yield family
+    def describe(self) -> Iterator[Metric]:
+        """Nothing: the registry would else ask for a scrape when this is registered."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        pages = GaugeMetricFamily("kvc2_pages", "Pages by owner", labels=["tier", "state"])
+        evicted = CounterMetricFamily(
+            "kvc2_evicted_blocks", "Blocks that lost their page in a tier", labels=["tier"]
+        )
+        last_copies = CounterMetricFamily(
+            "kvc2_last_copies", "Of these, blocks that no tier held any more", labels=["tier"]
+        )
+        for each in self._tiers():
+            for state, count in each.pages.items():
+                pages.add_metric([each.tier, state], count)
+            evicted.add_metric([each.tier], each.evicted)
+            last_copies.add_metric([each.tier], each.last_copies)
+        yield from (pages, evicted, last_copies)

@@ -46,7 +46,8 @@ class EvictResult:
 
 @dataclass(frozen=True)
 class TierCounts:
-    """Pages by owner of a tier, or of one session's pool (session_epoch)."""
+    """Pages by owner of a tier, or of one session's pool (session_epoch). `evicted` since the
+    start, of these `last_copies` were in no other pool."""
 
     tier: str
     capacity_bytes: int
@@ -56,6 +57,8 @@ class TierCounts:
     resident: int = 0
     in_flight: int = 0
     pinned: int = 0
+    evicted: int = 0
+    last_copies: int = 0
     session_epoch: int = 0
 
 

@@ -60,6 +60,8 @@ class FakeCounts:
     resident: int
     in_flight: int = 0
     pinned: int = 0
+    evicted: int = 0
+    last_copies: int = 0
     session_epoch: int = 0
 
 

@@ -84,6 +84,8 @@ class IndexLives(IndexMachine):
     @rule(count=st.integers(1, 6), to_disk=st.booleans())
     def write_behind(self, count: int, to_disk: bool) -> None:
         self.demote_all(count, to_disk=to_disk, short=int(to_disk and count > 4))  # some are short
+        for pool in [*self.gpus, self.cpu]:  # the watermarks
+            self.keep_free(pool, count)
 
     @precondition(lambda self: any(at.blocks for at in self.model.pools.values()))
     @rule(

@@ -333,6 +333,19 @@ class IndexMachine(RuleBasedStateMachine):
         else:
             assert real.digests.shape == (0, 32)
 
+    @rule(pool=choice, more=small)
+    def keep_free(self, pool: int, more: int) -> None:
+        at = self.a_pool(pool)
+        count = len(self.model.pools[at].free_pages()) + more
+        pages = dict(self.model.pools[at].blocks)
+        real = self.index.keep_free(at, count)
+        paths = self.model.keep_free(at, count)
+        assert real.pages.tolist() == [pages[path] for path in paths]
+        assert real.last_copies == 0
+        SEEN["resident -> free: keep_free"] += bool(paths)
+        short = len(self.model.pools[at].free_pages()) < count
+        SEEN["keep_free: the rest are last copies"] += short
+
     @rule(pool=choice, pages=st.lists(st.integers(0, 4 * PER_SLAB), max_size=3))
     def lost(self, pool: int, pages: list[int]) -> None:
         at = self.a_pool(pool)
@@ -447,6 +460,7 @@ class IndexMachine(RuleBasedStateMachine):
             assert got == [
                 *(states.count(s) for s in ("free", PRIVATE, IN_FLIGHT, RESIDENT)), len(states)
             ]  # fmt: skip
+            assert (real.evicted, real.last_copies) == (at.evicted, at.last_copies)
             assert real.pinned == sum(self.model.pins(pool, page) > 0 for page in at.state)
             assert self.index.undemoted(pool) == len(at.queue)
             stamps = self.index.stamps(pool)

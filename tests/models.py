@@ -26,6 +26,8 @@ class PoolModel:
     state: dict[int, str] = field(default_factory=dict)
     blocks: dict[Path, int] = field(default_factory=dict)  # in flight or resident
     queue: list[int] = field(default_factory=list)
+    evicted: int = 0
+    last_copies: int = 0
 
     def present(self, path: Path) -> bool:
         return path in self.blocks
@@ -181,7 +183,7 @@ class IndexModel:
             path = None if at.durable else self.victim(pool, spared)
             if path is None:
                 return None
-            self.drop(path, pool)
+            self.evict_one(path, pool)
         page = next(picks, None)
         assert page is not None, f"pool {pool} had room for one more page"
         assert at.state.get(page) == FREE, f"page {page} of pool {pool} was {at.state.get(page)}"
@@ -397,10 +399,25 @@ class IndexModel:
             for page in transfer.source_pages[done:]:
                 self.enqueue(transfer.source, page)
 
+    def evict_one(self, path: Path, pool: int) -> int:
+        self.pools[pool].evicted += 1
+        self.pools[pool].last_copies += self.last_copy(path, pool)
+        return self.drop(path, pool)
+
     def evict(self, pool: int, count: int) -> list[Path]:
         evicted: list[Path] = []
         while len(evicted) < count and (path := self.victim(pool)):
-            self.drop(path, pool)
+            self.evict_one(path, pool)
+            evicted.append(path)
+        return evicted
+
+    def keep_free(self, pool: int, count: int) -> list[Path]:
+        evicted: list[Path] = []
+        at = self.pools[pool]
+        while len(at.free_pages()) < count and (path := self.victim(pool)):
+            if not self.held_below(path, pool):
+                break
+            self.evict_one(path, pool)
             evicted.append(path)
         return evicted
 
@@ -413,7 +430,7 @@ class IndexModel:
             top = at.owner(page)
             for path in sorted([top, *self.under(top, pool)], key=len, reverse=True):
                 if self.evictable(path, pool):
-                    evicted.add(self.drop(path, pool))
+                    evicted.add(self.evict_one(path, pool))
         return evicted
 
     def lost(self, pool: int, pages: list[int]) -> list[int]:

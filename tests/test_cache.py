@@ -228,14 +228,14 @@ def test_a_layout_takes_as_many_slabs_as_its_own_needs(tmp_path: Path) -> None:
     async def run() -> None:
         async with running(tmp_path, cpu_bytes=4 * MIB, disk_bytes=8 * MIB) as cache:
             await filled(cache, 16)
-            before = cache._tier_counts("cpu").pages
+            before = cache.counts.tier("cpu").pages
             # one page fills two slabs of 1 MiB
             large = StandIn(cache, 4, segment_bytes=496 << 10)
             per_slab = SLAB_BYTES // (4 * 4096 + 4096)
-            assert cache._tier_counts("cpu").pages == before - 2 * per_slab + 1
+            assert cache.counts.tier("cpu").pages == before - 2 * per_slab + 1
             await large.ask(prompt(100, 1))
             assert (await cache.flush(10)).not_durable == {}
-            assert cache._tier_counts("disk").resident > per_slab
+            assert cache.counts.tier("disk").resident > per_slab
             cache.index.check()
 
     asyncio.run(run())
@@ -302,7 +302,7 @@ def test_a_cancelled_acquire_is_granted_nothing(tmp_path: Path) -> None:
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiting
-            assert cache._session_counts(engine.session).private == 0
+            assert cache.stats().pools[0].private == 0
             cache.release(engine.session, engine.requests.to_bytes(4, "big"))
             assert (await engine.ask(prompt(1, 8))).matched_tokens == 8 * PAGE_SIZE
 

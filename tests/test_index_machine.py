@@ -46,6 +46,7 @@ AT_LEAST = {
     "in_flight -> resident: complete": 500,
     "in_flight -> free: failed": 100,
     "resident -> free: evict": 300,
+    "resident -> free: keep_free": 60,
     "resident -> free: lost": 100,
     "resident -> free: remove_pool": 60,
     "resident -> free: empty_slab": 40,
@@ -79,6 +80,7 @@ AT_LEAST = {
     "lost: a hole": 50,
     "evict: a copy": 250,
     "evict: a last copy": 80,
+    "keep_free: the rest are last copies": 400,
     "restore: an orphan": 3,
 }
 

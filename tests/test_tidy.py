@@ -27,7 +27,7 @@ KVC2_FLOORS = """
     cli
     server, client
     cache
-    sessions, loading, behind, mover, events
+    counts, sessions, loading, behind, mover, events
     tiers
     arena
     namespace, results, layout, v1

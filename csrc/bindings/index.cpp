@@ -123,7 +123,9 @@ void bind_results(py::module_& module) {
       .def_readonly("private", &PagePool::Counts::private_)
       .def_readonly("resident", &PagePool::Counts::resident)
       .def_readonly("in_flight", &PagePool::Counts::in_flight)
-      .def_readonly("pinned", &PagePool::Counts::pinned);
+      .def_readonly("pinned", &PagePool::Counts::pinned)
+      .def_readonly("evicted", &PagePool::Counts::evicted)
+      .def_readonly("last_copies", &PagePool::Counts::last_copies);
   py::class_<IndexCounts>(module, "IndexCounts")
       .def_readonly("namespaces", &IndexCounts::namespaces)
       .def_readonly("nodes", &IndexCounts::nodes)
@@ -325,6 +327,8 @@ void bind_behind(py::class_<Index>& index) {
       .def("complete", &Index::complete, "transfer"_a, "done"_a,
            py::call_guard<py::gil_scoped_release>())
       .def("evict", &Index::evict, "pool"_a, "pages"_a, py::call_guard<py::gil_scoped_release>())
+      .def("keep_free", &Index::keep_free, "pool"_a, "pages"_a,
+           py::call_guard<py::gil_scoped_release>())
       .def(
           "lost",
           [](Index& self, PoolId pool, const py::object& pages) {

@@ -14,7 +14,8 @@
 //     free -> private      grant, keep            private -> resident   commit: adopted; restore
 //     free -> in_flight    promote, next_load,    private -> free       give_back, session end,
 //                          plan_demote                                  release of a duplicate
-//     in_flight -> resident  complete             resident -> free      evict, lost, remove_pool
+//     in_flight -> resident  complete             resident -> free      evict, keep_free, lost,
+//                                                                       remove_pool
 //     in_flight -> free      complete (the part that failed; to be demoted again if it was)
 //
 // Laws; `check()` proves them:
@@ -157,6 +158,7 @@ class Index {
   uint64_t undemoted(PoolId pool) const;
   void complete(TransferId transfer, uint32_t done);
   Evicted evict(PoolId pool, uint32_t pages);
+  Evicted keep_free(PoolId pool, uint32_t pages);
   Evicted lost(PoolId pool, std::span<const PageId> pages);
   std::vector<RestoreResult> restore(PoolId pool, const RestoreBatch& batch);
   std::vector<uint32_t> stamps(PoolId pool) const;
@@ -204,6 +206,7 @@ class Index {
   std::optional<PageId> allocate(PoolId pool, PageState to);  // evicts, but never in a durable pool
   void drop(Place at, PoolId pool);
   void evict_at(Place at, PoolId pool, Evicted& evicted);
+  void take_away(Place at, PoolId pool, Evicted& taken);
   void evict_below(Place at, PoolId pool, Evicted& evicted);
 
   // leases.cpp

@@ -89,6 +89,11 @@ void PagePool::unpin(PageId page) {
   if (--pages_[page].pins == 0) --counts_.pinned;
 }
 
+void PagePool::count_eviction(bool last_copy) {
+  ++counts_.evicted;
+  counts_.last_copies += last_copy;
+}
+
 void PagePool::enqueue(PageId page) {
   if (!shape.below || pages_[page].queued) return;
   pages_[page].queued = 1;

@@ -59,6 +59,7 @@ class PagePool {
   };
   struct Counts {
     uint32_t slabs = 0, pages = 0, free = 0, private_ = 0, in_flight = 0, resident = 0, pinned = 0;
+    uint64_t evicted = 0, last_copies = 0;  // since the pool was made; what faults took is not in
   };
 
   explicit PagePool(const Shape& of) : shape(of) {}
@@ -74,6 +75,7 @@ class PagePool {
   void free(PageId page);
   void pin(PageId page);
   void unpin(PageId page);
+  void count_eviction(bool last_copy);
   void enqueue(PageId page);  // to be demoted; once, and only where there is a pool below
 
   bool valid(PageId page) const { return page < pages_.size(); }

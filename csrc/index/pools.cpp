@@ -112,6 +112,7 @@ std::optional<PageId> Index::allocate(PoolId id, PageState to) {
   if (from.shape.durable) return std::nullopt;
   const auto victim = tree_.coldest(id);
   if (!victim) return std::nullopt;
+  from.count_eviction(!tree_.resident_elsewhere(*victim, id));
   drop(*victim, id);
   return from.allocate(to);
 }
@@ -123,9 +124,14 @@ void Index::drop(Place at, PoolId id) {
 }
 
 void Index::evict_at(Place at, PoolId id, Evicted& evicted) {
-  evicted.pages.push_back(tree_.page(at, id));
-  if (pool(id).shape.durable) evicted.digests.push_back(tree_.digest(at));
-  if (!tree_.resident_elsewhere(at, id)) ++evicted.last_copies;
+  pool(id).count_eviction(!tree_.resident_elsewhere(at, id));
+  take_away(at, id, evicted);
+}
+
+void Index::take_away(Place at, PoolId id, Evicted& taken) {
+  taken.pages.push_back(tree_.page(at, id));
+  if (pool(id).shape.durable) taken.digests.push_back(tree_.digest(at));
+  if (!tree_.resident_elsewhere(at, id)) ++taken.last_copies;
   drop(at, id);
 }
 
@@ -164,15 +170,27 @@ Evicted Index::evict(PoolId id, uint32_t pages) {
   return evicted;
 }
 
+Evicted Index::keep_free(PoolId id, uint32_t pages) {
+  const Lock lock(mutex_);
+  const PagePool& from = pool(id);
+  Evicted evicted;
+  while (from.counts().free < pages) {
+    const auto victim = tree_.coldest(id);
+    if (!victim || !tree_.resident_below(*victim, id)) break;  // the rest are not held below either
+    evict_at(*victim, id, evicted);
+  }
+  return evicted;
+}
+
 Evicted Index::lost(PoolId id, std::span<const PageId> pages) {
   const Lock lock(mutex_);
   PagePool& from = pool(id);
-  Evicted evicted;
+  Evicted taken;
   for (const PageId page : pages) {
     if (!from.is(page, PageState::kResident) || from[page].pins > 0) continue;
-    evict_at(tree_.owner(id, page), id, evicted);
+    take_away(tree_.owner(id, page), id, taken);
   }
-  return evicted;
+  return taken;
 }
 
 std::vector<PageId> Index::grant(PoolId id, uint32_t pages) {

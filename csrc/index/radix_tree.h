@@ -99,8 +99,9 @@ class RadixTree {
   bool holds_all(const Run& run, PoolId pool) const;  // may be false though it does, after a fault
   bool anywhere(Place at) const;                      // present in any pool
   bool resident_elsewhere(Place at, PoolId pool) const;
-  void place(Place at, PoolId pool, PageId page);  // the caller refreshes the node
-  PageId clear(Place at, PoolId pool);             // the caller trims the node
+  bool resident_below(Place at, PoolId pool) const;  // in a slower pool of its chain
+  void place(Place at, PoolId pool, PageId page);    // the caller refreshes the node
+  PageId clear(Place at, PoolId pool);               // the caller trims the node
   Place owner(PoolId pool, PageId page) const;
 
   // Recency and eviction.

@@ -68,6 +68,13 @@ bool RadixTree::resident_elsewhere(Place at, PoolId pool) const {
   });
 }
 
+bool RadixTree::resident_below(Place at, PoolId pool) const {
+  for (auto below = pools_[pool]->shape.below; below; below = pools_[*below]->shape.below) {
+    if (resident(at, *below)) return true;
+  }
+  return false;
+}
+
 Place RadixTree::owner(PoolId pool, PageId page) const {
   const Page& info = (*pools_[pool])[page];
   return {info.node, info.block - nodes_[info.node].first};
@@ -131,10 +138,7 @@ Rank RadixTree::rank_of(NodeId id, const Residency& in) const {
   const PagePool& pool = *pools_[in.pool];
   const PageId page = in.pages.back();
   if (pool.state(page) != PageState::kResident || pool[page].pins > 0) return kNotEvictable;
-  bool held_below = false;
-  for (auto below = pool.shape.below; below && !held_below; below = pools_[*below]->shape.below) {
-    held_below = resident(at, *below);
-  }
+  const bool held_below = resident_below(at, in.pool);
   const bool leaf = at.offset + 1 == node.blocks() && node.first_child == kNoNode;
   if (!leaf && !held_below && !resident_elsewhere(at, in.pool)) return kNotEvictable;
   return rank(held_below, node.stamps[at.offset]);

@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from kvc2 import errors, events
 from kvc2.cache import Cache, FlushResult
 from kvc2.config import ServeConfig
-from kvc2.metrics import Metrics
+from kvc2.metrics import Metrics, TierSample
 from kvc2.server import wiring
 from kvc2.server.address import Address
 from kvc2.server.attach import Attachments
@@ -119,21 +119,11 @@ class Daemon:
         )
 
     def _serve_metrics(self, stack: contextlib.AsyncExitStack) -> None:
+        self._watch_tiers()
         if self.config.metrics_port is None:
             return
         from prometheus_client import start_http_server
 
-        loop, own = asyncio.get_running_loop(), threading.get_ident()
-
-        async def on_loop() -> list[tuple[str, str, int]]:
-            return page_counts(self.cache)
-
-        def counts() -> Iterable[tuple[str, str, int]]:
-            if threading.get_ident() == own:
-                return page_counts(self.cache)
-            return asyncio.run_coroutine_threadsafe(on_loop(), loop).result(SCRAPE_S)
-
-        self.metrics.watch_pages(counts)
         try:
             server, _ = start_http_server(
                 self.config.metrics_port, "127.0.0.1", self.metrics.registry
@@ -146,6 +136,19 @@ class Daemon:
         stack.callback(server.server_close)
         # in a thread, since the scrape under way may be waiting for this loop
         stack.push_async_callback(asyncio.to_thread, server.shutdown)
+
+    def _watch_tiers(self) -> None:
+        loop, own = asyncio.get_running_loop(), threading.get_ident()
+
+        async def on_loop() -> list[TierSample]:
+            return tier_samples(self.cache)
+
+        def samples() -> Iterable[TierSample]:
+            if threading.get_ident() == own:
+                return tier_samples(self.cache)
+            return asyncio.run_coroutine_threadsafe(on_loop(), loop).result(SCRAPE_S)
+
+        self.metrics.watch_tiers(samples)
 
     async def _set_health(self, status: Any) -> None:
         for name in ("", *wiring.SERVICES):
@@ -182,12 +185,17 @@ class Daemon:
             loop.add_signal_handler(number, begin)
 
 
-def page_counts(cache: Cache) -> list[tuple[str, str, int]]:
-    """(tier, state, pages) of every tier, for /metrics."""
+def tier_samples(cache: Cache) -> list[TierSample]:
+    """Every tier as /metrics shows it."""
+    states = ("free", "private", "resident", "in_flight", "pinned")
     return [
-        (counts.tier, state, getattr(counts, state))
-        for counts in cache.stats().tiers
-        for state in ("free", "private", "resident", "in_flight", "pinned")
+        TierSample(
+            each.tier,
+            {state: getattr(each, state) for state in states},
+            each.evicted,
+            each.last_copies,
+        )
+        for each in cache.stats().tiers
     ]
 
 

@@ -113,15 +113,11 @@ class Pools:
         return True
 
     def _take_slab(self, pools: LayoutPools, number: int) -> bool:
-        self.count_evicted("cpu", self._index.empty_slab(pools.cpu_id, number))
+        self._index.empty_slab(pools.cpu_id, number)
         if not self._index.take_slab(pools.cpu_id, number):
             return False  # something in it is pinned or under way
         pools.cpu.remove_slab(number)
         return True
-
-    def count_evicted(self, tier: str, evicted: _core.Evicted) -> None:
-        self._metrics.evicted_blocks.labels(tier).inc(evicted.pages.size)
-        self._metrics.last_copies.inc(evicted.last_copies)
 
     # ---- restart ----
 

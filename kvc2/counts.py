@@ -1,0 +1,118 @@
+"""Sizes and counts of the tiers and of each session's pool, as stats and /metrics show them.
+
+Not here: counters of what calls and transfers did (metrics.py). All on the event loop's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kvc2 import _core
+from kvc2.arena import Arena
+from kvc2.mover import GpuPool
+from kvc2.results import CacheStats, TierCounts
+from kvc2.sessions import Session
+from kvc2.tiers.disk import DiskTier
+from kvc2.tiers.pools import Pools
+
+
+class Counts:
+    """`gpus` and `sessions` are the cache's own tables, by epoch; `pools` is None where there is
+    only the gpu tier. Nothing here changes the cache."""
+
+    def __init__(
+        self,
+        index: _core.Index,
+        gpus: Mapping[int, GpuPool],
+        sessions: Mapping[int, Session],
+        arena: Arena | None,
+        disk: DiskTier | None,
+    ) -> None:
+        self._index = index
+        self._gpus = gpus
+        self._sessions = sessions
+        self._arena = arena
+        self._disk = disk
+        self.pools: Pools | None = None
+        self._forgotten = (0, 0)  # evicted, last copies: of sessions that are over
+
+    def stats(self) -> CacheStats:
+        counts = self._index.counts()
+        tiers = ["gpu"] + ["cpu"] * (self._arena is not None) + ["disk"] * (self._disk is not None)
+        return CacheStats(
+            tiers=[self.tier(tier) for tier in tiers],
+            pools=[self._session(epoch) for epoch in self._sessions],
+            blocks=counts.blocks,
+            holes=counts.holes,
+            leases=counts.leases,
+            namespaces=counts.namespaces,
+            metadata_bytes=counts.metadata_bytes,
+        )
+
+    def tier(self, tier: str) -> TierCounts:
+        """All pools of a tier together."""
+        sizes = {
+            "gpu": sum(_pool_bytes(each) for each in self._sessions.values()),
+            "cpu": 0 if self._arena is None else self._arena.capacity_bytes,
+            "disk": 0 if self._disk is None else self._disk.size_bytes,
+        }
+        found = [self._index.pool_counts(each) for each in self.pool_ids(tier)]
+        evicted, last_copies = self._evicted(tier)
+        return TierCounts(
+            tier=tier,
+            capacity_bytes=sizes[tier],
+            pages=sum(each.pages for each in found),
+            free=sum(each.free for each in found),
+            private=sum(each.private for each in found),
+            resident=sum(each.resident for each in found),
+            in_flight=sum(each.in_flight for each in found),
+            pinned=sum(each.pinned for each in found),
+            evicted=evicted,
+            last_copies=last_copies,
+        )
+
+    def _evicted(self, tier: str) -> tuple[int, int]:
+        """Since the start, from sessions too that are over or ending."""
+        gpu = tier == "gpu"
+        ids = [each.id for each in self._gpus.values()] if gpu else self.pool_ids(tier)
+        found = [self._index.pool_counts(each) for each in ids]
+        before = self._forgotten if gpu else (0, 0)
+        return (
+            before[0] + sum(each.evicted for each in found),
+            before[1] + sum(each.last_copies for each in found),
+        )
+
+    def pool_ids(self, tier: str) -> list[int]:
+        """The index's ids of a tier's pools; of gpu those of sessions that are not ending."""
+        if tier == "gpu":
+            return [gpu.id for gpu in self._gpus.values() if gpu.died is None]
+        layouts = [] if self.pools is None else list(self.pools.layouts.values())
+        if tier == "cpu":
+            return [each.cpu_id for each in layouts]
+        return [each.disk_id for each in layouts if each.disk_id is not None]
+
+    def forget(self, gpu: GpuPool) -> None:
+        """The pool is about to be removed; what it has evicted stays counted."""
+        counts = self._index.pool_counts(gpu.id)
+        evicted, last_copies = self._forgotten
+        self._forgotten = evicted + counts.evicted, last_copies + counts.last_copies
+
+    def _session(self, epoch: int) -> TierCounts:
+        counts = self._index.pool_counts(self._gpus[epoch].id)
+        return TierCounts(
+            tier="gpu",
+            capacity_bytes=_pool_bytes(self._sessions[epoch]),
+            pages=counts.pages,
+            free=counts.free,
+            private=counts.private,
+            resident=counts.resident,
+            in_flight=counts.in_flight,
+            pinned=counts.pinned,
+            evicted=counts.evicted,
+            last_copies=counts.last_copies,
+            session_epoch=epoch,
+        )
+
+
+def _pool_bytes(session: Session) -> int:
+    return session.num_pages * session.layout.payload_bytes
