@@ -29,12 +29,16 @@ _SINGLE = "model.safetensors"
 
 
 class Checkpoint:
-    """The tensors of a model directory by name. Files are mapped; a tensor is read when asked for.
+    """The tensors of a model directory by name. Files are mapped; a tensor is read when asked for,
+    and put on `device`.
 
     Raises CheckpointError for a missing or unreadable file. Not for concurrent use.
     """
 
-    def __init__(self, model_dir: Path, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model_dir: Path, dtype: torch.dtype, device: torch.device = torch.device("cpu")
+    ) -> None:
+        self.device = device
         self._dtype = dtype
         self._model_dir = model_dir
         self._files: dict[str, Any] = {}
@@ -55,7 +59,7 @@ class Checkpoint:
         found: Tensor = self._files[name].get_tensor(name)
         if tuple(found.shape) != shape:
             raise CheckpointError(f"{name} has the shape {tuple(found.shape)}, expected {shape}")
-        return found.to(self._dtype)
+        return found.to(self.device, self._dtype)
 
 
 def shards(model_dir: Path) -> list[Path]:

@@ -83,7 +83,7 @@ def stack(config: ModelConfig, checkpoint: Checkpoint, layers: list[DecoderLayer
         layers=tuple(layers),
         norm=checkpoint.tensor("model.norm.weight", c.hidden_size),
         head=head,
-        rope=Rope(c.rope, c.head_dim, c.max_positions),
+        rope=Rope(c.rope, c.head_dim, c.max_positions).to(checkpoint.device),
     )
 
 
@@ -110,8 +110,9 @@ def _single_experts(
     config: ModelConfig, checkpoint: Checkpoint, prefix: str, names: ExpertNames
 ) -> GroupedExperts:
     count, size, hidden = config.num_experts, config.expert_size, config.hidden_size
-    gate_up = torch.empty(count, 2 * size, hidden, dtype=config.dtype)
-    down = torch.empty(count, hidden, size, dtype=config.dtype)
+    device = checkpoint.device
+    gate_up = torch.empty(count, 2 * size, hidden, dtype=config.dtype, device=device)
+    down = torch.empty(count, hidden, size, dtype=config.dtype, device=device)
 
     def read(expert: int, part: str, *shape: int) -> Tensor:
         return checkpoint.tensor(f"{prefix}.{expert}.{part}.weight", *shape)
