@@ -29,8 +29,9 @@ struct NameHash {  // a name is already well mixed: its first eight bytes are th
 // key[-1] = xxh3_128(namespace).
 BlockKey root_key(const Digest& space);
 
-// key[i] = xxh3_128(key[i-1] || tokens[i]); at most kMaxPageSize tokens.
-BlockKey next_key(const BlockKey& parent, Tokens block);
+// key[i] = xxh3_128(key[i-1] || tokens[i]); at most kMaxPageSize tokens. The parent goes by value,
+// in registers: read back from where it was just written in halves, it would stall the chain.
+BlockKey next_key(BlockKey parent, Tokens block);
 
 // The keys of all full blocks of `tokens` after the block named `parent`.
 std::vector<BlockKey> chain_keys(const BlockKey& parent, Tokens tokens, uint32_t page_size);
