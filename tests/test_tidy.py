@@ -51,7 +51,8 @@ CPP_FLOORS = """
     bindings
     index, block, copy, experts, attention
     index/radix_tree, index/residency, index/eviction
-    index/page_pool, index/block_key
+    index/page_pool, index/key_table
+    index/block_key
     base
 """
 # The client is what an engine carries: it must not pull in the daemon.

@@ -50,6 +50,7 @@
 #include <variant>
 #include <vector>
 
+#include "index/key_table.h"
 #include "index/radix_tree.h"
 
 namespace kvc2 {
@@ -256,10 +257,10 @@ class Index {
   std::unordered_map<BlockKey, uint32_t, NameHash> space_ids_;  // by root key
   std::unordered_map<LeaseId, Lease> leases_;
   std::unordered_map<TransferId, OpenTransfer> transfers_;
-  std::unordered_map<uint64_t, TransferId> in_flight_;          // by pool << 32 | target page
-  std::unordered_map<BlockKey, uint32_t, NameHash> computing_;  // leases that compute a block
-  uint64_t generation_;                                         // of the next page reused
-  uint32_t stamp_;                                              // of the last acquire
+  std::unordered_map<uint64_t, TransferId> in_flight_;  // by pool << 32 | target page
+  KeyTable computing_;                                  // how many leases compute a block
+  uint64_t generation_;                                 // of the next page reused
+  uint32_t stamp_;                                      // of the last acquire
   LeaseId last_lease_ = 0;
   TransferId last_transfer_ = 0;
   uint64_t collisions_ = 0;

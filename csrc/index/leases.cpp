@@ -127,18 +127,26 @@ void Index::register_computing(Lease& lease, Tokens tokens, const std::vector<Ru
     key = tree_[path.back().node].keys[path.back().offset + path.back().blocks - 1];
   const Tokens rest = tokens.subspan(size_t{lease.matched} * space.page_size);
   lease.unmatched = chain_keys(key, rest, space.page_size);
-  const auto first_idle = std::ranges::find_if_not(
-      lease.unmatched, [&](const BlockKey& block) { return computing_.contains(block); });
-  lease.computing = static_cast<uint32_t>(first_idle - lease.unmatched.begin());
-  for (const BlockKey& block : lease.unmatched) ++computing_[block];
+  bool leading = true;
+  for (const BlockKey& block : lease.unmatched) {
+    const uint32_t others = computing_.get(block);
+    leading = leading && others != KeyTable::kAbsent;
+    lease.computing += leading;
+    computing_.put(block, others == KeyTable::kAbsent ? 1 : others + 1);
+  }
 }
 
 // Blocks before `end` are no longer being computed by this lease.
 void Index::unregister_computing(Lease& lease, uint32_t end) {
   while (lease.computing_from < lease.unmatched.size() &&
          lease.matched + lease.computing_from < end) {
-    const auto found = computing_.find(lease.unmatched[lease.computing_from++]);
-    if (--found->second == 0) computing_.erase(found);
+    const BlockKey& block = lease.unmatched[lease.computing_from++];
+    const uint32_t leases = computing_.get(block);
+    if (leases == 1) {
+      computing_.erase(block);
+    } else {
+      computing_.put(block, leases - 1);
+    }
   }
 }
 
