@@ -63,15 +63,19 @@ class Worker:
         """The thread runs: requests will be answered."""
         return self._thread.is_alive() and not self._stopping
 
+    def check_room(self) -> None:
+        """Raises what `submit` would now: what is refused anyway need not be read first."""
+        if self._stopping:
+            raise StoppedError("the engine is stopping or has failed")
+        if self._queued >= self._max_queued:
+            raise TooBusyError(f"{self._max_queued} requests are queued already")
+
     def submit(self, request: Request) -> None:
         """Queue a request; its outputs come to `request.deliver`. Raises TooBusyError, and
         StoppedError when nobody would ever answer it."""
         arrived = time.monotonic()
         with self._lock:
-            if self._stopping:
-                raise StoppedError("the engine is stopping or has failed")
-            if self._queued >= self._max_queued:
-                raise TooBusyError(f"{self._max_queued} requests are queued already")
+            self.check_room()
             self._queued += 1
             self._incoming.append(Arrival(request, arrived))
         self._wake.set()

@@ -45,7 +45,9 @@ def serve(tenants: dict[str, str]) -> Iterator[TestClient]:
     yield from over(build_house(64, daemon=False), tenants)
 
 
-def over(house: House, tenants: dict[str, str]) -> Iterator[TestClient]:
+def over(
+    house: House, tenants: dict[str, str], *, tokenizer: Any = None, max_queued: int = 8
+) -> Iterator[TestClient]:
     served = Served(
         model="hash",
         max_tokens=200,
@@ -54,11 +56,10 @@ def over(house: House, tenants: dict[str, str]) -> Iterator[TestClient]:
         tenants=tenants,
         max_body_bytes=4000,
     )
-    tokenizer: Any = Letters()
     app = build(
         served,
-        worker=Worker(house.scheduler, 8),
-        tokenizer=tokenizer,
+        worker=Worker(house.scheduler, max_queued),
+        tokenizer=tokenizer or Letters(),
         registry=house.scheduler._metrics.registry,
         attached=lambda: False,
     )
@@ -247,3 +248,15 @@ def test_a_key_is_needed_where_there_are_keys() -> None:
         assert wrong.json()["error"]["code"] == "invalid_api_key"
         right = {"Authorization": "Bearer secret"}
         assert client.post("/v1/completions", json=COMPLETION, headers=right).status_code == 200
+
+
+def test_a_full_queue_answers_429_before_a_body_is_tokenized() -> None:
+    class Untouched(Letters):
+        def encode(self, text: str, *, special: bool = True) -> list[int]:
+            raise AssertionError("tokenized for nothing")
+
+    house = build_house(64, daemon=False)
+    for client in over(house, {}, tokenizer=Untouched(), max_queued=0):
+        for path, body in (("completions", COMPLETION), ("chat/completions", CHAT)):
+            answer = client.post(f"/v1/{path}", json=body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")

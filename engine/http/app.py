@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,6 +122,8 @@ class Service:
     async def answer(self, http: Request, kind: type[CompletionBody] | type[ChatBody]) -> Response:
         """One request from its bytes to its answer. Raises ApiError for what is refused."""
         self.caller(http, None)  # before anything of the body is looked at
+        with _refusals():
+            self._worker.check_room()
         try:
             body = kind.model_validate_json(await self._read(http))
         except ValidationError as error:
@@ -249,12 +251,8 @@ class Service:
         """The request's outputs as they come; leaving early, or a caller who hangs up, cancels
         it."""
         request, outputs = self._request(http, body, prompt, request_id)
-        try:
+        with _refusals():
             self._worker.submit(request)
-        except TooBusyError as error:
-            raise ApiError(429, str(error), code="queue_full") from error
-        except StoppedError as error:
-            raise ApiError(503, str(error), code="unavailable") from error
         gone = asyncio.create_task(_hung_up(http))
         ended = False
         try:
@@ -303,6 +301,17 @@ class Service:
         stats = seen[-1].stats
         assert stats is not None
         yield reply.closing(stats, with_usage)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What the worker doesn't take, as its status."""
+    try:
+        yield
+    except TooBusyError as error:
+        raise ApiError(429, str(error), code="queue_full") from error
+    except StoppedError as error:
+        raise ApiError(503, str(error), code="unavailable") from error
 
 
 def _failed(output: Output) -> ApiError:
