@@ -194,7 +194,7 @@ class Behind:
             moved = False
             for gpu in list(self._gpus.values()):
                 moved |= await self._demote(gpu)
-                if gpu.died is None:
+                if gpu.at_rest is None:
                     self._keep_free(gpu.id)
 
     async def _demote(self, gpu: GpuPool, *, rescue: bool = False) -> bool:
@@ -204,7 +204,7 @@ class Behind:
         async with gpu.demoting:
             if gpu.closed or gpu.pools is None or not self._index.undemoted(gpu.id):
                 return False
-            if not rescue and (gpu.died is not None or not self._wanted(gpu.id)):
+            if not rescue and (gpu.at_rest is not None or not self._wanted(gpu.id)):
                 return False
             if not rescue and self._must_wait("gpu"):
                 return False
@@ -215,7 +215,7 @@ class Behind:
                 return False
             good = await asyncio.shield(self._mover.demote(gpu, transfer))
             # a copy that the session's end made worthless says nothing of the next one
-            self._ended("gpu", good=good or gpu.died is not None)
+            self._ended("gpu", good=good or gpu.at_rest is not None)
             self.wake()
             return good
 

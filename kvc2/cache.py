@@ -201,11 +201,11 @@ class Cache:
         self._sessions[session.epoch] = session
 
     async def close_session(
-        self, session: Session, died: Callable[[], Awaitable[bool]] | None = None
+        self, session: Session, at_rest: Callable[[], Awaitable[bool]] | None = None
     ) -> None:
-        """Leases are gone at once. `died` finds out whether the engine's process is dead: then its
-        pages can't change any more, and what no other tier holds is copied first, for at most 2 s.
-        An engine that lives (None: it does) may write to them again: nothing is read any more."""
+        """Leases are gone at once. `at_rest` finds out whether the pool's pages can't change any
+        more, since its engine is dead or has said so: then what no other tier holds is copied
+        first, for at most 2 s. Else (None) it may write to them: nothing is read any more."""
         if self._sessions.pop(session.epoch, None) is None:
             return
         pool: SessionPool = session.pool
@@ -215,8 +215,8 @@ class Cache:
         for settling in pool.settling.values():
             _finish(settling)
         gpu.queue.shutdown(wait=False, cancel_futures=True)
-        gpu.died = asyncio.ensure_future((died or _alive)())
-        if await gpu.died and self._behind is not None:
+        gpu.at_rest = asyncio.ensure_future((at_rest or _may_change)())
+        if await gpu.at_rest and self._behind is not None:
             await self._behind.rescue(gpu, RESCUE_S)
         if gpu.pools is not None and (left := self.index.undemoted(gpu.id)):
             self._metrics.fault("undemoted_lost", left)
@@ -424,7 +424,7 @@ def _future() -> asyncio.Future[Any]:
     return asyncio.get_running_loop().create_future()
 
 
-async def _alive() -> bool:
+async def _may_change() -> bool:
     return False
 
 

@@ -85,7 +85,7 @@ class Counts:
     def pool_ids(self, tier: str) -> list[int]:
         """The index's ids of a tier's pools; of gpu those of sessions that are not ending."""
         if tier == "gpu":
-            return [gpu.id for gpu in self._gpus.values() if gpu.died is None]
+            return [gpu.id for gpu in self._gpus.values() if gpu.at_rest is None]
         layouts = [] if self.pools is None else list(self.pools.layouts.values())
         if tier == "cpu":
             return [each.cpu_id for each in layouts]

@@ -43,8 +43,8 @@ class GpuPool:
 
     `pending` maps the index's transfer ids to this session's sequence numbers until they are done.
     `broken`: a promotion failed half-way, so that no later progress may be told, and `give_up` has
-    asked for the session's end: its engine can't wait for what never comes. `died` is there
-    when the session is over: whether its engine is known dead, so that its pages can't change.
+    asked for the session's end: its engine can't wait for what never comes. `at_rest` is there
+    when the session is over: whether its pages can't change any more.
     """
 
     id: int
@@ -56,7 +56,7 @@ class GpuPool:
     pending: dict[int, int] = field(default_factory=dict)
     demoting: asyncio.Lock = field(default_factory=asyncio.Lock)
     broken: bool = False
-    died: asyncio.Future[bool] | None = None
+    at_rest: asyncio.Future[bool] | None = None
     closed: bool = False
 
 
@@ -211,7 +211,7 @@ class Mover:
             came = await running
             bad = np.flatnonzero(came == 0)
             good = int(bad[0]) if bad.size else came.size
-            if gpu.died is not None and not await gpu.died:
+            if gpu.at_rest is not None and not await gpu.at_rest:
                 good = 0  # the session ended meanwhile: its engine may have written while we read
         except Exception as error:
             LOG.error("demotion failed: %r", error)

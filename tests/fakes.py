@@ -105,11 +105,11 @@ class FakeCache:
         self.sessions.append(session)
 
     async def close_session(
-        self, session: Session, died: Callable[[], Awaitable[bool]] | None = None
+        self, session: Session, at_rest: Callable[[], Awaitable[bool]] | None = None
     ) -> None:
         session.leases.clear()
         self.sessions.remove(session)
-        self.closed.append((session.epoch, died is not None and await died()))
+        self.closed.append((session.epoch, at_rest is not None and await at_rest()))
 
     def open_namespace(self, session: Session, namespace: bytes, identity: bytes) -> int:
         if namespace not in self.namespaces:

@@ -92,9 +92,9 @@ class StandIn:
         )
         self.number = self.cache.open_namespace(self.session, self.namespace, b"{}")
 
-    async def close(self, *, died: bool = False) -> None:
+    async def close(self, *, at_rest: bool = False) -> None:
         async def known() -> bool:
-            return died
+            return at_rest
 
         await self.cache.close_session(self.session, known)
         os.close(self.event_fd)

@@ -111,24 +111,26 @@ def test_gpu_only_is_a_chain_of_gpu_alone(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("died", [True, False])
-def test_an_ended_sessions_blocks_are_copied_only_if_its_engine_is_dead(died: bool) -> None:
+@pytest.mark.parametrize("at_rest", [True, False])
+def test_an_ended_sessions_blocks_are_copied_only_if_its_pages_are_at_rest(at_rest: bool) -> None:
     async def run() -> None:
         async with running(None) as cache:
             first, second = StandIn(cache, 32), StandIn(cache, 32)
             cache._behind._tasks[0].cancel()  # type: ignore[union-attr]
             await first.ask(prompt(1, 20))
-            await first.close(died=died)
+            await first.close(at_rest=at_rest)
             found = await second.ask(prompt(1, 20))
-            assert found.tiers == (0, 20 * PAGE_SIZE if died else 0, 0, 0)
-            assert faults(cache, "undemoted_lost") == (0 if died else 20)
+            assert found.tiers == (0, 20 * PAGE_SIZE if at_rest else 0, 0, 0)
+            assert faults(cache, "undemoted_lost") == (0 if at_rest else 20)
             cache.index.check()
 
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("died", [True, False])
-def test_a_copy_under_way_when_a_session_ends_counts_only_if_its_engine_is_dead(died: bool) -> None:
+@pytest.mark.parametrize("at_rest", [True, False])
+def test_a_copy_under_way_when_a_session_ends_counts_only_if_its_pages_are_at_rest(
+    at_rest: bool,
+) -> None:
     async def run() -> None:
         async with running(None) as cache:
             engine = StandIn(cache, 32)
@@ -144,14 +146,14 @@ def test_a_copy_under_way_when_a_session_ends_counts_only_if_its_engine_is_dead(
             store.read = slow_read  # type: ignore[method-assign]
             await engine.ask(prompt(1, 20))
             await asyncio.to_thread(begun.wait, 10)
-            closing = asyncio.ensure_future(engine.close(died=died))
+            closing = asyncio.ensure_future(engine.close(at_rest=at_rest))
             await asyncio.sleep(0)
-            if not died:
+            if not at_rest:
                 engine.pool[:] = 0  # it thawed, and these pages are its own now
             let.set()
             await closing
-            assert cache.stats().tiers[1].resident == (20 if died else 0)
-            assert (await StandIn(cache, 32).ask(prompt(1, 20))).tiers[1] == (80 if died else 0)
+            assert cache.stats().tiers[1].resident == (20 if at_rest else 0)
+            assert (await StandIn(cache, 32).ask(prompt(1, 20))).tiers[1] == (80 if at_rest else 0)
             cache.index.check()
 
     asyncio.run(run())

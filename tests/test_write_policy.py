@@ -89,3 +89,13 @@ def test_back_copies_only_when_free_pages_run_short(tmp_path: Path) -> None:
         while resident(served)["cpu"] < 4:
             assert time.monotonic() < deadline, "nothing was copied under pressure"
         assert resident(served)["gpu"] == 4
+
+
+def test_a_detach_loses_no_block_that_only_the_engine_had(tmp_path: Path) -> None:
+    """Under `back` nothing was copied yet; the stream ends when it is."""
+    with opened(tmp_path, "back") as (served, wire):
+        commit(wire, b"\1", 4)
+        assert resident(served) == {"gpu": 4, "cpu": 0, "disk": 0}
+        wire.send(pb.AttachRequest(detach=pb.Detach()))
+        assert [each for each in wire.stream if not each.HasField("heartbeat")] == []
+        assert resident(served) == {"gpu": 0, "cpu": 4, "disk": 0}

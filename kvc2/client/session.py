@@ -171,7 +171,8 @@ class Session:
         return self.pidfd >= 0 and process_is_dead(self.pidfd, wait_s)
 
     def detach(self, timeout_s: float) -> None:
-        """End the session in order and wait until the daemon has closed the stream."""
+        """End the session in order and wait until the daemon has closed the stream: it copies what
+        it holds nowhere else, so the pool's pages must not change before."""
         self._outbox.put(cache_pb2.AttachRequest(detach=cache_pb2.Detach()))
         deadline = time.monotonic() + timeout_s
         while not self.ended and (left := deadline - time.monotonic()) > 0:

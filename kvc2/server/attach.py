@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import secrets
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +106,9 @@ class Attachments:
             raise
         finally:
             reader.cancel()
-            self._close(attachment)
+            closing = self._close(attachment)
+        if reason == "detached" and closing is not None:
+            await asyncio.shield(closing)  # the engine leaves its pages alone until the stream ends
         if reason == "expired":
             raise errors.SessionOver(f"session {session.epoch} sent no heartbeat for {EXPIRY_S} s")
         if reason == "failed":
@@ -224,12 +227,12 @@ class Attachments:
 
     # ---- the end
 
-    def _close(self, attachment: _Attachment) -> None:
-        """Fence the session off at once; its pages follow in a task. Idempotent."""
+    def _close(self, attachment: _Attachment) -> asyncio.Task[None] | None:
+        """Fence the session off at once; its pages follow in the task, if it had any."""
         session = attachment.session
         joined = session.state == "ready"
         if not self.table.end(session):
-            return
+            return None
         del self._open[session.epoch]
         self._by_nonce.pop(attachment.nonce, None)
         self._metrics.sessions.set(len(self.table))
@@ -237,10 +240,12 @@ class Attachments:
         if reason not in ("detached", "drained"):
             self._metrics.fault("session_expired" if reason == "expired" else "session_crashed")
         events.event("session_over", epoch=session.epoch, pid=session.pid, reason=reason)
-        if joined:
-            task = asyncio.create_task(self._close_pages(attachment, reason))
-            self._closing[task] = session.pid
-            task.add_done_callback(self._closing.pop)
+        if not joined:
+            return None
+        task = asyncio.create_task(self._close_pages(attachment, reason))
+        self._closing[task] = session.pid
+        task.add_done_callback(self._closing.pop)
+        return task
 
     async def _close_pages(self, attachment: _Attachment, reason: str) -> None:
         handover = attachment.handover
@@ -248,9 +253,13 @@ class Attachments:
         if handover.pidfd >= 0:
             asyncio.get_running_loop().remove_reader(handover.pidfd)
         wait_s = {"died": DEATH_S, "broken": DEATH_S, "expired": FROZEN_S}.get(reason)
-        died = None if wait_s is None else functools.partial(handover.died, wait_s)
+        at_rest: Callable[[], Awaitable[bool]] | None = None
+        if wait_s is not None:
+            at_rest = functools.partial(handover.died, wait_s)
+        elif reason == "detached":
+            at_rest = _said_so
         try:
-            await self._cache.close_session(attachment.session, died)
+            await self._cache.close_session(attachment.session, at_rest)
         finally:
             handover.close()
 
@@ -279,3 +288,8 @@ class Attachments:
             self._close(each)
         if self._closing:
             await asyncio.wait(list(self._closing))
+
+
+async def _said_so() -> bool:
+    """A detach promises that the pool's pages stay as they are until the stream ends."""
+    return True

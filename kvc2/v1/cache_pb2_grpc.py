@@ -49,9 +49,10 @@ class SessionsServicer:
     def Attach(self, request_iterator, context):
         """Attach opens a session and keeps it alive. The first message is `hello`; `heartbeat` follows every
         heartbeat_interval_ms; `detach` ends the session in order. A stream that ends without it is a
-        crash. In both cases all leases of the session end at once and its pool is forgotten; after a
-        crash, committed blocks that no other tier holds are copied to cpu first (at most 2 s). The daemon
-        answers `attached`, and later `drain` when it is about to stop.
+        crash. In both cases all leases of the session end at once and its pool is forgotten; committed
+        blocks that no other tier holds are copied to cpu first (at most 2 s), after a crash only if the
+        engine's process is known to be dead. The daemon answers `attached`, and later `drain` when it is
+        about to stop.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
