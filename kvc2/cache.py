@@ -88,6 +88,7 @@ class Cache:
         self._files = files
         self._gpus: dict[int, GpuPool] = {}
         self._sessions: dict[int, Session] = {}
+        self._namespaces: set[bytes] = set()  # that the index knows
         self._arena: Arena | None = None
         self._disk: DiskTier | None = None
         self._pools: Pools | None = None
@@ -116,8 +117,14 @@ class Cache:
         self.counts = Counts(self.index, self._gpus, self._sessions, self._arena, self._disk)
         if self._arena is not None:
             self._copiers = Copier(config.copy_threads), Copier(config.copy_threads)
-            self._pools = Pools(self.index, self._arena, self._disk, self._metrics)
-            self._pools.restore()
+            self._pools = Pools(
+                self.index,
+                self._arena,
+                self._disk,
+                self._metrics,
+                config.limits.max_layouts,
+            )
+            self._namespaces |= self._pools.restore()
             self._loader.pools = self.counts.pools = self._pools
             self._behind = Behind(
                 self.index,
@@ -230,8 +237,12 @@ class Cache:
         self._wake()
 
     def open_namespace(self, session: Session, namespace: bytes, identity: bytes) -> int:
-        """Its id in the index; the identity goes to the catalogue with the next batch."""
-        page_size = session.layout.page_size
+        """Its id in the index; the identity goes to the catalogue with the next batch. Raises
+        LimitReached: what the index knows stays known."""
+        page_size, most = session.layout.page_size, self._config.limits.max_known_namespaces
+        if namespace not in self._namespaces and len(self._namespaces) >= most:
+            raise errors.LimitReached("limits.max_known_namespaces", most, "are known")
+        self._namespaces.add(namespace)
         number = self.index.open_namespace(namespace, page_size)
         if self._disk is not None and not self._disk.catalogue.add_namespace(
             namespace, page_size, identity

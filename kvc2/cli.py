@@ -118,6 +118,10 @@ AttnChunkSize = Annotated[
 ]
 LimitsMaxSessions = Annotated[int | None, option("Engines at a time.", "64")]
 LimitsMaxNamespaces = Annotated[int | None, option("Namespaces a session opens.", "1024")]
+LimitsMaxKnownNamespaces = Annotated[
+    int | None, option("Namespaces of all sessions since the start, and on disk.", "65536")
+]
+LimitsMaxLayouts = Annotated[int | None, option("Page layouts, counted likewise.", "64")]
 LimitsMaxLeases = Annotated[int | None, option("Open leases of a session.", "4096")]
 LimitsMaxLeasesPerCall = Annotated[int | None, option("Leases in one commit or release.", "1024")]
 LimitsMaxTokens = Annotated[int | None, option("Tokens of a prompt.", "1048576")]
@@ -151,6 +155,8 @@ def serve(
     attn_chunk_size: AttnChunkSize = None,
     limits_max_sessions: LimitsMaxSessions = None,
     limits_max_namespaces: LimitsMaxNamespaces = None,
+    limits_max_known_namespaces: LimitsMaxKnownNamespaces = None,
+    limits_max_layouts: LimitsMaxLayouts = None,
     limits_max_leases: LimitsMaxLeases = None,
     limits_max_leases_per_call: LimitsMaxLeasesPerCall = None,
     limits_max_tokens: LimitsMaxTokens = None,

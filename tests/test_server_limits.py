@@ -23,9 +23,9 @@ from kvc2.server.address import Address
 from kvc2.server.tenants import Tenants
 from kvc2.v1 import cache_pb2 as pb
 from tests.daemons import ServedDaemon, serve_config
-from tests.engines import identity
+from tests.engines import identity, layout
 from tests.test_server import acquire
-from tests.wires import Wire
+from tests.wires import Wire, hello, memfd
 
 
 def test_every_limit_is_refused_by_its_name(tmp_path: Path) -> None:
@@ -49,6 +49,28 @@ def test_every_limit_is_refused_by_its_name(tmp_path: Path) -> None:
                 wire.call("OpenNamespace", request)
         with Wire(served.address) as second, pytest.raises(grpc.RpcError, match="max_sessions"):
             second.attach()
+
+
+def test_what_the_index_keeps_for_good_is_bounded(tmp_path: Path) -> None:
+    """Namespaces and layouts outlive the sessions that brought them."""
+    limits = LimitsConfig(max_known_namespaces=2, max_layouts=1)
+    with ServedDaemon(serve_config(tmp_path, limits=limits), cache=None) as served:
+        for _ in range(2):  # what is known is never refused
+            with Wire(served.address) as wire:
+                wire.open()
+                asked = [
+                    pb.OpenNamespaceRequest(
+                        session=wire.head, identity=identity().encode(), salt=salt
+                    )
+                    for salt in (b"a", b"b")
+                ]
+                wire.call("OpenNamespace", asked[0])
+                status, words = wire.refusal("OpenNamespace", asked[1])
+                assert (status, "max_known_namespaces" in words) == ("RESOURCE_EXHAUSTED", True)
+        with Wire(served.address) as wire:
+            attached = wire.attach(hello(layout=layout(8).to_proto()))
+            answer = wire.side(attached, attached.nonce, [memfd()])
+            assert b"limits.max_layouts" in answer
 
 
 def test_a_fault_of_the_daemons_own_is_counted_and_tells_nothing(tmp_path: Path) -> None:

@@ -36,24 +36,37 @@ class Pools:
     """Index pools and their slabs, by layout."""
 
     def __init__(
-        self, index: _core.Index, arena: Arena, disk: DiskTier | None, metrics: Metrics
+        self,
+        index: _core.Index,
+        arena: Arena,
+        disk: DiskTier | None,
+        metrics: Metrics,
+        max_layouts: int,
     ) -> None:
         self._index = index
         self._metrics = metrics
+        self._max_layouts = max_layouts
         self.arena = arena
         self.disk = disk
         self.layouts: dict[bytes, LayoutPools] = {}
 
     def of(self, shape: PageShape) -> LayoutPools:
         """The pools of a layout, made when it has none yet. Raises InvalidRequest when the disk has
-        it with other sizes: what was copied by them would lie outside of pages."""
-        known = self.layouts.get(shape.layout_digest)
-        if known is None:
-            known = self._make(shape)
-            self.layouts[shape.layout_digest] = known
+        it with other sizes: what was copied by them would lie outside of pages; LimitReached for
+        one too many: pools are never removed."""
+        new = shape.layout_digest not in self.layouts
+        if new and len(self.layouts) >= self._max_layouts:
+            raise errors.LimitReached("limits.max_layouts", self._max_layouts, "are known")
+        known = self._known(shape)
         wanted, found = _sizes(shape), _sizes(known.shape)
         if wanted != found:
             raise errors.InvalidRequest("layout", wanted, f"as the disk has it: {found}")
+        return known
+
+    def _known(self, shape: PageShape) -> LayoutPools:
+        known = self.layouts.get(shape.layout_digest)
+        if known is None:
+            known = self.layouts[shape.layout_digest] = self._make(shape)
         return known
 
     def _make(self, shape: PageShape) -> LayoutPools:
@@ -121,17 +134,20 @@ class Pools:
 
     # ---- restart ----
 
-    def restore(self) -> None:
-        """Rebuild what the disk held: namespaces, slabs, residency; drop records that don't fit."""
+    def restore(self) -> set[bytes]:
+        """Rebuild what the disk held: namespaces, slabs, residency; drop records that don't fit.
+        The namespaces that the index knows now."""
         disk = self.disk
         if disk is None:
-            return
+            return set()
+        names = set(disk.catalogue.namespaces)
         for name, (page_size, _) in disk.catalogue.namespaces.items():
             self._index.open_namespace(name, page_size)
         used: set[bytes] = set()
         for pool in list(disk.pools.values()):
-            used |= self._restore_pool(disk, self.of(pool.shape))
+            used |= self._restore_pool(disk, self._known(pool.shape))
         disk.forget_namespaces(used)
+        return names
 
     def _restore_pool(self, disk: DiskTier, pools: LayoutPools) -> set[bytes]:
         """The parents of the records that were taken: among them the namespaces still in use."""
