@@ -105,6 +105,7 @@ class Lease:
     tiers: tuple[int, ...]  # of `pages` found at acquire, by the tier they were found in
     transfer: int  # the last transfer its pages depend on; 0 when all are resident
     computing: int  # blocks right after `matched` that another open lease is computing now
+    ahead: U32  # [m, 2] (tier, blocks): runs of the matched blocks after `pages`, as found at acquire
 
 class Index:
     """The tree, its pools and the leases on it; see csrc/index/index.h for laws I1-I7.
@@ -159,6 +160,10 @@ class Index:
         lease's pool, as far as free and evictable pages go. The lease has these pages at once and
         depends on the transfer. None when there is nothing to move or no room."""
     def lease(self, lease: int) -> Lease: ...
+    def shorten(self, lease: int, blocks: int) -> None:
+        """The lease brings at most `blocks` of what it matched, or what it has pages for if that is
+        more; it computes the others, and is known to (`computing`). No change after its first
+        commit, or where a failed transfer has cost it pages that were there at acquire."""
     def commit(self, lease: int, first_block: int, tokens: U32, pages: U32) -> U8:
         """[k] of ADOPTED, DUPLICATE, REFUSED for blocks [first_block, first_block + k) of the
         lease, tokens [k * page_size], pages [k] private to the lease's pool. Idempotent: what

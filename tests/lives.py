@@ -8,10 +8,19 @@ what. Between two calls of a rule the index proves its laws too.
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
-from tests.machines import BLOCKS, PER_SLAB, IndexMachine, Prompt, choice, namespaces, prompts
+from tests.machines import (
+    BLOCKS,
+    PER_SLAB,
+    SEEN,
+    IndexMachine,
+    Prompt,
+    choice,
+    namespaces,
+    prompts,
+)  # fmt: skip
 from tests.models import PRIVATE, Path
 
-HOWS = ["load", "load", "promote", "promote", "land", "land", "fail", "share", "compute", "squeeze"]
+HOWS = ["load", "load", "promote", "promote", "land", "land", "fail", "share", "compute", "squeeze", "shorten"]
 ends = st.sampled_from(["stays", "stays", "leaves", "closes", "dies"])
 
 
@@ -130,6 +139,10 @@ class IndexLives(IndexMachine):
             self.arrive(short=2)
         elif how == "compute":
             self.compute(lease)
+        elif how == "shorten":
+            self.shorten(lease, len(at.held) + 1)
+            if max(self.model.leases) == lease:  # and so does a twin
+                self.shorten(self.open(at.namespace, at.pool, prompt, 9), 0)
         elif how == "squeeze":
             self.evict(at.pool, 9)
             self.evict(self.cpu, 2)
@@ -137,6 +150,22 @@ class IndexLives(IndexMachine):
             self.promote(lease)
             self.promote(self.open(at.namespace, at.pool, prompt, 9))
         self.index.check()
+
+    @precondition(lambda self: self.model.leases)
+    @rule(lease=choice, blocks=st.integers(0, 4))
+    def less_is_brought(self, lease: int, blocks: int) -> None:
+        """A lease gives up on the rest of its prefix, and computes it."""
+        self.shorten(self.a_lease(lease), blocks)
+
+    def shorten(self, lease: int, blocks: int) -> None:
+        at = self.model.leases[lease]
+        matched = len(at.found)
+        self.index.shorten(lease, blocks)
+        self.model.shorten(lease, blocks)
+        SEEN["shorten: a lease brings less"] += len(at.found) < matched
+        SEEN["shorten: another computes what it would have brought"] += (
+            len(at.found) < matched and at.computing > 0
+        )
 
     @rule(gpu=choice, prompt=prompts, short=st.integers(0, 2), leaves=st.booleans())
     def compute_what_arrives(self, gpu: int, prompt: Prompt, short: int, leaves: bool) -> None:

@@ -494,3 +494,6 @@ class IndexMachine(RuleBasedStateMachine):
             tiers = [held.tier for held in at.held]
             assert real.tiers == tuple(tiers.count(t) for t in range(3))
             assert real.transfer == self.model.depends(at)
+            assert (real.matched, real.computing) == (len(at.found), at.computing)
+            ahead = [tier for tier, blocks in real.ahead.tolist() for _ in range(blocks)]
+            assert ahead == at.found[len(at.held) :]

@@ -208,11 +208,7 @@ class IndexModel:
         self.clock += 1
         found = self.tiers(namespace, pool, blocks[:limit])
         opened = LeaseModel(namespace, pool, self.clock, (namespace, *blocks), found, 0)
-        computed = {p for other in self.leases.values() for p in other.computes()}
-        while len(found) + opened.computing < len(blocks):
-            if opened.path[: len(found) + opened.computing + 2] not in computed:
-                break
-            opened.computing += 1
+        opened.computing = self.computed_by_others(opened)
         matched = [opened.path[: i + 2] for i in range(len(found))]
         for path in matched:
             self.stamps[path] = self.clock
@@ -224,6 +220,23 @@ class IndexModel:
         self.hold_more(opened)
         opened.known_from = len(opened.held)
         self.leases[lease] = opened
+
+    def computed_by_others(self, lease: LeaseModel) -> int:
+        """Blocks right after what the lease has found."""
+        others = [other for other in self.leases.values() if other is not lease]
+        computed = {path for other in others for path in other.computes()}
+        wanted = [lease.path[: i + 2] for i in range(len(lease.found), len(lease.path) - 1)]
+        return len(list(itertools.takewhile(computed.__contains__, wanted)))
+
+    def shorten(self, lease_id: int, blocks: int) -> None:
+        lease = self.leases[lease_id]
+        end = max(len(lease.held), blocks)
+        committed = any(held.tier is None for held in lease.held + lease.stray)
+        if end >= len(lease.found) or len(lease.held) < lease.known_from or committed:
+            return
+        del lease.found[end:]
+        lease.committed = 0
+        lease.computing = self.computed_by_others(lease)
 
     def hold_more(self, lease: LeaseModel) -> None:
         """Pages in the lease's pool that follow what it holds."""

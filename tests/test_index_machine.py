@@ -58,6 +58,8 @@ AT_LEAST = {
     "acquire: found in tier 1": 200,
     "acquire: found in tier 2": 120,
     "next_load: wait": 12,
+    "shorten: a lease brings less": 20,
+    "shorten: another computes what it would have brought": 2,
     "grant: by evicting": 80,
     "give_back: refused": 40,
     "commit: a duplicate": 150,

@@ -150,7 +150,9 @@ void bind_results(py::module_& module) {
       .def_property_readonly("pages", [](const LeaseView& l) { return array_of(l.pages); })
       .def_property_readonly("tiers", [](const LeaseView& l) { return tuple_of(l.tiers); })
       .def_readonly("transfer", &LeaseView::transfer)
-      .def_readonly("computing", &LeaseView::computing);
+      .def_readonly("computing", &LeaseView::computing)
+      .def_property_readonly("ahead",
+                             [](const LeaseView& l) { return rows_of<uint32_t>(l.ahead); });
 }
 
 void bind_transfer(py::module_& module) {
@@ -282,6 +284,8 @@ void bind_requests(py::class_<Index>& index) {
           },
           "lease"_a)
       .def("lease", &Index::lease, "lease"_a, py::call_guard<py::gil_scoped_release>())
+      .def("shorten", &Index::shorten, "lease"_a, "blocks"_a,
+           py::call_guard<py::gil_scoped_release>())
       .def(
           "commit",
           [](Index& self, LeaseId lease, uint32_t first_block, const py::object& tokens,

@@ -106,6 +106,10 @@ struct Evicted {
   uint32_t last_copies = 0;
 };
 
+struct TierRun {  // consecutive blocks of one tier (a place in the chain)
+  uint32_t tier, blocks;
+};
+
 struct LeaseView {
   LeaseId id;
   uint32_t matched;
@@ -113,6 +117,7 @@ struct LeaseView {
   std::vector<uint32_t> tiers;
   TransferId transfer;
   uint32_t computing;
+  std::vector<TierRun> ahead;  // matched blocks after `pages`, by the tier they were found in
 };
 
 struct RestoreBatch {  // by block; tokens are page_size each
@@ -147,6 +152,7 @@ class Index {
   Load next_load(LeaseId lease, uint32_t max_pages);
   std::optional<Transfer> promote(LeaseId lease);
   LeaseView lease(LeaseId lease) const;
+  void shorten(LeaseId lease, uint32_t blocks);
   std::vector<CommitResult> commit(LeaseId lease, uint32_t first_block, Tokens tokens,
                                    std::span<const PageId> pages);
   void release(LeaseId lease);
@@ -218,7 +224,9 @@ class Index {
   uint32_t tick();
   void hold_leading(Lease& lease, const std::vector<Run>& path);
   bool hold(Lease& lease, Place at);
-  void register_computing(Lease& lease, Tokens tokens, const std::vector<Run>& path);
+  std::vector<BlockKey> keys_after(const Lease& lease, Tokens tokens,
+                                   const std::vector<Run>& path) const;
+  void register_computing(Lease& lease, std::vector<BlockKey>&& keys);
   void unregister_computing(Lease& lease, uint32_t end);
   void requeue(const Run& run, std::span<const PoolId> chain);
   LeaseView view(LeaseId id, const Lease& lease) const;

@@ -96,7 +96,7 @@ LeaseView Index::acquire(uint32_t space, PoolId head, Tokens tokens, uint32_t ma
   lease.tokens_from = static_cast<uint32_t>(lease.held.size());
   const Tokens rest = tokens.first(lease.matched * size).subspan(lease.tokens_from * size);
   lease.tokens.assign(rest.begin(), rest.end());
-  register_computing(lease, tokens, path);
+  register_computing(lease, keys_after(lease, tokens, path));
   const LeaseId id = ++last_lease_;
   return view(id, leases_.emplace(id, std::move(lease)).first->second);
 }
@@ -120,13 +120,21 @@ bool Index::hold(Lease& lease, Place at) {
   return true;
 }
 
-void Index::register_computing(Lease& lease, Tokens tokens, const std::vector<Run>& path) {
+std::vector<BlockKey> Index::keys_after(const Lease& lease, Tokens tokens,
+                                        const std::vector<Run>& path) const {
   const Space& space = tree_.spaces[lease.space];
   BlockKey key = root_key(space.name);
   if (!path.empty())
     key = tree_[path.back().node].keys[path.back().offset + path.back().blocks - 1];
   const Tokens rest = tokens.subspan(size_t{lease.matched} * space.page_size);
-  lease.unmatched = chain_keys(key, rest, space.page_size);
+  return chain_keys(key, rest, space.page_size);
+}
+
+// The blocks after `matched` are these, and the lease computes them.
+void Index::register_computing(Lease& lease, std::vector<BlockKey>&& keys) {
+  lease.unmatched = std::move(keys);
+  lease.computing_from = 0;
+  lease.computing = 0;
   bool leading = true;
   for (const BlockKey& block : lease.unmatched) {
     const uint32_t others = computing_.get(block);
@@ -163,11 +171,17 @@ void Index::requeue(const Run& run, std::span<const PoolId> chain) {
 }
 
 LeaseView Index::view(LeaseId id, const Lease& lease) const {
-  LeaseView view{id, lease.matched,  {}, std::vector<uint32_t>(chain(lease.pool).size(), 0),
-                 0,  lease.computing};
+  LeaseView view{id, lease.matched,   {}, std::vector<uint32_t>(chain(lease.pool).size(), 0),
+                 0,  lease.computing, {}};
   for (const Held& held : lease.held) {
     view.pages.push_back(held.page);
     if (held.tier != kComputed) ++view.tiers[held.tier];
+  }
+  for (size_t block = lease.held.size(); block < lease.matched; ++block) {
+    if (view.ahead.empty() || view.ahead.back().tier != lease.found[block]) {
+      view.ahead.push_back({lease.found[block], 0});
+    }
+    ++view.ahead.back().blocks;
   }
   for (const TransferId transfer : lease.depends) {
     if (transfers_.contains(transfer)) view.transfer = std::max(view.transfer, transfer);
@@ -178,6 +192,31 @@ LeaseView Index::view(LeaseId id, const Lease& lease) const {
 LeaseView Index::lease(LeaseId id) const {
   const Lock lock(mutex_);
   return view(id, open_lease(id));
+}
+
+void Index::shorten(LeaseId id, uint32_t blocks) {
+  const Lock lock(mutex_);
+  auto& lease = const_cast<Lease&>(open_lease(id));
+  const auto held = static_cast<uint32_t>(lease.held.size());
+  const uint32_t end = std::max(held, blocks);
+  const auto computed = [](const Held& each) { return each.tier == kComputed; };
+  if (end >= lease.matched || held < lease.tokens_from ||
+      std::ranges::any_of(lease.held, computed) || std::ranges::any_of(lease.stray, computed)) {
+    return;
+  }
+  const Space& space = tree_.spaces[lease.space];
+  const Place at = cursor(lease);
+  const BlockKey key = held == 0 ? root_key(space.name) : tree_[at.node].keys[at.offset];
+  const Tokens after =
+      Tokens(lease.tokens).subspan(size_t{held - lease.tokens_from} * space.page_size);
+  std::vector<BlockKey> keys = chain_keys(key, after, space.page_size);
+  keys.erase(keys.begin(), keys.begin() + (end - held));
+  keys.insert(keys.end(), lease.unmatched.begin(), lease.unmatched.end());
+  unregister_computing(lease, 0xFFFFFFFF);
+  lease.matched = end;
+  lease.found.resize(end);
+  lease.tokens.resize(size_t{end - lease.tokens_from} * space.page_size);
+  register_computing(lease, std::move(keys));
 }
 
 // The last block that the lease holds.
