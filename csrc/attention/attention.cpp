@@ -5,17 +5,7 @@
 namespace kvc2::attention {
 
 Kernels kernels(Isa isa) {
-  switch (isa) {
-    case Isa::kAmx:
-      return kAmxKernels;
-    case Isa::kAvx512:
-      return kAvx512Kernels;
-    case Isa::kAvx2:
-      return kAvx2Kernels;
-    case Isa::kPortable:
-      break;
-  }
-  return kPortableKernels;
+  return chosen(isa, kPortableKernels, kAvx2Kernels, kAvx512Kernels, kAmxKernels);
 }
 
 void write(const Write& call) {

@@ -27,4 +27,20 @@ const Cpu& cpu();
 // The word of KVC2_ISA for a level.
 std::string_view isa_name(Isa isa);
 
+// Of the same thing made for each level, the one for `isa`.
+template <class T>
+const T& chosen(Isa isa, const T& portable, const T& avx2, const T& avx512, const T& amx) {
+  switch (isa) {
+    case Isa::kAmx:
+      return amx;
+    case Isa::kAvx512:
+      return avx512;
+    case Isa::kAvx2:
+      return avx2;
+    case Isa::kPortable:
+      break;
+  }
+  return portable;
+}
+
 }  // namespace kvc2
