@@ -85,6 +85,7 @@ proto: $(READY)  ## generate kvc2/v1 from proto/
 bench: $(READY)  ## every benchmark of benchmarks/README.md, JSON into build/bench
 	mkdir -p build/bench
 	$(PYTHON) -m benchmarks.rpc --json build/bench/rpc.json
+	$(PYTHON) -m benchmarks.index_ops --json build/bench/index_ops.json
 	$(PYTHON) -m benchmarks.ttft --json build/bench/ttft.json
 
 clean:  ## remove the environment and what was built
