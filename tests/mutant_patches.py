@@ -14,13 +14,22 @@ class Mutant:
 
 
 LEASES, TRANSFERS, POOLS, PAGES = "leases.cpp", "transfers.cpp", "pools.cpp", "page_pool.cpp"
-TREE, RESIDENCY, RESTORE, EVICTION = "radix_tree.cpp", "residency.cpp", "restore.cpp", "eviction.h"
+KEYS, TREE, RESIDENCY = "key_table.cpp", "radix_tree.cpp", "residency.cpp"
+RESTORE, EVICTION = "restore.cpp", "eviction.h"
 
 MUTANTS = [
-    Mutant("a lease does not pin", LEASES, "  pool(lease.pool).pin(page);\n"),
-    Mutant("a match counts arriving pages", LEASES,
-           "!tree_.resident({run.node, run.offset + i}, chain[tier])",
-           "tree_.page({run.node, run.offset + i}, chain[tier]) == kNoPage"),
+    Mutant("a lease does not pin", LEASES, "    from.pin(page);\n"),
+    Mutant("a match counts arriving pages", RESIDENCY, "in->arriving == 0 && in->count",
+           "in->count"),
+    Mutant("a match goes on beyond a gap", RESIDENCY,
+           "in->arriving == 0 && in->count == in->pages.size()", "in->arriving == 0"),
+    Mutant("a match overlooks the faster pool behind a gap", LEASES,
+           " rest.blocks = 1;", " rest.blocks += 0;"),
+    Mutant("a run's pages are committed whatever they are", LEASES,
+           "|| into[page].held) break;", "&& into[page].held) break;"),
+    Mutant("a key that is removed cuts off those behind it", KEYS,
+           "if (from_home < ((at - gap) & mask)) continue;", "if (from_home < mask) continue;"),
+    Mutant("what arrived still counts as arriving", TRANSFERS, "  tree_.arrive(at, id);\n"),
     Mutant("acquire does not touch", LEASES, "    tree_.touch(run, lease.stamp);\n"),
     Mutant("commit again compares no tokens", LEASES,
            "if (!std::ranges::equal(tree_.tokens(at), tokens)) return",
@@ -84,8 +93,8 @@ MUTANTS = [
     Mutant("a page with children is evicted", RESIDENCY,
            "if (in.count == 0 || in.children > 0) return", "if (in.count == 0) return"),
     Mutant("a last copy goes though it is no leaf", RESIDENCY,
-           "if (!leaf && !held_below && !resident_elsewhere(at, in.pool)) return",
-           "if (!leaf && !held_below && in.count == 0) return"),
+           "if (!last(at) && !held_below && !resident_elsewhere(at, in.pool)) return",
+           "if (!last(at) && !held_below && in.count == 0) return"),
     Mutant("a copy in flight makes another one spare", RESIDENCY,
            "return in.pool != pool && resident(at, in.pool);",
            "return in.pool != pool && page(at, in.pool) != kNoPage;"),

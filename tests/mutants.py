@@ -19,7 +19,7 @@ from pathlib import Path
 from tests.mutant_patches import MUTANTS, Mutant
 
 HOUSE = Path(__file__).parent.parent
-CPP_TESTS = ["test_index", "test_index_collision"]
+CPP_TESTS = ["test_index", "test_index_collision", "test_key_table"]
 PYTHON_TESTS = ["tests/test_index.py", "tests/test_index_restore.py", "tests/test_index_machine.py"]
 LIMIT_S = 300  # a bug that makes a test hang is caught too
 

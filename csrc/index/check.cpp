@@ -14,10 +14,11 @@ void RadixTree::check_residency(NodeId id, const Residency& in) const {
   KVC2_CHECK(pools_[in.pool] != nullptr, "node %u has pages of pool %u, removed", id, in.pool);
   KVC2_CHECK(in.pages.size() <= node.blocks(), "node %u pool %u", id, in.pool);
   KVC2_CHECK(in.pages.empty() || in.pages.back() != kNoPage, "node %u pool %u", id, in.pool);
-  uint32_t count = 0;
+  uint32_t count = 0, arriving = 0;
   for (uint32_t i = 0; i < in.pages.size(); ++i) {
     if (in.pages[i] == kNoPage) continue;
     ++count;
+    arriving += pools_[in.pool]->state(in.pages[i]) == PageState::kInFlight;
     const Page& page = (*pools_[in.pool])[in.pages[i]];
     KVC2_CHECK(pools_[in.pool]->state(in.pages[i]) >= PageState::kInFlight && page.node == id &&
                    page.block == node.first + i,
@@ -31,6 +32,8 @@ void RadixTree::check_residency(NodeId id, const Residency& in) const {
   KVC2_CHECK(count == in.count && children == in.children,
              "node %u pool %u: %u pages, %u children with some; counted %u and %u", id, in.pool,
              in.count, in.children, count, children);
+  KVC2_CHECK(arriving == in.arriving, "node %u pool %u: %u of %u in flight", id, in.pool,
+             in.arriving, arriving);
   KVC2_CHECK(in.rank == rank_of(id, in), "I3: node %u pool %u has a stale rank", id, in.pool);
   KVC2_CHECK(in.rank == kNotEvictable || orders_[in.pool].holds(id, in.rank),
              "I3: node %u is not in the order of pool %u", id, in.pool);

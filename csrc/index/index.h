@@ -223,7 +223,7 @@ class Index {
                     std::vector<uint8_t>& tiers) const;
   uint32_t tick();
   void hold_leading(Lease& lease, const std::vector<Run>& path);
-  bool hold(Lease& lease, Place at);
+  uint32_t hold(Lease& lease, const Run& run);
   std::vector<BlockKey> keys_after(const Lease& lease, Tokens tokens,
                                    const std::vector<Run>& path) const;
   void register_computing(Lease& lease, std::vector<BlockKey>&& keys);
@@ -234,6 +234,7 @@ class Index {
   std::optional<Place> step(const Lease& lease, Place at, uint32_t block) const;
   CommitResult commit_again(const Lease& lease, uint32_t block, Tokens tokens, PageId page) const;
   CommitResult commit_next(Lease& lease, Place& at, Tokens tokens, PageId page);
+  uint32_t commit_rest(Lease& lease, NodeId node, Tokens tokens, std::span<const PageId> pages);
   void let_go(PoolId pool, std::span<const Held> held);
   void close_lease(Lease& lease);
 

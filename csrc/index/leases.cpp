@@ -40,13 +40,21 @@ const Index::Lease& Index::open_lease(LeaseId id) const {
 // Appends the fastest pool that holds each leading block of the run; stops at one that none holds.
 uint32_t Index::tiers_of(const Run& run, std::span<const PoolId> chain,
                          std::vector<uint8_t>& tiers) const {
-  for (uint32_t i = 0; i < run.blocks; ++i) {
+  uint32_t end = 0;  // of the blocks whose tier is known
+  while (end < run.blocks) {
+    Run rest{run.node, run.offset + end, run.blocks - end};
     uint8_t tier = 0;
-    while (tier < chain.size() && !tree_.resident({run.node, run.offset + i}, chain[tier])) ++tier;
-    if (tier == chain.size()) return i;
-    tiers.push_back(tier);
+    uint32_t blocks = tree_.resident_blocks(rest, chain[0]);
+    while (blocks == 0 && ++tier < chain.size()) {
+      // a faster pool that holds later ones has its say about each
+      if (!tree_.pages(rest, chain[tier - 1]).empty()) rest.blocks = 1;
+      blocks = tree_.resident_blocks(rest, chain[tier]);
+    }
+    if (blocks == 0) break;
+    tiers.insert(tiers.end(), blocks, tier);
+    end += blocks;
   }
-  return run.blocks;
+  return end;
 }
 
 Match Index::match(uint32_t space, PoolId head, Tokens tokens) const {
@@ -104,20 +112,23 @@ LeaseView Index::acquire(uint32_t space, PoolId head, Tokens tokens, uint32_t ma
 // The caller refreshes the nodes.
 void Index::hold_leading(Lease& lease, const std::vector<Run>& path) {
   for (const Run& run : path) {
-    for (uint32_t i = 0; i < run.blocks; ++i) {
-      if (!hold(lease, {run.node, run.offset + i})) return;
-    }
+    if (hold(lease, run) < run.blocks) return;
   }
 }
 
-// Pins the next block's page in the lease's pool, if there is one. The caller refreshes the node.
-bool Index::hold(Lease& lease, Place at) {
-  const PageId page = tree_.page(at, lease.pool);
-  if (page == kNoPage) return false;
-  pool(lease.pool).pin(page);
-  if (const auto transfer = transfer_into(lease.pool, page)) lease.depends.push_back(*transfer);
-  lease.held.push_back({page, page, lease.found[lease.held.size()]});
-  return true;
+// Pins the pages that the lease's pool has of the run from its first block on; how many. The caller
+// refreshes the node.
+uint32_t Index::hold(Lease& lease, const Run& run) {
+  PagePool& from = pool(lease.pool);
+  uint32_t held = 0;
+  for (const PageId page : tree_.pages(run, lease.pool)) {
+    if (page == kNoPage) break;
+    from.pin(page);
+    if (const auto transfer = transfer_into(lease.pool, page)) lease.depends.push_back(*transfer);
+    lease.held.push_back({page, page, lease.found[lease.held.size()]});
+    ++held;
+  }
+  return held;
 }
 
 std::vector<BlockKey> Index::keys_after(const Lease& lease, Tokens tokens,
@@ -162,10 +173,11 @@ void Index::unregister_computing(Lease& lease, uint32_t end) {
 void Index::requeue(const Run& run, std::span<const PoolId> chain) {
   for (size_t tier = 0; tier + 1 < chain.size(); ++tier) {
     if (tree_.holds_all(run, chain[tier + 1])) continue;
-    for (uint32_t i = 0; i < run.blocks; ++i) {
-      const Place at{run.node, run.offset + i};
-      if (!tree_.resident(at, chain[tier]) || tree_.page(at, chain[tier + 1]) != kNoPage) continue;
-      pool(chain[tier]).enqueue(tree_.page(at, chain[tier]));
+    PagePool& from = pool(chain[tier]);
+    const std::span<const PageId> there = tree_.pages(run, chain[tier]);
+    for (uint32_t i = 0; i < there.size(); ++i) {
+      const bool lacking = tree_.page({run.node, run.offset + i}, chain[tier + 1]) == kNoPage;
+      if (lacking && from.is(there[i], PageState::kResident)) from.enqueue(there[i]);
     }
   }
 }
@@ -250,6 +262,13 @@ std::vector<CommitResult> Index::commit(LeaseId id, uint32_t first_block, Tokens
                      ? commit_again(lease, static_cast<uint32_t>(position), block, pages[i])
                      : commit_next(lease, at, block, pages[i]);
     if (results[i] == CommitResult::kRefused) break;
+    if (lease.held.size() == position + 1 && tree_.last(at)) {  // the rest is in no tree
+      const uint32_t adopted =
+          commit_rest(lease, at.node, tokens.subspan((i + 1) * size), pages.subspan(i + 1));
+      std::fill_n(results.begin() + static_cast<std::ptrdiff_t>(i) + 1, adopted,
+                  CommitResult::kAdopted);
+      break;
+    }
   }
   unregister_computing(lease, static_cast<uint32_t>(lease.held.size()));
   return results;
@@ -291,6 +310,27 @@ CommitResult Index::commit_next(Lease& lease, Place& at, Tokens tokens, PageId p
   lease.held.push_back({page, anchor, kComputed});
   tree_.refresh(at.node);
   return there == kNoPage ? CommitResult::kAdopted : CommitResult::kDuplicate;
+}
+
+// Blocks after the last one of `node`, which nothing hangs on; how many of them have a page that
+// may be committed.
+uint32_t Index::commit_rest(Lease& lease, NodeId node, Tokens tokens,
+                            std::span<const PageId> pages) {
+  PagePool& into = pool(lease.pool);
+  uint32_t adopted = 0;
+  for (const PageId page : pages) {
+    if (!into.is(page, PageState::kPrivate) || into[page].held) break;
+    into.move(page, PageState::kResident);
+    into.enqueue(page);
+    into.pin(page);
+    lease.held.push_back({page, page, kComputed});
+    ++adopted;
+  }
+  const size_t size = into.shape.page_size;
+  const Run run = tree_.append(node, tokens.first(adopted * size), lease.stamp);
+  tree_.place(run, lease.pool, pages.first(adopted));
+  tree_.refresh(node);
+  return adopted;
 }
 
 void Index::release(LeaseId id) {

@@ -115,18 +115,33 @@ std::optional<Place> RadixTree::insert(Place at, Tokens block, uint32_t stamp) {
     adopt_child(above, into);
     heads_[key] = into;
   }
-  append(into, key, block, stamp);
+  const Run added = append(into, {&key, 1}, block, stamp);
   refresh(above);
-  return Place{into, nodes_[into].blocks() - 1};
+  return Place{added.node, added.offset};
 }
 
-void RadixTree::append(NodeId node, const BlockKey& key, Tokens block, uint32_t stamp) {
+bool RadixTree::last(Place at) const {
+  const Node& node = nodes_[at.node];
+  return at.offset + 1 == node.blocks() && node.first_child == kNoNode;
+}
+
+// Keys within a run are in no table, so none of these can be another's.
+Run RadixTree::append(NodeId node, Tokens tokens, uint32_t stamp) {
+  const Node& to = nodes_[node];
+  KVC2_CHECK(to.blocks() > 0 && to.first_child == kNoNode, "node %u is not a path's end", node);
+  return append(node, chain_keys(to.keys.back(), tokens, spaces[to.space].page_size), tokens,
+                stamp);
+}
+
+Run RadixTree::append(NodeId node, std::span<const BlockKey> keys, Tokens tokens, uint32_t stamp) {
   Node& to = nodes_[node];
-  to.tokens.insert(to.tokens.end(), block.begin(), block.end());
-  to.keys.push_back(key);
-  to.stamps.push_back(stamp);
-  ++blocks;
-  ++holes;  // until a page is placed
+  const Run added{node, to.blocks(), static_cast<uint32_t>(keys.size())};
+  to.tokens.insert(to.tokens.end(), tokens.begin(), tokens.end());
+  to.keys.insert(to.keys.end(), keys.begin(), keys.end());
+  to.stamps.insert(to.stamps.end(), keys.size(), stamp);
+  blocks += added.blocks;
+  holes += added.blocks;  // until pages are placed
+  return added;
 }
 
 void RadixTree::adopt_child(NodeId parent, NodeId child) {
@@ -164,9 +179,11 @@ void RadixTree::split_residency(Node& head, NodeId head_id, Node& tail, uint32_t
       if (page == kNoPage) continue;
       (*pools_[in.pool])[page].node = head_id;
       ++above.count;
+      above.arriving += pools_[in.pool]->state(page) == PageState::kInFlight;
     }
     while (!above.pages.empty() && above.pages.back() == kNoPage) above.pages.pop_back();
     in.count -= above.count;
+    in.arriving -= above.arriving;
     above.children = in.any() ? 1 : 0;
     head.pools.push_back(std::move(above));
   }

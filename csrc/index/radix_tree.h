@@ -58,6 +58,7 @@ struct Space {  // a namespace
 struct Residency {  // one pool's pages in one node
   PoolId pool;
   uint32_t count = 0;         // of them that are there
+  uint32_t arriving = 0;      // of those, in flight
   uint32_t children = 0;      // whose subtrees have pages of this pool
   std::vector<PageId> pages;  // by offset; ends with the last one there
   Rank rank = kNotEvictable;  // of the last page, in the pool's order
@@ -89,19 +90,25 @@ class RadixTree {
   std::optional<Place> next(Place at,
                             Tokens block) const;  // the block after `at` with these tokens
   std::optional<Place> insert(Place at, Tokens block,
-                              uint32_t stamp);  // find or add; none: collision
+                              uint32_t stamp);             // find or add; none: collision
+  bool last(Place at) const;                               // nothing hangs on it
+  Run append(NodeId node, Tokens tokens, uint32_t stamp);  // to a node without children
   void trim(NodeId node);  // drop trailing blocks without a page, and nodes that this empties
   std::optional<Place> parent(Place at) const;  // none before the first block
 
   // Residency. Pages are placed and cleared here; their states are the pool's.
   PageId page(Place at, PoolId pool) const;  // resident or in flight; else kNoPage
   bool resident(Place at, PoolId pool) const;
+  std::span<const PageId> pages(const Run& run, PoolId pool) const;  // may end before the run
+  uint32_t resident_blocks(const Run& run, PoolId pool) const;       // leading ones
   bool holds_all(const Run& run, PoolId pool) const;  // may be false though it does, after a fault
   bool anywhere(Place at) const;                      // present in any pool
   bool resident_elsewhere(Place at, PoolId pool) const;
   bool resident_below(Place at, PoolId pool) const;  // in a slower pool of its chain
   void place(Place at, PoolId pool, PageId page);    // the caller refreshes the node
-  PageId clear(Place at, PoolId pool);               // the caller trims the node
+  void place(const Run& run, PoolId pool, std::span<const PageId> pages);
+  void arrive(Place at, PoolId pool);   // its page has become resident
+  PageId clear(Place at, PoolId pool);  // the caller trims the node
   Place owner(PoolId pool, PageId page) const;
 
   // Recency and eviction.
@@ -136,7 +143,7 @@ class RadixTree {
   void split_residency(Node& head, NodeId head_id, Node& tail, uint32_t at);
   void adopt_child(NodeId parent, NodeId child);
   void orphan_child(NodeId child);
-  void append(NodeId node, const BlockKey& key, Tokens block, uint32_t stamp);
+  Run append(NodeId node, std::span<const BlockKey> keys, Tokens tokens, uint32_t stamp);
   void remove_tail(Node& node);
   Residency* find_residency(Node& node, PoolId pool) const;
   const Residency* find_residency(const Node& node, PoolId pool) const;

@@ -46,6 +46,28 @@ PageId RadixTree::page(Place at, PoolId pool) const {
   return in && at.offset < in->pages.size() ? in->pages[at.offset] : kNoPage;
 }
 
+std::span<const PageId> RadixTree::pages(const Run& run, PoolId pool) const {
+  const Residency* in = find_residency(nodes_[run.node], pool);
+  if (!in || in->pages.size() <= run.offset) return {};
+  const std::span<const PageId> from = std::span(in->pages).subspan(run.offset);
+  return from.first(std::min<size_t>(from.size(), run.blocks));
+}
+
+// Where nothing is missing and nothing arrives, the node itself knows: at millions of blocks a look
+// at each page's state is a wait for memory.
+uint32_t RadixTree::resident_blocks(const Run& run, PoolId pool) const {
+  const std::span<const PageId> there = pages(run, pool);
+  if (there.empty()) return 0;
+  const Residency* in = find_residency(nodes_[run.node], pool);
+  if (in->arriving == 0 && in->count == in->pages.size()) {
+    return static_cast<uint32_t>(there.size());
+  }
+  const auto end = std::ranges::find_if(there, [&](PageId page) {
+    return page == kNoPage || pools_[pool]->state(page) != PageState::kResident;
+  });
+  return static_cast<uint32_t>(end - there.begin());
+}
+
 bool RadixTree::resident(Place at, PoolId pool) const {
   const PageId found = page(at, pool);
   return found != kNoPage && pools_[pool]->state(found) == PageState::kResident;
@@ -81,19 +103,32 @@ Place RadixTree::owner(PoolId pool, PageId page) const {
 }
 
 void RadixTree::place(Place at, PoolId pool, PageId page) {
-  Node& node = nodes_[at.node];
-  if (!anywhere(at)) --holes;
+  place({at.node, at.offset, 1}, pool, {&page, 1});
+}
+
+void RadixTree::place(const Run& run, PoolId pool, std::span<const PageId> pages) {
+  if (pages.empty()) return;
+  Node& node = nodes_[run.node];
+  for (uint32_t i = 0; i < run.blocks; ++i) holes -= !anywhere({run.node, run.offset + i});
   Residency& in = residency(node, pool);
   const bool had = in.any();
-  if (in.pages.size() <= at.offset) in.pages.resize(at.offset + 1, kNoPage);
-  KVC2_CHECK(in.pages[at.offset] == kNoPage, "I6: a block has pages %u and %u in pool %u",
-             in.pages[at.offset], page, pool);
-  in.pages[at.offset] = page;
-  ++in.count;
-  (*pools_[pool])[page].node = at.node;
-  (*pools_[pool])[page].block = node.first + at.offset;
-  if (!had) propagate(at.node, pool, +1);
+  if (in.pages.size() < run.offset + run.blocks) {
+    in.pages.resize(run.offset + run.blocks, kNoPage);
+  }
+  for (uint32_t i = 0; i < run.blocks; ++i) {
+    PageId& page = in.pages[run.offset + i];
+    KVC2_CHECK(page == kNoPage, "I6: a block has pages %u and %u in pool %u", page, pages[i], pool);
+    page = pages[i];
+    Page& info = (*pools_[pool])[page];
+    info.node = run.node;
+    info.block = node.first + run.offset + i;
+    in.arriving += pools_[pool]->state(page) == PageState::kInFlight;
+  }
+  in.count += run.blocks;
+  if (!had) propagate(run.node, pool, +1);
 }
+
+void RadixTree::arrive(Place at, PoolId pool) { --find_residency(nodes_[at.node], pool)->arriving; }
 
 PageId RadixTree::clear(Place at, PoolId pool) {
   Residency* in = find_residency(nodes_[at.node], pool);
@@ -102,6 +137,7 @@ PageId RadixTree::clear(Place at, PoolId pool) {
   const PageId page = in->pages[at.offset];
   in->pages[at.offset] = kNoPage;
   --in->count;
+  in->arriving -= pools_[pool]->state(page) == PageState::kInFlight;
   while (!in->pages.empty() && in->pages.back() == kNoPage) in->pages.pop_back();
   if (!in->any()) {
     drop_residency(at.node, pool);
@@ -139,8 +175,7 @@ Rank RadixTree::rank_of(NodeId id, const Residency& in) const {
   const PageId page = in.pages.back();
   if (pool.state(page) != PageState::kResident || pool[page].pins > 0) return kNotEvictable;
   const bool held_below = resident_below(at, in.pool);
-  const bool leaf = at.offset + 1 == node.blocks() && node.first_child == kNoNode;
-  if (!leaf && !held_below && !resident_elsewhere(at, in.pool)) return kNotEvictable;
+  if (!last(at) && !held_below && !resident_elsewhere(at, in.pool)) return kNotEvictable;
   return rank(held_below, node.stamps[at.offset]);
 }
 

@@ -138,7 +138,7 @@ std::optional<Transfer> Index::promote(LeaseId id) {
     at = *next;
     if (tree_.page(at, lease.pool) != kNoPage) {
       if (!plan.source_pages.empty()) break;
-      hold(lease, at);
+      hold(lease, {at.node, at.offset, 1});
       tree_.refresh(at.node);
       continue;
     }
@@ -223,6 +223,7 @@ void Index::arrive(PoolId id, PageId page) {
   target.move(page, PageState::kResident);
   target.unpin(page);
   const Place at = tree_.owner(id, page);
+  tree_.arrive(at, id);
   const auto below = target.shape.below;
   if (below && tree_.page(at, *below) == kNoPage) target.enqueue(page);
   tree_.refresh(at.node);
