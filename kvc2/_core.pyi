@@ -105,7 +105,9 @@ class Lease:
     tiers: tuple[int, ...]  # of `pages` found at acquire, by the tier they were found in
     transfer: int  # the last transfer its pages depend on; 0 when all are resident
     computing: int  # blocks right after `matched` that another open lease is computing now
-    ahead: U32  # [m, 2] (tier, blocks): runs of the matched blocks after `pages`, as found at acquire
+    ahead: (
+        U32  # [m, 2] (tier, blocks): runs of the matched blocks after `pages`, as found at acquire
+    )
 
 class Index:
     """The tree, its pools and the leases on it; see csrc/index/index.h for laws I1-I7.
@@ -143,6 +145,10 @@ class Index:
     def open_namespace(self, namespace: bytes, page_size: int) -> int:
         """32 bytes -> its id in this index; the same id when opened again. ValueError if it was
         opened with another page_size."""
+    def retire(self, namespace: int) -> int:
+        """All blocks of the namespace are dead from now on, for ever: nothing of it matches or is
+        committed, demoted or loaded, and `reap` frees its pages as pins end. Returns how many
+        blocks it had; 0 when it was retired already. Walks the namespace."""
 
     # requests
     def match(self, namespace: int, pool: int, tokens: U32) -> Match:
@@ -194,11 +200,14 @@ class Index:
         """The first `done` blocks are resident in the target; the pages of the rest are free again.
         What a demotion did not bring is `undemoted` again, behind what was so already."""
     def evict(self, pool: int, pages: int) -> Evicted:
-        """Up to `pages` leaves of the pool, least recently used first; first those that a slower
-        pool also holds. Never pinned ones, never a hole."""
+        """Up to `pages` leaves of the pool, least recently used first; before them those that a
+        slower pool also holds, and before all the dead. Never pinned ones, never a hole."""
     def keep_free(self, pool: int, pages: int) -> Evicted:
         """Evict, in the same order, until `pages` are free in the pool, but only copies that a
         slower pool also holds: nothing is lost by it. Fewer are free when there are no more."""
+    def reap(self, pool: int, pages: int) -> Evicted:
+        """Up to `pages` of the pool's dead blocks that nothing pins; each pool has its own. A last
+        copy goes only when what lies below it has gone from all pools."""
     def lost(self, pool: int, pages: U32) -> Evicted:
         """A fault took these pages: unpinned residents are dropped (this may leave holes);
         others are left alone."""

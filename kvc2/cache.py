@@ -33,10 +33,12 @@ from kvc2.results import (
     CacheStats,
     EvictResult,
     FlushResult,
+    InvalidateResult,
     MatchResult,
     TierCounts,
 )
 from kvc2.sessions import Session
+from kvc2.spaces import Spaces
 from kvc2.tiers.base import PageShape
 from kvc2.tiers.disk import DiskTier
 from kvc2.tiers.gpu import Copier, GpuMemory, SharedMemoryPool
@@ -49,6 +51,7 @@ __all__ = [
     "CacheStats",
     "EvictResult",
     "FlushResult",
+    "InvalidateResult",
     "MatchResult",
     "TierCounts",
 ]
@@ -88,7 +91,6 @@ class Cache:
         self._files = files
         self._gpus: dict[int, GpuPool] = {}
         self._sessions: dict[int, Session] = {}
-        self._namespaces: set[bytes] = set()  # that the index knows
         self._arena: Arena | None = None
         self._disk: DiskTier | None = None
         self._pools: Pools | None = None
@@ -114,6 +116,8 @@ class Cache:
         self.index = _core.Index(first_generation=(starts << 32) + 1, first_stamp=stamp + 1)
         self._mover = Mover(self.index, self._metrics, memory, self._disk, self._transfer_ended)
         self._loader = Loader(self.index, self._mover, self._metrics)
+        spaces_max = config.limits.max_known_namespaces
+        self.spaces = Spaces(self.index, self._mover, self._disk, spaces_max)
         self.counts = Counts(self.index, self._gpus, self._sessions, self._arena, self._disk)
         if self._arena is not None:
             self._copiers = Copier(config.copy_threads), Copier(config.copy_threads)
@@ -124,7 +128,7 @@ class Cache:
                 self._metrics,
                 config.limits.max_layouts,
             )
-            self._namespaces |= self._pools.restore()
+            self.spaces.known |= self._pools.restore()
             self._loader.pools = self.counts.pools = self._pools
             self._behind = Behind(
                 self.index,
@@ -237,13 +241,10 @@ class Cache:
         self._wake()
 
     def open_namespace(self, session: Session, namespace: bytes, identity: bytes) -> int:
-        """Its id in the index; the identity goes to the catalogue with the next batch. Raises
+        """Its number here; the identity goes to the catalogue with the next batch. Raises
         LimitReached: what the index knows stays known."""
-        page_size, most = session.layout.page_size, self._config.limits.max_known_namespaces
-        if namespace not in self._namespaces and len(self._namespaces) >= most:
-            raise errors.LimitReached("limits.max_known_namespaces", most, "are known")
-        self._namespaces.add(namespace)
-        number = self.index.open_namespace(namespace, page_size)
+        page_size = session.layout.page_size
+        number = self.spaces.open(namespace, page_size, identity)
         if self._disk is not None and not self._disk.catalogue.add_namespace(
             namespace, page_size, identity
         ):
@@ -254,7 +255,8 @@ class Cache:
 
     def match(self, session: Session, namespace_id: int, tokens: U32) -> MatchResult:
         """The longest cached prefix of less than all tokens. Changes nothing."""
-        found = self.index.match(namespace_id, _pool(session).gpu.id, _u32(tokens[:-1]))
+        space, pool = self.spaces[namespace_id], _pool(session).gpu.id
+        found = self.index.match(space, pool, _u32(tokens[:-1]))
         size = session.layout.page_size
         return MatchResult(found.blocks * size, _tokens_by_tier(found.tiers, size))
 
@@ -273,7 +275,8 @@ class Cache:
         if request_id in pool.replies:
             return await asyncio.shield(pool.replies[request_id])
         blocks = (len(tokens) - 1) // session.layout.page_size
-        opened = self.index.acquire(namespace_id, pool.gpu.id, _u32(tokens), blocks)
+        space = self.spaces[namespace_id]
+        opened = self.index.acquire(space, pool.gpu.id, _u32(tokens), blocks)
         session.leases[request_id] = opened.id
         reply: asyncio.Future[AcquireResult] = _future()
         pool.replies[request_id] = reply
@@ -329,6 +332,7 @@ class Cache:
         if lease is None:
             return
         self.index.release(lease)
+        self._wake()  # what it pinned may be dead
         pool.replies.pop(request_id, None)
         if request_id in pool.settling:
             _finish(pool.settling[request_id])
@@ -347,6 +351,18 @@ class Cache:
             raise errors.InvalidRequest("returned_pages", pages.size, "pages granted and not used")
 
     # ---- the whole ----
+
+    async def invalidate(self, names: list[bytes]) -> InvalidateResult:
+        """What is cached under these namespaces is dead, in every tier, before this awaits; its
+        pages are freed as pins end. Who has them open goes on, matches nothing and commits anew;
+        what their open leases commit is refused. Raises NotFound and LimitReached."""
+        blocks = self.spaces.retire(names)
+        if self._behind is not None:
+            self._behind.reap()
+        for pool in self.counts.pool_ids("gpu") if self._behind is None else []:
+            self.index.reap(pool, ALL)
+        self._wake()
+        return InvalidateResult(len(names), blocks, await self.spaces.write_eras())
 
     async def wait_durable(self, deadline_s: float) -> bool:
         """Whether all that is committed is on disk, within the deadline. Where there is no disk it

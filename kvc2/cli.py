@@ -231,6 +231,38 @@ def evict(
             print(f"evicted {found.evicted_blocks} blocks, {found.last_copies} of them last copies")
 
 
+@app.command(epilog="Example: kvc2 invalidate --weights-digest 5f1d...e0")
+def invalidate(
+    weights_digest: Annotated[
+        str, typer.Option(help="Of every namespace with these weights; 64 hex digits.")
+    ] = "",
+    namespace: Annotated[str, typer.Option(help="Of this namespace; 64 hex digits.")] = "",
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Drop all blocks of changed weights, in every tier and for good; give one of the two."""
+    with _exit_codes(), _admin(address) as admin:
+        if bool(weights_digest) == bool(namespace):
+            raise errors.InvalidRequest("weights-digest, namespace", None, "one of them")
+        found = admin.invalidate(
+            weights_digest=weights_digest, namespace=_bytes("namespace", namespace)
+        )
+        if as_json:
+            print(json.dumps(asdict(found)))
+        else:
+            print(f"{found.blocks} blocks of {found.namespaces} namespaces are gone")
+        if not found.durable:
+            print("kvc2: not on disk yet: it goes with the next write", file=sys.stderr)
+            raise typer.Exit(FAILED)
+
+
+def _bytes(field: str, text: str) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except ValueError as error:
+        raise errors.InvalidRequest(field, text, "hexadecimal digits") from error
+
+
 @app.command(epilog="Example: kvc2 drain --deadline-s 120")
 def drain(address: Address = None, deadline_s: Deadline = 30.0, as_json: Json = False) -> None:
     """Flush and stop a running daemon; exit code 1 if some blocks are not on disk."""

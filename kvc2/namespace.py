@@ -7,6 +7,7 @@ chains that start from a namespace are made in csrc/index and csrc/block.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import json
 import math
@@ -151,6 +152,26 @@ def namespace(tenant_secret: bytes, identity: bytes, salt: bytes = b"") -> bytes
         raise errors.InvalidRequest("salt", len(salt), f"at most {SALT_BYTES_MAX} bytes")
     message = struct.pack("<Q", len(identity)) + identity + salt
     return hmac.digest(tenant_secret, message, "sha256")
+
+
+def of_era(namespace: bytes, era: int) -> bytes:
+    """32 bytes: what stands for the namespace in index, headers and records since its era-th
+    Invalidate. Era 0: itself. Another era is another namespace to everything below."""
+    if era == 0:
+        return namespace
+    return hashlib.sha256(namespace + struct.pack("<Q", era)).digest()
+
+
+def weights_digest_of(identity: bytes) -> str:
+    """The field of an encoded identity; empty where there is none."""
+    found = json.loads(identity).get("weights_digest", "")
+    return found if isinstance(found, str) else ""
+
+
+def check_weights_digest(field: str, text: str) -> str:
+    """Raises InvalidRequest unless it is 64 hexadecimal digits."""
+    _check_digest(field, text, needed=True)
+    return text
 
 
 def _canonical(values: dict[str, Any]) -> bytes:

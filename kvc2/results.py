@@ -45,6 +45,15 @@ class EvictResult:
 
 
 @dataclass(frozen=True)
+class InvalidateResult:
+    """`blocks` of `namespaces` are dead; `durable`: also to a restart."""
+
+    namespaces: int
+    blocks: int
+    durable: bool
+
+
+@dataclass(frozen=True)
 class TierCounts:
     """Pages by owner of a tier, or of one session's pool (session_epoch). `evicted` since the
     start, of these `last_copies` were in no other pool."""

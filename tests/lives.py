@@ -8,11 +8,11 @@ what. Between two calls of a rule the index proves its laws too.
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
+from tests.endings import IndexEndings
 from tests.machines import (
     BLOCKS,
     PER_SLAB,
     SEEN,
-    IndexMachine,
     Prompt,
     choice,
     namespaces,
@@ -20,11 +20,23 @@ from tests.machines import (
 )  # fmt: skip
 from tests.models import PRIVATE, Path
 
-HOWS = ["load", "load", "promote", "promote", "land", "land", "fail", "share", "compute", "squeeze", "shorten"]
+HOWS = [
+    "load",
+    "load",
+    "promote",
+    "promote",
+    "land",
+    "land",
+    "fail",
+    "share",
+    "compute",
+    "squeeze",
+    "shorten",
+]
 ends = st.sampled_from(["stays", "stays", "leaves", "closes", "dies"])
 
 
-class IndexLives(IndexMachine):
+class IndexLives(IndexEndings):
     """The machine with rules of many calls beside those of one."""
 
     def living(self, pick: int) -> int:

@@ -61,6 +61,8 @@ class IndexMachine(RuleBasedStateMachine):
         self.generations: dict[int, int] = {}  # by page of the durable pool
         self.last_generation = 9
         self.last_transfer = 0
+        self.names = list(NAMESPACES)  # by id
+        self.current = {0: 0, 1: 1}  # the id that came in the place of a retired one
 
     @initialize()
     def build(self) -> None:
@@ -112,6 +114,7 @@ class IndexMachine(RuleBasedStateMachine):
         """A new lease's id. With 5 open the oldest ends, else every page is pinned soon."""
         if len(self.model.leases) == 5:
             self.release(min(self.model.leases))
+        namespace = self.current.get(namespace, namespace)
         tokens = np.concatenate([u32(prompt), u32([7] * (limit % PAGE_SIZE))])
         real = self.index.acquire(namespace, pool, tokens, limit)
         self.model.acquire(real.id, namespace, pool, prompt, limit)
@@ -277,7 +280,7 @@ class IndexMachine(RuleBasedStateMachine):
         assert records is not None
         assert records.generations.tolist() == [self.generations[page] for page in durable]
         for i, (namespace, *blocks) in enumerate(expected.paths):
-            name = NAMESPACES[namespace]  # type: ignore[call-overload]
+            name = self.names[namespace]  # type: ignore[call-overload]
             chain = [name, *digests(name, [block_bytes(block) for block in blocks])]
             assert records.namespaces[i].tobytes() == name
             assert [records.parents[i].tobytes(), records.digests[i].tobytes()] == chain[-2:]
@@ -328,7 +331,7 @@ class IndexMachine(RuleBasedStateMachine):
         SEEN["evict: a last copy"] += gone > 0
         SEEN["evict: a copy"] += gone < len(paths)
         if at == self.disk:
-            chains = [digests(NAMESPACES[n], [block_bytes(b) for b in bs]) for n, *bs in paths]  # type: ignore[call-overload]
+            chains = [digests(self.names[n], [block_bytes(b) for b in bs]) for n, *bs in paths]  # type: ignore[call-overload]
             assert [d.tobytes() for d in real.digests] == [chain[-1] for chain in chains]
         else:
             assert real.digests.shape == (0, 32)
@@ -345,15 +348,6 @@ class IndexMachine(RuleBasedStateMachine):
         SEEN["resident -> free: keep_free"] += bool(paths)
         short = len(self.model.pools[at].free_pages()) < count
         SEEN["keep_free: the rest are last copies"] += short
-
-    @rule(pool=choice, pages=st.lists(st.integers(0, 4 * PER_SLAB), max_size=3))
-    def lost(self, pool: int, pages: list[int]) -> None:
-        at = self.a_pool(pool)
-        holes = self.model.holes()
-        gone = self.model.lost(at, pages)
-        assert self.index.lost(at, u32(pages)).pages.tolist() == gone
-        SEEN["resident -> free: lost"] += bool(gone)
-        SEEN["lost: a hole"] += self.model.holes() > holes
 
     @rule(gpu=choice, rarely=st.integers(0, 9))
     def session_ends(self, gpu: int, rarely: int) -> None:
@@ -414,17 +408,20 @@ class IndexMachine(RuleBasedStateMachine):
         at = self.model.pools[self.disk]
         rows = [(p, page) for p, page in at.blocks.items() if at.state[page] == RESIDENT]
         order.shuffle(rows)  # type: ignore[attr-defined]
-        whole = {p for p, _ in rows if all(at.resident(p[:n]) for n in range(2, len(p) + 1))}
+        living = [p for p, _ in rows if p[0] not in self.model.retired]
+        whole = {p for p in living if all(at.resident(p[:n]) for n in range(2, len(p) + 1))}
         fresh = _core.Index()
         disk = fresh.add_pool(
             page_size=PAGE_SIZE, pages_per_slab=PER_SLAB, below=None, durable=True
         )
         for _ in range(5):
             fresh.add_slab(disk)
-        for name in NAMESPACES:
+        for name in self.names:
             fresh.open_namespace(name, PAGE_SIZE)
+        for namespace in self.model.retired:
+            assert fresh.retire(namespace) == 0
         chains = [
-            [NAMESPACES[n], *digests(NAMESPACES[n], [block_bytes(b) for b in bs])]  # type: ignore[call-overload]
+            [self.names[n], *digests(self.names[n], [block_bytes(b) for b in bs])]  # type: ignore[call-overload]
             for (n, *bs), _ in rows
         ]
         answers = fresh.restore(

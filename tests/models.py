@@ -86,8 +86,12 @@ class IndexModel:
         self.leases: dict[int, LeaseModel] = {}
         self.transfers: dict[int, TransferModel] = {}
         self.clock = 1
+        self.retired: set[int] = set()  # namespaces
 
     # questions
+    def dead(self, path: Path) -> bool:
+        return path[0] in self.retired
+
     def chain(self, pool: int) -> list[int]:
         below = self.pools[pool].below
         return [pool] if below is None else [pool, *self.chain(below)]
@@ -137,7 +141,7 @@ class IndexModel:
         for i in range(len(blocks)):
             path = (namespace, *blocks[: i + 1])
             holders = [t for t, p in enumerate(self.chain(pool)) if self.pools[p].resident(path)]
-            if not holders:
+            if not holders or self.dead(path):
                 break
             tiers.append(holders[0])
         return tiers
@@ -172,7 +176,9 @@ class IndexModel:
 
     def victim(self, pool: int, spared: Path | None = None) -> Path | None:
         candidates = [p for p in self.pools[pool].blocks if self.evictable(p, pool) and p != spared]
-        order = {p: (not self.held_below(p, pool), self.stamps[p]) for p in candidates}
+        order = {
+            p: (not self.dead(p), not self.held_below(p, pool), self.stamps[p]) for p in candidates
+        }
         return min(candidates, key=order.__getitem__, default=None)
 
     def take(
@@ -248,7 +254,7 @@ class IndexModel:
         """The matched block, hanging on what the lease holds, if it is (still) there."""
         held = len(lease.held)
         block = held if block is None else block
-        if not lease.known_from <= block < len(lease.found):
+        if not lease.known_from <= block < len(lease.found) or self.dead(lease.path):
             return None
         before = lease.held[-1].path if lease.held else lease.path[:1]
         path = (*before, *lease.path[held + 1 : block + 2])
@@ -258,6 +264,8 @@ class IndexModel:
         self, lease_id: int, first: int, blocks: list[tuple[int, ...]], pages: list[int]
     ) -> list[int]:
         lease = self.leases[lease_id]
+        if self.dead(lease.path):
+            return [REFUSED] * len(pages)
         answers: list[int] = []
         for i, (block, page) in enumerate(zip(blocks, pages, strict=True)):
             refused = REFUSED in answers
@@ -379,7 +387,9 @@ class IndexModel:
         if self.pools[pool].state.get(page) != RESIDENT:
             return []
         path = self.pools[pool].owner(page)
-        missing = []
+        missing: list[Path] = []
+        if self.dead(path):
+            return missing
         while len(path) > 1 and not self.pools[below].present(path):
             if not self.pools[pool].resident(path):
                 return []
@@ -433,6 +443,19 @@ class IndexModel:
             self.evict_one(path, pool)
             evicted.append(path)
         return evicted
+
+    def reap(self, pool: int, count: int) -> list[Path]:
+        evicted: list[Path] = []
+        while len(evicted) < count and (path := self.victim(pool)) and self.dead(path):
+            self.evict_one(path, pool)
+            evicted.append(path)
+        return evicted
+
+    def retire(self, namespace: int) -> int:
+        """The blocks in it, holes included."""
+        fresh = namespace not in self.retired
+        self.retired.add(namespace)
+        return sum(path[0] == namespace for path in self.stamps) if fresh else 0
 
     def empty_slab(self, pool: int, slab: int) -> set[int]:
         at = self.pools[pool]

@@ -16,6 +16,7 @@ class Mutant:
 LEASES, TRANSFERS, POOLS, PAGES = "leases.cpp", "transfers.cpp", "pools.cpp", "page_pool.cpp"
 KEYS, TREE, RESIDENCY = "key_table.cpp", "radix_tree.cpp", "residency.cpp"
 RESTORE, EVICTION = "restore.cpp", "eviction.h"
+LIVES = "lives.cpp"
 
 MUTANTS = [
     Mutant("a lease does not pin", LEASES, "    from.pin(page);\n"),
@@ -101,8 +102,19 @@ MUTANTS = [
     Mutant("halved stamps keep their old ranks", RESIDENCY, "    refresh(id);\n  }\n}\n",
            "  }\n}\n"),
     Mutant("the warmest goes first", EVICTION, "order_.begin()->second", "order_.rbegin()->second"),
-    Mutant("last copies go first", EVICTION, "held_below ? 0 : Rank{1} << 32",
-           "held_below ? Rank{1} << 32 : 0"),
+    Mutant("last copies go first", EVICTION, "last_copy = !held_below", "last_copy = held_below"),
+    Mutant("the dead go last", EVICTION, "standing != kDead", "standing == kDead"),
+    Mutant("the dead are demoted", TRANSFERS, "  if (tree_.dead(*at)) return missing;\n"),
+    Mutant("a retired namespace takes commits", LEASES,
+           "  if (tree_.spaces[lease.space].retired) return results;\n"),
+    Mutant("a retired namespace matches", LEASES,
+           "  if (tree_.spaces[space].retired) return {};\n"),
+    Mutant("a retired namespace is loaded", LEASES,
+           "  if (tree_.spaces[lease.space].retired) return std::nullopt;\n"),
+    Mutant("a retired namespace is restored", RESTORE, " || space.retired) continue;",
+           ") continue;"),
+    Mutant("what lives is reaped", LIVES, "if (!victim || !tree_.dead(*victim)) break;",
+           "if (!victim) break;"),
     Mutant("a removed pool's transfers go on", POOLS, "    open.failed = true;\n"),
     Mutant("a closed pool keeps private pages", POOLS,
            "    if (closing.state(page) == PageState::kPrivate) closing.free(page);\n",

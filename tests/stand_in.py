@@ -67,13 +67,14 @@ class StandIn:
         segment_bytes: int = 1024,
         page_size: int = PAGE_SIZE,
         namespace: bytes = NAMESPACE,
+        identity: bytes = b"{}",
     ) -> None:
         StandIn.epochs += 1
         self.cache = cache
         self.layout = layer_major(
             layers, num_pages, segment_bytes=segment_bytes, page_size=page_size
         )
-        self.namespace = namespace
+        self.namespace, self.identity = namespace, identity
         self.memory = shared(num_pages * self.layout.payload_bytes)
         self.pool = np.frombuffer(self.memory, np.uint8)
         self.progress = shared(4096)
@@ -90,7 +91,7 @@ class StandIn:
             event_fd=self.event_fd,
             kept_pages=np.empty(0, np.uint32),
         )
-        self.number = self.cache.open_namespace(self.session, self.namespace, b"{}")
+        self.number = self.cache.open_namespace(self.session, self.namespace, self.identity)
 
     async def close(self, *, at_rest: bool = False) -> None:
         async def known() -> bool:

@@ -25,7 +25,7 @@ class Walk:
     shrinks: bool = True
 
 
-WALKS = {"default": Walk(250), "quick": Walk(25), "hunt": Walk(250, shrinks=False)}
+WALKS = {"default": Walk(320), "quick": Walk(25), "hunt": Walk(250, shrinks=False)}
 WALK = WALKS[os.environ.get("KVC2_WALK", "default")]
 
 # Arrows of index.h and situations that a sound walk comes by: about a third of what was counted.
@@ -48,6 +48,8 @@ AT_LEAST = {
     "resident -> free: evict": 300,
     "resident -> free: keep_free": 60,
     "resident -> free: lost": 100,
+    "resident -> free: reap": 5,
+    "retire: an open lease": 5,
     "resident -> free: remove_pool": 60,
     "resident -> free: empty_slab": 40,
     "free -> resident: restore": 30,

@@ -163,6 +163,13 @@ def test_calls_of_a_session_name_what_they_refuse(
 
 def test_calls_without_a_session_name_what_they_refuse(wire: Wire) -> None:
     assert wire.refusal("Evict", pb.EvictRequest(tier="tape"))[1].startswith("tier = 'tape'")
+    for changes, field in [
+        ({}, "weights_digest"),
+        ({"weights_digest": "12"}, "weights_digest"),
+        ({"namespace": b"12"}, "namespace"),
+    ]:
+        code, words = wire.refusal("Invalidate", pb.InvalidateRequest(**changes))
+        assert (code, words.split()[0].rstrip(":")) == ("INVALID_ARGUMENT", field)
     code, words = wire.refusal("Evict", pb.EvictRequest(tier="gpu", blocks=1 << 32))
     assert (code, "blocks" in words) == ("INVALID_ARGUMENT", True)
     for rpc in ("Flush", "Drain"):

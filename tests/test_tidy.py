@@ -27,7 +27,7 @@ KVC2_FLOORS = """
     cli
     server, client
     cache
-    counts, sessions, loading, behind, mover, events
+    counts, sessions, loading, behind, spaces, mover, events
     tiers
     arena
     namespace, results, layout, v1
@@ -52,7 +52,7 @@ CPP_FLOORS = """
     index, block, copy, experts, attention
     index/radix_tree, index/residency, index/eviction
     index/page_pool, index/key_table
-    index/block_key
+    index/block_key, index/life
     base
 """
 # The client is what an engine carries: it must not pull in the daemon.

@@ -229,6 +229,7 @@ void bind_pools(py::class_<Index>& index) {
             return unlocked([&] { return self.open_namespace(digest, page_size); });
           },
           "namespace"_a, "page_size"_a)
+      .def("retire", &Index::retire, "namespace"_a, py::call_guard<py::gil_scoped_release>())
       .def(
           "grant",
           [](Index& self, PoolId pool, uint32_t pages) {
@@ -333,6 +334,7 @@ void bind_behind(py::class_<Index>& index) {
       .def("evict", &Index::evict, "pool"_a, "pages"_a, py::call_guard<py::gil_scoped_release>())
       .def("keep_free", &Index::keep_free, "pool"_a, "pages"_a,
            py::call_guard<py::gil_scoped_release>())
+      .def("reap", &Index::reap, "pool"_a, "pages"_a, py::call_guard<py::gil_scoped_release>())
       .def(
           "lost",
           [](Index& self, PoolId pool, const py::object& pages) {

@@ -1,8 +1,9 @@
 // Which page of a pool goes first: the order among nodes whose last page there may be evicted.
 //
 // The tree says which nodes are evictable and when that changes; the order only ranks them. A
-// policy lives wholly in `rank`: now, pages that a slower pool also holds first, then least
-// recently used. put, drop and first are O(log evictable nodes); the tree is never scanned.
+// policy lives wholly in `rank`: now, the dead first (life.h), then pages that a slower pool also
+// holds, then by standing, then least recently used. put, drop and first are O(log evictable
+// nodes); the tree is never scanned.
 #pragma once
 
 #include <cstdint>
@@ -10,14 +11,18 @@
 #include <set>
 #include <utility>
 
+#include "index/life.h"
+
 namespace kvc2 {
 
 using Rank = uint64_t;  // the lowest is evicted first
 
 constexpr Rank kNotEvictable = ~Rank{0};
 
-inline Rank rank(bool held_below, uint32_t stamp) {
-  return (held_below ? 0 : Rank{1} << 32) | stamp;
+inline Rank rank(uint8_t standing, bool held_below, uint32_t stamp) {
+  const Rank living = standing != kDead;
+  const Rank last_copy = !held_below;
+  return living << 63 | last_copy << 62 | Rank{standing} << 32 | stamp;
 }
 
 class EvictionOrder {

@@ -32,14 +32,17 @@
 //   I5 Per pool: free + private + resident + in_flight == slabs x pages of a slab.
 //   I6 A page has exactly one owner, and a block at most one page in a pool.
 //   I7 A page is readable only after commit or completion; committed blocks never change.
+//   I8 What is dead (its namespace is retired) matches nobody, is committed to, demoted and loaded
+//   by
+//      nobody, and is the first to be evicted. Pins keep its pages until they end (I4).
 //
 // Presence (resident or in flight) counts for leaf-ness and for "is it there already"; only
 // residence counts for a match, as a source, and as a reason to drop another copy.
 //
 // Costs, n blocks of a request, e edges on its path: match and acquire compare n blocks' tokens and
 // hash e + 1 blocks; commit, promote and load are O(1) a block, and O(log nodes) a victim. A split
-// touches the pages before the branch. stamps, counts, restore and remove_pool walk what they name.
-// One mutex; no call waits for anything else. No I/O, no clock, no threads.
+// touches the pages before the branch. stamps, counts, restore, remove_pool and retire walk what
+// they name. One mutex; no call waits for anything else. No I/O, no clock, no threads.
 #pragma once
 
 #include <deque>
@@ -146,6 +149,8 @@ class Index {
   void remove_pool(PoolId pool);
 
   uint32_t open_namespace(const Digest& name, uint32_t page_size);
+  uint32_t retire(uint32_t space);
+  Evicted reap(PoolId pool, uint32_t pages);
 
   Match match(uint32_t space, PoolId pool, Tokens tokens) const;
   LeaseView acquire(uint32_t space, PoolId pool, Tokens tokens, uint32_t max_blocks);
@@ -218,6 +223,7 @@ class Index {
 
   // leases.cpp
   const Lease& open_lease(LeaseId id) const;
+  std::vector<Run> find(uint32_t space, Tokens tokens) const;
   void check_space(uint32_t space, PoolId pool) const;
   uint32_t tiers_of(const Run& run, std::span<const PoolId> chain,
                     std::vector<uint8_t>& tiers) const;

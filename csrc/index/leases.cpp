@@ -24,6 +24,11 @@ uint32_t Index::open_namespace(const Digest& name, uint32_t page_size) {
   return at->second;
 }
 
+std::vector<Run> Index::find(uint32_t space, Tokens tokens) const {
+  if (tree_.spaces[space].retired) return {};
+  return tree_.find(space, tokens);
+}
+
 void Index::check_space(uint32_t space, PoolId id) const {
   if (space >= tree_.spaces.size()) throw UnknownId("namespace " + std::to_string(space));
   if (tree_.spaces[space].page_size != pool(id).shape.page_size) {
@@ -62,7 +67,7 @@ Match Index::match(uint32_t space, PoolId head, Tokens tokens) const {
   check_space(space, head);
   const std::vector<PoolId> pools = chain(head);
   std::vector<uint8_t> tiers;
-  for (const Run& run : tree_.find(space, tokens)) {
+  for (const Run& run : find(space, tokens)) {
     if (tiers_of(run, pools, tiers) < run.blocks) break;
   }
   Match match{static_cast<uint32_t>(tiers.size()), std::vector<uint32_t>(pools.size(), 0)};
@@ -89,7 +94,7 @@ LeaseView Index::acquire(uint32_t space, PoolId head, Tokens tokens, uint32_t ma
   const std::vector<PoolId> pools = chain(head);
   Lease lease{.space = space, .pool = head, .stamp = tick()};
   std::vector<Run> path;
-  for (Run run : tree_.find(space, tokens.first(limit * size))) {
+  for (Run run : find(space, tokens.first(limit * size))) {
     const uint32_t blocks = run.blocks;
     run.blocks = tiers_of(run, pools, lease.found);
     if (run.blocks > 0) path.push_back(run);
@@ -240,6 +245,7 @@ Place Index::cursor(const Lease& lease) const {
 // From `at` to the lease's `block`, if that was matched and is still in the tree.
 std::optional<Place> Index::step(const Lease& lease, Place at, uint32_t block) const {
   if (block < lease.tokens_from || block >= lease.matched) return std::nullopt;
+  if (tree_.spaces[lease.space].retired) return std::nullopt;
   const size_t size = tree_.spaces[lease.space].page_size;
   return tree_.next(at, Tokens(lease.tokens).subspan((block - lease.tokens_from) * size, size));
 }
@@ -253,6 +259,7 @@ std::vector<CommitResult> Index::commit(LeaseId id, uint32_t first_block, Tokens
     throw std::invalid_argument("tokens: not page_size for each of pages");
   }
   std::vector<CommitResult> results(pages.size(), CommitResult::kRefused);
+  if (tree_.spaces[lease.space].retired) return results;
   Place at = cursor(lease);
   for (size_t i = 0; i < pages.size(); ++i) {
     const Tokens block = tokens.subspan(i * size, size);

@@ -32,7 +32,8 @@ inline Life merged(const Life& known, const Life& said) {
           .ended = said.ended};
 }
 
-// What goes before what, whatever the policy says within a standing; the lowest is evicted first.
+// What goes before what, whatever the policy says within a standing; the lowest is evicted first,
+// and of a dead block every page before all others.
 enum Standing : uint8_t {
   kDead = 0,   // expired, or its namespace is retired
   kEnded = 1,  // of a session that is over

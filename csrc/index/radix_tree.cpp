@@ -15,6 +15,21 @@ uint32_t RadixTree::add_space(const Digest& name, uint32_t page_size) {
   return space;
 }
 
+// Walks the namespace's nodes.
+uint32_t RadixTree::retire(uint32_t space) {
+  spaces[space].retired = true;
+  uint32_t found = 0;
+  std::vector<NodeId> nodes{spaces[space].root};
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    found += nodes_[nodes[i]].blocks();
+    refresh(nodes[i]);
+    for (NodeId c = nodes_[nodes[i]].first_child; c != kNoNode; c = nodes_[c].next) {
+      nodes.push_back(c);
+    }
+  }
+  return found;
+}
+
 NodeId RadixTree::new_node() {
   NodeId id;
   if (free_nodes_.empty()) {

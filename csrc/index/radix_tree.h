@@ -27,6 +27,7 @@
 
 #include "index/block_key.h"
 #include "index/eviction.h"
+#include "index/life.h"
 #include "index/page_pool.h"
 
 namespace kvc2 {
@@ -53,6 +54,7 @@ struct Space {  // a namespace
   Digest name;
   uint32_t page_size;
   NodeId root;
+  bool retired = false;  // what is in it does not match, and goes (I8)
 };
 
 struct Residency {  // one pool's pages in one node
@@ -86,6 +88,7 @@ class RadixTree {
 
   // Structure.
   uint32_t add_space(const Digest& name, uint32_t page_size);  // its number
+  uint32_t retire(uint32_t space);                             // the blocks in it
   std::vector<Run> find(uint32_t space, Tokens tokens) const;  // leading blocks, holes included
   std::optional<Place> next(Place at,
                             Tokens block) const;  // the block after `at` with these tokens
@@ -115,6 +118,7 @@ class RadixTree {
   void touch(const Run& run, uint32_t stamp);
   void refresh(NodeId node);  // after a change of pins, stamps or residency in it
   Rank rank_of(NodeId node, const Residency& in) const;
+  bool dead(Place at) const;                        // it does not match any more
   std::optional<Place> coldest(PoolId pool) const;  // the next victim
   std::optional<Place> evictable(NodeId node,
                                  PoolId pool) const;            // its last page there, if it may go

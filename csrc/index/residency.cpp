@@ -176,8 +176,10 @@ Rank RadixTree::rank_of(NodeId id, const Residency& in) const {
   if (pool.state(page) != PageState::kResident || pool[page].pins > 0) return kNotEvictable;
   const bool held_below = resident_below(at, in.pool);
   if (!last(at) && !held_below && !resident_elsewhere(at, in.pool)) return kNotEvictable;
-  return rank(held_below, node.stamps[at.offset]);
+  return rank(dead(at) ? kDead : kPlain, held_below, node.stamps[at.offset]);
 }
+
+bool RadixTree::dead(Place at) const { return spaces[nodes_[at.node].space].retired; }
 
 void RadixTree::refresh(NodeId node) {
   for (Residency& in : nodes_[node].pools) set_rank(node, in, rank_of(node, in));

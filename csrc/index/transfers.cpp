@@ -154,11 +154,12 @@ std::optional<Transfer> Index::promote(LeaseId id) {
 }
 
 // The block of `page` and those before it that the target lacks, parents first; none if the page or
-// one of them has gone from the source, or the target has it already.
+// one of them has gone from the source, the target has it already, or it is dead.
 std::vector<Place> Index::missing_below(PoolId source, PoolId target, PageId page) const {
   std::vector<Place> missing;
   if (!pool(source).is(page, PageState::kResident)) return missing;
   std::optional<Place> at = tree_.owner(source, page);
+  if (tree_.dead(*at)) return missing;
   for (; at && tree_.page(*at, target) == kNoPage; at = tree_.parent(*at)) {
     if (!tree_.resident(*at, source)) return {};
     missing.push_back(*at);

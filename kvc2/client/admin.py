@@ -48,6 +48,17 @@ class Admin:
         answer = self._call("Evict", cache_pb2.EvictRequest(tier=tier, blocks=blocks), 60.0)
         return results.Evicted(answer.evicted_blocks, answer.last_copies)
 
+    def invalidate(
+        self, *, weights_digest: str = "", namespace: bytes = b""
+    ) -> results.Invalidated:
+        """Kill all blocks computed with these weights (hexadecimal digest), or of one namespace
+        (32 bytes). Give one of the two."""
+        if namespace:
+            request = cache_pb2.InvalidateRequest(namespace=namespace)
+        else:
+            request = cache_pb2.InvalidateRequest(weights_digest=weights_digest)
+        return results.invalidated(self._call("Invalidate", request))
+
     def drain(self, deadline_s: float = 30.0) -> results.Flushed:
         """Flush and end the daemon."""
         request = cache_pb2.DrainRequest(deadline_ms=max(1, round(deadline_s * 1000)))

@@ -223,6 +223,14 @@ class Client:
         request = cache_pb2.GrantRequest(session=session.head, pages=pages)
         return results.pages(self._call(session, "Grant", request, retries=0).granted_pages)
 
+    def invalidate(self, namespace: NamespaceHandle) -> results.Invalidated:
+        """Kill all blocks of a namespace, in every tier. The handle stays good, for new ones."""
+        session = self._attached()
+        request = cache_pb2.InvalidateRequest(
+            session=session.head, namespace_id=self._number(session, namespace)
+        )
+        return results.invalidated(self._call(session, "Invalidate", request))
+
     def wait_layer(self, transfer: int, layer: int, timeout_s: float) -> bool:
         """Wait until `layer` of a transfer is in the pool: no call, no spinning. False after
         timeout_s, or when its session is over."""

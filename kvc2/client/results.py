@@ -90,6 +90,15 @@ class Evicted:
 
 
 @dataclass(frozen=True)
+class Invalidated:
+    """`blocks` of `namespaces` are dead; durable: a restart knows it."""
+
+    namespaces: int
+    blocks: int
+    durable: bool
+
+
+@dataclass(frozen=True)
 class TierStats:
     """pages == free + private + resident + in_flight; pinned ones are resident or in flight."""
 
@@ -145,6 +154,10 @@ def tier_tokens(message: cache_pb2.TierTokens) -> TierTokens:
 
 def flushed(message: cache_pb2.FlushResponse) -> Flushed:
     return Flushed(message.durable_blocks, dict(message.not_durable_blocks))
+
+
+def invalidated(message: cache_pb2.InvalidateResponse) -> Invalidated:
+    return Invalidated(message.namespaces, message.blocks, message.durable)
 
 
 def tier_stats(message: cache_pb2.TierStats) -> TierStats:

@@ -19,7 +19,7 @@ from kvc2 import errors
 from kvc2.cache import Cache, FlushResult, TierCounts
 from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics
-from kvc2.namespace import check_layout, decode
+from kvc2.namespace import check_layout, check_weights_digest, decode
 from kvc2.server import checks
 from kvc2.server.attach import Attachments
 from kvc2.server.tenants import Tenants
@@ -218,6 +218,24 @@ class CacheCalls:
         blocks = checks.evict_blocks(request.blocks)
         found = await self._cache.evict(checks.tier(request.tier), blocks)
         return cache_pb2.EvictResponse(evicted_blocks=found.evicted, last_copies=found.last_copies)
+
+    async def Invalidate(
+        self, request: cache_pb2.InvalidateRequest
+    ) -> cache_pb2.InvalidateResponse:
+        what = request.WhichOneof("what")
+        if what == "namespace_id":
+            session = self._session(request.session)
+            number = checks.namespace_id(session, request.namespace_id)
+            names = [session.namespaces[number]]
+        elif what == "namespace":
+            names = [checks.namespace("namespace", request.namespace)]
+        else:
+            digest = check_weights_digest("weights_digest", request.weights_digest)
+            names = self._cache.spaces.of_weights(digest)
+        found = await self._cache.invalidate(names)
+        return cache_pb2.InvalidateResponse(
+            namespaces=found.namespaces, blocks=found.blocks, durable=found.durable
+        )
 
     async def Stats(self, request: cache_pb2.StatsRequest) -> cache_pb2.StatsResponse:
         stats = self._cache.stats()

@@ -16,6 +16,7 @@ from kvc2.sessions import Session
 REQUEST_ID_BYTES_MAX = 128
 ENGINE_NAME_BYTES_MAX = 128
 TENANT_BYTES_MAX = 64
+NAMESPACE_BYTES = 32
 DEADLINE_MS_MAX = 3_600_000
 EVICT_BLOCKS_MAX = (1 << 32) - 1  # more than any tier has pages
 TIERS = ("gpu", "cpu", "disk")
@@ -92,6 +93,12 @@ def namespace_id(session: Session, number: int) -> int:
     if number - 1 not in session.namespaces:
         raise errors.NotFound("namespace_id", number, "opened by this session with OpenNamespace")
     return number - 1
+
+
+def namespace(field: str, value: bytes) -> bytes:
+    if len(value) != NAMESPACE_BYTES:
+        raise errors.InvalidRequest(field, f"{len(value)} bytes", f"{NAMESPACE_BYTES} bytes")
+    return value
 
 
 def tier(value: str) -> str:

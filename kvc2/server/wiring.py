@@ -27,6 +27,7 @@ UNARY = (
     "Release",
     "Flush",
     "Evict",
+    "Invalidate",
     "Stats",
     "Drain",
 )

@@ -1,9 +1,9 @@
 """The disk's catalogue: which block lies in which page, in LMDB, one transaction a batch.
 
 A block exists on disk only if its record is committed. Tables: `meta` (format version, start
-count), `layouts` (digest -> shape), `namespaces` (32 bytes -> page size, identity; never a secret),
-`blocks` ((layout number, page) -> record). Keyed by page, so a page has at most one record
-whatever happens. Not here: the bytes of pages (slab_file.py).
+count, eras of invalidated namespaces), `layouts` (digest -> shape), `namespaces` (32 bytes -> page
+size, identity; never a secret), `blocks` ((layout number, page) -> record). Keyed by page, so a
+page has at most one record whatever happens. Not here: the bytes of pages (slab_file.py).
 
 One thread at a time commits to a Catalogue (`add_layout` and `add_namespace` may be called from
 another), and nothing forks after it is open.
@@ -41,6 +41,11 @@ LAYOUT = struct.Struct("<IIQQQI")  # number, page_size, payload, page and slab b
 START = struct.Struct("<Q")
 SLACK_BYTES_MIN = 1 << 20  # namespaces, free lists and the copies that a transaction makes
 PAGE_ROOM = 8  # bytes a page for the recency array and the copy that replaces it
+ERA_PREFIX = b"era:"  # of the key in `meta`; a namespace's 32 bytes follow
+ERAS_MAX = (
+    4096  # entries of about 60 bytes, within the slack; they are never dropped: a record of an
+)
+# earlier era may still be there
 BROKEN = (
     lmdb.CorruptedError,
     lmdb.InvalidError,
@@ -123,6 +128,7 @@ class Catalogue:
         self._room_bytes = 0
         self._new_layouts: dict[int, PageShape] = {}
         self._new_namespaces: dict[bytes, tuple[int, bytes]] = {}  # page size, identity
+        self._new_eras: dict[bytes, int] = {}
         folder.mkdir(mode=0o700, exist_ok=True)
         _check_file(folder / DATA_FILE)
         try:
@@ -130,6 +136,7 @@ class Catalogue:
             self.start_count = self._begin()
             self.layouts = self._layouts()
             self.namespaces = self._namespaces()
+            self.eras = self._eras()
         except errors.StartRefused:
             self._env.close()
             raise
@@ -181,6 +188,16 @@ class Catalogue:
         with self._env.begin(db=self._namespace_table) as txn:
             return {key: _namespace(value) for key, value in txn.cursor()}
 
+    def _eras(self) -> dict[bytes, int]:
+        with self._env.begin(db=self._meta) as txn:
+            cursor = txn.cursor()
+            rows = list(cursor.iternext()) if cursor.set_range(ERA_PREFIX) else []
+        return {
+            key.removeprefix(ERA_PREFIX): START.unpack(value)[0]
+            for key, value in rows
+            if key.startswith(ERA_PREFIX)
+        }
+
     @property
     def bytes_max(self) -> int:
         """What the catalogue's files may come to, at most (LMDB's map is bounded by it)."""
@@ -213,6 +230,14 @@ class Catalogue:
         self.namespaces[name] = self._new_namespaces[name] = (page_size, identity)
         return True
 
+    def begin_era(self, name: bytes) -> None:
+        """What was stored of the namespace so far is of an earlier era, also after a restart. To be
+        committed with the next change, and so before anything of the new era. Raises LimitReached.
+        """
+        if name not in self.eras and len(self.eras) >= ERAS_MAX:
+            raise errors.LimitReached("invalidated namespaces", ERAS_MAX, "are remembered already")
+        self.eras[name] = self._new_eras[name] = self.eras.get(name, 0) + 1
+
     def records(self, number: int) -> Stored:
         """All records of a layout. Raises Damaged when LMDB finds its file broken."""
         shape = self.layouts[number]
@@ -233,9 +258,10 @@ class Catalogue:
 
     def commit(self, change: Change) -> None:
         """All of it, durable when this returns, or nothing: Full, or lmdb.Error for other faults.
-        Layouts and namespaces that are new since the last commit go along."""
+        Layouts, namespaces and eras that are new since the last commit go along."""
         layouts, namespaces = dict(self._new_layouts), dict(self._new_namespaces)
-        if not (change.deletes or change.inserts or layouts or namespaces):
+        eras = dict(self._new_eras)
+        if not (change.deletes or change.inserts or layouts or namespaces or eras):
             return
         try:
             with self._env.begin(write=True) as txn:
@@ -247,6 +273,8 @@ class Catalogue:
                 for name, (page_size, identity) in namespaces.items():
                     value = struct.pack("<I", page_size) + identity
                     txn.put(name, value, db=self._namespace_table)
+                for name, era in eras.items():
+                    txn.put(ERA_PREFIX + name, START.pack(era), db=self._meta)
                 if change.inserts:
                     txn.cursor(self._blocks).putmulti(change.inserts)
         except (lmdb.MapFullError, lmdb.DiskError) as error:
@@ -255,6 +283,9 @@ class Catalogue:
             del self._new_layouts[number]
         for name in namespaces:
             del self._new_namespaces[name]
+        for name, era in eras.items():
+            if self._new_eras[name] == era:
+                del self._new_eras[name]
         self._keep_whole()
 
     def drop_namespaces(self, names: Iterable[bytes]) -> None:

@@ -26,6 +26,7 @@ import numpy as np
 
 from kvc2 import _core, errors
 from kvc2.metrics import Metrics
+from kvc2.namespace import of_era
 from kvc2.tiers.base import U8, U32, U64, PageShape, part_of
 from kvc2.tiers.catalogue import Catalogue, Change, Damaged, Full, Stored, insertions, room_bytes
 from kvc2.tiers.slab_file import Files, SlabFiles
@@ -299,8 +300,13 @@ class DiskTier:
         path.unlink(missing_ok=True)
 
     def forget_namespaces(self, used: set[bytes]) -> None:
-        """Drop the namespaces that no block starts from. At start only."""
-        unused = [name for name in self.catalogue.namespaces if name not in used]
+        """Drop the namespaces that no block of their era starts from. At start only."""
+        eras = self.catalogue.eras
+        unused = [
+            name
+            for name in self.catalogue.namespaces
+            if of_era(name, eras.get(name, 0)) not in used
+        ]
         try:
             self.catalogue.drop_namespaces(unused)
         except lmdb.Error as error:

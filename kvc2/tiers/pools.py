@@ -16,6 +16,7 @@ import numpy as np
 from kvc2 import _core, errors
 from kvc2.arena import Arena
 from kvc2.metrics import Metrics
+from kvc2.namespace import of_era
 from kvc2.tiers.base import U32, PageShape
 from kvc2.tiers.cpu import CpuPool
 from kvc2.tiers.disk import DiskPool, DiskTier
@@ -136,13 +137,14 @@ class Pools:
 
     def restore(self) -> set[bytes]:
         """Rebuild what the disk held: namespaces, slabs, residency; drop records that don't fit.
-        The namespaces that the index knows now."""
+        The names that the index knows now, each of its era."""
         disk = self.disk
         if disk is None:
             return set()
-        names = set(disk.catalogue.namespaces)
+        names = set()
         for name, (page_size, _) in disk.catalogue.namespaces.items():
-            self._index.open_namespace(name, page_size)
+            names.add(of_era(name, disk.catalogue.eras.get(name, 0)))
+            self._index.open_namespace(of_era(name, disk.catalogue.eras.get(name, 0)), page_size)
         used: set[bytes] = set()
         for pool in list(disk.pools.values()):
             used |= self._restore_pool(disk, self._known(pool.shape))

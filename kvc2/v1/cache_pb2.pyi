@@ -303,6 +303,28 @@ class EvictResponse(_message.Message):
     last_copies: int
     def __init__(self, evicted_blocks: _Optional[int] = ..., last_copies: _Optional[int] = ...) -> None: ...
 
+class InvalidateRequest(_message.Message):
+    __slots__ = ("weights_digest", "namespace", "namespace_id", "session")
+    WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    weights_digest: str
+    namespace: bytes
+    namespace_id: int
+    session: SessionRef
+    def __init__(self, weights_digest: _Optional[str] = ..., namespace: _Optional[bytes] = ..., namespace_id: _Optional[int] = ..., session: _Optional[_Union[SessionRef, _Mapping]] = ...) -> None: ...
+
+class InvalidateResponse(_message.Message):
+    __slots__ = ("namespaces", "blocks", "durable")
+    NAMESPACES_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_FIELD_NUMBER: _ClassVar[int]
+    namespaces: int
+    blocks: int
+    durable: bool
+    def __init__(self, namespaces: _Optional[int] = ..., blocks: _Optional[int] = ..., durable: _Optional[bool] = ...) -> None: ...
+
 class StatsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -156,6 +156,11 @@ class CacheStub:
                 request_serializer=kvc2_dot_v1_dot_cache__pb2.EvictRequest.SerializeToString,
                 response_deserializer=kvc2_dot_v1_dot_cache__pb2.EvictResponse.FromString,
                 _registered_method=True)
+        self.Invalidate = channel.unary_unary(
+                '/kvc2.v1.Cache/Invalidate',
+                request_serializer=kvc2_dot_v1_dot_cache__pb2.InvalidateRequest.SerializeToString,
+                response_deserializer=kvc2_dot_v1_dot_cache__pb2.InvalidateResponse.FromString,
+                _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/kvc2.v1.Cache/Stats',
                 request_serializer=kvc2_dot_v1_dot_cache__pb2.StatsRequest.SerializeToString,
@@ -245,6 +250,17 @@ class CacheServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Invalidate(self, request, context):
+        """Invalidate makes all blocks of some namespaces dead at once, in every tier: they match nobody, and
+        their pages are freed as pins end; on disk their records go with the next commit, and a restart
+        does not bring them back. Sessions that have such a namespace open go on under the same
+        namespace_id, which matches nothing and takes new commits; what leases that were open before
+        commit is refused. NOT_FOUND: a namespace that is neither open nor on disk.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Stats(self, request, context):
         """Stats returns counters and sizes. Changes nothing.
         """
@@ -315,6 +331,11 @@ def add_CacheServicer_to_server(servicer, server):
                     servicer.Evict,
                     request_deserializer=kvc2_dot_v1_dot_cache__pb2.EvictRequest.FromString,
                     response_serializer=kvc2_dot_v1_dot_cache__pb2.EvictResponse.SerializeToString,
+            ),
+            'Invalidate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Invalidate,
+                    request_deserializer=kvc2_dot_v1_dot_cache__pb2.InvalidateRequest.FromString,
+                    response_serializer=kvc2_dot_v1_dot_cache__pb2.InvalidateResponse.SerializeToString,
             ),
             'Stats': grpc.unary_unary_rpc_method_handler(
                     servicer.Stats,
@@ -554,6 +575,33 @@ class Cache:
             '/kvc2.v1.Cache/Evict',
             kvc2_dot_v1_dot_cache__pb2.EvictRequest.SerializeToString,
             kvc2_dot_v1_dot_cache__pb2.EvictResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Invalidate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvc2.v1.Cache/Invalidate',
+            kvc2_dot_v1_dot_cache__pb2.InvalidateRequest.SerializeToString,
+            kvc2_dot_v1_dot_cache__pb2.InvalidateResponse.FromString,
             options,
             channel_credentials,
             insecure,

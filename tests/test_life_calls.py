@@ -1,0 +1,68 @@
+"""The calls and commands about blocks' lives, over a daemon in the same process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from kvc2 import cli
+from kvc2.client import Admin, LeaseCommit, NamespaceHandle
+from kvc2.errors import InvalidRequest, NotFound
+from tests.daemons import ServedDaemon, serve_config
+from tests.engines import TinyEngine, identity
+
+TOKENS = np.arange(100, dtype=np.uint32)
+BLOCKS = 6
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[ServedDaemon]:
+    with ServedDaemon(serve_config(tmp_path), cache=None) as daemon:
+        yield daemon
+
+
+def commit(engine: TinyEngine, handle: NamespaceHandle) -> None:
+    """All full blocks of TOKENS, and their lease's end."""
+    found = engine.client.acquire(handle, b"r", TOKENS, grant_pages=BLOCKS)
+    first = len(found.prefix_pages)
+    tokens = TOKENS[first * 16 : BLOCKS * 16]
+    pages = found.granted_pages[: BLOCKS - first]
+    answer = engine.client.commit([LeaseCommit(b"r", first, tokens, pages)])
+    assert answer.results[0].tolist() == [0] * len(pages)
+    engine.client.release([b"r"], returned=found.granted_pages[BLOCKS - first :])
+
+
+def test_an_engine_an_operator_and_a_command_invalidate(served: ServedDaemon) -> None:
+    with TinyEngine(served.address) as engine, Admin(served.address) as admin:
+        client = engine.client
+        handle = client.open_namespace(identity().encode())
+        commit(engine, handle)
+        assert client.invalidate(handle).blocks == BLOCKS
+        assert client.match(handle, TOKENS).matched_tokens == 0
+        commit(engine, handle)
+        found = admin.invalidate(weights_digest=identity().weights_digest)
+        assert (found.namespaces, found.blocks) == (1, BLOCKS)
+        commit(engine, handle)
+        name = served.on_loop(lambda: served.daemon.cache.spaces.name(0))
+        run = CliRunner().invoke(
+            cli.app,
+            ["invalidate", "--namespace", name.hex(), "--address", served.address, "--json"],
+        )
+        assert json.loads(run.stdout) == {"namespaces": 1, "blocks": BLOCKS, "durable": True}
+        assert client.match(handle, TOKENS).matched_tokens == 0
+        with pytest.raises(NotFound, match="namespace"):
+            admin.invalidate(namespace=bytes(32))
+        with pytest.raises(InvalidRequest, match="weights_digest"):
+            admin.invalidate(weights_digest="12")
+
+
+@pytest.mark.parametrize("flags", [[], ["--namespace", "12", "--weights-digest", "12"]])
+def test_invalidate_takes_one_of_two(flags: list[str]) -> None:
+    found = CliRunner().invoke(cli.app, ["invalidate", *flags])
+    assert found.exit_code == 2
+    assert "one of them" in found.output
