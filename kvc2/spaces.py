@@ -30,8 +30,8 @@ class Opened:
 
 
 class Spaces:
-    """Namespaces by the number that sessions know them by. `known`: the names, each of its era, that
-    the index has a space for, retired ones too: at most `known_max`."""
+    """Namespaces by the number that sessions know them by. `known`: the names, each of its era,
+    that the index has a space for, retired ones too: at most `known_max`."""
 
     def __init__(
         self, index: _core.Index, mover: Mover, disk: DiskTier | None, known_max: int

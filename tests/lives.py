@@ -18,7 +18,7 @@ from tests.machines import (
     namespaces,
     prompts,
 )  # fmt: skip
-from tests.models import PRIVATE, Path
+from tests.model_parts import PRIVATE, Path
 
 HOWS = [
     "load",

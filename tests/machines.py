@@ -14,16 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvc2 import _core
-from tests.models import (
-    IN_FLIGHT,
-    PRIVATE,
-    REFUSED,
-    RESIDENT,
-    IndexModel,
-    PoolModel,
-    TransferModel,
-    digests,
-)  # fmt: skip
+from tests.model_parts import IN_FLIGHT, PRIVATE, REFUSED, RESIDENT, PoolModel, TransferModel
+from tests.models import IndexModel, digests
 
 PAGE_SIZE = 2
 PER_SLAB = 3

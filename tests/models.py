@@ -9,74 +9,21 @@ told which ones (`picks`) and checks that they were free to take.
 import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
-Path = tuple[object, ...]  # (namespace id, tokens of block 0, tokens of block 1, ...)
-
-FREE, PRIVATE, IN_FLIGHT, RESIDENT = "free", "private", "in_flight", "resident"
-ADOPTED, DUPLICATE, REFUSED = 0, 1, 2
-
-
-@dataclass
-class PoolModel:
-    per_slab: int
-    below: int | None
-    durable: bool
-    closed: bool = False
-    state: dict[int, str] = field(default_factory=dict)
-    blocks: dict[Path, int] = field(default_factory=dict)  # in flight or resident
-    queue: list[int] = field(default_factory=list)
-    evicted: int = 0
-    last_copies: int = 0
-
-    def present(self, path: Path) -> bool:
-        return path in self.blocks
-
-    def resident(self, path: Path) -> bool:
-        return path in self.blocks and self.state[self.blocks[path]] == RESIDENT
-
-    def owner(self, page: int) -> Path:
-        return next(path for path, at in self.blocks.items() if at == page)
-
-    def free_pages(self) -> list[int]:
-        return [page for page, state in self.state.items() if state == FREE]
-
-
-@dataclass
-class Held:
-    path: Path
-    page: int
-    tier: int | None  # None: committed by the lease
-    duplicate: bool = False
-    anchored: bool = True  # the block's page in the pool is pinned; False once its transfer failed
-
-
-@dataclass
-class LeaseModel:
-    namespace: int
-    pool: int
-    stamp: int
-    path: Path  # of all full blocks of its tokens
-    found: list[int]  # tier by matched block
-    computing: int
-    held: list[Held] = field(default_factory=list)
-    stray: list[Held] = field(default_factory=list)
-    known_from: int = 0  # matched blocks before this one can't be found again once lost
-    committed: int = 0  # blocks before this one are not being computed
-
-    def computes(self) -> list[Path]:
-        first = max(len(self.found), self.committed)
-        return [self.path[: i + 2] for i in range(first, len(self.path) - 1)]
-
-
-@dataclass
-class TransferModel:
-    source: int
-    target: int
-    paths: list[Path]
-    source_pages: list[int]
-    target_pages: list[int]
-    failed: bool = False
+from tests.model_parts import (
+    ADOPTED,
+    DUPLICATE,
+    FREE,
+    IN_FLIGHT,
+    PRIVATE,
+    REFUSED,
+    RESIDENT,
+    Held,
+    LeaseModel,
+    Path,
+    PoolModel,
+    TransferModel,
+)
 
 
 class IndexModel:
