@@ -58,8 +58,9 @@ class Match:
     tiers: tuple[int, ...]
 
 class Transfer:
-    """One batched move between two pools, in prefix order. Source and target pages are pinned until
-    `complete`. `records` is None unless one of the two pools is durable."""
+    """One batched move between two pools, or (plan_move) within one, in prefix order. Its source
+    pages are pinned until `complete`, and so are the target's. `records` is None unless one of the
+    two pools is durable."""
 
     id: int  # rises by one with each transfer of this index, from 1
     source: int
@@ -130,9 +131,20 @@ class Index:
         """Evict what lies in the slab, and what lies below it in this pool, tail first. Pinned,
         private and in-flight pages stay, and with them what is above them; never makes a hole."""
     def take_slab(self, pool: int, slab: int) -> bool:
-        """Remove the slab if all its pages are free; False otherwise. Its number becomes free."""
-    def slab_free(self, pool: int) -> U32:
-        """[highest slab number + 1] free pages by slab; 0xFFFFFFFF where there is no slab."""
+        """Remove the slab, open or closed, if nothing is in it; False otherwise. Its number becomes
+        free."""
+    def close_slab(self, pool: int, slab: int) -> bool:
+        """Begin to empty a slab: no page of it is taken any more, its free pages no longer count as
+        the pool's, nor does what is freed in it later. False, and nothing changes, when there is
+        no open slab of that number, or a page of it is private, pinned or in flight."""
+    def reopen_slab(self, pool: int, slab: int) -> bool:
+        """Think better of it: what was freed in a closed slab is free again. False: not closed."""
+    def slab_pages(self, pool: int) -> U32:
+        """[slabs] by number the pages that are not free: what emptying it would evict or move;
+        0xFFFFFFFF where there is no slab, or a closed one."""
+    def victim_age(self, pool: int) -> int | None:
+        """How many acquires, of all pools, there have been since the block that the pool would
+        evict next was last used; None when it could evict none."""
     def pool_counts(self, pool: int) -> PoolCounts: ...
     def close_pool(self, pool: int) -> None:
         """A session ended: its leases are released, private pages freed, nothing is planned into it
@@ -196,9 +208,16 @@ class Index:
         then only its free pages are used. A block whose parent is not below is left out."""
     def undemoted(self, pool: int) -> int:
         """Blocks that `plan_demote` has still to consider."""
-    def complete(self, transfer: int, done: int) -> None:
+    def plan_move(self, pool: int, slab: int, max_pages: int) -> Transfer | None:
+        """Move what a closed slab holds to free pages of the pool's other slabs (source and target
+        are one pool), evicting nothing; None when there is nothing that could be moved, or no
+        free page. The blocks stay resident where they are until it is complete. In a durable pool
+        they keep their generations: a page's bytes, header included, stay the same."""
+    def complete(self, transfer: int, done: int) -> U32:
         """The first `done` blocks are resident in the target; the pages of the rest are free again.
-        What a demotion did not bring is `undemoted` again, behind what was so already."""
+        What a demotion did not bring is `undemoted` again, behind what was so already. Of a move:
+        the pages that its blocks have left, which are gone; a block that was pinned since stays
+        where it was, and its target is free again."""
     def evict(self, pool: int, pages: int) -> Evicted:
         """Up to `pages` leaves of the pool, least recently used first; before them those that a
         slower pool also holds, and before all the dead. Never pinned ones, never a hole."""

@@ -19,6 +19,7 @@ from tests.machines import (
     prompts,
 )  # fmt: skip
 from tests.model_parts import PRIVATE, Path
+from tests.slab_machine import SlabMachine
 
 HOWS = [
     "load",
@@ -36,7 +37,7 @@ HOWS = [
 ends = st.sampled_from(["stays", "stays", "leaves", "closes", "dies"])
 
 
-class IndexLives(IndexEndings):
+class IndexLives(IndexEndings, SlabMachine):
     """The machine with rules of many calls beside those of one."""
 
     def living(self, pick: int) -> int:
@@ -224,12 +225,38 @@ class IndexLives(IndexEndings):
             prompt = [*blocks, *own]
             self.compute(self.open(namespace, self.living(pick), prompt, 9))  # type: ignore[arg-type]
 
-    @rule(gpu=choice, pool=choice)
-    def a_slab_is_given_up(self, gpu: int, pool: int) -> None:
-        """Its pages move away as far as they may; it goes if all did."""
-        at = self.a_pool(pool)
-        slabs = {page // PER_SLAB for page in self.model.pools[at].state}
-        if len(slabs) > 1:
-            slab = sorted(slabs)[gpu % len(slabs)]
-            self.empty_slab(at, slab)
+    @rule(pool=choice, pick=choice, meanwhile=st.sampled_from(["", "use", "use", "fail", "die"]))
+    def a_slab_moves_away(self, pool: int, pick: int, meanwhile: str) -> None:
+        """The coldest blocks of the pool go, what the slab holds moves to others, it is taken."""
+        at = self.a_gpu(pool) if meanwhile == "die" else self.a_pool(pool)
+        slabs = sorted({page // PER_SLAB for page in self.model.pools[at].blocks.values()})
+        if not slabs:
+            return
+        slab = slabs[pick % len(slabs)]
+        self.add_slab(at)
+        self.close_slab(at, slab)
+        held = self.model.pools[at].slab(slab)
+        self.evict(at, max(0, len(held) - len(self.model.pools[at].free_pages())))
+        before = self.last_transfer
+        self.plan_move(at, slab, 9)
+        if self.last_transfer > before:
+            move = self.last_transfer
+            self.while_it_moves(at, meanwhile)
+            self.land(move, short=int(meanwhile == "fail"))
+        if at in self.model.pools:
             self.take_slab(at, slab)
+        self.index.check()
+
+    def while_it_moves(self, pool: int, what: str) -> None:
+        if what == "use":  # its first block, which is pinned thereby
+            namespace, *blocks = self.model.transfers[self.last_transfer].paths[0]
+            gpu = pool if pool in self.gpus else self.living(pool)
+            self.evict(gpu, 9)
+            lease = self.open(namespace, gpu, blocks, 9)  # type: ignore[arg-type]
+            if pool == self.disk:
+                self.evict(self.cpu, 9)
+                self.next_load(lease, 3)
+            self.promote(lease)
+        elif what == "die":
+            self.close(pool)
+            self.session_is_forgotten()

@@ -15,7 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvc2 import _core
 from tests.model_parts import IN_FLIGHT, PRIVATE, REFUSED, RESIDENT, PoolModel, TransferModel
-from tests.models import IndexModel, digests
+from tests.models import digests
+from tests.slab_models import SlabModel
 
 PAGE_SIZE = 2
 PER_SLAB = 3
@@ -49,7 +50,7 @@ class IndexMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.index = _core.Index(first_generation=10)
-        self.model = IndexModel()
+        self.model = SlabModel()
         self.generations: dict[int, int] = {}  # by page of the durable pool
         self.last_generation = 9
         self.last_transfer = 0
@@ -76,8 +77,8 @@ class IndexMachine(RuleBasedStateMachine):
 
     def grow(self, pool: int) -> None:
         slab = self.index.add_slab(pool)
-        state = self.model.pools[pool].state
-        assert slab == next(s for s in itertools.count() if s * PER_SLAB not in state)
+        state, taken = self.model.pools[pool].state, self.model.pools[pool].numbers()
+        assert slab == next(s for s in itertools.count() if s not in taken)
         state.update(dict.fromkeys(range(slab * PER_SLAB, (slab + 1) * PER_SLAB), "free"))
 
     def a_pool(self, pick: int) -> int:
@@ -196,7 +197,8 @@ class IndexMachine(RuleBasedStateMachine):
         assert self.index.give_back(pool, u32(pages)) == fine
         SEEN["private -> free: give_back"] += fine and bool(pages)
         SEEN["give_back: refused"] += not fine
-        state.update(dict.fromkeys(pages if fine else [], "free"))
+        for each in pages if fine else []:
+            self.model.pools[pool].free(each)
 
     @rule(gpu=choice, pages=st.lists(st.integers(0, 3 * PER_SLAB), max_size=3))
     def keep(self, gpu: int, pages: list[int]) -> None:
@@ -306,7 +308,7 @@ class IndexMachine(RuleBasedStateMachine):
             SEEN["complete: a failure breaks a lease"] += any(broken)
             SEEN["complete: and two"] += sum(map(bool, broken)) > 1
             SEEN["complete: and a duplicate"] += any(h.duplicate for b in broken for h in b)
-        self.index.complete(transfer, done)
+        assert self.index.complete(transfer, done).size == 0
         self.model.complete(transfer, done)
 
     # eviction and faults
@@ -372,26 +374,8 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(pool=choice)
     def add_slab(self, pool: int) -> None:
         at = self.a_pool(pool)
-        if not self.model.pools[at].closed and len(self.model.pools[at].state) < 5 * PER_SLAB:
+        if not self.model.pools[at].closed and len(self.model.pools[at].numbers()) < 5:
             self.grow(at)
-
-    @rule(pool=choice, slab=st.integers(0, 4))
-    def empty_slab(self, pool: int, slab: int) -> None:
-        at = self.a_pool(pool)
-        real = self.index.empty_slab(at, slab)
-        assert set(real.pages.tolist()) == self.model.empty_slab(at, slab)
-        SEEN["resident -> free: empty_slab"] += real.pages.size > 0
-
-    @rule(pool=choice, slab=st.integers(0, 4))
-    def take_slab(self, pool: int, slab: int) -> None:
-        at = self.a_pool(pool)
-        state = self.model.pools[at].state
-        pages = range(slab * PER_SLAB, (slab + 1) * PER_SLAB)
-        fine = all(state.get(page) == "free" for page in pages)
-        assert self.index.take_slab(at, slab) == fine
-        SEEN["free -> absent: take_slab"] += fine
-        for page in pages if fine else []:
-            del state[page]
 
     # restart
     @rule(order=st.randoms(use_true_random=False))
@@ -450,6 +434,7 @@ class IndexMachine(RuleBasedStateMachine):
                 *(states.count(s) for s in ("free", PRIVATE, IN_FLIGHT, RESIDENT)), len(states)
             ]  # fmt: skip
             assert (real.evicted, real.last_copies) == (at.evicted, at.last_copies)
+            assert self.index.victim_age(pool) == self.model.victim_age(pool)
             assert real.pinned == sum(self.model.pins(pool, page) > 0 for page in at.state)
             assert self.index.undemoted(pool) == len(at.queue)
             stamps = self.index.stamps(pool)

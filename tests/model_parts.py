@@ -19,6 +19,19 @@ class PoolModel:
     queue: list[int] = field(default_factory=list)
     evicted: int = 0
     last_copies: int = 0
+    shut: set[int] = field(default_factory=set)  # closed slabs
+
+    def free(self, page: int) -> None:
+        if page // self.per_slab in self.shut:
+            del self.state[page]
+        else:
+            self.state[page] = FREE
+
+    def slab(self, number: int) -> list[int]:
+        return [page for page in self.state if page // self.per_slab == number]
+
+    def numbers(self) -> set[int]:
+        return {page // self.per_slab for page in self.state} | self.shut
 
     def present(self, path: Path) -> bool:
         return path in self.blocks
@@ -68,3 +81,7 @@ class TransferModel:
     source_pages: list[int]
     target_pages: list[int]
     failed: bool = False
+
+    @property
+    def is_move(self) -> bool:
+        return self.source == self.target

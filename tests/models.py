@@ -60,7 +60,8 @@ class IndexModel:
                 count += anchored and self.pools[pool].blocks[held.path] == page
         for transfer in self.transfers.values():
             count += transfer.source == pool and page in transfer.source_pages
-            count += transfer.target == pool and page in transfer.target_pages
+            arrives = transfer.target == pool and not transfer.is_move
+            count += arrives and page in transfer.target_pages
         return count
 
     def arriving(self, pool: int, path: Path) -> bool:
@@ -68,7 +69,10 @@ class IndexModel:
 
     def is_held(self, pool: int, page: int) -> bool:
         leases = [lease for lease in self.leases.values() if lease.pool == pool]
-        return any(h.duplicate and h.page == page for le in leases for h in le.held + le.stray)
+        moves = [t for t in self.transfers.values() if t.is_move and t.target == pool]
+        return any(page in move.target_pages for move in moves) or any(
+            h.duplicate and h.page == page for le in leases for h in le.held + le.stray
+        )
 
     def held_below(self, path: Path, pool: int) -> bool:
         return any(self.pools[p].resident(path) for p in self.chain(pool)[1:])
@@ -103,7 +107,7 @@ class IndexModel:
         pages = [self.pools[lease.pool].blocks[held.path] for held in lease.held]
         return max(
             (i for i, t in self.transfers.items() if t.target == lease.pool
-             and set(t.target_pages) & set(pages)),
+             and not t.is_move and set(t.target_pages) & set(pages)),
             default=0,
         )  # fmt: skip
 
@@ -111,7 +115,7 @@ class IndexModel:
     def drop(self, path: Path, pool: int) -> int:
         at = self.pools[pool]
         page = at.blocks.pop(path)
-        at.state[page] = FREE
+        at.free(page)
         self.forget()
         return page
 
@@ -132,7 +136,7 @@ class IndexModel:
         self, pool: int, picks: Iterator[int], state: str, spared: Path | None = None
     ) -> int | None:
         at = self.pools[pool]
-        if not at.free_pages():
+        while not at.free_pages():
             path = None if at.durable else self.victim(pool, spared)
             if path is None:
                 return None
@@ -245,7 +249,7 @@ class IndexModel:
         lease = self.leases.pop(lease_id)
         for held in lease.held + lease.stray:
             if held.duplicate:
-                self.pools[lease.pool].state[held.page] = FREE
+                self.pools[lease.pool].free(held.page)
 
     def add(self, plan: TransferModel, path: Path, picks: Iterator[int]) -> bool:
         page = self.take(plan.target, picks, IN_FLIGHT, spared=path[:-1])
@@ -404,18 +408,6 @@ class IndexModel:
         self.retired.add(namespace)
         return sum(path[0] == namespace for path in self.stamps) if fresh else 0
 
-    def empty_slab(self, pool: int, slab: int) -> set[int]:
-        at = self.pools[pool]
-        evicted = set()
-        for page in range(slab * at.per_slab, (slab + 1) * at.per_slab):
-            if at.state.get(page) != RESIDENT:
-                continue
-            top = at.owner(page)
-            for path in sorted([top, *self.under(top, pool)], key=len, reverse=True):
-                if self.evictable(path, pool):
-                    evicted.add(self.evict_one(path, pool))
-        return evicted
-
     def lost(self, pool: int, pages: list[int]) -> list[int]:
         at = self.pools[pool]
         gone = []
@@ -429,9 +421,9 @@ class IndexModel:
         self.pools[pool].closed = True
         for lease in [i for i, le in self.leases.items() if le.pool == pool]:
             self.release(lease)
-        for page, state in self.pools[pool].state.items():
-            if state == PRIVATE:
-                self.pools[pool].state[page] = FREE
+        for page, state in list(self.pools[pool].state.items()):
+            if state == PRIVATE and not self.is_held(pool, page):
+                self.pools[pool].free(page)
 
     def remove_pool(self, pool: int) -> None:
         del self.pools[pool]

@@ -250,9 +250,61 @@ def test_a_slab_with_private_pages_or_none_there_is_not_taken(house: House) -> N
     assert not house.index.take_slab(house.gpu, 1)
     house.index.give_back(house.gpu, page)
     assert house.index.take_slab(house.gpu, 0)
-    assert house.index.slab_free(house.gpu).size == 0
+    assert house.index.slab_pages(house.gpu).tolist() == [0xFFFFFFFF]
     assert house.index.add_slab(house.gpu) == 0
-    assert house.index.slab_free(house.gpu).tolist() == [4]
+    assert house.index.slab_pages(house.gpu).tolist() == [0]
+
+
+def test_a_slab_is_closed_moved_and_taken_while_its_blocks_stay(house: House) -> None:
+    index, gpu = house.index, house.gpu
+    index.add_slab(gpu)
+    index.release(house.compute(1, 2, 3))
+    assert index.close_slab(gpu, 0)
+    assert index.pool_counts(gpu).pages == 4 + 3
+    move = index.plan_move(gpu, 0, 2)
+    assert move is not None
+    assert (move.source, move.target, move.source_pages.tolist()) == (gpu, gpu, [0, 1])
+    assert house.matched(1, 2, 3) == (3, 0, 0)
+    reader = index.acquire(house.space, gpu, tokens(1), 1)  # pins what is being moved
+    assert index.complete(move.id, 2).tolist() == [1]
+    assert index.plan_move(gpu, 0, 9) is not None  # block 3; block 1 is pinned
+    assert not index.take_slab(gpu, 0)
+    index.release(reader.id)
+    index.complete(move.id + 1, 1)
+    last = index.plan_move(gpu, 0, 9)
+    assert last is not None
+    assert index.complete(last.id, 1).tolist() == [0]
+    assert index.take_slab(gpu, 0)
+    assert house.matched(1, 2, 3) == (3, 0, 0)
+    assert index.lease(house.compute(1, 2, 3)).pages.min() >= 4
+    index.check()
+
+
+def test_a_closed_slab_gives_no_page_and_may_be_reopened(house: House) -> None:
+    index, gpu = house.index, house.gpu
+    index.release(house.compute(1))
+    assert index.close_slab(gpu, 0)
+    assert not index.close_slab(gpu, 0)
+    assert index.slab_pages(gpu).tolist() == [0xFFFFFFFF]
+    assert index.pool_counts(gpu).free == 0
+    assert index.plan_move(gpu, 0, 1) is None  # nowhere to go
+    assert index.reopen_slab(gpu, 0)
+    assert not index.reopen_slab(gpu, 0)
+    assert index.pool_counts(gpu).free == 3
+    assert index.grant(gpu, 9).size == 4  # the block goes, as it would have
+    index.check()
+
+
+def test_the_age_of_the_next_victim_counts_acquires_of_all_pools(house: House) -> None:
+    index = house.index
+    assert index.victim_age(house.gpu) is None
+    index.release(house.compute(1))
+    other = index.add_pool(page_size=SIZE, pages_per_slab=1, below=None, durable=False)
+    for _ in range(3):
+        index.release(index.acquire(house.space, other, tokens(9), 1).id)
+    assert index.victim_age(house.gpu) == 3
+    index.acquire(house.space, house.gpu, tokens(1), 1)
+    assert index.victim_age(house.gpu) is None  # pinned
 
 
 def test_a_page_that_waits_for_demotion_survives_its_slab(house: House) -> None:

@@ -213,12 +213,17 @@ void bind_pools(py::class_<Index>& index) {
            py::call_guard<py::gil_scoped_release>())
       .def("take_slab", &Index::take_slab, "pool"_a, "slab"_a,
            py::call_guard<py::gil_scoped_release>())
+      .def("close_slab", &Index::close_slab, "pool"_a, "slab"_a,
+           py::call_guard<py::gil_scoped_release>())
+      .def("reopen_slab", &Index::reopen_slab, "pool"_a, "slab"_a,
+           py::call_guard<py::gil_scoped_release>())
       .def(
-          "slab_free",
+          "slab_pages",
           [](const Index& self, PoolId pool) {
-            return array_of(unlocked([&] { return self.slab_free(pool); }));
+            return array_of(unlocked([&] { return self.slab_pages(pool); }));
           },
           "pool"_a)
+      .def("victim_age", &Index::victim_age, "pool"_a, py::call_guard<py::gil_scoped_release>())
       .def("pool_counts", &Index::pool_counts, "pool"_a, py::call_guard<py::gil_scoped_release>())
       .def("close_pool", &Index::close_pool, "pool"_a, py::call_guard<py::gil_scoped_release>())
       .def("remove_pool", &Index::remove_pool, "pool"_a, py::call_guard<py::gil_scoped_release>())
@@ -329,8 +334,18 @@ void bind_behind(py::class_<Index>& index) {
           },
           "pool"_a, "max_pages"_a)
       .def("undemoted", &Index::undemoted, "pool"_a, py::call_guard<py::gil_scoped_release>())
-      .def("complete", &Index::complete, "transfer"_a, "done"_a,
-           py::call_guard<py::gil_scoped_release>())
+      .def(
+          "plan_move",
+          [](Index& self, PoolId pool, uint32_t slab, uint32_t max_pages) {
+            return object_of(unlocked([&] { return self.plan_move(pool, slab, max_pages); }));
+          },
+          "pool"_a, "slab"_a, "max_pages"_a)
+      .def(
+          "complete",
+          [](Index& self, TransferId transfer, uint32_t done) {
+            return array_of(unlocked([&] { return self.complete(transfer, done); }));
+          },
+          "transfer"_a, "done"_a)
       .def("evict", &Index::evict, "pool"_a, "pages"_a, py::call_guard<py::gil_scoped_release>())
       .def("keep_free", &Index::keep_free, "pool"_a, "pages"_a,
            py::call_guard<py::gil_scoped_release>())

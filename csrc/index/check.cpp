@@ -130,6 +130,10 @@ void Index::check_pins() const {
     for (size_t i = 0; i < transfer.source_pages.size(); ++i) {
       if (alive(transfer.source)) ++at(transfer.source, transfer.source_pages[i]).pins;
       if (!alive(transfer.target)) continue;
+      if (transfer.is_move()) {
+        ++at(transfer.target, transfer.target_pages[i]).held;
+        continue;
+      }
       ++at(transfer.target, transfer.target_pages[i]).pins;
       ++at(transfer.target, transfer.target_pages[i]).arriving;
       KVC2_CHECK(in_flight_.at(uint64_t{transfer.target} << 32 | transfer.target_pages[i]) == id,

@@ -12,8 +12,10 @@
 //
 // A page has one owner and these arrows only (page_pool.h has the functions):
 //     free -> private      grant, keep            private -> resident   commit: adopted; restore
+//     free -> private      plan_move              private -> resident   complete, of a move
 //     free -> in_flight    promote, next_load,    private -> free       give_back, session end,
 //                          plan_demote                                  release of a duplicate
+//     resident -> free     complete, of a move: its block has another page of the pool now
 //     in_flight -> resident  complete             resident -> free      evict, keep_free, lost,
 //                                                                       remove_pool
 //     in_flight -> free      complete (the part that failed; to be demoted again if it was)
@@ -142,8 +144,11 @@ class Index {
   uint32_t add_slab(PoolId pool);
   Evicted empty_slab(PoolId pool, uint32_t slab);
   bool take_slab(PoolId pool, uint32_t slab);
-  std::vector<uint32_t> slab_free(PoolId pool) const;
+  bool close_slab(PoolId pool, uint32_t slab);
+  bool reopen_slab(PoolId pool, uint32_t slab);
+  std::vector<uint32_t> slab_pages(PoolId pool) const;
   PagePool::Counts pool_counts(PoolId pool) const;
+  std::optional<uint32_t> victim_age(PoolId pool) const;
   uint32_t page_size(PoolId pool) const;
   void close_pool(PoolId pool);
   void remove_pool(PoolId pool);
@@ -168,7 +173,8 @@ class Index {
 
   std::optional<Transfer> plan_demote(PoolId pool, uint32_t max_pages);
   uint64_t undemoted(PoolId pool) const;
-  void complete(TransferId transfer, uint32_t done);
+  std::optional<Transfer> plan_move(PoolId pool, uint32_t slab, uint32_t max_pages);
+  std::vector<PageId> complete(TransferId transfer, uint32_t done);
   Evicted evict(PoolId pool, uint32_t pages);
   Evicted keep_free(PoolId pool, uint32_t pages);
   Evicted lost(PoolId pool, std::span<const PageId> pages);
@@ -206,9 +212,12 @@ class Index {
   };
 
   struct OpenTransfer {
-    PoolId source, target;
+    PoolId source,
+        target;  // the same: a move, whose target pages no block has before it is complete
     std::vector<PageId> source_pages{}, target_pages{};
     bool failed = false;  // an end was removed; the other stays pinned until complete
+
+    bool is_move() const { return source == target; }
   };
 
   // pools.cpp
@@ -249,6 +258,7 @@ class Index {
   Transfer start(OpenTransfer&& plan);
   Records records_of(const OpenTransfer& plan);
   std::vector<Place> missing_below(PoolId source, PoolId target, PageId page) const;
+  std::vector<PageId> complete_move(const OpenTransfer& move, uint32_t done);
   void arrive(PoolId target, PageId page);
   void fail(PoolId target, std::span<const PageId> pages);
   std::optional<TransferId> transfer_into(PoolId pool, PageId page) const;

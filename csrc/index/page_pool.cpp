@@ -25,30 +25,56 @@ uint32_t PagePool::add_slab() {
 }
 
 bool PagePool::take_slab(uint32_t slab) {
-  if (!has_slab(slab) || slabs_[slab].free != shape.pages_per_slab) return false;
-  const PageId first = slab * shape.pages_per_slab;
-  for (PageId page = first; page < first + shape.pages_per_slab; ++page) {
-    const bool queued = pages_[page].queued;  // the queue still holds its number
-    pages_[page] = Page{};
-    pages_[page].queued = queued;
-  }
+  if (slab >= slabs_.size() || !slabs_[slab].present) return false;
+  if (slabs_[slab].free + slabs_[slab].gone != shape.pages_per_slab) return false;
+  if (!slabs_[slab].closed) close_slab(slab);
   slabs_[slab] = Slab{};
-  slabs_with_free_.erase(slab);
   --counts_.slabs;
-  counts_.pages -= shape.pages_per_slab;
-  counts_.free -= shape.pages_per_slab;
   return true;
 }
 
-bool PagePool::has_slab(uint32_t slab) const {
-  return slab < slabs_.size() && slabs_[slab].present;
+bool PagePool::close_slab(uint32_t slab) {
+  if (slab >= slabs_.size() || !slabs_[slab].present || slabs_[slab].closed) return false;
+  const PageId first = slab * shape.pages_per_slab;
+  for (PageId page = first; page < first + shape.pages_per_slab; ++page) {
+    if (state(page) == PageState::kPrivate || pages_[page].pins > 0) return false;
+  }
+  slabs_[slab].closed = true;
+  slabs_with_free_.erase(slab);
+  for (PageId page = first; page < first + shape.pages_per_slab; ++page) {
+    if (state(page) == PageState::kFree) set_absent(page);
+  }
+  slabs_[slab].free = 0;
+  slabs_[slab].first_free = kNoPage;
+  return true;
 }
 
-std::vector<uint32_t> PagePool::slab_free() const {
-  std::vector<uint32_t> free;
-  for (const Slab& slab : slabs_) free.push_back(slab.present ? slab.free : kNoSlab);
-  while (!free.empty() && free.back() == kNoSlab) free.pop_back();
-  return free;
+bool PagePool::reopen_slab(uint32_t slab) {
+  if (!is_closed(slab)) return false;
+  slabs_[slab].closed = false;
+  counts_.pages += slabs_[slab].gone;
+  slabs_[slab].gone = 0;
+  const PageId first = slab * shape.pages_per_slab;
+  for (PageId page = first + shape.pages_per_slab; page-- > first;) {
+    if (state(page) != PageState::kAbsent) continue;
+    pages_[page].state = static_cast<uint32_t>(PageState::kFree);
+    ++counts_.free;
+    link(page);
+  }
+  return true;
+}
+
+bool PagePool::is_closed(uint32_t slab) const {
+  return slab < slabs_.size() && slabs_[slab].closed;
+}
+
+std::vector<uint32_t> PagePool::slab_pages() const {
+  std::vector<uint32_t> pages;
+  for (const Slab& slab : slabs_) {
+    const bool open = slab.present && !slab.closed;
+    pages.push_back(open ? shape.pages_per_slab - slab.free : kNoSlab);
+  }
+  return pages;
 }
 
 std::optional<PageId> PagePool::allocate(PageState to) {
@@ -76,7 +102,11 @@ void PagePool::free(PageId page) {
   KVC2_CHECK(state(page) > PageState::kFree, "page %u is in state %d", page, int(state(page)));
   KVC2_CHECK(pages_[page].pins == 0 && !pages_[page].held, "page %u is pinned", page);
   set_state(page, PageState::kFree);
-  link(page);
+  if (slab_of(page).closed) {
+    set_absent(page);
+  } else {
+    link(page);
+  }
 }
 
 void PagePool::pin(PageId page) {
@@ -125,6 +155,16 @@ void PagePool::set_state(PageId page, PageState to) {
   pages_[page].state = static_cast<uint32_t>(to);
 }
 
+// A free page, on no list, of a slab that is closed.
+void PagePool::set_absent(PageId page) {
+  const bool queued = pages_[page].queued;  // the queue still holds its number
+  pages_[page] = Page{};
+  pages_[page].queued = queued;
+  ++slab_of(page).gone;
+  --counts_.free;
+  --counts_.pages;
+}
+
 void PagePool::link(PageId page) {
   const uint32_t number = page / shape.pages_per_slab;
   Slab& slab = slabs_[number];
@@ -148,9 +188,13 @@ void PagePool::unlink(PageId page) {
 
 void PagePool::check(PoolId self) const {
   Counts seen;
+  std::vector<uint32_t> gone(slabs_.size(), 0);
   for (PageId page = 0; page < pages_.size(); ++page) {
     const PageState state = this->state(page);
-    KVC2_CHECK((state != PageState::kAbsent) == slabs_[page / shape.pages_per_slab].present,
+    const Slab& slab = slabs_[page / shape.pages_per_slab];
+    gone[page / shape.pages_per_slab] += slab.closed && state == PageState::kAbsent;
+    KVC2_CHECK(slab.closed ? slab.present && state != PageState::kFree
+                           : (state != PageState::kAbsent) == slab.present,
                "pool %u page %u: state %d", self, page, int(state));
     seen.pages += state != PageState::kAbsent;
     seen.free += state == PageState::kFree;
@@ -166,8 +210,15 @@ void PagePool::check(PoolId self) const {
                  seen.resident == c.resident && seen.pages == c.pages && seen.pinned == c.pinned,
              "I5: pool %u counts free %u private %u in flight %u resident %u pinned %u", self,
              c.free, c.private_, c.in_flight, c.resident, c.pinned);
-  KVC2_CHECK(c.free + c.private_ + c.in_flight + c.resident == c.slabs * shape.pages_per_slab,
-             "I5: pool %u of %u slabs", self, c.slabs);
+  uint32_t left = 0;
+  for (uint32_t slab = 0; slab < slabs_.size(); ++slab) {
+    KVC2_CHECK(slabs_[slab].gone == gone[slab], "I5: pool %u slab %u: %u gone", self, slab,
+               gone[slab]);
+    left += gone[slab];
+  }
+  KVC2_CHECK(
+      c.free + c.private_ + c.in_flight + c.resident + left == c.slabs * shape.pages_per_slab,
+      "I5: pool %u of %u slabs", self, c.slabs);
 }
 
 }  // namespace kvc2

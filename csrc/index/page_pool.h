@@ -12,12 +12,14 @@
 //   private   -> resident   [move]            commit: adopted
 //   in_flight -> resident   [move]            complete
 //   private, in_flight, resident -> free [free]   give back; fail; evict
-//   free      -> absent     [take_slab]
+//   free      -> absent     [take_slab; close_slab, and at once in a closed slab]
+//   absent    -> free       [reopen_slab]
 // Freeing a pinned page, or any arrow not drawn, is the caller's bug and ends the process.
 //
-// Each call is O(1) (add_slab, take_slab: O(pages of a slab)), and a page costs 12 bytes here, 20
-// in a durable pool. Pages come from the lowest slab that has any, so that high slabs empty first.
-// Not thread-safe: the index holds its lock.
+// Each call is O(1) (those on a slab: O(its pages)), and a page costs 12 bytes here, 20 in a
+// durable pool. Pages come from the lowest slab that has any, so that high slabs empty first; none
+// comes from a closed slab, which is being emptied: what is freed there is gone until it is
+// reopened. Not thread-safe: the index holds its lock.
 #pragma once
 
 #include <cstdint>
@@ -45,7 +47,7 @@ struct Page {
   uint32_t block = kNoPage;
   uint32_t pins : 26 = 0;   // leases and transfers that forbid its eviction (I4)
   uint32_t state : 4 = 0;   // PageState
-  uint32_t held : 1 = 0;    // private: the duplicate of an open lease
+  uint32_t held : 1 = 0;    // private: of an open lease's duplicate, or what a move is filling
   uint32_t queued : 1 = 0;  // waits in the pool's demotion queue
 };
 
@@ -64,10 +66,12 @@ class PagePool {
 
   explicit PagePool(const Shape& of) : shape(of) {}
 
-  uint32_t add_slab();            // its number: the lowest free one
-  bool take_slab(uint32_t slab);  // false unless it is there and all its pages are free
-  bool has_slab(uint32_t slab) const;
-  std::vector<uint32_t> slab_free() const;  // free pages by slab; kNoSlab where there is none
+  uint32_t add_slab();              // its number: the lowest free one
+  bool take_slab(uint32_t slab);    // false unless it is there and all its pages are free or gone
+  bool close_slab(uint32_t slab);   // false unless it is open and no page is private or pinned
+  bool reopen_slab(uint32_t slab);  // false unless it is closed
+  bool is_closed(uint32_t slab) const;
+  std::vector<uint32_t> slab_pages() const;  // not free, by slab; kNoSlab: none there, or closed
 
   std::optional<PageId> allocate(PageState to);
   void take(PageId page, PageState to);  // this free page
@@ -97,12 +101,16 @@ class PagePool {
  private:
   struct Slab {
     bool present = false;
+    bool closed = false;
     uint32_t free = 0;
+    uint32_t gone = 0;  // absent pages of a closed slab
     PageId first_free = kNoPage;
   };
 
   uint32_t& count(PageState state);
+  Slab& slab_of(PageId page) { return slabs_[page / shape.pages_per_slab]; }
   void set_state(PageId page, PageState to);
+  void set_absent(PageId page);
   void link(PageId page);
   void unlink(PageId page);
 

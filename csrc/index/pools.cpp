@@ -49,9 +49,27 @@ bool Index::take_slab(PoolId id, uint32_t slab) {
   return pool(id).take_slab(slab);
 }
 
-std::vector<uint32_t> Index::slab_free(PoolId id) const {
+bool Index::close_slab(PoolId id, uint32_t slab) {
   const Lock lock(mutex_);
-  return pool(id).slab_free();
+  return pool(id).close_slab(slab);
+}
+
+bool Index::reopen_slab(PoolId id, uint32_t slab) {
+  const Lock lock(mutex_);
+  return pool(id).reopen_slab(slab);
+}
+
+std::vector<uint32_t> Index::slab_pages(PoolId id) const {
+  const Lock lock(mutex_);
+  return pool(id).slab_pages();
+}
+
+std::optional<uint32_t> Index::victim_age(PoolId id) const {
+  const Lock lock(mutex_);
+  pool(id);
+  const auto victim = tree_.coldest(id);
+  if (!victim) return std::nullopt;
+  return stamp_ - tree_[victim->node].stamps[victim->offset];
 }
 
 PagePool::Counts Index::pool_counts(PoolId id) const {
@@ -77,7 +95,7 @@ void Index::close_pool(PoolId id) {
     lease = leases_.erase(lease);
   }
   for (PageId page = 0; page < closing.size(); ++page) {
-    if (closing.state(page) == PageState::kPrivate) closing.free(page);
+    if (closing.state(page) == PageState::kPrivate && !closing[page].held) closing.free(page);
   }
 }
 
@@ -108,13 +126,13 @@ void Index::remove_pool(PoolId id) {
 
 std::optional<PageId> Index::allocate(PoolId id, PageState to) {
   PagePool& from = pool(id);
-  if (const auto page = from.allocate(to)) return page;
-  if (from.shape.durable) return std::nullopt;
-  const auto victim = tree_.coldest(id);
-  if (!victim) return std::nullopt;
-  from.count_eviction(!tree_.resident_elsewhere(*victim, id));
-  drop(*victim, id);
-  return from.allocate(to);
+  while (true) {  // what is evicted from a closed slab leaves no free page
+    if (const auto page = from.allocate(to)) return page;
+    const auto victim = from.shape.durable ? std::nullopt : tree_.coldest(id);
+    if (!victim) return std::nullopt;
+    from.count_eviction(!tree_.resident_elsewhere(*victim, id));
+    drop(*victim, id);
+  }
 }
 
 void Index::drop(Place at, PoolId id) {
@@ -150,10 +168,9 @@ Evicted Index::empty_slab(PoolId id, uint32_t slab) {
   const Lock lock(mutex_);
   PagePool& from = pool(id);
   Evicted evicted;
-  if (!from.has_slab(slab)) return evicted;
-  const PageId first = slab * from.shape.pages_per_slab;
+  const uint32_t first = slab * from.shape.pages_per_slab;
   for (PageId page = first; page < first + from.shape.pages_per_slab; ++page) {
-    if (from.state(page) == PageState::kResident) evict_below(tree_.owner(id, page), id, evicted);
+    if (from.is(page, PageState::kResident)) evict_below(tree_.owner(id, page), id, evicted);
   }
   return evicted;
 }

@@ -110,8 +110,9 @@ class RadixTree {
   bool resident_below(Place at, PoolId pool) const;  // in a slower pool of its chain
   void place(Place at, PoolId pool, PageId page);    // the caller refreshes the node
   void place(const Run& run, PoolId pool, std::span<const PageId> pages);
-  void arrive(Place at, PoolId pool);   // its page has become resident
-  PageId clear(Place at, PoolId pool);  // the caller trims the node
+  void arrive(Place at, PoolId pool);                // its page has become resident
+  PageId clear(Place at, PoolId pool);               // the caller trims the node
+  void replace(Place at, PoolId pool, PageId page);  // the block's page by another one
   Place owner(PoolId pool, PageId page) const;
 
   // Recency and eviction.

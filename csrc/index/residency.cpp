@@ -147,6 +147,12 @@ PageId RadixTree::clear(Place at, PoolId pool) {
   return page;
 }
 
+void RadixTree::replace(Place at, PoolId pool, PageId page) {
+  find_residency(nodes_[at.node], pool)->pages[at.offset] = page;
+  (*pools_[pool])[page].node = at.node;
+  (*pools_[pool])[page].block = nodes_[at.node].first + at.offset;
+}
+
 // The subtree of `node` gained its first (+1) or lost its last (-1) page of a pool.
 void RadixTree::propagate(NodeId node, PoolId pool, int change) {
   for (NodeId above = nodes_[node].parent; above != kNoNode; above = nodes_[above].parent) {

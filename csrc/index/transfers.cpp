@@ -64,7 +64,7 @@ Records Index::records_of(const OpenTransfer& plan) {
   const auto& pages = to_durable ? plan.target_pages : plan.source_pages;
   Records records;
   for (size_t i = 0; i < pages.size(); ++i) {
-    const Place at = tree_.owner(plan.target, plan.target_pages[i]);
+    const Place at = tree_.owner(plan.source, plan.source_pages[i]);
     const Tokens tokens = tree_.tokens(at);
     records.namespaces.push_back(tree_.spaces[tree_[at.node].space].name);
     records.digests.push_back(tree_.digest(at));
@@ -79,7 +79,8 @@ Records Index::records_of(const OpenTransfer& plan) {
 Transfer Index::start(OpenTransfer&& plan) {
   PagePool& target = pool(plan.target);
   const TransferId id = ++last_transfer_;
-  for (const PageId page : plan.target_pages) {
+  const size_t arriving = plan.is_move() ? 0 : plan.target_pages.size();
+  for (const PageId page : std::span(plan.target_pages).first(arriving)) {
     in_flight_[in_flight_key(plan.target, page)] = id;
     if (target.shape.durable) target.generations[page] = generation_++;
   }
@@ -192,7 +193,54 @@ uint64_t Index::undemoted(PoolId id) const {
   return pool(id).undemoted.size();
 }
 
-void Index::complete(TransferId id, uint32_t done) {
+// What a slab holds goes to free pages of the others. A generation moves along: it names what was
+// written, and the bytes stay the same.
+std::optional<Transfer> Index::plan_move(PoolId id, uint32_t slab, uint32_t max_pages) {
+  const Lock lock(mutex_);
+  PagePool& in = pool(id);
+  if (in.closed || !in.is_closed(slab)) return std::nullopt;
+  OpenTransfer plan{.source = id, .target = id};
+  const PageId first = slab * in.shape.pages_per_slab;
+  for (PageId page = first; page < first + in.shape.pages_per_slab; ++page) {
+    if (plan.source_pages.size() == max_pages) break;
+    if (in.state(page) != PageState::kResident || in[page].pins > 0) continue;
+    const auto target = in.allocate(PageState::kPrivate);
+    if (!target) break;
+    in[*target].held = 1;
+    if (in.shape.durable) in.generations[*target] = in.generations[page];
+    in.pin(page);
+    tree_.refresh(in[page].node);
+    plan.source_pages.push_back(page);
+    plan.target_pages.push_back(*target);
+  }
+  if (plan.source_pages.empty()) return std::nullopt;
+  return start(std::move(plan));
+}
+
+// A block that somebody pinned meanwhile stays where it is.
+std::vector<PageId> Index::complete_move(const OpenTransfer& move, uint32_t done) {
+  PagePool& in = pool(move.source);
+  std::vector<PageId> left;
+  for (size_t i = 0; i < move.source_pages.size(); ++i) {
+    const PageId from = move.source_pages[i], to = move.target_pages[i];
+    const NodeId node = in[from].node;
+    in.unpin(from);
+    in[to].held = 0;
+    if (i >= done || in[from].pins > 0) {
+      in.free(to);
+    } else {
+      tree_.replace(tree_.owner(move.source, from), move.source, to);
+      in.move(to, PageState::kResident);
+      if (in[from].queued) in.enqueue(to);
+      in.free(from);
+      left.push_back(from);
+    }
+    tree_.refresh(node);
+  }
+  return left;
+}
+
+std::vector<PageId> Index::complete(TransferId id, uint32_t done) {
   const Lock lock(mutex_);
   const auto found = transfers_.find(id);
   if (found == transfers_.end()) throw UnknownId("transfer " + std::to_string(id));
@@ -201,22 +249,28 @@ void Index::complete(TransferId id, uint32_t done) {
   const OpenTransfer transfer = std::move(found->second);
   transfers_.erase(found);
   if (transfer.failed) done = 0;
+  if (transfer.is_move()) {
+    return alive(transfer.source) ? complete_move(transfer, done) : std::vector<PageId>{};
+  }
   if (alive(transfer.source)) {
     for (const PageId page : transfer.source_pages) {
       pool(transfer.source).unpin(page);
       tree_.refresh(pool(transfer.source)[page].node);
     }
   }
-  if (!alive(transfer.target)) return;
+  if (!alive(transfer.target)) return {};
   const std::span pages(transfer.target_pages);
   for (const PageId page : pages) in_flight_.erase(in_flight_key(transfer.target, page));
   for (const PageId page : pages.first(done)) arrive(transfer.target, page);
-  if (done == count) return;
+  if (done == count) return {};
   fail(transfer.target, pages.subspan(done));
-  if (!alive(transfer.source) || pool(transfer.source).shape.below != transfer.target) return;
+  if (!alive(transfer.source) || pool(transfer.source).shape.below != transfer.target) {
+    return {};
+  }
   for (const PageId page : std::span(transfer.source_pages).subspan(done)) {
     pool(transfer.source).enqueue(page);
   }
+  return {};
 }
 
 void Index::arrive(PoolId id, PageId page) {
