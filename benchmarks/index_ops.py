@@ -151,7 +151,7 @@ class House:
         """Conversations until so many blocks are there; the last are remembered."""
         remembered = self.blocks // BLOCKS_PER_KEPT
         conversation = 0
-        while self.index.counts().blocks < self.blocks:
+        while self.index.pool_counts(self.disk).resident < self.blocks:
             namespace, engine = conversation % NAMESPACES, self.engines[conversation % ENGINES]
             self.kept.append(Kept(namespace, engine, self.converse(namespace, engine)))
             del self.kept[:-remembered]

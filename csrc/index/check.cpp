@@ -60,8 +60,7 @@ void RadixTree::check_node(NodeId id) const {
     return;
   }
   KVC2_CHECK(node.blocks() > 0, "I1: node %u is empty", id);
-  const auto head = heads_.find(node.keys[0]);
-  KVC2_CHECK(head != heads_.end() && head->second == id, "I1: node %u is not found", id);
+  KVC2_CHECK(heads_.get(node.keys[0]) == id, "I1: node %u is not found", id);
   const Node& above = nodes_[node.parent];
   BlockKey key = above.keys.empty() ? root_key(space.name) : above.keys.back();
   for (uint32_t i = 0; i < node.blocks(); ++i) {
@@ -78,6 +77,7 @@ void RadixTree::check_node(NodeId id) const {
 }
 
 void RadixTree::check() const {
+  heads_.check();
   uint32_t live = 0, all = 0, empty = 0;
   size_t ranked = 0, ordered = 0;
   std::vector<uint32_t> present(pools_.size(), 0);
@@ -101,7 +101,7 @@ void RadixTree::check() const {
              live);
   KVC2_CHECK(ranked == ordered, "I3: %zu of %zu in the orders are there", ranked, ordered);
   for (PoolId pool = 0; pool < pools_.size(); ++pool) {
-    if (!pools_[pool]) continue;
+    if (!pools_[pool] || pools_[pool]->leaving) continue;
     const PagePool::Counts& counts = pools_[pool]->counts();
     KVC2_CHECK(counts.resident + counts.in_flight == present[pool],
                "I6: pool %u has %u resident and %u in flight, the tree %u", pool, counts.resident,
@@ -173,7 +173,7 @@ void Index::check_computing() const {
 }
 
 void Index::check() const {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const Lock lock(mutex_);
   for (PoolId id = 0; id < pools_.size(); ++id) {
     if (!alive(id)) continue;
     pools_[id]->check(id);

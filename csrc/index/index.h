@@ -44,7 +44,13 @@
 // Costs, n blocks of a request, e edges on its path: match and acquire compare n blocks' tokens and
 // hash e + 1 blocks; commit, promote and load are O(1) a block, and O(log nodes) a victim. A split
 // touches the pages before the branch. stamps, counts, restore, remove_pool and retire walk what
-// they name. One mutex; no call waits for anything else. No I/O, no clock, no threads.
+// they name.
+// One lock, taken by turns (base/turn_lock.h). A call holds it for about half a millisecond at
+// most: what may take longer (evict, reap, grant, lost, keep_free, stamps, counts, close_pool,
+// remove_pool, a long commit) gives it back between slices, with every law true; a transfer has at
+// most 512 pages. The exceptions grow with what they name: acquire, match and promote of a prompt
+// (0.1 us a block), restore, empty_slab, retire, check, and the halving of all stamps once in 2^31
+// acquires. No call waits for anything else. No I/O, no clock, no threads.
 #pragma once
 
 #include <deque>
@@ -55,6 +61,7 @@
 #include <variant>
 #include <vector>
 
+#include "base/turn_lock.h"
 #include "index/key_table.h"
 #include "index/radix_tree.h"
 
@@ -185,7 +192,10 @@ class Index {
   void check() const;
 
  private:
+  using Lock = std::lock_guard<TurnLock>;
   static constexpr uint8_t kComputed = 0xFF;
+  // What is done before the lock changes hands: each about a fifth of a millisecond's work.
+  static constexpr uint32_t kSlicePages = 256, kSliceCommits = 2048, kTransferPages = 512;
 
   // One block of a lease. `page` is what the engine uses, `anchor` the block's page in the pool,
   // pinned: the same, unless `page` is a duplicate's. The anchor's owner is how the lease finds its
@@ -220,11 +230,23 @@ class Index {
     bool is_move() const { return source == target; }
   };
 
+  // Calls `step` until it says that there is no more, in slices between which the lock changes
+  // hands. Throws UnknownId once the pool is removed.
+  template <typename Step>
+  void in_slices(PoolId id, Step&& step) const {
+    for (bool more = true; more;) {
+      const Lock lock(mutex_);
+      pool(id);
+      for (uint32_t i = 0; more && i < kSlicePages; ++i) more = step();
+    }
+  }
+
   // pools.cpp
   PagePool& pool(PoolId id) const;
-  bool alive(PoolId id) const { return id < pools_.size() && pools_[id] != nullptr; }
+  bool alive(PoolId id) const { return id < pools_.size() && pools_[id] && !pools_[id]->leaving; }
   std::vector<PoolId> chain(PoolId head) const;
   std::optional<PageId> allocate(PoolId pool, PageState to);  // evicts, but never in a durable pool
+  const PagePool& start_leaving(PoolId pool);
   void drop(Place at, PoolId pool);
   void evict_at(Place at, PoolId pool, Evicted& evicted);
   void take_away(Place at, PoolId pool, Evicted& taken);
@@ -247,6 +269,8 @@ class Index {
   LeaseView view(LeaseId id, const Lease& lease) const;
   Place cursor(const Lease& lease) const;
   std::optional<Place> step(const Lease& lease, Place at, uint32_t block) const;
+  void commit_slice(Lease& lease, uint64_t first_block, Tokens tokens,
+                    std::span<const PageId> pages, std::span<CommitResult> results);
   CommitResult commit_again(const Lease& lease, uint32_t block, Tokens tokens, PageId page) const;
   CommitResult commit_next(Lease& lease, Place& at, Tokens tokens, PageId page);
   uint32_t commit_rest(Lease& lease, NodeId node, Tokens tokens, std::span<const PageId> pages);
@@ -276,7 +300,7 @@ class Index {
   void check_pins() const;
   void check_computing() const;
 
-  mutable std::mutex mutex_;
+  mutable TurnLock mutex_;
   Pools pools_;
   RadixTree tree_;
   std::unordered_map<BlockKey, uint32_t, NameHash> space_ids_;  // by root key

@@ -6,8 +6,6 @@
 
 namespace kvc2 {
 
-using Lock = std::lock_guard<std::mutex>;
-
 uint32_t Index::open_namespace(const Digest& name, uint32_t page_size) {
   const Lock lock(mutex_);
   if (page_size == 0 || page_size > kMaxPageSize)
@@ -250,20 +248,35 @@ std::optional<Place> Index::step(const Lease& lease, Place at, uint32_t block) c
   return tree_.next(at, Tokens(lease.tokens).subspan((block - lease.tokens_from) * size, size));
 }
 
+// In slices; a lease that is released between two of them is unknown to the next.
 std::vector<CommitResult> Index::commit(LeaseId id, uint32_t first_block, Tokens tokens,
                                         std::span<const PageId> pages) {
-  const Lock lock(mutex_);
-  auto& lease = const_cast<Lease&>(open_lease(id));
-  const size_t size = tree_.spaces[lease.space].page_size;
-  if (tokens.size() != pages.size() * size) {
-    throw std::invalid_argument("tokens: not page_size for each of pages");
-  }
   std::vector<CommitResult> results(pages.size(), CommitResult::kRefused);
-  if (tree_.spaces[lease.space].retired) return results;
+  size_t done = 0, blocks = 0;
+  do {
+    const Lock lock(mutex_);
+    auto& lease = const_cast<Lease&>(open_lease(id));
+    const size_t size = tree_.spaces[lease.space].page_size;
+    if (tokens.size() != pages.size() * size) {
+      throw std::invalid_argument("tokens: not page_size for each of pages");
+    }
+    blocks = std::min<size_t>(pages.size() - done, kSliceCommits);
+    const auto slice = std::span(results).subspan(done, blocks);
+    commit_slice(lease, uint64_t{first_block} + done, tokens.subspan(done * size, blocks * size),
+                 pages.subspan(done, blocks), slice);
+    done += blocks;
+  } while (done < pages.size() && results[done - 1] != CommitResult::kRefused);
+  return results;
+}
+
+void Index::commit_slice(Lease& lease, uint64_t first_block, Tokens tokens,
+                         std::span<const PageId> pages, std::span<CommitResult> results) {
+  const size_t size = tree_.spaces[lease.space].page_size;
+  if (tree_.spaces[lease.space].retired) return;
   Place at = cursor(lease);
   for (size_t i = 0; i < pages.size(); ++i) {
     const Tokens block = tokens.subspan(i * size, size);
-    const uint64_t position = uint64_t{first_block} + i;
+    const uint64_t position = first_block + i;
     if (position > lease.held.size()) break;
     results[i] = position < lease.held.size()
                      ? commit_again(lease, static_cast<uint32_t>(position), block, pages[i])
@@ -272,13 +285,11 @@ std::vector<CommitResult> Index::commit(LeaseId id, uint32_t first_block, Tokens
     if (lease.held.size() == position + 1 && tree_.last(at)) {  // the rest is in no tree
       const uint32_t adopted =
           commit_rest(lease, at.node, tokens.subspan((i + 1) * size), pages.subspan(i + 1));
-      std::fill_n(results.begin() + static_cast<std::ptrdiff_t>(i) + 1, adopted,
-                  CommitResult::kAdopted);
+      std::ranges::fill(results.subspan(i + 1, adopted), CommitResult::kAdopted);
       break;
     }
   }
   unregister_computing(lease, static_cast<uint32_t>(lease.held.size()));
-  return results;
 }
 
 CommitResult Index::commit_again(const Lease& lease, uint32_t block, Tokens tokens,

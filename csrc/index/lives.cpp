@@ -3,8 +3,6 @@
 
 namespace kvc2 {
 
-using Lock = std::lock_guard<std::mutex>;
-
 uint32_t Index::retire(uint32_t space) {
   const Lock lock(mutex_);
   if (space >= tree_.spaces.size()) throw UnknownId("namespace " + std::to_string(space));
@@ -13,14 +11,13 @@ uint32_t Index::retire(uint32_t space) {
 }
 
 Evicted Index::reap(PoolId id, uint32_t pages) {
-  const Lock lock(mutex_);
-  pool(id);
   Evicted evicted;
-  while (evicted.pages.size() < pages) {
-    const auto victim = tree_.coldest(id);
-    if (!victim || !tree_.dead(*victim)) break;
+  in_slices(id, [&] {
+    const auto victim = evicted.pages.size() < pages ? tree_.coldest(id) : std::nullopt;
+    if (!victim || !tree_.dead(*victim)) return false;
     evict_at(*victim, id, evicted);
-  }
+    return true;
+  });
   return evicted;
 }
 

@@ -94,6 +94,7 @@ class PagePool {
   void check(PoolId self) const;  // I5
 
   const Shape shape;
+  bool leaving = false;               // it is being removed: nobody knows it any more
   bool closed = false;                // its session ended: nothing is planned into it again
   std::vector<uint64_t> generations;  // by page; of a durable pool only
   std::deque<PageId> undemoted;  // oldest first; what became of a page is seen when it is popped

@@ -6,8 +6,6 @@
 
 namespace kvc2 {
 
-using Lock = std::lock_guard<std::mutex>;
-
 PagePool& Index::pool(PoolId id) const {
   if (!alive(id)) throw UnknownId("pool " + std::to_string(id));
   return *pools_[id];
@@ -82,24 +80,50 @@ uint32_t Index::page_size(PoolId id) const {
   return pool(id).shape.page_size;
 }
 
+// Once it is closed no lease is opened in it and no page granted, so nothing is overlooked.
 void Index::close_pool(PoolId id) {
-  const Lock lock(mutex_);
-  PagePool& closing = pool(id);
-  closing.closed = true;
-  for (auto lease = leases_.begin(); lease != leases_.end();) {
-    if (lease->second.pool != id) {
-      ++lease;
-      continue;
+  std::vector<LeaseId> leases;
+  {
+    const Lock lock(mutex_);
+    pool(id).closed = true;
+    for (const auto& [lease, open] : leases_) {
+      if (open.pool == id) leases.push_back(lease);
     }
-    close_lease(lease->second);
-    lease = leases_.erase(lease);
   }
-  for (PageId page = 0; page < closing.size(); ++page) {
-    if (closing.state(page) == PageState::kPrivate && !closing[page].held) closing.free(page);
+  for (const LeaseId lease : leases) {
+    const Lock lock(mutex_);
+    const auto open = leases_.find(lease);
+    if (open == leases_.end()) continue;
+    close_lease(open->second);
+    leases_.erase(open);
   }
+  in_slices(id, [&, page = PageId{0}, &from = *pools_[id]]() mutable {
+    if (page == from.size()) return false;
+    if (from.state(page) == PageState::kPrivate && !from[page].held) from.free(page);
+    ++page;
+    return true;
+  });
 }
 
+// From the first slice on the pool is unknown to every call; the tree forgets its pages by and by.
 void Index::remove_pool(PoolId id) {
+  const PagePool& leaving = start_leaving(id);
+  for (PageId begin = 0; begin < leaving.size();) {
+    const Lock lock(mutex_);
+    const PageId end = begin + std::min(leaving.size() - begin, kSlicePages);
+    for (; begin < end; ++begin) {
+      if (leaving.state(begin) < PageState::kInFlight) continue;
+      const Place at = tree_.owner(id, begin);
+      tree_.clear(at, id);
+      tree_.refresh(at.node);
+      tree_.trim(at.node);
+    }
+  }
+  const Lock lock(mutex_);
+  pools_[id] = nullptr;
+}
+
+const PagePool& Index::start_leaving(PoolId id) {
   const Lock lock(mutex_);
   PagePool& leaving = pool(id);
   if (!leaving.closed) throw std::invalid_argument("pool: close it first");
@@ -114,14 +138,8 @@ void Index::remove_pool(PoolId id) {
     if (open.target != id) continue;
     for (const PageId page : open.target_pages) in_flight_.erase(uint64_t{id} << 32 | page);
   }
-  for (PageId page = 0; page < leaving.size(); ++page) {
-    if (leaving.state(page) < PageState::kInFlight) continue;
-    const Place at = tree_.owner(id, page);
-    tree_.clear(at, id);
-    tree_.refresh(at.node);
-    tree_.trim(at.node);
-  }
-  pools_[id] = nullptr;
+  leaving.leaving = true;
+  return leaving;
 }
 
 std::optional<PageId> Index::allocate(PoolId id, PageState to) {
@@ -176,49 +194,50 @@ Evicted Index::empty_slab(PoolId id, uint32_t slab) {
 }
 
 Evicted Index::evict(PoolId id, uint32_t pages) {
-  const Lock lock(mutex_);
-  pool(id);
   Evicted evicted;
-  while (evicted.pages.size() < pages) {
-    const auto victim = tree_.coldest(id);
-    if (!victim) break;
-    evict_at(*victim, id, evicted);
-  }
+  in_slices(id, [&] {
+    const auto victim = evicted.pages.size() < pages ? tree_.coldest(id) : std::nullopt;
+    if (victim) evict_at(*victim, id, evicted);
+    return victim.has_value();
+  });
   return evicted;
 }
 
 Evicted Index::keep_free(PoolId id, uint32_t pages) {
-  const Lock lock(mutex_);
-  const PagePool& from = pool(id);
   Evicted evicted;
-  while (from.counts().free < pages) {
-    const auto victim = tree_.coldest(id);
-    if (!victim || !tree_.resident_below(*victim, id)) break;  // the rest are not held below either
+  in_slices(id, [&] {
+    const auto victim = pool(id).counts().free < pages ? tree_.coldest(id) : std::nullopt;
+    if (!victim || !tree_.resident_below(*victim, id)) return false;  // nor is what comes after it
     evict_at(*victim, id, evicted);
-  }
+    return true;
+  });
   return evicted;
 }
 
 Evicted Index::lost(PoolId id, std::span<const PageId> pages) {
-  const Lock lock(mutex_);
-  PagePool& from = pool(id);
   Evicted taken;
-  for (const PageId page : pages) {
-    if (!from.is(page, PageState::kResident) || from[page].pins > 0) continue;
-    take_away(tree_.owner(id, page), id, taken);
-  }
+  in_slices(id, [&] {
+    if (pages.empty()) return false;
+    const PageId page = pages.front();
+    pages = pages.subspan(1);
+    const PagePool& from = pool(id);
+    if (from.is(page, PageState::kResident) && from[page].pins == 0) {
+      take_away(tree_.owner(id, page), id, taken);
+    }
+    return true;
+  });
   return taken;
 }
 
 std::vector<PageId> Index::grant(PoolId id, uint32_t pages) {
-  const Lock lock(mutex_);
   std::vector<PageId> granted;
-  if (pool(id).closed) return granted;
-  while (granted.size() < pages) {
+  in_slices(id, [&] {
+    if (pool(id).closed) granted.clear();  // close_pool has freed them
+    if (pool(id).closed || granted.size() == pages) return false;
     const auto page = allocate(id, PageState::kPrivate);
-    if (!page) break;
-    granted.push_back(*page);
-  }
+    if (page) granted.push_back(*page);
+    return page.has_value();
+  });
   return granted;
 }
 
@@ -248,20 +267,29 @@ bool Index::give_back(PoolId id, std::span<const PageId> pages) {
 }
 
 std::vector<uint32_t> Index::stamps(PoolId id) const {
-  const Lock lock(mutex_);
-  const PagePool& of = pool(id);
-  std::vector<uint32_t> stamps(of.size(), 0);
-  for (PageId page = 0; page < of.size(); ++page) {
-    if (of.state(page) != PageState::kResident) continue;
-    const Place at = tree_.owner(id, page);
-    stamps[page] = tree_[at.node].stamps[at.offset];
-  }
+  std::vector<uint32_t> stamps;  // by page; the pool may grow between slices
+  in_slices(id, [&] {
+    const PagePool& of = pool(id);
+    const auto page = static_cast<PageId>(stamps.size());
+    if (page == of.size()) return false;
+    const bool there = of.state(page) == PageState::kResident;
+    const Place at = there ? tree_.owner(id, page) : Place{};
+    stamps.push_back(there ? tree_[at.node].stamps[at.offset] : 0);
+    return true;
+  });
   return stamps;
 }
 
+// The bytes are counted node by node, in slices: they are of a moment each.
 IndexCounts Index::counts() const {
+  size_t bytes = 0;
+  for (NodeId begin = 0, nodes = 1; begin < nodes; begin += kSlicePages) {
+    const Lock lock(mutex_);
+    nodes = tree_.node_ids();
+    bytes += tree_.metadata_bytes(begin, std::min(nodes, begin + kSlicePages));
+  }
   const Lock lock(mutex_);
-  size_t bytes = tree_.metadata_bytes();
+  bytes += tree_.table_bytes();
   for (const auto& each : pools_) bytes += each ? each->metadata_bytes() : 0;
   return {.namespaces = tree_.spaces.size(),
           .nodes = tree_.live_nodes,

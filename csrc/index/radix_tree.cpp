@@ -52,11 +52,11 @@ Tokens RadixTree::tokens_at(const Node& node, uint32_t offset) const {
 Tokens RadixTree::tokens(Place at) const { return tokens_at(nodes_[at.node], at.offset); }
 
 NodeId RadixTree::child(NodeId node, const BlockKey& key, Tokens block) const {
-  const auto found = heads_.find(key);
-  if (found == heads_.end()) return kNoNode;
-  const Node& candidate = nodes_[found->second];
+  const NodeId found = heads_.get(key);
+  if (found == kNoNode) return kNoNode;
+  const Node& candidate = nodes_[found];
   const bool same = candidate.parent == node && std::ranges::equal(tokens_at(candidate, 0), block);
-  return same ? found->second : kNoNode;
+  return same ? found : kNoNode;
 }
 
 // How many leading blocks of `wanted` are `held`. One memcmp when all are, the usual case.
@@ -118,8 +118,9 @@ std::optional<Place> RadixTree::insert(Place at, Tokens block, uint32_t stamp) {
   const BlockKey key =
       next_key(node.keys.empty() ? root_key(spaces[node.space].name) : node.keys[at.offset], block);
   const bool branches = offset < node.blocks();
-  if (heads_.contains(key) || (branches && node.keys[offset] == key)) return std::nullopt;
-  if (branches && heads_.contains(node.keys[offset])) return std::nullopt;  // a split adds this one
+  const auto taken = [&](const BlockKey& head) { return heads_.get(head) != kNoNode; };
+  if (taken(key) || (branches && node.keys[offset] == key)) return std::nullopt;
+  if (branches && taken(node.keys[offset])) return std::nullopt;  // a split adds this one
   const NodeId above = branches ? split(at.node, offset) : at.node;
   const bool extend = nodes_[above].parent != kNoNode && nodes_[above].first_child == kNoNode;
   NodeId into = above;
@@ -128,7 +129,7 @@ std::optional<Place> RadixTree::insert(Place at, Tokens block, uint32_t stamp) {
     nodes_[into].space = nodes_[above].space;
     nodes_[into].first = nodes_[above].first + nodes_[above].blocks();
     adopt_child(above, into);
-    heads_[key] = into;
+    heads_.put(key, into);
   }
   const Run added = append(into, {&key, 1}, block, stamp);
   refresh(above);
@@ -221,8 +222,8 @@ NodeId RadixTree::split(NodeId node, uint32_t at) {
   head.keys = cut_front(tail.keys, at);
   head.stamps = cut_front(tail.stamps, at);
   head.digests = cut_front(tail.digests, at);
-  heads_[head.keys[0]] = head_id;
-  heads_[tail.keys[0]] = node;
+  heads_.put(head.keys[0], head_id);
+  heads_.put(tail.keys[0], node);
   split_residency(head, head_id, tail, at);
   refresh(head_id);
   refresh(node);
@@ -283,15 +284,20 @@ const Digest& RadixTree::parent_digest(Place at) {
   return above ? digest(*above) : spaces[nodes_[at.node].space].name;
 }
 
-size_t RadixTree::metadata_bytes() const {
-  constexpr size_t kHeadBytes = 48;   // a node of heads_ and its bucket
-  constexpr size_t kOrderBytes = 48;  // a node of an order's set
-  size_t bytes = nodes_.size() * sizeof(Node) + heads_.size() * kHeadBytes;
-  for (const Node& node : nodes_) {
+size_t RadixTree::metadata_bytes(NodeId begin, NodeId end) const {
+  size_t bytes = (end - begin) * sizeof(Node);
+  for (NodeId id = begin; id < end; ++id) {
+    const Node& node = nodes_[id];
     bytes += node.keys.capacity() * sizeof(BlockKey) + node.stamps.capacity() * sizeof(uint32_t) +
              node.digests.capacity() * sizeof(Digest) + node.pools.capacity() * sizeof(Residency);
     for (const Residency& in : node.pools) bytes += in.pages.capacity() * sizeof(PageId);
   }
+  return bytes;
+}
+
+size_t RadixTree::table_bytes() const {
+  constexpr size_t kOrderBytes = 48;  // a node of an order's set
+  size_t bytes = heads_.metadata_bytes() + free_nodes_.capacity() * sizeof(NodeId);
   for (const EvictionOrder& order : orders_) bytes += order.size() * kOrderBytes;
   return bytes;
 }

@@ -27,6 +27,7 @@
 
 #include "index/block_key.h"
 #include "index/eviction.h"
+#include "index/key_table.h"
 #include "index/life.h"
 #include "index/page_pool.h"
 
@@ -133,7 +134,9 @@ class RadixTree {
 
   const Node& operator[](NodeId node) const { return nodes_[node]; }
   void check() const;
-  size_t metadata_bytes() const;  // O(nodes)
+  NodeId node_ids() const { return static_cast<NodeId>(nodes_.size()); }
+  size_t metadata_bytes(NodeId begin, NodeId end) const;  // of these nodes
+  size_t table_bytes() const;                             // of all that is in no node
 
   std::vector<Space> spaces;
   uint32_t live_nodes = 0;
@@ -163,8 +166,8 @@ class RadixTree {
   Pools& pools_;
   std::deque<Node> nodes_;  // a deque never moves what it holds
   std::vector<NodeId> free_nodes_;
-  std::unordered_map<BlockKey, NodeId, NameHash> heads_;  // by the key of a node's first block
-  std::vector<EvictionOrder> orders_;                     // by pool
+  KeyTable heads_;                     // nodes by the key of their first block
+  std::vector<EvictionOrder> orders_;  // by pool
 };
 
 }  // namespace kvc2

@@ -48,7 +48,7 @@ RestoreResult Index::restore_one(PoolId id, const RestoreBatch& batch, size_t i,
 }
 
 std::vector<RestoreResult> Index::restore(PoolId id, const RestoreBatch& batch) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const Lock lock(mutex_);
   if (!pool(id).shape.durable) throw std::invalid_argument("pool: not a durable one");
   const size_t size = pool(id).shape.page_size;
   const size_t count = batch.digests.size();

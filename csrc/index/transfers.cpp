@@ -7,8 +7,6 @@
 
 namespace kvc2 {
 
-using Lock = std::lock_guard<std::mutex>;
-
 static uint64_t in_flight_key(PoolId pool, PageId page) { return uint64_t{pool} << 32 | page; }
 
 std::optional<TransferId> Index::transfer_into(PoolId id, PageId page) const {
@@ -99,6 +97,7 @@ Transfer Index::start(OpenTransfer&& plan) {
 Load Index::next_load(LeaseId id, uint32_t max_pages) {
   const Lock lock(mutex_);
   const Lease& lease = open_lease(id);
+  max_pages = std::min(max_pages, kTransferPages);
   const std::vector<PoolId> pools = chain(lease.pool);
   // Where the pool above the durable one is the lease's own, promote loads.
   if (pools.size() < 3 || !pool(pools.back()).shape.durable) return {};
@@ -171,6 +170,7 @@ std::vector<Place> Index::missing_below(PoolId source, PoolId target, PageId pag
 
 std::optional<Transfer> Index::plan_demote(PoolId id, uint32_t max_pages) {
   const Lock lock(mutex_);
+  max_pages = std::min(max_pages, kTransferPages);
   PagePool& from = pool(id);
   if (!from.shape.below || pool(*from.shape.below).closed) return std::nullopt;
   OpenTransfer plan{.source = id, .target = *from.shape.below};

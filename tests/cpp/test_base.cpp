@@ -1,9 +1,10 @@
 // Hashes against vectors of their specifications and, at every length, every instruction set
-// against the portable code; the thread team under contention.
+// against the portable code; the thread team and the lock under contention.
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
 #include <string>
 #include <string_view>
 #include <thread>
@@ -13,6 +14,7 @@
 #include "base/sha256.h"
 #include "base/sha256_compress.h"
 #include "base/thread_team.h"
+#include "base/turn_lock.h"
 #include "base/xxh3.h"
 #include "base/xxh3_long.h"
 #include "expect.h"
@@ -146,6 +148,41 @@ void a_team_serves_callers_one_by_one() {
   EXPECT(total == 3 * 200 * 28);
 }
 
+// A thread that gives the lock back and asks again comes after the one that waits.
+void a_lock_goes_to_who_asked_first() {
+  TurnLock lock;
+  std::string order;
+  lock.lock();
+  std::thread other([&] {
+    const std::lock_guard<TurnLock> turn(lock);
+    order += 'b';
+  });
+  while (lock.waiting() == 0) std::this_thread::yield();
+  order += 'a';
+  lock.unlock();
+  lock.lock();
+  order += 'c';
+  lock.unlock();
+  other.join();
+  EXPECT(order == "abc");
+}
+
+void one_thread_at_a_time_has_the_lock() {
+  TurnLock lock;
+  uint32_t count = 0;
+  std::vector<std::thread> threads;
+  for (int thread = 0; thread < 4; ++thread) {
+    threads.emplace_back([&] {
+      for (int turn = 0; turn < 1'000; ++turn) {
+        const std::lock_guard<TurnLock> held(lock);
+        ++count;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT(count == 4'000);
+}
+
 }  // namespace
 
 int main() {
@@ -156,5 +193,7 @@ int main() {
   hashes_read_nothing_outside();
   a_team_covers_each_item_once();
   a_team_serves_callers_one_by_one();
+  a_lock_goes_to_who_asked_first();
+  one_thread_at_a_time_has_the_lock();
   return failures == 0 ? 0 : 1;
 }

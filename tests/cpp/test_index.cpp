@@ -78,7 +78,7 @@ static void one_thread_matches_while_another_completes_transfers() {
       index.evict(disk, turn % 2);
     }
   });
-  for (uint32_t turn = 0; turn < 2000; ++turn) {
+  for (uint32_t turn = 0; turn < 2000 || moved == 0; ++turn) {
     const std::vector<uint32_t> path{turn % 3, turn % 5, turn % 7, turn % 2};
     const LeaseView lease = index.acquire(space, gpu, path, 4);
     const Load load = index.next_load(lease.id, 2);
@@ -95,7 +95,7 @@ static void one_thread_matches_while_another_completes_transfers() {
   done = true;
   mover.join();
   index.check();
-  KVC2_CHECK(moved > 0 && index.counts().leases == 0, "%u pages moved", moved.load());
+  KVC2_CHECK(index.counts().leases == 0, "%u pages moved", moved.load());
 }
 
 int main() {
