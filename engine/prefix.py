@@ -16,12 +16,11 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from engine.config import ModelConfig
 from engine.metrics import EngineMetrics
 from engine.pages import PageBook
 from engine.request import U32, Caller, TierTokens
@@ -36,7 +35,6 @@ from kvc2.client import (
 )
 from kvc2.client import PoolMemory as PoolMemory
 from kvc2.layout import layer_major
-from kvc2.namespace import Identity
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +42,6 @@ WAIT_SLICE_S = 0.1  # how often a wait for a layer looks whether the session sti
 ACQUIRES_MAX = 8  # calls under way; each may wait for a disk
 NAMESPACES_MAX = 1024  # of a session, the daemon's default; tenants have equal shares of it
 REFUSED = 2
-WEIGHT_CLASSES = ("attention", "embedding", "experts", "norms", "router")
 ANSWERS = ("adopted", "duplicate", "refused")
 
 
@@ -62,7 +59,13 @@ class CacheClient(Protocol):
         self, namespace: Any, request_id: bytes, tokens: U32, *, grant_pages: int = 0
     ) -> Acquired: ...
 
-    def commit(self, commits: Sequence[LeaseCommit], *, grant_pages: int = 0) -> Committed: ...
+    def commit(
+        self,
+        commits: Sequence[LeaseCommit],
+        *,
+        grant_pages: int = 0,
+        prefill_tokens_per_s: float = 0.0,
+    ) -> Committed: ...
 
     def release(
         self, request_ids: Sequence[bytes], *, returned: U32, grant_pages: int = 0
@@ -134,6 +137,7 @@ class Prefix:
         self._namespaces: dict[Caller, Any] = {}
         self._full: set[str] = set()  # tenants that were told of in the log
         self._topping_up = False
+        self.prefill_rate = 0.0  # tokens/s, told with each commit; 0: not measured yet
 
     def connect(self, make_client: Callable[[Prefix], CacheClient]) -> None:
         """From now on there may be sessions; `make_client` wires the three callbacks below."""
@@ -360,7 +364,11 @@ class Prefix:
             if not self.book.committing(session, part.pages.tolist()):
                 return
         try:
-            answer = client.commit([part for _, part in batch], grant_pages=wanted)
+            answer = client.commit(
+                [part for _, part in batch],
+                grant_pages=wanted,
+                prefill_tokens_per_s=self.prefill_rate,
+            )
             results = [list(each) for each in answer.results]
             self.book.granted(session, answer.granted)
         except (errors.Detached, errors.Unreachable) as error:
@@ -430,30 +438,6 @@ def _log_failure(future: Future[None]) -> None:
     """A bug on the bridge thread: its pages stay unsure, which is safe, but it must be seen."""
     if not future.cancelled() and (error := future.exception()) is not None:
         log.error("the bridge to the daemon failed", exc_info=error)
-
-
-def identity_of(config: ModelConfig, weights_digest: bytes, page_size: int) -> Identity:
-    """Everything that this engine's KV depends on: the weights and their shapes by their digest,
-    what config.json alone says by name. Raises errors.InvalidRequest for a model whose KV can't be
-    cached by prefix."""
-    dtype = str(config.dtype).removeprefix("torch.")
-    rope = {name: str(value) for name, value in asdict(config.rope).items() if name != "theta"}
-    return Identity(
-        weights_digest=weights_digest.hex(),
-        architecture=config.architecture,
-        dtypes=tuple((kind, dtype) for kind in WEIGHT_CLASSES),
-        kv_dtype=dtype,
-        layers=config.num_layers,
-        kv_heads=config.kv_heads,
-        head_size=config.head_dim,
-        rope_theta=config.rope.theta,
-        page_size=page_size,
-        rope_scaling=tuple(sorted(rope.items())),
-        experts_per_token=config.experts_per_token,
-        normalize_top_k=int(config.normalize_top_k),
-        moe_layers=tuple(int(has_experts) for has_experts in config.moe_layers),
-        rms_norm_eps=config.rms_norm_eps,
-    )
 
 
 @dataclass(frozen=True)

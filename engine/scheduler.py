@@ -27,7 +27,7 @@ from engine.sequence import Sequence
 
 log = logging.getLogger(__name__)
 
-RATE_SMOOTHING = 0.3  # weight of the newest step in the measured prefill rate
+RATE_SMOOTHING = 0.3  # weight of a step of a whole chunk in the measured prefill rate
 RECLAIM_PAUSE_S = 0.05  # between two requests for pages that were not granted
 
 
@@ -75,6 +75,7 @@ class Scheduler:
         self.config = config
         self.prefix = prefix
         self.prefill_rate: float | None = None  # tokens/s
+        self._rate_weight = 0.0  # of all that was measured
         self._compute = compute
         self._metrics = metrics
         self._clock = clock
@@ -237,9 +238,10 @@ class Scheduler:
             for w, lease in zip(work, leases, strict=True)
         ]
         batch = Batch.of(slices, self.prefix.config.page_size)
+        layer_ready = self.prefix.layer_ready(leases)
         started = self._clock()
         try:
-            logits = self._compute.step(batch, self.prefix.layer_ready(leases))
+            logits = self._compute.step(batch, layer_ready)
         except PrefixLostError as lost:
             self._prefix_lost([w.sequence for w in work], lost)
             return
@@ -250,7 +252,10 @@ class Scheduler:
             return
         self.prefix.arrived(leases)
         self._metrics.steps.inc()
-        self._measure_rate(work, self._clock() - started)
+        prefilled = sum(w.count for w in work if not w.sequence.decoding)
+        self._metrics.prefilled_tokens.inc(prefilled)
+        if layer_ready is None:  # a step that waited for its prefix would measure that
+            self._measure_rate(prefilled, self._clock() - started)
         self._advance(work, logits)
 
     def _prefix_lost(self, sequences: list[Sequence], lost: PrefixLostError) -> None:
@@ -358,13 +363,15 @@ class Scheduler:
 
     # what is measured
 
-    def _measure_rate(self, work: list[Work], seconds: float) -> None:
-        prefilled = sum(w.count for w in work if not w.sequence.decoding)
-        self._metrics.prefilled_tokens.inc(prefilled)
+    def _measure_rate(self, prefilled: int, seconds: float) -> None:
+        """A short step takes longer a token than whole chunks do, and weighs less."""
         if prefilled == 0 or seconds <= 0:
             return
-        rate, old = prefilled / seconds, self.prefill_rate
-        self.prefill_rate = rate if old is None else old + RATE_SMOOTHING * (rate - old)
+        weight = RATE_SMOOTHING * min(1.0, prefilled / self.config.chunk_size)
+        self._rate_weight += weight * (1 - self._rate_weight)  # 1 when much has been seen
+        old = self.prefill_rate or 0.0
+        self.prefill_rate = old + weight / self._rate_weight * (prefilled / seconds - old)
+        self.prefix.prefill_rate = self.prefill_rate
         self._metrics.prefill_rate.set(self.prefill_rate)
 
     def _measure(self) -> None:

@@ -21,10 +21,11 @@ from engine.config import ModelConfig
 from engine.errors import ConfigError
 from engine.http.app import Served, build
 from engine.http.tokenizer import Tokenizer
+from engine.identity import identity_of
 from engine.metrics import EngineMetrics
 from engine.models import load_model
 from engine.pages import PageBook
-from engine.prefix import BridgeConfig, Daemon, PoolMemory, Prefix, identity_of, open_prefix
+from engine.prefix import BridgeConfig, Daemon, PoolMemory, Prefix, open_prefix
 from engine.runner import Runner
 from engine.scheduler import Scheduler, SchedulerConfig
 from engine.settings import EngineConfig, read_api_keys

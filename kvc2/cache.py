@@ -114,7 +114,14 @@ class Cache:
         starts = 0 if self._disk is None else self._disk.catalogue.start_count
         stamp = 0 if self._disk is None else self._disk.last_stamp()
         self.index = _core.Index(first_generation=(starts << 32) + 1, first_stamp=stamp + 1)
-        self._mover = Mover(self.index, self._metrics, memory, self._disk, self._transfer_ended)
+        self._mover = Mover(
+            self.index,
+            self._metrics,
+            memory,
+            self._disk,
+            self._transfer_ended,
+            clock=self._clock,
+        )
         self._loader = Loader(self.index, self._mover, self._metrics)
         spaces_max = config.limits.max_known_namespaces
         self.spaces = Spaces(self.index, self._mover, self._disk, spaces_max)
@@ -238,6 +245,8 @@ class Cache:
         self.index.remove_pool(gpu.id)
         del self._gpus[session.epoch]
         session.pool = None
+        with suppress(KeyError):  # it may never have told its rate
+            self._metrics.prefill_rate.remove(str(session.epoch))
         self._wake()
 
     def open_namespace(self, session: Session, namespace: bytes, identity: bytes) -> int:
@@ -269,8 +278,9 @@ class Cache:
         grant_pages: int,
         deadline_s: float,
     ) -> AcquireResult:
-        """Open a lease on the longest prefix; awaits only what comes from disk, at most deadline_s.
-        While the lease is open the same request_id gets the same answer. Raises SessionOver."""
+        """Open a lease on the longest prefix that comes sooner than it could be computed at
+        session.prefill_rate; awaits only what comes from disk, at most deadline_s. While the lease
+        is open the same request_id gets the same answer. Raises SessionOver."""
         pool = _pool(session)
         if request_id in pool.replies:
             return await asyncio.shield(pool.replies[request_id])
@@ -282,10 +292,10 @@ class Cache:
         pool.replies[request_id] = reply
         released: asyncio.Future[None] | None = None
         try:
-            step = self._loader.begin(pool.gpu, opened.id)
-            if step is not None:
+            errand = self._loader.begin(pool.gpu, opened.id, session.prefill_rate)
+            if errand is not None:
                 released = pool.settling[request_id] = _future()
-                await self._loader.settle(pool.gpu, opened.id, step, released, deadline_s)
+                await self._loader.settle(errand, released, deadline_s)
         except BaseException:
             grant_pages = 0  # nobody hears of them: they would be lost until the session's end
             raise

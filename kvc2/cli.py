@@ -19,6 +19,8 @@ import typer
 from kvc2 import config, errors
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from kvc2.client import Admin, DaemonStats, Flushed
 
 FAILED, BAD_USAGE = 1, 2
@@ -305,6 +307,7 @@ def _print_stats(found: DaemonStats) -> None:
         size = f"{each.capacity_bytes / config.GB:.3f} GB"
         pages.add_row(name, size, *(str(count) for count in counts + more))
     console.print(pages)
+    _print_pace(console, found)
     faults = Table("fault", "count")
     for name, value in found.counters.items():
         if name.startswith("faults_total{") and value:
@@ -313,6 +316,22 @@ def _print_stats(found: DaemonStats) -> None:
             )
     if faults.row_count:
         console.print(faults)
+
+
+def _print_pace(console: Console, found: DaemonStats) -> None:
+    """What decides whether a prefix is brought or computed; nothing before it is measured."""
+    for tier in ("cpu", "disk"):
+        label = f"{{tier={tier}}}"
+        bandwidth = found.counters.get(f"bandwidth_bytes_per_s{label}")
+        if bandwidth is not None:
+            queue_s = found.counters.get(f"queue_s{label}", 0.0)
+            console.print(
+                f"from {tier}: {bandwidth / 1e6:.0f} MB/s, {queue_s * 1e3:.1f} ms of queue"
+            )
+    for each in found.sessions:
+        if each.prefill_tokens_per_s:
+            name = each.engine_name or each.pid
+            console.print(f"{name} prefills {each.prefill_tokens_per_s:.0f} tokens/s")
 
 
 @contextlib.contextmanager

@@ -1,20 +1,45 @@
-"""Brings the rest of a lease's prefix from slower tiers, in prefix order, within its deadline.
+"""Brings the rest of a lease's prefix from slower tiers, in prefix order, as far as that is sooner
+than computing it, and within a deadline. What it gives up on, the lease is known to compute.
 
-Not here: which blocks those are (csrc/index) and how they move (mover.py).
+Not here: which blocks those are (csrc/index), how they move (mover.py), what is worth waiting for
+(pace.py).
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
+from dataclasses import dataclass
 
-from kvc2 import _core, errors
+from kvc2 import _core, errors, pace
 from kvc2.metrics import Metrics
 from kvc2.mover import GpuPool, Mover
 from kvc2.tiers.pools import Pools
 
 LOAD_BYTES = 64 << 20  # of one transfer from disk: 50 ms of reading, in parts on a few threads
 ARENA_SHARE = 4  # at most a quarter of the arena is being loaded at a time
+TELLING_S = 0.05  # a shorter wait says nothing of the tier
+TIERS = ("gpu", "cpu", "disk")  # of a session's chain, fastest first
+HERE = pace.Estimate(math.inf, 0.0)  # of what needs no transfer
 Step = asyncio.Future[int] | asyncio.Future[None]
+
+
+@dataclass(eq=False)
+class Errand:
+    """What one acquire waits for: the step under way, and how long that may take.
+
+    The step brings at most `num_bytes`, in a load of its own (`own`) or in another's, and should be
+    `expected_s` long (0: not known). All steps together may be `patience_s` longer (None: until the
+    caller's deadline)."""
+
+    gpu: GpuPool
+    lease: int
+    prefill_rate: float  # tokens/s; 0: not known
+    step: Step | None = None
+    num_bytes: int = 0
+    own: bool = False
+    expected_s: float = 0.0
+    patience_s: float | None = None
 
 
 class Loader:
@@ -39,37 +64,109 @@ class Loader:
         self._waiters.append(waiter)
         return waiter
 
-    def begin(self, gpu: GpuPool, lease: int) -> Step | None:
-        """Promote what memory holds, begin to load what the disk holds. None: it is settled."""
-        self._promote(gpu, lease)
-        return self._next_load(gpu, lease)
+    def begin(self, gpu: GpuPool, lease: int, prefill_rate: float) -> Errand | None:
+        """Promote what memory holds, begin to load what the disk holds, where that is sooner than
+        computing at `prefill_rate`. None: it is settled."""
+        errand = Errand(gpu, lease, prefill_rate)
+        self._advance(errand)
+        return None if errand.step is None else errand
 
     async def settle(
-        self,
-        gpu: GpuPool,
-        lease: int,
-        step: Step,
-        released: asyncio.Future[None],
-        deadline_s: float,
+        self, errand: Errand, released: asyncio.Future[None], deadline_s: float
     ) -> None:
-        """Load and promote until nothing more can come, the deadline, or `released` is done."""
+        """Load and promote until nothing more can come or is worth it, the deadline, or `released`
+        is done. A load that is given up on goes on, and its blocks are in memory when it ends."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + deadline_s
-        while True:
-            left = max(0.0, deadline - loop.time())
-            await asyncio.wait([step, released], timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        while (step := errand.step) is not None:
+            begun = loop.time()
+            left_s = max(0.0, deadline - begun)
+            patience_s = math.inf if errand.patience_s is None else errand.patience_s
+            wait_s = min(left_s, errand.expected_s + patience_s)
+            waits = [step, released]
+            await asyncio.wait(waits, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
             if released.done():
                 return
+            took_s = loop.time() - begun
             if not step.done():
-                self._metrics.fault("acquire_deadline")
+                self._give_up(errand, took_s, at_deadline=wait_s == left_s)
                 return
-            self._promote(gpu, lease)
-            if step.result() == 0:  # a load that brought nothing would be tried for ever
-                return
-            following = self._next_load(gpu, lease)
-            if following is None:
-                return
-            step = following
+            self._came(errand, took_s)
+            nothing = step.result() == 0  # such a load would be tried for ever
+            self._advance(errand, last=nothing)
+
+    # ---- what is worth it ----
+
+    def _advance(self, errand: Errand, *, last: bool = False) -> None:
+        """Choose how much to bring, promote what memory holds of it, begin the next load."""
+        self._choose(errand)
+        self._promote(errand.gpu, errand.lease)
+        errand.step = None
+        if not last:
+            self._next_load(errand, LOAD_BYTES)
+
+    def _choose(self, errand: Errand) -> None:
+        """Shorten the lease where computing is sooner, by what the tiers have shown by now."""
+        pools, ahead = errand.gpu.pools, self._index.lease(errand.lease).ahead
+        if pools is None or ahead.size == 0:
+            return
+        offers = [
+            pace.Offer(TIERS[tier], blocks, self._estimate(TIERS[tier]))
+            for tier, blocks in ahead.tolist()
+        ]
+        choice = pace.choose(
+            offers,
+            page_bytes=pools.shape.page_bytes,
+            page_size=pools.shape.page_size,
+            prefill_rate=errand.prefill_rate,
+        )
+        if errand.patience_s is None:
+            errand.patience_s = choice.patience_s
+        if choice.blocks < sum(offer.blocks for offer in offers):
+            self._probe(errand, offers, choice.blocks)
+            self._shorten(errand, choice.blocks, "slower")
+
+    def _estimate(self, tier: str) -> pace.Estimate | None:
+        return HERE if tier == "gpu" else self._mover.meters[tier].estimate
+
+    def _probe(self, errand: Errand, offers: list[pace.Offer], chosen: int) -> None:
+        """Load a little that nobody waits for, from a disk that seems too slow to wait for."""
+        first = 0  # block on disk
+        for offer in offers:
+            if offer.tier == "disk":
+                break
+            first += offer.blocks
+        else:
+            return
+        idle = not self._mover.loading_bytes and self._mover.meters["disk"].may_probe()
+        if first >= chosen and idle:
+            self._next_load(errand, pace.PROBE_BYTES)
+
+    def _shorten(self, errand: Errand, blocks: int, why: str) -> None:
+        """Bring `blocks` more than the lease has now; it computes the rest."""
+        before = self._index.lease(errand.lease)
+        self._index.shorten(errand.lease, before.pages.size + blocks)
+        lost = before.matched - self._index.lease(errand.lease).matched
+        if lost and errand.gpu.pools is not None:
+            tokens = lost * errand.gpu.pools.shape.page_size
+            self._metrics.recomputed_tokens.labels(why).inc(tokens)
+
+    def _came(self, errand: Errand, took_s: float) -> None:
+        late_s = took_s - errand.expected_s
+        if errand.patience_s is not None:
+            errand.patience_s = max(0.0, errand.patience_s - max(0.0, late_s))
+        if errand.own:
+            self._mover.meters["disk"].on_time()
+
+    def _give_up(self, errand: Errand, took_s: float, *, at_deadline: bool) -> None:
+        """The engine computes what has not come."""
+        if at_deadline:
+            self._metrics.fault("acquire_deadline")
+        if errand.own and took_s > max(errand.expected_s, TELLING_S):
+            self._mover.overdue("disk", errand.num_bytes, took_s)
+        self._shorten(errand, 0, "deadline" if at_deadline else "overdue")
+
+    # ---- what moves ----
 
     def _promote(self, gpu: GpuPool, lease: int) -> None:
         """cpu -> gpu as far as pages go."""
@@ -79,26 +176,35 @@ class Loader:
         if transfer is not None:
             self._mover.promote(gpu, transfer)
 
-    def _next_load(self, gpu: GpuPool, lease: int) -> Step | None:
-        """Begin the next load of the lease, or find the one that it waits for."""
-        pools = gpu.pools
+    def _next_load(self, errand: Errand, bytes_max: int) -> None:
+        """Begin the next load of the lease, or find the one that it waits for: its step."""
+        pools = errand.gpu.pools
         if pools is None or pools.disk is None or self.pools is None:
-            return None
-        view = self._index.lease(lease)
+            return
+        view = self._index.lease(errand.lease)
         wanted = view.matched - view.pages.size
         if wanted == 0:
-            return None
+            return
         arena, page_bytes = self.pools.arena, pools.shape.page_bytes
         room = arena.capacity_bytes // ARENA_SHARE - self._mover.loading_bytes
+        errand.own = False
         if room < page_bytes and self._mover.loading_bytes:
-            return self.until_changed()
-        pages = min(wanted, max(1, min(LOAD_BYTES, room) // page_bytes))
+            errand.step = self.until_changed()
+            self._expect(errand, self._mover.loading_bytes)
+            return
+        pages = min(wanted, max(1, min(bytes_max, room) // page_bytes))
         self.pools.make_room(pools, pages)
-        step = self._index.next_load(lease, pages)
+        step = self._index.next_load(errand.lease, pages)
         if isinstance(step, _core.Wait):
-            return self._mover.ended(step.transfer)
-        if step is not None:
-            return self._mover.load(pools, step)
-        if not pools.cpu.slabs() and not arena.populated:
-            return self.until_changed()  # a daemon just started: its first slab is coming
-        return None
+            errand.step = self._mover.ended(step.transfer)
+        elif step is not None:
+            errand.step, errand.own = self._mover.load(pools, step), True
+            pages = step.target_pages.size
+        elif not pools.cpu.slabs() and not arena.populated:
+            errand.step = self.until_changed()  # a daemon just started: its first slab is coming
+        self._expect(errand, pages * page_bytes)
+
+    def _expect(self, errand: Errand, num_bytes: int) -> None:
+        estimate = self._mover.meters["disk"].estimate
+        errand.num_bytes = num_bytes
+        errand.expected_s = 0.0 if estimate is None else estimate.seconds(num_bytes)

@@ -41,6 +41,8 @@ FAULTS = {
 # seconds: the hot calls take 50 us to 1 ms, disk transfers up to seconds
 BUCKETS = (50e-6, 100e-6, 200e-6, 300e-6, 500e-6, 1e-3, 2e-3, 5e-3, 0.02, 0.1, 0.5, 2.0, 10.0)
 
+RECOMPUTED = ("slower", "overdue", "deadline")  # why matched tokens were not brought
+
 
 @dataclass(frozen=True)
 class TierSample:
@@ -95,6 +97,37 @@ class Metrics:
         self.rpcs = Counter("kvc2_rpcs", "Calls by status", ["rpc", "status"], registry=registry)
         self.sessions = Gauge("kvc2_sessions", "Open sessions", registry=registry)
         self.leases = Gauge("kvc2_leases", "Open leases", registry=registry)
+        self._add_pace(registry)
+
+    def _add_pace(self, registry: CollectorRegistry) -> None:
+        """What decides whether a prefix is brought or computed, and how often the latter."""
+        self.recomputed_tokens = Counter(
+            "kvc2_recomputed_tokens",
+            "Matched tokens that the engine computes: sooner by the tier's estimate (slower), "
+            "or bringing them overran it (overdue) or the acquire's deadline (deadline)",
+            ["why"],
+            registry=registry,
+        )
+        for why in RECOMPUTED:
+            self.recomputed_tokens.labels(why)
+        self.bandwidth = Gauge(
+            "kvc2_bandwidth_bytes_per_s",
+            "Measured bandwidth of bringing pages from a tier to the next faster one",
+            ["tier"],
+            registry=registry,
+        )
+        self.queue = Gauge(
+            "kvc2_queue_s",
+            "Measured wait of a transfer from a tier before its first byte",
+            ["tier"],
+            registry=registry,
+        )
+        self.prefill_rate = Gauge(
+            "kvc2_prefill_tokens_per_s",
+            "Prefill rate as a session's engine measured it",
+            ["session"],
+            registry=registry,
+        )
 
     def fault(self, kind: str, count: int = 1) -> None:
         """Count a fault. KeyError for a kind that FAULTS doesn't explain."""

@@ -5,24 +5,27 @@
     demote   gpu -> cpu  one thread
     store    cpu -> disk one thread, the only one that writes the catalogue
 
-Completions come back on the event loop, where `Index.complete` is called. Not here: which
-transfers there should be (csrc/index) and when to ask for those behind (behind.py).
+Completions come back on the event loop, where `Index.complete` is called. What transfers towards
+faster tiers took is told to that tier's meter (pace.py). Not here: which transfers there should be
+(csrc/index) and when to ask for those behind (behind.py).
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from time import perf_counter
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from kvc2 import _core
 from kvc2.metrics import Metrics
+from kvc2.pace import Meter
 from kvc2.tiers.base import U8, part_of
 from kvc2.tiers.catalogue import Change
 from kvc2.tiers.disk import FAULT_OF_STATUS, Batch, DiskTier, Outcome
@@ -35,6 +38,15 @@ T = TypeVar("T")
 
 LOAD_THREADS = 4  # depth of the disk's queue: 4 reads of 8 MiB keep an NVMe disk busy
 LOAD_PART_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Timed(Generic[T]):
+    """What a thread's work returned, and when it ran."""
+
+    result: T
+    began: float
+    ended: float
 
 
 @dataclass(eq=False)
@@ -61,7 +73,8 @@ class GpuPool:
 
 
 class Mover:
-    """All methods are called on the event loop's thread. `arena` is [bytes] u8."""
+    """All methods are called on the event loop's thread; `clock` is read by its threads too.
+    `arena` is [bytes] u8. `meters`: of the tiers that are brought from."""
 
     def __init__(
         self,
@@ -70,7 +83,11 @@ class Mover:
         arena: U8,
         disk: DiskTier | None,
         on_done: Callable[[], None],
+        *,
+        clock: Callable[[], float],
     ) -> None:
+        self._clock = clock
+        self.meters = {"cpu": Meter(clock), "disk": Meter(clock)}
         self._index = index
         self._metrics = metrics
         self._arena = arena
@@ -114,9 +131,9 @@ class Mover:
         self.promoting += 1
         store, pages = gpu.store, transfer.target_pages
         offsets = gpu.pools.cpu.offsets(transfer.source_pages)
-        begun = perf_counter()
+        begun = self._clock()
         running = asyncio.get_running_loop().run_in_executor(
-            gpu.queue, lambda: store.write(pages, offsets, sequence=sequence)
+            gpu.queue, self._timed, lambda: store.write(pages, offsets, sequence=sequence)
         )
         self._under_way.add(transfer.id)
         running.add_done_callback(lambda done: self._promoted(gpu, transfer, done, begun))
@@ -125,7 +142,7 @@ class Mover:
         self,
         gpu: GpuPool,
         transfer: _core.Transfer,
-        running: asyncio.Future[None],
+        running: asyncio.Future[Timed[None]],
         begun: float,
     ) -> None:
         self.promoting -= 1
@@ -139,6 +156,8 @@ class Mover:
             gpu.queue.shutdown(wait=False, cancel_futures=True)
             gpu.give_up()
             good = 0
+        elif gpu.pools is not None:
+            self._measure("cpu", good * gpu.pools.shape.payload_bytes, begun, [running.result()])
         self._end(transfer, good, gpu.pools, ("cpu", "gpu"), begun)
 
     def load(self, pools: LayoutPools, transfer: _core.Transfer) -> asyncio.Future[int]:
@@ -154,17 +173,20 @@ class Mover:
         assert transfer.records is not None
         count, page_bytes = transfer.target_pages.size, pools.shape.page_bytes
         offsets = pools.cpu.offsets(transfer.target_pages)
-        begun = perf_counter()
+        begun = self._clock()
         loop, step = asyncio.get_running_loop(), max(1, LOAD_PART_BYTES // page_bytes)
         parts = [slice(start, min(start + step, count)) for start in range(0, count, step)]
         running = [
             loop.run_in_executor(
                 self._loads,
-                pools.disk.load,
-                self._arena,
-                transfer.source_pages[part],
-                offsets[part],
-                part_of(transfer.records, part),
+                self._timed,
+                functools.partial(
+                    pools.disk.load,
+                    self._arena,
+                    transfer.source_pages[part],
+                    offsets[part],
+                    part_of(transfer.records, part),
+                ),
             )
             for part in parts
         ]
@@ -174,9 +196,12 @@ class Mover:
             if isinstance(result, BaseException):
                 LOG.error("load failed: %r", result)
             else:
-                status[part] = result
+                status[part] = result.result
         self.loading_bytes -= count * page_bytes
         bad = np.flatnonzero(status != _core.BLOCK_OK)
+        if not bad.size:
+            timed = [each for each in results if isinstance(each, Timed)]
+            self._measure("disk", count * page_bytes, begun, timed)
         good = int(bad[0]) if bad.size else count
         self._end(transfer, good, pools, ("disk", "cpu"), begun)
         if bad.size:
@@ -201,7 +226,7 @@ class Mover:
         assert gpu.pools is not None
         assert gpu.store is not None
         offsets = gpu.pools.cpu.offsets(transfer.target_pages)
-        begun = perf_counter()
+        begun = self._clock()
         running = asyncio.get_running_loop().run_in_executor(
             self._behind, gpu.store.read, transfer.source_pages, offsets
         )
@@ -230,7 +255,7 @@ class Mover:
             assert transfer.records is not None
             offsets = pools.cpu.offsets(transfer.source_pages)
             batch = Batch(pools.disk, transfer.target_pages, offsets, transfer.records)
-        begun = perf_counter()
+        begun = self._clock()
         running = self.on_writer(lambda disk: disk.store(batch, change))
         if transfer is not None:
             self._under_way.add(transfer.id)
@@ -250,6 +275,30 @@ class Mover:
         """Run `work` on the thread that alone writes the disk's catalogue."""
         assert self._disk is not None
         return asyncio.get_running_loop().run_in_executor(self._writer, work, self._disk)
+
+    # ---- how long it took ----
+
+    def _timed(self, work: Callable[[], T]) -> Timed[T]:
+        began = self._clock()
+        return Timed(work(), began, self._clock())
+
+    def _measure(
+        self, tier: str, num_bytes: int, asked: float, parts: Sequence[Timed[Any]]
+    ) -> None:
+        began, ended = min(each.began for each in parts), max(each.ended for each in parts)
+        self.meters[tier].saw(num_bytes, ended - began, began - asked)
+        self._publish(tier)
+
+    def overdue(self, tier: str, num_bytes: int, seconds: float) -> None:
+        """A transfer from this tier has not ended after `seconds`."""
+        self.meters[tier].overdue(num_bytes, seconds)
+        self._publish(tier)
+
+    def _publish(self, tier: str) -> None:
+        if estimate := self.meters[tier].estimate:
+            self._metrics.bandwidth.labels(tier).set(estimate.bandwidth_bytes_per_s)
+            if math.isfinite(estimate.queue_s):
+                self._metrics.queue.labels(tier).set(estimate.queue_s)
 
     # ---- the end of a transfer ----
 
@@ -271,7 +320,7 @@ class Mover:
         self._metrics.transfer_blocks.labels(*way).inc(good)
         if pools is not None:
             self._metrics.transfer_bytes.labels(*way).inc(good * pools.shape.payload_bytes)
-        self._metrics.transfer_seconds.labels(*way).observe(perf_counter() - begun)
+        self._metrics.transfer_seconds.labels(*way).observe(self._clock() - begun)
         for waiter in self._waiters.pop(transfer.id, []):
             if not waiter.done():
                 waiter.set_result(None)

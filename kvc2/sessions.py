@@ -52,6 +52,7 @@ class Session:
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(SECRET_BYTES), repr=False)
     leases: dict[bytes, int] = field(default_factory=dict)
     namespaces: dict[int, bytes] = field(default_factory=dict)
+    prefill_rate: float = 0.0  # tokens/s, as its engine measured last; 0: not known
 
 
 class SessionTable:

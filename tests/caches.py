@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -22,6 +23,7 @@ async def running(
     cpu_bytes: int = 4 * MIB,
     disk_bytes: int = 16 * MIB,
     files: Files | None = None,
+    clock: Callable[[], float] = time.monotonic,
     **more: object,
 ) -> AsyncIterator[Cache]:
     more.setdefault("slab_bytes", SLAB_BYTES)
@@ -31,7 +33,7 @@ async def running(
         copy_threads=2,
         **more,  # type: ignore[arg-type]
     )
-    cache = Cache(config, Metrics(), files=files)
+    cache = Cache(config, Metrics(), clock, files=files)
     await cache.start()
     try:
         yield cache

@@ -54,7 +54,7 @@ class HashModel:
         self.batches: list[Batch] = []
         self.fail_next = False
         self._clock = clock
-        self._seconds = seconds
+        self.seconds = seconds
 
     def step(self, batch: Batch, layer_ready: Callable[[int], None] | None = None) -> torch.Tensor:
         self.batches.append(batch)
@@ -64,7 +64,7 @@ class HashModel:
             self.fail_next = False
             raise RuntimeError("out of memory")
         if self._clock is not None:
-            self._clock.now += self._seconds * len(batch.token_ids)
+            self._clock.now += self.seconds * len(batch.token_ids)
         ends = torch.cumsum(batch.query_lens, 0).tolist()
         values: dict[int, int] = {}
         for row, end in enumerate(ends):
@@ -138,6 +138,7 @@ class SmallDaemon:
         self.lower: dict[tuple[Any, ...], np.ndarray] = {}  # the cpu tier
         self.leases: dict[bytes, OpenLease] = {}
         self.transfers: list[list[tuple[int, np.ndarray]]] = []
+        self.prefill_rates: list[float] = []  # told with commits
         self.arrive = True  # whether promotions complete
         self.fault: errors.Kvc2Error | None = None
         self.refuse = False
@@ -212,8 +213,15 @@ class SmallDaemon:
             computing_tokens=computing,
         )
 
-    def commit(self, commits: Sequence[LeaseCommit], *, grant_pages: int = 0) -> Committed:
+    def commit(
+        self,
+        commits: Sequence[LeaseCommit],
+        *,
+        grant_pages: int = 0,
+        prefill_tokens_per_s: float = 0.0,
+    ) -> Committed:
         self._raise()
+        self.prefill_rates.append(prefill_tokens_per_s)
         results = []
         for part in commits:
             lease = self.leases[part.request_id]

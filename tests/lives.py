@@ -161,7 +161,9 @@ class IndexLives(IndexEndings, SlabMachine):
             self.evict(self.cpu, 2)
         elif max(self.model.leases) == lease:
             self.promote(lease)
-            self.promote(self.open(at.namespace, at.pool, prompt, 9))
+            twin = self.open(at.namespace, at.pool, prompt, 9)
+            self.promote(twin)
+            self.next_load(twin, 3)
         self.index.check()
 
     @precondition(lambda self: self.model.leases)

@@ -53,6 +53,17 @@ def test_what_one_request_commits_the_next_one_hits(served: ServedDaemon) -> Non
         assert len(released.granted) == 1
 
 
+def test_the_last_prefill_rate_that_an_engine_told_is_in_the_stats(served: ServedDaemon) -> None:
+    with TinyEngine(served.address) as engine, Admin(served.address) as admin:
+        assert admin.stats().sessions[0].prefill_tokens_per_s == 0
+        engine.client.commit([], prefill_tokens_per_s=512.5)
+        engine.client.commit([])  # it doesn't know any more: what was told stays
+        found = admin.stats()
+        assert found.sessions[0].prefill_tokens_per_s == 512.5
+        (name,) = [each for each in found.counters if each.startswith("prefill_tokens_per_s")]
+        assert found.counters[name] == 512.5
+
+
 def test_a_refused_call_is_an_exception_with_the_field(served: ServedDaemon) -> None:
     with TinyEngine(served.address) as engine:
         client = engine.client

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from engine.config import ModelConfig
-from engine.prefix import identity_of
+from engine.identity import identity_of
 from engine.weights import weights_digest
 from kvc2.namespace import namespace
 from tests.checkpoints import make_qwen3_moe

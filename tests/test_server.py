@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -145,6 +146,9 @@ def lease_commit(**changes: Any) -> pb.LeaseCommit:
             "leases[0].first_block",
         ),
         ("Commit", {"leases": [lease_commit()] * 1025}, "INVALID_ARGUMENT", "leases"),
+        ("Commit", {"prefill_tokens_per_s": -1.0}, "INVALID_ARGUMENT", "prefill_tokens_per_s"),
+        ("Commit", {"prefill_tokens_per_s": math.nan}, "INVALID_ARGUMENT", "prefill_tokens_per_s"),
+        ("Commit", {"prefill_tokens_per_s": math.inf}, "INVALID_ARGUMENT", "prefill_tokens_per_s"),
         ("Release", {"request_ids": [b"x"] * 1025}, "INVALID_ARGUMENT", "request_ids"),
         ("Release", {"request_ids": [b"a", b""]}, "INVALID_ARGUMENT", "request_ids[1]"),
         ("Release", {"returned_pages": b"1"}, "INVALID_ARGUMENT", "returned_pages"),

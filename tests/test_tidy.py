@@ -32,7 +32,7 @@ KVC2_FLOORS = """
     arena
     namespace, results, layout, v1
     _core
-    config, errors, metrics
+    config, errors, metrics, pace
 """
 ENGINE_FLOORS = """
     __main__
@@ -43,7 +43,7 @@ ENGINE_FLOORS = """
     prefix, runner
     graphs, models, sampler
     experts, attention, weights
-    batch, pages, text, request, layers
+    batch, pages, text, request, layers, identity
     _kernels
     settings, config, errors, metrics
 """
@@ -57,8 +57,8 @@ CPP_FLOORS = """
 """
 # The client is what an engine carries: it must not pull in the daemon.
 CLIENT_SEES = {"v1", "layout", "errors", "client"}
-# Only the bridge talks to the daemon's client.
-BRIDGE = "engine/prefix"
+# Only the bridge talks to the daemon's client; what KV depends on is named in the daemon's terms.
+BRIDGE = ("engine/prefix", "engine/identity")
 
 # design words -> what we never call them, as whole words of a public name
 FORBIDDEN_WORDS = {

@@ -174,8 +174,10 @@ class Client:
         *,
         grant_pages: int = 0,
         durable: bool = False,
+        prefill_tokens_per_s: float = 0.0,
     ) -> results.Committed:
-        """Make filled pages visible. Call it after the device has finished writing them."""
+        """Make filled pages visible. Call it after the device has finished writing them. The rate
+        is what the engine has measured; 0: it doesn't know."""
         session = self._attached()
         request = cache_pb2.CommitRequest(
             session=session.head,
@@ -190,6 +192,7 @@ class Client:
             ],
             grant_pages=grant_pages,
             durable=durable,
+            prefill_tokens_per_s=prefill_tokens_per_s,
         )
         wait_s = DURABLE_S if durable else channel.CALL_S
         answer = self._call(session, "Commit", request, wait_s)

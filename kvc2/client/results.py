@@ -120,6 +120,7 @@ class SessionStats:
     leases: int
     seconds: float
     pool: TierStats
+    prefill_tokens_per_s: float  # 0: not known
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ def daemon_stats(message: cache_pb2.StatsResponse) -> DaemonStats:
                 leases=each.leases,
                 seconds=each.seconds,
                 pool=tier_stats(each.pool),
+                prefill_tokens_per_s=each.prefill_tokens_per_s,
             )
             for each in message.sessions
         ),

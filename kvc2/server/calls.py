@@ -135,11 +135,15 @@ class CacheCalls:
         session = self._session(request.session)
         checks.few("leases", len(request.leases), self._limits.max_leases_per_call)
         checks.grant("grant_pages", request.grant_pages, self._limits)
+        rate = checks.rate("prefill_tokens_per_s", request.prefill_tokens_per_s)
         # all are checked before the first is committed: a refused call has changed nothing
         commits = [
             self._check_commit(session, f"leases[{index}]", each)
             for index, each in enumerate(request.leases)
         ]
+        if rate:
+            session.prefill_rate = rate
+            self._metrics.prefill_rate.labels(str(session.epoch)).set(rate)
         through = self._config.write_policy == "through"
         if request.durable or through:
             with self._waiting():
@@ -265,6 +269,7 @@ class CacheCalls:
             leases=len(session.leases),
             seconds=self._table.seconds_open(session),
             pool=_tier_stats(pool) if pool is not None else None,
+            prefill_tokens_per_s=session.prefill_rate,
         )
 
     async def Drain(self, request: cache_pb2.DrainRequest) -> cache_pb2.DrainResponse:

@@ -19,6 +19,7 @@ TENANT_BYTES_MAX = 64
 NAMESPACE_BYTES = 32
 DEADLINE_MS_MAX = 3_600_000
 EVICT_BLOCKS_MAX = (1 << 32) - 1  # more than any tier has pages
+RATE_MAX = 1e9  # tokens/s: no machine prefills faster
 TIERS = ("gpu", "cpu", "disk")
 
 
@@ -75,6 +76,12 @@ def deadline_s(field: str, milliseconds: int, default_s: float) -> float:
     if milliseconds > DEADLINE_MS_MAX:
         raise errors.InvalidRequest(field, milliseconds, f"at most {DEADLINE_MS_MAX}")
     return milliseconds / 1000 if milliseconds else default_s
+
+
+def rate(field: str, value: float) -> float:
+    if not 0 <= value <= RATE_MAX:  # nor NaN
+        raise errors.InvalidRequest(field, value, f"0 to {RATE_MAX:g}")
+    return value
 
 
 def text(field: str, value: str, most: int) -> str:

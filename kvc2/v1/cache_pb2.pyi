@@ -227,16 +227,18 @@ class LeaseCommit(_message.Message):
     def __init__(self, request_id: _Optional[bytes] = ..., first_block: _Optional[int] = ..., tokens: _Optional[bytes] = ..., pages: _Optional[bytes] = ...) -> None: ...
 
 class CommitRequest(_message.Message):
-    __slots__ = ("session", "leases", "grant_pages", "durable")
+    __slots__ = ("session", "leases", "grant_pages", "durable", "prefill_tokens_per_s")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     LEASES_FIELD_NUMBER: _ClassVar[int]
     GRANT_PAGES_FIELD_NUMBER: _ClassVar[int]
     DURABLE_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     session: SessionRef
     leases: _containers.RepeatedCompositeFieldContainer[LeaseCommit]
     grant_pages: int
     durable: bool
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., leases: _Optional[_Iterable[_Union[LeaseCommit, _Mapping]]] = ..., grant_pages: _Optional[int] = ..., durable: _Optional[bool] = ...) -> None: ...
+    prefill_tokens_per_s: float
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., leases: _Optional[_Iterable[_Union[LeaseCommit, _Mapping]]] = ..., grant_pages: _Optional[int] = ..., durable: _Optional[bool] = ..., prefill_tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class CommitResponse(_message.Message):
     __slots__ = ("results", "granted_pages", "durable")
@@ -350,20 +352,22 @@ class TierStats(_message.Message):
     def __init__(self, tier: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., pages: _Optional[int] = ..., free_pages: _Optional[int] = ..., private_pages: _Optional[int] = ..., resident_pages: _Optional[int] = ..., in_flight_pages: _Optional[int] = ..., pinned_pages: _Optional[int] = ...) -> None: ...
 
 class SessionStats(_message.Message):
-    __slots__ = ("session_epoch", "engine_name", "pid", "leases", "seconds", "pool")
+    __slots__ = ("session_epoch", "engine_name", "pid", "leases", "seconds", "pool", "prefill_tokens_per_s")
     SESSION_EPOCH_FIELD_NUMBER: _ClassVar[int]
     ENGINE_NAME_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     LEASES_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     session_epoch: int
     engine_name: str
     pid: int
     leases: int
     seconds: float
     pool: TierStats
-    def __init__(self, session_epoch: _Optional[int] = ..., engine_name: _Optional[str] = ..., pid: _Optional[int] = ..., leases: _Optional[int] = ..., seconds: _Optional[float] = ..., pool: _Optional[_Union[TierStats, _Mapping]] = ...) -> None: ...
+    prefill_tokens_per_s: float
+    def __init__(self, session_epoch: _Optional[int] = ..., engine_name: _Optional[str] = ..., pid: _Optional[int] = ..., leases: _Optional[int] = ..., seconds: _Optional[float] = ..., pool: _Optional[_Union[TierStats, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class StatsResponse(_message.Message):
     __slots__ = ("version", "instance", "uptime_s", "tiers", "sessions", "blocks", "holes", "leases", "namespaces", "metadata_bytes", "counters")

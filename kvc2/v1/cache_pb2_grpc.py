@@ -204,8 +204,9 @@ class CacheServicer:
 
     def Acquire(self, request, context):
         """Acquire opens a lease on the longest cached prefix: pins its pages in the session's pool, brings
-        the rest of it from slower tiers, and grants pages for the delta. Answers when the prefix is
-        settled, or at its soft deadline with what is settled by then. Idempotent on request_id while the
+        the rest of it from slower tiers as far as that is sooner than computing it, and grants pages for
+        the delta. Answers when the prefix is settled, or at its soft deadline, or when a tier is slower
+        than it was, with what is settled by then. Idempotent on request_id while the
         lease is open. A Release of the same request_id cancels it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -1,0 +1,139 @@
+"""What is worth waiting for: bytes on their way from a slower tier, or the engine's computing.
+
+Pure: what was measured comes in, a choice goes out. Not here: who measures the tiers (mover.py) and
+the engine (its scheduler, which reports with each commit), and who acts on the choice (loading.py).
+
+A prompt's matched blocks that the session's pool does not hold lie in runs, each in one tier. The
+engine can't begin before its prefix is settled, so that k blocks brought and the rest computed take
+
+    ready(k) = sum over the tiers of the k blocks of (queue + bytes / bandwidth)
+             + (tokens of the delta + tokens of the other blocks) / prefill rate
+
+and the best k is at the end of a run, since within one ready() is a straight line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+SMOOTHING = 0.3  # weight of the newest transfer: a change of the disk shows in two or three
+FULL_WEIGHT_BYTES = 1 << 20  # smaller transfers measure their fixed costs, and weigh less ...
+WEIGHT_MIN = 0.1  # ... but count, where there are no others
+PATIENCE_SHARE = 8  # beyond the estimate, of the computing that is saved: the price of a surprise
+PROBE_S = 1.0  # between loads that nobody waits for, from a tier that is too slow to wait for
+PROBE_S_MAX = 32.0
+PROBE_REST = 8  # a probe's own time is at most this part of all time
+PROBE_BYTES = 8 << 20  # 8 ms of a fast disk: enough to measure it
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a transfer from a tier can expect."""
+
+    bandwidth_bytes_per_s: float
+    queue_s: float  # before its first byte moves
+
+    def seconds(self, num_bytes: float) -> float:
+        return self.queue_s + num_bytes / self.bandwidth_bytes_per_s
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Consecutive matched blocks in one tier; `estimate` None: not measured yet, taken for free."""
+
+    tier: str
+    blocks: int
+    estimate: Estimate | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`blocks`: how many leading ones to bring. `patience_s`: how far bringing them may overrun its
+    estimate; None: as far as the caller's own deadline, since the prefill rate isn't known."""
+
+    blocks: int
+    patience_s: float | None
+
+
+def choose(
+    offers: Sequence[Offer], *, page_bytes: int, page_size: int, prefill_rate: float
+) -> Choice:
+    """The k with the least ready(k), the larger of equals. `prefill_rate`: tokens/s; 0: unknown,
+    then all is worth it."""
+    every = sum(offer.blocks for offer in offers)
+    if prefill_rate <= 0:
+        return Choice(every, None)
+    best, best_saved = 0, 0.0
+    blocks, spent = 0, 0.0
+    queued: set[str] = set()
+    for offer in offers:
+        blocks += offer.blocks
+        if offer.estimate is not None:
+            spent += offer.blocks * page_bytes / offer.estimate.bandwidth_bytes_per_s
+            spent += 0.0 if offer.tier in queued else offer.estimate.queue_s
+            queued.add(offer.tier)
+        saved = blocks * page_size / prefill_rate - spent
+        if saved >= best_saved:
+            best, best_saved = blocks, saved
+    return Choice(best, best * page_size / prefill_rate / PATIENCE_SHARE)
+
+
+class Meter:
+    """What one tier's transfers have shown: averages that forget, and when to look again.
+
+    A transfer that is overdue tells at once, before it has ended: nothing is waited for behind it.
+    The next one that ends is believed whole. A tier whose
+    estimate is too slow is probed: a load that nobody waits for, at most one in PROBE_S and at most
+    1 / (PROBE_REST + 1) of the time, so that a tier which has recovered is known in seconds and one
+    which has not costs no request anything. One that looks fast in a probe and is overdue again
+    doubles that interval, to PROBE_S_MAX at most: so often, and no more, do requests pay for it.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._bandwidth = 0.0
+        self._queue_s = 0.0
+        self._interval_s = PROBE_S
+        self._probe_at = 0.0
+        self._overdue = False  # a transfer that was: the next one to end decides
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """None before the first transfer. Behind an overdue one the queue has no end."""
+        queue_s = math.inf if self._overdue else self._queue_s
+        return Estimate(self._bandwidth, queue_s) if self._bandwidth else None
+
+    def saw(self, num_bytes: int, seconds: float, queue_s: float) -> None:
+        """A transfer has ended: it waited, then moved `num_bytes` in `seconds`."""
+        if num_bytes <= 0:
+            return
+        found = num_bytes / max(seconds, 1e-9)
+        weight = SMOOTHING * min(1.0, max(WEIGHT_MIN, num_bytes / FULL_WEIGHT_BYTES))
+        if self._overdue or not self._bandwidth:
+            self._bandwidth, self._queue_s, self._overdue = found, queue_s, False
+        self._bandwidth += weight * (found - self._bandwidth)
+        self._queue_s += weight * (queue_s - self._queue_s)
+        self._rest(seconds)
+
+    def overdue(self, num_bytes: int, seconds: float) -> None:
+        """A transfer has not ended after `seconds`: the tier is no faster than that."""
+        self._overdue = True
+        most = num_bytes / max(seconds, 1e-9)
+        self._bandwidth = min(self._bandwidth, most) if self._bandwidth else most
+        self._interval_s = min(2 * self._interval_s, PROBE_S_MAX)
+        self._rest(seconds)
+
+    def on_time(self) -> None:
+        """A transfer that someone waited for came within its estimate."""
+        self._interval_s = PROBE_S
+
+    def may_probe(self) -> bool:
+        return self._clock() >= self._probe_at
+
+    def _rest(self, seconds: float) -> None:
+        self._probe_at = self._clock() + max(self._interval_s, PROBE_REST * seconds)
+
+
+Meters = Mapping[str, Meter]

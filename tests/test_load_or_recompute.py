@@ -1,0 +1,173 @@
+"""Load or recompute, in virtual time: what a request waits for is sooner than computing it.
+
+A prompt of 64 blocks is 1.3 MiB on disk. The engine prefills 512 tokens/s: what a whole prompt
+costs without a cache is half a second, and the break-even disk reads 2.6 MB/s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from kvc2.cache import Cache
+from kvc2.pace import PATIENCE_SHARE, PROBE_S
+from tests.caches import MIB, faults, running
+from tests.stand_in import PAGE_SIZE, StandIn, prompt
+from tests.virtual_time import Clock, SlowFiles, run
+
+BLOCKS = 64
+TOKENS = BLOCKS * PAGE_SIZE
+RATE = 512.0  # tokens/s
+COLD_S = TOKENS / RATE
+FAST, BREAK_EVEN, SLOW = 1e9, 2.6e6, 0.2e6  # bytes/s
+PROMPTS = 12
+
+
+class House:
+    """A cache on a slow disk that alone holds PROMPTS prompts, and an engine of known rate."""
+
+    def __init__(self, cache: Cache, clock: Clock, files: SlowFiles) -> None:
+        self.cache, self.clock, self.files = cache, clock, files
+        self.engine = StandIn(cache, 2 * BLOCKS, segment_bytes=4096)
+
+    async def fill(self) -> None:
+        arena = self.cache._arena
+        assert arena is not None
+        while not arena.populated:  # by a thread that virtual time knows nothing of
+            await self.cache._loader.until_changed()
+        for seed in range(PROMPTS):
+            await self.engine.ask(prompt(seed, BLOCKS))
+            assert (await self.cache.flush(10)).not_durable == {}
+        await self.forget()
+        self.engine.session.prefill_rate = RATE
+
+    async def forget(self) -> None:
+        """The disk alone holds everything again."""
+        await self.cache.evict("gpu", 0)
+        await self.cache.evict("cpu", 0)
+
+    async def ready_s(self, seed: int) -> float:
+        """Until the whole prompt is ready: waiting for the lease, then computing what it lacks."""
+        begun = self.clock()
+        request, found = await self.engine.acquire(prompt(seed, BLOCKS))
+        waited_s = self.clock() - begun
+        self.cache.release(self.engine.session, request)
+        self.cache.index.check()
+        return waited_s + (TOKENS - found.matched_tokens) / RATE
+
+    async def came(self) -> None:
+        while self.cache._mover.loading_bytes:
+            await self.cache._loader.until_changed()
+
+    async def settled(self) -> None:
+        """What was given up on has come, and a probe may be made again."""
+        await self.came()
+        await self.forget()
+        self.clock.now += 40.0
+
+
+def in_house(tmp_path: Path, bytes_per_s: float, work: Callable[[House], Awaitable[None]]) -> None:
+    clock = Clock()
+    files = SlowFiles(clock, bytes_per_s)
+
+    async def main() -> None:
+        async with running(
+            tmp_path, cpu_bytes=32 * MIB, disk_bytes=64 * MIB, files=files, clock=clock
+        ) as cache:
+            house = House(cache, clock, files)
+            await house.fill()
+            try:
+                await work(house)
+            finally:
+                clock.wake_all()
+
+    run(clock, main)
+
+
+@pytest.mark.parametrize("bytes_per_s", [FAST, 4 * BREAK_EVEN, BREAK_EVEN, SLOW, SLOW / 10])
+def test_with_a_measured_disk_no_request_is_slower_than_without_a_cache(
+    tmp_path: Path, bytes_per_s: float
+) -> None:
+    async def work(house: House) -> None:
+        await house.ready_s(0)  # measures the disk, behind or not
+        for seed in range(1, PROMPTS):
+            await house.settled()
+            assert await house.ready_s(seed) <= COLD_S * 1.001
+        worth_it = bytes_per_s > BREAK_EVEN
+        brought = house.cache._metrics.values()["recomputed_tokens_total{why=slower}"] == 0
+        assert brought == worth_it
+
+    in_house(tmp_path, bytes_per_s, work)
+
+
+def test_a_disk_that_became_slow_costs_one_request_an_eighth_and_no_other(tmp_path: Path) -> None:
+    async def work(house: House) -> None:
+        assert await house.ready_s(0) < COLD_S / 50
+        await house.settled()
+        house.files.bytes_per_s = SLOW
+        first = await house.ready_s(1)
+        assert COLD_S < first <= COLD_S * (1 + 1 / PATIENCE_SHARE) + 0.01
+        for seed in range(2, PROMPTS):  # while the load that was given up on goes on
+            assert await house.ready_s(seed) <= COLD_S * 1.001
+        assert house.cache._metrics.values()["recomputed_tokens_total{why=overdue}"] == TOKENS
+        assert faults(house.cache, "acquire_deadline") == 0
+
+    in_house(tmp_path, FAST, work)
+
+
+def test_what_was_given_up_on_comes_behind_and_is_not_read_again(tmp_path: Path) -> None:
+    async def work(house: House) -> None:
+        assert await house.ready_s(0) > COLD_S
+        await house.came()
+        read = house.cache._metrics.values()["transfer_blocks_total{source=disk,target=cpu}"]
+        assert read == BLOCKS
+        assert await house.ready_s(0) == 0
+        assert (
+            house.cache._metrics.values()["transfer_blocks_total{source=disk,target=cpu}"] == read
+        )
+
+    in_house(tmp_path, SLOW, work)
+
+
+def test_a_disk_that_recovered_is_used_again_within_seconds(tmp_path: Path) -> None:
+    async def work(house: House) -> None:
+        await house.ready_s(0)
+        await house.settled()
+        assert await house.ready_s(1) == COLD_S  # a probe goes on behind, at 6 s a prompt
+        await house.settled()
+        house.files.bytes_per_s = FAST
+        assert await house.ready_s(2) == COLD_S  # and this one's finds out
+        await house.came()
+        for seed in range(3, 6):
+            house.clock.now += PROBE_S
+            assert await house.ready_s(seed) < COLD_S / 50
+
+    in_house(tmp_path, SLOW, work)
+
+
+def test_an_engine_that_tells_no_rate_waits_as_long_as_its_deadline(tmp_path: Path) -> None:
+    async def work(house: House) -> None:
+        house.engine.session.prefill_rate = 0.0
+        begun = house.clock()
+        _, found = await house.engine.acquire(prompt(0, BLOCKS), deadline_s=2.0)
+        assert house.clock() - begun == pytest.approx(2.0)
+        assert found.matched_tokens == 0
+        assert faults(house.cache, "acquire_deadline") == 1
+
+    in_house(tmp_path, SLOW, work)
+
+
+def test_a_second_request_sees_that_the_first_computes_what_it_did_not_bring(
+    tmp_path: Path,
+) -> None:
+    async def work(house: House) -> None:
+        await house.ready_s(0)
+        await house.settled()
+        _, first = await house.engine.acquire(prompt(1, BLOCKS))
+        _, second = await house.engine.acquire(prompt(1, BLOCKS))
+        assert (first.matched_tokens, first.computing_tokens) == (0, 0)
+        assert (second.matched_tokens, second.computing_tokens) == (0, TOKENS)
+
+    in_house(tmp_path, SLOW, work)
