@@ -20,6 +20,7 @@ from kvc2 import _core
 from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics
 from kvc2.mover import GpuPool, Mover
+from kvc2.slabs import Slabs
 from kvc2.tiers.pools import LayoutPools, Pools
 
 LOG = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ class Behind:
         self._index = index
         self._mover = mover
         self._pools = pools
+        self._slabs = Slabs(index, mover, pools, config.high_watermark)
+        pools.on_want = self.wake
         self._gpus = gpus
         self._policy = config.write_policy
         self._low, self._high = config.low_watermark, config.high_watermark
@@ -209,6 +212,7 @@ class Behind:
     async def _demote_all(self) -> None:
         moved = True
         self.reap()
+        await self._slabs.serve()
         while moved:
             moved = False
             for gpu in list(self._gpus.values()):
@@ -228,7 +232,7 @@ class Behind:
             if not rescue and self._must_wait("gpu"):
                 return False
             pages = max(1, GATHER_BYTES // gpu.pools.shape.page_bytes)
-            self._pools.make_room(gpu.pools, min(pages, self._index.undemoted(gpu.id)))
+            await self._slabs.make_room(gpu.pools, min(pages, self._index.undemoted(gpu.id)))
             transfer = self._index.plan_demote(gpu.id, pages)
             if transfer is None:
                 return False
@@ -247,7 +251,7 @@ class Behind:
             for pools in list(self._pools.layouts.values()):
                 if pools.disk is not None:
                     moved |= await self._store(pools)
-                    self._pools.make_room(pools, self._watermark(pools.cpu_id, self._low))
+                    self._pools.grow(pools, self._watermark(pools.cpu_id, self._low))
                     self._keep_free(pools.cpu_id)
 
     async def _store(self, pools: LayoutPools) -> bool:

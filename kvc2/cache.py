@@ -137,6 +137,7 @@ class Cache:
             )
             self.spaces.known |= self._pools.restore()
             self._loader.pools = self.counts.pools = self._pools
+            self._pools.on_served = self._loader.changed
             self._behind = Behind(
                 self.index,
                 self._mover,
@@ -212,7 +213,7 @@ class Cache:
             self.index.remove_pool(pool)
             raise errors.InvalidRequest("hello.kept_pages", kept_pages.size, "each page once")
         if pools is not None and self._pools is not None:
-            self._pools.ensure_slab(pools)
+            self._pools.make_room(pools, 1)
         queue = ThreadPoolExecutor(1, f"kvc2-promote-{session.epoch}")
         session.pool = SessionPool(GpuPool(pool, pools, store, queue, session.give_up))
         self._gpus[session.epoch] = session.pool.gpu

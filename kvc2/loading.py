@@ -200,8 +200,8 @@ class Loader:
         elif step is not None:
             errand.step, errand.own = self._mover.load(pools, step), True
             pages = step.target_pages.size
-        elif not pools.cpu.slabs() and not arena.populated:
-            errand.step = self.until_changed()  # a daemon just started: its first slab is coming
+        elif not pools.cpu.slabs() and (not arena.populated or self.pools.is_wanted(pools)):
+            errand.step = self.until_changed()  # its first slab is coming
         self._expect(errand, pages * page_bytes)
 
     def _expect(self, errand: Errand, num_bytes: int) -> None:

@@ -96,6 +96,7 @@ class Mover:
         self._loads = ThreadPoolExecutor(LOAD_THREADS, "kvc2-load")
         self._behind = ThreadPoolExecutor(1, "kvc2-demote")
         self._writer = ThreadPoolExecutor(1, "kvc2-disk")
+        self._team = _core.ThreadTeam(1)
         self._under_way: set[int] = set()
         self._waiters: dict[int, list[asyncio.Future[None]]] = {}
         self.loading_bytes = 0
@@ -218,6 +219,20 @@ class Mover:
         lost = self._index.lost(pools.disk_id, pages)
         if lost.pages.size:
             pools.disk.deletes.append(lost.pages)
+
+    # ---- within a tier ----
+
+    async def move_in_arena(self, pools: LayoutPools, transfer: _core.Transfer) -> None:
+        """Pages of one slab to other slabs of its cpu pool. Never raises."""
+        begun = perf_counter()
+        copy = pools.cpu.move(self._team, transfer.source_pages, transfer.target_pages)
+        good = transfer.target_pages.size
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._behind, copy)
+        except Exception as error:
+            LOG.error("move failed: %r", error)
+            good = 0
+        self._end(transfer, good, pools, ("cpu", "cpu"), begun)
 
     # ---- towards slower tiers ----
 

@@ -27,7 +27,7 @@ KVC2_FLOORS = """
     cli
     server, client
     cache
-    counts, sessions, loading, behind, spaces, mover, events
+    counts, sessions, loading, behind, slabs, spaces, mover, events
     tiers
     arena
     namespace, results, layout, v1

@@ -5,10 +5,15 @@ Not here: when a pool gets or loses a slab (pools.py), and what lies in a page (
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
+from kvc2 import _core
 from kvc2.arena import Arena
 from kvc2.tiers.base import U32, U64, PageShape, SlabTable
+
+NO_SLAB_COST = np.uint32(0xFFFFFFFF)  # of Index.slab_pages: no slab, or one that can't go
 
 
 class CpuPool:
@@ -32,17 +37,34 @@ class CpuPool:
         self.arena.give_back(self._slabs.drop(number), self.shape.slab_bytes)
 
     def slabs(self) -> list[int]:
-        """Numbers of its slabs, in the order in which they lie in the arena."""
-        return sorted(self._slabs.numbers(), key=self._slabs.base)
+        """Numbers of its slabs."""
+        return self._slabs.numbers()
 
-    def runs(self) -> list[int]:
-        """Where its slabs lie in the arena."""
-        return [self._slabs.base(number) for number in self._slabs.numbers()]
+    def cheapest_runs(self, run_bytes: int, costs: U32, limit: int) -> list[list[int]]:
+        """Numbers of the slabs that would have to go for a free run of so many bytes, the cheapest
+        first, at most `limit` of them. `costs` by number; NO_SLAB: that one can't go."""
+        numbers = np.array(self.slabs(), np.int64)
+        numbers = numbers[costs[numbers] != NO_SLAB_COST]
+        bases = self._slabs.bases((numbers * self.shape.pages_per_slab).astype(np.uint32))
+        order = np.argsort(bases)
+        numbers, bases = numbers[order], bases[order]
+        runs = self.arena.runs_beside(run_bytes, bases.tolist(), self.shape.slab_bytes)
+        starts = np.array(runs, np.int64)
+        first = np.searchsorted(bases, starts - self.shape.slab_bytes, side="right")
+        last = np.searchsorted(bases, starts + run_bytes, side="left")
+        sums = np.concatenate([[0], np.cumsum(costs[numbers].astype(np.int64))])
+        cheapest = np.argsort(sums[last] - sums[first], kind="stable")[:limit].tolist()
+        return [numbers[first[each] : last[each]].tolist() for each in cheapest]
 
-    def slabs_within(self, run: int, run_bytes: int) -> list[int]:
-        """Numbers of its slabs that lie in part or whole in a run of the arena."""
-        first = run - self.shape.slab_bytes
-        return [each for each in self.slabs() if first < self._slabs.base(each) < run + run_bytes]
+    def move(self, team: _core.ThreadTeam, sources: U32, targets: U32) -> Callable[[], None]:
+        """Copies pages, headers too, from one slab to others, when it is called (on any thread).
+        All sources lie in one slab."""
+        size = np.uint64(self.shape.page_bytes)
+        base = np.uint64(self._slabs.bases(sources[:1])[0])
+        within = sources % np.uint32(self.shape.pages_per_slab)
+        segments = np.array([[base, size, size]], np.uint64)
+        offsets, memory = self.offsets(targets), self.arena.memory.data
+        return lambda: _core.gather(team, memory, segments, within, memory, offsets)
 
     def offsets(self, pages: U32) -> U64:
         """[n] where each page (its header sector) begins in the arena."""

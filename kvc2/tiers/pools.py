@@ -1,14 +1,15 @@
-"""The pools of each layout in cpu and disk, and the slabs they get, share and lose.
+"""The pools of each layout in cpu and disk.
 
-All sessions and namespaces of one layout share its pools. A pool grows by a slab before anything is
-evicted from it; when the arena is all taken, a layout without slabs takes one from the largest
-pool. Not here: moving pages (mover.py), and the disk's slabs, which cost I/O (behind.py).
+All sessions and namespaces of one layout share its pools. A cpu pool grows by a slab before
+anything is evicted from it. Not here: moving pages (mover.py), slabs that go from one layout to
+another (slabs.py), and the disk's slabs, which cost I/O (behind.py).
 
 One thread (the event loop's) uses this.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +51,9 @@ class Pools:
         self.arena = arena
         self.disk = disk
         self.layouts: dict[bytes, LayoutPools] = {}
+        self.wanted: dict[bytes, int] = {}  # free cpu pages by layout; slabs.py tries to serve it
+        self.on_want: Callable[[], None] = lambda: None
+        self.on_served: Callable[[], None] = lambda: None
 
     def of(self, shape: PageShape) -> LayoutPools:
         """The pools of a layout, made when it has none yet. Raises InvalidRequest when the disk has
@@ -89,48 +93,34 @@ class Pools:
         )
         return LayoutPools(in_arena, cpu_id, CpuPool(self.arena, in_arena), disk_id, disk)
 
-    def make_room(self, pools: LayoutPools, pages: int) -> None:
-        """Slabs for the cpu pool until `pages` are free there or the arena is all taken."""
+    def grow(self, pools: LayoutPools, pages: int) -> bool:
+        """Slabs for the cpu pool until `pages` are free there or the arena is all taken. Whether
+        they are."""
         while self._index.pool_counts(pools.cpu_id).free < pages:
             if not self._add_slab(pools):
-                return
+                return False
+        return True
 
-    def ensure_slab(self, pools: LayoutPools) -> None:
-        """A layout without a slab in the arena takes one from the largest pool. While the arena is
-        still being faulted in, one will come by itself."""
-        if pools.cpu.slabs() or self._add_slab(pools) or not self.arena.populated:
-            return
-        others = [each for each in self.layouts.values() if each.cpu.slabs()]
-        for owner in sorted(others, key=_cpu_bytes, reverse=True):
-            if self._take_over(owner, pools):
-                return
+    def make_room(self, pools: LayoutPools, pages: int) -> None:
+        """The same now, and what that lacks soon, where other layouts need it less."""
+        if not self.grow(pools, pages) and self.arena.populated:
+            self.wanted[pools.shape.layout_digest] = pages
+            self.on_want()
 
-    def _take_over(self, owner: LayoutPools, needy: LayoutPools) -> bool:
-        """Empty slabs of `owner` only where the run that results holds a slab of `needy`."""
-        wanted = needy.shape.slab_bytes
-        stuck: set[int] = set()
-        for run in self.arena.runs_beside(wanted, owner.cpu.runs(), owner.shape.slab_bytes):
-            numbers = owner.cpu.slabs_within(run, wanted)
-            if stuck.intersection(numbers):
-                continue
-            kept = next((each for each in numbers if not self._take_slab(owner, each)), None)
-            if kept is None:
-                return self._add_slab(needy)
-            stuck.add(kept)
-        return False
+    def is_wanted(self, pools: LayoutPools) -> bool:
+        """Whether more than it has may still come."""
+        return pools.shape.layout_digest in self.wanted
+
+    def served(self, pools: LayoutPools) -> None:
+        """What was wanted is there, or is not to be had."""
+        self.wanted.pop(pools.shape.layout_digest, None)
+        self.on_served()
 
     def _add_slab(self, pools: LayoutPools) -> bool:
         run = pools.cpu.take_run()
         if run is None:
             return False
         pools.cpu.add_slab(self._index.add_slab(pools.cpu_id), run)
-        return True
-
-    def _take_slab(self, pools: LayoutPools, number: int) -> bool:
-        self._index.empty_slab(pools.cpu_id, number)
-        if not self._index.take_slab(pools.cpu_id, number):
-            return False  # something in it is pinned or under way
-        pools.cpu.remove_slab(number)
         return True
 
     # ---- restart ----
@@ -181,10 +171,6 @@ class Pools:
 
 def _sizes(shape: PageShape) -> tuple[int, int, int]:
     return shape.page_size, shape.payload_bytes, shape.page_bytes
-
-
-def _cpu_bytes(pools: LayoutPools) -> int:
-    return len(pools.cpu.slabs()) * pools.shape.slab_bytes
 
 
 def _stamps_of(recency: U32, pages: U32) -> U32:
