@@ -127,9 +127,6 @@ class Index:
         reused."""
     def add_slab(self, pool: int) -> int:
         """One more slab, at the lowest free number s: pages [s * pages_per_slab, (s+1) * ...)."""
-    def empty_slab(self, pool: int, slab: int) -> Evicted:
-        """Evict what lies in the slab, and what lies below it in this pool, tail first. Pinned,
-        private and in-flight pages stay, and with them what is above them; never makes a hole."""
     def take_slab(self, pool: int, slab: int) -> bool:
         """Remove the slab, open or closed, if nothing is in it; False otherwise. Its number becomes
         free."""

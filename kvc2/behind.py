@@ -4,7 +4,7 @@ Two tasks on the event loop: gpu -> cpu soon after a commit, cpu -> disk when no
 Both yield to transfers that someone waits for, though not for ever, and keep some gpu and cpu pages
 free (watermarks). The disk's order is kept here: batches run one after the other; nothing is
 planned into a disk pool while a page that the index has freed there still has its record
-(`DiskPool.deletes`); two batches of pages are kept free ahead.
+(`DiskPool.settled`); two batches of pages are kept free ahead.
 Not here: which blocks (csrc/index), the copying (mover.py), durability itself (tiers/disk.py).
 """
 
@@ -15,12 +15,14 @@ import logging
 import math
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 
 from kvc2 import _core
 from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics
 from kvc2.mover import GpuPool, Mover
-from kvc2.slabs import Slabs
+from kvc2.slabs import Slabs, cheapest
+from kvc2.tiers.disk import DiskTier
 from kvc2.tiers.pools import LayoutPools, Pools
 
 LOG = logging.getLogger(__name__)
@@ -261,7 +263,7 @@ class Behind:
         assert disk_id is not None
         if self._reap_disk(pools):
             self.reap()  # what lies above them
-        if disk.deletes:
+        if not disk.settled:
             return await self._commit(pools, None)
         if not self._index.undemoted(pools.cpu_id) or not self._wanted(pools.cpu_id):
             return False
@@ -269,7 +271,7 @@ class Behind:
             return False
         await self._yield()
         await self._make_room(pools)
-        if disk.deletes:  # a load found bad pages while this waited
+        if not disk.settled:  # a load found bad pages while this waited
             return True
         pages = self._batch_pages(pools)
         transfer = self._index.plan_demote(pools.cpu_id, pages)
@@ -308,16 +310,14 @@ class Behind:
     # ---- slabs on disk ----
 
     async def _make_room(self, pools: LayoutPools) -> None:
-        """Slabs for what waits, as far as the budget goes; the first one from another layout."""
+        """Slabs for what waits: of the budget, and then from layouts that need them less."""
         assert pools.disk is not None
         assert pools.disk_id is not None
         batch = max(1, STORE_BYTES // pools.shape.page_bytes)
         waiting = min(batch, self._index.undemoted(pools.cpu_id))
         # beside what waits, the two batches that would otherwise be evicted ahead
         while self._free_beyond(pools) < waiting:
-            if await self._grow(pools):
-                continue
-            if self._index.pool_counts(pools.disk_id).slabs or not await self._take_over(pools):
+            if not await self._grow(pools) and not await self._take_over(pools):
                 return
 
     async def _grow(self, pools: LayoutPools) -> bool:
@@ -339,34 +339,60 @@ class Behind:
         return True
 
     async def _take_over(self, needy: LayoutPools) -> bool:
-        """Empty and delete the last slab of the layout that has most, where that can help:
-        to make room in the budget, or once in a full file system until a slab has come of it."""
+        """Empty and delete a slab of a layout that needs it less, where that can help: to make room
+        in the budget, or once in a full file system until a slab has come of it."""
         tier = self._pools.disk
         assert tier is not None
         assert needy.disk is not None
         full = tier.has_budget(needy.disk.shape)
         if not tier.could_hold(needy.disk.shape) or (full and self._in_vain):
             return False
-        others = [
-            each
+        for owner in self._givers(needy):
+            disk, disk_id = owner.disk, owner.disk_id
+            assert disk is not None
+            assert disk_id is not None
+            costs = self._index.slab_pages(disk_id)
+            number = next((n for n in cheapest(costs) if self._index.close_slab(disk_id, n)), None)
+            if number is None:
+                continue  # loads read from all of them
+            if not await self._empty(owner, number, int(costs[number])):
+                self._index.reopen_slab(disk_id, number)
+                return False
+            await asyncio.shield(
+                self._mover.on_writer(partial(DiskTier.shrink, pool=disk, number=number))
+            )
+            self._in_vain, self._full_until = full, 0.0
+            return True
+        return False
+
+    def _givers(self, needy: LayoutPools) -> list[LayoutPools]:
+        """Layouts that should give a slab, if all of theirs would come to one of `needy`."""
+        assert needy.disk is not None
+        assert needy.disk_id is not None
+        others = {
+            each.disk_id: each
             for each in self._pools.layouts.values()
-            if each is not needy and each.disk is not None and each.disk.slabs.numbers()
-        ]
-        if not others:
-            return False
-        largest = max(others, key=_disk_bytes)
-        disk, disk_id = largest.disk, largest.disk_id
+            if each.disk_id is not None and self._index.pool_counts(each.disk_id).slabs
+        }
+        spare = {number: max(0, self._free_beyond(each)) for number, each in others.items()}
+        found = [others[number] for number in self._slabs.givers(needy.disk_id, spare)]
+        return found if sum(map(_disk_bytes, found)) >= needy.disk.shape.slab_bytes else []
+
+    async def _empty(self, owner: LayoutPools, number: int, held: int) -> bool:
+        """A closed slab with `held` pages goes from the index: what its owner evicts next goes, the
+        rest moves. False when something in it stays in use, or the disk fails."""
+        disk, disk_id = owner.disk, owner.disk_id
         assert disk is not None
         assert disk_id is not None
-        number = disk.slabs.numbers()[-1]
-        self.drop(largest, self._index.empty_slab(disk_id, number))
-        if disk.deletes and not await self._commit(largest, None):
-            return False
-        if not self._index.take_slab(disk_id, number):
-            return False  # a load reads from it: its end wakes us, and what it holds can go then
-        await asyncio.shield(self._mover.on_writer(lambda tier: tier.shrink(disk, number)))
-        self._in_vain, self._full_until = full, 0.0
-        return True
+        short = held - self._index.pool_counts(disk_id).free
+        self.drop(owner, self._index.evict(disk_id, max(0, short)))
+        while disk.settled or await self._commit(owner, None):
+            if self._index.take_slab(disk_id, number):
+                return True
+            move = self._index.plan_move(disk_id, number, disk.shape.pages_per_slab)
+            if move is None or not await asyncio.shield(self._mover.move_on_disk(owner, move)):
+                return False
+        return False
 
     # ---- recency ----
 

@@ -212,8 +212,6 @@ class Cache:
             self.index.close_pool(pool)
             self.index.remove_pool(pool)
             raise errors.InvalidRequest("hello.kept_pages", kept_pages.size, "each page once")
-        if pools is not None and self._pools is not None:
-            self._pools.make_room(pools, 1)
         queue = ThreadPoolExecutor(1, f"kvc2-promote-{session.epoch}")
         session.pool = SessionPool(GpuPool(pool, pools, store, queue, session.give_up))
         self._gpus[session.epoch] = session.pool.gpu

@@ -26,9 +26,9 @@ import numpy as np
 from kvc2 import _core
 from kvc2.metrics import Metrics
 from kvc2.pace import Meter
-from kvc2.tiers.base import U8, part_of
+from kvc2.tiers.base import U8, U32, part_of
 from kvc2.tiers.catalogue import Change
-from kvc2.tiers.disk import FAULT_OF_STATUS, Batch, DiskTier, Outcome
+from kvc2.tiers.disk import FAULT_OF_STATUS, READ_FAILED, Batch, DiskTier, Outcome
 from kvc2.tiers.gpu import GpuExecutor
 from kvc2.tiers.pools import LayoutPools
 
@@ -222,9 +222,9 @@ class Mover:
 
     # ---- within a tier ----
 
-    async def move_in_arena(self, pools: LayoutPools, transfer: _core.Transfer) -> None:
-        """Pages of one slab to other slabs of its cpu pool. Never raises."""
-        begun = perf_counter()
+    async def move_in_arena(self, pools: LayoutPools, transfer: _core.Transfer) -> int:
+        """Pages of one slab to other slabs of its cpu pool. How many went. Never raises."""
+        begun = self._clock()
         copy = pools.cpu.move(self._team, transfer.source_pages, transfer.target_pages)
         good = transfer.target_pages.size
         try:
@@ -232,7 +232,30 @@ class Mover:
         except Exception as error:
             LOG.error("move failed: %r", error)
             good = 0
-        self._end(transfer, good, pools, ("cpu", "cpu"), begun)
+        return self._end(transfer, good, pools, ("cpu", "cpu"), begun).size
+
+    async def move_on_disk(self, pools: LayoutPools, transfer: _core.Transfer) -> int:
+        """Pages of one slab to other slabs of its disk pool, verified; their records go with the
+        next commit. How many went. Never raises."""
+        disk, records = pools.disk, transfer.records
+        assert disk is not None
+        assert records is not None
+        begun, sources, targets = self._clock(), transfer.source_pages, transfer.target_pages
+        status = np.full(sources.size, READ_FAILED, np.uint8)
+        try:
+            status = await self.on_writer(lambda _: disk.move(sources, targets, records))
+        except Exception as error:
+            self._metrics.fault("disk_write")
+            LOG.warning("disk: moving %d pages: %r", sources.size, error)
+            return self._end(transfer, 0, pools, ("disk", "disk"), begun).size
+        bad = np.flatnonzero(status != _core.BLOCK_OK)
+        good = int(bad[0]) if bad.size else sources.size
+        left = self._end(transfer, good, pools, ("disk", "disk"), begun)
+        if left.size:
+            disk.moves.append((left, targets[np.isin(sources, left)]))
+        if bad.size:
+            self._drop(pools, sources[bad], status[bad])
+        return left.size
 
     # ---- towards slower tiers ----
 
@@ -264,7 +287,11 @@ class Mover:
         assert pools.disk is not None
         assert self._disk is not None
         deletes, pools.disk.deletes = pools.disk.deletes, []
-        change = Change(deletes={pools.disk.number: deletes} if deletes else {})
+        moves, pools.disk.moves = pools.disk.moves, []
+        number = pools.disk.number
+        change = Change(
+            moves={number: moves} if moves else {}, deletes={number: deletes} if deletes else {}
+        )
         batch = None
         if transfer is not None:
             assert transfer.records is not None
@@ -281,6 +308,7 @@ class Mover:
             LOG.error("store failed: %r", error)
         if not outcome.committed:
             pools.disk.deletes[:0] = deletes
+            pools.disk.moves[:0] = moves
         if transfer is not None:
             good = transfer.target_pages.size if outcome.written else 0
             self._end(transfer, good, pools, ("cpu", "disk"), begun)
@@ -324,10 +352,12 @@ class Mover:
         pools: LayoutPools | None,
         way: tuple[str, str],
         begun: float,
-    ) -> None:
+    ) -> U32:
+        """What Index.complete answers."""
         self._under_way.discard(transfer.id)
+        left = np.empty(0, np.uint32)
         try:
-            self._index.complete(transfer.id, good)
+            left = self._index.complete(transfer.id, good)
         except KeyError:
             good = 0  # its pool was removed meanwhile
         if good < transfer.target_pages.size:
@@ -340,3 +370,4 @@ class Mover:
             if not waiter.done():
                 waiter.set_result(None)
         self._on_done()
+        return left

@@ -28,7 +28,6 @@ from kvc2.tiers.pools import LayoutPools, Pools
 # doubles the other's: with a factor under 2 it would be asked back at once.
 AGE_FACTOR = 2
 TRIES = 8  # of slabs of one layout, when what is cheapest is in use
-ROUNDS = 4  # of moving what is in a slab, when blocks of it are in use
 
 
 class Slabs:
@@ -101,11 +100,9 @@ class Slabs:
         pool = owner.cpu_id
         self._index.evict(pool, max(0, held - self._index.pool_counts(pool).free))
         for number in numbers:
-            for _ in range(ROUNDS):
-                move = self._index.plan_move(pool, number, owner.shape.pages_per_slab)
-                if move is None:
-                    break
-                await asyncio.shield(self._mover.move_in_arena(owner, move))
+            while move := self._index.plan_move(pool, number, owner.shape.pages_per_slab):
+                if not await asyncio.shield(self._mover.move_in_arena(owner, move)):
+                    break  # all in use
         taken = [each for each in numbers if self._index.take_slab(pool, each)]
         for number in taken:
             owner.cpu.remove_slab(number)

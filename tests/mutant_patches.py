@@ -142,8 +142,6 @@ MUTANTS = [
     Mutant("a closed pool keeps private pages", POOLS,
            "kPrivate && !from[page].held) from.free(page);",
            "kAbsent) from.free(page);"),
-    Mutant("a slab is emptied beyond itself", POOLS, "last->offset < at.offset) break;",
-           "last->offset + 1 < at.offset) break;"),
     Mutant("a durable pool evicts by itself", POOLS,
            "from.shape.durable ? std::nullopt : tree_.coldest(id);", "tree_.coldest(id);"),
     Mutant("lost takes pinned pages", POOLS, " && from[page].pins == 0) {", ") {"),

@@ -208,10 +208,10 @@ def test_a_durable_pool_never_evicts_by_itself_and_generations_rise(house: House
     assert house.index.undemoted(house.cpu) > 0
 
 
-def test_a_slab_can_be_emptied_and_taken(house: House) -> None:
+def test_a_slab_is_taken_when_it_is_empty(house: House) -> None:
     house.index.release(house.compute(1, 2))
     assert not house.index.take_slab(house.gpu, 0)
-    assert house.index.empty_slab(house.gpu, 0).last_copies == 2
+    assert house.index.evict(house.gpu, 9).last_copies == 2
     assert house.index.take_slab(house.gpu, 0)
     assert house.index.pool_counts(house.gpu).pages == 0
     house.index.check()
@@ -230,18 +230,6 @@ def test_arguments_are_refused_by_name(house: House) -> None:
     for call in (lambda: index.lease(9), lambda: index.complete(9, 0), lambda: index.grant(9, 1)):
         with pytest.raises(KeyError):
             call()
-
-
-def test_emptying_a_slab_takes_what_lies_below_it_and_spares_what_is_pinned(house: House) -> None:
-    first = house.index.pool_counts(house.gpu).pages
-    house.index.add_slab(house.gpu)
-    house.index.release(house.compute(1, 2, 3, 4, 5))  # the last page is in slab 1
-    assert house.index.lease(house.compute(1)).pages.tolist() == [0]
-    assert house.index.empty_slab(house.gpu, 1).pages.tolist() == [first]
-    emptied = house.index.empty_slab(house.gpu, 0)
-    assert (emptied.pages.tolist(), emptied.last_copies) == ([3, 2, 1], 3)
-    assert house.matched(1, 2) == (1, 0, 0)
-    assert house.index.empty_slab(house.gpu, 7).pages.size == 0
 
 
 def test_a_slab_with_private_pages_or_none_there_is_not_taken(house: House) -> None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from kvc2.cache import Cache
+from kvc2.tiers.catalogue import Change, Full
 from kvc2.tiers.pools import LayoutPools
-from tests.caches import MIB, running
+from tests.caches import MIB, faults, running
 from tests.stand_in import StandIn, prompt
 
 BLOCKS = 8  # of a prompt
 CPU_BYTES = 8 * MIB
+DISK_BYTES = 10 * MIB
 # Segment bytes and page size of each model: about 280 to 400 blocks fill the arena.
 SMALL, LARGE = (4096, 4), (6144, 8)
 PROMPTS = 60  # of a model: half as many again as the arena holds
@@ -96,5 +100,137 @@ def test_after_the_mix_has_shifted_a_model_hits_as_if_the_other_had_never_been()
                 assert rate == pytest.approx(expected[now.number], abs=TOLERANCE)
                 assert before.pools.cpu.slabs() == []  # it gave everything back
                 cache.index.check()
+
+    asyncio.run(run())
+
+
+async def kept_by(path: Path, cache: Cache, model: Model) -> set[int]:
+    """The prompts that the disk holds whole."""
+    await cache.evict("gpu", 0)
+    await cache.evict("cpu", 0)
+    size = model.engine.layout.page_size
+    kept = set()
+    for seed in range(PROMPTS):
+        tokens = prompt(1000 * model.number + seed, BLOCKS, size)
+        found = cache.match(model.engine.session, model.engine.number, tokens)
+        if found.matched_tokens == BLOCKS * size:
+            kept.add(seed)
+    return kept
+
+
+def sound(cache: Cache) -> None:
+    kinds = ("corrupt_block", "foreign_block", "stale_page", "disk_read", "internal_error")
+    assert {kind: faults(cache, kind) for kind in kinds} == dict.fromkeys(kinds, 0)
+    cache.index.check()
+
+
+def test_slabs_on_disk_go_where_they_are_needed_and_a_restart_keeps_what_moved(
+    tmp_path: Path,
+) -> None:
+    async def run() -> None:
+        async with running(tmp_path, cpu_bytes=3 * MIB, disk_bytes=DISK_BYTES) as cache:
+            first, second = Model(cache, 1, SMALL), Model(cache, 2, LARGE)
+            await first.asked(WARM)
+            before = disk_slabs(first)
+            await second.asked(WARM)
+            assert disk_slabs(first) < before
+            for _ in range(3):  # both at once
+                await first.asked(20)
+                await second.asked(20)
+            assert moved(cache, "disk") > 0
+            kept = [await kept_by(tmp_path, cache, each) for each in (first, second)]
+            assert all(kept)
+            sound(cache)
+        async with running(tmp_path, cpu_bytes=3 * MIB, disk_bytes=DISK_BYTES) as cache:
+            for number, (shape, seeds) in enumerate(zip((SMALL, LARGE), kept, strict=True), 1):
+                model = Model(cache, number, shape)
+                assert await kept_by(tmp_path, cache, model) == seeds
+                for seed in list(seeds)[:10]:
+                    assert await model.ask(seed) == 1.0  # its bytes are judged
+            sound(cache)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("failing", [2, 3])
+def test_a_commit_that_fails_while_slabs_move_loses_nothing_and_serves_no_wrong_byte(
+    tmp_path: Path, failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvc2.behind.RETRY_S", 0.0)
+
+    async def run() -> None:
+        async with running(tmp_path, cpu_bytes=3 * MIB, disk_bytes=DISK_BYTES) as cache:
+            assert cache._disk is not None
+            commit, commits = cache._disk.catalogue.commit, itertools.count(1)
+
+            def sometimes(change: Change) -> None:
+                if next(commits) % failing == 0:
+                    raise Full("injected")
+                commit(change)
+
+            monkeypatch.setattr(cache._disk.catalogue, "commit", sometimes)
+            first, second = Model(cache, 1, SMALL), Model(cache, 2, LARGE)
+            await first.asked(WARM)
+            for _ in range(6):
+                await second.asked(20)
+                await first.asked(10)
+            assert moved(cache, "disk") > 0
+            sound(cache)
+        async with running(tmp_path, cpu_bytes=3 * MIB, disk_bytes=DISK_BYTES) as cache:
+            for number, shape in enumerate((SMALL, LARGE), 1):
+                model = Model(cache, number, shape)
+                for seed in await kept_by(tmp_path, cache, model):
+                    await model.ask(seed)
+            sound(cache)
+
+    asyncio.run(run())
+
+
+def disk_slabs(model: Model) -> int:
+    assert model.pools.disk_id is not None
+    return model.cache.index.pool_counts(model.pools.disk_id).slabs
+
+
+def moved(cache: Cache, tier: str) -> float:
+    """Blocks that went from slab to slab."""
+    return cache._metrics.values()[f"transfer_blocks_total{{source={tier},target={tier}}}"]
+
+
+def test_many_models_share_what_there_is_and_none_of_it_is_stranded() -> None:
+    """Six layouts, two of them busy at a time; ten slabs of arena."""
+
+    async def run() -> None:
+        async with running(None, cpu_bytes=10 * MIB) as cache:
+            shapes = [(1024 * each, 4 << each % 2) for each in (2, 3, 4, 5, 6, 8)]
+            models = [Model(cache, number, shape) for number, shape in enumerate(shapes)]
+            for pair in (models[0:2], models[2:4], models[4:6], models[0:2]):
+                idle = [each for each in models if each not in pair]
+                for each in pair * 2:
+                    await each.asked(WARM // 2)
+                rates = [await each.asked(40, stranded_by=idle) for each in pair]
+                assert min(rates) > 0.2
+                assert sum(len(each.pools.cpu.slabs()) for each in pair) >= 9
+                cache.index.check()
+
+    asyncio.run(run())
+
+
+def test_slabs_move_no_faster_than_they_are_filled_and_rest_when_the_mix_does() -> None:
+    async def run() -> None:
+        async with running(None, cpu_bytes=CPU_BYTES) as cache:
+            first, second = Model(cache, 1, SMALL), Model(cache, 2, LARGE)
+            taken = 0
+            for turn in range(60):
+                before = len(first.pools.cpu.slabs())
+                await (first, second)[turn % 2].asked(5)
+                taken += abs(len(first.pools.cpu.slabs()) - before)
+                if turn == 29:
+                    settled = taken
+            stored = sum(
+                cache._metrics.values()[name]
+                for name in ("transfer_bytes_total{source=gpu,target=cpu}",)
+            )
+            assert taken <= stored / MIB + 2
+            assert taken - settled <= 3
 
     asyncio.run(run())

@@ -209,8 +209,6 @@ void bind_pools(py::class_<Index>& index) {
           },
           py::kw_only(), "page_size"_a, "pages_per_slab"_a, "below"_a, "durable"_a)
       .def("add_slab", &Index::add_slab, "pool"_a, py::call_guard<py::gil_scoped_release>())
-      .def("empty_slab", &Index::empty_slab, "pool"_a, "slab"_a,
-           py::call_guard<py::gil_scoped_release>())
       .def("take_slab", &Index::take_slab, "pool"_a, "slab"_a,
            py::call_guard<py::gil_scoped_release>())
       .def("close_slab", &Index::close_slab, "pool"_a, "slab"_a,

@@ -49,7 +49,7 @@
 // most: what may take longer (evict, reap, grant, lost, keep_free, stamps, counts, close_pool,
 // remove_pool, a long commit) gives it back between slices, with every law true; a transfer has at
 // most 512 pages. The exceptions grow with what they name: acquire, match and promote of a prompt
-// (0.1 us a block), restore, empty_slab, retire, check, and the halving of all stamps once in 2^31
+// (0.1 us a block), restore, close_slab, retire, check, and the halving of all stamps once in 2^31
 // acquires. No call waits for anything else. No I/O, no clock, no threads.
 #pragma once
 
@@ -149,7 +149,6 @@ class Index {
 
   PoolId add_pool(const PagePool::Shape& shape);
   uint32_t add_slab(PoolId pool);
-  Evicted empty_slab(PoolId pool, uint32_t slab);
   bool take_slab(PoolId pool, uint32_t slab);
   bool close_slab(PoolId pool, uint32_t slab);
   bool reopen_slab(PoolId pool, uint32_t slab);
@@ -250,7 +249,6 @@ class Index {
   void drop(Place at, PoolId pool);
   void evict_at(Place at, PoolId pool, Evicted& evicted);
   void take_away(Place at, PoolId pool, Evicted& taken);
-  void evict_below(Place at, PoolId pool, Evicted& evicted);
 
   // leases.cpp
   const Lease& open_lease(LeaseId id) const;

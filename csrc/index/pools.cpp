@@ -171,28 +171,6 @@ void Index::take_away(Place at, PoolId id, Evicted& taken) {
   drop(at, id);
 }
 
-// `at` and what lies below it in the pool, tail first, as far as I3 and I4 let it go.
-void Index::evict_below(Place at, PoolId id, Evicted& evicted) {
-  const std::vector<NodeId> nodes = tree_.subtree(at.node, id);
-  for (auto node = nodes.rbegin(); node != nodes.rend(); ++node) {
-    while (const auto last = tree_.evictable(*node, id)) {
-      if (*node == at.node && last->offset < at.offset) break;
-      evict_at(*last, id, evicted);
-    }
-  }
-}
-
-Evicted Index::empty_slab(PoolId id, uint32_t slab) {
-  const Lock lock(mutex_);
-  PagePool& from = pool(id);
-  Evicted evicted;
-  const uint32_t first = slab * from.shape.pages_per_slab;
-  for (PageId page = first; page < first + from.shape.pages_per_slab; ++page) {
-    if (from.is(page, PageState::kResident)) evict_below(tree_.owner(id, page), id, evicted);
-  }
-  return evicted;
-}
-
 Evicted Index::evict(PoolId id, uint32_t pages) {
   Evicted evicted;
   in_slices(id, [&] {

@@ -123,8 +123,7 @@ class RadixTree {
   bool dead(Place at) const;                        // it does not match any more
   std::optional<Place> coldest(PoolId pool) const;  // the next victim
   std::optional<Place> evictable(NodeId node,
-                                 PoolId pool) const;            // its last page there, if it may go
-  std::vector<NodeId> subtree(NodeId node, PoolId pool) const;  // with pages of it; parents first
+                                 PoolId pool) const;  // its last page there, if it may go
   void halve_stamps();
 
   // Identity.

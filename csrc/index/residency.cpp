@@ -203,16 +203,6 @@ std::optional<Place> RadixTree::evictable(NodeId node, PoolId pool) const {
   return Place{node, static_cast<uint32_t>(in->pages.size()) - 1};
 }
 
-std::vector<NodeId> RadixTree::subtree(NodeId node, PoolId pool) const {
-  std::vector<NodeId> found{node};
-  for (size_t i = 0; i < found.size(); ++i) {
-    for (NodeId c = nodes_[found[i]].first_child; c != kNoNode; c = nodes_[c].next) {
-      if (find_residency(nodes_[c], pool)) found.push_back(c);
-    }
-  }
-  return found;
-}
-
 // When the 32-bit clock is about to overflow: old differences blur, the order stays.
 void RadixTree::halve_stamps() {
   for (NodeId id = 0; id < nodes_.size(); ++id) {

@@ -199,6 +199,7 @@ std::optional<Transfer> Index::plan_move(PoolId id, uint32_t slab, uint32_t max_
   const Lock lock(mutex_);
   PagePool& in = pool(id);
   if (in.closed || !in.is_closed(slab)) return std::nullopt;
+  max_pages = std::min(max_pages, kTransferPages);
   OpenTransfer plan{.source = id, .target = id};
   const PageId first = slab * in.shape.pages_per_slab;
   for (PageId page = first; page < first + in.shape.pages_per_slab; ++page) {

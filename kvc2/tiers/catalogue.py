@@ -94,8 +94,9 @@ def room_bytes(shape: PageShape) -> int:
 
 @dataclass
 class Change:
-    """What one transaction does, in this order: deletes, then the rest."""
+    """What one transaction does, in this order: moves, deletes, then the rest."""
 
+    moves: dict[int, list[tuple[U32, U32]]] = field(default_factory=dict)  # pages from, to
     deletes: dict[int, list[U32]] = field(default_factory=dict)  # pages by layout number
     inserts: list[tuple[bytes, bytes]] = field(default_factory=list)  # of `insertions`
 
@@ -261,10 +262,13 @@ class Catalogue:
         Layouts, namespaces and eras that are new since the last commit go along."""
         layouts, namespaces = dict(self._new_layouts), dict(self._new_namespaces)
         eras = dict(self._new_eras)
-        if not (change.deletes or change.inserts or layouts or namespaces or eras):
+        if not (change.moves or change.deletes or change.inserts or layouts or namespaces or eras):
             return
         try:
             with self._env.begin(write=True) as txn:
+                for number, pairs in change.moves.items():
+                    for sources, targets in pairs:
+                        _move(txn, self._blocks, _keys(number, sources), _keys(number, targets))
                 for number, arrays in change.deletes.items():
                     for pages in arrays:
                         _delete(txn, self._blocks, _keys(number, pages))
@@ -367,6 +371,16 @@ def _values(rows: NDArray[np.void]) -> list[bytes]:
     """Each row's bytes."""
     found: list[bytes] = rows.view(f"V{rows.dtype.itemsize}").tolist()
     return found
+
+
+def _move(
+    txn: lmdb.Transaction, table: lmdb._Database, sources: list[bytes], targets: list[bytes]
+) -> None:
+    """Records keep what they say of a block; the page that it lies in is their key."""
+    found = (
+        (target, txn.pop(source, db=table)) for source, target in zip(sources, targets, strict=True)
+    )
+    txn.cursor(table).putmulti([(target, value) for target, value in found if value is not None])
 
 
 def _delete(txn: lmdb.Transaction, table: lmdb._Database, keys: Iterable[bytes]) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import mmap
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -38,6 +39,7 @@ SLACK_BYTES_MAX = 64 << 20
 LOCK_FILES_BYTES = 16 << 10  # our lock, LMDB's lock.mdb
 WRITE_THREADS = 2  # one part's checksums are computed while another part is written
 WRITE_PART_BYTES = 8 << 20
+MOVE_BYTES = 8 << 20  # of memory beside the arena, while a slab is emptied
 SMALL_COMMIT = 64  # deletes of one transaction after a large one did not fit
 READ_FAILED = 255  # beside _core.BLOCK_*: the bytes did not come at all
 FAULT_OF_STATUS = {
@@ -52,16 +54,47 @@ FAULT_OF_STATUS = {
 @dataclass
 class DiskPool:
     """The pages of one layout on disk. `deletes` are pages that the index has freed and whose
-    records are still there."""
+    records are still there; `moves` are pages from and to which blocks have moved since the last
+    commit."""
 
     number: int
     shape: PageShape
     slabs: SlabFiles
     deletes: list[U32] = field(default_factory=list)
+    moves: list[tuple[U32, U32]] = field(default_factory=list)
+
+    @property
+    def settled(self) -> bool:
+        """The catalogue says what the index does: only then a page may be planned into."""
+        return not (self.deletes or self.moves)
 
     def load(self, arena: U8, pages: U32, offsets: U64, records: _core.Records) -> U8:
         """Read pages into the arena and verify them whole. [n] of BLOCK_* or READ_FAILED."""
-        came = self.slabs.read(pages, offsets)
+        return self._load(self.slabs, arena, pages, offsets, records)
+
+    def move(self, sources: U32, targets: U32, records: _core.Records) -> U8:
+        """Copy pages to others of the pool, each verified whole, durable when this returns. [n] of
+        BLOCK_* or READ_FAILED. OSError: none of them counts."""
+        size = self.shape.page_bytes
+        step = max(1, min(MOVE_BYTES // size, sources.size))
+        with mmap.mmap(-1, step * size) as staging:
+            memory = np.frombuffer(staging, np.uint8)
+            slabs = self.slabs.over(memory)
+            status = np.full(sources.size, READ_FAILED, np.uint8)
+            for start in range(0, sources.size, step):
+                part = slice(start, min(start + step, sources.size))
+                offsets = np.arange(part.stop - start, dtype=np.uint64) * np.uint64(size)
+                rows = part_of(records, part)
+                status[part] = self._load(slabs, memory, sources[part], offsets, rows)
+                slabs.write(targets[part], offsets)
+            slabs.sync(targets)
+            del slabs, memory  # the map can't be closed under its views
+        return status
+
+    def _load(
+        self, slabs: SlabFiles, arena: U8, pages: U32, offsets: U64, records: _core.Records
+    ) -> U8:
+        came = slabs.read(pages, offsets)
         shape = self.shape
         status = _core.verify_blocks(
             arena.data, offsets, records, shape.layout_digest, shape.payload_bytes
@@ -229,6 +262,9 @@ class DiskTier:
         """The deletes alone, few at a time: after a full disk LMDB needs a small commit before a
         large one passes, and deletes are what makes room."""
         try:
+            if change.moves:
+                self.catalogue.commit(Change(moves=change.moves))
+                change.moves = {}
             for number, arrays in change.deletes.items():
                 pages = np.concatenate(arrays)
                 for start in range(0, pages.size, SMALL_COMMIT):

@@ -6,6 +6,7 @@ free (csrc/index), which records are committed (catalogue.py), when to sync (dis
 
 from __future__ import annotations
 
+import copy
 import errno
 import logging
 import os
@@ -121,6 +122,12 @@ class SlabFiles:
         self._files = files
         self._slabs = SlabTable(shape)  # a slab's base is its file descriptor
         folder.mkdir(mode=0o700, exist_ok=True)
+
+    def over(self, memory: U8) -> SlabFiles:
+        """The same files, whose pages are read into and written from other memory."""
+        found = copy.copy(self)
+        found._arena = memory.data
+        return found
 
     def stored(self) -> dict[int, Path]:
         """Slab files in the folder by number, opened or not."""
