@@ -109,7 +109,9 @@ class IndexMachine(RuleBasedStateMachine):
             self.release(min(self.model.leases))
         namespace = self.current.get(namespace, namespace)
         tokens = np.concatenate([u32(prompt), u32([7] * (limit % PAGE_SIZE))])
+        nodes = self.index.counts().nodes
         real = self.index.acquire(namespace, pool, tokens, limit)
+        SEEN["acquire: nodes are joined"] += self.index.counts().nodes < nodes
         self.model.acquire(real.id, namespace, pool, prompt, limit)
         lease = self.model.leases[real.id]
         assert (real.matched, real.computing) == (len(lease.found), lease.computing)

@@ -68,6 +68,7 @@ AT_LEAST = {
     "acquire: found in tier 0": 200,
     "acquire: found in tier 1": 200,
     "acquire: found in tier 2": 120,
+    "acquire: nodes are joined": 20,
     "next_load: wait": 12,
     "shorten: a lease brings less": 20,
     "shorten: another computes what it would have brought": 2,

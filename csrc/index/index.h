@@ -48,7 +48,7 @@
 // One lock, taken by turns (base/turn_lock.h). A call holds it for about half a millisecond at
 // most: what may take longer (evict, reap, grant, lost, keep_free, stamps, counts, close_pool,
 // remove_pool, a long commit) gives it back between slices, with every law true; a transfer has at
-// most 512 pages. The exceptions grow with what they name: acquire, match and promote of a prompt
+// most 256 pages. The exceptions grow with what they name: acquire, match and promote of a prompt
 // (0.1 us a block), restore, close_slab, retire, check, and the halving of all stamps once in 2^31
 // acquires. No call waits for anything else. No I/O, no clock, no threads.
 #pragma once
@@ -194,7 +194,7 @@ class Index {
   using Lock = std::lock_guard<TurnLock>;
   static constexpr uint8_t kComputed = 0xFF;
   // What is done before the lock changes hands: each about a fifth of a millisecond's work.
-  static constexpr uint32_t kSlicePages = 256, kSliceCommits = 2048, kTransferPages = 512;
+  static constexpr uint32_t kSlicePages = 256, kSliceCommits = 2048, kTransferPages = 256;
 
   // One block of a lease. `page` is what the engine uses, `anchor` the block's page in the pool,
   // pinned: the same, unless `page` is a duplicate's. The anchor's owner is how the lease finds its

@@ -92,7 +92,7 @@ LeaseView Index::acquire(uint32_t space, PoolId head, Tokens tokens, uint32_t ma
   const std::vector<PoolId> pools = chain(head);
   Lease lease{.space = space, .pool = head, .stamp = tick()};
   std::vector<Run> path;
-  for (Run run : find(space, tokens.first(limit * size))) {
+  for (Run run : tree_.join(find(space, tokens.first(limit * size)))) {
     const uint32_t blocks = run.blocks;
     run.blocks = tiers_of(run, pools, lease.found);
     if (run.blocks > 0) path.push_back(run);

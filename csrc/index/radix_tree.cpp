@@ -230,6 +230,81 @@ NodeId RadixTree::split(NodeId node, uint32_t at) {
   return head_id;
 }
 
+// A join moves the blocks of both nodes and looks at each page of the upper one: no more than
+// this, so that it takes microseconds. Then a path costs a hash in some thousands of tokens.
+constexpr size_t kJoinTokens = 8192;
+constexpr uint32_t kJoins = 256;  // of one path at a time
+
+// Not where the upper run is much the longer: its pages would change their owner over and over.
+bool RadixTree::may_join(NodeId above, NodeId node) const {
+  const Node &head = nodes_[above], &tail = nodes_[node];
+  return head.parent != kNoNode && head.first_child == node && tail.next == kNoNode &&
+         head.blocks() <= 2 * tail.blocks() &&
+         head.tokens.size() + tail.tokens.size() <= kJoinTokens;
+}
+
+std::vector<Run> RadixTree::join(std::span<const Run> path) {
+  std::vector<Run> joined;
+  uint32_t joins = 0;
+  for (Run run : path) {
+    if (!joined.empty() && joins < kJoins && may_join(joined.back().node, run.node)) {
+      join(joined.back().node, run.node);
+      run = {run.node, 0, joined.back().blocks + run.blocks};
+      joined.pop_back();
+      ++joins;
+    }
+    joined.push_back(run);
+  }
+  return joined;
+}
+
+template <typename T>
+static void put_front(std::vector<T>& to, const std::vector<T>& front) {
+  to.insert(to.begin(), front.begin(), front.end());
+}
+
+// The inverse of a split: the blocks of the node above go to `node`, its only child.
+void RadixTree::join(NodeId above, NodeId node) {
+  Node& head = nodes_[above];
+  Node& tail = nodes_[node];
+  join_residency(above, node);
+  heads_.erase(tail.keys[0]);
+  heads_.put(head.keys[0], node);
+  tail.first = head.first;
+  put_front(tail.tokens, head.tokens);
+  put_front(tail.keys, head.keys);
+  put_front(tail.stamps, head.stamps);
+  put_front(tail.digests, head.digests);
+  const NodeId parent = head.parent;
+  orphan_child(node);
+  orphan_child(above);
+  adopt_child(parent, node);
+  forget_node(above);
+  refresh(node);
+}
+
+void RadixTree::join_residency(NodeId above, NodeId node) {
+  const uint32_t upper = nodes_[above].blocks();
+  for (Residency& from : nodes_[above].pools) {
+    set_rank(above, from, kNotEvictable);
+    Residency& to = residency(nodes_[node], from.pool);
+    set_rank(node, to, kNotEvictable);
+    for (const PageId page : from.pages) {
+      if (page != kNoPage) (*pools_[from.pool])[page].node = node;
+    }
+    if (!to.pages.empty()) from.pages.resize(upper, kNoPage);
+    put_front(to.pages, from.pages);
+    to.count += from.count;
+    to.arriving += from.arriving;
+  }
+}
+
+void RadixTree::forget_node(NodeId id) {
+  nodes_[id] = Node{};
+  free_nodes_.push_back(id);
+  --live_nodes;
+}
+
 void RadixTree::remove_tail(Node& node) {
   const uint32_t left = node.blocks() - 1;
   node.tokens.resize(size_t{left} * spaces[node.space].page_size);
@@ -251,9 +326,7 @@ void RadixTree::trim(NodeId id) {
     heads_.erase(head);
     orphan_child(id);
     KVC2_CHECK(node.pools.empty(), "node %u has no block, but pages", id);
-    node = Node{};
-    free_nodes_.push_back(id);
-    --live_nodes;
+    forget_node(id);
     refresh(above);  // it may be a leaf now
     id = above;
   }

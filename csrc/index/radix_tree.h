@@ -7,6 +7,9 @@
 //     root ── n7 [0 1 2 3] ── n9 [4]    root ── n8 [0 1] ┬─ n7 [2 3] ── n9 [4]
 //                                                        └─ n5 [2']
 //
+// When a branch is gone the two parts are one run again, the next time that a request acquires the
+// path (`join`): not at once, since callers hold places of nodes while they evict.
+//
 // Per node and pool a Residency counts what lies in the node and how many children have pages of
 // that pool in their subtrees, so that "is this page the leaf of its pool" is one look. It is
 // propagated upwards only when a subtree gains its first or loses its last page of a pool.
@@ -97,6 +100,7 @@ class RadixTree {
                               uint32_t stamp);             // find or add; none: collision
   bool last(Place at) const;                               // nothing hangs on it
   Run append(NodeId node, Tokens tokens, uint32_t stamp);  // to a node without children
+  std::vector<Run> join(std::span<const Run> path);  // the path, in fewer nodes where that is cheap
   void trim(NodeId node);  // drop trailing blocks without a page, and nodes that this empties
   std::optional<Place> parent(Place at) const;  // none before the first block
 
@@ -148,6 +152,10 @@ class RadixTree {
   NodeId child(NodeId node, const BlockKey& key, Tokens block) const;
   NodeId split(NodeId node, uint32_t at);
   void split_residency(Node& head, NodeId head_id, Node& tail, uint32_t at);
+  bool may_join(NodeId above, NodeId node) const;
+  void join(NodeId above, NodeId node);
+  void join_residency(NodeId above, NodeId node);
+  void forget_node(NodeId id);
   void adopt_child(NodeId parent, NodeId child);
   void orphan_child(NodeId child);
   Run append(NodeId node, std::span<const BlockKey> keys, Tokens tokens, uint32_t stamp);
