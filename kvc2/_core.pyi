@@ -242,9 +242,27 @@ class Index:
     def stamps(self, pool: int) -> U32:
         """[pages] recency by page; 0 where nothing is resident."""
 
+    def hit_rates(self, capacities: U64) -> NDArray[np.float64]:
+        """[n] of all tokens that `acquire` was asked for, the share that an LRU cache of so many
+        tokens would have had (NO_LIMIT: any size); learnt from a sample since the start."""
     def counts(self) -> IndexCounts: ...
     def check(self) -> None:
         """Prove I1-I7; ends the process with the facts if one is broken."""
+
+NO_LIMIT: Final[int]  # capacity of an unlimited cache
+
+class ReuseCurve:
+    """What caches of other sizes would have hit, from a bounded sample of blocks."""
+
+    def __init__(self, *, sample_max: int = 8192) -> None: ...
+    def access(self, keys: U8, page_size: int, tokens: int) -> None:
+        """A prompt of `tokens` tokens asks for the blocks [n, 16], page_size tokens each."""
+    def hit_rate(self, capacity: int) -> float:
+        """The share of all tokens that an LRU cache of `capacity` tokens would have had."""
+    def check(self) -> None: ...
+    rate: float  # share of the blocks that is sampled
+    sampled: int
+    metadata_bytes: int
 
 def chain_keys(namespace: bytes, tokens: U32, page_size: int) -> U8:
     """[blocks, 16] xxh3_128(key[i-1] || tokens[i]) of the full blocks; key[-1] =

@@ -308,6 +308,7 @@ def _print_stats(found: DaemonStats) -> None:
         pages.add_row(name, size, *(str(count) for count in counts + more))
     console.print(pages)
     _print_pace(console, found)
+    _print_hit_rates(console, found)
     faults = Table("fault", "count")
     for name, value in found.counters.items():
         if name.startswith("faults_total{") and value:
@@ -316,6 +317,20 @@ def _print_stats(found: DaemonStats) -> None:
             )
     if faults.row_count:
         console.print(faults)
+
+
+def _print_hit_rates(console: Console, found: DaemonStats) -> None:
+    """What more memory would buy, beside what this much has brought."""
+    from rich.table import Table
+
+    table = Table("hit rate up to", "real", "x 0.5", "x 1", "x 2", "x 4", "no limit")
+    for each in found.tiers:
+        rates = found.hit_rates[each.tier]
+        if rates.estimated:
+            shares = (rates.real, *rates.estimated, found.hit_rate_unlimited)
+            table.add_row(each.tier, *(f"{share:.1%}" for share in shares))
+    if table.row_count:
+        console.print(table)
 
 
 def _print_pace(console: Console, found: DaemonStats) -> None:

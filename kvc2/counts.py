@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from kvc2 import _core
 from kvc2.arena import Arena
 from kvc2.mover import GpuPool
-from kvc2.results import CacheStats, TierCounts
+from kvc2.results import SIZES, CacheStats, TierCounts
 from kvc2.sessions import Session
 from kvc2.tiers.disk import DiskTier
 from kvc2.tiers.pools import Pools
@@ -47,6 +49,7 @@ class Counts:
             leases=counts.leases,
             namespaces=counts.namespaces,
             metadata_bytes=counts.metadata_bytes,
+            hit_rate_unlimited=self._hit_rates([_core.NO_LIMIT])[0],
         )
 
     def tier(self, tier: str) -> TierCounts:
@@ -69,7 +72,36 @@ class Counts:
             pinned=sum(each.pinned for each in found),
             evicted=evicted,
             last_copies=last_copies,
+            hit_rates=self._hit_rates_at(tier, sizes[tier]),
         )
+
+    def _hit_rates_at(self, tier: str, capacity_bytes: int) -> tuple[float, ...]:
+        """Of the tier and all faster ones, at SIZES times its capacity: as if it alone were that
+        large and evicted the least recently used leaf. Pools of several layouts count as one."""
+        tokens, held_bytes = 0, 0
+        for page_size, page_bytes, pages in self._shapes(tier):
+            tokens += pages * page_size
+            held_bytes += pages * page_bytes
+        if not held_bytes:
+            return ()
+        capacity = capacity_bytes * tokens / held_bytes
+        return self._hit_rates([round(size * capacity) for size in SIZES])
+
+    def _shapes(self, tier: str) -> list[tuple[int, int, int]]:
+        """(tokens of a page, its bytes, pages) of each pool that has pages."""
+        if tier == "gpu":
+            layouts = [(each.layout, each.num_pages) for each in self._sessions.values()]
+            return [(each.page_size, each.payload_bytes, pages) for each, pages in layouts]
+        found = []
+        for each in [] if self.pools is None else self.pools.layouts.values():
+            pool = each.cpu_id if tier == "cpu" else each.disk_id
+            if pool is not None:
+                pages = self._index.pool_counts(pool).pages
+                found.append((each.shape.page_size, each.shape.page_bytes, pages))
+        return found
+
+    def _hit_rates(self, tokens: list[int]) -> tuple[float, ...]:
+        return tuple(self._index.hit_rates(np.array(tokens, np.uint64)).tolist())
 
     def _evicted(self, tier: str) -> tuple[int, int]:
         """Since the start, from sessions too that are over or ending."""

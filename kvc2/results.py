@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 U32 = NDArray[np.uint32]
+SIZES = (0.5, 1.0, 2.0, 4.0)  # of a tier, for which its hit rate is estimated
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class TierCounts:
     evicted: int = 0
     last_copies: int = 0
     session_epoch: int = 0
+    hit_rates: tuple[float, ...] = ()  # of a tier: estimated, at SIZES times its capacity
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,4 @@ class CacheStats:
     leases: int
     namespaces: int
     metadata_bytes: int
+    hit_rate_unlimited: float  # estimated: of a cache that forgets nothing

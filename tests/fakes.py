@@ -63,6 +63,7 @@ class FakeCounts:
     evicted: int = 0
     last_copies: int = 0
     session_epoch: int = 0
+    hit_rates: tuple[float, ...] = ()
 
 
 @dataclass
@@ -73,6 +74,7 @@ class FakeStats:
     holes: int = 0
     namespaces: int = 0
     metadata_bytes: int = 0
+    hit_rate_unlimited: float = 0.0
 
 
 @dataclass

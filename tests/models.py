@@ -432,6 +432,23 @@ class IndexModel:
         self.forget()
 
 
+class LruModel:
+    """What a cache of `capacity` blocks (None: any number) would have hit: each access touches its
+    path tail first, and the least recently touched blocks go."""
+
+    def __init__(self, capacity: int | None) -> None:
+        self.capacity = capacity
+        self.order: list[Path] = []  # by last touch, newest last
+
+    def access(self, path: list[Path]) -> int:
+        """The leading blocks of the path that were there."""
+        hits = len(list(itertools.takewhile(self.order.__contains__, path)))
+        self.order = [block for block in self.order if block not in path] + path[::-1]
+        if self.capacity is not None:
+            self.order = self.order[-self.capacity :]
+        return hits
+
+
 def digests(name: bytes, blocks: list[bytes]) -> list[bytes]:
     """SHA-256 chain of the blocks' tokens from the namespace on."""
     chain = [name]

@@ -96,6 +96,26 @@ def test_the_disk_budget_holds_while_three_times_its_size_is_written(
     asyncio.run(run())
 
 
+def test_the_stats_say_what_tiers_of_other_sizes_would_have_hit(tmp_path: Path) -> None:
+    """Two prompts of 24 blocks take turns in a gpu pool of 32 pages: 64 would have held both."""
+
+    async def run() -> None:
+        async with running(tmp_path) as cache:
+            engine = StandIn(cache, 32)
+            for turn in range(20):
+                await engine.ask(prompt(turn % 2, 24))
+            await cache.flush(10)  # a tier without slabs has no size yet
+            found = cache.stats()
+            gpu, cpu, disk = (each.hit_rates for each in found.tiers)
+            least = 18 / 20 * 24 * PAGE_SIZE / (24 * PAGE_SIZE + 1)
+            assert gpu[:2] == (0.0, pytest.approx(least * 8 / 24, abs=0.05))
+            assert gpu[2:] == pytest.approx((least, least))
+            assert cpu[1] == disk[1] == pytest.approx(least)
+            assert found.hit_rate_unlimited == pytest.approx(least)
+
+    asyncio.run(run())
+
+
 def test_gpu_only_is_a_chain_of_gpu_alone(tmp_path: Path) -> None:
     async def run() -> None:
         async with running(None, gpu_only=True) as cache:

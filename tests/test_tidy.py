@@ -51,7 +51,7 @@ CPP_FLOORS = """
     bindings
     index, block, copy, experts, attention
     index/radix_tree, index/residency, index/eviction
-    index/page_pool, index/key_table
+    index/page_pool, index/key_table, index/reuse_curve
     index/block_key, index/life
     base
 """

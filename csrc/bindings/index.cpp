@@ -363,6 +363,13 @@ void bind_behind(py::class_<Index>& index) {
             return array_of(unlocked([&] { return self.stamps(pool); }));
           },
           "pool"_a)
+      .def(
+          "hit_rates",
+          [](const Index& self, const py::object& capacities) {
+            const auto given = view<uint64_t>(capacities, "capacities", 1);
+            return array_of(unlocked([&] { return self.hit_rates(given); }));
+          },
+          "capacities"_a)
       .def("counts", &Index::counts, py::call_guard<py::gil_scoped_release>())
       .def("check", &Index::check, py::call_guard<py::gil_scoped_release>());
 }
@@ -374,7 +381,28 @@ int number(Answer answer) {
 
 }  // namespace
 
+void bind_reuse_curve(py::module_& module) {
+  py::class_<ReuseCurve>(module, "ReuseCurve")
+      .def(py::init<uint32_t>(), py::kw_only(), "sample_max"_a = ReuseCurve::kSampleMax)
+      .def(
+          "access",
+          [](ReuseCurve& self, const py::object& keys, uint32_t page_size, uint64_t tokens) {
+            const auto bytes = view<uint8_t>(keys, "keys", 2, sizeof(BlockKey));
+            const std::span path(reinterpret_cast<const BlockKey*>(bytes.data()),
+                                 bytes.size() / sizeof(BlockKey));
+            unlocked([&] { self.access(path, page_size, tokens); });
+          },
+          "keys"_a, "page_size"_a, "tokens"_a)
+      .def("hit_rate", &ReuseCurve::hit_rate, "capacity"_a)
+      .def("check", &ReuseCurve::check)
+      .def_property_readonly("rate", &ReuseCurve::rate)
+      .def_property_readonly("sampled", &ReuseCurve::sampled)
+      .def_property_readonly("metadata_bytes", &ReuseCurve::metadata_bytes);
+  module.attr("NO_LIMIT") = ReuseCurve::kNoLimit;
+}
+
 void bind_index(py::module_& module) {
+  bind_reuse_curve(module);
   py::register_exception_translator([](std::exception_ptr raised) {
     try {
       if (raised) std::rethrow_exception(raised);

@@ -184,6 +184,7 @@ void Index::check() const {
   tree_.check();
   check_pins();
   check_computing();
+  curve_.check();
 }
 
 }  // namespace kvc2

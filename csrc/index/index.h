@@ -64,6 +64,7 @@
 #include "base/turn_lock.h"
 #include "index/key_table.h"
 #include "index/radix_tree.h"
+#include "index/reuse_curve.h"
 
 namespace kvc2 {
 
@@ -188,6 +189,8 @@ class Index {
   std::vector<uint32_t> stamps(PoolId pool) const;
 
   IndexCounts counts() const;
+  // What LRU caches of so many tokens would have hit, of all tokens asked for; see reuse_curve.h.
+  std::vector<double> hit_rates(std::span<const uint64_t> capacities) const;
   void check() const;
 
  private:
@@ -259,6 +262,7 @@ class Index {
   uint32_t tick();
   void hold_leading(Lease& lease, const std::vector<Run>& path);
   uint32_t hold(Lease& lease, const Run& run);
+  void learn(const Lease& lease, const std::vector<Run>& path, size_t blocks, uint64_t tokens);
   std::vector<BlockKey> keys_after(const Lease& lease, Tokens tokens,
                                    const std::vector<Run>& path) const;
   void register_computing(Lease& lease, std::vector<BlockKey>&& keys);
@@ -311,6 +315,7 @@ class Index {
   LeaseId last_lease_ = 0;
   TransferId last_transfer_ = 0;
   uint64_t collisions_ = 0;
+  ReuseCurve curve_;
 };
 
 }  // namespace kvc2

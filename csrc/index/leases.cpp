@@ -108,6 +108,7 @@ LeaseView Index::acquire(uint32_t space, PoolId head, Tokens tokens, uint32_t ma
   const Tokens rest = tokens.first(lease.matched * size).subspan(lease.tokens_from * size);
   lease.tokens.assign(rest.begin(), rest.end());
   register_computing(lease, keys_after(lease, tokens, path));
+  learn(lease, path, limit, tokens.size());
   const LeaseId id = ++last_lease_;
   return view(id, leases_.emplace(id, std::move(lease)).first->second);
 }
@@ -132,6 +133,27 @@ uint32_t Index::hold(Lease& lease, const Run& run) {
     ++held;
   }
   return held;
+}
+
+// What was asked for, found or not.
+void Index::learn(const Lease& lease, const std::vector<Run>& path, size_t blocks,
+                  uint64_t tokens) {
+  std::vector<BlockKey> keys;
+  keys.reserve(blocks);
+  for (const Run& run : path) {
+    const auto from = tree_[run.node].keys.begin() + run.offset;
+    keys.insert(keys.end(), from, from + run.blocks);
+  }
+  const size_t rest = std::min(blocks - keys.size(), lease.unmatched.size());
+  keys.insert(keys.end(), lease.unmatched.begin(), lease.unmatched.begin() + rest);
+  curve_.access(keys, tree_.spaces[lease.space].page_size, tokens);
+}
+
+std::vector<double> Index::hit_rates(std::span<const uint64_t> capacities) const {
+  const Lock lock(mutex_);
+  std::vector<double> rates;
+  for (const uint64_t capacity : capacities) rates.push_back(curve_.hit_rate(capacity));
+  return rates;
 }
 
 std::vector<BlockKey> Index::keys_after(const Lease& lease, Tokens tokens,
@@ -273,6 +295,7 @@ void Index::commit_slice(Lease& lease, uint64_t first_block, Tokens tokens,
                          std::span<const PageId> pages, std::span<CommitResult> results) {
   const size_t size = tree_.spaces[lease.space].page_size;
   if (tree_.spaces[lease.space].retired) return;
+  const size_t before = lease.held.size();
   Place at = cursor(lease);
   for (size_t i = 0; i < pages.size(); ++i) {
     const Tokens block = tokens.subspan(i * size, size);
@@ -288,6 +311,12 @@ void Index::commit_slice(Lease& lease, uint64_t first_block, Tokens tokens,
       std::ranges::fill(results.subspan(i + 1, adopted), CommitResult::kAdopted);
       break;
     }
+  }
+  // acquire has asked for all blocks of the prompt, but for a last one that it ends with
+  const size_t asked = lease.matched + lease.unmatched.size();
+  for (size_t i = std::max(before, asked - (asked > 0)); i < lease.held.size(); ++i) {
+    const Place held = tree_.owner(lease.pool, lease.held[i].anchor);
+    curve_.add(tree_[held.node].keys[held.offset], static_cast<uint32_t>(size));
   }
   unregister_computing(lease, static_cast<uint32_t>(lease.held.size()));
 }

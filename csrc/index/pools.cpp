@@ -267,7 +267,7 @@ IndexCounts Index::counts() const {
     bytes += tree_.metadata_bytes(begin, std::min(nodes, begin + kSlicePages));
   }
   const Lock lock(mutex_);
-  bytes += tree_.table_bytes();
+  bytes += tree_.table_bytes() + curve_.metadata_bytes();
   for (const auto& each : pools_) bytes += each ? each->metadata_bytes() : 0;
   return {.namespaces = tree_.spaces.size(),
           .nodes = tree_.live_nodes,

@@ -113,6 +113,15 @@ class TierStats:
 
 
 @dataclass(frozen=True)
+class HitRates:
+    """Shares of all prompts' tokens found in a tier or a faster one. `estimated`: had the tier been
+    0.5, 1, 2 and 4 times as large; empty when it has no pages."""
+
+    real: float
+    estimated: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class SessionStats:
     session_epoch: int
     engine_name: str
@@ -138,6 +147,8 @@ class DaemonStats:
     namespaces: int
     metadata_bytes: int
     counters: dict[str, float]
+    hit_rates: dict[str, HitRates]  # by tier
+    hit_rate_unlimited: float  # estimated: of a cache that forgets nothing
 
 
 def pages(data: bytes) -> U32:
@@ -198,4 +209,9 @@ def daemon_stats(message: cache_pb2.StatsResponse) -> DaemonStats:
         namespaces=message.namespaces,
         metadata_bytes=message.metadata_bytes,
         counters=dict(message.counters),
+        hit_rates={
+            tier: HitRates(each.real, tuple(each.estimated))
+            for tier, each in message.hit_rates.items()
+        },
+        hit_rate_unlimited=message.hit_rate_unlimited,
     )

@@ -246,6 +246,7 @@ class CacheCalls:
         leases = sum(len(each.leases) for each in self._table)
         self._metrics.leases.set(leases)
         pools = {each.session_epoch: each for each in stats.pools}
+        counters = self._metrics.values()
         return cache_pb2.StatsResponse(
             version=_version(),
             instance=self._table.instance,
@@ -257,7 +258,9 @@ class CacheCalls:
             leases=leases,
             namespaces=stats.namespaces,
             metadata_bytes=stats.metadata_bytes,
-            counters=self._metrics.values(),
+            counters=counters,
+            hit_rates=_hit_rates(stats.tiers, counters),
+            hit_rate_unlimited=stats.hit_rate_unlimited,
         )
 
     def _session_stats(self, session: Session, pools: dict[int, Any]) -> cache_pb2.SessionStats:
@@ -314,6 +317,18 @@ def flush_response(result: FlushResult) -> cache_pb2.FlushResponse:
 def _tier_tokens(tiers: tuple[int, ...]) -> cache_pb2.TierTokens:
     gpu, cpu, disk, remote = (*tiers, 0, 0, 0, 0)[:4]
     return cache_pb2.TierTokens(gpu=gpu, cpu=cpu, disk=disk, remote=remote)
+
+
+def _hit_rates(
+    tiers: list[TierCounts], counters: dict[str, float]
+) -> dict[str, cache_pb2.HitRates]:
+    """Of each tier and those faster than it; the real ones from the counters."""
+    asked, found, rates = counters["prompt_tokens_total"], 0.0, {}
+    for each in tiers:
+        found += counters[f"matched_tokens_total{{tier={each.tier}}}"]
+        real = found / asked if asked else 0.0
+        rates[each.tier] = cache_pb2.HitRates(real=real, estimated=each.hit_rates)
+    return rates
 
 
 def _tier_stats(counts: TierCounts) -> cache_pb2.TierStats:

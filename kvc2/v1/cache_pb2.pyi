@@ -351,6 +351,14 @@ class TierStats(_message.Message):
     pinned_pages: int
     def __init__(self, tier: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., pages: _Optional[int] = ..., free_pages: _Optional[int] = ..., private_pages: _Optional[int] = ..., resident_pages: _Optional[int] = ..., in_flight_pages: _Optional[int] = ..., pinned_pages: _Optional[int] = ...) -> None: ...
 
+class HitRates(_message.Message):
+    __slots__ = ("real", "estimated")
+    REAL_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATED_FIELD_NUMBER: _ClassVar[int]
+    real: float
+    estimated: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, real: _Optional[float] = ..., estimated: _Optional[_Iterable[float]] = ...) -> None: ...
+
 class SessionStats(_message.Message):
     __slots__ = ("session_epoch", "engine_name", "pid", "leases", "seconds", "pool", "prefill_tokens_per_s")
     SESSION_EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -370,7 +378,7 @@ class SessionStats(_message.Message):
     def __init__(self, session_epoch: _Optional[int] = ..., engine_name: _Optional[str] = ..., pid: _Optional[int] = ..., leases: _Optional[int] = ..., seconds: _Optional[float] = ..., pool: _Optional[_Union[TierStats, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class StatsResponse(_message.Message):
-    __slots__ = ("version", "instance", "uptime_s", "tiers", "sessions", "blocks", "holes", "leases", "namespaces", "metadata_bytes", "counters")
+    __slots__ = ("version", "instance", "uptime_s", "tiers", "sessions", "blocks", "holes", "leases", "namespaces", "metadata_bytes", "counters", "hit_rates", "hit_rate_unlimited")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -378,6 +386,13 @@ class StatsResponse(_message.Message):
         key: str
         value: float
         def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class HitRatesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: HitRates
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[HitRates, _Mapping]] = ...) -> None: ...
     VERSION_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
@@ -389,6 +404,8 @@ class StatsResponse(_message.Message):
     NAMESPACES_FIELD_NUMBER: _ClassVar[int]
     METADATA_BYTES_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    HIT_RATES_FIELD_NUMBER: _ClassVar[int]
+    HIT_RATE_UNLIMITED_FIELD_NUMBER: _ClassVar[int]
     version: str
     instance: bytes
     uptime_s: float
@@ -400,7 +417,9 @@ class StatsResponse(_message.Message):
     namespaces: int
     metadata_bytes: int
     counters: _containers.ScalarMap[str, float]
-    def __init__(self, version: _Optional[str] = ..., instance: _Optional[bytes] = ..., uptime_s: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., sessions: _Optional[_Iterable[_Union[SessionStats, _Mapping]]] = ..., blocks: _Optional[int] = ..., holes: _Optional[int] = ..., leases: _Optional[int] = ..., namespaces: _Optional[int] = ..., metadata_bytes: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    hit_rates: _containers.MessageMap[str, HitRates]
+    hit_rate_unlimited: float
+    def __init__(self, version: _Optional[str] = ..., instance: _Optional[bytes] = ..., uptime_s: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., sessions: _Optional[_Iterable[_Union[SessionStats, _Mapping]]] = ..., blocks: _Optional[int] = ..., holes: _Optional[int] = ..., leases: _Optional[int] = ..., namespaces: _Optional[int] = ..., metadata_bytes: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., hit_rates: _Optional[_Mapping[str, HitRates]] = ..., hit_rate_unlimited: _Optional[float] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("deadline_ms",)
