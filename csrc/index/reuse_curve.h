@@ -13,11 +13,13 @@
 // block's own distance (a leading run of blocks hits). Blocks are sampled by their key, not paths
 // by their head: a few roots carry most traffic, and a sample of roots is none (SHARDS, Waldspurger
 // et al., FAST'15, with a sample of fixed size: the rate falls as more distinct blocks are seen).
+// What the sample saw too little or too much of in all counts as hits of any capacity, since it is
+// a few hot blocks that are in it by chance or not (their SHARDS-adj).
 //
-// Costs: an access is one comparison a block, and O(log kSample) a sampled one (amortised: when the
-// order is full it is packed). At most kBytesMax of memory, whatever comes.
-// Not known to it: what a restart brought back, eviction that is not LRU, and what was never asked
-// for here. Deterministic, not thread-safe: the index holds its lock.
+// Costs: an access is one comparison a block, and O(log kSampleMax) a sampled one (amortised: when
+// the order is full it is packed). At most kBytesMax of memory, whatever comes. Not known to it:
+// what a restart brought back, eviction that is not LRU, and what was never asked for here.
+// Deterministic, not thread-safe: the index holds its lock.
 #pragma once
 
 #include <array>
