@@ -3,12 +3,14 @@
 Whoever owns the memory has one cache: what was not used for longest goes, whichever layout it is
 of. So a pool that can't hold what it is asked to compares the age of its own next victim (in
 acquires of all sessions, under any eviction policy) with that of the others', and gets a slab from
-the one whose victim is oldest, if it is older by AGE_FACTOR; one that has a slab's worth of free
-pages gives it first. The giver loses what its policy evicts next and nothing else: what is left in
-the slab moves to its other slabs.
+the one whose victim is oldest, if it would still be the older one afterwards; one that has a slab's
+worth of free pages gives it first. The giver loses what its policy evicts next and nothing else:
+what is left in the slab moves to its other slabs.
 
-A pool asks only when it has too few free pages for a batch, so between two slabs that it gets it
-has stored a slab's worth of bytes: slabs never move faster than they are filled.
+Nothing goes back and forth. A slab of n is an n-th of what a pool keeps, and so about an n-th of
+its next victim's age; both sides are judged by what they would be after the move, so that the same
+rule would not undo it. And a pool asks only when it has too few free pages for a batch: between two
+slabs that it gets it has stored a slab's worth of bytes, so slabs move no faster than they fill.
 Not here: a pool's growth while there is room (tiers/pools.py), the disk's order (behind.py).
 """
 
@@ -24,9 +26,6 @@ from kvc2.tiers.base import U32
 from kvc2.tiers.cpu import NO_SLAB_COST
 from kvc2.tiers.pools import LayoutPools, Pools
 
-# A slab that goes from a pool of two to a pool of one halves the age of the one's next victim and
-# doubles the other's: with a factor under 2 it would be asked back at once.
-AGE_FACTOR = 2
 TRIES = 8  # of slabs of one layout, when what is cheapest is in use
 
 
@@ -74,14 +73,19 @@ class Slabs:
     def givers(self, needy: int, spare: dict[int, int]) -> list[int]:
         """Pools that should give a slab to `needy`, whoever should most first. `spare`: pages that
         each has free and has no use for."""
-        own = self._index.victim_age(needy)
-        if own is None and self._index.pool_counts(needy).slabs:
+        slabs, own = self._index.pool_counts(needy).slabs, self._index.victim_age(needy)
+        if slabs and own is None:
             return []  # all of it is in use this very moment
-        older_than = 0 if own is None else AGE_FACTOR * (own + 1)
-        ages = {each: self._index.victim_age(each) or 0 for each in spare if each != needy}
+        older_than = (own or 0) * (1 + 1 / slabs) if slabs else -1.0
+        ages = {each: self._age_after(each) for each in spare if each != needy}
         free = {each: spare[each] // self._slab_pages(each) for each in ages}
         found = [each for each in ages if free[each] > 0 or ages[each] > older_than]
         return sorted(found, key=lambda each: (free[each], ages[each]), reverse=True)
+
+    def _age_after(self, pool: int) -> float:
+        """About how old its next victim would be with a slab less; the last one counts as half."""
+        age = self._index.victim_age(pool) or 0
+        return age * (1 - 1 / max(2, self._index.pool_counts(pool).slabs))
 
     def close(self, pool: int, numbers: Iterable[int]) -> bool:
         """Close these slabs, or none of them: something in them is in use."""

@@ -82,7 +82,7 @@ MUTANTS = [
     Mutant("a move takes a block away from its reader", TRANSFERS,
            "if (i >= done || in[from].pins > 0) {", "if (i >= done) {"),
     Mutant("a move that failed is believed", TRANSFERS, "if (i >= done || in[from].pins > 0) {",
-           "if (in[from].pins > 0) {"),
+           "if (i > done || in[from].pins > 0) {"),
     Mutant("a moved block is never demoted", TRANSFERS,
            "      if (in[from].queued) in.enqueue(to);\n"),
     Mutant("a moved block loses its generation", TRANSFERS,
