@@ -100,15 +100,13 @@ class Arena:
             self._states[first : first + units] = TAKEN
             return first * self.unit_bytes
 
-    def runs_beside(self, run_bytes: int, taken: list[int], taken_bytes: int) -> list[int]:
-        """Offsets of the runs that would be free if the runs `taken`, of `taken_bytes` each, were
-        given back. Changes nothing."""
+    def runs_beside(self, run_bytes: int, taken: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Offsets of the runs that would be free if the units at the offsets `taken` were given
+        back. Changes nothing."""
         with self._lock:
             free = self._states == FREE
-        for offset in taken:
-            first = offset // self.unit_bytes
-            free[first : first + taken_bytes // self.unit_bytes] = True
-        return [int(start) * self.unit_bytes for start in _runs(free, run_bytes // self.unit_bytes)]
+        free[taken // self.unit_bytes] = True
+        return _runs(free, run_bytes // self.unit_bytes) * self.unit_bytes
 
     def give_back(self, offset: int, run_bytes: int) -> None:
         """A taken run is free again. ValueError when it was not taken."""

@@ -355,9 +355,11 @@ class Behind:
             number = next((n for n in cheapest(costs) if self._index.close_slab(disk_id, n)), None)
             if number is None:
                 continue  # loads read from all of them
-            if not await self._empty(owner, number, int(costs[number])):
-                self._index.reopen_slab(disk_id, number)
-                return False
+            try:
+                if not await self._empty(owner, number, int(costs[number])):
+                    return False
+            finally:
+                self._index.reopen_slab(disk_id, number)  # does nothing to one that was taken
             await asyncio.shield(
                 self._mover.on_writer(partial(DiskTier.shrink, pool=disk, number=number))
             )

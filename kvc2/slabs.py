@@ -18,15 +18,50 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvc2 import _core
+from kvc2.arena import Arena
 from kvc2.mover import Mover
 from kvc2.tiers.base import U32
-from kvc2.tiers.cpu import NO_SLAB_COST
 from kvc2.tiers.pools import LayoutPools, Pools
 
+NO_SLAB_COST = np.uint32(0xFFFFFFFF)  # of Index.slab_pages: no slab there, or a closed one
+
 TRIES = 8  # of slabs of one layout, when what is cheapest is in use
+
+
+SLAB_ROW = np.dtype(
+    [("base", "i8"), ("bytes", "i8"), ("cost", "i8"), ("pool", "i8"), ("number", "i8")]
+)
+
+
+@dataclass(frozen=True)
+class ArenaSlabs:
+    """Slabs by where they begin; `cost`: bytes in them."""
+
+    rows: NDArray[np.void]
+
+    def cheapest_runs(self, arena: Arena, run_bytes: int) -> list[slice]:
+        """Which of the slabs (rows) would have to go for a free run of so many bytes, the cheapest
+        first, TRIES of them at most."""
+        bases, ends = self.rows["base"], self.rows["base"] + self.rows["bytes"]
+        units = [np.arange(*each, arena.unit_bytes) for each in zip(bases, ends, strict=True)]
+        taken = np.concatenate(units) if units else np.empty(0, np.int64)
+        starts = arena.runs_beside(run_bytes, taken)
+        first = np.searchsorted(ends, starts, side="right")
+        last = np.searchsorted(bases, starts + run_bytes, side="left")
+        sums = np.concatenate([[0], np.cumsum(self.rows["cost"])])
+        cheapest = np.argsort(sums[last] - sums[first], kind="stable")[:TRIES].tolist()
+        return [slice(int(first[each]), int(last[each])) for each in cheapest]
+
+    def of(self, owner: LayoutPools, run: slice) -> list[int]:
+        """Numbers of the owner's slabs among these rows."""
+        rows = self.rows[run]
+        return [int(each) for each in rows["number"][rows["pool"] == owner.cpu_id]]
 
 
 class Slabs:
@@ -62,13 +97,32 @@ class Slabs:
         """A run of the arena that holds a slab of `needy` is free now, or there is none to get."""
         others = [each for each in self._pools.layouts.values() if each.cpu.slabs()]
         ids = {each.cpu_id: self._spare(each.cpu_id, self._high) for each in others}
-        for owner_id in self.givers(needy.cpu_id, ids):
-            owner = next(each for each in others if each.cpu_id == owner_id)
-            costs = self._index.slab_pages(owner_id)
-            for numbers in owner.cpu.cheapest_runs(needy.shape.slab_bytes, costs, TRIES):
-                if self.close(owner_id, numbers):
-                    return await self._empty(owner, numbers, int(costs[numbers].sum()))
+        givers = [
+            next(each for each in others if each.cpu_id == number)
+            for number in self.givers(needy.cpu_id, ids)
+        ]
+        for group in [*([each] for each in givers), givers]:  # each alone, then all together
+            slabs = self._slabs_of(group)
+            for run in slabs.cheapest_runs(self._pools.arena, needy.shape.slab_bytes):
+                parts = [(owner, slabs.of(owner, run)) for owner in group]
+                if self._close(parts):
+                    emptied = [await self._empty(owner, numbers) for owner, numbers in parts]
+                    return all(emptied)
         return False
+
+    def _slabs_of(self, owners: list[LayoutPools]) -> ArenaSlabs:
+        """Their slabs in the arena, but for those that can't go."""
+        found = []
+        for owner in owners:
+            costs = self._index.slab_pages(owner.cpu_id)
+            numbers = np.flatnonzero(costs != NO_SLAB_COST)
+            rows = np.empty(numbers.size, SLAB_ROW)
+            rows["pool"], rows["number"] = owner.cpu_id, numbers
+            rows["base"], rows["bytes"] = owner.cpu.bases(numbers), owner.shape.slab_bytes
+            rows["cost"] = costs[numbers].astype(np.int64) * owner.shape.page_bytes
+            found.append(rows)
+        rows = np.concatenate(found) if found else np.empty(0, SLAB_ROW)
+        return ArenaSlabs(rows[np.argsort(rows["base"])])
 
     def givers(self, needy: int, spare: dict[int, int]) -> list[int]:
         """Pools that should give a slab to `needy`, whoever should most first. `spare`: pages that
@@ -87,32 +141,37 @@ class Slabs:
         age = self._index.victim_age(pool) or 0
         return age * (1 - 1 / max(2, self._index.pool_counts(pool).slabs))
 
-    def close(self, pool: int, numbers: Iterable[int]) -> bool:
+    def _close(self, parts: list[tuple[LayoutPools, list[int]]]) -> bool:
         """Close these slabs, or none of them: something in them is in use."""
-        closed: list[int] = []
-        for number in numbers:
+        slabs = [(owner.cpu_id, number) for owner, numbers in parts for number in numbers]
+        for done, (pool, number) in enumerate(slabs):
             if not self._index.close_slab(pool, number):
-                for each in closed:
-                    self._index.reopen_slab(pool, each)
+                for each in slabs[:done]:
+                    self._index.reopen_slab(*each)
                 return False
-            closed.append(number)
         return True
 
-    async def _empty(self, owner: LayoutPools, numbers: list[int], held: int) -> bool:
-        """Closed slabs, with `held` pages in them, go back to the arena. False, and what is left of
-        them is open again, when that can't be."""
-        pool = owner.cpu_id
-        self._index.evict(pool, max(0, held - self._index.pool_counts(pool).free))
-        for number in numbers:
-            while move := self._index.plan_move(pool, number, owner.shape.pages_per_slab):
-                if not await asyncio.shield(self._mover.move_in_arena(owner, move)):
-                    break  # all in use
-        taken = [each for each in numbers if self._index.take_slab(pool, each)]
-        for number in taken:
-            owner.cpu.remove_slab(number)
-        for number in set(numbers) - set(taken):
-            self._index.reopen_slab(pool, number)
-        return len(taken) == len(numbers)
+    async def _empty(self, owner: LayoutPools, numbers: list[int]) -> bool:
+        """Closed slabs go back to the arena. False, and what is left of them is open again, when
+        that can't be."""
+        pool, taken = owner.cpu_id, 0
+        try:
+            counts = self._index.pool_counts(pool)
+            open_pages = (counts.slabs - len(numbers)) * owner.shape.pages_per_slab
+            held = counts.pages - open_pages  # in these slabs: what was free there is gone
+            self._index.evict(pool, max(0, held - counts.free))
+            for number in numbers:
+                while move := self._index.plan_move(pool, number, owner.shape.pages_per_slab):
+                    if not await asyncio.shield(self._mover.move_in_arena(owner, move)):
+                        break  # all in use
+            for number in numbers:
+                if self._index.take_slab(pool, number):
+                    owner.cpu.remove_slab(number)
+                    taken += 1
+        finally:
+            for number in numbers:
+                self._index.reopen_slab(pool, number)  # does nothing to one that was taken
+        return taken == len(numbers)
 
     def _spare(self, pool: int, share: float) -> int:
         counts = self._index.pool_counts(pool)

@@ -134,9 +134,7 @@ def test_slabs_on_disk_go_where_they_are_needed_and_a_restart_keeps_what_moved(
             before = disk_slabs(first)
             await second.asked(WARM)
             assert disk_slabs(first) < before
-            for _ in range(3):  # both at once
-                await first.asked(20)
-                await second.asked(20)
+            await asyncio.gather(first.asked(60), second.asked(60))
             assert moved(cache, "disk") > 0
             kept = [await kept_by(tmp_path, cache, each) for each in (first, second)]
             assert all(kept)
@@ -147,6 +145,25 @@ def test_slabs_on_disk_go_where_they_are_needed_and_a_restart_keeps_what_moved(
                 assert await kept_by(tmp_path, cache, model) == seeds
                 for seed in list(seeds)[:10]:
                     assert await model.ask(seed) == 1.0  # its bytes are judged
+            sound(cache)
+
+    asyncio.run(run())
+
+
+def test_what_only_the_disk_holds_is_loaded_though_another_model_fills_the_arena(
+    tmp_path: Path,
+) -> None:
+    async def run() -> None:
+        sizes = {"cpu_bytes": 2 * MIB, "disk_bytes": 2 * DISK_BYTES}
+        async with running(tmp_path, **sizes) as cache:
+            await Model(cache, 2, LARGE).ask(0)
+        async with running(tmp_path, **sizes) as cache:
+            first, second = Model(cache, 1, SMALL), Model(cache, 2, LARGE)
+            for seed in range(20):
+                await first.ask(seed)
+            assert (len(first.pools.cpu.slabs()), second.pools.cpu.slabs()) == (2, [])
+            assert await second.ask(0) == 1.0
+            assert len(second.pools.cpu.slabs()) == 1
             sound(cache)
 
     asyncio.run(run())
@@ -226,11 +243,29 @@ def test_slabs_move_no_faster_than_they_are_filled_and_rest_when_the_mix_does() 
                 taken += abs(len(first.pools.cpu.slabs()) - before)
                 if turn == 29:
                     settled = taken
-            stored = sum(
-                cache._metrics.values()[name]
-                for name in ("transfer_bytes_total{source=gpu,target=cpu}",)
-            )
-            assert taken <= stored / MIB + 2
-            assert taken - settled <= 3
+            stored = cache._metrics.values()["transfer_bytes_total{source=gpu,target=cpu}"]
+            assert 0 < taken <= stored / MIB
+            assert taken - settled <= 3, (taken, settled, stored / MIB)
+
+    asyncio.run(run())
+
+
+def test_a_large_slab_is_made_of_small_ones_of_several_models() -> None:
+    async def run() -> None:
+        async with running(None, cpu_bytes=6 * MIB) as cache:
+            first, second = Model(cache, 1, SMALL), Model(cache, 2, LARGE)
+            seeds = itertools.count()
+            for model in (first, second) * 3:  # slabs of one lie between the other's
+                held = len(model.pools.cpu.slabs())
+                while len(model.pools.cpu.slabs()) == held:
+                    await model.ask(next(seeds))
+            assert cache._pools is not None
+            assert cache._pools.arena.take(MIB) is None
+            third = StandIn(cache, 4, segment_bytes=496 << 10)  # one page fills 2 MiB
+            await third.ask(prompt(1, 1))
+            await cache.flush(10)
+            await cache.evict("gpu", 0)
+            assert (await third.ask(prompt(1, 1))).tiers[1] == third.layout.page_size
+            cache.index.check()
 
     asyncio.run(run())

@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvc2 import _core
 from kvc2.arena import Arena
 from kvc2.tiers.base import U32, U64, PageShape, SlabTable
-
-NO_SLAB_COST = np.uint32(0xFFFFFFFF)  # of Index.slab_pages: no slab, or one that can't go
 
 
 class CpuPool:
@@ -40,21 +39,9 @@ class CpuPool:
         """Numbers of its slabs."""
         return self._slabs.numbers()
 
-    def cheapest_runs(self, run_bytes: int, costs: U32, limit: int) -> list[list[int]]:
-        """Numbers of the slabs that would have to go for a free run of so many bytes, the cheapest
-        first, at most `limit` of them. `costs` by number; NO_SLAB: that one can't go."""
-        numbers = np.array(self.slabs(), np.int64)
-        numbers = numbers[costs[numbers] != NO_SLAB_COST]
-        bases = self._slabs.bases((numbers * self.shape.pages_per_slab).astype(np.uint32))
-        order = np.argsort(bases)
-        numbers, bases = numbers[order], bases[order]
-        runs = self.arena.runs_beside(run_bytes, bases.tolist(), self.shape.slab_bytes)
-        starts = np.array(runs, np.int64)
-        first = np.searchsorted(bases, starts - self.shape.slab_bytes, side="right")
-        last = np.searchsorted(bases, starts + run_bytes, side="left")
-        sums = np.concatenate([[0], np.cumsum(costs[numbers].astype(np.int64))])
-        cheapest = np.argsort(sums[last] - sums[first], kind="stable")[:limit].tolist()
-        return [numbers[first[each] : last[each]].tolist() for each in cheapest]
+    def bases(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[n] where slabs begin in the arena."""
+        return self._slabs.bases((numbers * self.shape.pages_per_slab).astype(np.uint32))
 
     def move(self, team: _core.ThreadTeam, sources: U32, targets: U32) -> Callable[[], None]:
         """Copies pages, headers too, from one slab to others, when it is called (on any thread).
