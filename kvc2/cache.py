@@ -291,10 +291,10 @@ class Cache:
         pool.replies[request_id] = reply
         released: asyncio.Future[None] | None = None
         try:
-            errand = self._loader.begin(pool.gpu, opened.id, session.prefill_rate)
+            errand = self._loader.begin(pool.gpu, opened.id, session.prefill_rate, deadline_s)
             if errand is not None:
                 released = pool.settling[request_id] = _future()
-                await self._loader.settle(errand, released, deadline_s)
+                await self._loader.settle(errand, released)
         except BaseException:
             grant_pages = 0  # nobody hears of them: they would be lost until the session's end
             raise

@@ -16,7 +16,9 @@ from kvc2.metrics import Metrics
 from kvc2.mover import GpuPool, Mover
 from kvc2.tiers.pools import Pools
 
-LOAD_BYTES = 64 << 20  # of one transfer from disk: 50 ms of reading, in parts on a few threads
+LOAD_BYTES = 64 << 20  # of one transfer from disk: 50 ms of reading, in parts on a few threads ...
+LOAD_S = 0.25  # ... or this long on a slow one, so that what came by a deadline is there
+DEADLINE_SHARE = 0.75  # of an acquire's deadline is planned for; an estimate is no promise
 ARENA_SHARE = 4  # at most a quarter of the arena is being loaded at a time
 TELLING_S = 0.05  # a shorter wait says nothing of the tier
 TIERS = ("gpu", "cpu", "disk")  # of a session's chain, fastest first
@@ -35,6 +37,7 @@ class Errand:
     gpu: GpuPool
     lease: int
     prefill_rate: float  # tokens/s; 0: not known
+    deadline: float  # of the loop's clock
     step: Step | None = None
     num_bytes: int = 0
     own: bool = False
@@ -64,23 +67,23 @@ class Loader:
         self._waiters.append(waiter)
         return waiter
 
-    def begin(self, gpu: GpuPool, lease: int, prefill_rate: float) -> Errand | None:
+    def begin(
+        self, gpu: GpuPool, lease: int, prefill_rate: float, deadline_s: float
+    ) -> Errand | None:
         """Promote what memory holds, begin to load what the disk holds, where that is sooner than
         computing at `prefill_rate`. None: it is settled."""
-        errand = Errand(gpu, lease, prefill_rate)
+        deadline = asyncio.get_running_loop().time() + deadline_s
+        errand = Errand(gpu, lease, prefill_rate, deadline)
         self._advance(errand)
         return None if errand.step is None else errand
 
-    async def settle(
-        self, errand: Errand, released: asyncio.Future[None], deadline_s: float
-    ) -> None:
+    async def settle(self, errand: Errand, released: asyncio.Future[None]) -> None:
         """Load and promote until nothing more can come or is worth it, the deadline, or `released`
         is done. A load that is given up on goes on, and its blocks are in memory when it ends."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + deadline_s
         while (step := errand.step) is not None:
             begun = loop.time()
-            left_s = max(0.0, deadline - begun)
+            left_s = max(0.0, errand.deadline - begun)
             patience_s = math.inf if errand.patience_s is None else errand.patience_s
             wait_s = min(left_s, errand.expected_s + patience_s)
             waits = [step, released]
@@ -92,6 +95,7 @@ class Loader:
                 self._give_up(errand, took_s, at_deadline=wait_s == left_s)
                 return
             self._came(errand, took_s)
+            self._promote(errand.gpu, errand.lease)  # what came is the lease's, whatever is chosen
             nothing = step.result() == 0  # such a load would be tried for ever
             self._advance(errand, last=nothing)
 
@@ -103,13 +107,14 @@ class Loader:
         self._promote(errand.gpu, errand.lease)
         errand.step = None
         if not last:
-            self._next_load(errand, LOAD_BYTES)
+            self._next_load(errand, self._load_bytes())
 
     def _choose(self, errand: Errand) -> None:
         """Shorten the lease where computing is sooner, by what the tiers have shown by now."""
         pools, ahead = errand.gpu.pools, self._index.lease(errand.lease).ahead
         if pools is None or ahead.size == 0:
             return
+        now = asyncio.get_running_loop().time()
         offers = [
             pace.Offer(TIERS[tier], blocks, self._estimate(TIERS[tier]))
             for tier, blocks in ahead.tolist()
@@ -119,6 +124,7 @@ class Loader:
             page_bytes=pools.shape.page_bytes,
             page_size=pools.shape.page_size,
             prefill_rate=errand.prefill_rate,
+            deadline_s=DEADLINE_SHARE * max(0.0, errand.deadline - now),
         )
         if errand.patience_s is None:
             errand.patience_s = choice.patience_s
@@ -175,6 +181,13 @@ class Loader:
         transfer = self._index.promote(lease)
         if transfer is not None:
             self._mover.promote(gpu, transfer)
+
+    def _load_bytes(self) -> int:
+        """Of one transfer from disk; little from one whose speed isn't known yet."""
+        estimate = self._mover.meters["disk"].estimate
+        if estimate is None:
+            return pace.PROBE_BYTES
+        return round(min(LOAD_BYTES, estimate.bandwidth_bytes_per_s * LOAD_S))
 
     def _next_load(self, errand: Errand, bytes_max: int) -> None:
         """Begin the next load of the lease, or find the one that it waits for: its step."""

@@ -9,7 +9,8 @@ engine can't begin before its prefix is settled, so that k blocks brought and th
     ready(k) = sum over the tiers of the k blocks of (queue + bytes / bandwidth)
              + (tokens of the delta + tokens of the other blocks) / prefill rate
 
-and the best k is at the end of a run, since within one ready() is a straight line.
+and the best k is at the end of a run, since within one ready() is a straight line, or is what can
+be brought before the acquire's deadline.
 """
 
 from __future__ import annotations
@@ -58,10 +59,15 @@ class Choice:
 
 
 def choose(
-    offers: Sequence[Offer], *, page_bytes: int, page_size: int, prefill_rate: float
+    offers: Sequence[Offer],
+    *,
+    page_bytes: int,
+    page_size: int,
+    prefill_rate: float,
+    deadline_s: float = math.inf,
 ) -> Choice:
-    """The k with the least ready(k), the larger of equals. `prefill_rate`: tokens/s; 0: unknown,
-    then all is worth it."""
+    """The k with the least ready(k), the larger of equals, of those that come within the deadline.
+    `prefill_rate`: tokens/s; 0: unknown, then all is worth it."""
     every = sum(offer.blocks for offer in offers)
     if prefill_rate <= 0:
         return Choice(every, None)
@@ -69,14 +75,22 @@ def choose(
     blocks, spent = 0, 0.0
     queued: set[str] = set()
     for offer in offers:
-        blocks += offer.blocks
+        count = offer.blocks
         if offer.estimate is not None:
-            spent += offer.blocks * page_bytes / offer.estimate.bandwidth_bytes_per_s
+            block_s = page_bytes / offer.estimate.bandwidth_bytes_per_s
             spent += 0.0 if offer.tier in queued else offer.estimate.queue_s
             queued.add(offer.tier)
+            if spent > deadline_s:
+                count = 0
+            elif spent + count * block_s > deadline_s:
+                count = math.floor((deadline_s - spent) / block_s)
+            spent += count * block_s
+        blocks += count
         saved = blocks * page_size / prefill_rate - spent
-        if saved >= best_saved:
+        if saved >= best_saved and spent <= deadline_s:
             best, best_saved = blocks, saved
+        if count < offer.blocks:
+            break
     return Choice(best, best * page_size / prefill_rate / PATIENCE_SHARE)
 
 

@@ -159,6 +159,21 @@ def test_an_engine_that_tells_no_rate_waits_as_long_as_its_deadline(tmp_path: Pa
     in_house(tmp_path, SLOW, work)
 
 
+def test_a_prefix_that_can_not_come_by_the_deadline_is_split(tmp_path: Path) -> None:
+    """Loading all of it takes a quarter of a second: sooner than computing it, but too late."""
+
+    async def work(house: House) -> None:
+        await house.ready_s(0)
+        await house.settled()
+        begun = house.clock()
+        _, found = await house.engine.acquire(prompt(1, BLOCKS), deadline_s=0.2)
+        assert house.clock() - begun <= 0.16
+        assert 0.4 * TOKENS < found.matched_tokens < 0.8 * TOKENS
+        assert faults(house.cache, "acquire_deadline") == 0
+
+    in_house(tmp_path, 2 * BREAK_EVEN, work)
+
+
 def test_a_second_request_sees_that_the_first_computes_what_it_did_not_bring(
     tmp_path: Path,
 ) -> None:

@@ -49,6 +49,19 @@ def test_no_split_is_ready_sooner_than_the_chosen_one() -> None:
         times = [ready_s(offers, bring, rate) for bring in range(every + 1)]
         assert times[choice.blocks] <= min(times) + 1e-9
         assert choice.patience_s == choice.blocks * PAGE_SIZE / rate / pace.PATIENCE_SHARE
+        for deadline_s in (0.0, 1.2, 2.6):
+            found = pace.choose(
+                offers,
+                page_bytes=PAGE_BYTES,
+                page_size=PAGE_SIZE,
+                prefill_rate=rate,
+                deadline_s=deadline_s,
+            )
+            computing = [(every - bring) * PAGE_SIZE / rate for bring in range(every + 1)]
+            bringing = [time - rest for time, rest in zip(times, computing, strict=True)]
+            within = [at for at, seconds in enumerate(bringing) if seconds <= deadline_s + 1e-9]
+            assert found.blocks in within
+            assert times[found.blocks] <= min(times[at] for at in within) + 1e-9
 
 
 class Clock:
