@@ -116,8 +116,17 @@ class Index:
     It never moves a byte, waits, or reads a clock. Threads may share it: one lock inside.
     """
 
-    def __init__(self, *, first_generation: int = 1, first_stamp: int = 1) -> None:
-        """Generations (of pages in durable pools) and stamps (recency) rise from these."""
+    def __init__(
+        self,
+        *,
+        first_generation: int = 1,
+        first_stamp: int = 1,
+        policy: str = "lru",
+        seed: int = 0,
+    ) -> None:
+        """Generations (of pages in durable pools) and stamps (recency) rise from the first two. The
+        policy, "lru", "arc", "s3fifo" or "hazard", chooses what every pool evicts, and decides the
+        same under the same seed. ValueError: another policy."""
 
     # pools and slabs
     def add_pool(
@@ -141,7 +150,7 @@ class Index:
         0xFFFFFFFF where there is no slab, or a closed one."""
     def victim_age(self, pool: int) -> int | None:
         """How many acquires, of all pools, there have been since the block that the pool would
-        evict next was last used; None when it could evict none."""
+        evict next, going by age alone, was last used; None when it could evict none."""
     def pool_counts(self, pool: int) -> PoolCounts: ...
     def close_pool(self, pool: int) -> None:
         """A session ended: its leases are released, private pages freed, nothing is planned into it

@@ -113,7 +113,11 @@ class Cache:
                 )
         starts = 0 if self._disk is None else self._disk.catalogue.start_count
         stamp = 0 if self._disk is None else self._disk.last_stamp()
-        self.index = _core.Index(first_generation=(starts << 32) + 1, first_stamp=stamp + 1)
+        self.index = _core.Index(
+            first_generation=(starts << 32) + 1,
+            first_stamp=stamp + 1,
+            policy=config.eviction_policy,
+        )
         self._mover = Mover(
             self.index,
             self._metrics,

@@ -35,6 +35,13 @@ app = typer.Typer(
 )
 
 
+class EvictionPolicy(StrEnum):
+    hazard = "hazard"
+    lru = "lru"
+    arc = "arc"
+    s3fifo = "s3fifo"
+
+
 class WritePolicy(StrEnum):
     behind = "behind"
     back = "back"
@@ -86,6 +93,10 @@ GpuOnly = Annotated[
 WritePolicyFlag = Annotated[
     WritePolicy | None,
     option("When a committed block is copied to slower tiers.", "behind"),
+]
+EvictionPolicyFlag = Annotated[
+    EvictionPolicy | None,
+    option("Which blocks every tier drops first.", "hazard"),
 ]
 SlabBytes = Annotated[int | None, option("Bytes of a slab, a multiple of 4096.", "67108864")]
 LowWatermark = Annotated[
@@ -143,6 +154,7 @@ def serve(
     metrics_port: MetricsPort = None,
     gpu_only: GpuOnly = None,
     write_policy: WritePolicyFlag = None,
+    eviction_policy: EvictionPolicyFlag = None,
     slab_bytes: SlabBytes = None,
     low_watermark: LowWatermark = None,
     high_watermark: HighWatermark = None,

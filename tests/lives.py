@@ -33,6 +33,8 @@ HOWS = [
     "compute",
     "squeeze",
     "shorten",
+    "shorten",
+    "shorten",
 ]
 ends = st.sampled_from(["stays", "stays", "leaves", "closes", "dies"])
 

@@ -47,10 +47,12 @@ def block_bytes(block: object) -> bytes:
 class IndexMachine(RuleBasedStateMachine):
     """Two engines' pools over one cpu and one durable pool."""
 
+    policy = "lru"
+
     def __init__(self) -> None:
         super().__init__()
-        self.index = _core.Index(first_generation=10)
-        self.model = SlabModel()
+        self.index = _core.Index(first_generation=10, policy=self.policy)
+        self.model = SlabModel(self.policy)
         self.generations: dict[int, int] = {}  # by page of the durable pool
         self.last_generation = 9
         self.last_transfer = 0
@@ -91,6 +93,13 @@ class IndexMachine(RuleBasedStateMachine):
         leases = sorted(self.model.leases)
         return pick if pick in leases else leases[pick % len(leases)]
 
+    def tell(self, pages: list[int]) -> None:
+        """The oracle of another policy than lru learns what went, `pages` in this order."""
+        for at, known in self.model.pools.items() if self.policy != "lru" else ():
+            there = set(self.index.stamps(at).nonzero()[0].tolist())
+            gone = {page for page, state in known.state.items() if state == RESIDENT} - there
+            self.model.gone[at] = [page for page in pages if page in gone] + sorted(gone)
+
     def some(self, pool: int, state: str, count: int, pick: int) -> list[int]:
         pages = [p for p, s in self.model.pools[pool].state.items() if s == state]
         start = pick % len(pages) if pages else 0
@@ -113,9 +122,8 @@ class IndexMachine(RuleBasedStateMachine):
         real = self.index.acquire(namespace, pool, tokens, limit)
         SEEN["acquire: nodes are joined"] += self.index.counts().nodes < nodes
         self.model.acquire(real.id, namespace, pool, prompt, limit)
-        lease = self.model.leases[real.id]
+        lease, state = self.model.leases[real.id], self.model.pools[pool].state
         assert (real.matched, real.computing) == (len(lease.found), lease.computing)
-        state = self.model.pools[pool].state
         SEEN["acquire: an arriving page"] += any(state[h.page] == IN_FLIGHT for h in lease.held)
         SEEN["acquire: another computes it"] += lease.computing > 0
         for tier in set(lease.found):
@@ -182,6 +190,7 @@ class IndexMachine(RuleBasedStateMachine):
     def grant(self, gpu: int, count: int) -> None:
         pool = self.a_gpu(gpu)
         pages = self.index.grant(pool, count).tolist()
+        self.tell(pages)
         free = len(self.model.pools[pool].free_pages())
         SEEN["free -> private: grant"] += bool(pages)
         SEEN["grant: by evicting"] += len(pages) > free
@@ -219,6 +228,7 @@ class IndexMachine(RuleBasedStateMachine):
         at = self.a_lease(lease)
         real = self.index.promote(at)
         pages = [] if real is None else real.target_pages.tolist()
+        self.tell(pages)
         self.check_transfer(real, self.model.promote(at, None if real is None else real.id, pages))
 
     @precondition(lambda self: self.model.leases)
@@ -227,10 +237,12 @@ class IndexMachine(RuleBasedStateMachine):
         at = self.a_lease(lease)
         real = self.index.next_load(at, count)
         if isinstance(real, _core.Wait):
+            self.tell([])
             assert self.model.next_load(at, count, None, []) == real.transfer
             SEEN["next_load: wait"] += 1
             return
         pages = [] if real is None else real.target_pages.tolist()
+        self.tell(pages)
         expected = self.model.next_load(at, count, None if real is None else real.id, pages)
         assert not isinstance(expected, int), f"did not wait for {expected}"
         self.check_transfer(real, expected)
@@ -243,6 +255,7 @@ class IndexMachine(RuleBasedStateMachine):
             return
         real = self.index.plan_demote(source, count)
         pages = [] if real is None else real.target_pages.tolist()
+        self.tell(pages)
         transfer = None if real is None else real.id
         self.check_transfer(real, self.model.plan_demote(source, count, transfer, pages))
 
@@ -319,7 +332,9 @@ class IndexMachine(RuleBasedStateMachine):
         at = self.a_pool(pool)
         pages = dict(self.model.pools[at].blocks)
         real = self.index.evict(at, count)
+        self.tell(real.pages.tolist())
         paths = self.model.evict(at, count)
+        assert len(paths) == count or not self.model.candidates(at)
         assert real.pages.tolist() == [pages[path] for path in paths]
         gone = sum(self.model.last_copy(path, at) for path in paths)
         assert real.last_copies == gone
@@ -338,12 +353,13 @@ class IndexMachine(RuleBasedStateMachine):
         count = len(self.model.pools[at].free_pages()) + more
         pages = dict(self.model.pools[at].blocks)
         real = self.index.keep_free(at, count)
+        self.tell(real.pages.tolist())
         paths = self.model.keep_free(at, count)
         assert real.pages.tolist() == [pages[path] for path in paths]
         assert real.last_copies == 0
         SEEN["resident -> free: keep_free"] += bool(paths)
-        short = len(self.model.pools[at].free_pages()) < count
-        SEEN["keep_free: the rest are last copies"] += short
+        free = len(self.model.pools[at].free_pages())
+        SEEN["keep_free: the rest are last copies"] += free < count
 
     @rule(gpu=choice, rarely=st.integers(0, 9))
     def session_ends(self, gpu: int, rarely: int) -> None:
@@ -436,7 +452,8 @@ class IndexMachine(RuleBasedStateMachine):
                 *(states.count(s) for s in ("free", PRIVATE, IN_FLIGHT, RESIDENT)), len(states)
             ]  # fmt: skip
             assert (real.evicted, real.last_copies) == (at.evicted, at.last_copies)
-            assert self.index.victim_age(pool) == self.model.victim_age(pool)
+            if self.policy == "lru":
+                assert self.index.victim_age(pool) == self.model.victim_age(pool)
             assert real.pinned == sum(self.model.pins(pool, page) > 0 for page in at.state)
             assert self.index.undemoted(pool) == len(at.queue)
             stamps = self.index.stamps(pool)

@@ -3,7 +3,8 @@
 `IndexModel` is what csrc/index must equal. A block is its whole path (namespace, block, ...), so
 there is no tree, no split and no count to keep: every question scans everything. It decides
 evictions itself; only the choice among free pages is the index's, so a call that takes pages is
-told which ones (`picks`) and checks that they were free to take.
+told which ones (`picks`) and checks that they were free to take. Under a policy other than `lru` it
+is told the victims too, and checks that they were legal ones.
 """
 
 import hashlib
@@ -27,7 +28,9 @@ from tests.model_parts import (
 
 
 class IndexModel:
-    def __init__(self) -> None:
+    def __init__(self, policy: str = "lru") -> None:
+        self.policy = policy
+        self.gone: dict[int, list[int]] = {}  # by pool: what the index evicted in this call
         self.pools: dict[int, PoolModel] = {}
         self.stamps: dict[Path, int] = {}  # of present blocks and of holes
         self.leases: dict[int, LeaseModel] = {}
@@ -126,11 +129,20 @@ class IndexModel:
             del self.stamps[path]
 
     def victim(self, pool: int, spared: Path | None = None) -> Path | None:
-        candidates = [p for p in self.pools[pool].blocks if self.evictable(p, pool) and p != spared]
-        order = {
-            p: (not self.dead(p), not self.held_below(p, pool), self.stamps[p]) for p in candidates
-        }
-        return min(candidates, key=order.__getitem__, default=None)
+        candidates = [p for p in self.candidates(pool) if p != spared]
+        first = min((self.precedence(p, pool) for p in candidates), default=None)
+        legal = [p for p in candidates if self.precedence(p, pool) == first]
+        if self.policy == "lru":
+            return min(legal, key=self.stamps.__getitem__, default=None)
+        blocks = {self.pools[pool].blocks[path]: path for path in legal}
+        return next((blocks[page] for page in self.gone.get(pool, ()) if page in blocks), None)
+
+    def candidates(self, pool: int) -> list[Path]:
+        return [path for path in self.pools[pool].blocks if self.evictable(path, pool)]
+
+    def precedence(self, path: Path, pool: int) -> tuple[bool, bool]:
+        """What goes before what under any policy."""
+        return not self.dead(path), not self.held_below(path, pool)
 
     def take(
         self, pool: int, picks: Iterator[int], state: str, spared: Path | None = None

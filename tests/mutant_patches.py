@@ -15,8 +15,8 @@ class Mutant:
 
 LEASES, TRANSFERS, POOLS, PAGES = "leases.cpp", "transfers.cpp", "pools.cpp", "page_pool.cpp"
 KEYS, TREE, RESIDENCY = "key_table.cpp", "radix_tree.cpp", "residency.cpp"
-RESTORE, EVICTION = "restore.cpp", "eviction.h"
-LIVES = "lives.cpp"
+RESTORE, EVICTION = "restore.cpp", "eviction/order.cpp"
+LIVES, POLICY = "lives.cpp", "eviction/policy.h"
 
 MUTANTS = [
     Mutant("a lease does not pin", LEASES, "    from.pin(page);\n"),
@@ -133,11 +133,17 @@ MUTANTS = [
     Mutant("a copy in flight makes another one spare", RESIDENCY,
            "return in.pool != pool && resident(at, in.pool);",
            "return in.pool != pool && page(at, in.pool) != kNoPage;"),
-    Mutant("halved stamps keep their old ranks", RESIDENCY, "    refresh(id);\n  }\n}\n",
-           "  }\n}\n"),
-    Mutant("the warmest goes first", EVICTION, "order_.begin()->second", "order_.rbegin()->second"),
-    Mutant("last copies go first", EVICTION, "last_copy = !held_below", "last_copy = held_below"),
-    Mutant("the dead go last", EVICTION, "standing != kDead", "standing == kDead"),
+    Mutant("halved stamps keep their old ranks", RESIDENCY,
+           "    refresh(id);\n  }\n  policy_.halved();\n",
+           "  }\n  policy_.halved();\n"),
+    Mutant("the warmest goes first", EVICTION, "return *order_.begin();",
+           "return *order_.rbegin();"),
+    Mutant("a queue's warmest goes first", EVICTION, "  return *found;\n",
+           "  return *std::prev(order_.upper_bound({rank_in(standing, {queue, ~0U}), ~0U}));\n"),
+    Mutant("a page's queue is not told", RESIDENCY,
+           "      tell_marked({run.node, run.offset + i}, before);\n"),
+    Mutant("last copies go first", POLICY, "last_copy = !held_below", "last_copy = held_below"),
+    Mutant("the dead go last", POLICY, "standing != kDead", "standing == kDead"),
     Mutant("the dead are demoted", TRANSFERS, "  if (tree_.dead(*at)) return missing;\n"),
     Mutant("a retired namespace takes commits", LEASES,
            "  if (tree_.spaces[lease.space].retired) return;\n"),

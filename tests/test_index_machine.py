@@ -99,10 +99,22 @@ AT_LEAST = {
 }
 
 
-def walk(of: Walk, *, same: bool) -> None:
+class LivesUnderArc(IndexLives):
+    policy = "arc"
+
+
+class LivesUnderS3fifo(IndexLives):
+    policy = "s3fifo"
+
+
+class LivesUnderHazard(IndexLives):
+    policy = "hazard"
+
+
+def walk(of: Walk, *, same: bool, lives: type[IndexLives] = IndexLives) -> None:
     phases = [Phase.explicit, Phase.generate, *([Phase.shrink] if of.shrinks else [])]
     run_state_machine_as_test(
-        IndexLives,
+        lives,
         settings=settings(
             max_examples=of.examples,
             stateful_step_count=of.steps,
@@ -121,6 +133,14 @@ def test_the_index_equals_its_oracle_on_random_walks() -> None:
     if WALK is WALKS["default"]:
         missed = {what: SEEN[what] for what, least in AT_LEAST.items() if SEEN[what] * 5 < least}
         assert not missed, f"the walks come by these too rarely: {missed}"
+
+
+@pytest.mark.parametrize("lives", [LivesUnderArc, LivesUnderS3fifo, LivesUnderHazard])
+def test_every_policy_evicts_only_what_may_go(lives: type[IndexLives]) -> None:
+    SEEN.clear()
+    walk(Walk(WALK.examples // 5, shrinks=WALK.shrinks), same=True, lives=lives)
+    assert SEEN["resident -> free: evict"] > 0
+    assert SEEN["grant: by evicting"] > 0
 
 
 @pytest.mark.slow

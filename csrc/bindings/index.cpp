@@ -420,8 +420,8 @@ void bind_index(py::module_& module) {
   bind_results(module);
   bind_transfer(module);
   py::class_<Index> index(module, "Index");
-  index.def(py::init<uint64_t, uint32_t>(), py::kw_only(), "first_generation"_a = 1,
-            "first_stamp"_a = 1);
+  index.def(py::init<uint64_t, uint32_t, std::string_view, uint64_t>(), py::kw_only(),
+            "first_generation"_a = 1, "first_stamp"_a = 1, "policy"_a = "lru", "seed"_a = 0);
   bind_pools(index);
   bind_requests(index);
   bind_behind(index);

@@ -35,7 +35,7 @@ void RadixTree::check_residency(NodeId id, const Residency& in) const {
   KVC2_CHECK(arriving == in.arriving, "node %u pool %u: %u of %u in flight", id, in.pool,
              in.arriving, arriving);
   KVC2_CHECK(in.rank == rank_of(id, in), "I3: node %u pool %u has a stale rank", id, in.pool);
-  KVC2_CHECK(in.rank == kNotEvictable || orders_[in.pool].holds(id, in.rank),
+  KVC2_CHECK(in.rank == kNotEvictable || orders_[in.pool].holds({in.rank, id}),
              "I3: node %u is not in the order of pool %u", id, in.pool);
 }
 
@@ -43,7 +43,7 @@ void RadixTree::check_node(NodeId id) const {
   const Node& node = nodes_[id];
   const Space& space = spaces[node.space];
   KVC2_CHECK(node.tokens.size() == size_t{node.blocks()} * space.page_size &&
-                 node.stamps.size() == node.blocks() && node.digests.size() <= node.blocks(),
+                 node.uses.size() == node.blocks() && node.digests.size() <= node.blocks(),
              "I1: node %u has %u keys", id, node.blocks());
   for (NodeId child = node.first_child; child != kNoNode; child = nodes_[child].next) {
     KVC2_CHECK(nodes_[child].live && nodes_[child].parent == id &&

@@ -145,8 +145,12 @@ struct RestoreBatch {  // by block; tokens are page_size each
 // for misuse that an argument shows.
 class Index {
  public:
-  Index(uint64_t first_generation, uint32_t first_stamp)
-      : tree_(pools_), generation_(first_generation), stamp_(first_stamp) {}
+  Index(uint64_t first_generation, uint32_t first_stamp, std::string_view policy = "lru",
+        uint64_t seed = 0)
+      : policy_(make_policy(policy, seed)),
+        tree_(pools_, *policy_),
+        generation_(first_generation),
+        stamp_(first_stamp) {}
 
   PoolId add_pool(const PagePool::Shape& shape);
   uint32_t add_slab(PoolId pool);
@@ -245,6 +249,7 @@ class Index {
 
   // pools.cpp
   PagePool& pool(PoolId id) const;
+  void tell_size(PoolId id);
   bool alive(PoolId id) const { return id < pools_.size() && pools_[id] && !pools_[id]->leaving; }
   std::vector<PoolId> chain(PoolId head) const;
   std::optional<PageId> allocate(PoolId pool, PageState to);  // evicts, but never in a durable pool
@@ -304,7 +309,9 @@ class Index {
 
   mutable TurnLock mutex_;
   Pools pools_;
+  std::unique_ptr<EvictionPolicy> policy_;
   RadixTree tree_;
+  std::vector<uint32_t> told_pages_;  // by pool: its size, as the policy was told
   std::unordered_map<BlockKey, uint32_t, NameHash> space_ids_;  // by root key
   std::unordered_map<LeaseId, Lease> leases_;
   std::unordered_map<TransferId, OpenTransfer> transfers_;

@@ -340,7 +340,7 @@ CommitResult Index::commit_next(Lease& lease, Place& at, Tokens tokens, PageId p
     return CommitResult::kRefused;
   }
   at = *block;
-  if (tree_[at.node].stamps[at.offset] < lease.stamp) {
+  if (tree_[at.node].uses[at.offset].stamp < lease.stamp) {
     tree_.touch({at.node, at.offset, 1}, lease.stamp);
   }
   const PageId there = tree_.page(at, lease.pool);

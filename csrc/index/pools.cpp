@@ -39,12 +39,26 @@ uint32_t Index::add_slab(PoolId id) {
   const Lock lock(mutex_);
   PagePool& to = pool(id);
   if (to.closed) throw std::invalid_argument("pool: " + std::to_string(id) + " is closed");
-  return to.add_slab();
+  const uint32_t slab = to.add_slab();
+  tell_size(id);
+  return slab;
+}
+
+// The policy hears of a pool's size when it has grown by a quarter or shrunk to half.
+void Index::tell_size(PoolId id) {
+  if (id >= told_pages_.size()) told_pages_.resize(id + 1, 0);
+  const uint32_t pages = alive(id) ? pools_[id]->counts().pages : 0;
+  uint32_t& told = told_pages_[id];
+  if (pages >= told / 2 && pages <= uint64_t{told} * 5 / 4) return;
+  told = pages;
+  policy_->resize(id, pages);
 }
 
 bool Index::take_slab(PoolId id, uint32_t slab) {
   const Lock lock(mutex_);
-  return pool(id).take_slab(slab);
+  const bool taken = pool(id).take_slab(slab);
+  tell_size(id);
+  return taken;
 }
 
 bool Index::close_slab(PoolId id, uint32_t slab) {
@@ -65,9 +79,9 @@ std::vector<uint32_t> Index::slab_pages(PoolId id) const {
 std::optional<uint32_t> Index::victim_age(PoolId id) const {
   const Lock lock(mutex_);
   pool(id);
-  const auto victim = tree_.coldest(id);
-  if (!victim) return std::nullopt;
-  return stamp_ - tree_[victim->node].stamps[victim->offset];
+  const auto oldest = tree_.oldest(id);
+  if (!oldest) return std::nullopt;
+  return stamp_ - tree_[oldest->node].uses[oldest->offset].stamp;
 }
 
 PagePool::Counts Index::pool_counts(PoolId id) const {
@@ -121,6 +135,7 @@ void Index::remove_pool(PoolId id) {
   }
   const Lock lock(mutex_);
   pools_[id] = nullptr;
+  tell_size(id);
 }
 
 const PagePool& Index::start_leaving(PoolId id) {
@@ -252,7 +267,7 @@ std::vector<uint32_t> Index::stamps(PoolId id) const {
     if (page == of.size()) return false;
     const bool there = of.state(page) == PageState::kResident;
     const Place at = there ? tree_.owner(id, page) : Place{};
-    stamps.push_back(there ? tree_[at.node].stamps[at.offset] : 0);
+    stamps.push_back(there ? tree_[at.node].uses[at.offset].stamp : 0);
     return true;
   });
   return stamps;
@@ -267,7 +282,7 @@ IndexCounts Index::counts() const {
     bytes += tree_.metadata_bytes(begin, std::min(nodes, begin + kSlicePages));
   }
   const Lock lock(mutex_);
-  bytes += tree_.table_bytes() + curve_.metadata_bytes();
+  bytes += tree_.table_bytes() + policy_->metadata_bytes() + curve_.metadata_bytes();
   for (const auto& each : pools_) bytes += each ? each->metadata_bytes() : 0;
   return {.namespaces = tree_.spaces.size(),
           .nodes = tree_.live_nodes,

@@ -111,7 +111,7 @@ std::optional<Place> RadixTree::next(Place at, Tokens block) const {
   return Place{found, 0};
 }
 
-std::optional<Place> RadixTree::insert(Place at, Tokens block, uint32_t stamp) {
+std::optional<Place> RadixTree::insert(Place at, Tokens block, uint32_t stamp, bool restored) {
   if (const auto there = next(at, block)) return there;
   const Node& node = nodes_[at.node];
   const uint32_t offset = at.offset + 1;
@@ -131,7 +131,7 @@ std::optional<Place> RadixTree::insert(Place at, Tokens block, uint32_t stamp) {
     adopt_child(above, into);
     heads_.put(key, into);
   }
-  const Run added = append(into, {&key, 1}, block, stamp);
+  const Run added = append(into, {&key, 1}, block, stamp, restored);
   refresh(above);
   return Place{added.node, added.offset};
 }
@@ -145,16 +145,22 @@ bool RadixTree::last(Place at) const {
 Run RadixTree::append(NodeId node, Tokens tokens, uint32_t stamp) {
   const Node& to = nodes_[node];
   KVC2_CHECK(to.blocks() > 0 && to.first_child == kNoNode, "node %u is not a path's end", node);
-  return append(node, chain_keys(to.keys.back(), tokens, spaces[to.space].page_size), tokens,
-                stamp);
+  return append(node, chain_keys(to.keys.back(), tokens, spaces[to.space].page_size), tokens, stamp,
+                false);
 }
 
-Run RadixTree::append(NodeId node, std::span<const BlockKey> keys, Tokens tokens, uint32_t stamp) {
+Run RadixTree::append(NodeId node, std::span<const BlockKey> keys, Tokens tokens, uint32_t stamp,
+                      bool restored) {
   Node& to = nodes_[node];
   const Run added{node, to.blocks(), static_cast<uint32_t>(keys.size())};
   to.tokens.insert(to.tokens.end(), tokens.begin(), tokens.end());
   to.keys.insert(to.keys.end(), keys.begin(), keys.end());
-  to.stamps.insert(to.stamps.end(), keys.size(), stamp);
+  const auto& uses_above = nodes_[to.parent].uses;
+  const Use* parent = uses_above.empty() ? nullptr : &uses_above.back();
+  for (const BlockKey& key : keys) {
+    if (!to.uses.empty()) parent = &to.uses.back();
+    to.uses.push_back(restored ? policy_.restored(stamp) : policy_.added(key, parent, stamp));
+  }
   blocks += added.blocks;
   holes += added.blocks;  // until pages are placed
   return added;
@@ -220,7 +226,7 @@ NodeId RadixTree::split(NodeId node, uint32_t at) {
   tail.first += at;
   head.tokens = cut_front(tail.tokens, size_t{at} * spaces[head.space].page_size);
   head.keys = cut_front(tail.keys, at);
-  head.stamps = cut_front(tail.stamps, at);
+  head.uses = cut_front(tail.uses, at);
   head.digests = cut_front(tail.digests, at);
   heads_.put(head.keys[0], head_id);
   heads_.put(tail.keys[0], node);
@@ -273,7 +279,7 @@ void RadixTree::join(NodeId above, NodeId node) {
   tail.first = head.first;
   put_front(tail.tokens, head.tokens);
   put_front(tail.keys, head.keys);
-  put_front(tail.stamps, head.stamps);
+  put_front(tail.uses, head.uses);
   put_front(tail.digests, head.digests);
   const NodeId parent = head.parent;
   orphan_child(node);
@@ -309,7 +315,7 @@ void RadixTree::remove_tail(Node& node) {
   const uint32_t left = node.blocks() - 1;
   node.tokens.resize(size_t{left} * spaces[node.space].page_size);
   node.keys.pop_back();
-  node.stamps.pop_back();
+  node.uses.pop_back();
   if (node.digests.size() > left) node.digests.pop_back();
   --blocks;
   --holes;
@@ -361,7 +367,7 @@ size_t RadixTree::metadata_bytes(NodeId begin, NodeId end) const {
   size_t bytes = (end - begin) * sizeof(Node);
   for (NodeId id = begin; id < end; ++id) {
     const Node& node = nodes_[id];
-    bytes += node.keys.capacity() * sizeof(BlockKey) + node.stamps.capacity() * sizeof(uint32_t) +
+    bytes += node.keys.capacity() * sizeof(BlockKey) + node.uses.capacity() * sizeof(Use) +
              node.digests.capacity() * sizeof(Digest) + node.pools.capacity() * sizeof(Residency);
     for (const Residency& in : node.pools) bytes += in.pages.capacity() * sizeof(PageId);
   }

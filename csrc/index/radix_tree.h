@@ -29,7 +29,7 @@
 #include <vector>
 
 #include "index/block_key.h"
-#include "index/eviction.h"
+#include "index/eviction/policy.h"
 #include "index/key_table.h"
 #include "index/life.h"
 #include "index/page_pool.h"
@@ -79,8 +79,8 @@ struct Node {
   bool live = false;
   std::vector<uint32_t> tokens;
   std::vector<BlockKey> keys;
-  std::vector<uint32_t> stamps;  // by block: when last acquired
-  std::vector<Digest> digests;   // of the leading blocks that have been named
+  std::vector<Use> uses;        // by block
+  std::vector<Digest> digests;  // of the leading blocks that have been named
   std::vector<Residency> pools;
 
   uint32_t blocks() const { return static_cast<uint32_t>(keys.size()); }
@@ -88,7 +88,7 @@ struct Node {
 
 class RadixTree {
  public:
-  explicit RadixTree(Pools& pools) : pools_(pools) {}
+  RadixTree(Pools& pools, EvictionPolicy& policy) : pools_(pools), policy_(policy) {}
 
   // Structure.
   uint32_t add_space(const Digest& name, uint32_t page_size);  // its number
@@ -96,8 +96,8 @@ class RadixTree {
   std::vector<Run> find(uint32_t space, Tokens tokens) const;  // leading blocks, holes included
   std::optional<Place> next(Place at,
                             Tokens block) const;  // the block after `at` with these tokens
-  std::optional<Place> insert(Place at, Tokens block,
-                              uint32_t stamp);             // find or add; none: collision
+  // Find or add; none: collision. A block that a restart found on disk teaches the policy nothing.
+  std::optional<Place> insert(Place at, Tokens block, uint32_t stamp, bool restored = false);
   bool last(Place at) const;                               // nothing hangs on it
   Run append(NodeId node, Tokens tokens, uint32_t stamp);  // to a node without children
   std::vector<Run> join(std::span<const Run> path);  // the path, in fewer nodes where that is cheap
@@ -124,8 +124,9 @@ class RadixTree {
   void touch(const Run& run, uint32_t stamp);
   void refresh(NodeId node);  // after a change of pins, stamps or residency in it
   Rank rank_of(NodeId node, const Residency& in) const;
-  bool dead(Place at) const;                        // it does not match any more
-  std::optional<Place> coldest(PoolId pool) const;  // the next victim
+  bool dead(Place at) const;                       // it does not match any more
+  std::optional<Place> coldest(PoolId pool);       // the next victim, as the policy chooses
+  std::optional<Place> oldest(PoolId pool) const;  // the longest unused of the first standing
   std::optional<Place> evictable(NodeId node,
                                  PoolId pool) const;  // its last page there, if it may go
   void halve_stamps();
@@ -158,7 +159,8 @@ class RadixTree {
   void forget_node(NodeId id);
   void adopt_child(NodeId parent, NodeId child);
   void orphan_child(NodeId child);
-  Run append(NodeId node, std::span<const BlockKey> keys, Tokens tokens, uint32_t stamp);
+  Run append(NodeId node, std::span<const BlockKey> keys, Tokens tokens, uint32_t stamp,
+             bool restored);
   void remove_tail(Node& node);
   Residency* find_residency(Node& node, PoolId pool) const;
   const Residency* find_residency(const Node& node, PoolId pool) const;
@@ -166,11 +168,13 @@ class RadixTree {
   void drop_residency(NodeId node, PoolId pool);
   void propagate(NodeId node, PoolId pool, int change);
   void set_rank(NodeId node, Residency& in, Rank rank);
+  void tell_marked(Place at, const Use& before);
   EvictionOrder& order(PoolId pool);
   void check_node(NodeId id) const;
   void check_residency(NodeId id, const Residency& in) const;
 
   Pools& pools_;
+  EvictionPolicy& policy_;
   std::deque<Node> nodes_;  // a deque never moves what it holds
   std::vector<NodeId> free_nodes_;
   KeyTable heads_;                     // nodes by the key of their first block

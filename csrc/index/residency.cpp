@@ -118,6 +118,12 @@ void RadixTree::place(const Run& run, PoolId pool, std::span<const PageId> pages
   for (uint32_t i = 0; i < run.blocks; ++i) {
     PageId& page = in.pages[run.offset + i];
     KVC2_CHECK(page == kNoPage, "I6: a block has pages %u and %u in pool %u", page, pages[i], pool);
+    if (policy_.counts_pages()) {
+      Use& use = node.uses[run.offset + i];
+      const Use before = use;
+      policy_.placed(pool, node.keys[run.offset + i], use);
+      tell_marked({run.node, run.offset + i}, before);
+    }
     page = pages[i];
     Page& info = (*pools_[pool])[page];
     info.node = run.node;
@@ -138,6 +144,10 @@ PageId RadixTree::clear(Place at, PoolId pool) {
   in->pages[at.offset] = kNoPage;
   --in->count;
   in->arriving -= pools_[pool]->state(page) == PageState::kInFlight;
+  if (policy_.counts_pages()) {
+    const Node& node = nodes_[at.node];
+    policy_.cleared(pool, node.keys[at.offset], node.uses[at.offset]);
+  }
   while (!in->pages.empty() && in->pages.back() == kNoPage) in->pages.pop_back();
   if (!in->any()) {
     drop_residency(at.node, pool);
@@ -167,8 +177,12 @@ void RadixTree::propagate(NodeId node, PoolId pool, int change) {
 }
 
 void RadixTree::touch(const Run& run, uint32_t stamp) {
-  auto& stamps = nodes_[run.node].stamps;
-  std::fill_n(stamps.begin() + run.offset, run.blocks, stamp);
+  Node& node = nodes_[run.node];
+  for (uint32_t i = run.offset; i < run.offset + run.blocks; ++i) {
+    const Use before = node.uses[i];
+    policy_.touched(node.keys[i], node.uses[i], stamp);
+    if (policy_.counts_pages()) tell_marked({run.node, i}, before);
+  }
   refresh(run.node);
 }
 
@@ -182,7 +196,8 @@ Rank RadixTree::rank_of(NodeId id, const Residency& in) const {
   if (pool.state(page) != PageState::kResident || pool[page].pins > 0) return kNotEvictable;
   const bool held_below = resident_below(at, in.pool);
   if (!last(at) && !held_below && !resident_elsewhere(at, in.pool)) return kNotEvictable;
-  return rank(dead(at) ? kDead : kPlain, held_below, node.stamps[at.offset]);
+  const uint8_t standing = rank_standing(dead(at) ? kDead : kPlain, held_below);
+  return rank_in(standing, policy_.queued(node.uses[at.offset]));
 }
 
 bool RadixTree::dead(Place at) const { return spaces[nodes_[at.node].space].retired; }
@@ -191,10 +206,34 @@ void RadixTree::refresh(NodeId node) {
   for (Residency& in : nodes_[node].pools) set_rank(node, in, rank_of(node, in));
 }
 
-std::optional<Place> RadixTree::coldest(PoolId pool) const {
-  if (pool >= orders_.size()) return std::nullopt;
-  const auto node = orders_[pool].first();
-  return node ? evictable(*node, pool) : std::nullopt;
+// The mark of a block changed: so did the queue of its pages.
+void RadixTree::tell_marked(Place at, const Use& before) {
+  const Node& node = nodes_[at.node];
+  if (node.uses[at.offset].mark == before.mark) return;
+  for (const Residency& in : node.pools) {
+    if (page(at, in.pool) != kNoPage) policy_.marked(in.pool, before, node.uses[at.offset]);
+  }
+}
+
+std::optional<Place> RadixTree::coldest(PoolId pool) {
+  while (const auto victim = policy_.choose(pool, order(pool))) {
+    const Place at = *evictable(victim->node, pool);
+    Use& use = nodes_[at.node].uses[at.offset];
+    const Use before = use;
+    if (!policy_.spares(pool, use)) return at;
+    tell_marked(at, before);
+    refresh(at.node);
+  }
+  return std::nullopt;
+}
+
+std::optional<Place> RadixTree::oldest(PoolId pool) const {
+  std::optional<EvictionOrder::Entry> found;
+  for (uint32_t queue = 0; pool < orders_.size() && queue < policy_.queues(); ++queue) {
+    const auto entry = orders_[pool].oldest(queue);
+    if (entry && (!found || entry->stamp() < found->stamp())) found = entry;
+  }
+  return found ? evictable(found->node, pool) : std::nullopt;
 }
 
 std::optional<Place> RadixTree::evictable(NodeId node, PoolId pool) const {
@@ -206,9 +245,10 @@ std::optional<Place> RadixTree::evictable(NodeId node, PoolId pool) const {
 // When the 32-bit clock is about to overflow: old differences blur, the order stays.
 void RadixTree::halve_stamps() {
   for (NodeId id = 0; id < nodes_.size(); ++id) {
-    for (uint32_t& stamp : nodes_[id].stamps) stamp /= 2;
+    for (Use& use : nodes_[id].uses) policy_.halve(use);
     refresh(id);
   }
+  policy_.halved();
 }
 
 }  // namespace kvc2

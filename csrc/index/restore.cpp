@@ -28,14 +28,15 @@ RestoreResult Index::restore_one(PoolId id, const RestoreBatch& batch, size_t i,
   const size_t size = into.shape.page_size;
   const PageId page = batch.pages[i];
   if (!into.is(page, PageState::kFree)) return RestoreResult::kConflict;
-  const auto block = tree_.insert(parent, batch.tokens.subspan(i * size, size), batch.stamps[i]);
+  const auto block =
+      tree_.insert(parent, batch.tokens.subspan(i * size, size), batch.stamps[i], true);
   if (!block) {
     ++collisions_;
     return RestoreResult::kConflict;
   }
   const Place at = *block;
   if (tree_.page(at, id) != kNoPage) return RestoreResult::kConflict;
-  if (tree_[at.node].stamps[at.offset] < batch.stamps[i]) {
+  if (tree_[at.node].uses[at.offset].stamp < batch.stamps[i]) {
     tree_.touch({at.node, at.offset, 1}, batch.stamps[i]);
   }
   into.take(page, PageState::kResident);

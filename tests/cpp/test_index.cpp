@@ -13,7 +13,8 @@ static void a_split_moves_the_owners_before_the_branch() {
   Pools pools;
   pools.push_back(std::make_unique<PagePool>(PagePool::Shape{1, 8, std::nullopt, false}));
   pools[0]->add_slab();
-  RadixTree tree(pools);
+  const auto policy = make_policy("lru", 0);
+  RadixTree tree(pools, *policy);
   const uint32_t space = tree.add_space(Digest{}, 1);
   const std::vector<uint32_t> path{1, 2, 3, 4};
   Place at{tree.spaces[space].root, kBeforeFirst};

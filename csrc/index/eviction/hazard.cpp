@@ -1,0 +1,159 @@
+// The default: evict the page that is worth least, as reuse_model.h learns it from the traffic.
+//
+// A block's class is how often it was used. Of one that was used once, the class is how often the
+// block was used that its request hung it on: below nothing it is a prompt that nobody has sent
+// before; below a block used once the next turn of a conversation; below a much used one a new
+// conversation under a shared prompt. A block that comes back after all pools forgot it has the
+// class that the model remembers; one in 16 is remembered, and what is added after it on the path
+// is taken to be as old.
+//
+// A victim is the oldest leaf of the cell (class, half an octave of age) that is worth least and
+// has a leaf. Cells change with a lesson, not with time; so does what a class's oldest leaf is
+// worth. While nothing was learnt and no request came, a cell's next leaf is at hand.
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <vector>
+
+#include "index/eviction/policies.h"
+#include "index/eviction/reuse_model.h"
+
+namespace kvc2 {
+
+namespace {
+
+constexpr uint32_t kUsesMax = 31;  // the classes don't tell more apart
+constexpr uint32_t kHungOn = 4;    // classes of blocks used once
+constexpr uint32_t kCells = 2;     // of an octave
+
+// A mark: uses (8 bits), what it was hung on (2), whether no request came by since it was added.
+struct Mark {
+  uint32_t uses = 1, hung_on = 0;
+  bool fresh = false;
+
+  static Mark of(const Use& use) {
+    return {use.mark & 0xFF, use.mark >> 8 & 3, (use.mark >> 10 & 1) != 0};
+  }
+  uint32_t packed() const { return uint32_t{fresh} << 10 | hung_on << 8 | uses; }
+
+  uint32_t group() const {
+    if (uses <= 1) return hung_on;
+    return kHungOn - 2 + static_cast<uint32_t>(std::bit_width(uses));  // 2-3, 4-7, 8-15, 16-31
+  }
+};
+
+static_assert(kHungOn - 2 + 5 < ReuseModel::kClasses);
+
+class Hazard final : public EvictionPolicy {
+ public:
+  explicit Hazard(uint64_t seed) : model_(seed) {}
+
+  Use added(const BlockKey& key, const Use* parent, uint32_t stamp) override {
+    const Mark above = parent ? Mark::of(*parent) : Mark{.uses = 0};
+    Mark mark = above;
+    if (!above.fresh) {
+      // Its request has used the parent too; what counts is how often others had.
+      const uint32_t before = parent && parent->stamp >= stamp ? above.uses - 1 : above.uses;
+      mark = {.uses = 1, .hung_on = std::min<uint32_t>(std::bit_width(before), kHungOn - 1)};
+    }
+    mark.fresh = true;
+    if (model_.watches(key)) {
+      mark.uses = std::min(model_.uses(key) + 1, kUsesMax);
+      model_.use(key, stamp, mark.uses, mark.group());
+    }
+    now_ = std::max(now_, stamp);
+    return {stamp, mark.packed()};
+  }
+
+  Use restored(uint32_t stamp) const override { return {stamp, Mark{}.packed()}; }
+
+  void touched(const BlockKey& key, Use& use, uint32_t stamp) override {
+    Mark mark = Mark::of(use);
+    mark.uses = std::min(mark.uses + 1, kUsesMax);
+    mark.fresh = false;
+    use = {stamp, mark.packed()};
+    if (model_.watches(key)) model_.use(key, stamp, mark.uses, mark.group());
+    now_ = std::max(now_, stamp);
+  }
+
+  Queued queued(const Use& use) const override { return {Mark::of(use).group(), use.stamp}; }
+
+  uint32_t queues() const override { return ReuseModel::kClasses; }
+
+  std::optional<EvictionOrder::Entry> choose(PoolId, const EvictionOrder& order) override {
+    if (model_.lessons() != sorted_at_) sort_cells();
+    std::array<std::optional<EvictionOrder::Entry>, ReuseModel::kClasses> oldest;
+    for (uint32_t group = 0; group < oldest.size(); ++group) oldest[group] = order.oldest(group);
+    for (const Cell& cell : cells_) {
+      if (!oldest[cell.group]) continue;
+      const uint32_t age = now_ - std::min(now_, oldest[cell.group]->stamp());
+      if (age < cell.from) continue;
+      if (age <= cell.to) return oldest[cell.group];
+      const auto entry = order.oldest(cell.group, now_ - std::min(now_, cell.to));
+      if (entry && entry->stamp() <= now_ - std::min(now_, cell.from)) return entry;
+    }
+    return order.first();
+  }
+
+  void resize(PoolId pool, uint32_t pages) override {
+    if (pool >= pages_.size()) pages_.resize(pool + 1, 0);
+    pages_[pool] = pages;
+    const uint32_t largest = std::ranges::max(pages_);
+    if (largest != watched_) model_.resize(largest);
+    watched_ = largest;
+  }
+
+  void halved() override {
+    model_.forget();
+    now_ /= 2;
+  }
+
+  size_t metadata_bytes() const override {
+    return model_.metadata_bytes() + cells_.capacity() * sizeof(Cell);
+  }
+
+ private:
+  struct Cell {
+    float worth;
+    uint32_t group, from, to;  // ages
+  };
+
+  // An octave's cells lie between its worth and that of the next one. Octave 0 is ages 0 and 1: 0
+  // is what the latest request used and has released already.
+  void sort_cells() {
+    cells_.clear();
+    for (uint32_t group = 0; group < ReuseModel::kClasses; ++group) {
+      cells_.push_back({model_.worth(group, 0), group, 0, 1});
+      for (uint32_t octave = 1; octave < ReuseModel::kAges; ++octave) {
+        const float here = model_.worth(group, octave);
+        const float next = model_.worth(group, std::min(octave + 1, ReuseModel::kAges - 1));
+        const uint32_t parts = std::min(kCells, 1U << octave);
+        const uint32_t width = (1U << octave) / parts;
+        for (uint32_t part = 0; part < parts; ++part) {
+          const uint32_t from = (1U << octave) + part * width;
+          const float along = (static_cast<float>(part) + 0.5F) / static_cast<float>(parts);
+          cells_.push_back({here + (next - here) * along, group, from, from + (width - 1)});
+        }
+      }
+    }
+    std::ranges::stable_sort(cells_, [](const Cell& a, const Cell& b) {
+      return a.worth != b.worth ? a.worth < b.worth : a.from > b.from;
+    });
+    sorted_at_ = model_.lessons();
+  }
+
+  ReuseModel model_;
+  std::vector<Cell> cells_;      // worth least first
+  uint64_t sorted_at_ = 0;       // the lesson that cells_ follow
+  std::vector<uint32_t> pages_;  // by pool
+  uint32_t watched_ = 0;         // pages that the model's watch was made for
+  uint32_t now_ = 0;             // the latest acquire that used a block
+};
+
+}  // namespace
+
+std::unique_ptr<EvictionPolicy> make_hazard(uint64_t seed) {
+  return std::make_unique<Hazard>(seed);
+}
+
+}  // namespace kvc2

@@ -1,0 +1,120 @@
+// Which page of a pool goes first. The tree says which nodes are evictable and when that changes;
+// a policy ranks them, and knows no tree, lease or transfer.
+//
+//     tree ── added, touched, placed, cleared ──► policy: a Use per block, counts and ghosts of its
+//     own tree ── rank(Use) ──► EvictionOrder, one a pool, of the evictable nodes' last blocks tree
+//     ◄── choose(order): the next victim
+//
+// What a policy says holds only among nodes of one standing (see Rank): copies that a slower pool
+// also holds always go before last copies. A policy is deterministic under its seed, remembers of
+// evicted blocks at most 9 bytes a page of a pool, and costs O(log evictable nodes) a victim.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <set>
+#include <span>
+#include <string_view>
+#include <utility>
+
+#include "index/block_key.h"
+#include "index/life.h"
+#include "index/page_pool.h"
+
+namespace kvc2 {
+
+// What a policy knows of a block, kept in the tree beside it.
+struct Use {
+  uint32_t stamp = 0;  // the acquire that last used it
+  uint32_t mark = 0;   // the policy's own
+};
+
+// The lowest is evicted first: the standing (8 bits), the policy's queue (24), the stamp (32).
+using Rank = uint64_t;
+
+constexpr Rank kNotEvictable = ~Rank{0};
+
+// What goes before what under every policy: the dead; then copies that a slower pool also holds;
+// then by the standing of life.h.
+constexpr uint8_t rank_standing(uint8_t standing, bool held_below) {
+  const bool living = standing != kDead;
+  const bool last_copy = !held_below;
+  return static_cast<uint8_t>(living << 7 | last_copy << 6 | standing);
+}
+
+struct Queued {  // what a policy makes of a Use
+  uint32_t queue = 0;
+  uint32_t stamp = 0;
+};
+
+constexpr Rank rank_in(uint8_t standing, Queued at) {
+  return Rank{standing} << 56 | Rank{at.queue} << 32 | at.stamp;
+}
+
+// The evictable nodes of one pool by rank. Each call is O(log nodes).
+class EvictionOrder {
+ public:
+  struct Entry {
+    Rank rank;
+    NodeId node;
+
+    auto operator<=>(const Entry&) const = default;
+    uint32_t queue() const { return rank >> 32 & 0xFFFFFF; }
+    uint32_t stamp() const { return static_cast<uint32_t>(rank); }
+  };
+
+  // A node's rank changes; kNotEvictable means that it is not in the order.
+  void move(NodeId node, Rank from, Rank to) {
+    if (from != kNotEvictable) order_.erase({from, node});
+    if (to != kNotEvictable) order_.insert({to, node});
+  }
+
+  std::optional<Entry> first() const;  // of all
+  // The oldest of a queue since `stamp`, in the lowest standing that there is.
+  std::optional<Entry> oldest(uint32_t queue, uint32_t stamp = 0) const;
+  bool holds(Entry entry) const { return order_.contains(entry); }
+  size_t size() const { return order_.size(); }
+
+ private:
+  std::set<Entry> order_;
+};
+
+class EvictionPolicy {
+ public:
+  virtual ~EvictionPolicy() = default;
+
+  // A request added a block to the tree below `parent` (null: it is the first of its path), or a
+  // restart found it on disk.
+  virtual Use added(const BlockKey& key, const Use* parent, uint32_t stamp) = 0;
+  virtual Use restored(uint32_t stamp) const { return {stamp}; }
+  // A request used a block that the tree has.
+  virtual void touched(const BlockKey& key, Use& use, uint32_t stamp) = 0;
+
+  // By pool: pages come and go, and change their queue with their block's mark.
+  virtual bool counts_pages() const { return false; }  // whether it wants to be told
+  virtual void placed(PoolId, const BlockKey&, Use&) {}
+  virtual void cleared(PoolId, const BlockKey&, const Use&) {}
+  virtual void marked(PoolId, const Use& /*from*/, const Use& /*to*/) {}
+
+  virtual Queued queued(const Use& use) const { return {0, use.stamp}; }
+  // The next victim among the lowest standing of a pool; none if the order is empty.
+  virtual std::optional<EvictionOrder::Entry> choose(PoolId, const EvictionOrder& order) {
+    return order.first();
+  }
+  // How many queues it ranks in: the oldest leaf of all is the oldest of one of them.
+  virtual uint32_t queues() const { return 1; }
+  // True if the victim gets another chance; its mark says so from then on.
+  virtual bool spares(PoolId, Use&) { return false; }
+
+  // Told of growth by steps, since slabs come one by one; ghosts may be lost by it.
+  virtual void resize(PoolId, uint32_t /*pages*/) {}
+  virtual void halve(Use& use) const { use.stamp /= 2; }  // of every block, then:
+  virtual void halved() {}                                // the clock
+  virtual size_t metadata_bytes() const { return 0; }
+};
+
+// "lru", "arc", "s3fifo" or "hazard"; throws std::invalid_argument.
+std::unique_ptr<EvictionPolicy> make_policy(std::string_view name, uint64_t seed);
+
+}  // namespace kvc2

@@ -1,0 +1,82 @@
+// How likely a block is to be used again, and how soon: learnt from the stream of requests alone,
+// whatever the pools hold, so that what a policy evicts can't blind it.
+//
+// One block in eight is watched, chosen by its key. The watch remembers the last use of those
+// blocks, evicted or not: a block that comes back ends a wait; the others' waits are still open.
+// Both teach, by class of block and by octave of the wait (its log2, in acquires):
+//
+//     hazard(class, age) = waits that ended at this age / waits that came to be this old
+//
+// (Kaplan-Meier's estimate.) What a page is worth is the best rate of hits for its memory that
+// holding it can still reach, over all horizons (the Gittins index of a wait):
+//
+//     worth(class, age) = max over T of  P(used within T) / E[time until it is used, or T]
+//
+// A hazard that is the same in every octave and class makes this LRU, and so does a lack of
+// evidence: kPrior waits of it are added to what all classes showed, and kPrior waits of all
+// classes to what each did.
+//
+// Costs: 8.5 bytes a page of the largest pool. A watched use reads one set of it, 64 bytes, and
+// looks through another one; once in kLearnEvery of them, 10 us to learn. Deterministic under its
+// seed.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "index/block_key.h"
+
+namespace kvc2 {
+
+class ReuseModel {
+ public:
+  static constexpr uint32_t kClasses = 8;
+  static constexpr uint32_t kAges = 32;  // octaves
+
+  explicit ReuseModel(uint64_t seed);
+
+  void resize(size_t pages);  // for pools of that many; the watch starts anew
+  void forget();              // the clock was set back: waits that are open are dropped
+
+  bool watches(const BlockKey& key) const;
+  uint32_t uses(const BlockKey& key) const;  // of a watched block, as far as is remembered
+  // A watched block is used, and waits from then on as one of `group`. A `now` before the latest
+  // one counts as that.
+  void use(const BlockKey& key, uint32_t now, uint32_t uses, uint32_t group);
+
+  float worth(uint32_t group, uint32_t octave) const { return worth_[group][octave]; }
+  uint64_t lessons() const { return lessons_; }  // worth() changes only when this does
+  size_t metadata_bytes() const;
+
+ private:
+  static constexpr uint32_t kWays = 8;
+
+  struct Entry {  // the last use of one block; `when` is 0 where there is none
+    uint32_t when = 0;
+    uint16_t tag = 0;
+    uint8_t uses = 0, group = 0;
+  };
+  using Set = std::array<Entry, kWays>;
+  template <typename T>
+  using Table = std::array<std::array<T, kAges>, kClasses>;
+
+  uint64_t hash(const BlockKey& key) const;
+  size_t set_of(uint64_t hash) const;
+  void count_open(const Entry& entry, uint32_t seen);
+  void look_through(size_t set);
+  void learn();
+
+  uint64_t seed_;
+  std::vector<Set> sets_;
+  std::vector<uint32_t> seen_;  // by set: up to when its open waits were counted
+  uint32_t watched_share_ = 0;  // of blocks, in 256ths
+  size_t next_set_ = 0;         // to be looked through
+  uint32_t now_ = 0;            // the latest use
+  uint32_t taught_ = 0;         // watched uses since the last lesson
+  uint64_t lessons_ = 0;
+  Table<double> reached_{}, ended_{};  // waits, by the octave that they came to or ended in
+  Table<float> worth_{};
+};
+
+}  // namespace kvc2

@@ -1,0 +1,127 @@
+// S3-FIFO (Yang et al., SOSP 2023) on leaves. A new block waits in a *small* queue, a tenth of its
+// pool; what was used twice more there goes on to the *main* one, the rest is evicted and, if it
+// comes back soon, goes straight to main. A leaf of main that was used goes round again, up to
+// three times. Order is that of entry: use counts, but does not move.
+#include <algorithm>
+#include <vector>
+
+#include "index/eviction/ghosts.h"
+#include "index/eviction/policies.h"
+
+namespace kvc2 {
+
+namespace {
+
+constexpr uint32_t kSmall = 0, kMain = 1;  // queues
+constexpr uint32_t kUsesMax = 3;
+constexpr uint32_t kUsesToMain = 2;
+constexpr double kSmallShare = 0.1;
+
+// A mark: uses since entry (2 bits), queue (1), acquire of entry by eights (29).
+struct Mark {
+  uint32_t uses, queue, entered;
+
+  static Mark of(const Use& use) { return {use.mark & 3, use.mark >> 2 & 1, use.mark >> 3}; }
+  uint32_t packed() const { return entered << 3 | queue << 2 | uses; }
+};
+
+class S3Fifo final : public EvictionPolicy {
+ public:
+  Use added(const BlockKey&, const Use*, uint32_t stamp) override {
+    now_ = std::max(now_, stamp);
+    return entering(stamp);
+  }
+  Use restored(uint32_t stamp) const override { return entering(stamp); }
+
+  void touched(const BlockKey&, Use& use, uint32_t stamp) override {
+    Mark mark = Mark::of(use);
+    mark.uses = std::min(mark.uses + 1, kUsesMax);
+    use = {stamp, mark.packed()};
+    now_ = std::max(now_, stamp);
+  }
+
+  bool counts_pages() const override { return true; }
+
+  void placed(PoolId pool, const BlockKey& key, Use& use) override {
+    Mark mark = Mark::of(use);
+    if (queues(pool).ghosts.take(key)) mark.queue = kMain;
+    use.mark = mark.packed();
+    ++queues(pool).held[mark.queue];
+  }
+
+  void cleared(PoolId pool, const BlockKey& key, const Use& use) override {
+    const uint32_t queue = Mark::of(use).queue;
+    --queues(pool).held[queue];
+    if (queue == kSmall) queues(pool).ghosts.remember(key, false);
+  }
+
+  void marked(PoolId pool, const Use& from, const Use& to) override {
+    --queues(pool).held[Mark::of(from).queue];
+    ++queues(pool).held[Mark::of(to).queue];
+  }
+
+  Queued queued(const Use& use) const override {
+    const Mark mark = Mark::of(use);
+    return {mark.queue, mark.entered};
+  }
+
+  uint32_t queues() const override { return 2; }
+
+  std::optional<EvictionOrder::Entry> choose(PoolId pool, const EvictionOrder& order) override {
+    const Queues& of = queues(pool);
+    const auto victim = order.oldest(of.held[kSmall] > kSmallShare * of.pages ? kSmall : kMain);
+    return victim ? victim : order.first();
+  }
+
+  bool spares(PoolId, Use& use) override {
+    Mark mark = Mark::of(use);
+    if (mark.uses < (mark.queue == kSmall ? kUsesToMain : 1)) return false;
+    mark.uses = mark.queue == kSmall ? 0 : mark.uses - 1;
+    mark.queue = kMain;
+    mark.entered = now_ >> 3;
+    use.mark = mark.packed();
+    return true;
+  }
+
+  void resize(PoolId pool, uint32_t pages) override {
+    queues(pool).pages = pages;
+    queues(pool).ghosts.resize(pages);
+  }
+
+  void halve(Use& use) const override {
+    Mark mark = Mark::of(use);
+    mark.entered /= 2;
+    use = {use.stamp / 2, mark.packed()};
+  }
+
+  void halved() override { now_ /= 2; }
+
+  size_t metadata_bytes() const override {
+    size_t bytes = queues_.capacity() * sizeof(Queues);
+    for (const Queues& of : queues_) bytes += of.ghosts.metadata_bytes();
+    return bytes;
+  }
+
+ private:
+  struct Queues {
+    uint32_t pages = 0;
+    uint32_t held[2] = {0, 0};
+    Ghosts ghosts;
+  };
+
+  Use entering(uint32_t stamp) const { return {stamp, Mark{0, kSmall, stamp >> 3}.packed()}; }
+
+  Queues& queues(PoolId pool) {
+    if (pool >= queues_.size()) queues_.resize(pool + 1);
+    return queues_[pool];
+  }
+
+  std::vector<Queues> queues_;  // by pool
+  uint32_t now_ = 0;            // the latest acquire that used a block
+};
+
+}  // namespace
+
+std::unique_ptr<EvictionPolicy> make_s3fifo() { return std::make_unique<S3Fifo>(); }
+
+}  // namespace kvc2
