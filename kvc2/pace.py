@@ -23,6 +23,7 @@ SMOOTHING = 0.3  # weight of the newest transfer: a change of the disk shows in 
 FULL_WEIGHT_BYTES = 1 << 20  # smaller transfers measure their fixed costs, and weigh less ...
 WEIGHT_MIN = 0.1  # ... but count, where there are no others
 PATIENCE_SHARE = 8  # beyond the estimate, of the computing that is saved: the price of a surprise
+PATIENCE_S_MIN = 0.25  # what a busy machine may make of 5 ms; paid once for each change of a tier
 PROBE_S = 1.0  # between loads that nobody waits for, from a tier that is too slow to wait for
 PROBE_S_MAX = 32.0
 PROBE_REST = 8  # a probe's own time is at most this part of all time
@@ -91,7 +92,8 @@ def choose(
             best, best_saved = blocks, saved
         if count < offer.blocks:
             break
-    return Choice(best, best * page_size / prefill_rate / PATIENCE_SHARE)
+    patience_s = best * page_size / prefill_rate / PATIENCE_SHARE
+    return Choice(best, max(PATIENCE_S_MIN, patience_s))
 
 
 class Meter:

@@ -1,7 +1,7 @@
 """Load or recompute, in virtual time: what a request waits for is sooner than computing it.
 
-A prompt of 64 blocks is 1.3 MiB on disk. The engine prefills 512 tokens/s: what a whole prompt
-costs without a cache is half a second, and the break-even disk reads 2.6 MB/s.
+A prompt of 64 blocks is 1.3 MiB on disk. The engine prefills 64 tokens/s: what a whole prompt
+costs without a cache is four seconds, and the break-even disk reads 0.33 MB/s.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from tests.virtual_time import Clock, SlowFiles, run
 
 BLOCKS = 64
 TOKENS = BLOCKS * PAGE_SIZE
-RATE = 512.0  # tokens/s
+RATE = 64.0  # tokens/s
 COLD_S = TOKENS / RATE
-FAST, BREAK_EVEN, SLOW = 1e9, 2.6e6, 0.2e6  # bytes/s
+FAST, BREAK_EVEN, SLOW = 1e9, 0.325e6, 0.025e6  # bytes/s
 PROMPTS = 12
 
 
@@ -65,7 +65,7 @@ class House:
         """What was given up on has come, and a probe may be made again."""
         await self.came()
         await self.forget()
-        self.clock.now += 40.0
+        self.clock.now += 400.0
 
 
 def in_house(tmp_path: Path, bytes_per_s: float, work: Callable[[House], Awaitable[None]]) -> None:
@@ -135,7 +135,7 @@ def test_a_disk_that_recovered_is_used_again_within_seconds(tmp_path: Path) -> N
     async def work(house: House) -> None:
         await house.ready_s(0)
         await house.settled()
-        assert await house.ready_s(1) == COLD_S  # a probe goes on behind, at 6 s a prompt
+        assert await house.ready_s(1) == COLD_S  # a probe goes on behind, at 52 s a prompt
         await house.settled()
         house.files.bytes_per_s = FAST
         assert await house.ready_s(2) == COLD_S  # and this one's finds out
@@ -160,14 +160,14 @@ def test_an_engine_that_tells_no_rate_waits_as_long_as_its_deadline(tmp_path: Pa
 
 
 def test_a_prefix_that_can_not_come_by_the_deadline_is_split(tmp_path: Path) -> None:
-    """Loading all of it takes a quarter of a second: sooner than computing it, but too late."""
+    """Loading all of it takes two seconds: sooner than computing it, but too late."""
 
     async def work(house: House) -> None:
         await house.ready_s(0)
         await house.settled()
         begun = house.clock()
-        _, found = await house.engine.acquire(prompt(1, BLOCKS), deadline_s=0.2)
-        assert house.clock() - begun <= 0.16
+        _, found = await house.engine.acquire(prompt(1, BLOCKS), deadline_s=1.6)
+        assert house.clock() - begun <= 1.25
         assert 0.4 * TOKENS < found.matched_tokens < 0.8 * TOKENS
         assert faults(house.cache, "acquire_deadline") == 0
 
