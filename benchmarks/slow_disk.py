@@ -74,6 +74,8 @@ class Bench:
         self._daemon.evict("gpu", "cpu")
         mode.write(self._folder)
         hit = self._engine.complete(prefix + self._tokens(fresh), 1)
+        if hit.matched_tokens != hit.tiers["disk"]:
+            raise RuntimeError(f"expected all that matched on disk, found {hit.tiers}")
         return cold.seconds * 1e3, hit.seconds * 1e3
 
     def rest(self) -> None:
