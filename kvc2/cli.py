@@ -277,6 +277,37 @@ def _bytes(field: str, text: str) -> bytes:
         raise errors.InvalidRequest(field, text, "hexadecimal digits") from error
 
 
+@app.command(epilog="Example: kvc2 replay requests.jsonl --plot hit-rate.png")
+def replay(
+    trace: Annotated[
+        Path, typer.Argument(help="*.kvt.npz, or JSONL of Mooncake's or Qwen-Bailian's fields.")
+    ],
+    capacity: Annotated[
+        str, typer.Option(help="Shares of the trace's distinct blocks, by commas.")
+    ] = "0.01,0.02,0.05,0.1,0.25,0.5,1",
+    policy: Annotated[EvictionPolicy, typer.Option(help="What evicts.")] = EvictionPolicy.hazard,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write hit rate against capacity as PNG (needs matplotlib).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """How big a cache a trace of requests needs: token hit rate by capacity, beside the best."""
+    from kvc2 import sizing, traces
+
+    with _exit_codes():
+        shares = sizing.parse_shares(capacity)
+        if plot is not None:
+            sizing.check_plot(plot)
+        read = traces.read(trace)
+        sizes = sizing.measure(read, shares, policy.value, quiet=as_json)
+        if plot is not None:
+            sizing.draw(read, sizes, policy.value, plot)
+        if as_json:
+            print(json.dumps([asdict(each) for each in sizes]))
+        else:
+            sizing.print_table(read, sizes, policy.value)
+
+
 @app.command(epilog="Example: kvc2 drain --deadline-s 120")
 def drain(address: Address = None, deadline_s: Deadline = 30.0, as_json: Json = False) -> None:
     """Flush and stop a running daemon; exit code 1 if some blocks are not on disk."""

@@ -25,12 +25,14 @@ README_LINES_MAX = 100
 KVC2_FLOORS = """
     __main__
     cli
+    sizing
     server, client
     cache
     counts, sessions, loading, behind, slabs, spaces, mover, events
     tiers
     arena
     namespace, results, layout, v1
+    replay, traces
     _core
     config, errors, metrics, pace
 """

@@ -1,0 +1,145 @@
+"""Replaying traces: every format is read alike, lru equals its oracle, the limit is a limit."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from kvc2 import cli, errors, replay, traces
+
+FRESH = [(-1, 3), (2, 2), (1, 4), (4, 0), (-1, 2), (8, 1), (2, 3), (10, 2)]  # anchor, fresh blocks
+
+
+def npz(path: Path) -> Path:
+    anchors, fresh = (np.array(each, np.int32) for each in zip(*FRESH, strict=True))
+    lengths = [len(each) * 16 + 3 for each in paths()]
+    np.savez(path, anchor=anchors, n_new=fresh, input=np.array(lengths, np.int32), block_size=16)
+    return path
+
+
+def paths() -> list[list[int]]:
+    made: list[list[int]] = []
+    for anchor, fresh in FRESH:
+        first = 1 + max((b for each in made for b in each), default=-1)
+        head = next((p[: p.index(anchor) + 1] for p in made if anchor in p), [])
+        made.append(head + list(range(first, first + fresh)))
+    return made
+
+
+def random_trace(seed: int) -> traces.Trace:
+    """Conversations that come back, of which some share a beginning."""
+    rng = np.random.default_rng(seed)
+    talks: list[list[int]] = [[]]
+    asked: list[list[int]] = []
+    blocks = 0
+    for _ in range(120):
+        talk = talks[rng.integers(len(talks))][: int(rng.integers(1, 12))]
+        fresh = int(rng.integers(0 if talk else 1, 4))
+        talk = talk + list(range(blocks, blocks + fresh))
+        blocks += fresh
+        talks.append(talk)
+        asked.append(talk)
+    offsets = np.concatenate([[0], np.cumsum([len(each) for each in asked])])
+    ids = np.array([block for each in asked for block in each], np.uint32)
+    return traces.Trace("random", 1, ids, offsets, np.diff(offsets), blocks)
+
+
+def lru_hits(trace: traces.Trace, capacity: int) -> int:
+    """The naive oracle: the least recently used of those that nothing resident hangs on."""
+    used: dict[tuple[int, ...], int] = {}  # a resident block is its whole path
+    hits = 0
+    for now in range(len(trace)):
+        path = tuple(trace.request(now).tolist())
+        prefixes = [path[: n + 1] for n in range(len(path))]
+        matched = [each for each in prefixes if each in used]
+        hits += len(matched)
+        used |= dict.fromkeys(matched, now)
+        for block in prefixes[len(matched) :]:
+            if len(used) == capacity:
+                parents = {each[:-1] for each in used}
+                leaves = [p for p in used if p not in parents and used[p] < now]
+                if not leaves:
+                    break
+                del used[min(leaves, key=used.__getitem__)]
+            used[block] = now
+    return hits
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("capacity", [1, 5, 20, 60])
+def test_lru_equals_its_oracle_to_the_last_block(seed: int, capacity: int) -> None:
+    trace = random_trace(seed)
+    expected = lru_hits(trace, capacity) / len(trace.ids)
+    assert replay.hit_rate(trace, capacity, "lru") == expected
+
+
+@pytest.mark.parametrize("policy", replay.POLICIES)
+def test_no_policy_beats_the_limit_and_the_same_seed_decides_the_same(policy: str) -> None:
+    trace = random_trace(1)
+    for capacity in (5, 20, 60):
+        rate = replay.hit_rate(trace, capacity, policy, seed=3)
+        assert rate == replay.hit_rate(trace, capacity, policy, seed=3)
+        assert 0 < rate <= replay.best_hit_rate(trace, capacity)
+    everything = replay.hit_rate(trace, trace.blocks, policy)
+    assert everything == replay.best_hit_rate(trace, trace.blocks)
+
+
+def test_every_format_is_read_alike(tmp_path: Path) -> None:
+    expected = paths()
+    whole = traces.read(npz(tmp_path / "a.kvt.npz"))
+    assert [whole.request(i).tolist() for i in range(len(whole))] == expected
+    assert (whole.name, whole.block_tokens, whole.blocks) == ("a", 16, 17)
+    rows = [
+        {"timestamp": i, "input_length": 16 * len(p) + 3, "hash_ids": [7 + b for b in p] + [99]}
+        for i, p in enumerate(expected)
+    ]
+    bailian = tmp_path / "b.jsonl"
+    bailian.write_text("\n".join(json.dumps({**row, "parent_chat_id": -1}) for row in rows))
+    read = traces.read(bailian)
+    assert [read.request(i).tolist() for i in range(len(read))] == expected
+    mooncake = tmp_path / "c.jsonl"
+    mooncake.write_text("\n".join(json.dumps({**row, "input_length": 512 * 9}) for row in rows))
+    read = traces.read(mooncake)
+    assert read.block_tokens == 512
+    assert read.input_tokens.tolist() == [512 * 9] * len(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.csv", "", "jsonl"),
+        ("a.jsonl", '{"timestamp": 1}\n', "hash_ids in line 1"),
+        ("a.kvt.npz", "no zip", "kvt file"),
+    ],
+)
+def test_what_is_no_trace_is_refused_by_name(
+    tmp_path: Path, name: str, text: str, words: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(errors.InvalidConfig, match=words):
+        traces.read(tmp_path / name)
+
+
+def test_kvc2_replay_prints_what_each_size_brings(tmp_path: Path) -> None:
+    path = npz(tmp_path / "a.kvt.npz")
+    found = CliRunner().invoke(cli.app, ["replay", str(path), "--capacity", "0.2,1", "--json"])
+    assert found.exit_code == 0, found.output
+    small, whole = json.loads(found.stdout)
+    assert (small["blocks"], whole["blocks"]) == (3, 17)
+    assert whole["hit_rate"] == whole["best"] > small["best"] >= small["hit_rate"]
+    table = CliRunner().invoke(cli.app, ["replay", str(path), "--policy", "lru"])
+    assert table.exit_code == 0
+    assert "best possible" in table.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--capacity", "0,1"], "capacity = '0,1'"), (["--plot", "/no/folder/a.png"], "plot")],
+)
+def test_kvc2_replay_refuses_by_name(tmp_path: Path, arguments: list[str], words: str) -> None:
+    path = npz(tmp_path / "a.kvt.npz")
+    found = CliRunner().invoke(cli.app, ["replay", str(path), *arguments])
+    assert found.exit_code == 2
+    assert words in found.output
