@@ -122,6 +122,8 @@ class IndexLives(IndexEndings, SlabMachine):
     ) -> None:
         """A prompt that only slower pools hold; its transfers may stay under way."""
         pool = self.living(gpu)
+        if not any(at.blocks for at in self.model.pools.values()):
+            return  # only a session that is forgotten now had some
         namespace, *blocks = self.known(known)
         if calm:
             self.calm()
@@ -229,8 +231,11 @@ class IndexLives(IndexEndings, SlabMachine):
             prompt = [*blocks, *own]
             self.compute(self.open(namespace, self.living(pick), prompt, 9))  # type: ignore[arg-type]
 
-    @rule(pool=choice, pick=choice, meanwhile=st.sampled_from(["", "use", "use", "fail", "die"]))
-    def a_slab_moves_away(self, pool: int, pick: int, meanwhile: str) -> None:
+    @rule(
+        pool=choice, pick=choice, meanwhile=st.sampled_from(["rest", "use", "die"]),
+        short=st.integers(0, 2),
+    )  # fmt: skip
+    def a_slab_moves_away(self, pool: int, pick: int, meanwhile: str, short: int) -> None:
         """The coldest blocks of the pool go, what the slab holds moves to others, it is taken."""
         at = self.a_gpu(pool) if meanwhile == "die" else self.a_pool(pool)
         slabs = sorted({page // PER_SLAB for page in self.model.pools[at].blocks.values()})
@@ -246,7 +251,7 @@ class IndexLives(IndexEndings, SlabMachine):
         if self.last_transfer > before:
             move = self.last_transfer
             self.while_it_moves(at, meanwhile)
-            self.land(move, short=int(meanwhile == "fail"))
+            self.land(move, short)
         if at in self.model.pools:
             self.take_slab(at, slab)
         self.index.check()

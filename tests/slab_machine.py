@@ -81,6 +81,7 @@ class SlabMachine(IndexMachine):
         SEEN["move: only in part"] += alive and 0 < len(left) < len(plan.paths)
         SEEN["move: a block was pinned meanwhile"] += alive and not plan.failed and len(left) < done
         SEEN["move: of a removed pool"] += not alive
+        SEEN["move: the rest has failed"] += alive and done < len(plan.paths)
         SEEN["move: what is still to be demoted"] += bool(queued.intersection(left))
 
     @invariant()

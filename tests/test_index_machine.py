@@ -62,6 +62,7 @@ AT_LEAST = {
     "move: only in part": 5,
     "move: a block was pinned meanwhile": 5,
     "move: of a removed pool": 1,
+    "move: the rest has failed": 15,
     "move: what is still to be demoted": 5,
     "acquire: an arriving page": 8,
     "acquire: another computes it": 200,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import itertools
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import pytest
 from kvc2.cache import Cache
 from kvc2.tiers.catalogue import Change, Full
 from kvc2.tiers.pools import LayoutPools
+from kvc2.tiers.slab_file import Files
 from tests.caches import MIB, faults, running
 from tests.stand_in import StandIn, prompt
 
@@ -105,7 +107,7 @@ def test_after_the_mix_has_shifted_a_model_hits_as_if_the_other_had_never_been()
     asyncio.run(run())
 
 
-async def kept_by(path: Path, cache: Cache, model: Model) -> set[int]:
+async def kept_by(cache: Cache, model: Model) -> set[int]:
     """The prompts that the disk holds whole."""
     await cache.evict("gpu", 0)
     await cache.evict("cpu", 0)
@@ -137,13 +139,13 @@ def test_slabs_on_disk_go_where_they_are_needed_and_a_restart_keeps_what_moved(
             assert disk_slabs(first) < before
             await asyncio.gather(first.asked(60), second.asked(60))
             assert moved(cache, "disk") > 0
-            kept = [await kept_by(tmp_path, cache, each) for each in (first, second)]
+            kept = [await kept_by(cache, each) for each in (first, second)]
             assert all(kept)
             sound(cache)
         async with running(tmp_path, cpu_bytes=3 * MIB, disk_bytes=DISK_BYTES) as cache:
             for number, (shape, seeds) in enumerate(zip((SMALL, LARGE), kept, strict=True), 1):
                 model = Model(cache, number, shape)
-                assert await kept_by(tmp_path, cache, model) == seeds
+                assert await kept_by(cache, model) == seeds
                 for seed in list(seeds)[:10]:
                     assert await model.ask(seed) == 1.0  # its bytes are judged
             sound(cache)
@@ -197,8 +199,46 @@ def test_a_commit_that_fails_while_slabs_move_loses_nothing_and_serves_no_wrong_
         async with running(tmp_path, cpu_bytes=3 * MIB, disk_bytes=DISK_BYTES) as cache:
             for number, shape in enumerate((SMALL, LARGE), 1):
                 model = Model(cache, number, shape)
-                for seed in await kept_by(tmp_path, cache, model):
+                for seed in await kept_by(cache, model):
                     await model.ask(seed)
+            sound(cache)
+
+    asyncio.run(run())
+
+
+class FailingWrites(Files):
+    """Every ninth write of pages fails, of batches and of moves alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes = 0
+
+    def write(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        self.writes += 1
+        if self.writes % 9 == 0:
+            raise OSError(errno.EIO, "injected")
+        return super().write(fd, buffers, offset)
+
+
+def test_a_write_that_fails_while_slabs_move_costs_no_block_its_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvc2.behind.RETRY_S", 0.0)
+
+    async def run() -> None:
+        sizes = {"cpu_bytes": 3 * MIB, "disk_bytes": DISK_BYTES}
+        async with running(tmp_path, files=FailingWrites(), **sizes) as cache:
+            first, second = Model(cache, 1, SMALL), Model(cache, 2, LARGE)
+            await first.asked(WARM)
+            await second.asked(WARM)
+            assert moved(cache, "disk") > 0
+            assert faults(cache, "disk_write") > 0
+            kept = await kept_by(cache, second)
+            sound(cache)
+        async with running(tmp_path, **sizes) as cache:
+            second = Model(cache, 2, LARGE)
+            for seed in kept:
+                assert await second.ask(seed) == 1.0
             sound(cache)
 
     asyncio.run(run())

@@ -77,18 +77,16 @@ class DiskPool:
         BLOCK_* or READ_FAILED. OSError: none of them counts."""
         size = self.shape.page_bytes
         step = max(1, min(MOVE_BYTES // size, sources.size))
-        with mmap.mmap(-1, step * size) as staging:
-            memory = np.frombuffer(staging, np.uint8)
-            slabs = self.slabs.over(memory)
-            status = np.full(sources.size, READ_FAILED, np.uint8)
-            for start in range(0, sources.size, step):
-                part = slice(start, min(start + step, sources.size))
-                offsets = np.arange(part.stop - start, dtype=np.uint64) * np.uint64(size)
-                rows = part_of(records, part)
-                status[part] = self._load(slabs, memory, sources[part], offsets, rows)
-                slabs.write(targets[part], offsets)
-            slabs.sync(targets)
-            del slabs, memory  # the map can't be closed under its views
+        memory = np.frombuffer(mmap.mmap(-1, step * size), np.uint8)  # aligned, for O_DIRECT
+        slabs = self.slabs.over(memory)
+        status = np.full(sources.size, READ_FAILED, np.uint8)
+        for start in range(0, sources.size, step):
+            part = slice(start, min(start + step, sources.size))
+            offsets = np.arange(part.stop - start, dtype=np.uint64) * np.uint64(size)
+            rows = part_of(records, part)
+            status[part] = self._load(slabs, memory, sources[part], offsets, rows)
+            slabs.write(targets[part], offsets)
+        slabs.sync(targets)
         return status
 
     def _load(
