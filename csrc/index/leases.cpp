@@ -363,9 +363,11 @@ CommitResult Index::commit_next(Lease& lease, Place& at, Tokens tokens, PageId p
 // may be committed.
 uint32_t Index::commit_rest(Lease& lease, NodeId node, Tokens tokens,
                             std::span<const PageId> pages) {
+  constexpr size_t kAhead = 16;  // page ids are in no order, so that each is a wait for memory
   PagePool& into = pool(lease.pool);
   uint32_t adopted = 0;
   for (const PageId page : pages) {
+    if (adopted + kAhead < pages.size()) into.prefetch(pages[adopted + kAhead]);
     if (!into.is(page, PageState::kPrivate) || into[page].held) break;
     into.move(page, PageState::kResident);
     into.enqueue(page);

@@ -88,6 +88,9 @@ class PagePool {
   Page& operator[](PageId page) { return pages_[page]; }
   const Page& operator[](PageId page) const { return pages_[page]; }
   uint32_t size() const { return static_cast<uint32_t>(pages_.size()); }  // absent ones included
+  void prefetch(PageId page) const {
+    if (valid(page)) __builtin_prefetch(&pages_[page], 1);
+  }
   const Counts& counts() const { return counts_; }
   size_t metadata_bytes() const;
 
