@@ -68,6 +68,24 @@ def test_evicting_never_touches_a_pinned_prefix(house: House) -> None:
     assert house.index.evict(house.gpu, 9).last_copies == 3
 
 
+def test_a_stem_that_lost_its_branch_is_one_run_again_whatever_is_on_its_way(house: House) -> None:
+    for last in (3, 9, 3):
+        house.index.release(house.compute(1, 2, last))
+    house.index.evict(house.gpu, 1)
+    assert house.matched(1, 2, 9) == (2, 0, 0)
+    nodes = house.index.counts().nodes
+    transfer = house.index.plan_demote(house.gpu, 2)
+    assert transfer is not None
+    assert len(transfer.source_pages) == 2
+    lease = house.compute(1, 2, 3)
+    assert house.index.counts().nodes == nodes - 1
+    assert house.matched(1, 2, 3) == (3, 0, 0)
+    house.index.complete(transfer.id, 2)
+    house.index.release(lease)
+    house.index.evict(house.gpu, 3)
+    assert house.matched(1, 2, 3) == (0, 2, 0)
+
+
 def test_evicting_takes_the_tail_first_and_the_coldest_path(house: House) -> None:
     house.index.release(house.compute(1, 2))
     house.index.release(house.compute(1, 3))
