@@ -29,6 +29,7 @@ from benchmarks import report
 from benchmarks.probe import Probe
 from kvc2 import _core
 from kvc2.arena import Arena
+from kvc2.config import ServeConfig
 from kvc2.layout import layer_major
 from kvc2.metrics import Metrics
 from kvc2.mover import Mover
@@ -43,6 +44,7 @@ MIB = 1 << 20
 ARENA_BYTES, SLAB_BYTES = 128 * MIB, 4 * MIB
 REAL_SLAB_BYTES = 64 * MIB  # as served; for what moving one costs
 HIGH_WATERMARK = 0.02
+POLICY = ServeConfig().eviction_policy
 VOCABULARY = 50_000
 SYSTEM_BLOCKS, TURN_BLOCKS, LAST_BLOCKS = 8, 4, 48
 CONVERSATIONS = 120
@@ -95,7 +97,7 @@ class House:
 
     def __init__(self, arena: Arena, slab_bytes: int) -> None:
         self.arena = arena
-        self.index = _core.Index()
+        self.index = _core.Index(policy=POLICY)
         metrics = Metrics()
         self.pools = Pools(self.index, arena, None, metrics, len(MODELS))
         self.mover = Mover(
