@@ -80,6 +80,7 @@ def estimated(
     curve, keys = _core.ReuseCurve(), keys_of(trace, seed)
     for path, tokens in zip(trace.paths, trace.tokens.tolist(), strict=True):
         curve.access(keys[path], trace.page_size, tokens)
+        curve.catch_up()
     return [curve.hit_rate(each * trace.page_size) for each in capacities], curve
 
 
@@ -92,6 +93,7 @@ def estimated_by_head(
     for path, tokens in zip(trace.paths, trace.tokens.tolist(), strict=True):
         if path.size and chosen[path[0]]:
             curve.access(keys[path], trace.page_size, tokens)
+            curve.catch_up()
     return [curve.hit_rate(round(each * trace.page_size * rate)) for each in capacities]
 
 

@@ -265,7 +265,10 @@ class ReuseCurve:
 
     def __init__(self, *, sample_max: int = 8192) -> None: ...
     def access(self, keys: U8, page_size: int, tokens: int) -> None:
-        """A prompt of `tokens` tokens asks for the blocks [n, 16], page_size tokens each."""
+        """A prompt of `tokens` tokens asks for the blocks [n, 16], page_size tokens each. It is
+        noted; `catch_up` learns from it."""
+    def catch_up(self) -> bool:
+        """Learn from the oldest access that is only noted; False when there is none."""
     def hit_rate(self, capacity: int) -> float:
         """The share of all tokens that an LRU cache of `capacity` tokens would have had."""
     def check(self) -> None: ...

@@ -22,6 +22,11 @@ def keys_of(path: list[int]) -> U8:
     return np.frombuffer(b"".join(names), np.uint8).reshape(len(path), 16)
 
 
+def learn(curve: _core.ReuseCurve) -> None:
+    while curve.catch_up():
+        pass
+
+
 paths = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=40)
 
 
@@ -39,6 +44,7 @@ def test_with_all_blocks_sampled_it_equals_the_naive_cache(
             tokens += len(path) * PAGE_SIZE + more
             curve.access(keys_of(path), PAGE_SIZE, len(path) * PAGE_SIZE + more)
             curve.check()
+        learn(curve)
         size = _core.NO_LIMIT if blocks is None else blocks * PAGE_SIZE
         assert curve.hit_rate(size) == pytest.approx(hits / tokens)
 
@@ -48,6 +54,7 @@ def test_larger_caches_never_hit_less() -> None:
     for _ in range(500):
         stem = random.integers(0, 30, random.integers(1, 12)).tolist()
         curve.access(keys_of(stem), PAGE_SIZE, len(stem) * PAGE_SIZE)
+    learn(curve)
     rates = [curve.hit_rate(size) for size in (*(2**power for power in range(20)), _core.NO_LIMIT)]
     assert rates == sorted(rates)
     assert 0 <= rates[0] < rates[-1] <= 1
@@ -61,6 +68,7 @@ def test_it_keeps_no_more_than_its_bound_and_forgets_at_random() -> None:
         curve.access(again, PAGE_SIZE, 1000 * PAGE_SIZE)
         fresh = random.integers(0, 256, (10_000, 16), dtype=np.uint8)
         curve.access(fresh, PAGE_SIZE, 10_000 * PAGE_SIZE)
+    learn(curve)
     curve.check()
     assert curve.sampled == 8192
     assert 0.005 < curve.rate < 0.012
@@ -74,7 +82,25 @@ def test_before_the_first_access_it_says_nothing() -> None:
     curve = _core.ReuseCurve()
     assert curve.hit_rate(1 << 20) == curve.hit_rate(_core.NO_LIMIT) == 0
     curve.access(np.empty((0, 16), np.uint8), PAGE_SIZE, 3)
+    learn(curve)
     assert curve.hit_rate(_core.NO_LIMIT) == 0
+
+
+def test_what_is_noted_is_bounded_and_learnt_in_its_order() -> None:
+    """However late it is learnt, the curve is the same."""
+    at_once, late, random = _core.ReuseCurve(), _core.ReuseCurve(), np.random.default_rng(2)
+    for _ in range(60):
+        path = random.integers(0, 256, (1000, 16), dtype=np.uint8)
+        again = path[: random.integers(1, 1000)]
+        for asked in (path, again):
+            for curve in (at_once, late):
+                curve.access(asked, PAGE_SIZE, len(asked) * PAGE_SIZE)
+            learn(at_once)
+            late.check()
+    assert late.metadata_bytes < 1024 * KIB
+    learn(late)
+    sizes = [2**power for power in range(24)]
+    assert [late.hit_rate(size) for size in sizes] == [at_once.hit_rate(size) for size in sizes]
 
 
 def test_the_index_learns_from_acquires_and_from_what_was_computed() -> None:

@@ -365,7 +365,7 @@ void bind_behind(py::class_<Index>& index) {
           "pool"_a)
       .def(
           "hit_rates",
-          [](const Index& self, const py::object& capacities) {
+          [](Index& self, const py::object& capacities) {
             const auto given = view<uint64_t>(capacities, "capacities", 1);
             return array_of(unlocked([&] { return self.hit_rates(given); }));
           },
@@ -393,6 +393,7 @@ void bind_reuse_curve(py::module_& module) {
             unlocked([&] { self.access(path, page_size, tokens); });
           },
           "keys"_a, "page_size"_a, "tokens"_a)
+      .def("catch_up", &ReuseCurve::catch_up)
       .def("hit_rate", &ReuseCurve::hit_rate, "capacity"_a)
       .def("check", &ReuseCurve::check)
       .def_property_readonly("rate", &ReuseCurve::rate)

@@ -194,7 +194,7 @@ class Index {
 
   IndexCounts counts() const;
   // What LRU caches of so many tokens would have hit, of all tokens asked for; see reuse_curve.h.
-  std::vector<double> hit_rates(std::span<const uint64_t> capacities) const;
+  std::vector<double> hit_rates(std::span<const uint64_t> capacities);
   void check() const;
 
  private:
@@ -267,6 +267,7 @@ class Index {
   uint32_t tick();
   void hold_leading(Lease& lease, const std::vector<Run>& path);
   uint32_t hold(Lease& lease, const Run& run);
+  void catch_up();
   void learn(const Lease& lease, const std::vector<Run>& path, size_t blocks, uint64_t tokens);
   std::vector<BlockKey> keys_after(const Lease& lease, Tokens tokens,
                                    const std::vector<Run>& path) const;

@@ -149,7 +149,8 @@ void Index::learn(const Lease& lease, const std::vector<Run>& path, size_t block
   curve_.access(keys, tree_.spaces[lease.space].page_size, tokens);
 }
 
-std::vector<double> Index::hit_rates(std::span<const uint64_t> capacities) const {
+std::vector<double> Index::hit_rates(std::span<const uint64_t> capacities) {
+  catch_up();
   const Lock lock(mutex_);
   std::vector<double> rates;
   for (const uint64_t capacity : capacities) rates.push_back(curve_.hit_rate(capacity));
@@ -382,10 +383,21 @@ uint32_t Index::commit_rest(Lease& lease, NodeId node, Tokens tokens,
   return adopted;
 }
 
+// Nobody waits for a release: what acquires have noted for the reuse curve is learnt here.
 void Index::release(LeaseId id) {
-  const Lock lock(mutex_);
-  close_lease(const_cast<Lease&>(open_lease(id)));
-  leases_.erase(id);
+  {
+    const Lock lock(mutex_);
+    close_lease(const_cast<Lease&>(open_lease(id)));
+    leases_.erase(id);
+  }
+  catch_up();
+}
+
+void Index::catch_up() {
+  for (bool more = true; more;) {
+    const Lock lock(mutex_);
+    more = curve_.catch_up();
+  }
 }
 
 void Index::close_lease(Lease& lease) {

@@ -18,10 +18,10 @@
 // chain), I2 (a run never ends in a hole: `trim`), I3 (`rank_of` admits only what may go).
 // Costs: finding compares tokens and hashes once an edge; a block costs 20 bytes here beside its
 // tokens, 4 a pool that holds it, 32 once it has been named by a digest; a node about 200 bytes.
-// Why this shape: at ten million blocks a look at memory is 0.1 us, so what counts is how many there
-// are. A run keeps what a match needs (tokens, how many pages are there) in a few arrays of its
-// node, and no question that a match asks goes to a page: a path of 80 nodes is some hundred looks,
-// a node a block would be ten thousand. `python -m benchmarks.index_ops` prints the costs.
+// Why this shape: at ten million blocks a look at memory is 0.1 us, so what counts is how many
+// there are. A run keeps what a match needs (tokens, how many pages are there) in a few arrays of
+// its node, and no question that a match asks goes to a page: a path of 80 nodes is some hundred
+// looks, a node a block would be ten thousand. `python -m benchmarks.index_ops` prints the costs.
 // Not thread-safe: the index holds its lock. Knows no lease and no transfer: they are pins to it.
 #pragma once
 

@@ -29,24 +29,48 @@ double ReuseCurve::rate() const { return std::ldexp(static_cast<double>(limit_),
 void ReuseCurve::access(std::span<const BlockKey> path, uint32_t page_size, uint64_t tokens) {
   tokens_ += tokens;
   asked_ += path.size() * page_size;
-  for (const BlockKey& key : path) {  // as the order was before this access
-    const uint64_t hash = hash_of(key);
-    if (!is_sampled(hash)) continue;
-    const double weight = page_size / rate();
-    seen_ += weight;
-    const auto known = sample_.find(hash);
-    if (known == sample_.end()) continue;
-    hits_[bucket_of(static_cast<double>(tokens_from(known->second.place)) / rate())] += weight;
-    hit_tokens_ += weight;
-  }
-  for (size_t i = path.size(); i-- > 0;) {
-    if (const uint64_t hash = hash_of(path[i]); is_sampled(hash)) touch(hash, page_size);
-  }
+  note(path, page_size, true);
 }
 
-void ReuseCurve::add(const BlockKey& key, uint32_t page_size) {
-  const uint64_t hash = hash_of(key);
-  if (is_sampled(hash) && !sample_.contains(hash)) touch(hash, page_size);
+void ReuseCurve::add(const BlockKey& key, uint32_t page_size) { note({&key, 1}, page_size, false); }
+
+void ReuseCurve::note(std::span<const BlockKey> keys, uint32_t page_size, bool asked) {
+  const size_t before = hashes_.size();
+  for (const BlockKey& key : keys) {
+    if (const uint64_t hash = hash_of(key); is_sampled(hash)) hashes_.push_back(hash);
+  }
+  const auto blocks = static_cast<uint32_t>(hashes_.size() - before);
+  if (blocks > 0) noted_.push_back({blocks, page_size, asked});
+  while (hashes_.size() > kWaitingMax) catch_up();
+}
+
+// The rate may have fallen since it was noted.
+bool ReuseCurve::catch_up() {
+  if (noted_.empty()) return false;
+  const Noted next = noted_.front();
+  noted_.pop_front();
+  const auto end = hashes_.begin() + next.blocks;
+  if (next.asked) {  // as the order was before this access
+    std::for_each(hashes_.begin(), end, [&](uint64_t hash) { measure(hash, next.page_size); });
+  }
+  for (auto at = end; at != hashes_.begin();) {
+    const uint64_t hash = *--at;
+    const bool news = next.asked || !sample_.contains(hash);
+    if (is_sampled(hash) && news) touch(hash, next.page_size);
+  }
+  hashes_.erase(hashes_.begin(), end);
+  return true;
+}
+
+// A block is asked for: its distance, if it is in the sample.
+void ReuseCurve::measure(uint64_t hash, uint32_t page_size) {
+  if (!is_sampled(hash)) return;
+  const double weight = page_size / rate();
+  seen_ += weight;
+  const auto known = sample_.find(hash);
+  if (known == sample_.end()) return;
+  hits_[bucket_of(static_cast<double>(tokens_from(known->second.place)) / rate())] += weight;
+  hit_tokens_ += weight;
 }
 
 double ReuseCurve::hit_rate(uint64_t capacity) const {
@@ -115,13 +139,17 @@ void ReuseCurve::pack() {
 
 size_t ReuseCurve::metadata_bytes() const {
   constexpr size_t kNode = sizeof(std::pair<const uint64_t, Block>) + 4 * sizeof(void*);
-  return sizeof *this + order_.capacity() * sizeof(uint32_t) + sample_.size() * kNode;
+  return sizeof *this + order_.capacity() * sizeof(uint32_t) + sample_.size() * kNode +
+         hashes_.size() * sizeof(uint64_t) + noted_.size() * sizeof(Noted);
 }
 
 void ReuseCurve::check() const {
   KVC2_CHECK(sample_.size() <= sample_max_, "%zu of %u blocks sampled", sample_.size(),
              sample_max_);
-  uint64_t tokens = 0;
+  uint64_t waiting = 0, tokens = 0;
+  for (const Noted& each : noted_) waiting += each.blocks;
+  KVC2_CHECK(waiting == hashes_.size() && waiting <= kWaitingMax, "%zu of %zu blocks are noted",
+             static_cast<size_t>(waiting), hashes_.size());
   for (const auto& [hash, block] : sample_) {
     KVC2_CHECK(is_sampled(hash), "a block above the limit is sampled");
     KVC2_CHECK(block.place < next_place_, "place %u of %u", block.place, next_place_);

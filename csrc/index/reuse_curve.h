@@ -16,13 +16,15 @@
 // What the sample saw too little or too much of in all counts as hits of any capacity, since it is
 // a few hot blocks that are in it by chance or not (their SHARDS-adj).
 //
-// Costs: an access is one comparison a block, and O(log kSampleMax) a sampled one (amortised: when
+// Costs: an access is one comparison a block, and a note of the sampled ones. What they teach comes
+// later, in `catch_up`, for nobody waits for it: O(log kSampleMax) a sampled block (amortised: when
 // the order is full it is packed). At most kBytesMax of memory, whatever comes. Not known to it:
 // what a restart brought back, eviction that is not LRU, and what was never asked for here.
 // Deterministic, not thread-safe: the index holds its lock.
 #pragma once
 
 #include <array>
+#include <deque>
 #include <map>
 #include <span>
 #include <vector>
@@ -34,6 +36,7 @@ namespace kvc2 {
 class ReuseCurve {
  public:
   static constexpr uint32_t kSampleMax = 8192;
+  static constexpr size_t kWaitingMax = 16384;  // noted blocks; more are learnt at once
   static constexpr size_t kBytesMax = size_t{1} << 20;
 
   explicit ReuseCurve(uint32_t sample_max = kSampleMax);
@@ -42,9 +45,11 @@ class ReuseCurve {
   void access(std::span<const BlockKey> path, uint32_t page_size, uint64_t tokens);
   // A block that was computed and not asked for before; no change if it is known.
   void add(const BlockKey& key, uint32_t page_size);
+  // Learn from the oldest access or addition that was only noted; false if there was none.
+  bool catch_up();
 
   // The share of all tokens of prompts that a cache of `capacity` tokens would have had; of an
-  // unlimited one for kNoLimit. 0 before the first access.
+  // unlimited one for kNoLimit. 0 before the first access. Of what was caught up with.
   static constexpr uint64_t kNoLimit = ~uint64_t{0};
   double hit_rate(uint64_t capacity) const;
 
@@ -63,11 +68,19 @@ class ReuseCurve {
     uint32_t tokens;
   };
 
+  struct Noted {      // an access, or (not `asked`) an addition
+    uint32_t blocks;  // its sampled ones, in hashes_
+    uint32_t page_size;
+    bool asked;
+  };
+
   static uint64_t hash_of(const BlockKey& key);
   static uint32_t bucket_of(double distance);
   bool is_sampled(uint64_t hash) const { return hash < limit_; }
   uint64_t tokens_from(uint32_t place) const;  // of sampled blocks there and after it
   void change(uint32_t place, int64_t tokens);
+  void note(std::span<const BlockKey> keys, uint32_t page_size, bool asked);
+  void measure(uint64_t hash, uint32_t page_size);
   void touch(uint64_t hash, uint32_t page_size);
   void shrink();
   void pack();
@@ -78,6 +91,8 @@ class ReuseCurve {
   std::vector<uint32_t> order_;       // a Fenwick tree of tokens by place
   uint32_t next_place_ = 0;
   uint64_t sampled_tokens_ = 0;          // in order_
+  std::deque<Noted> noted_;              // oldest first
+  std::deque<uint64_t> hashes_;          // of all that is noted
   std::array<double, kBuckets> hits_{};  // estimated tokens by distance
   double hit_tokens_ = 0, seen_ = 0;     // estimated: that came back, that were asked for in blocks
   uint64_t asked_ = 0, tokens_ = 0;      // exact: in blocks, and of all prompts
