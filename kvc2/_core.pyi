@@ -6,6 +6,8 @@ ValueError that names the argument. An unknown pool, lease or transfer id is a K
 invariant ends the process (csrc/base/check.h).
 """
 
+import enum
+from collections.abc import Sequence
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -49,6 +51,9 @@ class IndexCounts:
     transfers: int
     metadata_bytes: int  # of the tree and the pools, beside the tokens
     collisions: int  # commits refused because a key stood for other tokens
+    deaths: int  # of blocks whose last page went, since the start
+    dead_known: int  # of them, that are remembered
+    dead_bytes: int  # that this takes: 32 a block at most
 
 class Match:
     """What a lookup found. `tiers[i]` counts the blocks whose fastest page is in the i-th pool of
@@ -109,6 +114,47 @@ class Lease:
     ahead: (
         U32  # [m, 2] (tier, blocks): runs of the matched blocks after `pages`, as found at acquire
     )
+    # of the blocks asked for, as acquire found it (16 siblings are looked at, not 4096); empty
+    # from `lease`
+    explanation: Explanation
+
+class Why(enum.Enum):
+    """Why the first missing block is not there. Compare with ==."""
+
+    NOTHING = ...  # no full block is missing
+    NEVER_SEEN = ...  # not in the tree, and not among the dead that are remembered
+    DIVERGED = ...  # the same, but resident blocks stand in its place: `sibling`
+    HOLE = ...  # in the tree, above a block that has a page: a fault took it
+    ELSEWHERE = ...  # resident, but in none of the pools asked for
+    ARRIVING = ...  # its only pages are still to be filled
+    DIED = ...  # it was here, or still is but matches no more: `death`
+
+class Cause(enum.Enum):
+    """How a block's last page went. Compare with ==."""
+
+    EVICTED = ...  # for room, or because somebody asked for it
+    LOST = ...  # a fault took its page
+    SESSION_ENDED = ...  # it was in the pool of a session that is over, and nowhere else
+    TRANSFER_FAILED = ...  # its only page was still to be filled
+    INVALIDATED = ...  # its namespace is retired
+
+class Obituary:
+    cause: Cause
+    pool: int  # that held its last page
+    when: int  # second of the caller's clock, as `advance` had told it
+
+class Sibling:
+    """The resident block in the missing one's place that begins most like it."""
+
+    common: int  # leading tokens of the block that are the same
+    tokens: U32  # [page_size] of the sibling
+
+class Explanation:
+    blocks: int  # leading ones that are there
+    runs: U32  # [at most 64, 2] (tier, blocks) of them, in prefix order
+    why: Why
+    death: Obituary | None  # of DIED; of a HOLE where it is remembered
+    sibling: Sibling | None  # of DIVERGED; of DIED where there is one
 
 class Index:
     """The tree, its pools and the leases on it; see csrc/index/index.h for laws I1-I7.
@@ -123,10 +169,14 @@ class Index:
         first_stamp: int = 1,
         policy: str = "lru",
         seed: int = 0,
+        dead_blocks: int = 65536,
     ) -> None:
         """Generations (of pages in durable pools) and stamps (recency) rise from the first two. The
         policy, "lru", "arc", "s3fifo" or "hazard", chooses what every pool evicts, and decides the
-        same under the same seed. ValueError: another policy."""
+        same under the same seed. ValueError: another policy. The last `dead_blocks` deaths of
+        blocks are remembered, 32 bytes each."""
+    def advance(self, now: int) -> None:
+        """It is this second of the caller's clock now; an earlier one than was told is ignored."""
 
     # pools and slabs
     def add_pool(
@@ -152,6 +202,7 @@ class Index:
         """How many acquires, of all pools, there have been since the block that the pool would
         evict next, going by age alone, was last used; None when it could evict none."""
     def pool_counts(self, pool: int) -> PoolCounts: ...
+    def page_size(self, pool: int) -> int: ...
     def close_pool(self, pool: int) -> None:
         """A session ended: its leases are released, private pages freed, nothing is planned into it
         again. It stays a source for `plan_demote` until `remove_pool`."""
@@ -172,6 +223,9 @@ class Index:
     def match(self, namespace: int, pool: int, tokens: U32) -> Match:
         """Longest cached prefix of full blocks along the chain of `pool`. Changes nothing. All full
         blocks of `tokens` count: the caller cuts the last token off."""
+    def explain(self, namespace: int, pools: Sequence[int], tokens: U32) -> Explanation:
+        """The leading full blocks that some of `pools` (at most 255, fastest first) hold, and why
+        the next one is missing. A tier is a position in `pools`. Changes nothing."""
     def acquire(self, namespace: int, pool: int, tokens: U32, max_blocks: int) -> Lease:
         """Open a lease on at most max_blocks matched blocks: touches them, pins the leading ones
         that are (or are arriving) in `pool`, registers the other full blocks of `tokens` as

@@ -28,8 +28,12 @@ class IndexEndings(IndexMachine):
         self.names.append(bytes([65 + len(self.names) % 100]) * 32)
         self.current[which] = self.index.open_namespace(self.names[-1], PAGE_SIZE)
         assert self.current[which] == len(self.names) - 1
-        for pool in sorted(self.model.pools) if buried else []:
-            self.reap(pool, 9)
+        if buried:
+            for lease, at in list(self.model.leases.items()):  # what is pinned can't go
+                if at.namespace == old:
+                    self.release(lease)
+            for pool in sorted(self.model.pools):
+                self.reap(pool, 9)
 
     @rule(pool=choice, pages=st.lists(st.integers(0, 4 * PER_SLAB), max_size=3))
     def lost(self, pool: int, pages: list[int]) -> None:

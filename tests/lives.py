@@ -8,7 +8,7 @@ what. Between two calls of a rule the index proves its laws too.
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
-from tests.endings import IndexEndings
+from tests.deaths import IndexDeaths
 from tests.machines import (
     BLOCKS,
     PER_SLAB,
@@ -39,7 +39,7 @@ HOWS = [
 ends = st.sampled_from(["stays", "stays", "leaves", "closes", "dies"])
 
 
-class IndexLives(IndexEndings, SlabMachine):
+class IndexLives(IndexDeaths, SlabMachine):
     """The machine with rules of many calls beside those of one."""
 
     def living(self, pick: int) -> int:
@@ -237,7 +237,10 @@ class IndexLives(IndexEndings, SlabMachine):
     )  # fmt: skip
     def a_slab_moves_away(self, pool: int, pick: int, meanwhile: str, short: int) -> None:
         """The coldest blocks of the pool go, what the slab holds moves to others, it is taken."""
-        at = self.a_gpu(pool) if meanwhile == "die" else self.a_pool(pool)
+        at = self.a_pool(pool)
+        if meanwhile == "die":  # the session that has most
+            self.calm()
+            at = max(self.gpus, key=lambda gpu: len(self.model.pools[gpu].blocks))
         slabs = sorted({page // PER_SLAB for page in self.model.pools[at].blocks.values()})
         if not slabs:
             return

@@ -19,6 +19,7 @@ from tests.models import digests
 from tests.slab_models import SlabModel
 
 PAGE_SIZE = 2
+DEAD_BLOCKS = 12  # so few that walks forget some
 PER_SLAB = 3
 NAMESPACES = [b"a" * 32, b"b" * 32]
 BLOCKS = [(0, 0), (0, 1), (7, 7)]  # two begin alike: tokens are compared whole
@@ -51,7 +52,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.index = _core.Index(first_generation=10, policy=self.policy)
+        self.index = _core.Index(first_generation=10, policy=self.policy, dead_blocks=DEAD_BLOCKS)
         self.model = SlabModel(self.policy)
         self.generations: dict[int, int] = {}  # by page of the durable pool
         self.last_generation = 9
@@ -119,7 +120,7 @@ class IndexMachine(RuleBasedStateMachine):
         namespace = self.current.get(namespace, namespace)
         tokens = np.concatenate([u32(prompt), u32([7] * (limit % PAGE_SIZE))])
         nodes = self.index.counts().nodes
-        real = self.index.acquire(namespace, pool, tokens, limit)
+        real = self.opened = self.index.acquire(namespace, pool, tokens, limit)
         SEEN["acquire: nodes are joined"] += self.index.counts().nodes < nodes
         self.model.acquire(real.id, namespace, pool, prompt, limit)
         lease, state = self.model.leases[real.id], self.model.pools[pool].state
@@ -474,7 +475,7 @@ class IndexMachine(RuleBasedStateMachine):
         paths = {path for at in self.model.pools.values() for path in at.blocks}
         for namespace, *blocks in paths:
             for pool in self.gpus:
-                found = self.model.tiers(namespace, pool, blocks)  # type: ignore[arg-type]
+                found = self.model.tiers(namespace, self.model.chain(pool), blocks)  # type: ignore[arg-type]
                 match = self.index.match(namespace, pool, u32(blocks))  # type: ignore[arg-type]
                 assert match.blocks == len(found)
                 assert match.tiers == tuple(found.count(t) for t in range(3))

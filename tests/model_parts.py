@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from kvc2._core import Cause
+
 Path = tuple[object, ...]  # (namespace id, tokens of block 0, tokens of block 1, ...)
 
 FREE, PRIVATE, IN_FLIGHT, RESIDENT = "free", "private", "in_flight", "resident"
@@ -44,6 +46,16 @@ class PoolModel:
 
     def free_pages(self) -> list[int]:
         return [page for page, state in self.state.items() if state == FREE]
+
+
+@dataclass(frozen=True)
+class Death:
+    """A block's last page went."""
+
+    path: Path
+    cause: Cause
+    pool: int
+    when: int
 
 
 @dataclass

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 
+from kvc2._core import Cause
 from tests.model_parts import (
     ADOPTED,
     DUPLICATE,
@@ -19,6 +20,7 @@ from tests.model_parts import (
     PRIVATE,
     REFUSED,
     RESIDENT,
+    Death,
     Held,
     LeaseModel,
     Path,
@@ -36,7 +38,9 @@ class IndexModel:
         self.leases: dict[int, LeaseModel] = {}
         self.transfers: dict[int, TransferModel] = {}
         self.clock = 1
-        self.retired: set[int] = set()  # namespaces
+        self.retired: dict[int, int] = {}  # namespaces, and when
+        self.now = 0  # seconds
+        self.deaths: list[Death] = []  # all of them, oldest first
 
     # questions
     def dead(self, path: Path) -> bool:
@@ -89,12 +93,12 @@ class IndexModel:
             return False
         return not self.last_copy(path, pool) or not self.under(path)
 
-    def tiers(self, namespace: int, pool: int, blocks: list[tuple[int, ...]]) -> list[int]:
-        """The fastest tier by matched block."""
+    def tiers(self, namespace: int, pools: list[int], blocks: list[tuple[int, ...]]) -> list[int]:
+        """The first of `pools` that has it, by matched block."""
         tiers = []
         for i in range(len(blocks)):
             path = (namespace, *blocks[: i + 1])
-            holders = [t for t, p in enumerate(self.chain(pool)) if self.pools[p].resident(path)]
+            holders = [t for t, p in enumerate(pools) if self.pools[p].resident(path)]
             if not holders or self.dead(path):
                 break
             tiers.append(holders[0])
@@ -115,10 +119,14 @@ class IndexModel:
         )  # fmt: skip
 
     # changes
-    def drop(self, path: Path, pool: int) -> int:
+    def drop(self, path: Path, pool: int, cause: Cause) -> int:
         at = self.pools[pool]
         page = at.blocks.pop(path)
         at.free(page)
+        if not self.anywhere(path):
+            ended = cause == Cause.EVICTED and self.dead(path)
+            cause = Cause.INVALIDATED if ended else cause
+            self.deaths.append(Death(path, cause, pool, self.now))
         self.forget()
         return page
 
@@ -175,7 +183,7 @@ class IndexModel:
         self, lease: int, namespace: int, pool: int, blocks: list[tuple[int, ...]], limit: int
     ) -> None:
         self.clock += 1
-        found = self.tiers(namespace, pool, blocks[:limit])
+        found = self.tiers(namespace, self.chain(pool), blocks[:limit])
         opened = LeaseModel(namespace, pool, self.clock, (namespace, *blocks), found, 0)
         opened.computing = self.computed_by_others(opened)
         matched = [opened.path[: i + 2] for i in range(len(found))]
@@ -379,16 +387,16 @@ class IndexModel:
                 for held in lease.stray:
                     held.anchored = held.anchored and held.path not in failed
         for path in reversed(failed):
-            self.drop(path, transfer.target)
+            self.drop(path, transfer.target, Cause.TRANSFER_FAILED)
         source = self.pools.get(transfer.source)
         if source is not None and source.below == transfer.target:
             for page in transfer.source_pages[done:]:
                 self.enqueue(transfer.source, page)
 
-    def evict_one(self, path: Path, pool: int) -> int:
+    def evict_one(self, path: Path, pool: int, cause: Cause = Cause.EVICTED) -> int:
         self.pools[pool].evicted += 1
         self.pools[pool].last_copies += self.last_copy(path, pool)
-        return self.drop(path, pool)
+        return self.drop(path, pool, cause)
 
     def evict(self, pool: int, count: int) -> list[Path]:
         evicted: list[Path] = []
@@ -417,7 +425,7 @@ class IndexModel:
     def retire(self, namespace: int) -> int:
         """The blocks in it, holes included."""
         fresh = namespace not in self.retired
-        self.retired.add(namespace)
+        self.retired.setdefault(namespace, self.now)
         return sum(path[0] == namespace for path in self.stamps) if fresh else 0
 
     def lost(self, pool: int, pages: list[int]) -> list[int]:
@@ -425,7 +433,7 @@ class IndexModel:
         gone = []
         for page in pages:
             if at.state.get(page) == RESIDENT and not self.pins(pool, page):
-                self.drop(at.owner(page), pool)
+                self.drop(at.owner(page), pool, Cause.LOST)
                 gone.append(page)
         return gone
 
@@ -438,6 +446,9 @@ class IndexModel:
                 self.pools[pool].free(page)
 
     def remove_pool(self, pool: int) -> None:
+        by_page = sorted(self.pools[pool].blocks, key=self.pools[pool].blocks.__getitem__)
+        for path in by_page:
+            self.drop(path, pool, Cause.SESSION_ENDED)
         del self.pools[pool]
         for transfer in self.transfers.values():
             transfer.failed |= pool in (transfer.source, transfer.target)

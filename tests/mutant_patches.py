@@ -17,6 +17,7 @@ LEASES, TRANSFERS, POOLS, PAGES = "leases.cpp", "transfers.cpp", "pools.cpp", "p
 KEYS, TREE, RESIDENCY = "key_table.cpp", "radix_tree.cpp", "residency.cpp"
 RESTORE, EVICTION = "restore.cpp", "eviction/order.cpp"
 LIVES, POLICY = "lives.cpp", "eviction/policy.h"
+EXPLAIN, OBITUARIES = "explain.cpp", "obituaries.cpp"
 
 MUTANTS = [
     Mutant("a lease does not pin", LEASES, "    from.pin(page);\n"),
@@ -179,4 +180,18 @@ MUTANTS = [
            "  stamp_ = std::max(stamp_, batch.stamps[i]);\n"),
     Mutant("two records of one page are believed", RESTORE,
            "if (!into.is(page, PageState::kFree)) return", "if (!into.valid(page)) return"),
+    Mutant("a death is written of a block that lives elsewhere", POOLS,
+           "  if (!tree_.anywhere(at)) bury", "  bury"),
+    Mutant("a block that died again is forgotten with its first death", OBITUARIES,
+           "if (cells_[oldest] == place) erase(oldest);", "erase(oldest);"),
+    Mutant("a forgotten death cuts off those behind it", OBITUARIES,
+           "if (from_home < ((at - gap) & mask)) continue;", "if (from_home < mask) continue;"),
+    Mutant("an invalidated block counts as evicted", EXPLAIN,
+           "  if (cause == Cause::kEvicted && tree_.dead(at)) cause = Cause::kInvalidated;\n"),
+    Mutant("a sibling that was invalidated stands there", EXPLAIN, " || tree_.dead(at)) return;",
+           ") return;"),
+    Mutant("the sibling is any", EXPLAIN, "if (best && best->common >= common) return;",
+           "if (best) return;"),
+    Mutant("what arrives is elsewhere", EXPLAIN,
+           "tree_.resident_elsewhere(at, kNoPool) ? Why", "tree_.anywhere(at) ? Why"),
 ]  # fmt: skip

@@ -25,7 +25,7 @@ class Walk:
     shrinks: bool = True
 
 
-WALKS = {"default": Walk(320), "quick": Walk(25), "hunt": Walk(250, shrinks=False)}
+WALKS = {"default": Walk(420), "quick": Walk(25), "hunt": Walk(250, shrinks=False)}
 WALK = WALKS[os.environ.get("KVC2_WALK", "default")]
 
 # Arrows of index.h and situations that a sound walk comes by: about a third of what was counted.
@@ -97,6 +97,19 @@ AT_LEAST = {
     "evict: a last copy": 80,
     "keep_free: the rest are last copies": 400,
     "restore: an orphan": 3,
+    "explain: NOTHING": 500,
+    "explain: NEVER_SEEN": 500,
+    "explain: DIVERGED": 500,
+    "explain: HOLE": 50,
+    "explain: ELSEWHERE": 50,
+    "explain: ARRIVING": 50,
+    "explain: DIED": 500,
+    "explain: EVICTED": 500,
+    "explain: LOST": 50,
+    "explain: SESSION_ENDED": 50,
+    "explain: TRANSFER_FAILED": 1,
+    "explain: INVALIDATED": 50,
+    "explain: the sibling that is most like it": 50,
 }
 
 

@@ -25,9 +25,10 @@ README_LINES_MAX = 100
 KVC2_FLOORS = """
     __main__
     cli
-    sizing
+    sizing, prompts
     server, client
     cache
+    explain
     counts, sessions, loading, behind, slabs, spaces, mover, events
     tiers
     arena
@@ -53,7 +54,8 @@ CPP_FLOORS = """
     bindings
     index, block, copy, experts, attention
     index/radix_tree, index/residency, index/eviction
-    index/page_pool, index/key_table, index/reuse_curve
+    index/explanation, index/page_pool, index/key_table, index/reuse_curve
+    index/obituaries
     index/block_key, index/life
     base
 """

@@ -134,7 +134,10 @@ void bind_results(py::module_& module) {
       .def_readonly("leases", &IndexCounts::leases)
       .def_readonly("transfers", &IndexCounts::transfers)
       .def_readonly("metadata_bytes", &IndexCounts::metadata_bytes)
-      .def_readonly("collisions", &IndexCounts::collisions);
+      .def_readonly("collisions", &IndexCounts::collisions)
+      .def_readonly("deaths", &IndexCounts::deaths)
+      .def_readonly("dead_known", &IndexCounts::dead_known)
+      .def_readonly("dead_bytes", &IndexCounts::dead_bytes);
   py::class_<Match>(module, "Match")
       .def_readonly("blocks", &Match::blocks)
       .def_property_readonly("tiers", [](const Match& m) { return tuple_of(m.tiers); });
@@ -151,6 +154,7 @@ void bind_results(py::module_& module) {
       .def_property_readonly("tiers", [](const LeaseView& l) { return tuple_of(l.tiers); })
       .def_readonly("transfer", &LeaseView::transfer)
       .def_readonly("computing", &LeaseView::computing)
+      .def_property_readonly("explanation", [](const LeaseView& l) { return l.explanation; })
       .def_property_readonly("ahead",
                              [](const LeaseView& l) { return rows_of<uint32_t>(l.ahead); });
 }
@@ -402,6 +406,8 @@ void bind_reuse_curve(py::module_& module) {
   module.attr("NO_LIMIT") = ReuseCurve::kNoLimit;
 }
 
+void bind_explain(py::module_& module, py::class_<Index>& index);  // explain.cpp
+
 void bind_index(py::module_& module) {
   bind_reuse_curve(module);
   py::register_exception_translator([](std::exception_ptr raised) {
@@ -421,11 +427,13 @@ void bind_index(py::module_& module) {
   bind_results(module);
   bind_transfer(module);
   py::class_<Index> index(module, "Index");
-  index.def(py::init<uint64_t, uint32_t, std::string_view, uint64_t>(), py::kw_only(),
-            "first_generation"_a = 1, "first_stamp"_a = 1, "policy"_a = "lru", "seed"_a = 0);
+  index.def(py::init<uint64_t, uint32_t, std::string_view, uint64_t, uint32_t>(), py::kw_only(),
+            "first_generation"_a = 1, "first_stamp"_a = 1, "policy"_a = "lru", "seed"_a = 0,
+            "dead_blocks"_a = 1 << 16);
   bind_pools(index);
   bind_requests(index);
   bind_behind(index);
+  bind_explain(module, index);
   module.def(
       "chain_keys",
       [](const py::bytes& space, const py::object& tokens, uint32_t page_size) {

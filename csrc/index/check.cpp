@@ -185,6 +185,7 @@ void Index::check() const {
   check_pins();
   check_computing();
   curve_.check();
+  obituaries_.check();
 }
 
 }  // namespace kvc2

@@ -62,7 +62,9 @@
 #include <vector>
 
 #include "base/turn_lock.h"
+#include "index/explanation.h"
 #include "index/key_table.h"
+#include "index/obituaries.h"
 #include "index/radix_tree.h"
 #include "index/reuse_curve.h"
 
@@ -81,6 +83,7 @@ enum class RestoreResult : uint8_t { kRestored, kOrphan, kForged, kConflict };
 
 struct IndexCounts {
   uint64_t namespaces, nodes, blocks, holes, leases, transfers, metadata_bytes, collisions;
+  uint64_t deaths, dead_known, dead_bytes;
 };
 
 struct Match {
@@ -119,10 +122,6 @@ struct Evicted {
   uint32_t last_copies = 0;
 };
 
-struct TierRun {  // consecutive blocks of one tier (a place in the chain)
-  uint32_t tier, blocks;
-};
-
 struct LeaseView {
   LeaseId id;
   uint32_t matched;
@@ -131,6 +130,7 @@ struct LeaseView {
   TransferId transfer;
   uint32_t computing;
   std::vector<TierRun> ahead;  // matched blocks after `pages`, by the tier they were found in
+  Explanation explanation{};   // as acquire found it; empty later
 };
 
 struct RestoreBatch {  // by block; tokens are page_size each
@@ -146,11 +146,14 @@ struct RestoreBatch {  // by block; tokens are page_size each
 class Index {
  public:
   Index(uint64_t first_generation, uint32_t first_stamp, std::string_view policy = "lru",
-        uint64_t seed = 0)
+        uint64_t seed = 0, uint32_t dead_blocks = 1 << 16)
       : policy_(make_policy(policy, seed)),
         tree_(pools_, *policy_),
+        obituaries_(dead_blocks),
         generation_(first_generation),
         stamp_(first_stamp) {}
+
+  void advance(uint32_t now);
 
   PoolId add_pool(const PagePool::Shape& shape);
   uint32_t add_slab(PoolId pool);
@@ -169,6 +172,7 @@ class Index {
   Evicted reap(PoolId pool, uint32_t pages);
 
   Match match(uint32_t space, PoolId pool, Tokens tokens) const;
+  Explanation explain(uint32_t space, std::span<const PoolId> pools, Tokens tokens) const;
   LeaseView acquire(uint32_t space, PoolId pool, Tokens tokens, uint32_t max_blocks);
   Load next_load(LeaseId lease, uint32_t max_pages);
   std::optional<Transfer> promote(LeaseId lease);
@@ -247,21 +251,39 @@ class Index {
     }
   }
 
+  // The leading blocks of some tokens that are resident in some pools.
+  struct Found {
+    uint32_t space;
+    std::vector<Run> path{};
+    std::vector<uint8_t> tiers{};   // by block: position among the pools of the fastest that has it
+    Place last;                     // the last of these blocks, or where the path begins
+    std::optional<Place> passed{};  // the next block, if it is in the tree all the same
+  };
+
   // pools.cpp
   PagePool& pool(PoolId id) const;
   void tell_size(PoolId id);
   bool alive(PoolId id) const { return id < pools_.size() && pools_[id] && !pools_[id]->leaving; }
   std::vector<PoolId> chain(PoolId head) const;
   std::optional<PageId> allocate(PoolId pool, PageState to);  // evicts, but never in a durable pool
-  const PagePool& start_leaving(PoolId pool);
-  void drop(Place at, PoolId pool);
+  PageId clear(Place at, PoolId pool, Cause cause);  // its page, which is still to be freed
+  void drop(Place at, PoolId pool, Cause cause);
   void evict_at(Place at, PoolId pool, Evicted& evicted);
-  void take_away(Place at, PoolId pool, Evicted& taken);
+  void take_away(Place at, PoolId pool, Evicted& taken, Cause cause);
+  const PagePool& start_leaving(PoolId pool);
+
+  // explain.cpp
+  void bury(Place at, PoolId last, Cause cause);
+  std::optional<Sibling> sibling_of(Place last, Tokens block, uint32_t most) const;
+  Miss why_absent(Place last, const BlockKey& key, Tokens block, uint32_t siblings) const;
+  Obituary ended(Place at) const;
+  Miss why_passed(Place at) const;
+  Explanation explanation(const Found& found, Tokens tokens, uint32_t siblings) const;
 
   // leases.cpp
   const Lease& open_lease(LeaseId id) const;
-  std::vector<Run> find(uint32_t space, Tokens tokens) const;
   void check_space(uint32_t space, PoolId pool) const;
+  Found find(uint32_t space, std::span<const PoolId> pools, const std::vector<Run>& path) const;
   uint32_t tiers_of(const Run& run, std::span<const PoolId> chain,
                     std::vector<uint8_t>& tiers) const;
   uint32_t tick();
@@ -318,8 +340,10 @@ class Index {
   std::unordered_map<TransferId, OpenTransfer> transfers_;
   std::unordered_map<uint64_t, TransferId> in_flight_;  // by pool << 32 | target page
   KeyTable computing_;                                  // how many leases compute a block
-  uint64_t generation_;                                 // of the next page reused
-  uint32_t stamp_;                                      // of the last acquire
+  Obituaries obituaries_;
+  uint32_t now_ = 0;     // seconds of the caller's clock
+  uint64_t generation_;  // of the next page reused
+  uint32_t stamp_;       // of the last acquire
   LeaseId last_lease_ = 0;
   TransferId last_transfer_ = 0;
   uint64_t collisions_ = 0;

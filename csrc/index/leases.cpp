@@ -1,10 +1,13 @@
 // Index: what a request does. Match, acquire, commit, release.
 #include <algorithm>
+#include <utility>
 
 #include "base/check.h"
 #include "index/index.h"
 
 namespace kvc2 {
+
+constexpr uint32_t kSiblingsOfAcquire = 16;  // every request pays for them: 1 us
 
 uint32_t Index::open_namespace(const Digest& name, uint32_t page_size) {
   const Lock lock(mutex_);
@@ -20,11 +23,6 @@ uint32_t Index::open_namespace(const Digest& name, uint32_t page_size) {
                                 std::to_string(tree_.spaces[at->second].page_size));
   }
   return at->second;
-}
-
-std::vector<Run> Index::find(uint32_t space, Tokens tokens) const {
-  if (tree_.spaces[space].retired) return {};
-  return tree_.find(space, tokens);
 }
 
 void Index::check_space(uint32_t space, PoolId id) const {
@@ -60,14 +58,31 @@ uint32_t Index::tiers_of(const Run& run, std::span<const PoolId> chain,
   return end;
 }
 
+// The leading blocks of a path of the tree.
+Index::Found Index::find(uint32_t space, std::span<const PoolId> pools,
+                         const std::vector<Run>& path) const {
+  const bool retired = tree_.spaces[space].retired;
+  Found found{.space = space, .last = {tree_.spaces[space].root, kBeforeFirst}};
+  for (Run run : path) {
+    const uint32_t matched = retired ? 0 : tiers_of(run, pools, found.tiers);
+    const uint32_t blocks = std::exchange(run.blocks, matched);
+    if (run.blocks > 0) {
+      found.last = {run.node, run.offset + run.blocks - 1};
+      found.path.push_back(run);
+    }
+    if (run.blocks < blocks) {
+      found.passed = Place{run.node, run.offset + run.blocks};
+      break;
+    }
+  }
+  return found;
+}
+
 Match Index::match(uint32_t space, PoolId head, Tokens tokens) const {
   const Lock lock(mutex_);
   check_space(space, head);
   const std::vector<PoolId> pools = chain(head);
-  std::vector<uint8_t> tiers;
-  for (const Run& run : find(space, tokens)) {
-    if (tiers_of(run, pools, tiers) < run.blocks) break;
-  }
+  const std::vector<uint8_t> tiers = find(space, pools, tree_.find(space, tokens)).tiers;
   Match match{static_cast<uint32_t>(tiers.size()), std::vector<uint32_t>(pools.size(), 0)};
   for (const uint8_t tier : tiers) ++match.tiers[tier];
   return match;
@@ -91,26 +106,24 @@ LeaseView Index::acquire(uint32_t space, PoolId head, Tokens tokens, uint32_t ma
   const size_t limit = std::min<size_t>(tokens.size() / size, max_blocks);
   const std::vector<PoolId> pools = chain(head);
   Lease lease{.space = space, .pool = head, .stamp = tick()};
-  std::vector<Run> path;
-  for (Run run : tree_.join(find(space, tokens.first(limit * size)))) {
-    const uint32_t blocks = run.blocks;
-    run.blocks = tiers_of(run, pools, lease.found);
-    if (run.blocks > 0) path.push_back(run);
-    if (run.blocks < blocks) break;
-  }
+  Found found = find(space, pools, tree_.join(tree_.find(space, tokens.first(limit * size))));
+  Explanation why = explanation(found, tokens.first(limit * size), kSiblingsOfAcquire);
+  lease.found = std::move(found.tiers);
   lease.matched = static_cast<uint32_t>(lease.found.size());
-  hold_leading(lease, path);
-  for (const Run& run : path) {
+  hold_leading(lease, found.path);
+  for (const Run& run : found.path) {
     tree_.touch(run, lease.stamp);
     requeue(run, pools);
   }
   lease.tokens_from = static_cast<uint32_t>(lease.held.size());
   const Tokens rest = tokens.first(lease.matched * size).subspan(lease.tokens_from * size);
   lease.tokens.assign(rest.begin(), rest.end());
-  register_computing(lease, keys_after(lease, tokens, path));
-  learn(lease, path, limit, tokens.size());
+  register_computing(lease, keys_after(lease, tokens, found.path));
+  learn(lease, found.path, limit, tokens.size());
   const LeaseId id = ++last_lease_;
-  return view(id, leases_.emplace(id, std::move(lease)).first->second);
+  LeaseView opened = view(id, leases_.emplace(id, std::move(lease)).first->second);
+  opened.explanation = std::move(why);
+  return opened;
 }
 
 // The caller refreshes the nodes.

@@ -7,6 +7,7 @@ uint32_t Index::retire(uint32_t space) {
   const Lock lock(mutex_);
   if (space >= tree_.spaces.size()) throw UnknownId("namespace " + std::to_string(space));
   if (tree_.spaces[space].retired) return 0;
+  tree_.spaces[space].retired_at = now_;
   return tree_.retire(space);
 }
 

@@ -128,7 +128,7 @@ void Index::remove_pool(PoolId id) {
     for (; begin < end; ++begin) {
       if (leaving.state(begin) < PageState::kInFlight) continue;
       const Place at = tree_.owner(id, begin);
-      tree_.clear(at, id);
+      clear(at, id, Cause::kSessionEnded);
       tree_.refresh(at.node);
       tree_.trim(at.node);
     }
@@ -164,26 +164,32 @@ std::optional<PageId> Index::allocate(PoolId id, PageState to) {
     const auto victim = from.shape.durable ? std::nullopt : tree_.coldest(id);
     if (!victim) return std::nullopt;
     from.count_eviction(!tree_.resident_elsewhere(*victim, id));
-    drop(*victim, id);
+    drop(*victim, id, Cause::kEvicted);
   }
 }
 
-void Index::drop(Place at, PoolId id) {
-  pool(id).free(tree_.clear(at, id));
+PageId Index::clear(Place at, PoolId id, Cause cause) {
+  const PageId page = tree_.clear(at, id);
+  if (!tree_.anywhere(at)) bury(at, id, cause);
+  return page;
+}
+
+void Index::drop(Place at, PoolId id, Cause cause) {
+  pool(id).free(clear(at, id, cause));
   tree_.refresh(at.node);
   tree_.trim(at.node);
 }
 
 void Index::evict_at(Place at, PoolId id, Evicted& evicted) {
   pool(id).count_eviction(!tree_.resident_elsewhere(at, id));
-  take_away(at, id, evicted);
+  take_away(at, id, evicted, Cause::kEvicted);
 }
 
-void Index::take_away(Place at, PoolId id, Evicted& taken) {
+void Index::take_away(Place at, PoolId id, Evicted& taken, Cause cause) {
   taken.pages.push_back(tree_.page(at, id));
   if (pool(id).shape.durable) taken.digests.push_back(tree_.digest(at));
   if (!tree_.resident_elsewhere(at, id)) ++taken.last_copies;
-  drop(at, id);
+  drop(at, id, cause);
 }
 
 Evicted Index::evict(PoolId id, uint32_t pages) {
@@ -215,7 +221,7 @@ Evicted Index::lost(PoolId id, std::span<const PageId> pages) {
     pages = pages.subspan(1);
     const PagePool& from = pool(id);
     if (from.is(page, PageState::kResident) && from[page].pins == 0) {
-      take_away(tree_.owner(id, page), id, taken);
+      take_away(tree_.owner(id, page), id, taken, Cause::kLost);
     }
     return true;
   });
@@ -291,7 +297,10 @@ IndexCounts Index::counts() const {
           .leases = leases_.size(),
           .transfers = transfers_.size(),
           .metadata_bytes = bytes,
-          .collisions = collisions_};
+          .collisions = collisions_,
+          .deaths = obituaries_.deaths(),
+          .dead_known = obituaries_.known(),
+          .dead_bytes = obituaries_.metadata_bytes()};
 }
 
 }  // namespace kvc2

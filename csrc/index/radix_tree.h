@@ -62,7 +62,8 @@ struct Space {  // a namespace
   Digest name;
   uint32_t page_size;
   NodeId root;
-  bool retired = false;  // what is in it does not match, and goes (I8)
+  bool retired = false;     // what is in it does not match, and goes (I8)
+  uint32_t retired_at = 0;  // a second of the caller's clock
 };
 
 struct Residency {  // one pool's pages in one node

@@ -306,7 +306,7 @@ void Index::fail(PoolId id, std::span<const PageId> pages) {
   }
   for (size_t i = pages.size(); i-- > 0;) {  // tail first: no block loses its parent
     target.unpin(pages[i]);
-    drop(tree_.owner(id, pages[i]), id);
+    drop(tree_.owner(id, pages[i]), id, Cause::kTransferFailed);
   }
 }
 

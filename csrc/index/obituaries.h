@@ -1,0 +1,61 @@
+// The last blocks that died, and why: a block dies when its last page goes, wherever that was.
+//
+//     ring   [.. k7 k8 k9 | k2 k3 ..]     the newest death overwrites the oldest
+//     cells  [  3     0   8  ..     ]     open addressing: key -> its place in the ring
+//
+// Bounded: `capacity` deaths of 24 bytes and two cells of 4 bytes for each, 32 bytes in all; the
+// ring grows up to that, the cells are there from the start. A block that died twice is found by
+// its last death. record and find are O(1) and allocate nothing once the ring is full.
+// Not responsible for what is alive: a block that came back is still found here.
+// Not thread-safe: the index holds its lock.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "index/block_key.h"
+
+namespace kvc2 {
+
+enum class Cause : uint8_t {
+  kEvicted,         // for room, or because somebody asked for it
+  kLost,            // a fault took its page
+  kSessionEnded,    // it was in the pool of a session that is over, and nowhere else
+  kTransferFailed,  // its only page was still to be filled
+  kInvalidated,     // its namespace is retired
+};
+
+struct Obituary {
+  BlockKey key;
+  uint32_t when;       // as Index::advance had told the time
+  uint32_t pool : 24;  // that held its last page
+  uint32_t cause : 8;  // Cause
+};
+
+class Obituaries {
+ public:
+  explicit Obituaries(uint32_t capacity);
+
+  void record(const Obituary& death);
+  std::optional<Obituary> find(const BlockKey& key) const;  // its last death
+
+  uint64_t deaths() const { return deaths_; }  // since the start, forgotten ones included
+  uint32_t known() const { return static_cast<uint32_t>(ring_.size()); }
+  size_t metadata_bytes() const;
+  void check() const;
+
+ private:
+  static constexpr uint32_t kEmpty = 0xFFFFFFFF;
+
+  size_t home(const BlockKey& key) const { return NameHash{}(key) & (cells_.size() - 1); }
+  size_t cell_of(const BlockKey& key) const;  // its cell, or the free one for it
+  void erase(size_t gap);
+
+  uint32_t capacity_;
+  std::vector<Obituary> ring_;
+  std::vector<uint32_t> cells_;  // a power of two of them, at most half of them used
+  uint64_t deaths_ = 0;
+};
+
+}  // namespace kvc2
