@@ -25,6 +25,7 @@ from kvc2.arena import Arena
 from kvc2.behind import Behind
 from kvc2.config import ServeConfig
 from kvc2.counts import Counts
+from kvc2.explain import Explainer
 from kvc2.loading import Loader
 from kvc2.metrics import Metrics
 from kvc2.mover import GpuPool, Mover
@@ -32,6 +33,7 @@ from kvc2.results import (
     AcquireResult,
     CacheStats,
     EvictResult,
+    Explained,
     FlushResult,
     InvalidateResult,
     MatchResult,
@@ -117,19 +119,18 @@ class Cache:
             first_generation=(starts << 32) + 1,
             first_stamp=stamp + 1,
             policy=config.eviction_policy,
+            dead_blocks=config.limits.max_dead_blocks,
         )
         self._mover = Mover(
-            self.index,
-            self._metrics,
-            memory,
-            self._disk,
-            self._transfer_ended,
-            clock=self._clock,
+            self.index, self._metrics, memory, self._disk, self._transfer_ended, clock=self._clock
         )
         self._loader = Loader(self.index, self._mover, self._metrics)
         spaces_max = config.limits.max_known_namespaces
         self.spaces = Spaces(self.index, self._mover, self._disk, spaces_max)
         self.counts = Counts(self.index, self._gpus, self._sessions, self._arena, self._disk)
+        self.explainer = Explainer(
+            self.index, self.spaces, self.counts, policy=config.eviction_policy, clock=self._clock
+        )
         if self._arena is not None:
             self._copiers = Copier(config.copy_threads), Copier(config.copy_threads)
             self._pools = Pools(
@@ -272,6 +273,12 @@ class Cache:
         size = session.layout.page_size
         return MatchResult(found.blocks * size, _tokens_by_tier(found.tiers, size))
 
+    def explain(self, session: Session | None, namespace_id: int, tokens: U32) -> Explained:
+        """What an acquire of these tokens would find, in this session or in any, and why not more.
+        Changes nothing."""
+        pool = None if session is None else _pool(session).gpu.id
+        return self.explainer.of_tokens(namespace_id, tokens, pool)
+
     async def acquire(
         self,
         session: Session,
@@ -290,6 +297,9 @@ class Cache:
         blocks = (len(tokens) - 1) // session.layout.page_size
         space = self.spaces[namespace_id]
         opened = self.index.acquire(space, pool.gpu.id, _u32(tokens), blocks)
+        self.explainer.keep(
+            session.epoch, namespace_id, request_id, len(tokens), opened.explanation
+        )
         session.leases[request_id] = opened.id
         reply: asyncio.Future[AcquireResult] = _future()
         pool.replies[request_id] = reply

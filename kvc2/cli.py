@@ -135,6 +135,9 @@ LimitsMaxKnownNamespaces = Annotated[
     int | None, option("Namespaces of all sessions since the start, and on disk.", "65536")
 ]
 LimitsMaxLayouts = Annotated[int | None, option("Page layouts, counted likewise.", "64")]
+LimitsMaxDeadBlocks = Annotated[
+    int | None, option("Dead blocks that explain remembers; 32 bytes each.", "65536")
+]
 LimitsMaxLeases = Annotated[int | None, option("Open leases of a session.", "4096")]
 LimitsMaxLeasesPerCall = Annotated[int | None, option("Leases in one commit or release.", "1024")]
 LimitsMaxTokens = Annotated[int | None, option("Tokens of a prompt.", "1048576")]
@@ -171,6 +174,7 @@ def serve(
     limits_max_namespaces: LimitsMaxNamespaces = None,
     limits_max_known_namespaces: LimitsMaxKnownNamespaces = None,
     limits_max_layouts: LimitsMaxLayouts = None,
+    limits_max_dead_blocks: LimitsMaxDeadBlocks = None,
     limits_max_leases: LimitsMaxLeases = None,
     limits_max_leases_per_call: LimitsMaxLeasesPerCall = None,
     limits_max_tokens: LimitsMaxTokens = None,
@@ -306,6 +310,49 @@ def replay(
             print(json.dumps([asdict(each) for each in sizes]))
         else:
             sizing.print_table(read, sizes, policy.value)
+
+
+@app.command(
+    epilog="Example: kvc2 explain chatcmpl-5f1d, or kvc2 explain --text prompt.txt --tokenizer "
+    "/models/qwen3. A request is known by its id while it is among the last 1024; neither it nor "
+    "the dead outlive the daemon. Needs the unix socket: the answer tells tokens of other prompts."
+)
+def explain(
+    request_id: Annotated[
+        str, typer.Argument(help="A request's id, as the engine's answer has it.")
+    ] = "",
+    tokens: Annotated[
+        Path | None, typer.Option(help="A prompt: a JSON list of token ids, or ids and spaces.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="A prompt as text; needs --tokenizer.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A model's folder with tokenizer.json; shows text, too.")
+    ] = None,
+    namespace: Annotated[str, typer.Option(help="Of the prompt; 64 hex digits.")] = "",
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Tell which blocks of a request or prompt hit in which tier, and why the next one did not."""
+    from kvc2 import prompts
+
+    with _exit_codes(), _admin(address) as admin:
+        if bool(request_id) + (tokens is not None) + (text is not None) != 1:
+            raise errors.InvalidRequest("REQUEST_ID, tokens, text", None, "one of them")
+        if text is not None and tokenizer is None:
+            raise errors.InvalidRequest("tokenizer", None, "given with --text")
+        words = None if tokenizer is None else prompts.open_tokenizer(tokenizer)
+        prompt = None if tokens is None else prompts.read_tokens(tokens)
+        prompt = prompt if text is None else prompts.read_text(text, words)
+        found = admin.explain(
+            request_id=request_id.encode(),
+            tokens=prompt,
+            namespace=_bytes("namespace", namespace),
+        )
+        if as_json:
+            print(json.dumps(asdict(found) | {"sibling": found.sibling.tolist()}, indent=2))
+            return
+        for line in prompts.lines(found, prompt, None if words is None else words.decode):
+            print(line)
 
 
 @app.command(epilog="Example: kvc2 drain --deadline-s 120")

@@ -201,6 +201,7 @@ class LimitsConfig:
     max_namespaces: int = 1024  # of a session
     max_known_namespaces: int = 1 << 16  # of all sessions since the start, and on disk
     max_layouts: int = 64  # the same
+    max_dead_blocks: int = 1 << 16  # that explain remembers; 32 bytes each
     max_leases: int = 4096  # of a session
     max_leases_per_call: int = 1024  # of a commit or release
     max_tokens: int = 1 << 20  # of a prompt
@@ -213,6 +214,7 @@ class LimitsConfig:
             ("max_namespaces", 1, 1 << 20),
             ("max_known_namespaces", 1, 1 << 24),
             ("max_layouts", 1, 4096),
+            ("max_dead_blocks", 0, 1 << 28),
             ("max_leases", 1, 1 << 20),
             ("max_leases_per_call", 1, 1 << 16),
             ("max_tokens", 1, 1 << 24),

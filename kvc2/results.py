@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,41 @@ class AcquireResult:
     transfer: int
     granted_pages: U32
     computing_tokens: int
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A namespace of the same tenant and salt that has more of the prompt; `fields` are those of
+    the identity that differ: name, ours, theirs."""
+
+    namespace: bytes
+    hit_tokens: int
+    fields: list[tuple[str, str, str]]
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Which leading blocks hit (`runs` of them by tier, at most 64), and `why` the next one did
+    not, in the words of kvc2.v1.ExplainResponse. `cause`, `tier`, `policy`, `died_s_ago`: of a
+    block that died. `sibling`: tokens of the block in its place, `sibling_equal` of them equal."""
+
+    page_size: int
+    tokens: int
+    hit_blocks: int = 0
+    runs: list[tuple[str, int]] = field(default_factory=list)
+    why: str = "nothing"
+    cause: str = ""
+    tier: str = ""
+    policy: str = ""
+    died_s_ago: float = 0.0
+    sibling_equal: int = 0
+    sibling: U32 = field(default_factory=lambda: np.empty(0, np.uint32))
+    other: Elsewhere | None = None
+    namespace: bytes = b""
+    asked_s_ago: float = 0.0  # of a request that is over
+    uptime_s: float = 0.0
+    dead_known: int = 0
+    dead_forgotten: int = 0
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class Opened:
     identity: bytes
     era: int
     space: int
+    earlier: int | None = None  # of the era before, if that ended in this run
 
 
 class Spaces:
@@ -76,6 +77,22 @@ class Spaces:
     def name(self, number: int) -> bytes:
         return self._opened[number].name
 
+    def number(self, name: bytes) -> int:
+        """Raises NotFound for a namespace that nobody has opened since the start."""
+        if name not in self._numbers:
+            raise errors.NotFound("namespace", name.hex(), "one that was opened since the start")
+        return self._numbers[name]
+
+    def page_size(self, number: int) -> int:
+        return self._opened[number].page_size
+
+    def identity(self, number: int) -> bytes:
+        return self._opened[number].identity
+
+    def earlier(self, number: int) -> int | None:
+        """The index's id for the namespace before it was invalidated last."""
+        return self._opened[number].earlier
+
     def of_weights(self, weights_digest: str) -> list[bytes]:
         """Names of the namespaces whose identity has these weights."""
         return [
@@ -114,6 +131,7 @@ class Spaces:
         if number is not None:
             opened = self._opened[number]
             opened.space, opened.era = self._space(name, era + 1, page_size), era + 1
+            opened.earlier = space
         if self._disk is not None:
             self._disk.catalogue.begin_era(name)
         return self._index.retire(space)

@@ -86,8 +86,13 @@ class Pool:
     event_fd: int
 
 
+class FakeExplainer:
+    def opened(self, number: int, tenant: str, salt: bytes) -> None: ...
+
+
 class FakeCache:
     def __init__(self, config: ServeConfig, metrics: Metrics) -> None:
+        self.explainer = FakeExplainer()
         self.sessions: list[Session] = []
         self.closed: list[tuple[int, bool]] = []
         self.namespaces: list[bytes] = []

@@ -75,7 +75,9 @@ def test_commands_print_json(tmp_path: Path) -> None:
         assert json.loads(evicted.stdout) == {"evicted_blocks": 0, "last_copies": 0}
 
 
-@pytest.mark.parametrize("command", ["serve", "stats", "flush", "evict", "invalidate", "drain"])
+@pytest.mark.parametrize(
+    "command", ["serve", "stats", "flush", "evict", "invalidate", "explain", "drain"]
+)
 def test_help_has_an_example(command: str) -> None:
     found = run(cli.app, [command, "--help"])
     assert found.exit_code == 0

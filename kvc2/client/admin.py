@@ -48,6 +48,18 @@ class Admin:
         answer = self._call("Evict", cache_pb2.EvictRequest(tier=tier, blocks=blocks), 60.0)
         return results.Evicted(answer.evicted_blocks, answer.last_copies)
 
+    def explain(
+        self, *, request_id: bytes = b"", tokens: results.U32 | None = None, namespace: bytes = b""
+    ) -> results.Explained:
+        """Why a recent request hit or missed, or a prompt would now, in any session. Needs the unix
+        socket. namespace: 32 bytes, for `tokens`; empty: the only one. Changes nothing."""
+        if tokens is None:
+            request = cache_pb2.ExplainRequest(request_id=request_id)
+        else:
+            packed = results.packed(tokens)
+            request = cache_pb2.ExplainRequest(tokens=packed, namespace=namespace)
+        return results.explained(self._call("Explain", request))
+
     def invalidate(
         self, *, weights_digest: str = "", namespace: bytes = b""
     ) -> results.Invalidated:

@@ -134,6 +134,22 @@ class Client:
         answer = self._call(session, "Match", request)
         return results.Matched(answer.matched_tokens, results.tier_tokens(answer.tiers))
 
+    def explain(self, namespace: NamespaceHandle, tokens: NDArray[np.uint32]) -> results.Explained:
+        """What an acquire of these tokens would find now, and why not more. Changes nothing."""
+        session = self._attached()
+        request = cache_pb2.ExplainRequest(
+            session=session.head,
+            namespace_id=self._number(session, namespace),
+            tokens=results.packed(tokens),
+        )
+        return results.explained(self._call(session, "Explain", request))
+
+    def explain_request(self, request_id: bytes) -> results.Explained:
+        """What a recent acquire of this session found, and why not more. Changes nothing."""
+        session = self._attached()
+        request = cache_pb2.ExplainRequest(session=session.head, request_id=request_id)
+        return results.explained(self._call(session, "Explain", request))
+
     def acquire(
         self,
         namespace: NamespaceHandle,

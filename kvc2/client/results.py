@@ -151,6 +151,68 @@ class DaemonStats:
     hit_rate_unlimited: float  # estimated: of a cache that forgets nothing
 
 
+@dataclass(frozen=True)
+class OtherNamespace:
+    """Of the same tenant and salt; `fields` of the identity that differ: name, ours, theirs."""
+
+    namespace: str
+    hit_tokens: int
+    fields: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Which blocks of a prompt hit, `runs` of them by tier, and why the next one did not: the
+    fields and words are those of kvc2.v1.ExplainResponse. namespace: hexadecimal."""
+
+    page_size: int
+    tokens: int
+    hit_blocks: int
+    runs: tuple[tuple[str, int], ...]
+    why: str
+    cause: str
+    tier: str
+    policy: str
+    died_s_ago: float
+    sibling: U32
+    sibling_equal: int
+    other: OtherNamespace | None
+    namespace: str
+    asked_s_ago: float
+    uptime_s: float
+    dead_known: int
+    dead_forgotten: int
+
+
+def explained(message: cache_pb2.ExplainResponse) -> Explained:
+    other = message.other
+    return Explained(
+        page_size=message.page_size,
+        tokens=message.tokens,
+        hit_blocks=message.hit_blocks,
+        runs=tuple((each.tier, each.blocks) for each in message.runs),
+        why=message.why,
+        cause=message.cause,
+        tier=message.tier,
+        policy=message.policy,
+        died_s_ago=message.died_s_ago,
+        sibling=pages(message.sibling),
+        sibling_equal=message.sibling_equal,
+        other=OtherNamespace(
+            other.namespace.hex(),
+            other.hit_tokens,
+            tuple((each.name, each.ours, each.theirs) for each in other.fields),
+        )
+        if message.HasField("other")
+        else None,
+        namespace=message.namespace.hex(),
+        asked_s_ago=message.asked_s_ago,
+        uptime_s=message.uptime_s,
+        dead_known=message.dead_known,
+        dead_forgotten=message.dead_forgotten,
+    )
+
+
 def pages(data: bytes) -> U32:
     return np.frombuffer(data, dtype="<u4")
 

@@ -17,12 +17,13 @@ import numpy as np
 
 from kvc2 import errors
 from kvc2.cache import Cache, FlushResult, TierCounts
-from kvc2.config import ServeConfig
+from kvc2.config import ServeConfig, socket_path
 from kvc2.metrics import Metrics
 from kvc2.namespace import check_layout, check_weights_digest, decode
+from kvc2.results import Explained
 from kvc2.server import checks
 from kvc2.server.attach import Attachments
-from kvc2.server.tenants import Tenants
+from kvc2.server.tenants import DEFAULT_TENANT, Tenants
 from kvc2.sessions import Session
 from kvc2.v1 import cache_pb2
 
@@ -84,6 +85,7 @@ class CacheCalls:
             )
         number = self._cache.open_namespace(session, namespace, request.identity)
         session.namespaces[number] = namespace
+        self._cache.explainer.opened(number, tenant or DEFAULT_TENANT, request.salt)
         return cache_pb2.OpenNamespaceResponse(namespace_id=number + 1)
 
     async def Match(self, request: cache_pb2.MatchRequest) -> cache_pb2.MatchResponse:
@@ -94,6 +96,22 @@ class CacheCalls:
         return cache_pb2.MatchResponse(
             matched_tokens=found.matched_tokens, tiers=_tier_tokens(found.tiers)
         )
+
+    async def Explain(self, request: cache_pb2.ExplainRequest) -> cache_pb2.ExplainResponse:
+        owner = not request.HasField("session")
+        if owner and socket_path(self._config.listen) is None:
+            raise errors.Denied("session", "none", "one: TCP doesn't say who calls")
+        session = None if owner else self._session(request.session)
+        if request.WhichOneof("what") == "request_id":
+            request_id = checks.request_id("request_id", request.request_id)
+            epoch = None if session is None else session.epoch
+            return explained(self._cache.explainer.of_request(request_id, epoch))
+        tokens = checks.tokens("tokens", request.tokens, self._limits)
+        if session is None:
+            number = self._cache.explainer.number(request.namespace)
+        else:
+            number = checks.namespace_id(session, request.namespace_id)
+        return explained(self._cache.explain(session, number, tokens))
 
     async def Acquire(self, request: cache_pb2.AcquireRequest) -> cache_pb2.AcquireResponse:
         session = self._session(request.session)
@@ -306,6 +324,33 @@ class _Counted:
 @functools.cache
 def _version() -> str:
     return importlib.metadata.version("kvc2")
+
+
+def explained(found: Explained) -> cache_pb2.ExplainResponse:
+    answer = cache_pb2.ExplainResponse(
+        page_size=found.page_size,
+        tokens=found.tokens,
+        hit_blocks=found.hit_blocks,
+        runs=[cache_pb2.TierBlocks(tier=tier, blocks=blocks) for tier, blocks in found.runs],
+        why=found.why,
+        cause=found.cause,
+        tier=found.tier,
+        policy=found.policy,
+        died_s_ago=found.died_s_ago,
+        sibling=found.sibling.tobytes(),
+        sibling_equal=found.sibling_equal,
+        namespace=found.namespace,
+        asked_s_ago=found.asked_s_ago,
+        uptime_s=found.uptime_s,
+        dead_known=found.dead_known,
+        dead_forgotten=found.dead_forgotten,
+    )
+    if found.other is not None:
+        answer.other.namespace = found.other.namespace
+        answer.other.hit_tokens = found.other.hit_tokens
+        for name, ours, theirs in found.other.fields:
+            answer.other.fields.add(name=name, ours=ours, theirs=theirs)
+    return answer
 
 
 def flush_response(result: FlushResult) -> cache_pb2.FlushResponse:

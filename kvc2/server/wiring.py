@@ -21,6 +21,7 @@ SERVICES = ("kvc2.v1.Sessions", "kvc2.v1.Cache")
 UNARY = (
     "OpenNamespace",
     "Match",
+    "Explain",
     "Acquire",
     "Grant",
     "Commit",

@@ -144,6 +144,86 @@ class MatchRequest(_message.Message):
     tokens: bytes
     def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., tokens: _Optional[bytes] = ...) -> None: ...
 
+class ExplainRequest(_message.Message):
+    __slots__ = ("session", "request_id", "tokens", "namespace_id", "namespace")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    session: SessionRef
+    request_id: bytes
+    tokens: bytes
+    namespace_id: int
+    namespace: bytes
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., request_id: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., namespace_id: _Optional[int] = ..., namespace: _Optional[bytes] = ...) -> None: ...
+
+class TierBlocks(_message.Message):
+    __slots__ = ("tier", "blocks")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    tier: str
+    blocks: int
+    def __init__(self, tier: _Optional[str] = ..., blocks: _Optional[int] = ...) -> None: ...
+
+class DifferingField(_message.Message):
+    __slots__ = ("name", "ours", "theirs")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    OURS_FIELD_NUMBER: _ClassVar[int]
+    THEIRS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    ours: str
+    theirs: str
+    def __init__(self, name: _Optional[str] = ..., ours: _Optional[str] = ..., theirs: _Optional[str] = ...) -> None: ...
+
+class ExplainResponse(_message.Message):
+    __slots__ = ("page_size", "tokens", "hit_blocks", "runs", "why", "cause", "tier", "policy", "died_s_ago", "sibling", "sibling_equal", "other", "namespace", "asked_s_ago", "uptime_s", "dead_known", "dead_forgotten")
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HIT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    DIED_S_AGO_FIELD_NUMBER: _ClassVar[int]
+    SIBLING_FIELD_NUMBER: _ClassVar[int]
+    SIBLING_EQUAL_FIELD_NUMBER: _ClassVar[int]
+    OTHER_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    ASKED_S_AGO_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    DEAD_KNOWN_FIELD_NUMBER: _ClassVar[int]
+    DEAD_FORGOTTEN_FIELD_NUMBER: _ClassVar[int]
+    page_size: int
+    tokens: int
+    hit_blocks: int
+    runs: _containers.RepeatedCompositeFieldContainer[TierBlocks]
+    why: str
+    cause: str
+    tier: str
+    policy: str
+    died_s_ago: float
+    sibling: bytes
+    sibling_equal: int
+    other: OtherNamespace
+    namespace: bytes
+    asked_s_ago: float
+    uptime_s: float
+    dead_known: int
+    dead_forgotten: int
+    def __init__(self, page_size: _Optional[int] = ..., tokens: _Optional[int] = ..., hit_blocks: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[TierBlocks, _Mapping]]] = ..., why: _Optional[str] = ..., cause: _Optional[str] = ..., tier: _Optional[str] = ..., policy: _Optional[str] = ..., died_s_ago: _Optional[float] = ..., sibling: _Optional[bytes] = ..., sibling_equal: _Optional[int] = ..., other: _Optional[_Union[OtherNamespace, _Mapping]] = ..., namespace: _Optional[bytes] = ..., asked_s_ago: _Optional[float] = ..., uptime_s: _Optional[float] = ..., dead_known: _Optional[int] = ..., dead_forgotten: _Optional[int] = ...) -> None: ...
+
+class OtherNamespace(_message.Message):
+    __slots__ = ("namespace", "hit_tokens", "fields")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FIELDS_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    hit_tokens: int
+    fields: _containers.RepeatedCompositeFieldContainer[DifferingField]
+    def __init__(self, namespace: _Optional[bytes] = ..., hit_tokens: _Optional[int] = ..., fields: _Optional[_Iterable[_Union[DifferingField, _Mapping]]] = ...) -> None: ...
+
 class TierTokens(_message.Message):
     __slots__ = ("gpu", "cpu", "disk", "remote")
     GPU_FIELD_NUMBER: _ClassVar[int]

@@ -126,6 +126,11 @@ class CacheStub:
                 request_serializer=kvc2_dot_v1_dot_cache__pb2.MatchRequest.SerializeToString,
                 response_deserializer=kvc2_dot_v1_dot_cache__pb2.MatchResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/kvc2.v1.Cache/Explain',
+                request_serializer=kvc2_dot_v1_dot_cache__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=kvc2_dot_v1_dot_cache__pb2.ExplainResponse.FromString,
+                _registered_method=True)
         self.Acquire = channel.unary_unary(
                 '/kvc2.v1.Cache/Acquire',
                 request_serializer=kvc2_dot_v1_dot_cache__pb2.AcquireRequest.SerializeToString,
@@ -197,6 +202,15 @@ class CacheServicer:
 
     def Match(self, request, context):
         """Match returns the longest cached prefix. Changes nothing: nothing is touched, pinned or moved.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Explain(self, request, context):
+        """Explain tells which leading blocks of a prompt hit in which tier, and why the next one does not.
+        Changes nothing. With `session`: of a namespace or request of that session. Without: of any, for
+        who owns the unix socket; PERMISSION_DENIED over TCP, since it tells tokens of other prompts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -302,6 +316,11 @@ def add_CacheServicer_to_server(servicer, server):
                     servicer.Match,
                     request_deserializer=kvc2_dot_v1_dot_cache__pb2.MatchRequest.FromString,
                     response_serializer=kvc2_dot_v1_dot_cache__pb2.MatchResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=kvc2_dot_v1_dot_cache__pb2.ExplainRequest.FromString,
+                    response_serializer=kvc2_dot_v1_dot_cache__pb2.ExplainResponse.SerializeToString,
             ),
             'Acquire': grpc.unary_unary_rpc_method_handler(
                     servicer.Acquire,
@@ -414,6 +433,33 @@ class Cache:
             '/kvc2.v1.Cache/Match',
             kvc2_dot_v1_dot_cache__pb2.MatchRequest.SerializeToString,
             kvc2_dot_v1_dot_cache__pb2.MatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvc2.v1.Cache/Explain',
+            kvc2_dot_v1_dot_cache__pb2.ExplainRequest.SerializeToString,
+            kvc2_dot_v1_dot_cache__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,
