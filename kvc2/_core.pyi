@@ -55,6 +55,23 @@ class IndexCounts:
     dead_known: int  # of them, that are remembered
     dead_bytes: int  # that this takes: 32 a block at most
 
+class Hints:
+    """What a request says of the blocks that it uses; 0 and False say nothing.
+
+    They match for `ttl_s` after their last use (the longest of all requests' counts, and one
+    without keeps them for ever). `priority`, 0 to 7, goes before recency; the highest counts. With
+    `session_end` what nobody else has used or goes on from is evicted first, unless it has a
+    priority. `expect_return_within_s` is for the policy."""
+
+    def __init__(
+        self,
+        *,
+        ttl_s: int = 0,
+        expect_return_within_s: int = 0,
+        priority: int = 0,
+        session_end: bool = False,
+    ) -> None: ...
+
 class Match:
     """What a lookup found. `tiers[i]` counts the blocks whose fastest page is in the i-th pool of
     the chain that starts at the pool asked for (gpu, cpu, disk)."""
@@ -137,6 +154,7 @@ class Cause(enum.Enum):
     SESSION_ENDED = ...  # it was in the pool of a session that is over, and nowhere else
     TRANSFER_FAILED = ...  # its only page was still to be filled
     INVALIDATED = ...  # its namespace is retired
+    EXPIRED = ...  # its time to live was over
 
 class Obituary:
     cause: Cause
@@ -175,8 +193,6 @@ class Index:
         policy, "lru", "arc", "s3fifo" or "hazard", chooses what every pool evicts, and decides the
         same under the same seed. ValueError: another policy. The last `dead_blocks` deaths of
         blocks are remembered, 32 bytes each."""
-    def advance(self, now: int) -> None:
-        """It is this second of the caller's clock now; an earlier one than was told is ignored."""
 
     # pools and slabs
     def add_pool(
@@ -226,7 +242,9 @@ class Index:
     def explain(self, namespace: int, pools: Sequence[int], tokens: U32) -> Explanation:
         """The leading full blocks that some of `pools` (at most 255, fastest first) hold, and why
         the next one is missing. A tier is a position in `pools`. Changes nothing."""
-    def acquire(self, namespace: int, pool: int, tokens: U32, max_blocks: int) -> Lease:
+    def acquire(
+        self, namespace: int, pool: int, tokens: U32, max_blocks: int, hints: Hints = ...
+    ) -> Lease:
         """Open a lease on at most max_blocks matched blocks: touches them, pins the leading ones
         that are (or are arriving) in `pool`, registers the other full blocks of `tokens` as
         being computed. `pool` is a session's: the head of a chain."""
@@ -247,8 +265,10 @@ class Index:
         lease, tokens [k * page_size], pages [k] private to the lease's pool. Idempotent: what
         was adopted or duplicate with the same page and tokens is so again. After one REFUSED all
         are."""
-    def release(self, lease: int) -> None:
-        """Unpin; the pages of duplicates become free; blocks no longer count as being computed."""
+    def release(self, lease: int, hints: Hints = ...) -> None:
+        """Unpin; the pages of duplicates become free; blocks no longer count as being computed.
+        `hints`, unless they say nothing, stand in the place of acquire's. What they say holds for
+        the blocks that the lease has; ttl_s counts from here."""
 
     # private pages of a session
     def grant(self, pool: int, pages: int) -> U32:
@@ -284,6 +304,9 @@ class Index:
     def keep_free(self, pool: int, pages: int) -> Evicted:
         """Evict, in the same order, until `pages` are free in the pool, but only copies that a
         slower pool also holds: nothing is lost by it. Fewer are free when there are no more."""
+    def advance(self, now: int) -> int:
+        """It is second `now` (an earlier one than before changes nothing): what has expired is
+        dead. Returns in how many nodes something has."""
     def reap(self, pool: int, pages: int) -> Evicted:
         """Up to `pages` of the pool's dead blocks that nothing pins; each pool has its own. A last
         copy goes only when what lies below it has gone from all pools."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import mmap
-import resource
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,9 +34,10 @@ from kvc2.results import (
     EvictResult,
     Explained,
     FlushResult,
+    Hints,
     InvalidateResult,
     MatchResult,
-    TierCounts,
+    Terms,
 )
 from kvc2.sessions import Session
 from kvc2.spaces import Spaces
@@ -45,34 +45,26 @@ from kvc2.tiers.base import PageShape
 from kvc2.tiers.disk import DiskTier
 from kvc2.tiers.gpu import Copier, GpuMemory, SharedMemoryPool
 from kvc2.tiers.pools import Pools
-from kvc2.tiers.slab_file import Files
-
-__all__ = [
-    "AcquireResult",
-    "Cache",
-    "CacheStats",
-    "EvictResult",
-    "FlushResult",
-    "InvalidateResult",
-    "MatchResult",
-    "TierCounts",
-]
+from kvc2.tiers.slab_file import Files, raise_file_limit
 
 U8 = NDArray[np.uint8]
 U32 = NDArray[np.uint32]
 
 RESCUE_S = 2.0  # for a dead engine's uncopied blocks
 EVICT_DRAIN_S = 2.0
+TICK_S = 1.0  # while no call comes: what has expired gives its pages up
 ALL = 0xFFFFFFFF
+NO_HINTS = Hints()
 
 
 @dataclass(eq=False)
 class SessionPool:
-    """What the cache keeps of a session, in Session.pool. `replies` are those of open leases;
-    `settling` ends the acquires under way when it is done."""
+    """What the cache keeps of a session, in Session.pool. `replies` and `namespaces` are those of
+    open leases; `settling` ends the acquires under way when it is done."""
 
     gpu: GpuPool
     replies: dict[bytes, asyncio.Future[AcquireResult]] = field(default_factory=dict)
+    namespaces: dict[bytes, int] = field(default_factory=dict)
     settling: dict[bytes, asyncio.Future[None]] = field(default_factory=dict)
 
 
@@ -91,6 +83,7 @@ class Cache:
         self._metrics = metrics
         self._clock = clock
         self._files = files
+        self._started_at = clock()
         self._gpus: dict[int, GpuPool] = {}
         self._sessions: dict[int, Session] = {}
         self._arena: Arena | None = None
@@ -100,7 +93,7 @@ class Cache:
 
     async def start(self) -> None:
         """Open the tiers, restore what the disk holds, start the threads. Raises StartRefused."""
-        _raise_file_limit()
+        raise_file_limit()
         config, memory = self._config, np.empty(0, np.uint8)
         if not config.gpu_only:
             self._arena = Arena(config.cpu.memory_bytes, config.slab_bytes)
@@ -127,9 +120,10 @@ class Cache:
         self._loader = Loader(self.index, self._mover, self._metrics)
         spaces_max = config.limits.max_known_namespaces
         self.spaces = Spaces(self.index, self._mover, self._disk, spaces_max)
+        self._ticking = asyncio.create_task(self._keep_time())
         self.counts = Counts(self.index, self._gpus, self._sessions, self._arena, self._disk)
         self.explainer = Explainer(
-            self.index, self.spaces, self.counts, policy=config.eviction_policy, clock=self._clock
+            self.index, self.spaces, self.counts, policy=config.eviction_policy, tick=self.tick
         )
         if self._arena is not None:
             self._copiers = Copier(config.copy_threads), Copier(config.copy_threads)
@@ -160,6 +154,7 @@ class Cache:
         result = await self.flush(deadline_s)
         for session in list(self._sessions.values()):
             await self.close_session(session)
+        self._ticking.cancel()
         if self._behind is not None:
             await self._behind.stop()
             if self._disk is not None:
@@ -181,6 +176,18 @@ class Cache:
     def _transfer_ended(self) -> None:
         self._loader.changed()
         self._wake()
+
+    def tick(self) -> int:
+        """Tell the index the time, seconds since the start from 1: what has expired is dead."""
+        now = int(self._clock() - self._started_at) + 1
+        if self.index.advance(now):
+            self._wake()
+        return now
+
+    async def _keep_time(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.tick()
 
     def _wake(self) -> None:
         if self._behind is not None:
@@ -253,11 +260,13 @@ class Cache:
             self._metrics.prefill_rate.remove(str(session.epoch))
         self._wake()
 
-    def open_namespace(self, session: Session, namespace: bytes, identity: bytes) -> int:
+    def open_namespace(
+        self, session: Session, namespace: bytes, identity: bytes, ttl_s: int = 0
+    ) -> int:
         """Its number here; the identity goes to the catalogue with the next batch. Raises
         LimitReached: what the index knows stays known."""
         page_size = session.layout.page_size
-        number = self.spaces.open(namespace, page_size, identity)
+        number = self.spaces.open(namespace, page_size, identity, ttl_s)
         if self._disk is not None and not self._disk.catalogue.add_namespace(
             namespace, page_size, identity
         ):
@@ -268,6 +277,7 @@ class Cache:
 
     def match(self, session: Session, namespace_id: int, tokens: U32) -> MatchResult:
         """The longest cached prefix of less than all tokens. Changes nothing."""
+        self.tick()
         space, pool = self.spaces[namespace_id], _pool(session).gpu.id
         found = self.index.match(space, pool, _u32(tokens[:-1]))
         size = session.layout.page_size
@@ -285,27 +295,28 @@ class Cache:
         namespace_id: int,
         request_id: bytes,
         tokens: U32,
-        grant_pages: int,
-        deadline_s: float,
+        terms: Terms,
     ) -> AcquireResult:
         """Open a lease on the longest prefix that comes sooner than it could be computed at
-        session.prefill_rate; awaits only what comes from disk, at most deadline_s. While the lease
+        session.prefill_rate; awaits only what comes from disk, till its deadline. While the lease
         is open the same request_id gets the same answer. Raises SessionOver."""
         pool = _pool(session)
         if request_id in pool.replies:
             return await asyncio.shield(pool.replies[request_id])
-        blocks = (len(tokens) - 1) // session.layout.page_size
-        space = self.spaces[namespace_id]
-        opened = self.index.acquire(space, pool.gpu.id, _u32(tokens), blocks)
+        self.tick()
+        blocks, grant_pages = (len(tokens) - 1) // session.layout.page_size, terms.grant_pages
+        space, hints = self.spaces[namespace_id], self.spaces.hints(namespace_id, terms.hints)
+        opened = self.index.acquire(space, pool.gpu.id, _u32(tokens), blocks, hints)
         self.explainer.keep(
             session.epoch, namespace_id, request_id, len(tokens), opened.explanation
         )
         session.leases[request_id] = opened.id
+        pool.namespaces[request_id] = namespace_id
         reply: asyncio.Future[AcquireResult] = _future()
         pool.replies[request_id] = reply
         released: asyncio.Future[None] | None = None
         try:
-            errand = self._loader.begin(pool.gpu, opened.id, session.prefill_rate, deadline_s)
+            errand = self._loader.begin(pool.gpu, opened.id, session.prefill_rate, terms.deadline_s)
             if errand is not None:
                 released = pool.settling[request_id] = _future()
                 await self._loader.settle(errand, released)
@@ -348,13 +359,19 @@ class Cache:
         self._wake()
         return result
 
-    def release(self, session: Session, request_id: bytes) -> None:
-        """Close a lease; an acquire of it that is under way answers with nothing."""
+    def release(self, session: Session, request_id: bytes, said: Hints = NO_HINTS) -> None:
+        """Close a lease; an acquire of it that is under way answers with nothing. What is said here
+        stands in the place of what acquire was told."""
         pool = _pool(session)
         lease = session.leases.pop(request_id, None)
         if lease is None:
             return
-        self.index.release(lease)
+        self.tick()
+        namespace_id = pool.namespaces.pop(request_id)
+        if said == NO_HINTS:
+            self.index.release(lease)
+        else:
+            self.index.release(lease, self.spaces.hints(namespace_id, said))
         self._wake()  # what it pinned may be dead
         pool.replies.pop(request_id, None)
         if request_id in pool.settling:
@@ -481,9 +498,3 @@ async def _may_change() -> bool:
 def _finish(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
-
-
-def _raise_file_limit() -> None:
-    """Every slab file stays open: take as many file descriptors as we are allowed."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -29,6 +29,7 @@ DISK_SHARE = 0.25  # of the file system's size, which a restart doesn't change
 ARENA_BYTES_MIN = 1 << 20
 SOCKET_PATH_BYTES_MAX = 107  # sun_path
 SIDE_ENDING = ".side"  # the side socket lies beside the main one
+TTL_S_MAX = (1 << 32) - 1
 WritePolicy = Literal["behind", "back", "through"]
 EvictionPolicy = Literal["hazard", "lru", "arc", "s3fifo"]  # see csrc/index/eviction
 
@@ -232,17 +233,20 @@ class LimitsConfig:
 @dataclass(frozen=True)
 class TenantConfig:
     """A tenant: secret_file holds at least 16 bytes, readable by its owner alone; uids are the user
-    ids that may open its namespaces, empty: the socket's owner."""
+    ids that may open its namespaces, empty: the socket's owner. ttl_s: how long after its last use
+    a block of it matches, 0: for ever."""
 
     name: str
     secret_file: Path
     uids: tuple[int, ...] = ()
+    ttl_s: int = 0
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", self.name) or self.name == "default":
             raise errors.InvalidConfig(
                 "tenants.name", self.name, "1 to 64 of A-Z a-z 0-9 _ . - and not `default`"
             )
+        _check("tenants.ttl_s", self.ttl_s, 0, TTL_S_MAX)
         object.__setattr__(self, "secret_file", Path(self.secret_file).expanduser().absolute())
 
 

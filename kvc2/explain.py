@@ -49,7 +49,7 @@ class Owner:
 
 
 class Explainer:
-    """`clock` is monotonic seconds; the index is told the time with each request."""
+    """`tick` tells the index the time, and answers it: seconds since the start."""
 
     def __init__(
         self,
@@ -58,22 +58,15 @@ class Explainer:
         counts: Counts,
         *,
         policy: str,
-        clock: Callable[[], float],
+        tick: Callable[[], int],
     ) -> None:
         self._index = index
         self._spaces = spaces
         self._counts = counts
         self._policy = policy
-        self._clock = clock
-        self._started_at = clock()
+        self._now = tick
         self._recent: OrderedDict[bytes, Asked] = OrderedDict()
         self._owners: OrderedDict[int, Owner] = OrderedDict()  # by number, opened last at the end
-
-    def _now(self) -> int:
-        """Seconds since the start, from 1: the index knows it too."""
-        now = int(self._clock() - self._started_at) + 1
-        self._index.advance(now)
-        return now
 
     def opened(self, number: int, tenant: str, salt: bytes) -> None:
         """A session has this namespace open."""

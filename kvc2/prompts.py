@@ -28,6 +28,7 @@ WHY = {
     "other_namespace": "another namespace of the same tenant has it",
     "evicted": "evicted",
     "invalidated": "its namespace was invalidated",
+    "expired": "its time to live was over",
     "lost": "a fault took its last page",
     "session_ended": "its engine's session ended before it was copied",
     "transfer_failed": "its only copy failed on its way",

@@ -1,4 +1,4 @@
-"""What the cache answers: plain values, for the server to put on the wire."""
+"""What the cache is asked and answers: plain values, as the server has them on the wire."""
 
 from __future__ import annotations
 
@@ -9,6 +9,30 @@ from numpy.typing import NDArray
 
 U32 = NDArray[np.uint32]
 SIZES = (0.5, 1.0, 2.0, 4.0)  # of a tier, for which its hit rate is estimated
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What a request says of its blocks; 0 and False say nothing. See cache.proto, Hints."""
+
+    session_end: bool = False
+    expect_return_within_s: int = 0
+    priority: int = 0
+    ttl_s: int = 0
+
+
+def shorter(ttl_s: int, other_s: int) -> int:
+    """Of two times to live, of which 0 is for ever."""
+    return min(ttl_s or other_s, other_s or ttl_s)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a lease is asked for with: pages for its delta, how long its prefix may take, hints."""
+
+    grant_pages: int
+    deadline_s: float
+    hints: Hints = Hints()
 
 
 @dataclass(frozen=True)

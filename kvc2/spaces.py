@@ -14,17 +14,20 @@ from dataclasses import dataclass
 from kvc2 import _core, errors
 from kvc2.mover import Mover
 from kvc2.namespace import of_era, weights_digest_of
+from kvc2.results import Hints, shorter
 from kvc2.tiers.catalogue import Change
 from kvc2.tiers.disk import DiskTier
 
 
 @dataclass
 class Opened:
-    """`space` is the index's id for the namespace's era."""
+    """`space` is the index's id for the namespace's era. `ttl_s`, unless 0, is the longest that a
+    block of it matches after its last use, as it was opened last."""
 
     name: bytes
     page_size: int
     identity: bytes
+    ttl_s: int
     era: int
     space: int
     earlier: int | None = None  # of the era before, if that ended in this run
@@ -45,16 +48,17 @@ class Spaces:
         self._opened: list[Opened] = []
         self._numbers: dict[bytes, int] = {}
 
-    def open(self, name: bytes, page_size: int, identity: bytes) -> int:
+    def open(self, name: bytes, page_size: int, identity: bytes, ttl_s: int = 0) -> int:
         """The number of a namespace, the same each time. Raises LimitReached."""
         number = self._numbers.get(name)
         if number is not None:
             self._space(name, self._opened[number].era, page_size)  # checks page_size
+            self._opened[number].ttl_s = ttl_s
             return number
         era = self._stored_era(name)
         space = self._space(name, era, page_size)
         self._numbers[name] = len(self._opened)
-        self._opened.append(Opened(name, page_size, identity, era, space))
+        self._opened.append(Opened(name, page_size, identity, ttl_s, era, space))
         return self._numbers[name]
 
     def _space(self, name: bytes, era: int, page_size: int) -> int:
@@ -73,6 +77,15 @@ class Spaces:
     def __getitem__(self, number: int) -> int:
         """The index's id for the namespace now."""
         return self._opened[number].space
+
+    def hints(self, number: int, said: Hints) -> _core.Hints:
+        """As the index takes what a request said."""
+        return _core.Hints(
+            ttl_s=shorter(said.ttl_s, self._opened[number].ttl_s),
+            expect_return_within_s=said.expect_return_within_s,
+            priority=said.priority,
+            session_end=said.session_end,
+        )
 
     def name(self, number: int) -> bytes:
         return self._opened[number].name

@@ -12,7 +12,7 @@ from hypothesis.stateful import invariant
 from kvc2._core import Cause, Explanation, Why
 from tests.endings import IndexEndings
 from tests.machines import DEAD_BLOCKS, SEEN, Prompt, u32
-from tests.model_parts import Death, Path
+from tests.model_parts import NO_HINTS, Death, Hints, Path
 from tests.models import IndexModel
 
 STRANGER = (7, 0)  # a block that no prompt has, but that begins like one
@@ -33,7 +33,9 @@ def explain(model: IndexModel, namespace: int, pools: list[int], blocks: Prompt)
     path: Path = (namespace, *blocks[: len(tiers) + 1])
     holders = [i for i, pool in sorted(model.pools.items()) if pool.present(path)]
     if holders and model.dead(path):
-        ended = Death(path, Cause.INVALIDATED, holders[0], model.retired[namespace])
+        cause = model.cause_of_end(path)
+        when = model.life(path).expires if cause == Cause.EXPIRED else model.retired[namespace]
+        ended = Death(path, cause, holders[0], when)
         return Explained(tiers, Why.DIED, ended)
     if any(model.pools[i].resident(path) for i in holders):
         return Explained(tiers, Why.ELSEWHERE)
@@ -93,11 +95,13 @@ class IndexDeaths(IndexEndings):
             assert real.sibling.common == max(common(p[-1], block) for p in expected.siblings)
             SEEN["explain: the sibling that is most like it"] += len(expected.siblings) > 1
 
-    def open(self, namespace: int, pool: int, prompt: Prompt, limit: int) -> int:
+    def open(
+        self, namespace: int, pool: int, prompt: Prompt, limit: int, hints: Hints = NO_HINTS
+    ) -> int:
         """Acquire explains what it found before it changed anything; meanwhile time goes on."""
         self.model.now += limit % 3
         self.index.advance(self.model.now)
-        lease = super().open(namespace, pool, prompt, limit)
+        lease = super().open(namespace, pool, prompt, limit, hints)
         blocks = prompt[:limit]
         space = self.model.leases[lease].namespace  # another one, if this was invalidated
         expected = explain(self.model, space, self.model.chain(pool), blocks)

@@ -1,13 +1,27 @@
 """Rules for how blocks' lives end before eviction comes to them: a namespace is
-invalidated, a fault takes a page.
+invalidated, blocks expire, a fault takes a page, the
+daemon is restarted; and what requests say of their lives.
 
 The machine of machines.py with these verbs beside its own.
 """
 
+import numpy as np
 from hypothesis import strategies as st
-from hypothesis.stateful import rule
+from hypothesis.stateful import precondition, rule
 
-from tests.machines import PAGE_SIZE, PER_SLAB, SEEN, IndexMachine, choice, small, u32
+from kvc2 import _core
+from tests.machines import (
+    PAGE_SIZE,
+    PER_SLAB,
+    SEEN,
+    IndexMachine,
+    block_bytes,
+    choice,
+    small,
+    some_hints,
+    u32,
+)
+from tests.model_parts import RESIDENT, Hints, digests
 
 
 class IndexEndings(IndexMachine):
@@ -44,6 +58,24 @@ class IndexEndings(IndexMachine):
         SEEN["resident -> free: lost"] += bool(gone)
         SEEN["lost: a hole"] += self.model.holes() > holes
 
+    @precondition(lambda self: self.model.leases)
+    @rule(lease=choice, hints=st.one_of(st.just(Hints()), some_hints))
+    def release_and_say(self, lease: int, hints: Hints) -> None:
+        before = dict(self.model.lives)
+        self.release(lease, hints)
+        ended = [p for p, life in self.model.lives.items() if life.ended and p in before]
+        SEEN["release: a session's own tail"] += bool(ended)
+
+    @rule(seconds=st.integers(0, 3))
+    def advance(self, seconds: int) -> None:
+        living = [path for path in self.model.stamps if not self.model.dead(path)]
+        self.model.now += seconds
+        self.index.advance(self.model.now)
+        SEEN["advance: blocks expire"] += any(map(self.model.dead, living))
+        SEEN["advance: not all of a path"] += any(
+            self.model.dead(p) and not self.model.dead(p[:-1]) and len(p) > 2 for p in living
+        )
+
     @rule(pool=choice, count=small)
     def reap(self, pool: int, count: int) -> None:
         at = self.a_pool(pool)
@@ -53,3 +85,44 @@ class IndexEndings(IndexMachine):
         paths = self.model.reap(at, count)
         assert real.pages.tolist() == [pages[path] for path in paths]
         SEEN["resident -> free: reap"] += bool(paths)
+
+    @rule(order=st.randoms(use_true_random=False))
+    def restore(self, order: object) -> None:
+        """What the durable pool holds, in any order, in a fresh index."""
+        at = self.model.pools[self.disk]
+        rows = [(p, page) for p, page in at.blocks.items() if at.state[page] == RESIDENT]
+        order.shuffle(rows)  # type: ignore[attr-defined]
+        living = [p for p, _ in rows if p[0] not in self.model.retired]
+        whole = {p for p in living if all(at.resident(p[:n]) for n in range(2, len(p) + 1))}
+        fresh = _core.Index()
+        disk = fresh.add_pool(
+            page_size=PAGE_SIZE, pages_per_slab=PER_SLAB, below=None, durable=True
+        )
+        for _ in range(5):
+            fresh.add_slab(disk)
+        for name in self.names:
+            fresh.open_namespace(name, PAGE_SIZE)
+        for namespace in self.model.retired:
+            assert fresh.retire(namespace) == 0
+        chains = [
+            [self.names[n], *digests(self.names[n], [block_bytes(b) for b in bs])]  # type: ignore[call-overload]
+            for (n, *bs), _ in rows
+        ]
+        answers = fresh.restore(
+            disk,
+            np.frombuffer(b"".join(c[-1] for c in chains), np.uint8).reshape(-1, 32),
+            np.frombuffer(b"".join(c[-2] for c in chains), np.uint8).reshape(-1, 32),
+            u32([p[-1] for p, _ in rows]).reshape(-1, PAGE_SIZE),
+            u32([page for _, page in rows]),
+            np.array([self.generations[page] for _, page in rows], dtype=np.uint64),
+            u32([self.model.stamps[p] for p, _ in rows]),
+        )
+        fresh.check()
+        restored = [_core.RESTORED if p in whole else _core.ORPHAN for p, _ in rows]
+        assert answers.tolist() == restored
+        SEEN["free -> resident: restore"] += _core.RESTORED in restored
+        SEEN["restore: an orphan"] += _core.ORPHAN in restored
+        for (namespace, *blocks), _ in rows:
+            longest = next(n for n in range(len(blocks), -1, -1)
+                           if n == 0 or (namespace, *blocks[:n]) in whole)  # fmt: skip
+            assert fresh.match(namespace, disk, u32(blocks)).blocks == longest  # type: ignore[arg-type]

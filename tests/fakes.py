@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from kvc2 import errors
 from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics
+from kvc2.results import Hints, Terms
 from kvc2.sessions import Session
 
 U32 = NDArray[np.uint32]
@@ -118,7 +119,9 @@ class FakeCache:
         self.sessions.remove(session)
         self.closed.append((session.epoch, at_rest is not None and await at_rest()))
 
-    def open_namespace(self, session: Session, namespace: bytes, identity: bytes) -> int:
+    def open_namespace(
+        self, session: Session, namespace: bytes, identity: bytes, ttl_s: int = 0
+    ) -> int:
         if namespace not in self.namespaces:
             self.namespaces.append(namespace)
         return self.namespaces.index(namespace)
@@ -142,8 +145,7 @@ class FakeCache:
         namespace_id: int,
         request_id: bytes,
         tokens: U32,
-        grant_pages: int,
-        deadline_s: float,
+        terms: Terms,
     ) -> FakeAcquire:
         if self.fail is not None:
             raise self.fail
@@ -155,7 +157,7 @@ class FakeCache:
             count,
             (count, 0, 0, 0),
             np.array(pages, np.uint32),
-            self.grant(session, grant_pages),
+            self.grant(session, terms.grant_pages),
         )
 
     def grant(self, session: Session, pages: int) -> U32:
@@ -184,7 +186,7 @@ class FakeCache:
                 results.append(0)
         return np.array(results, np.uint8)
 
-    def release(self, session: Session, request_id: bytes) -> None:
+    def release(self, session: Session, request_id: bytes, said: Hints | None = None) -> None:
         session.leases.pop(request_id, None)
 
     def give_back(self, session: Session, pages: U32) -> None:

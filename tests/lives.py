@@ -17,8 +17,9 @@ from tests.machines import (
     choice,
     namespaces,
     prompts,
+    some_hints,
 )  # fmt: skip
-from tests.model_parts import PRIVATE, Path
+from tests.model_parts import NO_HINTS, PRIVATE, Hints, Path
 from tests.slab_machine import SlabMachine
 
 HOWS = [
@@ -85,10 +86,15 @@ class IndexLives(IndexDeaths, SlabMachine):
         paths = sorted({p for at in self.model.pools.values() for p in at.blocks}, key=repr)
         return paths[pick % len(paths)]
 
-    @rule(namespace=namespaces, gpu=choice, prompt=prompts, stays=st.integers(0, 2))
-    def serve(self, namespace: int, gpu: int, prompt: Prompt, stays: int) -> None:
+    @rule(
+        namespace=namespaces, gpu=choice, prompt=prompts, stays=st.integers(0, 2),
+        hints=st.one_of(st.just(NO_HINTS), some_hints), seconds=st.integers(0, 3),
+    )  # fmt: skip
+    def serve(
+        self, namespace: int, gpu: int, prompt: Prompt, stays: int, hints: Hints, seconds: int
+    ) -> None:
         """A request from acquire to release, all transfers well."""
-        lease = self.open(namespace, self.living(gpu), prompt, len(prompt))
+        lease = self.open(namespace, self.living(gpu), prompt, len(prompt), hints)
         for _ in range(2):
             self.next_load(lease, 3)
             self.arrive()
@@ -97,6 +103,7 @@ class IndexLives(IndexDeaths, SlabMachine):
         self.compute(lease)
         if stays != 1:
             self.release(lease)
+            self.advance(seconds)
 
     @rule(gpu=choice, prompt=prompts)
     def serve_twins(self, gpu: int, prompt: Prompt) -> None:
@@ -159,7 +166,7 @@ class IndexLives(IndexDeaths, SlabMachine):
         elif how == "shorten":
             self.shorten(lease, len(at.held) + 1)
             if max(self.model.leases) == lease:  # and so does a twin
-                self.shorten(self.open(at.namespace, at.pool, prompt, 9), 0)
+                self.shorten(self.open(at.namespace, at.pool, prompt, 9), len(at.found))
         elif how == "squeeze":
             self.evict(at.pool, 9)
             self.evict(self.cpu, 2)

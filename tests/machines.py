@@ -14,8 +14,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvc2 import _core
-from tests.model_parts import IN_FLIGHT, PRIVATE, REFUSED, RESIDENT, PoolModel, TransferModel
-from tests.models import digests
+from tests.model_parts import (
+    IN_FLIGHT,
+    NO_HINTS,
+    PRIVATE,
+    REFUSED,
+    RESIDENT,
+    Hints,
+    PoolModel,
+    TransferModel,
+    digests,
+)
 from tests.slab_models import SlabModel
 
 PAGE_SIZE = 2
@@ -32,6 +41,9 @@ prompts = st.builds(
     st.lists(st.sampled_from(BLOCKS), max_size=3),
 )
 namespaces = st.sampled_from([0, 0, 0, 1])
+some_hints = st.builds(
+    Hints, ttl=st.integers(0, 3), priority=st.sampled_from([0, 0, 1, 7]), end=st.booleans()
+)
 SEEN: Counter[str] = Counter()  # of all walks of this process; see test_index_machine.py
 small = st.integers(1, 5)
 choice = st.integers(0, 1000)  # of one of several, modulo their number
@@ -39,6 +51,15 @@ choice = st.integers(0, 1000)  # of one of several, modulo their number
 
 def u32(values: object) -> np.ndarray:
     return np.array(values, dtype=np.uint32).reshape(-1)
+
+
+def of_hints(hints: Hints) -> _core.Hints:
+    return _core.Hints(
+        ttl_s=hints.ttl,
+        expect_return_within_s=hints.returns,
+        priority=hints.priority,
+        session_end=hints.end,
+    )
 
 
 def block_bytes(block: object) -> bytes:
@@ -107,22 +128,25 @@ class IndexMachine(RuleBasedStateMachine):
         return (pages[start:] + pages[:start])[:count]
 
     # requests
-    @rule(namespace=namespaces, gpu=choice, prompt=prompts, limit=st.sampled_from([9, 9, 3, 0]))
-    def acquire(self, namespace: int, gpu: int, prompt: Prompt, limit: int) -> None:
+    @rule(namespace=namespaces, gpu=choice, prompt=prompts, limit=st.sampled_from([9, 9, 3, 0]),
+          hints=some_hints)  # fmt: skip
+    def acquire(self, namespace: int, gpu: int, prompt: Prompt, limit: int, hints: Hints) -> None:
         pool = self.a_gpu(gpu)
         if not self.model.pools[pool].closed:
-            self.open(namespace, pool, prompt, limit)
+            self.open(namespace, pool, prompt, limit, hints)
 
-    def open(self, namespace: int, pool: int, prompt: Prompt, limit: int) -> int:
+    def open(
+        self, namespace: int, pool: int, prompt: Prompt, limit: int, hints: Hints = NO_HINTS
+    ) -> int:
         """A new lease's id. With 5 open the oldest ends, else every page is pinned soon."""
         if len(self.model.leases) == 5:
             self.release(min(self.model.leases))
         namespace = self.current.get(namespace, namespace)
         tokens = np.concatenate([u32(prompt), u32([7] * (limit % PAGE_SIZE))])
         nodes = self.index.counts().nodes
-        real = self.opened = self.index.acquire(namespace, pool, tokens, limit)
+        real = self.opened = self.index.acquire(namespace, pool, tokens, limit, of_hints(hints))
         SEEN["acquire: nodes are joined"] += self.index.counts().nodes < nodes
-        self.model.acquire(real.id, namespace, pool, prompt, limit)
+        self.model.acquire(real.id, namespace, pool, prompt, limit, hints)
         lease, state = self.model.leases[real.id], self.model.pools[pool].state
         assert (real.matched, real.computing) == (len(lease.found), lease.computing)
         SEEN["acquire: an arriving page"] += any(state[h.page] == IN_FLIGHT for h in lease.held)
@@ -173,13 +197,11 @@ class IndexMachine(RuleBasedStateMachine):
             for h in fresh
         )
 
-    @precondition(lambda self: self.model.leases)
-    @rule(lease=choice)
-    def release(self, lease: int) -> None:
+    def release(self, lease: int, hints: Hints = NO_HINTS) -> None:
         at = self.a_lease(lease)
-        self.index.release(at)
+        self.index.release(at, of_hints(hints))
         self.saw_release(at)
-        self.model.release(at)
+        self.model.release(at, hints)
 
     def saw_release(self, lease: int) -> None:
         at = self.model.leases[lease]
@@ -395,48 +417,6 @@ class IndexMachine(RuleBasedStateMachine):
         at = self.a_pool(pool)
         if not self.model.pools[at].closed and len(self.model.pools[at].numbers()) < 5:
             self.grow(at)
-
-    # restart
-    @rule(order=st.randoms(use_true_random=False))
-    def restore(self, order: object) -> None:
-        """What the durable pool holds, in any order, in a fresh index."""
-        at = self.model.pools[self.disk]
-        rows = [(p, page) for p, page in at.blocks.items() if at.state[page] == RESIDENT]
-        order.shuffle(rows)  # type: ignore[attr-defined]
-        living = [p for p, _ in rows if p[0] not in self.model.retired]
-        whole = {p for p in living if all(at.resident(p[:n]) for n in range(2, len(p) + 1))}
-        fresh = _core.Index()
-        disk = fresh.add_pool(
-            page_size=PAGE_SIZE, pages_per_slab=PER_SLAB, below=None, durable=True
-        )
-        for _ in range(5):
-            fresh.add_slab(disk)
-        for name in self.names:
-            fresh.open_namespace(name, PAGE_SIZE)
-        for namespace in self.model.retired:
-            assert fresh.retire(namespace) == 0
-        chains = [
-            [self.names[n], *digests(self.names[n], [block_bytes(b) for b in bs])]  # type: ignore[call-overload]
-            for (n, *bs), _ in rows
-        ]
-        answers = fresh.restore(
-            disk,
-            np.frombuffer(b"".join(c[-1] for c in chains), np.uint8).reshape(-1, 32),
-            np.frombuffer(b"".join(c[-2] for c in chains), np.uint8).reshape(-1, 32),
-            u32([p[-1] for p, _ in rows]).reshape(-1, PAGE_SIZE),
-            u32([page for _, page in rows]),
-            np.array([self.generations[page] for _, page in rows], dtype=np.uint64),
-            u32([self.model.stamps[p] for p, _ in rows]),
-        )
-        fresh.check()
-        restored = [_core.RESTORED if p in whole else _core.ORPHAN for p, _ in rows]
-        assert answers.tolist() == restored
-        SEEN["free -> resident: restore"] += _core.RESTORED in restored
-        SEEN["restore: an orphan"] += _core.ORPHAN in restored
-        for (namespace, *blocks), _ in rows:
-            longest = next(n for n in range(len(blocks), -1, -1)
-                           if n == 0 or (namespace, *blocks[:n]) in whole)  # fmt: skip
-            assert fresh.match(namespace, disk, u32(blocks)).blocks == longest  # type: ignore[arg-type]
 
     # after every step
     @invariant()

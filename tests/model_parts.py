@@ -1,5 +1,7 @@
 """What the naive oracle of the index (models.py) keeps: pools, leases and transfers, as facts."""
 
+import hashlib
+import math
 from dataclasses import dataclass, field
 
 from kvc2._core import Cause
@@ -8,6 +10,27 @@ Path = tuple[object, ...]  # (namespace id, tokens of block 0, tokens of block 1
 
 FREE, PRIVATE, IN_FLIGHT, RESIDENT = "free", "private", "in_flight", "resident"
 ADOPTED, DUPLICATE, REFUSED = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Hints:
+    ttl: int = 0
+    returns: int = 0
+    priority: int = 0
+    end: bool = False
+
+
+NO_HINTS = Hints()
+
+
+@dataclass(frozen=True)
+class Life:
+    expires: float = math.inf
+    priority: int = 0
+    ended: bool = False
+
+    def standing(self) -> int:
+        return 1 if self.ended and not self.priority else 2 + self.priority
 
 
 @dataclass
@@ -75,6 +98,7 @@ class LeaseModel:
     path: Path  # of all full blocks of its tokens
     found: list[int]  # tier by matched block
     computing: int
+    hints: Hints = Hints()
     held: list[Held] = field(default_factory=list)
     stray: list[Held] = field(default_factory=list)
     known_from: int = 0  # matched blocks before this one can't be found again once lost
@@ -97,3 +121,11 @@ class TransferModel:
     @property
     def is_move(self) -> bool:
         return self.source == self.target
+
+
+def digests(name: bytes, blocks: list[bytes]) -> list[bytes]:
+    """SHA-256 chain of the blocks' tokens from the namespace on."""
+    chain = [name]
+    for block in blocks:
+        chain.append(hashlib.sha256(chain[-1] + block).digest())
+    return chain[1:]

@@ -7,21 +7,24 @@ told which ones (`picks`) and checks that they were free to take. Under a policy
 is told the victims too, and checks that they were legal ones.
 """
 
-import hashlib
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 from kvc2._core import Cause
+from tests.life_models import LivesModel
 from tests.model_parts import (
     ADOPTED,
     DUPLICATE,
     FREE,
     IN_FLIGHT,
+    NO_HINTS,
     PRIVATE,
     REFUSED,
     RESIDENT,
     Death,
     Held,
+    Hints,
     LeaseModel,
     Path,
     PoolModel,
@@ -29,23 +32,18 @@ from tests.model_parts import (
 )
 
 
-class IndexModel:
+class IndexModel(LivesModel):
     def __init__(self, policy: str = "lru") -> None:
+        super().__init__()
         self.policy = policy
         self.gone: dict[int, list[int]] = {}  # by pool: what the index evicted in this call
         self.pools: dict[int, PoolModel] = {}
-        self.stamps: dict[Path, int] = {}  # of present blocks and of holes
         self.leases: dict[int, LeaseModel] = {}
         self.transfers: dict[int, TransferModel] = {}
         self.clock = 1
-        self.retired: dict[int, int] = {}  # namespaces, and when
-        self.now = 0  # seconds
         self.deaths: list[Death] = []  # all of them, oldest first
 
     # questions
-    def dead(self, path: Path) -> bool:
-        return path[0] in self.retired
-
     def chain(self, pool: int) -> list[int]:
         below = self.pools[pool].below
         return [pool] if below is None else [pool, *self.chain(below)]
@@ -125,7 +123,7 @@ class IndexModel:
         at.free(page)
         if not self.anywhere(path):
             ended = cause == Cause.EVICTED and self.dead(path)
-            cause = Cause.INVALIDATED if ended else cause
+            cause = self.cause_of_end(path) if ended else cause
             self.deaths.append(Death(path, cause, pool, self.now))
         self.forget()
         return page
@@ -135,6 +133,7 @@ class IndexModel:
         gone = [p for p in self.stamps if not self.anywhere(p) and not self.under(p)]
         for path in gone:
             del self.stamps[path]
+            self.lives.pop(path, None)
 
     def victim(self, pool: int, spared: Path | None = None) -> Path | None:
         candidates = [p for p in self.candidates(pool) if p != spared]
@@ -148,9 +147,10 @@ class IndexModel:
     def candidates(self, pool: int) -> list[Path]:
         return [path for path in self.pools[pool].blocks if self.evictable(path, pool)]
 
-    def precedence(self, path: Path, pool: int) -> tuple[bool, bool]:
+    def precedence(self, path: Path, pool: int) -> tuple[bool, bool, int]:
         """What goes before what under any policy."""
-        return not self.dead(path), not self.held_below(path, pool)
+        standing = 0 if self.dead(path) else self.life(path).standing()
+        return not self.dead(path), not self.held_below(path, pool), standing
 
     def take(
         self, pool: int, picks: Iterator[int], state: str, spared: Path | None = None
@@ -180,15 +180,22 @@ class IndexModel:
             at.queue.append(page)
 
     def acquire(
-        self, lease: int, namespace: int, pool: int, blocks: list[tuple[int, ...]], limit: int
+        self,
+        lease: int,
+        namespace: int,
+        pool: int,
+        blocks: list[tuple[int, ...]],
+        limit: int,
+        hints: Hints = NO_HINTS,
     ) -> None:
         self.clock += 1
         found = self.tiers(namespace, self.chain(pool), blocks[:limit])
-        opened = LeaseModel(namespace, pool, self.clock, (namespace, *blocks), found, 0)
+        opened = LeaseModel(namespace, pool, self.clock, (namespace, *blocks), found, 0, hints)
         opened.computing = self.computed_by_others(opened)
         matched = [opened.path[: i + 2] for i in range(len(found))]
         for path in matched:
             self.stamps[path] = self.clock
+        self.say(hints, matched, fresh=[])
         chain = self.chain(pool)
         for upper, lower in itertools.pairwise(chain):
             for path in matched:
@@ -225,23 +232,26 @@ class IndexModel:
         """The matched block, hanging on what the lease holds, if it is (still) there."""
         held = len(lease.held)
         block = held if block is None else block
-        if not lease.known_from <= block < len(lease.found) or self.dead(lease.path):
+        if not lease.known_from <= block < len(lease.found):
             return None
         before = lease.held[-1].path if lease.held else lease.path[:1]
         path = (*before, *lease.path[held + 1 : block + 2])
-        return path if path in self.stamps else None
+        return path if path in self.stamps and not self.dead(path) else None
 
     def commit(
         self, lease_id: int, first: int, blocks: list[tuple[int, ...]], pages: list[int]
     ) -> list[int]:
         lease = self.leases[lease_id]
-        if self.dead(lease.path):
+        if lease.namespace in self.retired:
             return [REFUSED] * len(pages)
         answers: list[int] = []
+        known = set(self.stamps)
         for i, (block, page) in enumerate(zip(blocks, pages, strict=True)):
             refused = REFUSED in answers
             answers.append(REFUSED if refused else self.commit_one(lease, first + i, block, page))
         lease.committed = max(lease.committed, len(lease.held))
+        held = [each.path for each in lease.held]
+        self.say(lease.hints, held, fresh=[path for path in held if path not in known])
         return answers
 
     def commit_one(self, lease: LeaseModel, block: int, tokens: tuple[int, ...], page: int) -> int:
@@ -265,7 +275,19 @@ class IndexModel:
         lease.held.append(Held(path, page, None, duplicate))
         return DUPLICATE if duplicate else ADOPTED
 
-    def release(self, lease_id: int) -> None:
+    def release(self, lease_id: int, hints: Hints = NO_HINTS) -> None:
+        lease = self.leases[lease_id]
+        lease.hints = lease.hints if hints == NO_HINTS else hints
+        held = [each.path for each in lease.held]
+        self.say(lease.hints, held, fresh=[])
+        for path in reversed(held if lease.hints.end else []):
+            below = [p for p in self.stamps if len(p) > len(path) and p[: len(path)] == path]
+            if self.stamps[path] != lease.stamp or not set(below) <= set(held):
+                break
+            self.lives[path] = replace(self.life(path), ended=True)
+        self.close(lease_id)
+
+    def close(self, lease_id: int) -> None:
         lease = self.leases.pop(lease_id)
         for held in lease.held + lease.stray:
             if held.duplicate:
@@ -422,12 +444,6 @@ class IndexModel:
             evicted.append(path)
         return evicted
 
-    def retire(self, namespace: int) -> int:
-        """The blocks in it, holes included."""
-        fresh = namespace not in self.retired
-        self.retired.setdefault(namespace, self.now)
-        return sum(path[0] == namespace for path in self.stamps) if fresh else 0
-
     def lost(self, pool: int, pages: list[int]) -> list[int]:
         at = self.pools[pool]
         gone = []
@@ -440,7 +456,7 @@ class IndexModel:
     def close_pool(self, pool: int) -> None:
         self.pools[pool].closed = True
         for lease in [i for i, le in self.leases.items() if le.pool == pool]:
-            self.release(lease)
+            self.close(lease)
         for page, state in list(self.pools[pool].state.items()):
             if state == PRIVATE and not self.is_held(pool, page):
                 self.pools[pool].free(page)
@@ -470,11 +486,3 @@ class LruModel:
         if self.capacity is not None:
             self.order = self.order[-self.capacity :]
         return hits
-
-
-def digests(name: bytes, blocks: list[bytes]) -> list[bytes]:
-    """SHA-256 chain of the blocks' tokens from the namespace on."""
-    chain = [name]
-    for block in blocks:
-        chain.append(hashlib.sha256(chain[-1] + block).digest())
-    return chain[1:]

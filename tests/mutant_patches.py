@@ -16,7 +16,8 @@ class Mutant:
 LEASES, TRANSFERS, POOLS, PAGES = "leases.cpp", "transfers.cpp", "pools.cpp", "page_pool.cpp"
 KEYS, TREE, RESIDENCY = "key_table.cpp", "radix_tree.cpp", "residency.cpp"
 RESTORE, EVICTION = "restore.cpp", "eviction/order.cpp"
-LIVES, POLICY = "lives.cpp", "eviction/policy.h"
+LIVES, NODE_LIVES, LIFE = "lives.cpp", "lives_of_nodes.cpp", "life.h"
+POLICY = "eviction/policy.h"
 EXPLAIN, OBITUARIES = "explain.cpp", "obituaries.cpp"
 
 MUTANTS = [
@@ -93,7 +94,7 @@ MUTANTS = [
            "    tree_.refresh(node);\n  }\n  return left;",
            "    tree_.refresh(0 * node);\n  }\n  return left;"),
     Mutant("the age of a victim is its stamp", POOLS,
-           "return stamp_ - tree_[victim->node]", "return tree_[victim->node]"),
+           "return stamp_ - tree_[oldest->node]", "return tree_[victim->node]"),
     Mutant("an eviction from a closed slab is all that is tried", POOLS,
            "    drop(*victim, id, Cause::kEvicted);\n  }\n",
            "    drop(*victim, id, Cause::kEvicted);\n    return from.allocate(to);\n  }\n"),
@@ -150,11 +151,28 @@ MUTANTS = [
     Mutant("a retired namespace takes commits", LEASES,
            "  if (tree_.spaces[lease.space].retired) return;\n"),
     Mutant("a retired namespace matches", LEASES,
-           "retired ? 0 : tiers_of(", "retired ? tiers_of(run, pools, found.tiers) : tiers_of("),
-    Mutant("a retired namespace is loaded", LEASES,
-           "  if (tree_.spaces[lease.space].retired) return std::nullopt;\n"),
+           "retired ? 0 : tree_.living_blocks(run)", "tree_.living_blocks(run)"),
     Mutant("a retired namespace is restored", RESTORE, " || space.retired) continue;",
            ") continue;"),
+    Mutant("an expired block matches", LEASES, "retired ? 0 : tree_.living_blocks(run)",
+           "retired ? 0 : run.blocks"),
+    Mutant("what has expired is loaded", LEASES,
+           "  if (next && tree_.dead(*next)) return std::nullopt;\n"),
+    Mutant("a use says nothing of what is above", NODE_LIVES,
+           "nodes_[id].parent != kNoNode; id = nodes_[id].parent) {\n    const uint32_t first",
+           "id == at.node && nodes_[id].parent != kNoNode; id = nodes_[id].parent) {\n"
+           "    const uint32_t first"),
+    Mutant("the shortest time to live counts", LIFE, "std::max(known.expires, said.expires)",
+           "std::min(known.expires, said.expires)"),
+    Mutant("a time to live ends a block that another keeps", LIFE,
+           "known.expires == 0 || said.expires == 0", "known.expires == 0 && said.expires == 0"),
+    Mutant("a session's end marks what others use", NODE_LIVES,
+           "node.uses[from - 1].stamp == stamp", "node.uses[from - 1].stamp >= stamp"),
+    Mutant("a session's end marks what others go on from", NODE_LIVES,
+           "if (!alone || end < node.blocks()) return;", "if (end < node.blocks()) return;"),
+    Mutant("a split leaves lives behind", TREE, "  split_lives(head_id, node, at);\n"),
+    Mutant("time does not change ranks", NODE_LIVES, "    refresh(id);\n  }\n  return nodes;",
+           "  }\n  return nodes;"),
     Mutant("what lives is reaped", LIVES, "if (!victim || !tree_.dead(*victim)) return",
            "if (!victim) return"),
     Mutant("a removed pool's transfers go on", POOLS, "    open.failed = true;\n"),
@@ -187,7 +205,7 @@ MUTANTS = [
     Mutant("a forgotten death cuts off those behind it", OBITUARIES,
            "if (from_home < ((at - gap) & mask)) continue;", "if (from_home < mask) continue;"),
     Mutant("an invalidated block counts as evicted", EXPLAIN,
-           "  if (cause == Cause::kEvicted && tree_.dead(at)) cause = Cause::kInvalidated;\n"),
+           "  if (cause == Cause::kEvicted && tree_.dead(at)) cause = cause_of_end(at);\n"),
     Mutant("a sibling that was invalidated stands there", EXPLAIN, " || tree_.dead(at)) return;",
            ") return;"),
     Mutant("the sibling is any", EXPLAIN, "if (best && best->common >= common) return;",

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from kvc2 import _core
 from kvc2.cache import Cache
 from kvc2.layout import Layout, layer_major
-from kvc2.results import AcquireResult
+from kvc2.results import AcquireResult, Hints, Terms
 from kvc2.sessions import Session
 from kvc2.tiers.gpu import PROGRESS_STEP
 
 U32 = NDArray[np.uint32]
 PAGE_SIZE = 4
+NO_HINTS = Hints()
 NAMESPACE = hashlib.sha256(b"a model and a tenant").digest()
 
 
@@ -105,11 +106,15 @@ class StandIn:
         return self.requests.to_bytes(4, "big")
 
     async def acquire(
-        self, tokens: U32, grant: int = 0, deadline_s: float = 20.0
+        self,
+        tokens: U32,
+        grant: int = 0,
+        deadline_s: float = 20.0,
+        hints: Hints = NO_HINTS,
     ) -> tuple[bytes, AcquireResult]:
         request = self.request_id()
         found = await self.cache.acquire(
-            self.session, self.number, request, tokens, grant, deadline_s
+            self.session, self.number, request, tokens, Terms(grant, deadline_s, hints)
         )
         return request, found
 
@@ -152,12 +157,12 @@ class StandIn:
         ]
         return np.array(rows, np.uint8).reshape(len(rows), self.layout.payload_bytes)
 
-    async def ask(self, tokens: U32) -> AcquireResult:
+    async def ask(self, tokens: U32, hints: Hints = NO_HINTS) -> AcquireResult:
         """A whole request: take the prefix and judge its bytes, compute and commit the rest,
         release. AssertionError when a byte is wrong."""
         size = self.layout.page_size
         blocks = len(tokens) // size
-        request, found = await self.acquire(tokens, grant=blocks)
+        request, found = await self.acquire(tokens, grant=blocks, hints=hints)
         await self.arrived(found.transfer)
         truth = payloads(self.namespace, tokens, self.layout)
         held = found.prefix_pages.size

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kvc2 import _core
-from tests.models import digests
+from tests.model_parts import digests
 from tests.test_index import NAME, SIZE, House, tokens
 
 RESTORED, ORPHAN, FORGED, CONFLICT = (

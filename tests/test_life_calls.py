@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvc2 import cli
-from kvc2.client import Admin, LeaseCommit, NamespaceHandle
+from kvc2.client import Admin, Hints, LeaseCommit, NamespaceHandle
 from kvc2.errors import InvalidRequest, NotFound
 from tests.daemons import ServedDaemon, serve_config
 from tests.engines import TinyEngine, identity
@@ -59,6 +59,23 @@ def test_an_engine_an_operator_and_a_command_invalidate(served: ServedDaemon) ->
             admin.invalidate(namespace=bytes(32))
         with pytest.raises(InvalidRequest, match="weights_digest"):
             admin.invalidate(weights_digest="12")
+
+
+def test_hints_travel_with_acquire_and_release(served: ServedDaemon) -> None:
+    with TinyEngine(served.address) as engine:
+        client = engine.client
+        handle = client.open_namespace(identity().encode(), ttl_s=1000)
+        said = Hints(session_end=True, expect_return_within_s=3, priority=7, ttl_s=4)
+        client.acquire(handle, b"1", TOKENS, hints=said)
+        client.acquire(handle, b"2", TOKENS)
+        client.release([b"1", b"2"], hints=[Hints(), said])
+        for priority, field in [(8, "hints.priority"), (1 << 31, "hints.priority")]:
+            with pytest.raises(InvalidRequest, match=field):
+                client.acquire(handle, b"3", TOKENS, hints=Hints(priority=priority))
+        with pytest.raises(InvalidRequest, match="one for each of 2"):
+            client.release([b"1", b"2"], hints=[Hints()])
+        with pytest.raises(InvalidRequest, match=r"hints\[1\].priority"):
+            client.release([b"1", b"2"], hints=[Hints(), Hints(priority=9)])
 
 
 @pytest.mark.parametrize("flags", [[], ["--namespace", "12", "--weights-digest", "12"]])

@@ -12,6 +12,7 @@ import pytest
 
 from kvc2 import _core, errors
 from kvc2.cache import Cache
+from kvc2.results import Hints
 from tests.caches import running
 from tests.stand_in import NAMESPACE, PAGE_SIZE, StandIn, payloads, prompt
 
@@ -105,6 +106,80 @@ def test_namespaces_are_found_by_their_weights_also_those_of_an_earlier_run(tmp_
             assert (await cache.invalidate(names)).blocks == 4
             with pytest.raises(errors.NotFound):
                 await cache.invalidate([b"?" * 32])
+
+    asyncio.run(run())
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_what_has_expired_matches_nobody_and_gives_its_pages_up(tmp_path: Path) -> None:
+    """A request's own time to live, counted from its last use; the stem that another one keeps
+    stays."""
+
+    async def run() -> None:
+        clock, tokens = Clock(), prompt(1, 6)
+        stem = tokens[: 2 * PAGE_SIZE + 1]
+        async with running(tmp_path, clock=clock) as cache:
+            engine = StandIn(cache, 32)
+            await engine.ask(tokens, Hints(ttl_s=60))
+            await engine.ask(stem)
+            await cache.flush(10)
+            clock.now += 59
+            assert cache.match(engine.session, engine.number, tokens).matched_tokens == 24
+            await engine.ask(tokens, Hints(ttl_s=60))
+            clock.now += 59
+            assert cache.match(engine.session, engine.number, tokens).matched_tokens == 24
+            clock.now += 1
+            assert cache.match(engine.session, engine.number, tokens).matched_tokens == 8
+            await cache.flush(10)
+            assert resident(cache) == {"gpu": 2, "cpu": 2, "disk": 2}
+            assert (await engine.ask(tokens)).matched_tokens == 8
+            cache.index.check()
+
+    asyncio.run(run())
+
+
+def test_the_shorter_of_a_namespaces_and_a_requests_time_to_live_counts() -> None:
+    async def run() -> None:
+        clock = Clock()
+        async with running(None, clock=clock) as cache:
+            engine = StandIn(cache, 32)
+            cache.open_namespace(engine.session, NAMESPACE, b"{}", 10)
+            for seed, ttl_s in enumerate([0, 5, 50]):
+                await engine.ask(prompt(seed, 2), Hints(ttl_s=ttl_s))
+            for seconds, left in [(4, [8, 8, 8]), (2, [8, 0, 8]), (4, [0, 0, 0])]:
+                clock.now += seconds
+                found = [cache.match(engine.session, engine.number, prompt(i, 2)) for i in range(3)]
+                assert [each.matched_tokens for each in found] == left
+
+    asyncio.run(run())
+
+
+def test_a_session_that_ends_leaves_first_and_priority_last() -> None:
+    async def run() -> None:
+        async with running(None, gpu_only=True) as cache:
+            engine = StandIn(cache, 12)
+            await engine.ask(prompt(1, 4), Hints(priority=1))
+            await engine.ask(prompt(2, 4))
+            await engine.ask(prompt(3, 4), Hints(session_end=True))
+
+            def left() -> list[int]:
+                found = [
+                    cache.match(engine.session, engine.number, prompt(i, 4)) for i in (1, 2, 3)
+                ]
+                return [each.matched_tokens // PAGE_SIZE for each in found]
+
+            for blocks, kept in [(4, [4, 4, 0]), (3, [4, 1, 0]), (2, [3, 0, 0])]:
+                await cache.evict("gpu", blocks)
+                assert left() == kept
 
     asyncio.run(run())
 

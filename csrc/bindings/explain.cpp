@@ -47,7 +47,8 @@ void bind_explain(py::module_& module, py::class_<Index>& index) {
       .value("LOST", Cause::kLost)
       .value("SESSION_ENDED", Cause::kSessionEnded)
       .value("TRANSFER_FAILED", Cause::kTransferFailed)
-      .value("INVALIDATED", Cause::kInvalidated);
+      .value("INVALIDATED", Cause::kInvalidated)
+      .value("EXPIRED", Cause::kExpired);
   py::class_<Obituary>(module, "Obituary")
       .def_property_readonly("cause", [](const Obituary& o) { return static_cast<Cause>(o.cause); })
       .def_property_readonly("pool", [](const Obituary& o) { return uint32_t{o.pool}; })

@@ -138,6 +138,13 @@ void bind_results(py::module_& module) {
       .def_readonly("deaths", &IndexCounts::deaths)
       .def_readonly("dead_known", &IndexCounts::dead_known)
       .def_readonly("dead_bytes", &IndexCounts::dead_bytes);
+  py::class_<Hints>(module, "Hints")
+      .def(py::init([](uint32_t ttl, uint32_t returns_within, uint8_t priority, bool session_end) {
+             if (priority > kPriorityMax) throw py::value_error("priority: 0 to 7");
+             return Hints{ttl, returns_within, priority, session_end};
+           }),
+           py::kw_only(), "ttl_s"_a = 0, "expect_return_within_s"_a = 0, "priority"_a = 0,
+           "session_end"_a = false);
   py::class_<Match>(module, "Match")
       .def_readonly("blocks", &Match::blocks)
       .def_property_readonly("tiers", [](const Match& m) { return tuple_of(m.tiers); });
@@ -271,11 +278,11 @@ void bind_requests(py::class_<Index>& index) {
       .def(
           "acquire",
           [](Index& self, uint32_t space, PoolId pool, const py::object& tokens,
-             uint32_t max_blocks) {
+             uint32_t max_blocks, const Hints& hints) {
             const auto given = view<uint32_t>(tokens, "tokens", 1);
-            return unlocked([&] { return self.acquire(space, pool, given, max_blocks); });
+            return unlocked([&] { return self.acquire(space, pool, given, max_blocks, hints); });
           },
-          "namespace"_a, "pool"_a, "tokens"_a, "max_blocks"_a)
+          "namespace"_a, "pool"_a, "tokens"_a, "max_blocks"_a, "hints"_a = Hints{})
       .def(
           "next_load",
           [](Index& self, LeaseId lease, uint32_t max_pages) -> py::object {
@@ -304,7 +311,8 @@ void bind_requests(py::class_<Index>& index) {
                 unlocked([&] { return self.commit(lease, first_block, given, ids); }));
           },
           "lease"_a, "first_block"_a, "tokens"_a, "pages"_a)
-      .def("release", &Index::release, "lease"_a, py::call_guard<py::gil_scoped_release>());
+      .def("release", &Index::release, "lease"_a, "hints"_a = Hints{},
+           py::call_guard<py::gil_scoped_release>());
 }
 
 Array<uint8_t> restore(Index& self, PoolId pool, const py::object& digests,
@@ -351,6 +359,7 @@ void bind_behind(py::class_<Index>& index) {
       .def("evict", &Index::evict, "pool"_a, "pages"_a, py::call_guard<py::gil_scoped_release>())
       .def("keep_free", &Index::keep_free, "pool"_a, "pages"_a,
            py::call_guard<py::gil_scoped_release>())
+      .def("advance", &Index::advance, "now"_a, py::call_guard<py::gil_scoped_release>())
       .def("reap", &Index::reap, "pool"_a, "pages"_a, py::call_guard<py::gil_scoped_release>())
       .def(
           "lost",

@@ -51,6 +51,7 @@ void RadixTree::check_node(NodeId id) const {
                    nodes_[child].first == node.first + node.blocks(),
                "I1: node %u is no child of node %u", child, id);
   }
+  check_lives(id);
   for (const Residency& in : node.pools) {
     check_residency(id, in);
     KVC2_CHECK(pools_[in.pool]->shape.page_size == space.page_size, "node %u pool %u", id, in.pool);

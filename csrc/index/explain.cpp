@@ -8,15 +8,15 @@ namespace kvc2 {
 constexpr PoolId kNoPool = 0xFFFFFFFF;
 constexpr uint32_t kSiblingsMax = 4096;  // 0.4 ms; the newest branches are looked at
 
-void Index::advance(uint32_t now) {
-  const Lock lock(mutex_);
-  now_ = std::max(now_, now);
+Cause Index::cause_of_end(Place at) const {
+  const bool retired = tree_.spaces[tree_[at.node].space].retired;
+  return retired ? Cause::kInvalidated : Cause::kExpired;
 }
 
 void Index::bury(Place at, PoolId last, Cause cause) {
-  if (cause == Cause::kEvicted && tree_.dead(at)) cause = Cause::kInvalidated;
+  if (cause == Cause::kEvicted && tree_.dead(at)) cause = cause_of_end(at);
   obituaries_.record({.key = tree_[at.node].keys[at.offset],
-                      .when = now_,
+                      .when = tree_.now(),
                       .pool = last,
                       .cause = static_cast<uint32_t>(cause)});
 }
@@ -57,10 +57,12 @@ Obituary Index::ended(Place at) const {
   PoolId holder = 0;
   while (!pools_[holder] || tree_.page(at, holder) == kNoPage) ++holder;
   const Node& node = tree_[at.node];
+  const Cause cause = cause_of_end(at);
+  const bool expired = cause == Cause::kExpired;
   return {.key = node.keys[at.offset],
-          .when = tree_.spaces[node.space].retired_at,
+          .when = expired ? tree_.life(at).expires : tree_.spaces[node.space].retired_at,
           .pool = holder,
-          .cause = static_cast<uint32_t>(Cause::kInvalidated)};
+          .cause = static_cast<uint32_t>(cause)};
 }
 
 // `at` is in the tree, but resident in none of the pools that were asked for.

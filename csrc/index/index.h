@@ -34,9 +34,10 @@
 //   I5 Per pool: free + private + resident + in_flight == slabs x pages of a slab.
 //   I6 A page has exactly one owner, and a block at most one page in a pool.
 //   I7 A page is readable only after commit or completion; committed blocks never change.
-//   I8 What is dead (its namespace is retired) matches nobody, is committed to, demoted and loaded
-//   by
-//      nobody, and is the first to be evicted. Pins keep its pages until they end (I4).
+//   I8 What is dead (it has expired, or its namespace is retired) matches nobody, is demoted and
+//      loaded by nobody, and is the first to be evicted. Pins keep its pages until they end (I4). A
+//      retired namespace takes no commits; an expired block that is committed again lives on.
+//   I9 A block expires no earlier than what lies below it (life.h).
 //
 // Presence (resident or in flight) counts for leaf-ness and for "is it there already"; only
 // residence counts for a match, as a source, and as a reason to drop another copy.
@@ -153,8 +154,6 @@ class Index {
         generation_(first_generation),
         stamp_(first_stamp) {}
 
-  void advance(uint32_t now);
-
   PoolId add_pool(const PagePool::Shape& shape);
   uint32_t add_slab(PoolId pool);
   bool take_slab(PoolId pool, uint32_t slab);
@@ -169,18 +168,20 @@ class Index {
 
   uint32_t open_namespace(const Digest& name, uint32_t page_size);
   uint32_t retire(uint32_t space);
+  uint32_t advance(uint32_t now);
   Evicted reap(PoolId pool, uint32_t pages);
 
   Match match(uint32_t space, PoolId pool, Tokens tokens) const;
   Explanation explain(uint32_t space, std::span<const PoolId> pools, Tokens tokens) const;
-  LeaseView acquire(uint32_t space, PoolId pool, Tokens tokens, uint32_t max_blocks);
+  LeaseView acquire(uint32_t space, PoolId pool, Tokens tokens, uint32_t max_blocks,
+                    const Hints& hints = {});
   Load next_load(LeaseId lease, uint32_t max_pages);
   std::optional<Transfer> promote(LeaseId lease);
   LeaseView lease(LeaseId lease) const;
   void shorten(LeaseId lease, uint32_t blocks);
   std::vector<CommitResult> commit(LeaseId lease, uint32_t first_block, Tokens tokens,
                                    std::span<const PageId> pages);
-  void release(LeaseId lease);
+  void release(LeaseId lease, const Hints& hints = {});
 
   std::vector<PageId> grant(PoolId pool, uint32_t pages);
   bool keep(PoolId pool, std::span<const PageId> pages);
@@ -206,6 +207,7 @@ class Index {
   static constexpr uint8_t kComputed = 0xFF;
   // What is done before the lock changes hands: each about a fifth of a millisecond's work.
   static constexpr uint32_t kSlicePages = 256, kSliceCommits = 2048, kTransferPages = 256;
+  static constexpr uint32_t kNoneFresh = 0xFFFFFFFF;
 
   // One block of a lease. `page` is what the engine uses, `anchor` the block's page in the pool,
   // pinned: the same, unless `page` is a duplicate's. The anchor's owner is how the lease finds its
@@ -219,6 +221,7 @@ class Index {
     uint32_t space;
     PoolId pool;
     uint32_t stamp;
+    Hints hints{};
     uint32_t matched = 0;
     uint32_t computing = 0;
     std::vector<Held> held{};           // of leading blocks
@@ -274,6 +277,7 @@ class Index {
 
   // explain.cpp
   void bury(Place at, PoolId last, Cause cause);
+  Cause cause_of_end(Place dead) const;
   std::optional<Sibling> sibling_of(Place last, Tokens block, uint32_t most) const;
   Miss why_absent(Place last, const BlockKey& key, Tokens block, uint32_t siblings) const;
   Obituary ended(Place at) const;
@@ -341,7 +345,6 @@ class Index {
   std::unordered_map<uint64_t, TransferId> in_flight_;  // by pool << 32 | target page
   KeyTable computing_;                                  // how many leases compute a block
   Obituaries obituaries_;
-  uint32_t now_ = 0;     // seconds of the caller's clock
   uint64_t generation_;  // of the next page reused
   uint32_t stamp_;       // of the last acquire
   LeaseId last_lease_ = 0;

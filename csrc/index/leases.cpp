@@ -64,7 +64,8 @@ Index::Found Index::find(uint32_t space, std::span<const PoolId> pools,
   const bool retired = tree_.spaces[space].retired;
   Found found{.space = space, .last = {tree_.spaces[space].root, kBeforeFirst}};
   for (Run run : path) {
-    const uint32_t matched = retired ? 0 : tiers_of(run, pools, found.tiers);
+    const Run living{run.node, run.offset, retired ? 0 : tree_.living_blocks(run)};
+    const uint32_t matched = tiers_of(living, pools, found.tiers);
     const uint32_t blocks = std::exchange(run.blocks, matched);
     if (run.blocks > 0) {
       found.last = {run.node, run.offset + run.blocks - 1};
@@ -97,7 +98,8 @@ uint32_t Index::tick() {
   return ++stamp_;
 }
 
-LeaseView Index::acquire(uint32_t space, PoolId head, Tokens tokens, uint32_t max_blocks) {
+LeaseView Index::acquire(uint32_t space, PoolId head, Tokens tokens, uint32_t max_blocks,
+                         const Hints& hints) {
   const Lock lock(mutex_);
   check_space(space, head);
   if (pool(head).closed)
@@ -105,7 +107,7 @@ LeaseView Index::acquire(uint32_t space, PoolId head, Tokens tokens, uint32_t ma
   const size_t size = tree_.spaces[space].page_size;
   const size_t limit = std::min<size_t>(tokens.size() / size, max_blocks);
   const std::vector<PoolId> pools = chain(head);
-  Lease lease{.space = space, .pool = head, .stamp = tick()};
+  Lease lease{.space = space, .pool = head, .stamp = tick(), .hints = hints};
   Found found = find(space, pools, tree_.join(tree_.find(space, tokens.first(limit * size))));
   Explanation why = explanation(found, tokens.first(limit * size), kSiblingsOfAcquire);
   lease.found = std::move(found.tiers);
@@ -115,6 +117,7 @@ LeaseView Index::acquire(uint32_t space, PoolId head, Tokens tokens, uint32_t ma
     tree_.touch(run, lease.stamp);
     requeue(run, pools);
   }
+  tree_.say(found.last, hints.life(tree_.now()), kNoneFresh);
   lease.tokens_from = static_cast<uint32_t>(lease.held.size());
   const Tokens rest = tokens.first(lease.matched * size).subspan(lease.tokens_from * size);
   lease.tokens.assign(rest.begin(), rest.end());
@@ -279,9 +282,11 @@ Place Index::cursor(const Lease& lease) const {
 // From `at` to the lease's `block`, if that was matched and is still in the tree.
 std::optional<Place> Index::step(const Lease& lease, Place at, uint32_t block) const {
   if (block < lease.tokens_from || block >= lease.matched) return std::nullopt;
-  if (tree_.spaces[lease.space].retired) return std::nullopt;
   const size_t size = tree_.spaces[lease.space].page_size;
-  return tree_.next(at, Tokens(lease.tokens).subspan((block - lease.tokens_from) * size, size));
+  const auto next =
+      tree_.next(at, Tokens(lease.tokens).subspan((block - lease.tokens_from) * size, size));
+  if (next && tree_.dead(*next)) return std::nullopt;
+  return next;
 }
 
 // In slices; a lease that is released between two of them is unknown to the next.
@@ -311,6 +316,8 @@ void Index::commit_slice(Lease& lease, uint64_t first_block, Tokens tokens,
   if (tree_.spaces[lease.space].retired) return;
   const size_t before = lease.held.size();
   Place at = cursor(lease);
+  const uint32_t known = tree_.blocks;
+  uint32_t fresh = kNoneFresh;  // the first block that is new to the tree
   for (size_t i = 0; i < pages.size(); ++i) {
     const Tokens block = tokens.subspan(i * size, size);
     const uint64_t position = first_block + i;
@@ -319,10 +326,12 @@ void Index::commit_slice(Lease& lease, uint64_t first_block, Tokens tokens,
                      ? commit_again(lease, static_cast<uint32_t>(position), block, pages[i])
                      : commit_next(lease, at, block, pages[i]);
     if (results[i] == CommitResult::kRefused) break;
+    if (fresh == kNoneFresh && tree_.blocks > known) fresh = static_cast<uint32_t>(position);
     if (lease.held.size() == position + 1 && tree_.last(at)) {  // the rest is in no tree
       const uint32_t adopted =
           commit_rest(lease, at.node, tokens.subspan((i + 1) * size), pages.subspan(i + 1));
       std::ranges::fill(results.subspan(i + 1, adopted), CommitResult::kAdopted);
+      if (fresh == kNoneFresh) fresh = static_cast<uint32_t>(position) + 1;
       break;
     }
   }
@@ -332,6 +341,7 @@ void Index::commit_slice(Lease& lease, uint64_t first_block, Tokens tokens,
     const Place held = tree_.owner(lease.pool, lease.held[i].anchor);
     curve_.add(tree_[held.node].keys[held.offset], static_cast<uint32_t>(size));
   }
+  tree_.say(cursor(lease), lease.hints.life(tree_.now()), fresh);
   unregister_computing(lease, static_cast<uint32_t>(lease.held.size()));
 }
 
@@ -397,10 +407,15 @@ uint32_t Index::commit_rest(Lease& lease, NodeId node, Tokens tokens,
 }
 
 // Nobody waits for a release: what acquires have noted for the reuse curve is learnt here.
-void Index::release(LeaseId id) {
+void Index::release(LeaseId id, const Hints& hints) {
   {
     const Lock lock(mutex_);
-    close_lease(const_cast<Lease&>(open_lease(id)));
+    auto& lease = const_cast<Lease&>(open_lease(id));
+    if (hints != Hints{}) lease.hints = hints;
+    const Place at = cursor(lease);
+    tree_.say(at, lease.hints.life(tree_.now()), kNoneFresh);
+    if (lease.hints.session_end) tree_.end_tail(at, lease.stamp);
+    close_lease(lease);
     leases_.erase(id);
   }
   catch_up();

@@ -1,7 +1,7 @@
 // What requests said of a block, beyond that they used it: facts that the order of eviction reads.
 //
 // Every request that uses a block says its Life anew, for the whole prefix that it uses, so along a
-// path they never get longer: *a block expires no earlier than what lies below it* (I8), and what
+// path they never get longer: *a block expires no earlier than what lies below it* (I9), and what
 // has expired is always a tail. `merged` is how what is known and what a request says combine.
 // Times are seconds of the caller's clock, as Index::advance was told them; 0 is no time.
 #pragma once
@@ -21,6 +21,28 @@ struct Life {
 
   bool operator==(const Life&) const = default;
   bool expired(uint32_t now) const { return expires != 0 && expires <= now; }
+};
+
+// What a request says; 0 and false say nothing.
+struct Hints {
+  uint32_t ttl = 0;             // seconds after its last use that what it uses may be matched
+  uint32_t returns_within = 0;  // seconds until it, or one that goes on from it, is expected
+  uint8_t priority = 0;         // at most kPriorityMax
+  bool session_end = false;     // nobody goes on from it
+
+  bool operator==(const Hints&) const = default;
+  Life life(uint32_t now) const {
+    const auto in = [&](uint32_t seconds) {
+      return seconds == 0 ? 0 : now + std::min(seconds, ~now);
+    };
+    return {.expires = in(ttl), .returns = in(returns_within), .priority = priority};
+  }
+};
+
+// Consecutive blocks of a node that live alike: those before `end` and after the run before.
+struct LifeRun {
+  uint32_t end;
+  Life life;
 };
 
 // A block that is used again: the longest expiry and the highest priority stay, the rest is news.

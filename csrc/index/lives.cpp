@@ -7,8 +7,13 @@ uint32_t Index::retire(uint32_t space) {
   const Lock lock(mutex_);
   if (space >= tree_.spaces.size()) throw UnknownId("namespace " + std::to_string(space));
   if (tree_.spaces[space].retired) return 0;
-  tree_.spaces[space].retired_at = now_;
+  tree_.spaces[space].retired_at = tree_.now();
   return tree_.retire(space);
+}
+
+uint32_t Index::advance(uint32_t now) {
+  const Lock lock(mutex_);
+  return tree_.advance(now);
 }
 
 Evicted Index::reap(PoolId id, uint32_t pages) {

@@ -24,6 +24,7 @@ enum class Cause : uint8_t {
   kSessionEnded,    // it was in the pool of a session that is over, and nowhere else
   kTransferFailed,  // its only page was still to be filled
   kInvalidated,     // its namespace is retired
+  kExpired,         // its time to live was over
 };
 
 struct Obituary {

@@ -231,6 +231,7 @@ NodeId RadixTree::split(NodeId node, uint32_t at) {
   heads_.put(head.keys[0], head_id);
   heads_.put(tail.keys[0], node);
   split_residency(head, head_id, tail, at);
+  split_lives(head_id, node, at);
   refresh(head_id);
   refresh(node);
   return head_id;
@@ -274,6 +275,7 @@ void RadixTree::join(NodeId above, NodeId node) {
   Node& head = nodes_[above];
   Node& tail = nodes_[node];
   join_residency(above, node);
+  join_lives(above, node);
   heads_.erase(tail.keys[0]);
   heads_.put(head.keys[0], node);
   tail.first = head.first;
@@ -326,6 +328,7 @@ void RadixTree::trim(NodeId id) {
     Node& node = nodes_[id];
     const BlockKey head = node.keys[0];
     while (node.blocks() > 0 && !anywhere({id, node.blocks() - 1})) remove_tail(node);
+    trim_lives(id);
     refresh(id);
     if (node.blocks() > 0) return;
     const NodeId above = node.parent;
@@ -378,6 +381,9 @@ size_t RadixTree::table_bytes() const {
   constexpr size_t kOrderBytes = 48;  // a node of an order's set
   size_t bytes = heads_.metadata_bytes() + free_nodes_.capacity() * sizeof(NodeId);
   for (const EvictionOrder& order : orders_) bytes += order.size() * kOrderBytes;
+  for (const auto& [id, lives] : lives_) {
+    bytes += sizeof(NodeLives) + 2 * kOrderBytes + lives.runs.capacity() * sizeof(LifeRun);
+  }
   return bytes;
 }
 

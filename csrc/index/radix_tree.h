@@ -28,6 +28,7 @@
 #include <deque>
 #include <memory>
 #include <optional>
+#include <set>
 #include <span>
 #include <unordered_map>
 #include <vector>
@@ -129,7 +130,18 @@ class RadixTree {
   void touch(const Run& run, uint32_t stamp);
   void refresh(NodeId node);  // after a change of pins, stamps or residency in it
   Rank rank_of(NodeId node, const Residency& in) const;
-  bool dead(Place at) const;                       // it does not match any more
+  bool dead(Place at) const;                     // it does not match any more
+  uint32_t living_blocks(const Run& run) const;  // before the first dead one
+
+  // Lives (lives_of_nodes.cpp).
+  Life life(Place at) const;
+  // For every block on the path to `at`: merged with what is known, or new from position `fresh`
+  // on.
+  void say(Place at, const Life& said, uint32_t fresh);
+  // The blocks on the path to `at`, tail first, that nothing else hangs on, last used by `stamp`.
+  void end_tail(Place at, uint32_t stamp);
+  uint32_t advance(uint32_t now);  // nodes in which blocks have expired by it
+  uint32_t now() const { return now_; }
   std::optional<Place> coldest(PoolId pool);       // the next victim, as the policy chooses
   std::optional<Place> oldest(PoolId pool) const;  // the longest unused of the first standing
   std::optional<Place> evictable(NodeId node,
@@ -175,6 +187,14 @@ class RadixTree {
   void set_rank(NodeId node, Residency& in, Rank rank);
   void tell_marked(Place at, const Use& before);
   EvictionOrder& order(PoolId pool);
+  template <typename Change>
+  void change_lives(NodeId id, uint32_t from, uint32_t to, Change change);
+  void set_lives(NodeId id, std::vector<LifeRun>&& runs);
+  void split_lives(NodeId head, NodeId tail, uint32_t at);
+  void join_lives(NodeId above, NodeId node);
+  void trim_lives(NodeId id);
+  uint32_t next_expiry(std::span<const LifeRun> runs) const;
+  void check_lives(NodeId id) const;
   void check_node(NodeId id) const;
   void check_residency(NodeId id, const Residency& in) const;
 
@@ -184,6 +204,13 @@ class RadixTree {
   std::vector<NodeId> free_nodes_;
   KeyTable heads_;                     // nodes by the key of their first block
   std::vector<EvictionOrder> orders_;  // by pool
+  struct NodeLives {
+    std::vector<LifeRun> runs;  // what follows the last one lives as Life{}
+    uint32_t due = 0;           // the next second in which a block expires; 0: none
+  };
+  std::unordered_map<NodeId, NodeLives> lives_;  // of the nodes with other lives than Life{}
+  std::set<std::pair<uint32_t, NodeId>> due_;
+  uint32_t now_ = 0;
 };
 
 }  // namespace kvc2

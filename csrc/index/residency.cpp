@@ -196,11 +196,9 @@ Rank RadixTree::rank_of(NodeId id, const Residency& in) const {
   if (pool.state(page) != PageState::kResident || pool[page].pins > 0) return kNotEvictable;
   const bool held_below = resident_below(at, in.pool);
   if (!last(at) && !held_below && !resident_elsewhere(at, in.pool)) return kNotEvictable;
-  const uint8_t standing = rank_standing(dead(at) ? kDead : kPlain, held_below);
-  return rank_in(standing, policy_.queued(node.uses[at.offset]));
+  const uint8_t stands = dead(at) ? uint8_t{kDead} : standing(life(at), false, now_);
+  return rank_in(rank_standing(stands, held_below), policy_.queued(node.uses[at.offset]));
 }
-
-bool RadixTree::dead(Place at) const { return spaces[nodes_[at.node].space].retired; }
 
 void RadixTree::refresh(NodeId node) {
   for (Residency& in : nodes_[node].pools) set_rank(node, in, rank_of(node, in));

@@ -45,6 +45,7 @@ RestoreResult Index::restore_one(PoolId id, const RestoreBatch& batch, size_t i,
   stamp_ = std::max(stamp_, batch.stamps[i]);
   tree_.place(at, id, page);
   tree_.refresh(at.node);
+  tree_.say(at, Life{}, kNoneFresh);
   return RestoreResult::kRestored;
 }
 

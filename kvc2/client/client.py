@@ -101,10 +101,11 @@ class Client:
     # ---- calls of a session
 
     def open_namespace(
-        self, identity: bytes, tenant: str = "", salt: bytes = b""
+        self, identity: bytes, tenant: str = "", salt: bytes = b"", *, ttl_s: int = 0
     ) -> NamespaceHandle:
-        """A handle that stays good across sessions. Without one now, it is opened when needed."""
-        handle = NamespaceHandle(identity, tenant, salt)
+        """A handle that stays good across sessions. Without one now, it is opened when needed. Its
+        blocks match nobody ttl_s after their last use; 0: for ever."""
+        handle = NamespaceHandle(identity, tenant, salt, ttl_s)
         with contextlib.suppress(errors.Detached):
             self._number(self._attached(), handle)
         return handle
@@ -118,6 +119,7 @@ class Client:
                 identity=handle.identity,
                 tenant=handle.tenant,
                 salt=handle.salt,
+                ttl_s=handle.ttl_s,
             )
             number = self._call(session, "OpenNamespace", request).namespace_id
             handle.opened = (session.key, number)
@@ -158,6 +160,7 @@ class Client:
         *,
         grant_pages: int = 0,
         deadline_s: float | None = None,
+        hints: results.Hints = results.NO_HINTS,
     ) -> results.Acquired:
         """Open a lease on the longest cached prefix; waits at most deadline_s and a margin."""
         session = self._attached()
@@ -168,6 +171,7 @@ class Client:
             tokens=results.packed(tokens),
             grant_pages=grant_pages,
             deadline_ms=0 if deadline_s is None else max(1, round(deadline_s * 1000)),
+            hints=results.hints(hints),
         )
         wait_s = ACQUIRE_DEADLINE_S if deadline_s is None else deadline_s
         try:
@@ -224,13 +228,16 @@ class Client:
         *,
         returned: NDArray[np.uint32] = results.NO_PAGES,
         grant_pages: int = 0,
+        hints: Sequence[results.Hints] = (),
     ) -> results.Released:
-        """Close leases. Call it after the device has finished reading their pages."""
+        """Close leases. Call it after the device has finished reading their pages. `hints`: none,
+        or one for each, in the place of acquire's where it says anything."""
         session = self._attached()
         request = cache_pb2.ReleaseRequest(
             session=session.head,
             request_ids=request_ids,
             returned_pages=results.packed(returned),
+            hints=[results.hints(each) for each in hints],
             grant_pages=grant_pages,
         )
         answer = self._call(session, "Release", request)

@@ -25,6 +25,22 @@ class TierTokens:
 
 
 @dataclass(frozen=True)
+class Hints:
+    """What a request says of the blocks that it uses; 0 and False say nothing.
+
+    session_end: nobody goes on from it. expect_return_within_s: a request that does is expected.
+    priority: 0 to 7, goes before recency. ttl_s: they match nobody so long after their last use."""
+
+    session_end: bool = False
+    expect_return_within_s: int = 0
+    priority: int = 0
+    ttl_s: int = 0
+
+
+NO_HINTS = Hints()
+
+
+@dataclass(frozen=True)
 class Matched:
     """matched_tokens: a multiple of page_size, less than the tokens given."""
 
@@ -220,6 +236,15 @@ def pages(data: bytes) -> U32:
 def packed(array: NDArray[np.uint32]) -> bytes:
     """A u32 array as the wire has it. Lists and other integer dtypes are converted."""
     return np.ascontiguousarray(array, dtype="<u4").tobytes()
+
+
+def hints(said: Hints) -> cache_pb2.Hints:
+    return cache_pb2.Hints(
+        session_end=said.session_end,
+        expect_return_within_s=said.expect_return_within_s,
+        priority=said.priority,
+        ttl_s=said.ttl_s,
+    )
 
 
 def tier_tokens(message: cache_pb2.TierTokens) -> TierTokens:

@@ -38,11 +38,12 @@ _CREDENTIALS = struct.Struct("iII")
 
 @dataclass(eq=False)
 class NamespaceHandle:
-    """An identity, tenant and salt, opened in whichever session there is."""
+    """An identity, tenant, salt and time to live, opened in whichever session there is."""
 
     identity: bytes
     tenant: str
     salt: bytes
+    ttl_s: int = 0
     opened: tuple[bytes, int] = (b"", 0)  # (key of the session, id in it)
 
 

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from kvc2 import errors
-from kvc2.cache import Cache, FlushResult, TierCounts
+from kvc2.cache import Cache
 from kvc2.config import ServeConfig, socket_path
 from kvc2.metrics import Metrics
 from kvc2.namespace import check_layout, check_weights_digest, decode
-from kvc2.results import Explained
+from kvc2.results import Explained, FlushResult, Hints, Terms, TierCounts, shorter
 from kvc2.server import checks
 from kvc2.server.attach import Attachments
 from kvc2.server.tenants import DEFAULT_TENANT, Tenants
@@ -83,7 +83,8 @@ class CacheCalls:
             raise errors.LimitReached(
                 "limits.max_namespaces", self._limits.max_namespaces, "namespaces are open"
             )
-        number = self._cache.open_namespace(session, namespace, request.identity)
+        ttl_s = shorter(request.ttl_s, self._tenants.ttl_s(tenant))
+        number = self._cache.open_namespace(session, namespace, request.identity, ttl_s)
         session.namespaces[number] = namespace
         self._cache.explainer.opened(number, tenant or DEFAULT_TENANT, request.salt)
         return cache_pb2.OpenNamespaceResponse(namespace_id=number + 1)
@@ -126,7 +127,8 @@ class CacheCalls:
         checks.reserved("extras", request.extras, b"")
         if len(session.leases) >= self._limits.max_leases and request_id not in session.leases:
             raise errors.LimitReached("limits.max_leases", self._limits.max_leases, "are open")
-        found = await self._cache.acquire(session, number, request_id, tokens, grant, deadline_s)
+        terms = Terms(grant, deadline_s, checks.hints("hints", request.hints))
+        found = await self._cache.acquire(session, number, request_id, tokens, terms)
         self._metrics.prompt_tokens.inc(len(tokens))
         for counter, count in zip(self._matched, found.tiers, strict=False):
             if count:
@@ -221,8 +223,13 @@ class CacheCalls:
             checks.request_id(f"request_ids[{index}]", each)
             for index, each in enumerate(request.request_ids)
         ]
-        for each in ids:
-            self._cache.release(session, each)
+        if len(request.hints) not in (0, len(ids)):
+            raise errors.InvalidRequest(
+                "hints", f"{len(request.hints)} of them", f"one for each of {len(ids)} request_ids"
+            )
+        said = [checks.hints(f"hints[{i}]", each) for i, each in enumerate(request.hints)]
+        for each, hints in zip(ids, said or [Hints()] * len(ids), strict=True):
+            self._cache.release(session, each, hints)
         if len(returned):
             self._cache.give_back(session, returned)
         return cache_pb2.ReleaseResponse(

@@ -11,12 +11,15 @@ from numpy.typing import NDArray
 
 from kvc2 import errors
 from kvc2.config import LimitsConfig
+from kvc2.results import Hints
 from kvc2.sessions import Session
+from kvc2.v1 import cache_pb2
 
 REQUEST_ID_BYTES_MAX = 128
 ENGINE_NAME_BYTES_MAX = 128
 TENANT_BYTES_MAX = 64
 NAMESPACE_BYTES = 32
+PRIORITY_MAX = 7
 DEADLINE_MS_MAX = 3_600_000
 EVICT_BLOCKS_MAX = (1 << 32) - 1  # more than any tier has pages
 RATE_MAX = 1e9  # tokens/s: no machine prefills faster
@@ -106,6 +109,12 @@ def namespace(field: str, value: bytes) -> bytes:
     if len(value) != NAMESPACE_BYTES:
         raise errors.InvalidRequest(field, f"{len(value)} bytes", f"{NAMESPACE_BYTES} bytes")
     return value
+
+
+def hints(field: str, given: cache_pb2.Hints) -> Hints:
+    if given.priority > PRIORITY_MAX:
+        raise errors.InvalidRequest(f"{field}.priority", given.priority, f"0 to {PRIORITY_MAX}")
+    return Hints(given.session_end, given.expect_return_within_s, given.priority, given.ttl_s)
 
 
 def tier(value: str) -> str:

@@ -17,9 +17,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kvc2 import errors, events
-from kvc2.cache import Cache, FlushResult
+from kvc2.cache import Cache
 from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics, TierSample
+from kvc2.results import FlushResult
 from kvc2.server import wiring
 from kvc2.server.address import Address
 from kvc2.server.attach import Attachments

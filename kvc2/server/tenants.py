@@ -31,6 +31,11 @@ class Tenants:
         for index, each in enumerate(config.tenants):
             self._secrets[each.name] = _read_secret(f"tenants[{index}]", each.secret_file)
             self._uids[each.name] = set(each.uids) or {owner}
+        self._ttls = {each.name: each.ttl_s for each in config.tenants}
+
+    def ttl_s(self, tenant: str) -> int:
+        """How long after its last use a block of the tenant matches; 0: for ever."""
+        return self._ttls.get(tenant, 0)
 
     def namespace(self, tenant: str, uid: int, identity: bytes, salt: bytes) -> bytes:
         """The 32 bytes that name (identity, tenant, salt). Raises NotFound and Denied."""

@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import re
+import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,3 +225,9 @@ class SlabFiles:
             if put == 0 or put % 512:
                 raise OSError(errno.EIO, f"{self.folder}: short write of {put} bytes")
             done += put
+
+
+def raise_file_limit() -> None:
+    """Every slab file stays open: take as many file descriptors as we are allowed."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -117,16 +117,18 @@ class SessionRef(_message.Message):
     def __init__(self, secret: _Optional[bytes] = ..., session_epoch: _Optional[int] = ...) -> None: ...
 
 class OpenNamespaceRequest(_message.Message):
-    __slots__ = ("session", "identity", "tenant", "salt")
+    __slots__ = ("session", "identity", "tenant", "salt", "ttl_s")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     SALT_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
     session: SessionRef
     identity: bytes
     tenant: str
     salt: bytes
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., identity: _Optional[bytes] = ..., tenant: _Optional[str] = ..., salt: _Optional[bytes] = ...) -> None: ...
+    ttl_s: int
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., identity: _Optional[bytes] = ..., tenant: _Optional[str] = ..., salt: _Optional[bytes] = ..., ttl_s: _Optional[int] = ...) -> None: ...
 
 class OpenNamespaceResponse(_message.Message):
     __slots__ = ("namespace_id",)
@@ -244,8 +246,20 @@ class MatchResponse(_message.Message):
     tiers: TierTokens
     def __init__(self, matched_tokens: _Optional[int] = ..., tiers: _Optional[_Union[TierTokens, _Mapping]] = ...) -> None: ...
 
+class Hints(_message.Message):
+    __slots__ = ("session_end", "expect_return_within_s", "priority", "ttl_s")
+    SESSION_END_FIELD_NUMBER: _ClassVar[int]
+    EXPECT_RETURN_WITHIN_S_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
+    session_end: bool
+    expect_return_within_s: int
+    priority: int
+    ttl_s: int
+    def __init__(self, session_end: _Optional[bool] = ..., expect_return_within_s: _Optional[int] = ..., priority: _Optional[int] = ..., ttl_s: _Optional[int] = ...) -> None: ...
+
 class AcquireRequest(_message.Message):
-    __slots__ = ("session", "namespace_id", "request_id", "tokens", "grant_pages", "deadline_ms", "key_mode", "extras")
+    __slots__ = ("session", "namespace_id", "request_id", "tokens", "grant_pages", "deadline_ms", "key_mode", "extras", "hints")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -254,6 +268,7 @@ class AcquireRequest(_message.Message):
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     KEY_MODE_FIELD_NUMBER: _ClassVar[int]
     EXTRAS_FIELD_NUMBER: _ClassVar[int]
+    HINTS_FIELD_NUMBER: _ClassVar[int]
     session: SessionRef
     namespace_id: int
     request_id: bytes
@@ -262,7 +277,8 @@ class AcquireRequest(_message.Message):
     deadline_ms: int
     key_mode: int
     extras: bytes
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., request_id: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., grant_pages: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., key_mode: _Optional[int] = ..., extras: _Optional[bytes] = ...) -> None: ...
+    hints: Hints
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., request_id: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., grant_pages: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., key_mode: _Optional[int] = ..., extras: _Optional[bytes] = ..., hints: _Optional[_Union[Hints, _Mapping]] = ...) -> None: ...
 
 class AcquireResponse(_message.Message):
     __slots__ = ("matched_tokens", "tiers", "prefix_pages", "transfer", "granted_pages", "computing_tokens")
@@ -331,16 +347,18 @@ class CommitResponse(_message.Message):
     def __init__(self, results: _Optional[_Iterable[bytes]] = ..., granted_pages: _Optional[bytes] = ..., durable: _Optional[bool] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
-    __slots__ = ("session", "request_ids", "returned_pages", "grant_pages")
+    __slots__ = ("session", "request_ids", "hints", "returned_pages", "grant_pages")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
+    HINTS_FIELD_NUMBER: _ClassVar[int]
     RETURNED_PAGES_FIELD_NUMBER: _ClassVar[int]
     GRANT_PAGES_FIELD_NUMBER: _ClassVar[int]
     session: SessionRef
     request_ids: _containers.RepeatedScalarFieldContainer[bytes]
+    hints: _containers.RepeatedCompositeFieldContainer[Hints]
     returned_pages: bytes
     grant_pages: int
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., request_ids: _Optional[_Iterable[bytes]] = ..., returned_pages: _Optional[bytes] = ..., grant_pages: _Optional[int] = ...) -> None: ...
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., request_ids: _Optional[_Iterable[bytes]] = ..., hints: _Optional[_Iterable[_Union[Hints, _Mapping]]] = ..., returned_pages: _Optional[bytes] = ..., grant_pages: _Optional[int] = ...) -> None: ...
 
 class ReleaseResponse(_message.Message):
     __slots__ = ("granted_pages",)

@@ -1,0 +1,34 @@
+"""The oracle's part about lives: who has said what of which block, what is dead, and why."""
+
+from kvc2._core import Cause
+from tests.model_parts import Hints, Life, Path
+
+
+class LivesModel:
+    def __init__(self) -> None:
+        self.stamps: dict[Path, int] = {}  # of present blocks and of holes
+        self.retired: dict[int, int] = {}  # namespaces, and when
+        self.lives: dict[Path, Life] = {}  # of the same blocks as stamps, where not Life()
+        self.now = 0  # seconds
+
+    def dead(self, path: Path) -> bool:
+        return path[0] in self.retired or self.life(path).expires <= self.now
+
+    def cause_of_end(self, path: Path) -> Cause:
+        return Cause.INVALIDATED if path[0] in self.retired else Cause.EXPIRED
+
+    def life(self, path: Path) -> Life:
+        return self.lives.get(path, Life())
+
+    def say(self, hints: Hints, paths: list[Path], fresh: list[Path]) -> None:
+        """A request that uses these blocks says it of each."""
+        expires = self.now + hints.ttl if hints.ttl else Life().expires
+        for path in paths:
+            known = Life(0) if path in fresh else self.life(path)
+            life = Life(max(known.expires, expires), max(known.priority, hints.priority))
+            self.lives[path] = life
+
+    def retire(self, namespace: int) -> int:
+        fresh = namespace not in self.retired
+        self.retired.setdefault(namespace, self.now)
+        return sum(path[0] == namespace for path in self.stamps) if fresh else 0
