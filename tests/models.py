@@ -8,7 +8,7 @@ is told the victims too, and checks that they were legal ones.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections import deque
 from dataclasses import replace
 
 from kvc2._core import Cause
@@ -135,14 +135,22 @@ class IndexModel(LivesModel):
             del self.stamps[path]
             self.lives.pop(path, None)
 
-    def victim(self, pool: int, spared: Path | None = None) -> Path | None:
+    def victim(
+        self, pool: int, spared: Path | None = None, wanted: int | None = None
+    ) -> Path | None:
+        """Under other policies than lru one of `gone`: in its order, or, where that is not known,
+        before the page that was `wanted` only those of closed slabs, which nobody could take."""
         candidates = [p for p in self.candidates(pool) if p != spared]
         first = min((self.precedence(p, pool) for p in candidates), default=None)
         legal = [p for p in candidates if self.precedence(p, pool) == first]
         if self.policy == "lru":
             return min(legal, key=self.stamps.__getitem__, default=None)
-        blocks = {self.pools[pool].blocks[path]: path for path in legal}
-        return next((blocks[page] for page in self.gone.get(pool, ()) if page in blocks), None)
+        at = self.pools[pool]
+        blocks = {at.blocks[path]: path for path in legal}
+        gone = [page for page in self.gone.get(pool, ()) if page in blocks]
+        if wanted is not None:
+            gone.sort(key=lambda page: (page // at.per_slab not in at.shut, page != wanted))
+        return blocks[gone[0]] if gone else None
 
     def candidates(self, pool: int) -> list[Path]:
         return [path for path in self.pools[pool].blocks if self.evictable(path, pool)]
@@ -153,26 +161,27 @@ class IndexModel(LivesModel):
         return not self.dead(path), not self.held_below(path, pool), standing
 
     def take(
-        self, pool: int, picks: Iterator[int], state: str, spared: Path | None = None
+        self, pool: int, picks: deque[int], state: str, spared: Path | None = None
     ) -> int | None:
         at = self.pools[pool]
         while not at.free_pages():
-            path = None if at.durable else self.victim(pool, spared)
+            wanted = picks[0] if picks else None
+            path = None if at.durable else self.victim(pool, spared, wanted)
             if path is None:
                 return None
             self.evict_one(path, pool)
-        page = next(picks, None)
-        assert page is not None, f"pool {pool} had room for one more page"
+        assert picks, f"pool {pool} had room for one more page"
+        page = picks.popleft()
         assert at.state.get(page) == FREE, f"page {page} of pool {pool} was {at.state.get(page)}"
         at.state[page] = state
         return page
 
     def grant(self, pool: int, count: int, picks: list[int]) -> None:
-        source = iter(picks)
+        source = deque(picks)
         for _ in range(0 if self.pools[pool].closed else count):
             if self.take(pool, source, PRIVATE) is None:
                 break
-        assert next(source, None) is None, "more pages than there are"
+        assert not source, "more pages than there are"
 
     def enqueue(self, pool: int, page: int) -> None:
         at = self.pools[pool]
@@ -293,7 +302,7 @@ class IndexModel(LivesModel):
             if held.duplicate:
                 self.pools[lease.pool].free(held.page)
 
-    def add(self, plan: TransferModel, path: Path, picks: Iterator[int]) -> bool:
+    def add(self, plan: TransferModel, path: Path, picks: deque[int]) -> bool:
         page = self.take(plan.target, picks, IN_FLIGHT, spared=path[:-1])
         if page is None:
             return False
@@ -318,7 +327,7 @@ class IndexModel(LivesModel):
         self.hold_more(lease)
         below = self.pools[lease.pool].below
         plan = TransferModel(-1 if below is None else below, lease.pool, [], [], [])
-        source = iter(picks)
+        source = deque(picks)
         while below is not None and (path := self.next_path(lease)):
             if self.pools[lease.pool].present(path) or not self.pools[below].resident(path):
                 break
@@ -334,7 +343,7 @@ class IndexModel(LivesModel):
         lease = self.leases[lease_id]
         chain = self.chain(lease.pool)
         plan = TransferModel(chain[-1], chain[-2], [], [], [])
-        source = iter(picks)
+        source = deque(picks)
         memory = [self.pools[p] for p in chain[:-1]]
         for block in range(len(lease.held), len(lease.found)):
             path = self.next_path(lease, block)
@@ -365,7 +374,7 @@ class IndexModel(LivesModel):
         at = self.pools[pool]
         assert at.below is not None
         plan = TransferModel(pool, at.below, [], [], [])
-        source = iter(picks)
+        source = deque(picks)
         full = False
         while at.queue and len(plan.paths) < count and not full:
             for path in self.missing_below(pool, at.below, at.queue[0]):
