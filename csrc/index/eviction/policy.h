@@ -1,9 +1,9 @@
 // Which page of a pool goes first. The tree says which nodes are evictable and when that changes;
 // a policy ranks them, and knows no tree, lease or transfer.
 //
-//     tree ── added, touched, placed, cleared ──► policy     a Use per block, counts, ghosts
-//     tree ── rank of a Use ──► EvictionOrder                one a pool: evictable nodes' last blocks
-//     tree ◄── choose: the next victim ── policy
+//     tree -- added, touched, placed, cleared --> policy   (a Use per block, counts, ghosts)
+//     tree -- rank of a Use --> EvictionOrder              (one a pool: the evictable nodes)
+//     tree <-- choose: the next victim -- policy
 //
 // What a policy says holds only among nodes of one standing (see Rank): copies that a slower pool
 // also holds always go before last copies. A policy is deterministic under its seed, remembers of
