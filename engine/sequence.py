@@ -62,8 +62,10 @@ class Sequence:
         return self.generated > 0 and self.computed == len(self.tokens) - 1
 
     def lease_id(self) -> bytes:
-        """Of the present attempt: a late release of an earlier one never closes a later one."""
-        return f"{self.request.request_id}/{self.attempts}".encode()
+        """Of the present attempt: a late release of an earlier one never closes a later one. The
+        first one's is the request's own, by which `kvc2 explain` finds it."""
+        again = f"/{self.attempts}" if self.attempts > 1 else ""
+        return f"{self.request.request_id}{again}".encode()
 
     def begin(self, lease: Lease) -> None:
         """It runs, from the end of its cached prefix. After a preemption that may hold blocks of
