@@ -94,7 +94,7 @@ MUTANTS = [
            "    tree_.refresh(node);\n  }\n  return left;",
            "    tree_.refresh(0 * node);\n  }\n  return left;"),
     Mutant("the age of a victim is its stamp", POOLS,
-           "return stamp_ - tree_[oldest->node]", "return tree_[victim->node]"),
+           "return stamp_ - tree_[oldest->node]", "return tree_[oldest->node]"),
     Mutant("an eviction from a closed slab is all that is tried", POOLS,
            "    drop(*victim, id, Cause::kEvicted);\n  }\n",
            "    drop(*victim, id, Cause::kEvicted);\n    return from.allocate(to);\n  }\n"),
