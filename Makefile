@@ -82,11 +82,13 @@ proto: $(READY)  ## generate kvc2/v1 from proto/
 	$(PYTHON) -m grpc_tools.protoc -I proto --python_out=. --grpc_python_out=. --pyi_out=. \
 		$(shell cd proto && find . -name '*.proto' | sed 's,^\./,proto/,')
 
+# Half an hour; with TRACES=DIR also those that replay traces.
+BENCHMARKS := rpc index_ops ttft mixed_models slow_disk
 bench: $(READY)  ## every benchmark of benchmarks/README.md, JSON into build/bench
 	mkdir -p build/bench
-	$(PYTHON) -m benchmarks.rpc --json build/bench/rpc.json
-	$(PYTHON) -m benchmarks.index_ops --json build/bench/index_ops.json
-	$(PYTHON) -m benchmarks.ttft --json build/bench/ttft.json
+	for each in $(BENCHMARKS); do $(PYTHON) -m benchmarks.$$each --json build/bench/$$each.json; done
+	$(if $(TRACES),for each in hit_rate reuse_curve; do \
+		$(PYTHON) -m benchmarks.$$each --traces $(TRACES) --json build/bench/$$each.json; done)
 
 clean:  ## remove the environment and what was built
 	rm -rf $(VENV) build
