@@ -67,7 +67,7 @@ class Bench:
 
     def cpp_test(self, name: str) -> None:
         """Linked by hand: the build would make every library of the house for it."""
-        libraries = [self.build / f"libkvc2_{floor}.a" for floor in ("index", "base")]
+        libraries = [self.build / f"libkvc2_{floor}.a" for floor in ("index", "eviction", "base")]
         program = self.build / name
         self.command("g++", "-pthread", self.object(name), *libraries, "-o", program)
         self.command(program)
