@@ -96,6 +96,7 @@ class Admission:
             sequence.array(),
             sequence.request.caller,
             cached=sequence.cached,
+            hints=sequence.request.hints,
         )
         self.acquiring.append(sequence)
 

@@ -17,22 +17,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from engine.metrics import EngineMetrics
 from engine.pages import PageBook
-from engine.request import U32, Caller, TierTokens
+from engine.prefix_calls import CacheClient, hints_of
+from engine.request import NO_HINTS, U32, Caller, Hints, TierTokens
 from kvc2 import errors
-from kvc2.client import (
-    Acquired,
-    Client,
-    Committed,
-    LeaseCommit,
-    Matched,
-    Released,
-)
+from kvc2.client import Client, LeaseCommit
 from kvc2.client import PoolMemory as PoolMemory
 from kvc2.layout import layer_major
 
@@ -49,37 +43,6 @@ class PrefixLostError(Exception):
     """A promised prefix did not arrive: the requests that depend on it must be computed."""
 
 
-class CacheClient(Protocol):
-    """What the bridge uses of kvc2.client.Client; a namespace is whatever open_namespace
-    returns."""
-
-    def open_namespace(self, identity: bytes, tenant: str = "", salt: bytes = b"") -> Any: ...
-
-    def acquire(
-        self, namespace: Any, request_id: bytes, tokens: U32, *, grant_pages: int = 0
-    ) -> Acquired: ...
-
-    def commit(
-        self,
-        commits: Sequence[LeaseCommit],
-        *,
-        grant_pages: int = 0,
-        prefill_tokens_per_s: float = 0.0,
-    ) -> Committed: ...
-
-    def release(
-        self, request_ids: Sequence[bytes], *, returned: U32, grant_pages: int = 0
-    ) -> Released: ...
-
-    def grant(self, pages: int) -> U32: ...
-
-    def match(self, namespace: Any, tokens: U32) -> Matched: ...
-
-    def wait_layer(self, transfer: int, layer: int, timeout_s: float) -> bool: ...
-
-    def close(self) -> None: ...
-
-
 @dataclass
 class Lease:
     """A request's block table and how far it is known to the daemon. `session` 0: private."""
@@ -94,6 +57,8 @@ class Lease:
     sent: int = 0  # leading blocks matched or sent in commits
     settled: int = 0  # of these, the ones matched or answered
     refused: bool = False  # a commit was refused: nothing more is committed
+    hints: Hints = NO_HINTS
+    ended: bool = False  # its request has been answered whole
 
 
 @dataclass(frozen=True)
@@ -146,12 +111,19 @@ class Prefix:
     # a request's way
 
     def acquire(
-        self, request_id: bytes, tokens: U32, caller: Caller, *, cached: bool = True
+        self,
+        request_id: bytes,
+        tokens: U32,
+        caller: Caller,
+        *,
+        cached: bool = True,
+        hints: Hints = NO_HINTS,
     ) -> Future[Lease]:
         """A lease on the longest cached prefix; without a session, or if not `cached`, an empty
         one. Never fails: a fault is a miss."""
-        if cached and self._client is not None and self.book.session:
-            return self._acquires.submit(self._acquire, self._client, request_id, tokens, caller)
+        client = self._client
+        if cached and client is not None and self.book.session:
+            return self._acquires.submit(self._acquire, client, request_id, tokens, caller, hints)
         done: Future[Lease] = Future()
         done.set_result(Lease(request_id))
         return done
@@ -289,7 +261,7 @@ class Prefix:
         return future
 
     def _acquire(
-        self, client: CacheClient, request_id: bytes, tokens: U32, caller: Caller
+        self, client: CacheClient, request_id: bytes, tokens: U32, caller: Caller, hints: Hints
     ) -> Lease:
         session = self.book.session
         if not session:  # it ended since: an answer would be of one that isn't known here
@@ -299,7 +271,13 @@ class Prefix:
             if namespace is None:
                 self._refused_salt(caller)
                 return Lease(request_id)
-            found = client.acquire(namespace, request_id, tokens, grant_pages=self._wanted(0))
+            found = client.acquire(
+                namespace,
+                request_id,
+                tokens,
+                grant_pages=self._wanted(0),
+                hints=hints_of(hints, ended=False),
+            )
         except Exception as error:  # whatever it is, the request runs
             self._fault("acquire", error)
             self.cancel(request_id)  # it may have been opened all the same
@@ -317,6 +295,7 @@ class Prefix:
             transfer=found.transfer,
             sent=blocks,
             settled=blocks,
+            hints=hints,
         )
         with self._lock:  # a session that ends meanwhile must see the lease, or the lease its end
             current = self.book.lend(session, pages)
@@ -394,12 +373,23 @@ class Prefix:
         for lease in leases:
             self.book.drop(lease.pages)
         session = self.book.session
-        ids = [lease.request_id for lease in leases if session and lease.session == session]
-        if not ids or self._client is None:
+        known = [lease for lease in leases if session and lease.session == session]
+        if not known or self._client is None:
             return
         returned = self.book.give_back(self.config.high_water)
         try:
-            answer = self._client.release(ids, returned=returned, grant_pages=self._wanted(0))
+            # what ends no session stays what acquire was told
+            ended = [lease.ended and lease.hints.session_end for lease in known]
+            said = [
+                hints_of(lease.hints if end else NO_HINTS, ended=end)
+                for lease, end in zip(known, ended, strict=True)
+            ]
+            answer = self._client.release(
+                [lease.request_id for lease in known],
+                returned=returned,
+                grant_pages=self._wanted(0),
+                hints=said if any(ended) else (),
+            )
             self.book.granted(session, answer.granted)
         except errors.Kvc2Error as error:
             self._fault("release", error)

@@ -53,6 +53,23 @@ class Caller:
 
 
 @dataclass(frozen=True)
+class Hints:
+    """What a request says of the blocks that it uses, for the daemon; 0 and False say nothing.
+
+    session_end: nobody goes on from its answer. expect_return_within_s: somebody will, so soon.
+    priority: 0 to 7, the highest is evicted last. ttl_s: its blocks match nobody so long after
+    their last use."""
+
+    session_end: bool = False
+    expect_return_within_s: int = 0
+    priority: int = 0
+    ttl_s: int = 0
+
+
+NO_HINTS = Hints()
+
+
+@dataclass(frozen=True)
 class Piece:
     """Text that a token made certain; `stopped`: a stop string was met and cut off."""
 
@@ -133,3 +150,4 @@ class Request:
     caller: Caller = field(default_factory=Caller)
     end_token_ids: frozenset[int] = frozenset()
     top_scores: int | None = None  # None: no scores; else the chosen token's, and this many best
+    hints: Hints = NO_HINTS

@@ -310,6 +310,8 @@ class Scheduler:
         if output.finish is None:
             sequence.request.deliver(output)
         else:
+            if sequence.lease is not None:
+                sequence.lease.ended = True
             self._remove(sequence)
             self._metrics.requests.labels(output.finish).inc()
             sequence.request.deliver(replace(output, stats=sequence.stats()))

@@ -23,11 +23,12 @@ from engine.prefix import BridgeConfig, Prefix
 from engine.request import Caller, Output, Piece, Request, SamplingParams
 from engine.scheduler import Scheduler, SchedulerConfig
 from kvc2 import errors
-from kvc2.client import Acquired, Committed, LeaseCommit, Matched, Released
+from kvc2.client import Acquired, Committed, Hints, LeaseCommit, Matched, Released
 
 VOCABULARY = 97
 PAGE_SIZE = 4
 MODULUS = (1 << 61) - 1
+NOTHING_SAID = Hints()
 
 
 def chain(value: int, token: int) -> int:
@@ -139,6 +140,7 @@ class SmallDaemon:
         self.leases: dict[bytes, OpenLease] = {}
         self.transfers: list[list[tuple[int, np.ndarray]]] = []
         self.prefill_rates: list[float] = []  # told with commits
+        self.said: list[tuple[str, bytes, Hints]] = []  # with acquires and releases
         self.arrive = True  # whether promotions complete
         self.fault: errors.Kvc2Error | None = None
         self.refuse = False
@@ -176,9 +178,16 @@ class SmallDaemon:
         return (tenant, salt)
 
     def acquire(
-        self, namespace: Any, request_id: bytes, tokens: Any, *, grant_pages: int = 0
+        self,
+        namespace: Any,
+        request_id: bytes,
+        tokens: Any,
+        *,
+        grant_pages: int = 0,
+        hints: Hints = NOTHING_SAID,
     ) -> Acquired:
         self._raise()
+        self.said.append(("acquire", request_id, hints))
         assert request_id not in self.leases
         path = [int(t) for t in tokens]
         most = (len(path) - 1) // PAGE_SIZE
@@ -230,9 +239,17 @@ class SmallDaemon:
         return Committed(results=results, granted=self._grant(grant_pages), durable=False)
 
     def release(
-        self, request_ids: Sequence[bytes], *, returned: Any, grant_pages: int = 0
+        self,
+        request_ids: Sequence[bytes],
+        *,
+        returned: Any,
+        grant_pages: int = 0,
+        hints: Sequence[Hints] = (),
     ) -> Released:
         self._raise()
+        assert len(hints) in (0, len(request_ids))
+        told = hints or [NOTHING_SAID] * len(request_ids)
+        self.said += [("release", *each) for each in zip(request_ids, told, strict=True)]
         for request_id in request_ids:
             lease = self.leases.pop(request_id, None)
             if lease is not None:

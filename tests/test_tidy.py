@@ -43,7 +43,7 @@ ENGINE_FLOORS = """
     serve
     http, demo_model
     worker, scheduler, admission, sequence
-    prefix, runner
+    prefix, prefix_calls, runner
     graphs, models, sampler
     experts, attention, weights
     batch, pages, text, request, layers, identity

@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from engine import request as engine_request
 from engine.http.errors import ApiError, of_validation, refused
 from engine.http.replies import Asked, Reply, event
-from engine.http.schema import ChatBody, CompletionBody
+from engine.http.schema import CacheOptions, ChatBody, CompletionBody
 from engine.http.tokenizer import TemplateError, Tokenizer
 from engine.request import Caller, Output, SamplingParams
 from engine.text import IncrementalText
@@ -127,7 +127,7 @@ class Service:
         try:
             body = kind.model_validate_json(await self._read(http))
         except ValidationError as error:
-            raise of_validation(error) from error
+            raise of_validation(error, names=CacheOptions.model_fields) from error
         self.check_model(body.model)
         prompt = await asyncio.to_thread(self._tokens, body)
         reply = Reply(
@@ -242,6 +242,7 @@ class Service:
             caller=self.caller(http, body.cache_salt),
             end_token_ids=frozenset() if body.ignore_eos else self._served.end_token_ids,
             top_scores=scores if scores is None else min(scores, self._served.vocab_size),
+            hints=body.kvc2.hints,
         )
         return request, outputs
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -54,14 +56,20 @@ def refused(param: str, value: object, allowed: str, code: str = "invalid_value"
     return ApiError(400, f"{param} = {shown}: {allowed}", param=param, code=code)
 
 
-def of_validation(error: ValidationError) -> ApiError:
-    """The first field that pydantic refused. Names of union branches are no part of the path."""
+def of_validation(error: ValidationError, *, names: Iterable[str] = ()) -> ApiError:
+    """The first field that pydantic refused. Names of union branches are no part of the path.
+    `names`: those allowed in `kvc2`, of which an unknown one is told the nearest."""
     first = error.errors(include_url=False)[0]
-    names = [str(part) for part in first["loc"] if _is_field(part)]
-    param = ".".join(names) or None
+    path = [str(part) for part in first["loc"] if _is_field(part)]
+    param = ".".join(path) or None
     code = CODES.get(first["type"], "invalid_value")
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {first['msg']}", code=code)
+    if first["type"] == "extra_forbidden" and path[:-1] == ["kvc2"]:
+        allowed = sorted(names)
+        near = get_close_matches(path[-1][:VALUE_TEXT_MAX], allowed, 1, cutoff=0.0)
+        text = f"{param}: unknown; did you mean {near[0]}? Allowed: {', '.join(allowed)}"
+        return ApiError(400, text, param=param, code=code)
     if first["type"] in CODES:
         return ApiError(400, f"{param}: {first['msg']}", param=param, code=code)
     if param is None:

@@ -1,7 +1,8 @@
-"""The bodies that callers send, checked field by field: OpenAI's, and three of our own.
+"""The bodies that callers send, checked field by field: OpenAI's, and some of our own.
 
 `top_k`, `ignore_eos`: as other servers of open models have them. `cache_salt` narrows whose cache
-is shared. `kvc2_details` asks for the `kvc2` member of the answer. A field that OpenAI has and the
+is shared. `kvc2_details` asks for the `kvc2` member of the answer, `kvc2` tells the cache what will
+become of the prompt. A field that OpenAI has and the
 engine doesn't do is refused by name unless its value asks for nothing; an unknown one always is.
 """
 
@@ -11,10 +12,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from engine.request import Hints
+
 STOP_STRINGS_MAX = 16
 STOP_CHARACTERS_MAX = 1024
 TOP_LOGPROBS_MAX = 20
 SALT_BYTES_MAX = 256  # the daemon's limit
+PRIORITY_MAX = 7  # the daemon's
+SECONDS_MAX = (1 << 32) - 1  # what the wire holds
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 StopString = Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS_MAX)]
@@ -29,6 +34,22 @@ class Strict(BaseModel):
 class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
+
+
+Seconds = Annotated[int, Field(ge=0, le=SECONDS_MAX)]
+
+
+class CacheOptions(Strict):
+    """`kvc2`: hints for the daemon, accepted and ignored without one."""
+
+    priority: int = Field(default=0, ge=0, le=PRIORITY_MAX)
+    session_end: bool = False
+    expect_return_within_s: Seconds = 0
+    ttl_s: Seconds = 0
+
+    @property
+    def hints(self) -> Hints:
+        return Hints(**self.model_dump())
 
 
 class Body(Strict):
@@ -51,6 +72,7 @@ class Body(Strict):
     ignore_eos: bool = False
     cache_salt: str | None = None
     kvc2_details: bool = False
+    kvc2: CacheOptions = CacheOptions()
 
     @field_validator("presence_penalty", "frequency_penalty", mode="before")
     @classmethod
