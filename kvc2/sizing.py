@@ -41,9 +41,11 @@ def parse_shares(text: str) -> list[float]:
 
 
 def measure(trace: Trace, shares: list[float], policy: str, *, quiet: bool) -> list[Size]:
-    """Replays the trace at each size; a progress bar on stderr unless `quiet` or no terminal."""
-    sizes = []
-    bar = Progress(console=Console(stderr=True), disable=quiet or not sys.stderr.isatty())
+    """Replays the trace at each size. Unless `quiet`, stderr has a progress bar, or a line for each
+    size where it is no terminal."""
+    sizes: list[Size] = []
+    terminal = sys.stderr.isatty()
+    bar = Progress(console=Console(stderr=True), disable=quiet or not terminal)
     with bar:
         task = bar.add_task("replaying", total=len(shares) * len(trace))
         for share in shares:
@@ -53,6 +55,9 @@ def measure(trace: Trace, shares: list[float], policy: str, *, quiet: bool) -> l
             )
             best = replay.best_hit_rate(trace, blocks)
             sizes.append(Size(share, blocks, blocks * trace.block_tokens, rate, best))
+            if not quiet and not terminal:
+                done = f"{len(sizes)} of {len(shares)} sizes"
+                print(f"replayed {trace.name}, {done}: {blocks} blocks", file=sys.stderr)
     return sizes
 
 

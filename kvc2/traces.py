@@ -89,9 +89,8 @@ def _lines(path: Path) -> Iterator[str]:
     try:
         import zstandard
     except ImportError as error:
-        raise errors.InvalidConfig(
-            "trace", str(path), "pip install zstandard, or a file that is not compressed"
-        ) from error
+        allowed = "a file that is not compressed, or zstandard: pip install 'kvc2[plot]'"
+        raise errors.InvalidConfig("trace", str(path), allowed) from error
     with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as plain:
         yield from io.TextIOWrapper(plain, encoding="utf-8")
 

@@ -1,6 +1,7 @@
 """Replaying traces: every format is read alike, lru equals its oracle, the limit is a limit."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -143,3 +144,53 @@ def test_kvc2_replay_refuses_by_name(tmp_path: Path, arguments: list[str], words
     found = CliRunner().invoke(cli.app, ["replay", str(path), *arguments])
     assert found.exit_code == 2
     assert words in found.output
+
+
+def test_where_there_is_no_terminal_progress_is_lines_on_stderr(tmp_path: Path) -> None:
+    path = npz(tmp_path / "a.kvt.npz")
+    asked = ["replay", str(path), "--capacity", "0.2,1"]
+    found = CliRunner().invoke(cli.app, asked)
+    assert found.stderr.splitlines() == [
+        "replayed a, 1 of 2 sizes: 3 blocks",
+        "replayed a, 2 of 2 sizes: 17 blocks",
+    ]
+    assert CliRunner().invoke(cli.app, [*asked, "--json"]).stderr == ""
+
+
+MOONCAKE = """{"timestamp": 3000, "input_length": 1030, "output_length": 5, "hash_ids": [0, 1, 2]}
+{"timestamp": 0, "input_length": 1024, "output_length": 9, "hash_ids": [0, 7]}
+"""
+BAILIAN = """{"chat_id": 0, "parent_chat_id": -1, "timestamp": 0.1, "input_length": 33, \
+"output_length": 9, "type": "text", "turn": 1, "hash_ids": [5, 6, 7]}
+{"chat_id": 1, "parent_chat_id": 0, "timestamp": 0.9, "input_length": 48, \
+"output_length": 9, "type": "text", "turn": 2, "hash_ids": [5, 6, 8]}
+"""
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["jsonl", "jsonl.zst"])
+@pytest.mark.parametrize(
+    ("text", "block_tokens", "requests"),
+    [(MOONCAKE, 512, [[0, 1], [0, 2]]), (BAILIAN, 16, [[0, 1], [0, 1, 2]])],
+    ids=["mooncake", "bailian"],
+)
+def test_published_lines_are_read_in_order_of_time(
+    tmp_path: Path, text: str, block_tokens: int, requests: list[list[int]], compressed: bool
+) -> None:
+    path = tmp_path / "t.jsonl"
+    data = text.replace("\\\n", "").encode()
+    if compressed:
+        path = tmp_path / "t.jsonl.zst"
+        data = pytest.importorskip("zstandard").ZstdCompressor().compress(data)
+    path.write_bytes(data)
+    read = traces.read(path)
+    assert (read.name, read.block_tokens) == ("t", block_tokens)
+    assert [read.request(i).tolist() for i in range(len(read))] == requests
+
+
+def test_a_missing_zstandard_is_told_with_the_extra_that_brings_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "t.jsonl.zst").write_bytes(b"")
+    with pytest.raises(errors.InvalidConfig, match=r"pip install 'kvc2\[plot\]'"):
+        traces.read(tmp_path / "t.jsonl.zst")
