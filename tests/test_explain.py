@@ -15,6 +15,7 @@ from kvc2 import cli, errors, prompts
 from kvc2.client import Admin
 from kvc2.config import LimitsConfig, TenantConfig
 from kvc2.v1 import cache_pb2 as pb
+from tests.byte_tokenizer import add_tokenizer
 from tests.daemons import ServedDaemon, serve_config
 from tests.engines import PAGE_SIZE, identity
 from tests.wires import Wire, u32
@@ -217,3 +218,38 @@ def test_token_files_are_json_or_numbers(tmp_path: Path) -> None:
     for text in ("[1, 2, 3]", "1 2\n3", "1,2,3"):
         file.write_text(text)
         assert prompts.read_tokens(file).tolist() == [1, 2, 3]
+
+
+def test_a_text_and_a_tokenizer_say_where_a_prompt_parts_in_words(
+    served: ServedDaemon, wire: Wire, tmp_path: Path
+) -> None:
+    """From a text file to its tokens, through the daemon, and back to text."""
+    folder = add_tokenizer(tmp_path)
+    cached = "You are a careful helper. " * 4  # a byte is a token here
+    asked = cached[:41] + "CURIOUS" + cached[48:]
+    tokens = [int(token) for token in prompts.open_tokenizer(folder).encode(cached).ids]
+    assert len(tokens) == len(cached)
+    compute(wire, tokens)
+    (tmp_path / "prompt.txt").write_text(asked)
+    arguments = ["explain", "--text", str(tmp_path / "prompt.txt"), "--address", served.address]
+    found = CliRunner().invoke(cli.app, [*arguments, "--tokenizer", str(folder)])
+    assert found.exit_code == 0, found.output
+    assert f"2 of {(len(asked) - 1) // PAGE_SIZE} full blocks of 16 tokens hit" in found.stdout
+    assert "parts from it at token 41" in found.stdout
+    assert f"cached: {cached[41:48]!r}" in found.stdout
+    assert f"prompt: {asked[41:48]!r}" in found.stdout
+    (tmp_path / "prompt.txt").write_text(cached)
+    found = CliRunner().invoke(cli.app, [*arguments, "--tokenizer", str(folder), "--json"])
+    assert json.loads(found.stdout)["hit_blocks"] == len(cached) // PAGE_SIZE
+
+
+def test_a_text_needs_a_tokenizer_that_can_be_read(served: ServedDaemon, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("hello")
+    arguments = ["explain", "--text", str(tmp_path / "prompt.txt"), "--address", served.address]
+    for more, words in (
+        ([], "given with --text"),
+        (["--tokenizer", str(tmp_path)], "a folder with tokenizer.json"),
+    ):
+        found = CliRunner().invoke(cli.app, [*arguments, *more])
+        assert found.exit_code == 2
+        assert words in found.output
