@@ -7,7 +7,7 @@ which are log lines (events.py), and serving /metrics (server.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -46,12 +46,14 @@ RECOMPUTED = ("slower", "overdue", "deadline")  # why matched tokens were not br
 
 @dataclass(frozen=True)
 class TierSample:
-    """A tier at a scrape: pages by state, and what was evicted from it since the start."""
+    """A tier at a scrape: pages by state, what was evicted from it since the start, and its
+    estimated hit rate by multiple of its capacity (none: it has no pages)."""
 
     tier: str
     pages: dict[str, int]
     evicted: int
     last_copies: int
+    hit_rates: dict[float, float] = field(default_factory=dict)
 
 
 class Metrics:
@@ -168,9 +170,16 @@ class _Tiers(Collector):
         last_copies = CounterMetricFamily(
             "kvc2_last_copies", "Of these, blocks that no tier held any more", labels=["tier"]
         )
+        rates = GaugeMetricFamily(
+            "kvc2_estimated_hit_rate",
+            "Share of prompts' tokens in this tier or a faster one, were it so many times as large",
+            labels=["tier", "multiple"],
+        )
         for each in self._tiers():
+            for multiple, rate in each.hit_rates.items():
+                rates.add_metric([each.tier, f"{multiple:g}"], rate)
             for state, count in each.pages.items():
                 pages.add_metric([each.tier, state], count)
             evicted.add_metric([each.tier], each.evicted)
             last_copies.add_metric([each.tier], each.last_copies)
-        yield from (pages, evicted, last_copies)
+        yield from (pages, evicted, last_copies, rates)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from prometheus_client import generate_latest
 from typer.testing import CliRunner
 
 from kvc2 import cli
 from kvc2.client import Admin, Hints, LeaseCommit, NamespaceHandle
 from kvc2.errors import InvalidRequest, NotFound
+from kvc2.results import SIZES
 from tests.daemons import ServedDaemon, serve_config
 from tests.engines import TinyEngine, identity
 
@@ -83,3 +86,22 @@ def test_invalidate_takes_one_of_two(flags: list[str]) -> None:
     found = CliRunner().invoke(cli.app, ["invalidate", *flags])
     assert found.exit_code == 2
     assert "one of them" in found.output
+
+
+def test_metrics_have_the_hit_rates_that_the_stats_have(served: ServedDaemon) -> None:
+    with TinyEngine(served.address) as engine, Admin(served.address) as admin:
+        handle = engine.client.open_namespace(identity().encode())
+        commit(engine, handle)
+        for again in (b"again", b"and again"):
+            engine.client.acquire(handle, again, TOKENS)
+            engine.client.release([again])
+        told = admin.stats().hit_rates
+        text = generate_latest(served.daemon.metrics.registry).decode()
+    assert told["gpu"].estimated[-1] > 0.5
+    rows = dict(re.findall(r"^kvc2_estimated_hit_rate(\{\S+\}) (\S+)$", text, re.MULTILINE))
+    expected = {
+        f'{{multiple="{multiple:g}",tier="{tier}"}}': rate
+        for tier, each in told.items()
+        for multiple, rate in zip(SIZES, each.estimated, strict=False)
+    }
+    assert {name: float(rate) for name, rate in rows.items()} == expected

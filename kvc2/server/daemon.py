@@ -20,7 +20,7 @@ from kvc2 import errors, events
 from kvc2.cache import Cache
 from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics, TierSample
-from kvc2.results import FlushResult
+from kvc2.results import SIZES, FlushResult
 from kvc2.server import wiring
 from kvc2.server.address import Address
 from kvc2.server.attach import Attachments
@@ -195,6 +195,7 @@ def tier_samples(cache: Cache) -> list[TierSample]:
             {state: getattr(each, state) for state in states},
             each.evicted,
             each.last_copies,
+            dict(zip(SIZES, each.hit_rates, strict=False)),  # none of a tier without pages
         )
         for each in cache.stats().tiers
     ]
