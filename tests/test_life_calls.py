@@ -92,12 +92,13 @@ def test_metrics_have_the_hit_rates_that_the_stats_have(served: ServedDaemon) ->
     with TinyEngine(served.address) as engine, Admin(served.address) as admin:
         handle = engine.client.open_namespace(identity().encode())
         commit(engine, handle)
-        for again in (b"again", b"and again"):
-            engine.client.acquire(handle, again, TOKENS)
-            engine.client.release([again])
+        for turn in range(40):  # 8 prompts of 6 blocks: more than half of the 64 pages
+            tokens = TOKENS + np.uint32(1000 * (turn % 8))
+            engine.client.acquire(handle, b"again", tokens)
+            engine.client.release([b"again"])
         told = admin.stats().hit_rates
         text = generate_latest(served.daemon.metrics.registry).decode()
-    assert told["gpu"].estimated[-1] > 0.5
+    assert told["gpu"].estimated[-1] > 0.5 > told["gpu"].estimated[0]
     rows = dict(re.findall(r"^kvc2_estimated_hit_rate(\{\S+\}) (\S+)$", text, re.MULTILINE))
     expected = {
         f'{{multiple="{multiple:g}",tier="{tier}"}}': rate
