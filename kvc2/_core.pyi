@@ -302,6 +302,17 @@ class Index:
     def keep_free(self, pool: int, pages: int) -> Evicted:
         """Evict, in the same order, until `pages` are free in the pool, but only copies that a
         slower pool also holds: nothing is lost by it. Fewer are free when there are no more."""
+    def pin(self, namespace: int, pool: int, tokens: U32, *, hard: bool, max_blocks: int) -> bool:
+        """Keep the full blocks of `tokens` (at least one) in `pool`, whether they are there now or
+        come later: hard, they are never evicted from it; else they go last. The dead are not
+        kept. False, and nothing changes, if more than `max_blocks` blocks of the pool would be
+        pinned so, or the namespace is retired. The same prefix again replaces its pin. Walks the
+        path."""
+    def unpin(self, namespace: int, pool: int, tokens: U32) -> int:
+        """End the pin of exactly these full blocks; how many, 0: there is none. Blocks that other
+        pins have stay pinned. Walks the path."""
+    def pinned_blocks(self, pool: int, *, hard: bool) -> int:
+        """Blocks with a pin of this kind, there or not."""
     def advance(self, now: int) -> int:
         """It is second `now` (an earlier one than before changes nothing): what has expired is
         dead. Returns in how many nodes something has."""

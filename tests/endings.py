@@ -15,8 +15,11 @@ from tests.machines import (
     PER_SLAB,
     SEEN,
     IndexMachine,
+    Prompt,
     block_bytes,
     choice,
+    namespaces,
+    prompts,
     small,
     some_hints,
     u32,
@@ -75,6 +78,34 @@ class IndexEndings(IndexMachine):
         SEEN["advance: not all of a path"] += any(
             self.model.dead(p) and not self.model.dead(p[:-1]) and len(p) > 2 for p in living
         )
+
+    @rule(namespace=namespaces, pool=choice, prompt=prompts, hard=st.booleans(),
+          most=st.sampled_from([4, 4, 9, 0]))  # fmt: skip
+    def pin(self, namespace: int, pool: int, prompt: Prompt, hard: bool, most: int) -> None:
+        if not prompt:
+            return
+        at, prefix = self.a_pool(pool), (self.current[namespace], *prompt)
+        tokens = u32(prompt)
+        while len(self.model.prefix_pins) >= 3:  # else soon nothing may be evicted
+            old_pool, (old_namespace, *blocks) = next(iter(self.model.prefix_pins))
+            known = self.index.unpin(old_namespace, old_pool, u32(blocks))  # type: ignore[arg-type]
+            assert known == self.model.unpin(old_pool, (old_namespace, *blocks))
+        there = prefix in self.model.pools[at].blocks
+        pinned = self.index.pin(prefix[0], at, tokens, hard=hard, max_blocks=most)  # type: ignore[arg-type]
+        assert pinned == self.model.pin(at, prefix, hard=hard, most=most)
+        for kind in (False, True):
+            count = self.index.pinned_blocks(at, hard=kind)
+            assert count == self.model.pinned_blocks(at, hard=kind)
+        SEEN["pin: what is there"] += pinned and there
+        SEEN["pin: what is not there"] += pinned and not there
+        SEEN["pin: refused"] += not pinned
+
+    @rule(namespace=namespaces, pool=choice, prompt=prompts)
+    def unpin(self, namespace: int, pool: int, prompt: Prompt) -> None:
+        if not prompt:
+            return
+        at, prefix = self.a_pool(pool), (self.current[namespace], *prompt)
+        assert self.index.unpin(prefix[0], at, u32(prompt)) == self.model.unpin(at, prefix)  # type: ignore[arg-type]
 
     @rule(pool=choice, count=small)
     def reap(self, pool: int, count: int) -> None:

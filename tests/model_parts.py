@@ -1,6 +1,7 @@
 """What the naive oracle of the index (models.py) keeps: pools, leases and transfers, as facts."""
 
 import hashlib
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -129,3 +130,20 @@ def digests(name: bytes, blocks: list[bytes]) -> list[bytes]:
     for block in blocks:
         chain.append(hashlib.sha256(chain[-1] + block).digest())
     return chain[1:]
+
+
+class LruModel:
+    """What a cache of `capacity` blocks (None: any number) would have hit: each access touches its
+    path tail first, and the least recently touched blocks go."""
+
+    def __init__(self, capacity: int | None) -> None:
+        self.capacity = capacity
+        self.order: list[Path] = []  # by last touch, newest last
+
+    def access(self, path: list[Path]) -> int:
+        """The leading blocks of the path that were there."""
+        hits = len(list(itertools.takewhile(self.order.__contains__, path)))
+        self.order = [block for block in self.order if block not in path] + path[::-1]
+        if self.capacity is not None:
+            self.order = self.order[-self.capacity :]
+        return hits

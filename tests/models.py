@@ -89,6 +89,8 @@ class IndexModel(LivesModel):
         at = self.pools[pool]
         if not at.resident(path) or self.pins(pool, at.blocks[path]) or self.under(path, pool):
             return False
+        if self.pinned(path, pool, hard=True) and not self.dead(path):
+            return False
         return not self.last_copy(path, pool) or not self.under(path)
 
     def tiers(self, namespace: int, pools: list[int], blocks: list[tuple[int, ...]]) -> list[int]:
@@ -157,6 +159,8 @@ class IndexModel(LivesModel):
 
     def precedence(self, path: Path, pool: int) -> tuple[bool, bool, int]:
         """What goes before what under any policy."""
+        if not self.dead(path) and self.pinned(path, pool, hard=False):
+            return True, True, 15
         standing = 0 if self.dead(path) else self.life(path).standing()
         return not self.dead(path), not self.held_below(path, pool), standing
 
@@ -472,26 +476,10 @@ class IndexModel(LivesModel):
 
     def remove_pool(self, pool: int) -> None:
         by_page = sorted(self.pools[pool].blocks, key=self.pools[pool].blocks.__getitem__)
+        self.prefix_pins = {at: hard for at, hard in self.prefix_pins.items() if at[0] != pool}
         for path in by_page:
             self.drop(path, pool, Cause.SESSION_ENDED)
         del self.pools[pool]
         for transfer in self.transfers.values():
             transfer.failed |= pool in (transfer.source, transfer.target)
         self.forget()
-
-
-class LruModel:
-    """What a cache of `capacity` blocks (None: any number) would have hit: each access touches its
-    path tail first, and the least recently touched blocks go."""
-
-    def __init__(self, capacity: int | None) -> None:
-        self.capacity = capacity
-        self.order: list[Path] = []  # by last touch, newest last
-
-    def access(self, path: list[Path]) -> int:
-        """The leading blocks of the path that were there."""
-        hits = len(list(itertools.takewhile(self.order.__contains__, path)))
-        self.order = [block for block in self.order if block not in path] + path[::-1]
-        if self.capacity is not None:
-            self.order = self.order[-self.capacity :]
-        return hits

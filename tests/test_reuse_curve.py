@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kvc2 import _core
-from tests.models import LruModel
+from tests.model_parts import LruModel
 
 KIB = 1 << 10
 PAGE_SIZE = 4

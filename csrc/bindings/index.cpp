@@ -362,6 +362,23 @@ void bind_behind(py::class_<Index>& index) {
       .def("advance", &Index::advance, "now"_a, py::call_guard<py::gil_scoped_release>())
       .def("reap", &Index::reap, "pool"_a, "pages"_a, py::call_guard<py::gil_scoped_release>())
       .def(
+          "pin",
+          [](Index& self, uint32_t space, PoolId pool, const py::object& tokens, bool hard,
+             uint32_t max_blocks) {
+            const auto given = view<uint32_t>(tokens, "tokens", 1);
+            return unlocked([&] { return self.pin(space, pool, given, hard, max_blocks); });
+          },
+          "namespace"_a, "pool"_a, "tokens"_a, py::kw_only(), "hard"_a, "max_blocks"_a)
+      .def(
+          "unpin",
+          [](Index& self, uint32_t space, PoolId pool, const py::object& tokens) {
+            const auto given = view<uint32_t>(tokens, "tokens", 1);
+            return unlocked([&] { return self.unpin(space, pool, given); });
+          },
+          "namespace"_a, "pool"_a, "tokens"_a)
+      .def("pinned_blocks", &Index::pinned_blocks, "pool"_a, py::kw_only(), "hard"_a,
+           py::call_guard<py::gil_scoped_release>())
+      .def(
           "lost",
           [](Index& self, PoolId pool, const py::object& pages) {
             const auto ids = view<uint32_t>(pages, "pages", 1);

@@ -183,6 +183,7 @@ void Index::check() const {
     KVC2_CHECK(queued == pools_[id]->undemoted.size(), "pool %u queues %zu pages", id, queued);
   }
   tree_.check();
+  tree_.pins.check();
   check_pins();
   check_computing();
   curve_.check();

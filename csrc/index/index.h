@@ -38,6 +38,8 @@
 //      loaded by nobody, and is the first to be evicted. Pins keep its pages until they end (I4). A
 //      retired namespace takes no commits; an expired block that is committed again lives on.
 //   I9 A block expires no earlier than what lies below it (life.h).
+//   I10 What is pinned hard is not evicted from that pool unless it is dead; what is pinned soft
+//   goes when nothing else in the pool may (prefix_pins.h).
 //
 // Presence (resident or in flight) counts for leaf-ness and for "is it there already"; only
 // residence counts for a match, as a source, and as a reason to drop another copy.
@@ -170,6 +172,9 @@ class Index {
   uint32_t retire(uint32_t space);
   uint32_t advance(uint32_t now);
   Evicted reap(PoolId pool, uint32_t pages);
+  bool pin(uint32_t space, PoolId pool, Tokens tokens, bool hard, uint32_t max_blocks);
+  uint32_t unpin(uint32_t space, PoolId pool, Tokens tokens);
+  uint32_t pinned_blocks(PoolId pool, bool hard) const;
 
   Match match(uint32_t space, PoolId pool, Tokens tokens) const;
   Explanation explain(uint32_t space, std::span<const PoolId> pools, Tokens tokens) const;
@@ -283,6 +288,10 @@ class Index {
   Obituary ended(Place at) const;
   Miss why_passed(Place at) const;
   Explanation explanation(const Found& found, Tokens tokens, uint32_t siblings) const;
+
+  // lives.cpp
+  std::vector<BlockKey> pin_keys(uint32_t space, PoolId pool, Tokens tokens) const;
+  void refresh_path(uint32_t space, Tokens tokens);
 
   // leases.cpp
   const Lease& open_lease(LeaseId id) const;

@@ -1,4 +1,4 @@
-// Index: how the life of blocks ends before eviction comes to them.
+// Index: how the life of blocks ends before eviction comes to them, and what keeps them from it.
 #include "index/index.h"
 
 namespace kvc2 {
@@ -8,6 +8,7 @@ uint32_t Index::retire(uint32_t space) {
   if (space >= tree_.spaces.size()) throw UnknownId("namespace " + std::to_string(space));
   if (tree_.spaces[space].retired) return 0;
   tree_.spaces[space].retired_at = tree_.now();
+  tree_.pins.forget_space(space);
   return tree_.retire(space);
 }
 
@@ -25,6 +26,40 @@ Evicted Index::reap(PoolId id, uint32_t pages) {
     return true;
   });
   return evicted;
+}
+
+std::vector<BlockKey> Index::pin_keys(uint32_t space, PoolId pool, Tokens tokens) const {
+  check_space(space, pool);
+  const Space& of = tree_.spaces[space];
+  if (tokens.size() < of.page_size) throw std::invalid_argument("tokens: less than a block");
+  return chain_keys(root_key(of.name), tokens, of.page_size);
+}
+
+void Index::refresh_path(uint32_t space, Tokens tokens) {
+  for (const Run& run : tree_.find(space, tokens)) tree_.refresh(run.node);
+}
+
+bool Index::pin(uint32_t space, PoolId id, Tokens tokens, bool hard, uint32_t max_blocks) {
+  const Lock lock(mutex_);
+  std::vector<BlockKey> keys = pin_keys(space, id, tokens);
+  if (tree_.spaces[space].retired) return false;
+  const Pinned how = hard ? Pinned::kHard : Pinned::kSoft;
+  const bool pinned = tree_.pins.pin(id, space, std::move(keys), how, max_blocks);
+  refresh_path(space, tokens);
+  return pinned;
+}
+
+uint32_t Index::unpin(uint32_t space, PoolId id, Tokens tokens) {
+  const Lock lock(mutex_);
+  const uint32_t blocks = tree_.pins.unpin(id, pin_keys(space, id, tokens).back());
+  refresh_path(space, tokens);
+  return blocks;
+}
+
+uint32_t Index::pinned_blocks(PoolId id, bool hard) const {
+  const Lock lock(mutex_);
+  pool(id);
+  return tree_.pins.blocks(id, hard ? Pinned::kHard : Pinned::kSoft);
 }
 
 }  // namespace kvc2

@@ -154,6 +154,7 @@ const PagePool& Index::start_leaving(PoolId id) {
     for (const PageId page : open.target_pages) in_flight_.erase(uint64_t{id} << 32 | page);
   }
   leaving.leaving = true;
+  tree_.pins.forget_pool(id);
   return leaving;
 }
 
@@ -289,6 +290,7 @@ IndexCounts Index::counts() const {
   }
   const Lock lock(mutex_);
   bytes += tree_.table_bytes() + policy_->metadata_bytes() + curve_.metadata_bytes();
+  bytes += tree_.pins.metadata_bytes();
   for (const auto& each : pools_) bytes += each ? each->metadata_bytes() : 0;
   return {.namespaces = tree_.spaces.size(),
           .nodes = tree_.live_nodes,

@@ -38,6 +38,7 @@
 #include "index/key_table.h"
 #include "index/life.h"
 #include "index/page_pool.h"
+#include "index/prefix_pins.h"
 
 namespace kvc2 {
 
@@ -160,6 +161,7 @@ class RadixTree {
   size_t table_bytes() const;                             // of all that is in no node
 
   std::vector<Space> spaces;
+  PrefixPins pins;  // the caller refreshes the nodes
   uint32_t live_nodes = 0;
   uint32_t blocks = 0;  // holes included
   uint32_t holes = 0;

@@ -186,7 +186,8 @@ void RadixTree::touch(const Run& run, uint32_t stamp) {
   refresh(run.node);
 }
 
-// I3: the leaf of its pool; a last copy only if it is a leaf of the union too. I4: no pins.
+// I3: the leaf of its pool; a last copy only if it is a leaf of the union too. I4: no pins. I10:
+// the dead have no prefix pins; soft ones are the last, also of copies that a slower pool holds.
 Rank RadixTree::rank_of(NodeId id, const Residency& in) const {
   if (in.count == 0 || in.children > 0) return kNotEvictable;
   const Node& node = nodes_[id];
@@ -196,8 +197,13 @@ Rank RadixTree::rank_of(NodeId id, const Residency& in) const {
   if (pool.state(page) != PageState::kResident || pool[page].pins > 0) return kNotEvictable;
   const bool held_below = resident_below(at, in.pool);
   if (!last(at) && !held_below && !resident_elsewhere(at, in.pool)) return kNotEvictable;
-  const uint8_t stands = dead(at) ? uint8_t{kDead} : standing(life(at), false, now_);
-  return rank_in(rank_standing(stands, held_below), policy_.queued(node.uses[at.offset]));
+  const Queued queued = policy_.queued(node.uses[at.offset]);
+  if (dead(at)) return rank_in(rank_standing(kDead, held_below), queued);
+  const Pinned pinned = pins.of(in.pool, node.keys[at.offset]);
+  if (pinned == Pinned::kHard) return kNotEvictable;
+  const bool soft = pinned == Pinned::kSoft;
+  const uint8_t stands = standing(life(at), soft, now_);
+  return rank_in(rank_standing(stands, held_below && !soft), queued);
 }
 
 void RadixTree::refresh(NodeId node) {

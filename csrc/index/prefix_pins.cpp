@@ -1,0 +1,106 @@
+#include "index/prefix_pins.h"
+
+#include <algorithm>
+
+#include "base/check.h"
+
+namespace kvc2 {
+
+static auto& of_kind(auto& counts, Pinned how) {
+  return how == Pinned::kHard ? counts.hard : counts.soft;
+}
+
+void PrefixPins::count(OfPool& of, const Pin& pin) {
+  for (const BlockKey& key : pin.keys) {
+    if (of_kind(of.blocks[key], pin.how)++ == 0) ++of_kind(of, pin.how);
+  }
+}
+
+void PrefixPins::discount(OfPool& of, const Pin& pin) {
+  for (const BlockKey& key : pin.keys) {
+    const auto found = of.blocks.find(key);
+    if (--of_kind(found->second, pin.how) == 0) --of_kind(of, pin.how);
+    if (found->second.soft + found->second.hard == 0) of.blocks.erase(found);
+  }
+}
+
+bool PrefixPins::pin(PoolId pool, uint32_t space, std::vector<BlockKey>&& keys, Pinned how,
+                     uint32_t most) {
+  if (pool >= pools_.size()) pools_.resize(pool + 1);
+  OfPool& of = pools_[pool];
+  const BlockKey last = keys.back();
+  const auto known = of.pins.find(last);
+  if (known != of.pins.end()) discount(of, known->second);
+  Pin pin{space, how, std::move(keys)};
+  count(of, pin);
+  const bool fits = of_kind(of, how) <= most;
+  if (!fits) discount(of, pin);
+  if (fits) {
+    of.pins.insert_or_assign(last, std::move(pin));
+  } else if (known != of.pins.end()) {
+    count(of, known->second);
+  }
+  return fits;
+}
+
+uint32_t PrefixPins::unpin(PoolId pool, const BlockKey& last) {
+  if (pool >= pools_.size()) return 0;
+  const auto found = pools_[pool].pins.find(last);
+  if (found == pools_[pool].pins.end()) return 0;
+  const auto blocks = static_cast<uint32_t>(found->second.keys.size());
+  discount(pools_[pool], found->second);
+  pools_[pool].pins.erase(found);
+  return blocks;
+}
+
+void PrefixPins::forget_pool(PoolId pool) {
+  if (pool < pools_.size()) pools_[pool] = {};
+}
+
+void PrefixPins::forget_space(uint32_t space) {
+  for (OfPool& of : pools_) {
+    std::erase_if(of.pins, [&](const auto& each) {
+      if (each.second.space != space) return false;
+      discount(of, each.second);
+      return true;
+    });
+  }
+}
+
+uint32_t PrefixPins::blocks(PoolId pool, Pinned how) const {
+  return pool < pools_.size() ? of_kind(pools_[pool], how) : 0;
+}
+
+size_t PrefixPins::metadata_bytes() const {
+  size_t bytes = pools_.capacity() * sizeof(OfPool);
+  constexpr size_t kLink = 2 * sizeof(void*);  // of a hash map's entry
+  for (const OfPool& of : pools_) {
+    bytes += of.blocks.size() * (sizeof(BlockKey) + sizeof(Counts) + kLink);
+    for (const auto& [last, pin] : of.pins) {
+      bytes += sizeof(BlockKey) + sizeof(Pin) + kLink + pin.keys.capacity() * sizeof(BlockKey);
+    }
+  }
+  return bytes;
+}
+
+void PrefixPins::check() const {
+  for (const OfPool& of : pools_) {
+    OfPool again;
+    for (const auto& [last, pin] : of.pins) {
+      KVC2_CHECK(!pin.keys.empty() && pin.keys.back() == last, "a pin has another name");
+      count(again, pin);
+    }
+    KVC2_CHECK(again.soft == of.soft && again.hard == of.hard &&
+                   again.blocks.size() == of.blocks.size(),
+               "%u soft and %u hard blocks of pins, counted %u and %u", again.soft, again.hard,
+               of.soft, of.hard);
+    for (const auto& [key, counts] : again.blocks) {
+      const auto found = of.blocks.find(key);
+      KVC2_CHECK(found != of.blocks.end() && found->second.soft == counts.soft &&
+                     found->second.hard == counts.hard,
+                 "the pins of a block");
+    }
+  }
+}
+
+}  // namespace kvc2
