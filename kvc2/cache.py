@@ -2,7 +2,8 @@
 
 All methods run on the event loop's thread. Index calls are inline; bytes move on the mover's
 threads. Not here: the wire and its checks (server/), which block goes where (csrc/index), how
-bytes move (mover.py), what goes to slower tiers and when (behind.py).
+bytes move (mover.py), what goes to slower tiers and when (behind.py), what is asked of all that is
+cached at once (whole.py).
 """
 
 from __future__ import annotations
@@ -46,14 +47,13 @@ from kvc2.tiers.disk import DiskTier
 from kvc2.tiers.gpu import Copier, GpuMemory, SharedMemoryPool
 from kvc2.tiers.pools import Pools
 from kvc2.tiers.slab_file import Files, raise_file_limit
+from kvc2.whole import Whole
 
 U8 = NDArray[np.uint8]
 U32 = NDArray[np.uint32]
 
 RESCUE_S = 2.0  # for a dead engine's uncopied blocks
-EVICT_DRAIN_S = 2.0
 TICK_S = 1.0  # while no call comes: what has expired gives its pages up
-ALL = 0xFFFFFFFF
 NO_HINTS = Hints()
 
 
@@ -126,28 +126,41 @@ class Cache:
             self.index, self.spaces, self.counts, policy=config.eviction_policy, tick=self.tick
         )
         if self._arena is not None:
-            self._copiers = Copier(config.copy_threads), Copier(config.copy_threads)
-            self._pools = Pools(
-                self.index,
-                self._arena,
-                self._disk,
-                self._metrics,
-                config.limits.max_layouts,
-            )
-            self.spaces.known |= self._pools.restore()
-            self._loader.pools = self.counts.pools = self._pools
-            self._pools.on_served = self._loader.changed
-            self._behind = Behind(
-                self.index,
-                self._mover,
-                self._pools,
-                self._gpus,
-                config=config,
-                metrics=self._metrics,
-            )
-            self._behind.start()
-            loop = asyncio.get_running_loop()
-            self._arena.start(lambda: _call(loop, self._arena_grew))
+            self._start_slower_tiers(self._arena)
+        self._whole = Whole(
+            self.index,
+            self.spaces,
+            self.counts,
+            loader=self._loader,
+            behind=self._behind,
+            config=config,
+        )
+
+    def _start_slower_tiers(self, arena: Arena) -> None:
+        """Pools over cpu and disk, what the disk holds restored; copying behind begins."""
+        config = self._config
+        self._copiers = Copier(config.copy_threads), Copier(config.copy_threads)
+        self._pools = Pools(
+            self.index,
+            arena,
+            self._disk,
+            self._metrics,
+            config.limits.max_layouts,
+        )
+        self.spaces.known |= self._pools.restore()
+        self._loader.pools = self.counts.pools = self._pools
+        self._pools.on_served = self._loader.changed
+        self._behind = Behind(
+            self.index,
+            self._mover,
+            self._pools,
+            self._gpus,
+            config=config,
+            metrics=self._metrics,
+        )
+        self._behind.start()
+        loop = asyncio.get_running_loop()
+        arena.start(lambda: _call(loop, self._arena_grew))
 
     async def stop(self, deadline_s: float) -> FlushResult:
         """Flush, then close sessions, threads and tiers."""
@@ -390,71 +403,23 @@ class Cache:
         if not self.index.give_back(_pool(session).gpu.id, _u32(pages)):
             raise errors.InvalidRequest("returned_pages", pages.size, "pages granted and not used")
 
-    # ---- the whole ----
+    # ---- the whole (whole.py) ----
 
     async def invalidate(self, names: list[bytes]) -> InvalidateResult:
-        """What is cached under these namespaces is dead, in every tier, before this awaits; its
-        pages are freed as pins end. Who has them open goes on, matches nothing and commits anew;
-        what their open leases commit is refused. Raises NotFound and LimitReached."""
-        blocks = self.spaces.retire(names)
-        if self._behind is not None:
-            self._behind.reap()
-        for pool in self.counts.pool_ids("gpu") if self._behind is None else []:
-            self.index.reap(pool, ALL)
-        self._wake()
-        return InvalidateResult(len(names), blocks, await self.spaces.write_eras())
+        """What is cached under these namespaces is dead. Raises NotFound and LimitReached."""
+        return await self._whole.invalidate(names)
 
     async def wait_durable(self, deadline_s: float) -> bool:
-        """Whether all that is committed is on disk, within the deadline. Where there is no disk it
-        waits under write_policy through alone, for the copies in memory."""
-        through = self._config.write_policy == "through"
-        if self._behind is None or (self._disk is None and not through):
-            return False
-        drained = await self._behind.drained(deadline_s)
-        return drained and not self._behind.undemoted() and self._disk is not None
+        """Whether all that is committed is on disk, within the deadline."""
+        return await self._whole.wait_durable(deadline_s)
 
     async def flush(self, deadline_s: float) -> FlushResult:
-        """Copy what is committed towards the disk until all of it is there or the time is over."""
-        if self._behind is None or self._pools is None or self._disk is None:
-            blocks = self.index.counts().blocks
-            return FlushResult(0, {"no_disk": blocks} if blocks else {})
-        drained = await self._behind.drained(deadline_s)
-        reason = "disk_full"
-        if self._behind.failing:
-            reason = "error"
-        elif not drained:
-            reason = "deadline"
-        left = self._behind.undemoted()
-        durable = self.counts.tier("disk").resident
-        return FlushResult(durable, {reason: left} if left else {})
+        """Copy what is committed to the disk, within the deadline; what is not there, and why."""
+        return await self._whole.flush(deadline_s)
 
     async def evict(self, tier: str, blocks: int) -> EvictResult:
-        """Drop up to `blocks` unpinned blocks (0: all) from gpu, cpu or disk; what slower tiers
-        don't hold yet is copied there first, within 2 s. What was evicted from the disk is gone
-        there too, unless its commit fails or takes longer than 2 s."""
-        if self._behind is not None and tier != "disk":
-            await self._behind.drained(EVICT_DRAIN_S)
-        with suppress(TimeoutError):  # what is on its way is pinned
-            async with asyncio.timeout(EVICT_DRAIN_S):
-                while self._mover.waited_for:
-                    await self._loader.until_changed()
-        wanted, evicted, last_copies = blocks or ALL, 0, 0
-        for pool in self.counts.pool_ids(tier):
-            found = self.index.evict(pool, wanted - evicted)
-            evicted += found.pages.size
-            last_copies += found.last_copies
-            if tier == "disk":
-                self._drop_records(pool, found)
-        self._wake()
-        if self._behind is not None and tier == "disk":
-            await self._behind.drained(EVICT_DRAIN_S)
-        return EvictResult(evicted, last_copies)
-
-    def _drop_records(self, pool: int, found: _core.Evicted) -> None:
-        assert self._behind is not None
-        assert self._pools is not None
-        pools = next(each for each in self._pools.layouts.values() if each.disk_id == pool)
-        self._behind.drop(pools, found)
+        """Drop up to `blocks` unpinned blocks (0: all) from gpu, cpu or disk."""
+        return await self._whole.evict(tier, blocks)
 
     def stats(self) -> CacheStats:
         """Sizes and counts. Changes nothing."""

@@ -67,6 +67,11 @@ class Loader:
         self._waiters.append(waiter)
         return waiter
 
+    async def until_idle(self) -> None:
+        """Until no transfer is under way that somebody waits for."""
+        while self._mover.waited_for:
+            await self.until_changed()
+
     def begin(
         self, gpu: GpuPool, lease: int, prefill_rate: float, deadline_s: float
     ) -> Errand | None:

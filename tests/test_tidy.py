@@ -28,7 +28,7 @@ KVC2_FLOORS = """
     sizing, prompts
     server, client
     cache
-    explain
+    explain, whole
     counts, sessions, loading, behind, slabs, spaces, mover, events
     tiers
     arena
