@@ -1,7 +1,14 @@
 // S3-FIFO (Yang et al., SOSP 2023) on leaves. A new block waits in a *small* queue, a tenth of its
-// pool; what was used twice more there goes on to the *main* one, the rest is evicted and, if it
-// comes back soon, goes straight to main. A leaf of main that was used goes round again, up to
-// three times. Order is that of entry: use counts, but does not move.
+// pool; what is used twice more there goes on to the *main* one, the rest is evicted and, if it
+// comes back soon, goes straight to main. A leaf of main that was used goes round again. Order is
+// that of entry: use counts, but does not move.
+//
+// A path is used whole and only its leaf can be evicted, so the hand that goes round a queue of
+// single objects would meet most blocks late: when all that hangs on them has gone. What it does
+// with them is therefore done when it was due. A block goes to main at the use that earns it, not
+// when it has become a leaf, or `small` would be full of what has long earned its place; and a leaf
+// that goes round again enters as of its last use, not as of now, or the bodies of sessions that
+// are over would come to stand above the tails of those that go on.
 #include <algorithm>
 #include <vector>
 
@@ -13,11 +20,11 @@ namespace kvc2 {
 namespace {
 
 constexpr uint32_t kSmall = 0, kMain = 1;  // queues
-constexpr uint32_t kUsesMax = 3;
 constexpr uint32_t kUsesToMain = 2;
 constexpr double kSmallShare = 0.1;
 
-// A mark: uses since entry (2 bits), queue (1), acquire of entry by eights (29).
+// A mark: uses since entry, at most kUsesToMain (2 bits), queue (1), acquire of entry by eights
+// (29). Of what was not used since, the Use's own stamp is that acquire, and exact.
 struct Mark {
   uint32_t uses, queue, entered;
 
@@ -27,17 +34,14 @@ struct Mark {
 
 class S3Fifo final : public EvictionPolicy {
  public:
-  Use added(const BlockKey&, const Use*, uint32_t stamp) override {
-    now_ = std::max(now_, stamp);
-    return entering(stamp);
-  }
+  Use added(const BlockKey&, const Use*, uint32_t stamp) override { return entering(stamp); }
   Use restored(uint32_t stamp) const override { return entering(stamp); }
 
   void touched(const BlockKey&, Use& use, uint32_t stamp) override {
     Mark mark = Mark::of(use);
-    mark.uses = std::min(mark.uses + 1, kUsesMax);
+    mark.uses = std::min(mark.uses + 1, kUsesToMain);
+    if (mark.queue == kSmall && mark.uses == kUsesToMain) mark = {0, kMain, stamp >> 3};
     use = {stamp, mark.packed()};
-    now_ = std::max(now_, stamp);
   }
 
   bool counts_pages() const override { return true; }
@@ -62,7 +66,7 @@ class S3Fifo final : public EvictionPolicy {
 
   Queued queued(const Use& use) const override {
     const Mark mark = Mark::of(use);
-    return {mark.queue, mark.entered};
+    return {mark.queue, mark.uses == 0 ? use.stamp : mark.entered << 3};
   }
 
   uint32_t queues() const override { return 2; }
@@ -75,11 +79,8 @@ class S3Fifo final : public EvictionPolicy {
 
   bool spares(PoolId, Use& use) override {
     Mark mark = Mark::of(use);
-    if (mark.uses < (mark.queue == kSmall ? kUsesToMain : 1)) return false;
-    mark.uses = mark.queue == kSmall ? 0 : mark.uses - 1;
-    mark.queue = kMain;
-    mark.entered = now_ >> 3;
-    use.mark = mark.packed();
+    if (mark.queue == kSmall || mark.uses == 0) return false;
+    use.mark = Mark{0, kMain, use.stamp >> 3}.packed();
     return true;
   }
 
@@ -93,8 +94,6 @@ class S3Fifo final : public EvictionPolicy {
     mark.entered /= 2;
     use = {use.stamp / 2, mark.packed()};
   }
-
-  void halved() override { now_ /= 2; }
 
   size_t metadata_bytes() const override {
     size_t bytes = queues_.capacity() * sizeof(Queues);
@@ -117,7 +116,6 @@ class S3Fifo final : public EvictionPolicy {
   }
 
   std::vector<Queues> queues_;  // by pool
-  uint32_t now_ = 0;            // the latest acquire that used a block
 };
 
 }  // namespace
