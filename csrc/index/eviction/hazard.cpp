@@ -4,12 +4,12 @@
 // block was used that its request hung it on: below nothing it is a prompt that nobody has sent
 // before; below a block used once the next turn of a conversation; below a much used one a new
 // conversation under a shared prompt. A block that comes back after all pools forgot it has the
-// class that the model remembers; one in 16 is remembered, and what is added after it on the path
-// is taken to be as old.
+// class that the model remembers; three in 16 are remembered, and what is added after it on the
+// path is taken to be as old.
 //
-// A victim is the oldest leaf of the cell (class, half an octave of age) that is worth least and
-// has a leaf. Cells change with a lesson, not with time; so does what a class's oldest leaf is
-// worth. While nothing was learnt and no request came, a cell's next leaf is at hand.
+// A victim is the oldest leaf of the cell (class, a quarter of an octave of age) that is worth
+// least and has a leaf. Cells change with a lesson, not with time; so does what a class's oldest
+// leaf is worth. While nothing was learnt and no request came, a cell's next leaf is at hand.
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -24,7 +24,7 @@ namespace {
 
 constexpr uint32_t kUsesMax = 31;  // the classes don't tell more apart
 constexpr uint32_t kHungOn = 4;    // classes of blocks used once
-constexpr uint32_t kCells = 2;     // of an octave
+constexpr uint32_t kCells = 4;     // of an octave
 
 // A mark: uses (8 bits), what it was hung on (2), whether no request came by since it was added.
 struct Mark {

@@ -7,7 +7,7 @@
 //
 // What a policy says holds only among nodes of one standing (see Rank): copies that a slower pool
 // also holds always go before last copies. A policy is deterministic under its seed, remembers of
-// evicted blocks at most 9 bytes a page of a pool, and costs O(log evictable nodes) a victim.
+// evicted blocks at most 13 bytes a page of a pool, and costs O(log evictable nodes) a victim.
 #pragma once
 
 #include <cstdint>

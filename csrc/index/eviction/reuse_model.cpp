@@ -6,9 +6,10 @@
 
 namespace kvc2 {
 
-// The watch has an entry a page and one block in eight is watched, so that it reaches back over
-// eight times the blocks of a pool: those come back that a pool of a hundredth of the traffic
-// forgot. A small pool is watched more densely, since it sees few blocks: for it 8 KiB are no cost.
+// The watch has three entries for two pages, what the bound on ghosts allows, and three blocks in
+// sixteen are watched, so that it reaches back over eight times the blocks of a pool: those come
+// back that a pool of a hundredth of the traffic forgot. A small pool is watched more densely,
+// since it sees few blocks: for it 8 KiB are no cost.
 constexpr size_t kReach = 8;
 constexpr size_t kEntriesMin = 1024;
 constexpr size_t kShareUnit = 256;
@@ -16,12 +17,19 @@ constexpr uint32_t kLearnEvery = 64;
 // Lessons fade: about the last 8,000 watched uses count, and at least those that the watch holds.
 constexpr double kMemoryUses = 8192;
 constexpr double kPrior = 8;
+// A pool of fewer pages holds so few paths at a time that one wrong victim costs a share of all
+// hits, and what is learnt of classes is learnt of a handful of sessions. The priors are stronger
+// by the square of what it is short of; the largest pool counts, since the model serves all.
+constexpr double kFewPages = 512;
 constexpr double kPriorHazard = 0.05;  // in every octave; only that it is flat matters
 
-ReuseModel::ReuseModel(uint64_t seed) : seed_(seed) { learn(); }
+ReuseModel::ReuseModel(uint64_t seed) : seed_(seed), prior_(kPrior) { learn(); }
 
 void ReuseModel::resize(size_t pages) {
-  const size_t sets = std::max(pages, kEntriesMin) / kWays;
+  const size_t sets = std::max(pages + pages / 2, kEntriesMin) / kWays;
+  const double short_of =
+      std::max(1.0, kFewPages / static_cast<double>(std::max<size_t>(pages, 1)));
+  prior_ = kPrior * short_of * short_of;
   watched_share_ = static_cast<uint32_t>(std::min<size_t>(
       sets * kWays * kShareUnit / (kReach * std::max<size_t>(pages, 1)), kShareUnit));
   sets_.assign(sets, Set{});
@@ -95,8 +103,8 @@ void ReuseModel::use(const BlockKey& key, uint32_t now, uint32_t uses, uint32_t 
   if (++taught_ == kLearnEvery) learn();
 }
 
-static double blend(double ended, double reached, double prior) {
-  return std::min(1.0, (ended + kPrior * prior) / (reached + kPrior));
+static double blend(double ended, double reached, double hazard, double waits) {
+  return std::min(1.0, (ended + waits * hazard) / (reached + waits));
 }
 
 void ReuseModel::learn() {
@@ -108,14 +116,14 @@ void ReuseModel::learn() {
       ended += ended_[group][age] *= kept;
       reached += reached_[group][age] *= kept;
     }
-    hazard_of_all[age] = blend(ended, reached, kPriorHazard);
+    hazard_of_all[age] = blend(ended, reached, kPriorHazard, prior_);
   }
   for (uint32_t group = 0; group < kClasses; ++group) {
     for (uint32_t age = 0; age < kAges; ++age) {
       double waiting = 1, used = 0, held = 0, best = 0;
       for (uint32_t horizon = age; horizon < kAges; ++horizon) {
         const double hazard =
-            blend(ended_[group][horizon], reached_[group][horizon], hazard_of_all[horizon]);
+            blend(ended_[group][horizon], reached_[group][horizon], hazard_of_all[horizon], prior_);
         used += waiting * hazard;
         held += waiting * std::ldexp(1 - hazard / 2, static_cast<int>(horizon));
         waiting *= 1 - hazard;

@@ -1,9 +1,9 @@
 // How likely a block is to be used again, and how soon: learnt from the stream of requests alone,
 // whatever the pools hold, so that what a policy evicts can't blind it.
 //
-// One block in eight is watched, chosen by its key. The watch remembers the last use of those
-// blocks, evicted or not: a block that comes back ends a wait; the others' waits are still open.
-// Both teach, by class of block and by octave of the wait (its log2, in acquires):
+// Three blocks in sixteen are watched, chosen by their keys. The watch remembers the last use of
+// those blocks, evicted or not: a block that comes back ends a wait; the others' waits are still
+// open. Both teach, by class of block and by octave of the wait (its log2, in acquires):
 //
 //     hazard(class, age) = waits that ended at this age / waits that came to be this old
 //
@@ -13,10 +13,10 @@
 //     worth(class, age) = max over T of  P(used within T) / E[time until it is used, or T]
 //
 // A hazard that is the same in every octave and class makes this LRU, and so does a lack of
-// evidence: kPrior waits of it are added to what all classes showed, and kPrior waits of all
-// classes to what each did.
+// evidence: kPrior waits of it, more where the pools are tiny, are added to what all classes
+// showed, and as many waits of all classes to what each did.
 //
-// Costs: 8.5 bytes a page of the largest pool. A watched use reads one set of it, 64 bytes, and
+// Costs: 12.75 bytes a page of the largest pool. A watched use reads one set of it, 64 bytes, and
 // looks through another one; once in kLearnEvery of them, 10 us to learn. Deterministic under its
 // seed.
 #pragma once
@@ -68,6 +68,7 @@ class ReuseModel {
   void learn();
 
   uint64_t seed_;
+  double prior_;  // waits
   std::vector<Set> sets_;
   std::vector<uint32_t> seen_;  // by set: up to when its open waits were counted
   uint32_t watched_share_ = 0;  // of blocks, in 256ths
