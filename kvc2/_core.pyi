@@ -61,7 +61,8 @@ class Hints:
     They match for `ttl_s` after their last use (the longest of all requests' counts, and one
     without keeps them for ever). `priority`, 0 to 7, goes before recency; the highest counts. With
     `session_end` what nobody else has used or goes on from is evicted first, unless it has a
-    priority. `expect_return_within_s` is for the policy."""
+    priority. Until four times
+    `expect_return_within_s` have passed they go after others of their priority."""
 
     def __init__(
         self,
@@ -315,7 +316,7 @@ class Index:
         """Blocks with a pin of this kind, there or not."""
     def advance(self, now: int) -> int:
         """It is second `now` (an earlier one than before changes nothing): what has expired is
-        dead. Returns in how many nodes something has."""
+        dead, what was awaited too long is so no more. Returns in how many nodes either happened."""
     def reap(self, pool: int, pages: int) -> Evicted:
         """Up to `pages` of the pool's dead blocks that nothing pins; each pool has its own. A last
         copy goes only when what lies below it has gone from all pools."""

@@ -46,8 +46,9 @@ class LivesModel:
         expires = self.now + hints.ttl if hints.ttl else Life().expires
         for path in paths:
             known = Life(0) if path in fresh else self.life(path)
-            life = Life(max(known.expires, expires), max(known.priority, hints.priority))
-            self.lives[path] = life
+            priority = max(known.priority, hints.priority)
+            returns = self.now + 4 * hints.returns if hints.returns else 0
+            self.lives[path] = Life(max(known.expires, expires), priority, returns=returns)
 
     def retire(self, namespace: int) -> int:
         fresh = namespace not in self.retired

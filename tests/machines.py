@@ -42,7 +42,11 @@ prompts = st.builds(
 )
 namespaces = st.sampled_from([0, 0, 0, 1])
 some_hints = st.builds(
-    Hints, ttl=st.integers(0, 3), priority=st.sampled_from([0, 0, 1, 7]), end=st.booleans()
+    Hints,
+    ttl=st.integers(0, 3),
+    returns=st.sampled_from([0, 0, 1]),
+    priority=st.sampled_from([0, 0, 1, 7]),
+    end=st.booleans(),
 )
 SEEN: Counter[str] = Counter()  # of all walks of this process; see test_index_machine.py
 small = st.integers(1, 5)

@@ -29,9 +29,12 @@ class Life:
     expires: float = math.inf
     priority: int = 0
     ended: bool = False
+    returns: int = 0
 
-    def standing(self) -> int:
-        return 1 if self.ended and not self.priority else 2 + self.priority
+    def standing(self, now: int) -> int:
+        if self.ended and not self.priority:
+            return 1
+        return 2 + 2 * self.priority + (self.returns > now)
 
 
 @dataclass

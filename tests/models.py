@@ -160,8 +160,8 @@ class IndexModel(LivesModel):
     def precedence(self, path: Path, pool: int) -> tuple[bool, bool, int]:
         """What goes before what under any policy."""
         if not self.dead(path) and self.pinned(path, pool, hard=False):
-            return True, True, 15
-        standing = 0 if self.dead(path) else self.life(path).standing()
+            return True, True, 99
+        standing = 0 if self.dead(path) else self.life(path).standing(self.now)
         return not self.dead(path), not self.held_below(path, pool), standing
 
     def take(

@@ -12,10 +12,13 @@
 namespace kvc2 {
 
 constexpr uint8_t kPriorityMax = 7;
+// A request counts as on its way for so many times the wait that it announced: who is late by a
+// little is as likely to come as before, and giving up on it costs its whole path.
+constexpr uint32_t kReturnSlack = 4;
 
 struct Life {
   uint32_t expires = 0;  // from this second on it does not match and goes first; 0: never
-  uint32_t returns = 0;  // a request that used it is expected back before this second; 0: unknown
+  uint32_t returns = 0;  // until this second a request that used it may be on its way back; 0: none
   uint8_t priority = 0;  // the highest that a request gave it, at most kPriorityMax
   bool ended = false;    // the last request that used it said that its session is over
 
@@ -35,7 +38,8 @@ struct Hints {
     const auto in = [&](uint32_t seconds) {
       return seconds == 0 ? 0 : now + std::min(seconds, ~now);
     };
-    return {.expires = in(ttl), .returns = in(returns_within), .priority = priority};
+    const uint32_t patience = std::min(returns_within, ~0U / kReturnSlack) * kReturnSlack;
+    return {.expires = in(ttl), .returns = in(patience), .priority = priority};
   }
 };
 
@@ -59,15 +63,16 @@ inline Life merged(const Life& known, const Life& said) {
 enum Standing : uint8_t {
   kDead = 0,   // expired, or its namespace is retired
   kEnded = 1,  // of a session that is over
-  kPlain = 2,  // to kPlain + kPriorityMax, by priority
-  kSoftPinned = 15,
+  kPlain = 2,  // two of each priority: what nobody announced or has lapsed, then what is awaited
+  kSoftPinned = kPlain + 2 * (kPriorityMax + 1),
 };
 
 inline uint8_t standing(const Life& life, bool soft_pinned, uint32_t now) {
   if (life.expired(now)) return kDead;
   if (soft_pinned) return kSoftPinned;
   if (life.ended && life.priority == 0) return kEnded;
-  return static_cast<uint8_t>(kPlain + life.priority);
+  const bool awaited = life.returns > now;
+  return static_cast<uint8_t>(kPlain + 2 * life.priority + awaited);
 }
 
 }  // namespace kvc2

@@ -68,8 +68,9 @@ void RadixTree::change_lives(NodeId id, uint32_t from, uint32_t to, Change chang
 uint32_t RadixTree::next_expiry(std::span<const LifeRun> runs) const {
   uint32_t next = 0;
   for (const LifeRun& run : runs) {
-    const uint32_t at = run.life.expires;
-    if (at > now_ && (next == 0 || at < next)) next = at;
+    for (const uint32_t at : {run.life.expires, run.life.returns}) {
+      if (at > now_ && (next == 0 || at < next)) next = at;
+    }
   }
   return next;
 }

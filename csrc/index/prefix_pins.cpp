@@ -90,10 +90,10 @@ void PrefixPins::check() const {
       KVC2_CHECK(!pin.keys.empty() && pin.keys.back() == last, "a pin has another name");
       count(again, pin);
     }
-    KVC2_CHECK(again.soft == of.soft && again.hard == of.hard &&
-                   again.blocks.size() == of.blocks.size(),
-               "%u soft and %u hard blocks of pins, counted %u and %u", again.soft, again.hard,
-               of.soft, of.hard);
+    KVC2_CHECK(
+        again.soft == of.soft && again.hard == of.hard && again.blocks.size() == of.blocks.size(),
+        "%u soft and %u hard blocks of pins, counted %u and %u", again.soft, again.hard, of.soft,
+        of.hard);
     for (const auto& [key, counts] : again.blocks) {
       const auto found = of.blocks.find(key);
       KVC2_CHECK(found != of.blocks.end() && found->second.soft == counts.soft &&

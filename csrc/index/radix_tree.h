@@ -141,7 +141,7 @@ class RadixTree {
   void say(Place at, const Life& said, uint32_t fresh);
   // The blocks on the path to `at`, tail first, that nothing else hangs on, last used by `stamp`.
   void end_tail(Place at, uint32_t stamp);
-  uint32_t advance(uint32_t now);  // nodes in which blocks have expired by it
+  uint32_t advance(uint32_t now);  // nodes in which blocks expired or lapsed
   uint32_t now() const { return now_; }
   std::optional<Place> coldest(PoolId pool);       // the next victim, as the policy chooses
   std::optional<Place> oldest(PoolId pool) const;  // the longest unused of the first standing
@@ -208,7 +208,7 @@ class RadixTree {
   std::vector<EvictionOrder> orders_;  // by pool
   struct NodeLives {
     std::vector<LifeRun> runs;  // what follows the last one lives as Life{}
-    uint32_t due = 0;           // the next second in which a block expires; 0: none
+    uint32_t due = 0;           // the next second in which one expires or lapses; 0: none
   };
   std::unordered_map<NodeId, NodeLives> lives_;  // of the nodes with other lives than Life{}
   std::set<std::pair<uint32_t, NodeId>> due_;

@@ -28,7 +28,8 @@ class TierTokens:
 class Hints:
     """What a request says of the blocks that it uses; 0 and False say nothing.
 
-    session_end: nobody goes on from it. expect_return_within_s: a request that does is expected.
+    session_end: nobody goes on from it. expect_return_within_s: a request that does is expected,
+    and until four times that they are evicted after others of their priority.
     priority: 0 to 7, goes before recency. ttl_s: they match nobody so long after their last use."""
 
     session_end: bool = False
