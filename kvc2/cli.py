@@ -19,9 +19,7 @@ import typer
 from kvc2 import config, errors
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from kvc2.client import Admin, DaemonStats, Flushed
+    from kvc2.client import Admin, Flushed
 
 FAILED, BAD_USAGE = 1, 2
 
@@ -218,12 +216,14 @@ def _run(settings: config.ServeConfig) -> None:
 @app.command(epilog="Example: kvc2 stats --json | jq .tiers")
 def stats(address: Address = None, as_json: Json = False) -> None:
     """Show tiers, sessions and counters of a running daemon."""
+    from kvc2 import stats_tables
+
     with _exit_codes(), _admin(address) as admin:
         found = admin.stats()
         if as_json:
             print(json.dumps(asdict(found), indent=2))
         else:
-            _print_stats(found)
+            stats_tables.show(found)
 
 
 @app.command(epilog="Example: kvc2 flush --deadline-s 60")
@@ -377,66 +377,6 @@ def _report_flushed(found: Flushed, as_json: bool) -> None:
     # without a disk nothing can be: that is how the daemon was asked to run, no failure
     if any(count for why, count in found.not_durable_blocks.items() if why != "no_disk"):
         raise typer.Exit(FAILED)
-
-
-def _print_stats(found: DaemonStats) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    console.print(
-        f"kvc2 {found.version}, up {found.uptime_s:.0f} s: {found.blocks} blocks, "
-        f"{found.holes} holes, {found.leases} leases, {found.namespaces} namespaces, "
-        f"{found.metadata_bytes / 1e6:.1f} MB of metadata"
-    )
-    pages = Table("tier", "capacity", "pages", "free", "private", "resident", "in flight", "pinned")
-    engines = [(f"gpu of {each.engine_name or each.pid}", each.pool) for each in found.sessions]
-    for name, each in [*((each.tier, each) for each in found.tiers), *engines]:
-        counts = (each.pages, each.free_pages, each.private_pages, each.resident_pages)
-        more = (each.in_flight_pages, each.pinned_pages)
-        size = f"{each.capacity_bytes / config.GB:.3f} GB"
-        pages.add_row(name, size, *(str(count) for count in counts + more))
-    console.print(pages)
-    _print_pace(console, found)
-    _print_hit_rates(console, found)
-    faults = Table("fault", "count")
-    for name, value in found.counters.items():
-        if name.startswith("faults_total{") and value:
-            faults.add_row(
-                name.removeprefix("faults_total{kind=").removesuffix("}"), f"{value:.0f}"
-            )
-    if faults.row_count:
-        console.print(faults)
-
-
-def _print_hit_rates(console: Console, found: DaemonStats) -> None:
-    """What more memory would buy, beside what this much has brought."""
-    from rich.table import Table
-
-    table = Table("hit rate up to", "real", "x 0.5", "x 1", "x 2", "x 4", "no limit")
-    for each in found.tiers:
-        rates = found.hit_rates[each.tier]
-        if rates.estimated:
-            shares = (rates.real, *rates.estimated, found.hit_rate_unlimited)
-            table.add_row(each.tier, *(f"{share:.1%}" for share in shares))
-    if table.row_count:
-        console.print(table)
-
-
-def _print_pace(console: Console, found: DaemonStats) -> None:
-    """What decides whether a prefix is brought or computed; nothing before it is measured."""
-    for tier in ("cpu", "disk"):
-        label = f"{{tier={tier}}}"
-        bandwidth = found.counters.get(f"bandwidth_bytes_per_s{label}")
-        if bandwidth is not None:
-            queue_s = found.counters.get(f"queue_s{label}", 0.0)
-            console.print(
-                f"from {tier}: {bandwidth / 1e6:.0f} MB/s, {queue_s * 1e3:.1f} ms of queue"
-            )
-    for each in found.sessions:
-        if each.prefill_tokens_per_s:
-            name = each.engine_name or each.pid
-            console.print(f"{name} prefills {each.prefill_tokens_per_s:.0f} tokens/s")
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ README_LINES_MAX = 100
 KVC2_FLOORS = """
     __main__
     cli
-    sizing, prompts
+    sizing, prompts, stats_tables
     server, client
     cache
     explain, whole
