@@ -29,6 +29,7 @@ from kvc2.explain import Explainer
 from kvc2.loading import Loader
 from kvc2.metrics import Metrics
 from kvc2.mover import GpuPool, Mover
+from kvc2.pins import Pins
 from kvc2.results import (
     AcquireResult,
     CacheStats,
@@ -122,6 +123,7 @@ class Cache:
         self.spaces = Spaces(self.index, self._mover, self._disk, spaces_max)
         self._ticking = asyncio.create_task(self._keep_time())
         self.counts = Counts(self.index, self._gpus, self._sessions, self._arena, self._disk)
+        self.pins = Pins(self.index, self.spaces, self.counts, config)
         self.explainer = Explainer(
             self.index, self.spaces, self.counts, policy=config.eviction_policy, tick=self.tick
         )
@@ -280,6 +282,7 @@ class Cache:
         LimitReached: what the index knows stays known."""
         page_size = session.layout.page_size
         number = self.spaces.open(namespace, page_size, identity, ttl_s)
+        self.pins.opened(number, _pool(session).gpu.pools)
         if self._disk is not None and not self._disk.catalogue.add_namespace(
             namespace, page_size, identity
         ):

@@ -64,6 +64,16 @@ Address = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of a table.")]
+PromptTokens = Annotated[
+    Path | None, typer.Option(help="A prompt: a JSON list of token ids, or ids and spaces.")
+]
+PromptText = Annotated[Path | None, typer.Option(help="A prompt as text; needs --tokenizer.")]
+TokenizerFolder = Annotated[
+    Path | None, typer.Option(help="A model's folder with tokenizer.json; shows text, too.")
+]
+Namespace = Annotated[
+    str, typer.Option(help="Of the prompt; 64 hex digits.", show_default="the only one")
+]
 Deadline = Annotated[float, typer.Option(help="Give up after this many seconds.", min=0.001)]
 
 
@@ -141,6 +151,9 @@ LimitsMaxLeasesPerCall = Annotated[int | None, option("Leases in one commit or r
 LimitsMaxTokens = Annotated[int | None, option("Tokens of a prompt.", "1048576")]
 LimitsMaxPoolPages = Annotated[int | None, option("Pages of an engine's pool.", "16777216")]
 LimitsMaxGrantPages = Annotated[int | None, option("Pages of one grant.", "65536")]
+LimitsHardPinPercent = Annotated[
+    int | None, option("Of a tier, that pins may keep from eviction.", "25")
+]
 
 
 @app.command(
@@ -178,6 +191,7 @@ def serve(
     limits_max_tokens: LimitsMaxTokens = None,
     limits_max_pool_pages: LimitsMaxPoolPages = None,
     limits_max_grant_pages: LimitsMaxGrantPages = None,
+    limits_hard_pin_percent: LimitsHardPinPercent = None,
 ) -> None:
     """Run the cache daemon until SIGTERM, which drains: it flushes to the disk and exits 0."""
     flags = {key: value for key, value in locals().items() if value is not None}
@@ -321,14 +335,10 @@ def explain(
     request_id: Annotated[
         str, typer.Argument(help="A request's id, as the engine's answer has it.")
     ] = "",
-    tokens: Annotated[
-        Path | None, typer.Option(help="A prompt: a JSON list of token ids, or ids and spaces.")
-    ] = None,
-    text: Annotated[Path | None, typer.Option(help="A prompt as text; needs --tokenizer.")] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="A model's folder with tokenizer.json; shows text, too.")
-    ] = None,
-    namespace: Annotated[str, typer.Option(help="Of the prompt; 64 hex digits.")] = "",
+    tokens: PromptTokens = None,
+    text: PromptText = None,
+    tokenizer: TokenizerFolder = None,
+    namespace: Namespace = "",
     address: Address = None,
     as_json: Json = False,
 ) -> None:
@@ -338,11 +348,8 @@ def explain(
     with _exit_codes(), _admin(address) as admin:
         if bool(request_id) + (tokens is not None) + (text is not None) != 1:
             raise errors.InvalidRequest("REQUEST_ID, tokens, text", None, "one of them")
-        if text is not None and tokenizer is None:
-            raise errors.InvalidRequest("tokenizer", None, "given with --text")
         words = None if tokenizer is None else prompts.open_tokenizer(tokenizer)
-        prompt = None if tokens is None else prompts.read_tokens(tokens)
-        prompt = prompt if text is None else prompts.read_text(text, words)
+        prompt = None if request_id else prompts.read(tokens, text, words)
         found = admin.explain(
             request_id=request_id.encode(),
             tokens=prompt,
@@ -353,6 +360,62 @@ def explain(
             return
         for line in prompts.lines(found, prompt, None if words is None else words.decode):
             print(line)
+
+
+@app.command(
+    epilog="Example: kvc2 pin --text system.txt --tokenizer /models/qwen3 --hard. A pin ends with "
+    "unpin, with an invalidate or with the daemon. Needs the unix socket."
+)
+def pin(
+    tokens: PromptTokens = None,
+    text: PromptText = None,
+    tokenizer: TokenizerFolder = None,
+    tier: Annotated[Tier, typer.Option(help="Where: cpu or disk.")] = Tier.cpu,
+    hard: Annotated[
+        bool, typer.Option("--hard", help="Never evicted, instead of evicted last.")
+    ] = False,
+    namespace: Namespace = "",
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Keep a prompt's full blocks in a tier, whether they are there now or come later."""
+    from kvc2 import prompts
+
+    with _exit_codes(), _admin(address) as admin:
+        words = None if tokenizer is None else prompts.open_tokenizer(tokenizer)
+        prompt = prompts.read(tokens, text, words)
+        name = _bytes("namespace", namespace)
+        found = admin.pin(prompt, tier=tier.value, hard=hard, namespace=name)
+        if as_json:
+            print(json.dumps(asdict(found)))
+        else:
+            kind = "hard" if hard else "soft"
+            print(
+                f"{found.blocks} blocks are pinned {kind} in {tier.value}, "
+                f"{found.resident_blocks} of them are there; {found.pinned_blocks} with all pins"
+            )
+
+
+@app.command(epilog="Example: kvc2 unpin --text system.txt --tokenizer /models/qwen3")
+def unpin(
+    tokens: PromptTokens = None,
+    text: PromptText = None,
+    tokenizer: TokenizerFolder = None,
+    tier: Annotated[Tier, typer.Option(help="Where: cpu or disk.")] = Tier.cpu,
+    namespace: Namespace = "",
+    address: Address = None,
+) -> None:
+    """End the pin of exactly these blocks; exit code 1 when there was none."""
+    from kvc2 import prompts
+
+    with _exit_codes(), _admin(address) as admin:
+        words = None if tokenizer is None else prompts.open_tokenizer(tokenizer)
+        prompt = prompts.read(tokens, text, words)
+        blocks = admin.unpin(prompt, tier=tier.value, namespace=_bytes("namespace", namespace))
+        if not blocks:
+            print("kvc2: no pin of exactly these blocks", file=sys.stderr)
+            raise typer.Exit(FAILED)
+        print(f"{blocks} blocks are not pinned by this any more")
 
 
 @app.command(epilog="Example: kvc2 drain --deadline-s 120")

@@ -208,6 +208,7 @@ class LimitsConfig:
     max_tokens: int = 1 << 20  # of a prompt
     max_pool_pages: int = 1 << 24
     max_grant_pages: int = 1 << 16
+    hard_pin_percent: int = 25  # of a tier, that can't be evicted
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -221,6 +222,7 @@ class LimitsConfig:
             ("max_tokens", 1, 1 << 24),
             ("max_pool_pages", 1, 1 << 31),
             ("max_grant_pages", 1, 1 << 24),
+            ("hard_pin_percent", 0, 90),
         ):
             _check(f"limits.{name}", getattr(self, name), low, high)
 

@@ -35,6 +35,18 @@ WHY = {
 }
 
 
+def read(tokens: Path | None, text: Path | None, tokenizer: Any) -> U32:
+    """A prompt from one of two files. Raises InvalidRequest."""
+    if (tokens is None) == (text is None):
+        raise errors.InvalidRequest("tokens, text", None, "one of them")
+    if tokens is not None:
+        return read_tokens(tokens)
+    assert text is not None
+    if tokenizer is None:
+        raise errors.InvalidRequest("tokenizer", None, "given with --text")
+    return read_text(text, tokenizer)
+
+
 def read_tokens(path: Path) -> U32:
     """Token ids of a file: a JSON list, or numbers between spaces or commas."""
     text = _read(path)

@@ -105,6 +105,15 @@ class EvictResult:
 
 
 @dataclass(frozen=True)
+class PinResult:
+    """In blocks: of the prompt, of them in the tier now, of all pins of this kind in its pool."""
+
+    blocks: int
+    resident: int
+    pinned: int
+
+
+@dataclass(frozen=True)
 class InvalidateResult:
     """`blocks` of `namespaces` are dead; `durable`: also to a restart."""
 

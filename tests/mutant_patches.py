@@ -17,6 +17,7 @@ LEASES, TRANSFERS, POOLS, PAGES = "leases.cpp", "transfers.cpp", "pools.cpp", "p
 KEYS, TREE, RESIDENCY = "key_table.cpp", "radix_tree.cpp", "residency.cpp"
 RESTORE, EVICTION = "restore.cpp", "eviction/order.cpp"
 LIVES, NODE_LIVES, LIFE = "lives.cpp", "lives_of_nodes.cpp", "life.h"
+PINS = "prefix_pins.cpp"
 POLICY = "eviction/policy.h"
 EXPLAIN, OBITUARIES = "explain.cpp", "obituaries.cpp"
 
@@ -180,6 +181,21 @@ MUTANTS = [
            "{run.life.expires}"),
     Mutant("a return is awaited no longer than announced", LIFE, "/ kReturnSlack) * kReturnSlack",
            "/ kReturnSlack)"),
+    Mutant("a hard pin is none", RESIDENCY,
+           "  if (pinned == Pinned::kHard) return kNotEvictable;\n"),
+    Mutant("the dead are pinned", RESIDENCY,
+           "  if (dead(at)) return rank_in(rank_standing(kDead, held_below), queued);\n"),
+    Mutant("a soft pin with a copy below goes first", RESIDENCY,
+           "held_below && !soft", "held_below"),
+    Mutant("pins of one prefix add up", PINS,
+           "  if (known != of.pins.end()) discount(of, known->second);\n"),
+    Mutant("without one pin no other holds", PINS,
+           "if (found->second.soft + found->second.hard == 0) of.blocks", "of.blocks"),
+    Mutant("a refused pin costs the one before", PINS,
+           "    count(of, known->second);\n  }\n  return", "  }\n  return"),
+    Mutant("pins outlive their namespace", LIVES, "  tree_.pins.forget_space(space);\n"),
+    Mutant("a pin waits for the next use to count", LIVES,
+           "max_blocks);\n  refresh_path(space, tokens);\n", "max_blocks);\n"),
     Mutant("what lives is reaped", LIVES, "if (!victim || !tree_.dead(*victim)) return",
            "if (!victim) return"),
     Mutant("a removed pool's transfers go on", POOLS, "    open.failed = true;\n"),

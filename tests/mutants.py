@@ -38,7 +38,7 @@ class Bench:
         found = subprocess.run(pybind, check=True, capture_output=True, text=True).stdout.strip()
         self.command(
             "cmake", "-S", self.source, "-B", self.build, "-G", "Ninja",
-            "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O1",
+            "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -w",
             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={found}",
         )  # fmt: skip
         self.make()

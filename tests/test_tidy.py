@@ -28,7 +28,7 @@ KVC2_FLOORS = """
     sizing, prompts, stats_tables
     server, client
     cache
-    explain, whole
+    explain, pins, whole
     counts, sessions, loading, behind, slabs, spaces, mover, events
     tiers
     arena

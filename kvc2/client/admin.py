@@ -71,6 +71,23 @@ class Admin:
             request = cache_pb2.InvalidateRequest(weights_digest=weights_digest)
         return results.invalidated(self._call("Invalidate", request))
 
+    def pin(
+        self, tokens: results.U32, *, tier: str = "cpu", hard: bool, namespace: bytes = b""
+    ) -> results.PrefixPinned:
+        """Keep the full blocks of a prompt in cpu or disk, there or not: hard, they are never
+        evicted; else last. namespace: 32 bytes; empty: the only one. Needs the unix socket."""
+        request = cache_pb2.PinRequest(
+            tokens=results.packed(tokens), tier=tier, hard=hard, namespace=namespace
+        )
+        return results.prefix_pinned(self._call("Pin", request))
+
+    def unpin(self, tokens: results.U32, *, tier: str = "cpu", namespace: bytes = b"") -> int:
+        """End the pin of exactly these blocks; how many, 0: there was none."""
+        request = cache_pb2.UnpinRequest(
+            tokens=results.packed(tokens), tier=tier, namespace=namespace
+        )
+        return int(self._call("Unpin", request).blocks)
+
     def drain(self, deadline_s: float = 30.0) -> results.Flushed:
         """Flush and end the daemon."""
         request = cache_pb2.DrainRequest(deadline_ms=max(1, round(deadline_s * 1000)))

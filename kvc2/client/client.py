@@ -257,6 +257,34 @@ class Client:
         )
         return results.invalidated(self._call(session, "Invalidate", request))
 
+    def pin(
+        self, namespace: NamespaceHandle, tokens: results.U32, *, tier: str = "cpu", hard: bool
+    ) -> results.PrefixPinned:
+        """Keep the full blocks of `tokens` in gpu (this session's), cpu or disk, there or not:
+        hard, they are never evicted; else last. A pin of cpu or disk outlives the session."""
+        session = self._attached()
+        request = cache_pb2.PinRequest(
+            session=session.head,
+            namespace_id=self._number(session, namespace),
+            tokens=results.packed(tokens),
+            tier=tier,
+            hard=hard,
+        )
+        return results.prefix_pinned(self._call(session, "Pin", request))
+
+    def unpin(
+        self, namespace: NamespaceHandle, tokens: results.U32, *, tier: str = "cpu"
+    ) -> int:
+        """End the pin of exactly these blocks; how many, 0: there was none."""
+        session = self._attached()
+        request = cache_pb2.UnpinRequest(
+            session=session.head,
+            namespace_id=self._number(session, namespace),
+            tokens=results.packed(tokens),
+            tier=tier,
+        )
+        return int(self._call(session, "Unpin", request).blocks)
+
     def wait_layer(self, transfer: int, layer: int, timeout_s: float) -> bool:
         """Wait until `layer` of a transfer is in the pool: no call, no spinning. False after
         timeout_s, or when its session is over."""

@@ -107,6 +107,15 @@ class Evicted:
 
 
 @dataclass(frozen=True)
+class PrefixPinned:
+    """In blocks: of the prompt, of them in the tier now, of all pins of this kind there."""
+
+    blocks: int
+    resident_blocks: int
+    pinned_blocks: int
+
+
+@dataclass(frozen=True)
 class Invalidated:
     """`blocks` of `namespaces` are dead; durable: a restart knows it."""
 
@@ -254,6 +263,10 @@ def tier_tokens(message: cache_pb2.TierTokens) -> TierTokens:
 
 def flushed(message: cache_pb2.FlushResponse) -> Flushed:
     return Flushed(message.durable_blocks, dict(message.not_durable_blocks))
+
+
+def prefix_pinned(message: cache_pb2.PinResponse) -> PrefixPinned:
+    return PrefixPinned(message.blocks, message.resident_blocks, message.pinned_blocks)
 
 
 def invalidated(message: cache_pb2.InvalidateResponse) -> Invalidated:

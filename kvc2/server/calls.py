@@ -70,6 +70,14 @@ class CacheCalls:
             self._metrics.fault("fenced_call")
             raise
 
+    def _session_or_owner(self, request: Any) -> Session | None:
+        """None: the socket's owner asks, of all sessions. Raises Denied on TCP."""
+        if request.HasField("session"):
+            return self._session(request.session)
+        if socket_path(self._config.listen) is None:
+            raise errors.Denied("session", "none", "one: TCP doesn't say who calls")
+        return None
+
     async def OpenNamespace(
         self, request: cache_pb2.OpenNamespaceRequest
     ) -> cache_pb2.OpenNamespaceResponse:
@@ -99,10 +107,7 @@ class CacheCalls:
         )
 
     async def Explain(self, request: cache_pb2.ExplainRequest) -> cache_pb2.ExplainResponse:
-        owner = not request.HasField("session")
-        if owner and socket_path(self._config.listen) is None:
-            raise errors.Denied("session", "none", "one: TCP doesn't say who calls")
-        session = None if owner else self._session(request.session)
+        session = self._session_or_owner(request)
         if request.WhichOneof("what") == "request_id":
             request_id = checks.request_id("request_id", request.request_id)
             epoch = None if session is None else session.epoch
@@ -265,6 +270,30 @@ class CacheCalls:
         return cache_pb2.InvalidateResponse(
             namespaces=found.namespaces, blocks=found.blocks, durable=found.durable
         )
+
+    async def Pin(self, request: cache_pb2.PinRequest) -> cache_pb2.PinResponse:
+        session, number, tokens = self._prefix(request)
+        tier = checks.tier(request.tier or "cpu")
+        found = self._cache.pins.pin(session, number, tokens, tier=tier, hard=request.hard)
+        return cache_pb2.PinResponse(
+            blocks=found.blocks, resident_blocks=found.resident, pinned_blocks=found.pinned
+        )
+
+    async def Unpin(self, request: cache_pb2.UnpinRequest) -> cache_pb2.UnpinResponse:
+        session, number, tokens = self._prefix(request)
+        tier = checks.tier(request.tier or "cpu")
+        blocks = self._cache.pins.unpin(session, number, tokens, tier=tier)
+        return cache_pb2.UnpinResponse(blocks=blocks)
+
+    def _prefix(
+        self, request: cache_pb2.PinRequest | cache_pb2.UnpinRequest
+    ) -> tuple[Session | None, int, np.ndarray[Any, Any]]:
+        """Who asks (None: the socket's owner), the namespace's number, and tokens in it."""
+        session = self._session_or_owner(request)
+        tokens = checks.tokens("tokens", request.tokens, self._limits)
+        if session is None:
+            return session, self._cache.explainer.number(request.namespace), tokens
+        return session, checks.namespace_id(session, request.namespace_id), tokens
 
     async def Stats(self, request: cache_pb2.StatsRequest) -> cache_pb2.StatsResponse:
         stats = self._cache.stats()

@@ -29,6 +29,8 @@ UNARY = (
     "Flush",
     "Evict",
     "Invalidate",
+    "Pin",
+    "Unpin",
     "Stats",
     "Drain",
 )

@@ -425,6 +425,52 @@ class InvalidateResponse(_message.Message):
     durable: bool
     def __init__(self, namespaces: _Optional[int] = ..., blocks: _Optional[int] = ..., durable: _Optional[bool] = ...) -> None: ...
 
+class PinRequest(_message.Message):
+    __slots__ = ("session", "namespace_id", "namespace", "tokens", "tier", "hard")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    HARD_FIELD_NUMBER: _ClassVar[int]
+    session: SessionRef
+    namespace_id: int
+    namespace: bytes
+    tokens: bytes
+    tier: str
+    hard: bool
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., namespace: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., tier: _Optional[str] = ..., hard: _Optional[bool] = ...) -> None: ...
+
+class PinResponse(_message.Message):
+    __slots__ = ("blocks", "resident_blocks", "pinned_blocks")
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PINNED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    resident_blocks: int
+    pinned_blocks: int
+    def __init__(self, blocks: _Optional[int] = ..., resident_blocks: _Optional[int] = ..., pinned_blocks: _Optional[int] = ...) -> None: ...
+
+class UnpinRequest(_message.Message):
+    __slots__ = ("session", "namespace_id", "namespace", "tokens", "tier")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    session: SessionRef
+    namespace_id: int
+    namespace: bytes
+    tokens: bytes
+    tier: str
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., namespace: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., tier: _Optional[str] = ...) -> None: ...
+
+class UnpinResponse(_message.Message):
+    __slots__ = ("blocks",)
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    def __init__(self, blocks: _Optional[int] = ...) -> None: ...
+
 class StatsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -166,6 +166,16 @@ class CacheStub:
                 request_serializer=kvc2_dot_v1_dot_cache__pb2.InvalidateRequest.SerializeToString,
                 response_deserializer=kvc2_dot_v1_dot_cache__pb2.InvalidateResponse.FromString,
                 _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/kvc2.v1.Cache/Pin',
+                request_serializer=kvc2_dot_v1_dot_cache__pb2.PinRequest.SerializeToString,
+                response_deserializer=kvc2_dot_v1_dot_cache__pb2.PinResponse.FromString,
+                _registered_method=True)
+        self.Unpin = channel.unary_unary(
+                '/kvc2.v1.Cache/Unpin',
+                request_serializer=kvc2_dot_v1_dot_cache__pb2.UnpinRequest.SerializeToString,
+                response_deserializer=kvc2_dot_v1_dot_cache__pb2.UnpinResponse.FromString,
+                _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/kvc2.v1.Cache/Stats',
                 request_serializer=kvc2_dot_v1_dot_cache__pb2.StatsRequest.SerializeToString,
@@ -276,6 +286,23 @@ class CacheServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pin(self, request, context):
+        """Pin keeps the full blocks of some tokens in one tier, whether they are there now or come later: hard,
+        they are never evicted from it, for at most limits.hard_pin_percent of the tier; else they are
+        evicted last. What is dead is not kept. A pin ends with Unpin, with an Invalidate of its namespace
+        or with the daemon; one of tier gpu with its session. The same prefix again replaces its pin.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unpin(self, request, context):
+        """Unpin ends the pin of exactly these full blocks; blocks that other pins have stay pinned.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Stats(self, request, context):
         """Stats returns counters and sizes. Changes nothing.
         """
@@ -356,6 +383,16 @@ def add_CacheServicer_to_server(servicer, server):
                     servicer.Invalidate,
                     request_deserializer=kvc2_dot_v1_dot_cache__pb2.InvalidateRequest.FromString,
                     response_serializer=kvc2_dot_v1_dot_cache__pb2.InvalidateResponse.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=kvc2_dot_v1_dot_cache__pb2.PinRequest.FromString,
+                    response_serializer=kvc2_dot_v1_dot_cache__pb2.PinResponse.SerializeToString,
+            ),
+            'Unpin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpin,
+                    request_deserializer=kvc2_dot_v1_dot_cache__pb2.UnpinRequest.FromString,
+                    response_serializer=kvc2_dot_v1_dot_cache__pb2.UnpinResponse.SerializeToString,
             ),
             'Stats': grpc.unary_unary_rpc_method_handler(
                     servicer.Stats,
@@ -649,6 +686,60 @@ class Cache:
             '/kvc2.v1.Cache/Invalidate',
             kvc2_dot_v1_dot_cache__pb2.InvalidateRequest.SerializeToString,
             kvc2_dot_v1_dot_cache__pb2.InvalidateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvc2.v1.Cache/Pin',
+            kvc2_dot_v1_dot_cache__pb2.PinRequest.SerializeToString,
+            kvc2_dot_v1_dot_cache__pb2.PinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvc2.v1.Cache/Unpin',
+            kvc2_dot_v1_dot_cache__pb2.UnpinRequest.SerializeToString,
+            kvc2_dot_v1_dot_cache__pb2.UnpinResponse.FromString,
             options,
             channel_credentials,
             insecure,
