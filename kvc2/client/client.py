@@ -272,9 +272,7 @@ class Client:
         )
         return results.prefix_pinned(self._call(session, "Pin", request))
 
-    def unpin(
-        self, namespace: NamespaceHandle, tokens: results.U32, *, tier: str = "cpu"
-    ) -> int:
+    def unpin(self, namespace: NamespaceHandle, tokens: results.U32, *, tier: str = "cpu") -> int:
         """End the pin of exactly these blocks; how many, 0: there was none."""
         session = self._attached()
         request = cache_pb2.UnpinRequest(
