@@ -195,10 +195,17 @@ class Index:
 
     # pools and slabs
     def add_pool(
-        self, *, page_size: int, pages_per_slab: int, below: int | None, durable: bool
+        self,
+        *,
+        page_size: int,
+        pages_per_slab: int,
+        below: int | None,
+        durable: bool,
+        tier: int = 0,
+        page_bytes: int = 1,
     ) -> int:
         """A pool without slabs. `below` is the next slower pool of its chain. Ids are never
-        reused."""
+        reused. `tier` (0 to 255) and `page_bytes` are what quotas are counted in."""
     def add_slab(self, pool: int) -> int:
         """One more slab, at the lowest free number s: pages [s * pages_per_slab, (s+1) * ...)."""
     def take_slab(self, pool: int, slab: int) -> bool:
@@ -229,6 +236,19 @@ class Index:
     def open_namespace(self, namespace: bytes, page_size: int) -> int:
         """32 bytes -> its id in this index; the same id when opened again. ValueError if it was
         opened with another page_size."""
+    def set_quota(
+        self, tenant: int, tier: int, *, max_bytes: int = ..., max_blocks: int = ...
+    ) -> None:
+        """What the tenant (1 or more) may take of all pools of a tier; without one of the two, that
+        is not limited. ValueError if it is the tenant's first there, after its namespaces."""
+    def set_tenant(self, namespace: int, tenant: int) -> None:
+        """The namespace is the tenant's: what it has counts in its quotas. ValueError if it is
+        another's. Walks the namespace."""
+    def quota_use(self, tenant: int, tier: int) -> tuple[int, int]:
+        """Bytes and blocks that count in a tenant's quota; 0 where it has none."""
+    def trim(self, pool: int) -> Evicted:
+        """Evict from the pool, of each tenant that is over its quota in the tier, what it can spare,
+        its own coldest first. Until then nobody else's is evicted there for want of a page."""
     def retire(self, namespace: int) -> int:
         """All blocks of the namespace are dead from now on, for ever: nothing of it matches or is
         committed, demoted or loaded, and `reap` frees its pages as pins end. Returns how many
@@ -270,9 +290,10 @@ class Index:
         the blocks that the lease has; ttl_s counts from here."""
 
     # private pages of a session
-    def grant(self, pool: int, pages: int) -> U32:
+    def grant(self, pool: int, pages: int, namespace: int | None = None) -> U32:
         """Up to `pages` pages, free -> private, evicting as needed; fewer when the rest is
-        pinned."""
+        pinned. For a namespace whose tenant has no room left in its quota, its own blocks are
+        evicted first."""
     def keep(self, pool: int, pages: U32) -> bool:
         """These free pages become private (an engine re-attached with them); False, and nothing
         changes, when one of them is not free."""

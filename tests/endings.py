@@ -5,12 +5,16 @@ daemon is restarted; and what requests say of their lives.
 The machine of machines.py with these verbs beside its own.
 """
 
+import contextlib
+
 import numpy as np
+import pytest
 from hypothesis import strategies as st
-from hypothesis.stateful import precondition, rule
+from hypothesis.stateful import invariant, precondition, rule
 
 from kvc2 import _core
 from tests.machines import (
+    PAGE_BYTES,
     PAGE_SIZE,
     PER_SLAB,
     SEEN,
@@ -82,23 +86,63 @@ class IndexEndings(IndexMachine):
     @rule(namespace=namespaces, pool=choice, prompt=prompts, hard=st.booleans(),
           most=st.sampled_from([4, 4, 9, 0]))  # fmt: skip
     def pin(self, namespace: int, pool: int, prompt: Prompt, hard: bool, most: int) -> None:
+        at = self.a_pool(pool)
+        there = list(self.model.pools[at].blocks)
+        if there and most == 4:
+            prefix = there[pool % len(there)]
+            prompt = list(prefix[1:])  # type: ignore[arg-type]
+        else:
+            prefix = (self.current[namespace], *prompt)
         if not prompt:
             return
-        at, prefix = self.a_pool(pool), (self.current[namespace], *prompt)
         tokens = u32(prompt)
         while len(self.model.prefix_pins) >= 3:  # else soon nothing may be evicted
             old_pool, (old_namespace, *blocks) = next(iter(self.model.prefix_pins))
             known = self.index.unpin(old_namespace, old_pool, u32(blocks))  # type: ignore[arg-type]
             assert known == self.model.unpin(old_pool, (old_namespace, *blocks))
-        there = prefix in self.model.pools[at].blocks
         pinned = self.index.pin(prefix[0], at, tokens, hard=hard, max_blocks=most)  # type: ignore[arg-type]
         assert pinned == self.model.pin(at, prefix, hard=hard, most=most)
         for kind in (False, True):
             count = self.index.pinned_blocks(at, hard=kind)
             assert count == self.model.pinned_blocks(at, hard=kind)
-        SEEN["pin: what is there"] += pinned and there
-        SEEN["pin: what is not there"] += pinned and not there
+        SEEN["pin: what is there"] += pinned and prefix in there
+        SEEN["pin: what is not there"] += pinned and prefix not in there
         SEEN["pin: refused"] += not pinned
+
+    @rule(which=st.integers(0, 1), pool=choice, blocks=st.integers(0, 4), of_bytes=st.booleans(),
+          joins=st.sampled_from([False, False, True]), trims=st.booleans())  # fmt: skip
+    def limit(
+        self, which: int, pool: int, blocks: int, of_bytes: bool, joins: bool, trims: bool
+    ) -> None:
+        """A tenant gets a quota, a namespace, and what is too much is trimmed."""
+        at = self.a_pool(pool)
+        tier = self.model.pools[at].tier
+        late = (1, tier) not in self.model.quotas and 1 in self.model.tenants.values()
+        limit = {"max_bytes": blocks * PAGE_BYTES + 1} if of_bytes else {"max_blocks": blocks}
+        with pytest.raises(ValueError, match="quota") if late else contextlib.nullcontext():
+            self.index.set_quota(1, tier, **limit)
+        if not late:
+            self.model.quotas[1, tier] = blocks
+        if joins:
+            self.index.set_tenant(self.current[which], 1)
+            self.model.tenants[self.current[which]] = 1
+        if trims:
+            self.trim(at)
+
+    def trim(self, pool: int) -> None:
+        pages = dict(self.model.pools[pool].blocks)
+        SEEN["trim: over a quota"] += bool(self.model.over(pool))
+        real = self.index.trim(pool)
+        self.tell(real.pages.tolist())
+        paths = self.model.trim(pool)
+        assert real.pages.tolist() == [pages[path] for path in paths]
+        SEEN["resident -> free: trim"] += bool(paths)
+
+    @invariant()
+    def quotas_agree(self) -> None:
+        for tenant, tier in self.model.quotas:
+            blocks = self.model.quota_use(tenant, tier)
+            assert self.index.quota_use(tenant, tier) == (blocks * PAGE_BYTES, blocks)
 
     @rule(namespace=namespaces, pool=choice, prompt=prompts)
     def unpin(self, namespace: int, pool: int, prompt: Prompt) -> None:

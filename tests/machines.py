@@ -30,6 +30,7 @@ from tests.slab_models import SlabModel
 PAGE_SIZE = 2
 DEAD_BLOCKS = 12  # so few that walks forget some
 PER_SLAB = 3
+PAGE_BYTES = 10
 NAMESPACES = [b"a" * 32, b"b" * 32]
 BLOCKS = [(0, 0), (0, 1), (7, 7)]  # two begin alike: tokens are compared whole
 
@@ -85,20 +86,31 @@ class IndexMachine(RuleBasedStateMachine):
         self.names = list(NAMESPACES)  # by id
         self.current = {0: 0, 1: 1}  # the id that came in the place of a retired one
 
-    @initialize()
-    def build(self) -> None:
-        self.disk = self.add_pool(below=None, durable=True, slabs=4)
-        self.cpu = self.add_pool(below=self.disk, durable=False, slabs=2)
+    @initialize(limited=st.booleans())
+    def build(self, limited: bool) -> None:
+        self.disk = self.add_pool(below=None, durable=True, slabs=4, tier=2)
+        self.cpu = self.add_pool(below=self.disk, durable=False, slabs=2, tier=1)
         self.gpus = [self.add_pool(below=self.cpu, durable=False, slabs=2) for _ in range(2)]
         for i, name in enumerate(NAMESPACES):
             assert self.index.open_namespace(name, PAGE_SIZE) == i
             assert self.index.open_namespace(name, PAGE_SIZE) == i
+        for tier in range(3 if limited else 0):
+            self.index.set_quota(1, tier, max_blocks=3 + tier)
+            self.model.quotas[1, tier] = 3 + tier
+        if limited:
+            self.index.set_tenant(0, 1)
+            self.model.tenants[0] = 1
 
-    def add_pool(self, *, below: int | None, durable: bool, slabs: int) -> int:
+    def add_pool(self, *, below: int | None, durable: bool, slabs: int, tier: int = 0) -> int:
         pool = self.index.add_pool(
-            page_size=PAGE_SIZE, pages_per_slab=PER_SLAB, below=below, durable=durable
+            page_size=PAGE_SIZE,
+            pages_per_slab=PER_SLAB,
+            below=below,
+            durable=durable,
+            tier=tier,
+            page_bytes=PAGE_BYTES,
         )
-        self.model.pools[pool] = PoolModel(PER_SLAB, below, durable)
+        self.model.pools[pool] = PoolModel(PER_SLAB, below, durable, tier)
         for _ in range(slabs):
             self.grow(pool)
         return pool
@@ -213,15 +225,16 @@ class IndexMachine(RuleBasedStateMachine):
         SEEN["release: with strays"] += bool(at.stray)
 
     # private pages
-    @rule(gpu=choice, count=small)
-    def grant(self, gpu: int, count: int) -> None:
+    @rule(gpu=choice, count=small, namespace=st.sampled_from([None, 0, 1]))
+    def grant(self, gpu: int, count: int, namespace: int | None = None) -> None:
         pool = self.a_gpu(gpu)
-        pages = self.index.grant(pool, count).tolist()
+        space = None if namespace is None else self.current[namespace]
+        pages = self.index.grant(pool, count, space).tolist()
         self.tell(pages)
         free = len(self.model.pools[pool].free_pages())
         SEEN["free -> private: grant"] += bool(pages)
         SEEN["grant: by evicting"] += len(pages) > free
-        self.model.grant(pool, count, pages)
+        self.model.grant(pool, count, pages, self.model.tenants.get(space, 0))
 
     @rule(gpu=choice, count=small, page=choice, foreign=st.integers(0, 5))
     def give_back(self, gpu: int, count: int, page: int, foreign: int) -> None:

@@ -42,6 +42,7 @@ class PoolModel:
     per_slab: int
     below: int | None
     durable: bool
+    tier: int = 0
     closed: bool = False
     state: dict[int, str] = field(default_factory=dict)
     blocks: dict[Path, int] = field(default_factory=dict)  # in flight or resident

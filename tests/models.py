@@ -12,7 +12,6 @@ from collections import deque
 from dataclasses import replace
 
 from kvc2._core import Cause
-from tests.life_models import LivesModel
 from tests.model_parts import (
     ADOPTED,
     DUPLICATE,
@@ -27,17 +26,16 @@ from tests.model_parts import (
     Hints,
     LeaseModel,
     Path,
-    PoolModel,
     TransferModel,
 )
+from tests.quota_models import QuotasModel
 
 
-class IndexModel(LivesModel):
+class IndexModel(QuotasModel):
     def __init__(self, policy: str = "lru") -> None:
         super().__init__()
         self.policy = policy
         self.gone: dict[int, list[int]] = {}  # by pool: what the index evicted in this call
-        self.pools: dict[int, PoolModel] = {}
         self.leases: dict[int, LeaseModel] = {}
         self.transfers: dict[int, TransferModel] = {}
         self.clock = 1
@@ -138,11 +136,17 @@ class IndexModel(LivesModel):
             self.lives.pop(path, None)
 
     def victim(
-        self, pool: int, spared: Path | None = None, wanted: int | None = None
+        self,
+        pool: int,
+        spared: Path | None = None,
+        wanted: int | None = None,
+        *,
+        of: int | None = None,
     ) -> Path | None:
         """Under other policies than lru one of `gone`: in its order, or, where that is not known,
         before the page that was `wanted` only those of closed slabs, which nobody could take."""
         candidates = [p for p in self.candidates(pool) if p != spared]
+        candidates = [p for p in candidates if of is None or self.tenant(p) == of]
         first = min((self.precedence(p, pool) for p in candidates), default=None)
         legal = [p for p in candidates if self.precedence(p, pool) == first]
         if self.policy == "lru":
@@ -165,12 +169,21 @@ class IndexModel(LivesModel):
         return not self.dead(path), not self.held_below(path, pool), standing
 
     def take(
-        self, pool: int, picks: deque[int], state: str, spared: Path | None = None
+        self,
+        pool: int,
+        picks: deque[int],
+        state: str,
+        spared: Path | None = None,
+        *,
+        asks: tuple[int, int] = (0, 0),
     ) -> int | None:
+        """`asks`: the tenant that it is for, and the private pages that this has taken."""
         at = self.pools[pool]
         while not at.free_pages():
             wanted = picks[0] if picks else None
-            path = None if at.durable else self.victim(pool, spared, wanted)
+            payers = [] if at.durable else self.payers(pool, *asks)
+            found = (self.victim(pool, spared, wanted, of=payer) for payer in payers)
+            path = next(filter(None, found), None)
             if path is None:
                 return None
             self.evict_one(path, pool)
@@ -180,10 +193,10 @@ class IndexModel(LivesModel):
         at.state[page] = state
         return page
 
-    def grant(self, pool: int, count: int, picks: list[int]) -> None:
+    def grant(self, pool: int, count: int, picks: list[int], tenant: int = 0) -> None:
         source = deque(picks)
-        for _ in range(0 if self.pools[pool].closed else count):
-            if self.take(pool, source, PRIVATE) is None:
+        for taken in range(0 if self.pools[pool].closed else count):
+            if self.take(pool, source, PRIVATE, asks=(tenant, taken)) is None:
                 break
         assert not source, "more pages than there are"
 
@@ -307,7 +320,8 @@ class IndexModel(LivesModel):
                 self.pools[lease.pool].free(held.page)
 
     def add(self, plan: TransferModel, path: Path, picks: deque[int]) -> bool:
-        page = self.take(plan.target, picks, IN_FLIGHT, spared=path[:-1])
+        asks = (self.tenant(path), 0)
+        page = self.take(plan.target, picks, IN_FLIGHT, spared=path[:-1], asks=asks)
         if page is None:
             return False
         self.pools[plan.target].blocks[path] = page

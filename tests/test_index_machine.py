@@ -53,6 +53,8 @@ AT_LEAST = {
     "resident -> free: keep_free": 60,
     "resident -> free: lost": 100,
     "resident -> free: reap": 5,
+    "resident -> free: trim": 5,
+    "trim: over a quota": 5,
     "retire: an open lease": 5,
     "pin: what is there": 15,
     "pin: what is not there": 15,

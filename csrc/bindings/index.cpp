@@ -214,11 +214,26 @@ void bind_pools(py::class_<Index>& index) {
       .def(
           "add_pool",
           [](Index& self, uint32_t page_size, uint32_t pages_per_slab, std::optional<PoolId> below,
-             bool durable) {
-            return unlocked(
-                [&] { return self.add_pool({page_size, pages_per_slab, below, durable}); });
+             bool durable, uint8_t tier, uint64_t page_bytes) {
+            return unlocked([&] {
+              return self.add_pool({page_size, pages_per_slab, below, durable, tier, page_bytes});
+            });
           },
-          py::kw_only(), "page_size"_a, "pages_per_slab"_a, "below"_a, "durable"_a)
+          py::kw_only(), "page_size"_a, "pages_per_slab"_a, "below"_a, "durable"_a, "tier"_a = 0,
+          "page_bytes"_a = 1)
+      .def("set_quota", &Index::set_quota, "tenant"_a, "tier"_a, py::kw_only(),
+           "max_bytes"_a = ~uint64_t{0}, "max_blocks"_a = ~uint64_t{0},
+           py::call_guard<py::gil_scoped_release>())
+      .def("set_tenant", &Index::set_tenant, "namespace"_a, "tenant"_a,
+           py::call_guard<py::gil_scoped_release>())
+      .def("trim", &Index::trim, "pool"_a, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "quota_use",
+          [](const Index& self, TenantId tenant, uint8_t tier) {
+            const Quota quota = self.quota(tenant, tier);
+            return std::pair(quota.bytes, quota.blocks);
+          },
+          "tenant"_a, "tier"_a)
       .def("add_slab", &Index::add_slab, "pool"_a, py::call_guard<py::gil_scoped_release>())
       .def("take_slab", &Index::take_slab, "pool"_a, "slab"_a,
            py::call_guard<py::gil_scoped_release>())
@@ -246,10 +261,10 @@ void bind_pools(py::class_<Index>& index) {
       .def("retire", &Index::retire, "namespace"_a, py::call_guard<py::gil_scoped_release>())
       .def(
           "grant",
-          [](Index& self, PoolId pool, uint32_t pages) {
-            return array_of(unlocked([&] { return self.grant(pool, pages); }));
+          [](Index& self, PoolId pool, uint32_t pages, std::optional<uint32_t> space) {
+            return array_of(unlocked([&] { return self.grant(pool, pages, space); }));
           },
-          "pool"_a, "pages"_a)
+          "pool"_a, "pages"_a, "namespace"_a = py::none())
       .def(
           "keep",
           [](Index& self, PoolId pool, const py::object& pages) {

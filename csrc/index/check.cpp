@@ -77,6 +77,34 @@ void RadixTree::check_node(NodeId id) const {
              "I2: node %u ends in a hole", id);
 }
 
+// I11: what is counted is there, and what may go is in its tenant's order.
+void RadixTree::check_quotas() const {
+  std::map<std::pair<uint8_t, TenantId>, Quota> found;
+  size_t ranked = 0, ordered = 0;
+  for (NodeId id = 0; id < nodes_.size(); ++id) {
+    const Node& node = nodes_[id];
+    const TenantId tenant = node.live ? spaces[node.space].tenant : 0;
+    for (const Residency& in : node.pools) {
+      const PagePool::Shape& shape = pools_[in.pool]->shape;
+      if (!quotas.find(tenant, shape.tier)) continue;
+      found[{shape.tier, tenant}].blocks += in.count;
+      found[{shape.tier, tenant}].bytes += in.count * shape.page_bytes;
+      const bool evictable = in.rank != kNotEvictable;
+      ranked += evictable;
+      KVC2_CHECK(!evictable || tenant_orders_.at({in.pool, tenant}).holds({in.rank, id}),
+                 "I11: node %u is not in the order of tenant %u", id, tenant);
+    }
+  }
+  for (const auto& [at, order] : tenant_orders_) ordered += order.size();
+  KVC2_CHECK(ranked == ordered, "I11: %zu of %zu in the tenants' orders", ranked, ordered);
+  for (const auto& [at, quota] : quotas.all()) {
+    KVC2_CHECK(quota.blocks == found[at].blocks && quota.bytes == found[at].bytes,
+               "I11: tenant %u has %lu blocks in tier %u, counted %lu", at.second,
+               static_cast<unsigned long>(found[at].blocks), at.first,
+               static_cast<unsigned long>(quota.blocks));
+  }
+}
+
 void RadixTree::check() const {
   heads_.check();
   uint32_t live = 0, all = 0, empty = 0;
@@ -95,6 +123,7 @@ void RadixTree::check() const {
     }
   }
   for (const EvictionOrder& order : orders_) ordered += order.size();
+  check_quotas();
   KVC2_CHECK(live == live_nodes && all == blocks && empty == holes,
              "%u nodes, %u blocks, %u holes; counted %u, %u, %u", live_nodes, blocks, holes, live,
              all, empty);

@@ -40,6 +40,8 @@
 //   I9 A block expires no earlier than what lies below it (life.h).
 //   I10 What is pinned hard is not evicted from that pool unless it is dead; what is pinned soft
 //   goes when nothing else in the pool may (prefix_pins.h).
+//   I11 A tenant that takes more of a tier than its quota gives up its own blocks, and while it does
+//   nobody else's are evicted for want of a page (quotas.h).
 //
 // Presence (resident or in flight) counts for leaf-ness and for "is it there already"; only
 // residence counts for a match, as a source, and as a reason to drop another copy.
@@ -169,6 +171,10 @@ class Index {
   void remove_pool(PoolId pool);
 
   uint32_t open_namespace(const Digest& name, uint32_t page_size);
+  void set_quota(TenantId tenant, uint8_t tier, uint64_t max_bytes, uint64_t max_blocks);
+  void set_tenant(uint32_t space, TenantId tenant);
+  Evicted trim(PoolId pool);
+  Quota quota(TenantId tenant, uint8_t tier) const;
   uint32_t retire(uint32_t space);
   uint32_t advance(uint32_t now);
   Evicted reap(PoolId pool, uint32_t pages);
@@ -188,7 +194,7 @@ class Index {
                                    std::span<const PageId> pages);
   void release(LeaseId lease, const Hints& hints = {});
 
-  std::vector<PageId> grant(PoolId pool, uint32_t pages);
+  std::vector<PageId> grant(PoolId pool, uint32_t pages, std::optional<uint32_t> space = {});
   bool keep(PoolId pool, std::span<const PageId> pages);
   bool give_back(PoolId pool, std::span<const PageId> pages);
 
@@ -273,7 +279,10 @@ class Index {
   void tell_size(PoolId id);
   bool alive(PoolId id) const { return id < pools_.size() && pools_[id] && !pools_[id]->leaving; }
   std::vector<PoolId> chain(PoolId head) const;
-  std::optional<PageId> allocate(PoolId pool, PageState to);  // evicts, but never in a durable pool
+  // Evicts, but never in a durable pool; for a tenant that has taken `taken` private pages.
+  std::optional<PageId> allocate(PoolId pool, PageState to, TenantId tenant, uint32_t taken = 0);
+  std::optional<Place> victim_for(PoolId pool, TenantId tenant, uint32_t taken);
+  std::optional<Place> victim_of_over(PoolId pool);
   PageId clear(Place at, PoolId pool, Cause cause);  // its page, which is still to be freed
   void drop(Place at, PoolId pool, Cause cause);
   void evict_at(Place at, PoolId pool, Evicted& evicted);

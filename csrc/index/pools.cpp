@@ -134,6 +134,7 @@ void Index::remove_pool(PoolId id) {
     }
   }
   const Lock lock(mutex_);
+  tree_.forget_tenants(id);
   pools_[id] = nullptr;
   tell_size(id);
 }
@@ -158,11 +159,64 @@ const PagePool& Index::start_leaving(PoolId id) {
   return leaving;
 }
 
-std::optional<PageId> Index::allocate(PoolId id, PageState to) {
+// Whose quota is exceeded pays first, then who asks and has no room left in its own.
+std::optional<Place> Index::victim_for(PoolId id, TenantId tenant, uint32_t taken) {
+  if (const auto victim = victim_of_over(id)) return victim;
+  const PagePool::Shape& shape = pool(id).shape;
+  const Quota* own = tree_.quotas.find(tenant, shape.tier);
+  if (own && own->full(uint64_t{taken} + 1, shape.page_bytes)) {
+    if (const auto victim = tree_.coldest_of(tenant, id)) return victim;
+  }
+  return tree_.coldest(id);
+}
+
+std::optional<Place> Index::victim_of_over(PoolId id) {
+  for (const TenantId tenant : tree_.quotas.over(pool(id).shape.tier)) {
+    if (const auto victim = tree_.coldest_of(tenant, id)) return victim;
+  }
+  return std::nullopt;
+}
+
+Evicted Index::trim(PoolId id) {
+  Evicted evicted;
+  in_slices(id, [&] {
+    const auto victim = victim_of_over(id);
+    if (victim) evict_at(*victim, id, evicted);
+    return victim.has_value();
+  });
+  return evicted;
+}
+
+void Index::set_quota(TenantId tenant, uint8_t tier, uint64_t max_bytes, uint64_t max_blocks) {
+  const Lock lock(mutex_);
+  const auto has = [&](const Space& space) { return space.tenant == tenant; };
+  if (tenant == 0) throw std::invalid_argument("tenant: 1 or more");
+  if (!tree_.quotas.find(tenant, tier) && std::ranges::any_of(tree_.spaces, has)) {
+    throw std::invalid_argument("tenant: its first quota comes before its namespaces");
+  }
+  tree_.quotas.set(tenant, tier, max_bytes, max_blocks);
+}
+
+void Index::set_tenant(uint32_t space, TenantId tenant) {
+  const Lock lock(mutex_);
+  if (space >= tree_.spaces.size()) throw UnknownId("namespace " + std::to_string(space));
+  const TenantId known = tree_.spaces[space].tenant;
+  if (known == tenant) return;
+  if (known != 0) throw std::invalid_argument("tenant: the namespace has another one");
+  tree_.set_tenant(space, tenant);
+}
+
+Quota Index::quota(TenantId tenant, uint8_t tier) const {
+  const Lock lock(mutex_);
+  const Quota* found = tree_.quotas.find(tenant, tier);
+  return found ? *found : Quota{};
+}
+
+std::optional<PageId> Index::allocate(PoolId id, PageState to, TenantId tenant, uint32_t taken) {
   PagePool& from = pool(id);
   while (true) {  // what is evicted from a closed slab leaves no free page
     if (const auto page = from.allocate(to)) return page;
-    const auto victim = from.shape.durable ? std::nullopt : tree_.coldest(id);
+    const auto victim = from.shape.durable ? std::nullopt : victim_for(id, tenant, taken);
     if (!victim) return std::nullopt;
     from.count_eviction(!tree_.resident_elsewhere(*victim, id));
     drop(*victim, id, Cause::kEvicted);
@@ -229,12 +283,19 @@ Evicted Index::lost(PoolId id, std::span<const PageId> pages) {
   return taken;
 }
 
-std::vector<PageId> Index::grant(PoolId id, uint32_t pages) {
+std::vector<PageId> Index::grant(PoolId id, uint32_t pages, std::optional<uint32_t> space) {
   std::vector<PageId> granted;
+  TenantId tenant = 0;
+  if (space) {
+    const Lock lock(mutex_);
+    check_space(*space, id);
+    tenant = tree_.spaces[*space].tenant;
+  }
   in_slices(id, [&] {
     if (pool(id).closed) granted.clear();  // close_pool has freed them
     if (pool(id).closed || granted.size() == pages) return false;
-    const auto page = allocate(id, PageState::kPrivate);
+    const auto taken = static_cast<uint32_t>(granted.size());
+    const auto page = allocate(id, PageState::kPrivate, tenant, taken);
     if (page) granted.push_back(*page);
     return page.has_value();
   });

@@ -26,6 +26,7 @@
 #pragma once
 
 #include <deque>
+#include <map>
 #include <memory>
 #include <optional>
 #include <set>
@@ -39,6 +40,7 @@
 #include "index/life.h"
 #include "index/page_pool.h"
 #include "index/prefix_pins.h"
+#include "index/quotas.h"
 
 namespace kvc2 {
 
@@ -66,6 +68,7 @@ struct Space {  // a namespace
   NodeId root;
   bool retired = false;     // what is in it does not match, and goes (I8)
   uint32_t retired_at = 0;  // a second of the caller's clock
+  TenantId tenant = 0;
 };
 
 struct Residency {  // one pool's pages in one node
@@ -144,6 +147,9 @@ class RadixTree {
   uint32_t advance(uint32_t now);  // nodes in which blocks expired or lapsed
   uint32_t now() const { return now_; }
   std::optional<Place> coldest(PoolId pool);       // the next victim, as the policy chooses
+  std::optional<Place> coldest_of(TenantId tenant, PoolId pool);  // among blocks of the tenant
+  void set_tenant(uint32_t space, TenantId tenant);               // walks the namespace
+  void forget_tenants(PoolId pool);                               // it has no pages any more
   std::optional<Place> oldest(PoolId pool) const;  // the longest unused of the first standing
   std::optional<Place> evictable(NodeId node,
                                  PoolId pool) const;  // its last page there, if it may go
@@ -162,6 +168,7 @@ class RadixTree {
 
   std::vector<Space> spaces;
   PrefixPins pins;  // the caller refreshes the nodes
+  Quotas quotas;    // set before the tenant has blocks
   uint32_t live_nodes = 0;
   uint32_t blocks = 0;  // holes included
   uint32_t holes = 0;
@@ -189,6 +196,9 @@ class RadixTree {
   void set_rank(NodeId node, Residency& in, Rank rank);
   void tell_marked(Place at, const Use& before);
   EvictionOrder& order(PoolId pool);
+  std::optional<Place> coldest(PoolId pool, const EvictionOrder& order);
+  Quota* quota(NodeId node, PoolId pool);  // that its blocks' pages of the pool count in
+  void count_pages(NodeId node, PoolId pool, int64_t pages);
   template <typename Change>
   void change_lives(NodeId id, uint32_t from, uint32_t to, Change change);
   void set_lives(NodeId id, std::vector<LifeRun>&& runs);
@@ -198,6 +208,7 @@ class RadixTree {
   uint32_t next_expiry(std::span<const LifeRun> runs) const;
   void check_lives(NodeId id) const;
   void check_node(NodeId id) const;
+  void check_quotas() const;
   void check_residency(NodeId id, const Residency& in) const;
 
   Pools& pools_;
@@ -206,6 +217,7 @@ class RadixTree {
   std::vector<NodeId> free_nodes_;
   KeyTable heads_;                     // nodes by the key of their first block
   std::vector<EvictionOrder> orders_;  // by pool
+  std::map<std::pair<PoolId, TenantId>, EvictionOrder> tenant_orders_;  // of those with a quota
   struct NodeLives {
     std::vector<LifeRun> runs;  // what follows the last one lives as Life{}
     uint32_t due = 0;           // the next second in which one expires or lapses; 0: none

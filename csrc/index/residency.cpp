@@ -38,6 +38,9 @@ EvictionOrder& RadixTree::order(PoolId pool) {
 void RadixTree::set_rank(NodeId node, Residency& in, Rank rank) {
   if (in.rank == rank) return;
   order(in.pool).move(node, in.rank, rank);
+  if (quota(node, in.pool)) {
+    tenant_orders_[{in.pool, spaces[nodes_[node].space].tenant}].move(node, in.rank, rank);
+  }
   in.rank = rank;
 }
 
@@ -131,6 +134,7 @@ void RadixTree::place(const Run& run, PoolId pool, std::span<const PageId> pages
     in.arriving += pools_[pool]->state(page) == PageState::kInFlight;
   }
   in.count += run.blocks;
+  count_pages(run.node, pool, run.blocks);
   if (!had) propagate(run.node, pool, +1);
 }
 
@@ -143,6 +147,7 @@ PageId RadixTree::clear(Place at, PoolId pool) {
   const PageId page = in->pages[at.offset];
   in->pages[at.offset] = kNoPage;
   --in->count;
+  count_pages(at.node, pool, -1);
   in->arriving -= pools_[pool]->state(page) == PageState::kInFlight;
   if (policy_.counts_pages()) {
     const Node& node = nodes_[at.node];
@@ -219,8 +224,46 @@ void RadixTree::tell_marked(Place at, const Use& before) {
   }
 }
 
-std::optional<Place> RadixTree::coldest(PoolId pool) {
-  while (const auto victim = policy_.choose(pool, order(pool))) {
+Quota* RadixTree::quota(NodeId node, PoolId pool) {
+  if (quotas.empty()) return nullptr;
+  return quotas.find(spaces[nodes_[node].space].tenant, pools_[pool]->shape.tier);
+}
+
+void RadixTree::count_pages(NodeId node, PoolId pool, int64_t pages) {
+  Quota* of = quota(node, pool);
+  if (!of) return;
+  of->blocks += static_cast<uint64_t>(pages);
+  of->bytes += static_cast<uint64_t>(pages) * pools_[pool]->shape.page_bytes;
+}
+
+void RadixTree::set_tenant(uint32_t space, TenantId tenant) {
+  spaces[space].tenant = tenant;
+  std::vector<NodeId> nodes{spaces[space].root};
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    for (const Residency& in : nodes_[nodes[i]].pools) {
+      if (!quota(nodes[i], in.pool)) continue;
+      count_pages(nodes[i], in.pool, in.count);
+      tenant_orders_[{in.pool, tenant}].move(nodes[i], kNotEvictable, in.rank);
+    }
+    for (NodeId c = nodes_[nodes[i]].first_child; c != kNoNode; c = nodes_[c].next) {
+      nodes.push_back(c);
+    }
+  }
+}
+
+void RadixTree::forget_tenants(PoolId pool) {
+  std::erase_if(tenant_orders_, [&](const auto& each) { return each.first.first == pool; });
+}
+
+std::optional<Place> RadixTree::coldest(PoolId pool) { return coldest(pool, order(pool)); }
+
+std::optional<Place> RadixTree::coldest_of(TenantId tenant, PoolId pool) {
+  const auto found = tenant_orders_.find({pool, tenant});
+  return found == tenant_orders_.end() ? std::nullopt : coldest(pool, found->second);
+}
+
+std::optional<Place> RadixTree::coldest(PoolId pool, const EvictionOrder& order) {
+  while (const auto victim = policy_.choose(pool, order)) {
     const Place at = *evictable(victim->node, pool);
     Use& use = nodes_[at.node].uses[at.offset];
     const Use before = use;

@@ -24,7 +24,8 @@ bool Index::add(OpenTransfer& plan, Place at) {
     target.pin(anchor);
     tree_.refresh(above->node);
   }
-  const auto page = allocate(plan.target, PageState::kInFlight);
+  const TenantId tenant = tree_.spaces[tree_[at.node].space].tenant;
+  const auto page = allocate(plan.target, PageState::kInFlight, tenant);
   if (anchor != kNoPage) {
     target.unpin(anchor);
     tree_.refresh(above->node);
