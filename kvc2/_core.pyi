@@ -247,8 +247,8 @@ class Index:
     def quota_use(self, tenant: int, tier: int) -> tuple[int, int]:
         """Bytes and blocks that count in a tenant's quota; 0 where it has none."""
     def trim(self, pool: int) -> Evicted:
-        """Evict from the pool, of each tenant that is over its quota in the tier, what it can spare,
-        its own coldest first. Until then nobody else's is evicted there for want of a page."""
+        """Evict from the pool what those tenants can spare that are over their quota in its tier,
+        each its own coldest first. Until then nobody else's is evicted there for want of a page."""
     def retire(self, namespace: int) -> int:
         """All blocks of the namespace are dead from now on, for ever: nothing of it matches or is
         committed, demoted or loaded, and `reap` frees its pages as pins end. Returns how many

@@ -54,7 +54,8 @@ CPP_FLOORS = """
     bindings
     index, block, copy, experts, attention
     index/radix_tree, index/residency, index/eviction
-    index/explanation, index/page_pool, index/prefix_pins, index/quotas, index/key_table, index/reuse_curve
+    index/explanation, index/page_pool, index/prefix_pins, index/key_table, index/reuse_curve
+    index/quotas
     index/obituaries
     index/block_key, index/life
     base

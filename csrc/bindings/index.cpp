@@ -221,19 +221,6 @@ void bind_pools(py::class_<Index>& index) {
           },
           py::kw_only(), "page_size"_a, "pages_per_slab"_a, "below"_a, "durable"_a, "tier"_a = 0,
           "page_bytes"_a = 1)
-      .def("set_quota", &Index::set_quota, "tenant"_a, "tier"_a, py::kw_only(),
-           "max_bytes"_a = ~uint64_t{0}, "max_blocks"_a = ~uint64_t{0},
-           py::call_guard<py::gil_scoped_release>())
-      .def("set_tenant", &Index::set_tenant, "namespace"_a, "tenant"_a,
-           py::call_guard<py::gil_scoped_release>())
-      .def("trim", &Index::trim, "pool"_a, py::call_guard<py::gil_scoped_release>())
-      .def(
-          "quota_use",
-          [](const Index& self, TenantId tenant, uint8_t tier) {
-            const Quota quota = self.quota(tenant, tier);
-            return std::pair(quota.bytes, quota.blocks);
-          },
-          "tenant"_a, "tier"_a)
       .def("add_slab", &Index::add_slab, "pool"_a, py::call_guard<py::gil_scoped_release>())
       .def("take_slab", &Index::take_slab, "pool"_a, "slab"_a,
            py::call_guard<py::gil_scoped_release>())
@@ -279,6 +266,23 @@ void bind_pools(py::class_<Index>& index) {
             return unlocked([&] { return self.give_back(pool, ids); });
           },
           "pool"_a, "pages"_a);
+}
+
+void bind_quotas(py::class_<Index>& index) {
+  index
+      .def("set_quota", &Index::set_quota, "tenant"_a, "tier"_a, py::kw_only(),
+           "max_bytes"_a = ~uint64_t{0}, "max_blocks"_a = ~uint64_t{0},
+           py::call_guard<py::gil_scoped_release>())
+      .def("set_tenant", &Index::set_tenant, "namespace"_a, "tenant"_a,
+           py::call_guard<py::gil_scoped_release>())
+      .def("trim", &Index::trim, "pool"_a, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "quota_use",
+          [](const Index& self, TenantId tenant, uint8_t tier) {
+            const Quota quota = self.quota(tenant, tier);
+            return std::pair(quota.bytes, quota.blocks);
+          },
+          "tenant"_a, "tier"_a);
 }
 
 void bind_requests(py::class_<Index>& index) {
@@ -472,6 +476,7 @@ void bind_index(py::module_& module) {
             "first_generation"_a = 1, "first_stamp"_a = 1, "policy"_a = "lru", "seed"_a = 0,
             "dead_blocks"_a = 1 << 16);
   bind_pools(index);
+  bind_quotas(index);
   bind_requests(index);
   bind_behind(index);
   bind_explain(module, index);

@@ -40,8 +40,8 @@
 //   I9 A block expires no earlier than what lies below it (life.h).
 //   I10 What is pinned hard is not evicted from that pool unless it is dead; what is pinned soft
 //   goes when nothing else in the pool may (prefix_pins.h).
-//   I11 A tenant that takes more of a tier than its quota gives up its own blocks, and while it does
-//   nobody else's are evicted for want of a page (quotas.h).
+//   I11 A tenant that takes more of a tier than its quota gives up its own blocks, and while it
+//   does nobody else's are evicted for want of a page (quotas.h).
 //
 // Presence (resident or in flight) counts for leaf-ness and for "is it there already"; only
 // residence counts for a match, as a source, and as a reason to drop another copy.

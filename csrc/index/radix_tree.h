@@ -146,7 +146,7 @@ class RadixTree {
   void end_tail(Place at, uint32_t stamp);
   uint32_t advance(uint32_t now);  // nodes in which blocks expired or lapsed
   uint32_t now() const { return now_; }
-  std::optional<Place> coldest(PoolId pool);       // the next victim, as the policy chooses
+  std::optional<Place> coldest(PoolId pool);  // the next victim, as the policy chooses
   std::optional<Place> coldest_of(TenantId tenant, PoolId pool);  // among blocks of the tenant
   void set_tenant(uint32_t space, TenantId tenant);               // walks the namespace
   void forget_tenants(PoolId pool);                               // it has no pages any more
