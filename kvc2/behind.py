@@ -219,6 +219,8 @@ class Behind:
             moved = False
             for gpu in list(self._gpus.values()):
                 moved |= await self._demote(gpu)
+                if gpu.pools is not None:
+                    self._index.trim(gpu.pools.cpu_id)
                 if gpu.at_rest is None:
                     self._keep_free(gpu.id)
 
@@ -276,6 +278,7 @@ class Behind:
         pages = self._batch_pages(pools)
         transfer = self._index.plan_demote(pools.cpu_id, pages)
         # only now: the plan must not have got a page whose record is still there
+        self.drop(pools, self._index.trim(disk_id))
         free = self._index.pool_counts(disk_id).free
         if free < 2 * pages:
             self.drop(pools, self._index.evict(disk_id, 2 * pages - free))

@@ -30,6 +30,7 @@ from kvc2.loading import Loader
 from kvc2.metrics import Metrics
 from kvc2.mover import GpuPool, Mover
 from kvc2.pins import Pins
+from kvc2.quotas import TenantQuotas
 from kvc2.results import (
     AcquireResult,
     CacheStats,
@@ -43,7 +44,7 @@ from kvc2.results import (
 )
 from kvc2.sessions import Session
 from kvc2.spaces import Spaces
-from kvc2.tiers.base import PageShape
+from kvc2.tiers.base import TIER_NUMBERS, PageShape
 from kvc2.tiers.disk import DiskTier
 from kvc2.tiers.gpu import Copier, GpuMemory, SharedMemoryPool
 from kvc2.tiers.pools import Pools
@@ -123,6 +124,7 @@ class Cache:
         self.spaces = Spaces(self.index, self._mover, self._disk, spaces_max)
         self._ticking = asyncio.create_task(self._keep_time())
         self.counts = Counts(self.index, self._gpus, self._sessions, self._arena, self._disk)
+        self.quotas = TenantQuotas(self.index, config)
         self.pins = Pins(self.index, self.spaces, self.counts, config)
         self.explainer = Explainer(
             self.index, self.spaces, self.counts, policy=config.eviction_policy, tick=self.tick
@@ -233,6 +235,8 @@ class Cache:
             pages_per_slab=session.num_pages,
             below=None if pools is None else pools.cpu_id,
             durable=False,
+            tier=TIER_NUMBERS["gpu"],
+            page_bytes=layout.payload_bytes,
         )
         self.index.add_slab(pool)
         if kept_pages.size and not self.index.keep(pool, _u32(kept_pages)):
@@ -276,12 +280,18 @@ class Cache:
         self._wake()
 
     def open_namespace(
-        self, session: Session, namespace: bytes, identity: bytes, ttl_s: int = 0
+        self,
+        session: Session,
+        namespace: bytes,
+        identity: bytes,
+        ttl_s: int = 0,
+        tenant: str = "",
     ) -> int:
         """Its number here; the identity goes to the catalogue with the next batch. Raises
         LimitReached: what the index knows stays known."""
         page_size = session.layout.page_size
-        number = self.spaces.open(namespace, page_size, identity, ttl_s)
+        owner = self.quotas.number(tenant)
+        number = self.spaces.open(namespace, page_size, identity, ttl_s=ttl_s, tenant=owner)
         self.pins.opened(number, _pool(session).gpu.pools)
         if self._disk is not None and not self._disk.catalogue.add_namespace(
             namespace, page_size, identity
@@ -344,14 +354,16 @@ class Cache:
                 pool.settling.pop(request_id, None)
             # also when the caller went away: it may ask again under this request_id
             if session.leases.get(request_id) == opened.id:
-                reply.set_result(self._answer(session, opened.id, grant_pages))
+                reply.set_result(self._answer(session, opened.id, namespace_id, grant_pages))
             elif not reply.done():
                 reply.set_result(_nothing())
         if session.pool is None or pool.gpu.broken:
             raise errors.SessionOver(f"session {session.epoch} has ended")
         return reply.result()
 
-    def _answer(self, session: Session, lease: int, grant_pages: int) -> AcquireResult:
+    def _answer(
+        self, session: Session, lease: int, namespace_id: int, grant_pages: int
+    ) -> AcquireResult:
         pool, size = _pool(session), session.layout.page_size
         view = self.index.lease(lease)
         held = view.pages.size
@@ -360,7 +372,7 @@ class Cache:
             tiers=_tokens_by_tier(view.tiers, size),
             prefix_pages=view.pages,
             transfer=pool.gpu.pending.get(view.transfer, 0),
-            granted_pages=self.grant(session, grant_pages),
+            granted_pages=self.grant(session, grant_pages, namespace_id),
             computing_tokens=view.computing * size if held == view.matched else 0,
         )
 
@@ -372,6 +384,7 @@ class Cache:
         if lease is None:
             raise errors.NotFound("request_id", request_id, "an open lease of this session")
         result = self.index.commit(lease, first_block, _u32(tokens), _u32(pages))
+        self.index.trim(_pool(session).gpu.id)
         self._wake()
         return result
 
@@ -388,16 +401,18 @@ class Cache:
             self.index.release(lease)
         else:
             self.index.release(lease, self.spaces.hints(namespace_id, said))
+        self.index.trim(pool.gpu.id)  # what was pinned is to be had
         self._wake()  # what it pinned may be dead
         pool.replies.pop(request_id, None)
         if request_id in pool.settling:
             _finish(pool.settling[request_id])
 
-    def grant(self, session: Session, pages: int) -> U32:
-        """Up to `pages` pages to fill, evicting as needed."""
+    def grant(self, session: Session, pages: int, namespace_id: int | None = None) -> U32:
+        """Up to `pages` pages to fill, evicting as needed; for a namespace, if it is known."""
         if not pages:
             return np.empty(0, np.uint32)
-        granted = self.index.grant(_pool(session).gpu.id, pages)
+        space = None if namespace_id is None else self.spaces[namespace_id]
+        granted = self.index.grant(_pool(session).gpu.id, pages, space)
         self._wake()  # fewer are free now
         return granted
 

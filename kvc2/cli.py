@@ -362,6 +362,25 @@ def explain(
             print(line)
 
 
+@app.command(epilog="Example: kvc2 quota agents --tier cpu --gb 20")
+def quota(
+    tenant: Annotated[str, typer.Argument(help="One that the configuration declares.")],
+    tier: Annotated[Tier, typer.Option(help="Of gpu (all engines' pools), cpu or disk.")],
+    gb: Annotated[float, typer.Option(help="10^9 bytes; 0: no limit.", min=0)] = 0.0,
+    blocks: Annotated[int, typer.Option(help="Blocks; 0: no limit.", min=0)] = 0,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Set what a tenant may take of a tier, until the daemon ends; its own coldest blocks go."""
+    with _exit_codes(), _admin(address) as admin:
+        max_bytes = round(gb * config.GB)
+        found = admin.set_quota(tenant, tier.value, max_bytes=max_bytes, max_blocks=blocks)
+        if as_json:
+            print(json.dumps(asdict(found)))
+        else:
+            print(f"{tenant} takes {found.bytes / config.GB:.3f} GB of {tier.value} now")
+
+
 @app.command(
     epilog="Example: kvc2 pin --text system.txt --tokenizer /models/qwen3 --hard. A pin ends with "
     "unpin, with an invalidate or with the daemon. Needs the unix socket."

@@ -236,12 +236,21 @@ class LimitsConfig:
 class TenantConfig:
     """A tenant: secret_file holds at least 16 bytes, readable by its owner alone; uids are the user
     ids that may open its namespaces, empty: the socket's owner. ttl_s: how long after its last use
-    a block of it matches, 0: for ever."""
+    a block of it matches, 0: for ever. gpu_gb, cpu_gb, disk_gb: what it may take of a tier (of the
+    pools of all engines), 10^9 bytes; max_blocks: the same in blocks of each tier; 0: no limit."""
 
     name: str
     secret_file: Path
     uids: tuple[int, ...] = ()
     ttl_s: int = 0
+    gpu_gb: float = 0.0
+    cpu_gb: float = 0.0
+    disk_gb: float = 0.0
+    max_blocks: int = 0
+
+    def bytes_of(self, tier: str) -> int:
+        """Its quota of gpu, cpu or disk; 0: no limit."""
+        return round({"gpu": self.gpu_gb, "cpu": self.cpu_gb, "disk": self.disk_gb}[tier] * GB)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", self.name) or self.name == "default":
@@ -249,6 +258,9 @@ class TenantConfig:
                 "tenants.name", self.name, "1 to 64 of A-Z a-z 0-9 _ . - and not `default`"
             )
         _check("tenants.ttl_s", self.ttl_s, 0, TTL_S_MAX)
+        for name in ("gpu_gb", "cpu_gb", "disk_gb"):
+            _check(f"tenants.{name}", getattr(self, name), 0, 1e6)
+        _check("tenants.max_blocks", self.max_blocks, 0, 1 << 40)
         object.__setattr__(self, "secret_file", Path(self.secret_file).expanduser().absolute())
 
 

@@ -105,6 +105,18 @@ class EvictResult:
 
 
 @dataclass(frozen=True)
+class TenantUse:
+    """What a declared tenant takes of a tier, and may take; max 0: no limit."""
+
+    tenant: str
+    tier: str
+    bytes: int
+    blocks: int
+    max_bytes: int
+    max_blocks: int
+
+
+@dataclass(frozen=True)
 class PinResult:
     """In blocks: of the prompt, of them in the tier now, of all pins of this kind in its pool."""
 

@@ -30,6 +30,7 @@ class Opened:
     ttl_s: int
     era: int
     space: int
+    tenant: int = 0  # by its number in the index
     earlier: int | None = None  # of the era before, if that ended in this run
 
 
@@ -48,7 +49,9 @@ class Spaces:
         self._opened: list[Opened] = []
         self._numbers: dict[bytes, int] = {}
 
-    def open(self, name: bytes, page_size: int, identity: bytes, ttl_s: int = 0) -> int:
+    def open(
+        self, name: bytes, page_size: int, identity: bytes, *, ttl_s: int = 0, tenant: int = 0
+    ) -> int:
         """The number of a namespace, the same each time. Raises LimitReached."""
         number = self._numbers.get(name)
         if number is not None:
@@ -57,8 +60,9 @@ class Spaces:
             return number
         era = self._stored_era(name)
         space = self._space(name, era, page_size)
+        self._index.set_tenant(space, tenant)
         self._numbers[name] = len(self._opened)
-        self._opened.append(Opened(name, page_size, identity, ttl_s, era, space))
+        self._opened.append(Opened(name, page_size, identity, ttl_s, era, space, tenant))
         return self._numbers[name]
 
     def _space(self, name: bytes, era: int, page_size: int) -> int:
@@ -144,6 +148,7 @@ class Spaces:
         if number is not None:
             opened = self._opened[number]
             opened.space, opened.era = self._space(name, era + 1, page_size), era + 1
+            self._index.set_tenant(opened.space, opened.tenant)
             opened.earlier = space
         if self._disk is not None:
             self._disk.catalogue.begin_era(name)

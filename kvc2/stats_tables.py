@@ -30,6 +30,7 @@ def show(found: DaemonStats) -> None:
     console.print(pages)
     _print_pace(console, found)
     _print_hit_rates(console, found)
+    _print_tenants(console, found)
     faults = Table("fault", "count")
     for name, value in found.counters.items():
         if name.startswith("faults_total{") and value:
@@ -48,6 +49,19 @@ def _print_hit_rates(console: Console, found: DaemonStats) -> None:
         if rates.estimated:
             shares = (rates.real, *rates.estimated, found.hit_rate_unlimited)
             table.add_row(each.tier, *(f"{share:.1%}" for share in shares))
+    if table.row_count:
+        console.print(table)
+
+
+def _print_tenants(console: Console, found: DaemonStats) -> None:
+    """What declared tenants take, where they do or have a limit."""
+    table = Table("tenant", "tier", "takes", "of", "blocks", "of")
+    for each in found.tenants:
+        if each.blocks or each.max_bytes or each.max_blocks:
+            most = f"{each.max_bytes / config.GB:.3f} GB" if each.max_bytes else "any"
+            takes = f"{each.bytes / config.GB:.3f} GB"
+            blocks = str(each.max_blocks or "any")
+            table.add_row(each.tenant, each.tier, takes, most, str(each.blocks), blocks)
     if table.row_count:
         console.print(table)
 

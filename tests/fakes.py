@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kvc2 import errors
 from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics
-from kvc2.results import Hints, Terms
+from kvc2.results import Hints, TenantUse, Terms
 from kvc2.sessions import Session
 
 U32 = NDArray[np.uint32]
@@ -91,9 +91,15 @@ class FakeExplainer:
     def opened(self, number: int, tenant: str, salt: bytes) -> None: ...
 
 
+class FakeQuotas:
+    def uses(self) -> list[TenantUse]:
+        return []
+
+
 class FakeCache:
     def __init__(self, config: ServeConfig, metrics: Metrics) -> None:
         self.explainer = FakeExplainer()
+        self.quotas = FakeQuotas()
         self.sessions: list[Session] = []
         self.closed: list[tuple[int, bool]] = []
         self.namespaces: list[bytes] = []
@@ -120,7 +126,12 @@ class FakeCache:
         self.closed.append((session.epoch, at_rest is not None and await at_rest()))
 
     def open_namespace(
-        self, session: Session, namespace: bytes, identity: bytes, ttl_s: int = 0
+        self,
+        session: Session,
+        namespace: bytes,
+        identity: bytes,
+        ttl_s: int = 0,
+        tenant: str = "",
     ) -> int:
         if namespace not in self.namespaces:
             self.namespaces.append(namespace)

@@ -28,7 +28,7 @@ KVC2_FLOORS = """
     sizing, prompts, stats_tables
     server, client
     cache
-    explain, pins, whole
+    explain, pins, quotas, whole
     counts, sessions, loading, behind, slabs, spaces, mover, events
     tiers
     arena

@@ -17,6 +17,7 @@ from kvc2.client.results import (
     PrefixPinned,
     Released,
     SessionStats,
+    TenantUse,
     TierStats,
     TierTokens,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "PrefixPinned",
     "Released",
     "SessionStats",
+    "TenantUse",
     "TierStats",
     "TierTokens",
 ]

@@ -71,6 +71,16 @@ class Admin:
             request = cache_pb2.InvalidateRequest(weights_digest=weights_digest)
         return results.invalidated(self._call("Invalidate", request))
 
+    def set_quota(
+        self, tenant: str, tier: str, *, max_bytes: int = 0, max_blocks: int = 0
+    ) -> results.TenantUse:
+        """What a declared tenant may take of gpu, cpu or disk until the daemon ends; 0: no limit.
+        Answers what it takes now."""
+        request = cache_pb2.SetQuotaRequest(
+            tenant=tenant, tier=tier, max_bytes=max_bytes, max_blocks=max_blocks
+        )
+        return results.tenant_use(self._call("SetQuota", request).use)
+
     def pin(
         self, tokens: results.U32, *, tier: str = "cpu", hard: bool, namespace: bytes = b""
     ) -> results.PrefixPinned:

@@ -159,6 +159,18 @@ class SessionStats:
 
 
 @dataclass(frozen=True)
+class TenantUse:
+    """What a declared tenant takes of a tier, and may take; max 0: no limit."""
+
+    tenant: str
+    tier: str
+    bytes: int
+    blocks: int
+    max_bytes: int
+    max_blocks: int
+
+
+@dataclass(frozen=True)
 class DaemonStats:
     """counters: every counter of /metrics by name, without kvc2_."""
 
@@ -175,6 +187,7 @@ class DaemonStats:
     counters: dict[str, float]
     hit_rates: dict[str, HitRates]  # by tier
     hit_rate_unlimited: float  # estimated: of a cache that forgets nothing
+    tenants: tuple[TenantUse, ...]  # of the configuration, by tier
 
 
 @dataclass(frozen=True)
@@ -315,4 +328,16 @@ def daemon_stats(message: cache_pb2.StatsResponse) -> DaemonStats:
             for tier, each in message.hit_rates.items()
         },
         hit_rate_unlimited=message.hit_rate_unlimited,
+        tenants=tuple(tenant_use(each) for each in message.tenants),
+    )
+
+
+def tenant_use(message: cache_pb2.TenantUse) -> TenantUse:
+    return TenantUse(
+        message.tenant,
+        message.tier,
+        message.bytes,
+        message.blocks,
+        message.max_bytes,
+        message.max_blocks,
     )

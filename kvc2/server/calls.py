@@ -11,6 +11,7 @@ import functools
 import importlib.metadata
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from kvc2.cache import Cache
 from kvc2.config import ServeConfig, socket_path
 from kvc2.metrics import Metrics
 from kvc2.namespace import check_layout, check_weights_digest, decode
-from kvc2.results import Explained, FlushResult, Hints, Terms, TierCounts, shorter
+from kvc2.results import Explained, FlushResult, Hints, TenantUse, Terms, TierCounts, shorter
 from kvc2.server import checks
 from kvc2.server.attach import Attachments
 from kvc2.server.tenants import DEFAULT_TENANT, Tenants
@@ -92,7 +93,7 @@ class CacheCalls:
                 "limits.max_namespaces", self._limits.max_namespaces, "namespaces are open"
             )
         ttl_s = shorter(request.ttl_s, self._tenants.ttl_s(tenant))
-        number = self._cache.open_namespace(session, namespace, request.identity, ttl_s)
+        number = self._cache.open_namespace(session, namespace, request.identity, ttl_s, tenant)
         session.namespaces[number] = namespace
         self._cache.explainer.opened(number, tenant or DEFAULT_TENANT, request.salt)
         return cache_pb2.OpenNamespaceResponse(namespace_id=number + 1)
@@ -271,6 +272,12 @@ class CacheCalls:
             namespaces=found.namespaces, blocks=found.blocks, durable=found.durable
         )
 
+    async def SetQuota(self, request: cache_pb2.SetQuotaRequest) -> cache_pb2.SetQuotaResponse:
+        tenant = checks.text("tenant", request.tenant, checks.TENANT_BYTES_MAX)
+        tier = checks.tier(request.tier)
+        found = self._cache.quotas.set(tenant, tier, request.max_bytes, request.max_blocks)
+        return cache_pb2.SetQuotaResponse(use=_tenant_use(found))
+
     async def Pin(self, request: cache_pb2.PinRequest) -> cache_pb2.PinResponse:
         session, number, tokens = self._prefix(request)
         tier = checks.tier(request.tier or "cpu")
@@ -315,6 +322,7 @@ class CacheCalls:
             counters=counters,
             hit_rates=_hit_rates(stats.tiers, counters),
             hit_rate_unlimited=stats.hit_rate_unlimited,
+            tenants=[_tenant_use(each) for each in self._cache.quotas.uses()],
         )
 
     def _session_stats(self, session: Session, pools: dict[int, Any]) -> cache_pb2.SessionStats:
@@ -393,6 +401,10 @@ def flush_response(result: FlushResult) -> cache_pb2.FlushResponse:
     return cache_pb2.FlushResponse(
         durable_blocks=result.durable_blocks, not_durable_blocks=result.not_durable
     )
+
+
+def _tenant_use(found: TenantUse) -> cache_pb2.TenantUse:
+    return cache_pb2.TenantUse(**asdict(found))
 
 
 def _tier_tokens(tiers: tuple[int, ...]) -> cache_pb2.TierTokens:

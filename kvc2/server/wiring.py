@@ -31,6 +31,7 @@ UNARY = (
     "Invalidate",
     "Pin",
     "Unpin",
+    "SetQuota",
     "Stats",
     "Drain",
 )

@@ -19,6 +19,7 @@ from kvc2.layout import HEADER_BYTES, Layout, slab_shape
 U8 = NDArray[np.uint8]
 U32 = NDArray[np.uint32]
 U64 = NDArray[np.uint64]
+TIER_NUMBERS = {"gpu": 0, "cpu": 1, "disk": 2}  # as the index counts quotas by
 NO_SLAB = np.iinfo(np.int64).min
 
 

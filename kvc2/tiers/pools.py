@@ -18,7 +18,7 @@ from kvc2 import _core, errors
 from kvc2.arena import Arena
 from kvc2.metrics import Metrics
 from kvc2.namespace import of_era
-from kvc2.tiers.base import U32, PageShape
+from kvc2.tiers.base import TIER_NUMBERS, U32, PageShape
 from kvc2.tiers.cpu import CpuPool
 from kvc2.tiers.disk import DiskPool, DiskTier
 
@@ -83,6 +83,8 @@ class Pools:
                 pages_per_slab=disk.shape.pages_per_slab,
                 below=None,
                 durable=True,
+                tier=TIER_NUMBERS["disk"],
+                page_bytes=shape.page_bytes,
             )
         in_arena = shape.with_slabs(self.arena.unit_bytes)
         cpu_id = self._index.add_pool(
@@ -90,6 +92,8 @@ class Pools:
             pages_per_slab=in_arena.pages_per_slab,
             below=disk_id,
             durable=False,
+            tier=TIER_NUMBERS["cpu"],
+            page_bytes=shape.page_bytes,
         )
         return LayoutPools(in_arena, cpu_id, CpuPool(self.arena, in_arena), disk_id, disk)
 

@@ -471,6 +471,40 @@ class UnpinResponse(_message.Message):
     blocks: int
     def __init__(self, blocks: _Optional[int] = ...) -> None: ...
 
+class SetQuotaRequest(_message.Message):
+    __slots__ = ("tenant", "tier", "max_bytes", "max_blocks")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    tier: str
+    max_bytes: int
+    max_blocks: int
+    def __init__(self, tenant: _Optional[str] = ..., tier: _Optional[str] = ..., max_bytes: _Optional[int] = ..., max_blocks: _Optional[int] = ...) -> None: ...
+
+class SetQuotaResponse(_message.Message):
+    __slots__ = ("use",)
+    USE_FIELD_NUMBER: _ClassVar[int]
+    use: TenantUse
+    def __init__(self, use: _Optional[_Union[TenantUse, _Mapping]] = ...) -> None: ...
+
+class TenantUse(_message.Message):
+    __slots__ = ("tenant", "tier", "bytes", "blocks", "max_bytes", "max_blocks")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    tier: str
+    bytes: int
+    blocks: int
+    max_bytes: int
+    max_blocks: int
+    def __init__(self, tenant: _Optional[str] = ..., tier: _Optional[str] = ..., bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., max_bytes: _Optional[int] = ..., max_blocks: _Optional[int] = ...) -> None: ...
+
 class StatsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -522,7 +556,7 @@ class SessionStats(_message.Message):
     def __init__(self, session_epoch: _Optional[int] = ..., engine_name: _Optional[str] = ..., pid: _Optional[int] = ..., leases: _Optional[int] = ..., seconds: _Optional[float] = ..., pool: _Optional[_Union[TierStats, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class StatsResponse(_message.Message):
-    __slots__ = ("version", "instance", "uptime_s", "tiers", "sessions", "blocks", "holes", "leases", "namespaces", "metadata_bytes", "counters", "hit_rates", "hit_rate_unlimited")
+    __slots__ = ("version", "instance", "uptime_s", "tiers", "sessions", "blocks", "holes", "leases", "namespaces", "metadata_bytes", "counters", "hit_rates", "hit_rate_unlimited", "tenants")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -550,6 +584,7 @@ class StatsResponse(_message.Message):
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     HIT_RATES_FIELD_NUMBER: _ClassVar[int]
     HIT_RATE_UNLIMITED_FIELD_NUMBER: _ClassVar[int]
+    TENANTS_FIELD_NUMBER: _ClassVar[int]
     version: str
     instance: bytes
     uptime_s: float
@@ -563,7 +598,8 @@ class StatsResponse(_message.Message):
     counters: _containers.ScalarMap[str, float]
     hit_rates: _containers.MessageMap[str, HitRates]
     hit_rate_unlimited: float
-    def __init__(self, version: _Optional[str] = ..., instance: _Optional[bytes] = ..., uptime_s: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., sessions: _Optional[_Iterable[_Union[SessionStats, _Mapping]]] = ..., blocks: _Optional[int] = ..., holes: _Optional[int] = ..., leases: _Optional[int] = ..., namespaces: _Optional[int] = ..., metadata_bytes: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., hit_rates: _Optional[_Mapping[str, HitRates]] = ..., hit_rate_unlimited: _Optional[float] = ...) -> None: ...
+    tenants: _containers.RepeatedCompositeFieldContainer[TenantUse]
+    def __init__(self, version: _Optional[str] = ..., instance: _Optional[bytes] = ..., uptime_s: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., sessions: _Optional[_Iterable[_Union[SessionStats, _Mapping]]] = ..., blocks: _Optional[int] = ..., holes: _Optional[int] = ..., leases: _Optional[int] = ..., namespaces: _Optional[int] = ..., metadata_bytes: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., hit_rates: _Optional[_Mapping[str, HitRates]] = ..., hit_rate_unlimited: _Optional[float] = ..., tenants: _Optional[_Iterable[_Union[TenantUse, _Mapping]]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("deadline_ms",)

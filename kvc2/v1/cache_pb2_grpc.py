@@ -176,6 +176,11 @@ class CacheStub:
                 request_serializer=kvc2_dot_v1_dot_cache__pb2.UnpinRequest.SerializeToString,
                 response_deserializer=kvc2_dot_v1_dot_cache__pb2.UnpinResponse.FromString,
                 _registered_method=True)
+        self.SetQuota = channel.unary_unary(
+                '/kvc2.v1.Cache/SetQuota',
+                request_serializer=kvc2_dot_v1_dot_cache__pb2.SetQuotaRequest.SerializeToString,
+                response_deserializer=kvc2_dot_v1_dot_cache__pb2.SetQuotaResponse.FromString,
+                _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/kvc2.v1.Cache/Stats',
                 request_serializer=kvc2_dot_v1_dot_cache__pb2.StatsRequest.SerializeToString,
@@ -303,6 +308,14 @@ class CacheServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetQuota(self, request, context):
+        """SetQuota changes what a declared tenant may take of one tier, until the daemon's end. What it has too
+        much goes with its next use of the tier, its own coldest first; nobody else's. Answers what it takes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Stats(self, request, context):
         """Stats returns counters and sizes. Changes nothing.
         """
@@ -393,6 +406,11 @@ def add_CacheServicer_to_server(servicer, server):
                     servicer.Unpin,
                     request_deserializer=kvc2_dot_v1_dot_cache__pb2.UnpinRequest.FromString,
                     response_serializer=kvc2_dot_v1_dot_cache__pb2.UnpinResponse.SerializeToString,
+            ),
+            'SetQuota': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetQuota,
+                    request_deserializer=kvc2_dot_v1_dot_cache__pb2.SetQuotaRequest.FromString,
+                    response_serializer=kvc2_dot_v1_dot_cache__pb2.SetQuotaResponse.SerializeToString,
             ),
             'Stats': grpc.unary_unary_rpc_method_handler(
                     servicer.Stats,
@@ -740,6 +758,33 @@ class Cache:
             '/kvc2.v1.Cache/Unpin',
             kvc2_dot_v1_dot_cache__pb2.UnpinRequest.SerializeToString,
             kvc2_dot_v1_dot_cache__pb2.UnpinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetQuota(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvc2.v1.Cache/SetQuota',
+            kvc2_dot_v1_dot_cache__pb2.SetQuotaRequest.SerializeToString,
+            kvc2_dot_v1_dot_cache__pb2.SetQuotaResponse.FromString,
             options,
             channel_credentials,
             insecure,
