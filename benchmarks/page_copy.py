@@ -3,8 +3,9 @@
 Example: python -m benchmarks.page_copy --repeats 7 --json build/bench/page_copy.json
 
 Blocks of 64 KiB to 4 MiB, 32 layers of keys and values, in no order, and none is in a cache: each
-pass goes over all of two buffers of a GiB each. The peer is glibc's memcpy of whole blocks (less to
-do than a gather has) on as many threads, the limit non-temporal stores of whole blocks (stream_probe.cpp). They take turns.
+pass goes over all of two buffers of a GiB each. The peer is glibc's memcpy of whole blocks, which
+is less than a gather has to do, on as many threads; the limit is non-temporal stores of whole
+blocks (stream_probe.cpp). They take turns.
 """
 
 from __future__ import annotations
