@@ -48,6 +48,10 @@ class House:
         return self.index.match(self.space, self.gpu, tokens(*blocks)).tiers
 
 
+def pages(*numbers: int) -> np.ndarray:
+    return np.array(numbers, np.uint32)
+
+
 @pytest.fixture
 def house() -> House:
     return House()
@@ -170,6 +174,26 @@ def test_a_failed_promotion_ends_the_lease_s_pages_before_it(house: House) -> No
         assert len(house.index.lease(each).pages) == 1
         house.index.release(each)
     assert house.matched(1, 2, 3) == (1, 2, 0)
+
+
+def test_a_run_takes_no_page_that_another_lease_holds_as_its_duplicate(house: House) -> None:
+    house.compute(1)
+    lease = house.index.acquire(house.space, house.gpu, tokens(1), 0)
+    duplicate, free = house.index.grant(house.gpu, 2).tolist()
+    answers = house.index.commit(lease.id, 0, tokens(1), pages(duplicate))
+    assert answers.tolist() == [_core.DUPLICATE]
+    # 2 is in no tree, so that what follows it is committed as a run
+    answers = house.index.commit(lease.id, 1, tokens(2, 3), pages(free, duplicate))
+    assert answers.tolist() == [_core.ADOPTED, _core.REFUSED]
+    house.index.check()
+
+
+def test_a_commit_again_with_other_tokens_is_refused(house: House) -> None:
+    lease = house.compute(1, 2)
+    held = house.index.lease(lease).pages
+    assert house.index.commit(lease, 0, tokens(1, 2), held).tolist() == [_core.ADOPTED] * 2
+    answers = house.index.commit(lease, 0, tokens(1, 3), held)
+    assert answers.tolist() == [_core.ADOPTED, _core.REFUSED]
 
 
 def test_a_lost_page_makes_a_hole_and_a_commit_closes_it(house: House) -> None:
