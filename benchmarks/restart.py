@@ -1,0 +1,138 @@
+"""How soon a daemon serves again what its disk holds, after SIGTERM and after kill -9.
+
+Example: python -m benchmarks.restart --blocks 100000 --json build/bench/restart.json
+A start is over when the daemon answers and a prompt that was stored first matches whole. Beside it a
+start on an empty disk, in turn. The blocks are small (8 KiB a page): a restart reads records, no slabs.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks import report
+from benchmarks.processes import Daemon
+from benchmarks.rpc import ATTACH_TIMEOUT_S, BLOCKS, IDENTITY, PAGE_SIZE, TOKENS, PoolOwner
+from kvc2.client import Client, LeaseCommit, PoolMemory
+from kvc2.layout import Layout, Segment
+
+SEGMENT_BYTES = 1024
+POOL_PAGES = 3 * BLOCKS
+ARENA_GB = 0.25
+FLUSH_EVERY = 4  # prompts
+
+
+def prompt(number: int) -> NDArray[np.uint32]:
+    return np.random.default_rng(number).integers(0, 50_000, TOKENS, dtype=np.uint32)
+
+
+class Session:
+    """An engine without a model."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        size = SEGMENT_BYTES
+        segments = (Segment(0, 0, size, 0, size), Segment(0, 1, size, POOL_PAGES * size, size))
+        self._pool = PoolMemory(POOL_PAGES * 2 * size)
+        layout = Layout(segments, PAGE_SIZE)
+        self.client = Client(
+            daemon.address, pool=self._pool, layout=layout, engine_name="fill", engine=PoolOwner()
+        )
+        if not self.client.wait_attached(ATTACH_TIMEOUT_S):
+            raise RuntimeError(f"not attached: {self.client.last_refusal}\n{daemon.tail()}")
+        self.namespace = self.client.open_namespace(IDENTITY.encode())
+
+    def close(self) -> None:
+        self.client.close()
+        self._pool.close()
+
+    def store(self, number: int) -> None:
+        name, tokens = b"%d" % number, prompt(number)
+        lease = self.client.acquire(self.namespace, name, tokens, grant_pages=BLOCKS)
+        pages = lease.granted_pages
+        self.client.commit([LeaseCommit(name, 0, tokens[: len(pages) * PAGE_SIZE], pages)])
+        self.client.release([name])
+        if len(pages) < BLOCKS:
+            raise RuntimeError(f"{len(pages)} of {BLOCKS} pages granted")
+
+    def matched_blocks(self, number: int) -> int:
+        return self.client.match(self.namespace, prompt(number)).matched_tokens // PAGE_SIZE
+
+
+def fill(folder: Path, blocks: int, disk_gb: float) -> int:
+    """Store at least `blocks` on disk; how many prompts that is."""
+    daemon = Daemon(folder, cpu_gb=ARENA_GB, disk_gb=disk_gb)
+    prompts = -(-blocks // BLOCKS)
+    try:
+        daemon.wait_ready()
+        session = Session(daemon)
+        for number in range(prompts):
+            session.store(number)
+            if number % FLUSH_EVERY == FLUSH_EVERY - 1:
+                daemon.flush()
+                print(f"{(number + 1) * BLOCKS} of {blocks} blocks", file=sys.stderr)
+        daemon.flush()
+        session.close()
+    finally:
+        daemon.stop()
+    return prompts
+
+
+def start_s(folder: Path, disk_gb: float, *, prompts: int, kill: bool) -> float:
+    """Seconds until the daemon answers. RuntimeError unless the first and the last prompt of those
+    that were stored match then."""
+    begin = time.perf_counter()
+    daemon = Daemon(folder, cpu_gb=ARENA_GB, disk_gb=disk_gb)
+    try:
+        daemon.wait_ready()
+        seconds = time.perf_counter() - begin
+        session = Session(daemon)
+        for number in {0, prompts - 1} if prompts else ():
+            found = session.matched_blocks(number)
+            if found != BLOCKS - 1:
+                raise RuntimeError(f"prompt {number} matches {found} of {BLOCKS - 1} blocks")
+        session.close()
+    finally:
+        daemon.kill() if kill else daemon.stop()
+    return seconds
+
+
+def main() -> int:
+    flags = report.parser(__doc__ or "")
+    flags.add_argument("--blocks", type=int, default=100_000, help="on disk (%(default)s)")
+    options = flags.parse_args()
+    disk_gb = max(1.0, options.blocks * 12e3 / 1e9)
+    starts: dict[bool, list[float]] = {True: [], False: []}
+    empty = []
+    with tempfile.TemporaryDirectory(prefix="kvc2-restart-") as name:
+        full, fresh = Path(name) / "full", Path(name) / "fresh"
+        full.mkdir()
+        prompts = fill(full, options.blocks, disk_gb)
+        for number in range(options.repeats):
+            for kill in (True, False):  # how the start before it had ended: the other way
+                starts[not kill].append(start_s(full, disk_gb, prompts=prompts, kill=kill))
+            place = fresh / str(number)
+            place.mkdir(parents=True)
+            empty.append(start_s(place, disk_gb, prompts=0, kill=False))
+    rows = [
+        report.row(
+            f"start with {prompts * BLOCKS} blocks, after {'kill -9' if killed else 'SIGTERM'}",
+            "s",
+            "lower",
+            samples,
+            limit=float(np.median(empty)),
+            limit_name="an empty disk",
+            goal="< 1",
+        )
+        for killed, samples in starts.items()
+    ]
+    report.finish("Ready after a restart", rows, options.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
