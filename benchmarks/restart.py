@@ -1,8 +1,9 @@
 """How soon a daemon serves again what its disk holds, after SIGTERM and after kill -9.
 
 Example: python -m benchmarks.restart --blocks 100000 --json build/bench/restart.json
-A start is over when the daemon answers and a prompt that was stored first matches whole. Beside it a
-start on an empty disk, in turn. The blocks are small (8 KiB a page): a restart reads records, no slabs.
+A start is over when the daemon answers; then the first and the last prompt that were stored must
+match whole. Beside it a start on an empty disk, in turn. The blocks are small (8 KiB a page): a
+restart reads records, no slabs.
 """
 
 from __future__ import annotations

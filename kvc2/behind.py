@@ -128,6 +128,10 @@ class Behind:
                     await self._woken.wait()
         self.wake()
 
+    async def synced(self) -> bool:
+        """Whether what is on disk is durable, also where disk.durability is relaxed."""
+        return await asyncio.shield(self._mover.on_writer(DiskTier.sync))
+
     @property
     def failing(self) -> bool:
         """Whether the last batch of either kind has failed: it will be tried again."""

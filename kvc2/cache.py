@@ -107,6 +107,7 @@ class Cache:
                     memory,
                     self._metrics,
                     files=self._files,
+                    relaxed=config.disk.durability == "relaxed",
                 )
         starts = 0 if self._disk is None else self._disk.catalogue.start_count
         stamp = 0 if self._disk is None else self._disk.last_stamp()

@@ -46,6 +46,11 @@ class WritePolicy(StrEnum):
     through = "through"
 
 
+class Durability(StrEnum):
+    durable = "durable"
+    relaxed = "relaxed"
+
+
 class LogFormat(StrEnum):
     text = "text"
     json = "json"
@@ -131,6 +136,10 @@ DiskPath = Annotated[
 DiskSizeGb = Annotated[
     float | None, option("What the disk tier may take, 10^9 bytes.", "a quarter of it")
 ]
+DiskDurability = Annotated[
+    Durability | None,
+    option("durable: each batch is synced; relaxed: a flush syncs, a power cut costs.", "durable"),
+]
 AttnPageSize = Annotated[
     int | None, option("Refuse engines with another page size, tokens.", "any")
 ]
@@ -179,6 +188,7 @@ def serve(
     cpu_memory_size_gb: CpuMemorySizeGb = None,
     disk_path: DiskPath = None,
     disk_size_gb: DiskSizeGb = None,
+    disk_durability: DiskDurability = None,
     attn_page_size: AttnPageSize = None,
     attn_chunk_size: AttnChunkSize = None,
     limits_max_sessions: LimitsMaxSessions = None,

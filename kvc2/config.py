@@ -31,6 +31,7 @@ SOCKET_PATH_BYTES_MAX = 107  # sun_path
 SIDE_ENDING = ".side"  # the side socket lies beside the main one
 TTL_S_MAX = (1 << 32) - 1
 WritePolicy = Literal["behind", "back", "through"]
+Durability = Literal["durable", "relaxed"]
 EvictionPolicy = Literal["hazard", "lru", "arc", "s3fifo"]  # see csrc/index/eviction
 
 
@@ -144,12 +145,17 @@ class CpuConfig:
 @dataclass(frozen=True)
 class DiskConfig:
     """Slab files and catalogue. path None: no disk tier. size_gb None: a quarter of the file
-    system that holds the path."""
+    system that holds the path. durability: durable syncs each batch before its records are
+    committed; relaxed syncs at a flush only, so that a power cut may cost what came since, as
+    misses that a load detects."""
 
     path: Path | None = None
     size_gb: float | None = None
+    durability: Durability = "durable"
 
     def __post_init__(self) -> None:
+        if self.durability not in get_args(Durability):
+            raise errors.InvalidConfig("disk.durability", self.durability, "durable or relaxed")
         if self.path is None:
             if self.size_gb is not None:
                 raise errors.InvalidConfig("disk.size_gb", self.size_gb, "only with disk.path")
@@ -164,8 +170,10 @@ class DiskConfig:
         return 0 if self.size_gb is None else round(self.size_gb * GB) // ALIGNMENT * ALIGNMENT
 
     @classmethod
-    def of_bytes(cls, path: Path, size_bytes: int) -> DiskConfig:
-        return cls(path=path, size_gb=size_bytes / GB)
+    def of_bytes(
+        cls, path: Path, size_bytes: int, durability: Durability = "durable"
+    ) -> DiskConfig:
+        return cls(path=path, size_gb=size_bytes / GB, durability=durability)
 
 
 def _file_system_bytes(path: Path) -> int:

@@ -61,7 +61,9 @@ class Whole:
         if self._behind is None or (not self._has_disk and not through):
             return False
         drained = await self._behind.drained(deadline_s)
-        return drained and not self._behind.undemoted() and self._has_disk
+        if not drained or self._behind.undemoted() or not self._has_disk:
+            return False
+        return await self._behind.synced()
 
     async def flush(self, deadline_s: float) -> FlushResult:
         """Copy what is committed towards the disk until all of it is there or the time is over."""
@@ -70,6 +72,8 @@ class Whole:
             return FlushResult(0, {"no_disk": blocks} if blocks else {})
         drained = await self._behind.drained(deadline_s)
         reason = "disk_full"
+        if not await self._behind.synced():
+            return FlushResult(0, {"error": self._counts.tier("disk").resident})
         if self._behind.failing:
             reason = "error"
         elif not drained:

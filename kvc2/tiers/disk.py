@@ -120,7 +120,8 @@ class Outcome:
 
 
 class DiskTier:
-    """Raises StartRefused when another daemon has the directory or its format is unknown."""
+    """Raises StartRefused when another daemon has the directory or its format is unknown.
+    relaxed: a batch is durable only with the next `sync`."""
 
     def __init__(
         self,
@@ -130,7 +131,10 @@ class DiskTier:
         metrics: Metrics,
         *,
         files: Files | None = None,
+        relaxed: bool = False,
     ) -> None:
+        self._relaxed = relaxed
+        self._unsynced: list[tuple[DiskPool, U32]] = []
         self.path = path
         self.size_bytes = size_bytes
         self._arena = arena
@@ -226,6 +230,20 @@ class DiskTier:
             LOG.warning("disk: catalogue: %s", error)
             return Outcome(False, False)
 
+    def sync(self) -> bool:
+        """All that was written is durable, also where batches are not synced one by one. False,
+        and counted, when the disk did not; that stays unsynced for good."""
+        unsynced, self._unsynced = self._unsynced, []
+        try:
+            for pool, pages in unsynced:
+                held = np.isin(pages // pool.shape.pages_per_slab, pool.slabs.numbers())
+                pool.slabs.sync(pages[held])
+        except OSError as error:
+            self._metrics.fault("disk_write")
+            LOG.warning("disk: syncing: %s", error)
+            return False
+        return True
+
     def _write(self, batch: Batch, change: Change) -> bool:
         count = batch.pages.size
         step = max(1, WRITE_PART_BYTES // batch.pool.shape.page_bytes)
@@ -234,7 +252,10 @@ class DiskTier:
         wait(running)  # also when one failed: none may still read pages that are free again
         try:
             checksums = np.concatenate([each.result() for each in running])
-            batch.pool.slabs.sync(batch.pages)
+            if self._relaxed:
+                self._unsynced.append((batch.pool, batch.pages))
+            else:
+                batch.pool.slabs.sync(batch.pages)
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             self._metrics.fault("disk_full" if full else "disk_write")
