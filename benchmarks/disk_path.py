@@ -1,0 +1,118 @@
+"""Our disk tier without a daemon around it: the index plans and the mover carries out, as there.
+
+Blocks are committed in the cpu pool, stored by demotion in batches, evicted from memory and loaded
+back, verified whole. Nothing here measures; disk.py does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import numpy as np
+
+from kvc2 import _core
+from kvc2.arena import Arena
+from kvc2.layout import ALIGNMENT, HEADER_BYTES, slab_shape
+from kvc2.metrics import Metrics
+from kvc2.mover import Mover
+from kvc2.tiers.base import PageShape
+from kvc2.tiers.disk import DiskTier
+from kvc2.tiers.pools import Pools
+
+PAGE_SIZE = 16
+SLAB_BYTES = 64 << 20
+STORE_BYTES = 32 << 20  # of a batch: one sync and one commit, as behind.py has it
+NAMESPACE = b"benchmark".ljust(32)
+
+
+class DiskPath:
+    """`blocks` of `block_bytes`, stored and loaded again and again, within one event loop."""
+
+    def __init__(self, folder: Path, block_bytes: int, blocks: int) -> None:
+        page_bytes = HEADER_BYTES + -(-block_bytes // ALIGNMENT) * ALIGNMENT
+        slab = slab_shape(page_bytes, SLAB_BYTES)
+        self.block_bytes, self.blocks = block_bytes, blocks
+        slabs = -(-2 * blocks // slab.pages_per_slab) + 1
+        metrics = Metrics()
+        self.arena = Arena((slabs + 1) * slab.slab_bytes, SLAB_BYTES)
+        self.arena.start()
+        self.arena.wait_populated()
+        size_bytes = (2 * slabs + 2) * slab.slab_bytes
+        self.disk = DiskTier(folder, size_bytes, self.arena.memory, metrics)
+        self.index = _core.Index()
+        self.mover = Mover(
+            self.index, metrics, self.arena.memory, self.disk, lambda: None, clock=time.monotonic
+        )
+        pools = Pools(self.index, self.arena, self.disk, metrics, 1)
+        digest = (b"%d" % block_bytes).ljust(32)
+        sizes = (page_bytes, slab.slab_bytes, slab.pages_per_slab)
+        self.pools = pools.of(PageShape(digest, PAGE_SIZE, block_bytes, *sizes))
+        pools.grow(self.pools, 2 * blocks)
+        self._space = self.index.open_namespace(NAMESPACE, PAGE_SIZE)
+        self._prompt = 0
+        self._random = np.random.default_rng(0)
+        self._grow_disk(2 * blocks)
+
+    def _grow_disk(self, pages: int) -> None:
+        assert self.pools.disk is not None
+        assert self.pools.disk_id is not None
+        while self.index.pool_counts(self.pools.disk_id).free < pages:
+            if self.disk.grow(self.pools.disk) is None:
+                raise RuntimeError("no room for the benchmark's slabs")
+            self.index.add_slab(self.pools.disk_id)
+
+    def close(self) -> None:
+        self.mover.close()
+        self.disk.close()
+        self.arena.close()
+
+    def commit(self) -> None:
+        """New blocks in memory, of random bytes."""
+        self._prompt += 1
+        pages = self.index.grant(self.pools.cpu_id, self.blocks)
+        for offset in self.pools.cpu.offsets(pages).tolist():
+            payload = self.arena.memory[offset + HEADER_BYTES :][: self.block_bytes]
+            payload[:] = np.frombuffer(self._random.bytes(self.block_bytes), np.uint8)
+        tokens = self._tokens()
+        lease = self.index.acquire(self._space, self.pools.cpu_id, tokens, 0)
+        answers = self.index.commit(lease.id, 0, tokens, pages)
+        self.index.release(lease.id)
+        if answers.any() or pages.size < self.blocks:
+            raise RuntimeError(f"{pages.size} of {self.blocks} blocks are in memory")
+
+    def _tokens(self) -> np.ndarray:
+        first = self._prompt * self.blocks * PAGE_SIZE
+        return np.arange(first, first + self.blocks * PAGE_SIZE, dtype=np.uint32)
+
+    async def store(self) -> None:
+        """All that was committed is durable: data synced, records committed."""
+        batch = max(1, STORE_BYTES // self.pools.shape.page_bytes)
+        while transfer := self.index.plan_demote(self.pools.cpu_id, batch):
+            outcome = await self.mover.store(self.pools, transfer)
+            if not outcome.written:
+                raise RuntimeError("a batch was not stored")
+
+    def forget(self, *, disk: bool) -> None:
+        """Evict from memory; with `disk`, from there too (its records go with the next store)."""
+        self.index.evict(self.pools.cpu_id, 2 * self.blocks)
+        if disk:
+            assert self.pools.disk is not None
+            assert self.pools.disk_id is not None
+            gone = self.index.evict(self.pools.disk_id, 2 * self.blocks).pages
+            self.pools.disk.deletes.append(gone)
+
+    async def load(self) -> None:
+        """The prompt from disk into memory, in order, two transfers on their way at a time."""
+        lease = self.index.acquire(self._space, self.pools.cpu_id, self._tokens(), self.blocks)
+        coming: list[asyncio.Future[int]] = []
+        good = 0
+        while (step := self.index.promote(lease.id)) or coming:
+            if step:
+                coming.append(self.mover.load(self.pools, step))
+            if len(coming) == 2 or not step:
+                good += await coming.pop(0)
+        self.index.release(lease.id)
+        if good != self.blocks:
+            raise RuntimeError(f"{good} of {self.blocks} blocks came back whole")
