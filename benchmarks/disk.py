@@ -3,9 +3,9 @@
 Example: python -m benchmarks.disk --folder /nvme --repeats 5 --json build/bench/disk.json
 
 Ours: checksums made and verified, one fdatasync and one catalogue transaction a batch, O_DIRECT.
-The limit is a plain loop of O_DIRECT reads, or of writes with an fdatasync for each 32 MiB, of 1 or 8
-MiB at a depth of 1 to 8 (threads), whichever is the fastest; fio beside it where it is installed. All
-take turns. CPU seconds are of the whole process, per 10^9 bytes.
+The limit is a plain loop of O_DIRECT reads, or of writes with an fdatasync for each 32 MiB, of 1
+or 8 MiB at a depth of 1 to 8 (threads), whichever is the fastest; fio beside it where it is
+installed. All take turns. CPU seconds are of the whole process, per 10^9 bytes.
 """
 
 from __future__ import annotations
