@@ -270,6 +270,13 @@ class Index:
     def next_load(self, lease: int, max_pages: int) -> Transfer | Wait | None:
         """The next part of the leased prefix that must come from a durable pool into the one above
         it, evicting there; None when nothing (more) can or need be loaded."""
+    def prefetch(
+        self, namespace: int, pool: int, tokens: U32, max_pages: int, *, touches: bool
+    ) -> Transfer | Wait | None:
+        """The next part of the longest prefix cached in the chain that starts at `pool` which must
+        come one pool nearer to it, in prefix order, evicting there; None when nothing (more) can or
+        need be brought. Without a lease: what came may be evicted again. touches: the prefix
+        counts as used now, but its expiry stays. Walks the path."""
     def promote(self, lease: int) -> Transfer | None:
         """Move the run that follows the lease's pages and is resident in the pool below into the
         lease's pool, as far as free and evictable pages go. The lease has these pages at once and

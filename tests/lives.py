@@ -20,7 +20,7 @@ from tests.machines import (
     some_hints,
 )  # fmt: skip
 from tests.model_parts import NO_HINTS, PRIVATE, Hints, Path
-from tests.slab_machine import SlabMachine
+from tests.prefetch_machine import PrefetchMachine
 
 HOWS = [
     "load",
@@ -40,7 +40,7 @@ HOWS = [
 ends = st.sampled_from(["stays", "stays", "leaves", "closes", "dies"])
 
 
-class IndexLives(IndexDeaths, SlabMachine):
+class IndexLives(IndexDeaths, PrefetchMachine):
     """The machine with rules of many calls beside those of one."""
 
     def living(self, pick: int) -> int:

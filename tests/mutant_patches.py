@@ -17,7 +17,7 @@ LEASES, TRANSFERS, POOLS, PAGES = "leases.cpp", "transfers.cpp", "pools.cpp", "p
 KEYS, TREE, RESIDENCY = "key_table.cpp", "radix_tree.cpp", "residency.cpp"
 RESTORE, EVICTION = "restore.cpp", "eviction/order.cpp"
 LIVES, NODE_LIVES, LIFE = "lives.cpp", "lives_of_nodes.cpp", "life.h"
-PINS = "prefix_pins.cpp"
+PINS, PREFETCH = "prefix_pins.cpp", "prefetch.cpp"
 POLICY = "eviction/policy.h"
 EXPLAIN, OBITUARIES = "explain.cpp", "obituaries.cpp"
 
@@ -191,6 +191,14 @@ MUTANTS = [
     Mutant("what a tenant had does not count", RESIDENCY,
            "      count_pages(nodes[i], in.pool, in.count);\n"),
     Mutant("a quota of blocks is none", "quotas.h", " || blocks > max_blocks; }", "; }"),
+    Mutant("a prefetch is no use", PREFETCH,
+           "    for (const Run& run : found.path) tree_.touch(run, stamp);\n",
+           "    (void)stamp;\n"),
+    Mutant("a prefetch fills a closed pool", PREFETCH, " || pool(target).closed || ", " || "),
+    Mutant("a prefetch takes its second block from another pool", PREFETCH,
+           "if (!same_way || ", "if (plan.target != target || "),
+    Mutant("a prefetch does not wait", PREFETCH,
+           "      return Wait{*transfer_into(target, coming)};\n", "      return {};\n"),
     Mutant("a hard pin is none", RESIDENCY,
            "  if (pinned == Pinned::kHard) return kNotEvictable;\n"),
     Mutant("the dead are pinned", RESIDENCY,

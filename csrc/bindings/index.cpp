@@ -302,21 +302,18 @@ void bind_requests(py::class_<Index>& index) {
             return unlocked([&] { return self.acquire(space, pool, given, max_blocks, hints); });
           },
           "namespace"_a, "pool"_a, "tokens"_a, "max_blocks"_a, "hints"_a = Hints{})
+      .def("next_load", &Index::next_load, "lease"_a, "max_pages"_a,
+           py::call_guard<py::gil_scoped_release>())
       .def(
-          "next_load",
-          [](Index& self, LeaseId lease, uint32_t max_pages) -> py::object {
-            const Load load = unlocked([&] { return self.next_load(lease, max_pages); });
-            if (const auto* transfer = std::get_if<Transfer>(&load)) return py::cast(*transfer);
-            if (const auto* wait = std::get_if<Wait>(&load)) return py::cast(*wait);
-            return py::none();
+          "prefetch",
+          [](Index& self, uint32_t space, PoolId pool, const py::object& tokens, uint32_t max_pages,
+             bool touches) {
+            const auto given = view<uint32_t>(tokens, "tokens", 1);
+            return unlocked(
+                [&] { return self.prefetch(space, pool, given, max_pages, touches); });
           },
-          "lease"_a, "max_pages"_a)
-      .def(
-          "promote",
-          [](Index& self, LeaseId lease) {
-            return object_of(unlocked([&] { return self.promote(lease); }));
-          },
-          "lease"_a)
+          "namespace"_a, "pool"_a, "tokens"_a, "max_pages"_a, py::kw_only(), "touches"_a)
+      .def("promote", &Index::promote, "lease"_a, py::call_guard<py::gil_scoped_release>())
       .def("lease", &Index::lease, "lease"_a, py::call_guard<py::gil_scoped_release>())
       .def("shorten", &Index::shorten, "lease"_a, "blocks"_a,
            py::call_guard<py::gil_scoped_release>())

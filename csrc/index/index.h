@@ -14,7 +14,7 @@
 //     free -> private      grant, keep            private -> resident   commit: adopted; restore
 //     free -> private      plan_move              private -> resident   complete, of a move
 //     free -> in_flight    promote, next_load,    private -> free       give_back, session end,
-//                          plan_demote                                  release of a duplicate
+//                          prefetch, plan_demote                        release of a duplicate
 //     resident -> free     complete, of a move: its block has another page of the pool now
 //     in_flight -> resident  complete             resident -> free      evict, keep_free, lost,
 //                                                                       remove_pool
@@ -187,6 +187,7 @@ class Index {
   LeaseView acquire(uint32_t space, PoolId pool, Tokens tokens, uint32_t max_blocks,
                     const Hints& hints = {});
   Load next_load(LeaseId lease, uint32_t max_pages);
+  Load prefetch(uint32_t space, PoolId pool, Tokens tokens, uint32_t max_pages, bool touches);
   std::optional<Transfer> promote(LeaseId lease);
   LeaseView lease(LeaseId lease) const;
   void shorten(LeaseId lease, uint32_t blocks);
