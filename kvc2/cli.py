@@ -1,27 +1,25 @@
-"""The command line: `kvc2 serve` runs the daemon, the others talk to a running one.
+"""The command line: `kvc2 serve` (serve_command.py) runs the daemon, the others talk to one.
 
 Exit codes: 0 done, 1 failed, 2 bad usage. Imports are lazy, so that `--help` is quick.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvc2 import config, errors
+from kvc2.exits import FAILED, exit_codes
+from kvc2.serve_command import EvictionPolicy, serve
 
 if TYPE_CHECKING:
     from kvc2.client import Admin, Flushed
-
-FAILED, BAD_USAGE = 1, 2
 
 app = typer.Typer(
     name="kvc2",
@@ -31,29 +29,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="A prefix cache for large models: GPU, CPU memory and disk, one tree.",
 )
-
-
-class EvictionPolicy(StrEnum):
-    hazard = "hazard"
-    lru = "lru"
-    arc = "arc"
-    s3fifo = "s3fifo"
-
-
-class WritePolicy(StrEnum):
-    behind = "behind"
-    back = "back"
-    through = "through"
-
-
-class Durability(StrEnum):
-    durable = "durable"
-    relaxed = "relaxed"
-
-
-class LogFormat(StrEnum):
-    text = "text"
-    json = "json"
 
 
 class Tier(StrEnum):
@@ -82,159 +57,12 @@ Namespace = Annotated[
 Deadline = Annotated[float, typer.Option(help="Give up after this many seconds.", min=0.001)]
 
 
-def option(text: str, default: str) -> Any:
-    """A flag of `serve`; None when not given, so that it can overlay the file."""
-    return typer.Option(help=text, show_default=default)
-
-
-# the flags of `serve`
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", help="YAML file of these keys, or one of KTransformers'."),
-]
-Listen = Annotated[
-    str | None,
-    option("unix:PATH, or HOST:PORT of a loopback address.", "$XDG_RUNTIME_DIR/kvc2/kvc2.sock"),
-]
-MetricsPort = Annotated[
-    int | None, option("Port of Prometheus' /metrics on 127.0.0.1; 0: any.", "off")
-]
-GpuOnly = Annotated[
-    bool | None,
-    typer.Option("--gpu-only/--no-gpu-only", help="No arena and no disk.", show_default="no"),
-]
-WritePolicyFlag = Annotated[
-    WritePolicy | None,
-    option("When a committed block is copied to slower tiers.", "behind"),
-]
-EvictionPolicyFlag = Annotated[
-    EvictionPolicy | None,
-    option("Which blocks every tier drops first.", "hazard"),
-]
-SlabBytes = Annotated[int | None, option("Bytes of a slab, a multiple of 4096.", "67108864")]
-LowWatermark = Annotated[
-    float | None,
-    option("Share of a gpu or cpu pool; with less free, spare copies are dropped ahead.", "0.01"),
-]
-HighWatermark = Annotated[
-    float | None, option("Share of a pool that is free when that stops.", "0.02")
-]
-CopyThreads = Annotated[
-    int | None, option("Threads that copy pages; 0: one a core, at most 4.", "0")
-]
-AcquireDeadlineMs = Annotated[
-    int | None, option("How long an acquire waits for slower tiers, ms.", "2000")
-]
-DrainTimeoutS = Annotated[float | None, option("How long SIGTERM may flush, seconds.", "30")]
-LogFormatFlag = Annotated[LogFormat | None, option("Of the lines on stderr.", "text")]
-CpuMemorySizeGb = Annotated[
-    float | None, option("Arena, 10^9 bytes.", "a quarter of available memory")
-]
-DiskPath = Annotated[
-    Path | None, option("Folder of slab files and catalogue; made if missing.", "no disk tier")
-]
-DiskSizeGb = Annotated[
-    float | None, option("What the disk tier may take, 10^9 bytes.", "a quarter of it")
-]
-DiskDurability = Annotated[
-    Durability | None,
-    option("durable: each batch is synced; relaxed: a flush syncs, a power cut costs.", "durable"),
-]
-AttnPageSize = Annotated[
-    int | None, option("Refuse engines with another page size, tokens.", "any")
-]
-AttnChunkSize = Annotated[
-    int | None, option("The engine's prefill chunk, tokens; only checked.", "any")
-]
-LimitsMaxSessions = Annotated[int | None, option("Engines at a time.", "64")]
-LimitsMaxNamespaces = Annotated[int | None, option("Namespaces a session opens.", "1024")]
-LimitsMaxKnownNamespaces = Annotated[
-    int | None, option("Namespaces of all sessions since the start, and on disk.", "65536")
-]
-LimitsMaxLayouts = Annotated[int | None, option("Page layouts, counted likewise.", "64")]
-LimitsMaxDeadBlocks = Annotated[
-    int | None, option("Dead blocks that explain remembers; 32 bytes each.", "65536")
-]
-LimitsMaxLeases = Annotated[int | None, option("Open leases of a session.", "4096")]
-LimitsMaxLeasesPerCall = Annotated[int | None, option("Leases in one commit or release.", "1024")]
-LimitsMaxTokens = Annotated[int | None, option("Tokens of a prompt.", "1048576")]
-LimitsMaxPoolPages = Annotated[int | None, option("Pages of an engine's pool.", "16777216")]
-LimitsMaxGrantPages = Annotated[int | None, option("Pages of one grant.", "65536")]
-LimitsHardPinPercent = Annotated[
-    int | None, option("Of a tier, that pins may keep from eviction.", "25")
-]
-
-
-@app.command(
+app.command(
     epilog="Example: kvc2 serve --cpu-memory-size-gb 500 --disk-path /mnt/kv "
     "--disk-size-gb 2000. Sizes in gb are 10^9 bytes. A key of the file is a flag: "
     "`cpu: {memory_size_gb: 500}`; flags go over the file. Tenants are declared in the file only. "
     "Exit codes: 0 stopped in order, 1 can't start, 2 bad usage."
-)
-def serve(
-    config_file: ConfigFile = None,
-    listen: Listen = None,
-    metrics_port: MetricsPort = None,
-    gpu_only: GpuOnly = None,
-    write_policy: WritePolicyFlag = None,
-    eviction_policy: EvictionPolicyFlag = None,
-    slab_bytes: SlabBytes = None,
-    low_watermark: LowWatermark = None,
-    high_watermark: HighWatermark = None,
-    copy_threads: CopyThreads = None,
-    acquire_deadline_ms: AcquireDeadlineMs = None,
-    drain_timeout_s: DrainTimeoutS = None,
-    log_format: LogFormatFlag = None,
-    cpu_memory_size_gb: CpuMemorySizeGb = None,
-    disk_path: DiskPath = None,
-    disk_size_gb: DiskSizeGb = None,
-    disk_durability: DiskDurability = None,
-    attn_page_size: AttnPageSize = None,
-    attn_chunk_size: AttnChunkSize = None,
-    limits_max_sessions: LimitsMaxSessions = None,
-    limits_max_namespaces: LimitsMaxNamespaces = None,
-    limits_max_known_namespaces: LimitsMaxKnownNamespaces = None,
-    limits_max_layouts: LimitsMaxLayouts = None,
-    limits_max_dead_blocks: LimitsMaxDeadBlocks = None,
-    limits_max_leases: LimitsMaxLeases = None,
-    limits_max_leases_per_call: LimitsMaxLeasesPerCall = None,
-    limits_max_tokens: LimitsMaxTokens = None,
-    limits_max_pool_pages: LimitsMaxPoolPages = None,
-    limits_max_grant_pages: LimitsMaxGrantPages = None,
-    limits_hard_pin_percent: LimitsHardPinPercent = None,
-) -> None:
-    """Run the cache daemon until SIGTERM, which drains: it flushes to the disk and exits 0."""
-    flags = {key: value for key, value in locals().items() if value is not None}
-    flags.pop("config_file", None)
-    with _exit_codes():
-        settings = config.load(config_file, nested(flags))
-        _run(settings)
-
-
-def nested(flags: dict[str, Any]) -> dict[str, Any]:
-    """Flags as the file nests them: cpu_memory_size_gb is memory_size_gb in the section cpu."""
-    values: dict[str, Any] = {}
-    for name, value in flags.items():
-        value = str(value) if isinstance(value, StrEnum) else value
-        section, _, key = name.partition("_")
-        if section in config.SECTIONS:
-            values.setdefault(section, {})[key] = value
-        else:
-            values[name] = value
-    return values
-
-
-def _run(settings: config.ServeConfig) -> None:
-    import asyncio
-
-    from kvc2 import events
-    from kvc2.server import serve as serve_until_stopped
-
-    writer = events.EventWriter(sys.stderr, settings.log_format)
-    try:
-        asyncio.run(serve_until_stopped(settings))
-    finally:
-        writer.close()
+)(serve)
 
 
 @app.command(epilog="Example: kvc2 stats --json | jq .tiers")
@@ -242,7 +70,7 @@ def stats(address: Address = None, as_json: Json = False) -> None:
     """Show tiers, sessions and counters of a running daemon."""
     from kvc2 import stats_tables
 
-    with _exit_codes(), _admin(address) as admin:
+    with exit_codes(), _admin(address) as admin:
         found = admin.stats()
         if as_json:
             print(json.dumps(asdict(found), indent=2))
@@ -253,7 +81,7 @@ def stats(address: Address = None, as_json: Json = False) -> None:
 @app.command(epilog="Example: kvc2 flush --deadline-s 60")
 def flush(address: Address = None, deadline_s: Deadline = 30.0, as_json: Json = False) -> None:
     """Wait until all committed blocks are on disk; exit code 1 if some are not."""
-    with _exit_codes(), _admin(address) as admin:
+    with exit_codes(), _admin(address) as admin:
         _report_flushed(admin.flush(deadline_s), as_json)
 
 
@@ -265,7 +93,7 @@ def evict(
     as_json: Json = False,
 ) -> None:
     """Drop unpinned blocks from one tier; they stay in the others."""
-    with _exit_codes(), _admin(address) as admin:
+    with exit_codes(), _admin(address) as admin:
         found = admin.evict(tier.value, blocks)
         if as_json:
             print(json.dumps(asdict(found)))
@@ -283,7 +111,7 @@ def invalidate(
     as_json: Json = False,
 ) -> None:
     """Drop all blocks of changed weights, in every tier and for good; give one of the two."""
-    with _exit_codes(), _admin(address) as admin:
+    with exit_codes(), _admin(address) as admin:
         if bool(weights_digest) == bool(namespace):
             raise errors.InvalidRequest("weights-digest, namespace", None, "one of them")
         found = admin.invalidate(
@@ -322,7 +150,7 @@ def replay(
     """How big a cache a trace of requests needs: token hit rate by capacity, beside the best."""
     from kvc2 import sizing, traces
 
-    with _exit_codes():
+    with exit_codes():
         shares = sizing.parse_shares(capacity)
         if plot is not None:
             sizing.check_plot(plot)
@@ -355,7 +183,7 @@ def explain(
     """Tell which blocks of a request or prompt hit in which tier, and why the next one did not."""
     from kvc2 import prompts
 
-    with _exit_codes(), _admin(address) as admin:
+    with exit_codes(), _admin(address) as admin:
         if bool(request_id) + (tokens is not None) + (text is not None) != 1:
             raise errors.InvalidRequest("REQUEST_ID, tokens, text", None, "one of them")
         words = None if tokenizer is None else prompts.open_tokenizer(tokenizer)
@@ -382,7 +210,7 @@ def quota(
     as_json: Json = False,
 ) -> None:
     """Set what a tenant may take of a tier, until the daemon ends; its own coldest blocks go."""
-    with _exit_codes(), _admin(address) as admin:
+    with exit_codes(), _admin(address) as admin:
         max_bytes = round(gb * config.GB)
         found = admin.set_quota(tenant, tier.value, max_bytes=max_bytes, max_blocks=blocks)
         if as_json:
@@ -410,7 +238,7 @@ def pin(
     """Keep a prompt's full blocks in a tier, whether they are there now or come later."""
     from kvc2 import prompts
 
-    with _exit_codes(), _admin(address) as admin:
+    with exit_codes(), _admin(address) as admin:
         words = None if tokenizer is None else prompts.open_tokenizer(tokenizer)
         prompt = prompts.read(tokens, text, words)
         name = _bytes("namespace", namespace)
@@ -437,7 +265,7 @@ def unpin(
     """End the pin of exactly these blocks; exit code 1 when there was none."""
     from kvc2 import prompts
 
-    with _exit_codes(), _admin(address) as admin:
+    with exit_codes(), _admin(address) as admin:
         words = None if tokenizer is None else prompts.open_tokenizer(tokenizer)
         prompt = prompts.read(tokens, text, words)
         blocks = admin.unpin(prompt, tier=tier.value, namespace=_bytes("namespace", namespace))
@@ -450,7 +278,7 @@ def unpin(
 @app.command(epilog="Example: kvc2 drain --deadline-s 120")
 def drain(address: Address = None, deadline_s: Deadline = 30.0, as_json: Json = False) -> None:
     """Flush and stop a running daemon; exit code 1 if some blocks are not on disk."""
-    with _exit_codes(), _admin(address) as admin:
+    with exit_codes(), _admin(address) as admin:
         _report_flushed(admin.drain(deadline_s), as_json)
 
 
@@ -469,19 +297,6 @@ def _report_flushed(found: Flushed, as_json: bool) -> None:
     # without a disk nothing can be: that is how the daemon was asked to run, no failure
     if any(count for why, count in found.not_durable_blocks.items() if why != "no_disk"):
         raise typer.Exit(FAILED)
-
-
-@contextlib.contextmanager
-def _exit_codes() -> Iterator[None]:
-    """Expected errors as one line on stderr and an exit code; others keep their traceback."""
-    try:
-        yield
-    except (errors.InvalidConfig, errors.InvalidRequest) as error:
-        print(f"kvc2: {error}", file=sys.stderr)
-        raise typer.Exit(BAD_USAGE) from error
-    except errors.Kvc2Error as error:
-        print(f"kvc2: {error}", file=sys.stderr)
-        raise typer.Exit(FAILED) from error
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from kvc2 import cli, config
+from kvc2 import cli, config, serve_command
 from tests.daemons import ServedDaemon, serve_config
 
 run = CliRunner().invoke
@@ -32,8 +32,8 @@ def test_every_field_is_a_flag_and_every_flag_a_field() -> None:
 
 def test_flags_nest_as_the_file_does() -> None:
     flags = {"cpu_memory_size_gb": 5.0, "disk_path": Path("/x"), "drain_timeout_s": 1.0}
-    flags["write_policy"] = cli.WritePolicy.back
-    assert cli.nested(flags) == {
+    flags["write_policy"] = serve_command.WritePolicy.back
+    assert serve_command.nested(flags) == {
         "cpu": {"memory_size_gb": 5.0},
         "disk": {"path": Path("/x")},
         "drain_timeout_s": 1.0,

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from kvc2 import cli
 from kvc2.client import Admin, LeaseCommit, NamespaceHandle
 from kvc2.errors import InvalidRequest, LimitReached, NotFound
+from kvc2.exits import FAILED
 from tests.daemons import ServedDaemon, serve_config
 from tests.engines import TinyEngine, identity
 from tests.test_life_calls import BLOCKS, TOKENS, commit
@@ -141,5 +142,5 @@ def test_a_command_pins_and_unpins(
     run = CliRunner().invoke(cli.app, ["unpin", *command])
     assert (run.exit_code, run.stdout) == (0, "3 blocks are not pinned by this any more\n")
     run = CliRunner().invoke(cli.app, ["unpin", *command])
-    assert run.exit_code == cli.FAILED
+    assert run.exit_code == FAILED
     assert "no pin of exactly these blocks" in run.stderr

@@ -25,7 +25,7 @@ README_LINES_MAX = 100
 KVC2_FLOORS = """
     __main__
     cli
-    sizing, prompts, stats_tables
+    sizing, prompts, stats_tables, serve_command
     server, client
     cache
     explain, pins, quotas, whole
@@ -35,7 +35,7 @@ KVC2_FLOORS = """
     namespace, results, layout, v1
     replay, traces
     _core
-    config, errors, metrics, pace
+    exits, config, errors, metrics, pace
 """
 ENGINE_FLOORS = """
     __main__
@@ -233,7 +233,7 @@ def test_functions_take_few_arguments() -> None:
         f"{identify(path)}:{node.lineno} {node.name}: {argument_count(node)} arguments"
         for path in python_files("kvc2", "engine")
         for node in python_functions(path)
-        if path.stem != "cli" and argument_count(node) > ARGUMENTS_MAX
+        if path.stem not in ("cli", "serve_command") and argument_count(node) > ARGUMENTS_MAX
     ]
     assert not many, "\n".join(many)
 

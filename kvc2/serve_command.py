@@ -1,0 +1,185 @@
+"""`kvc2 serve`: its flags, and how they go over the file."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvc2 import config
+from kvc2.exits import exit_codes
+
+
+class EvictionPolicy(StrEnum):
+    hazard = "hazard"
+    lru = "lru"
+    arc = "arc"
+    s3fifo = "s3fifo"
+
+
+class WritePolicy(StrEnum):
+    behind = "behind"
+    back = "back"
+    through = "through"
+
+
+class Durability(StrEnum):
+    durable = "durable"
+    relaxed = "relaxed"
+
+
+class LogFormat(StrEnum):
+    text = "text"
+    json = "json"
+
+
+def option(text: str, default: str) -> Any:
+    """A flag of `serve`; None when not given, so that it can overlay the file."""
+    return typer.Option(help=text, show_default=default)
+
+
+# the flags of `serve`
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="YAML file of these keys, or one of KTransformers'."),
+]
+Listen = Annotated[
+    str | None,
+    option("unix:PATH, or HOST:PORT of a loopback address.", "$XDG_RUNTIME_DIR/kvc2/kvc2.sock"),
+]
+MetricsPort = Annotated[
+    int | None, option("Port of Prometheus' /metrics on 127.0.0.1; 0: any.", "off")
+]
+GpuOnly = Annotated[
+    bool | None,
+    typer.Option("--gpu-only/--no-gpu-only", help="No arena and no disk.", show_default="no"),
+]
+WritePolicyFlag = Annotated[
+    WritePolicy | None,
+    option("When a committed block is copied to slower tiers.", "behind"),
+]
+EvictionPolicyFlag = Annotated[
+    EvictionPolicy | None,
+    option("Which blocks every tier drops first.", "hazard"),
+]
+SlabBytes = Annotated[int | None, option("Bytes of a slab, a multiple of 4096.", "67108864")]
+LowWatermark = Annotated[
+    float | None,
+    option("Share of a gpu or cpu pool; with less free, spare copies are dropped ahead.", "0.01"),
+]
+HighWatermark = Annotated[
+    float | None, option("Share of a pool that is free when that stops.", "0.02")
+]
+CopyThreads = Annotated[
+    int | None, option("Threads that copy pages; 0: one a core, at most 4.", "0")
+]
+AcquireDeadlineMs = Annotated[
+    int | None, option("How long an acquire waits for slower tiers, ms.", "2000")
+]
+DrainTimeoutS = Annotated[float | None, option("How long SIGTERM may flush, seconds.", "30")]
+LogFormatFlag = Annotated[LogFormat | None, option("Of the lines on stderr.", "text")]
+CpuMemorySizeGb = Annotated[
+    float | None, option("Arena, 10^9 bytes.", "a quarter of available memory")
+]
+DiskPath = Annotated[
+    Path | None, option("Folder of slab files and catalogue; made if missing.", "no disk tier")
+]
+DiskSizeGb = Annotated[
+    float | None, option("What the disk tier may take, 10^9 bytes.", "a quarter of it")
+]
+DiskDurability = Annotated[
+    Durability | None,
+    option("durable: each batch is synced; relaxed: a flush syncs, a power cut costs.", "durable"),
+]
+AttnPageSize = Annotated[
+    int | None, option("Refuse engines with another page size, tokens.", "any")
+]
+AttnChunkSize = Annotated[
+    int | None, option("The engine's prefill chunk, tokens; only checked.", "any")
+]
+LimitsMaxSessions = Annotated[int | None, option("Engines at a time.", "64")]
+LimitsMaxNamespaces = Annotated[int | None, option("Namespaces a session opens.", "1024")]
+LimitsMaxKnownNamespaces = Annotated[
+    int | None, option("Namespaces of all sessions since the start, and on disk.", "65536")
+]
+LimitsMaxLayouts = Annotated[int | None, option("Page layouts, counted likewise.", "64")]
+LimitsMaxDeadBlocks = Annotated[
+    int | None, option("Dead blocks that explain remembers; 32 bytes each.", "65536")
+]
+LimitsMaxLeases = Annotated[int | None, option("Open leases of a session.", "4096")]
+LimitsMaxLeasesPerCall = Annotated[int | None, option("Leases in one commit or release.", "1024")]
+LimitsMaxTokens = Annotated[int | None, option("Tokens of a prompt.", "1048576")]
+LimitsMaxPoolPages = Annotated[int | None, option("Pages of an engine's pool.", "16777216")]
+LimitsMaxGrantPages = Annotated[int | None, option("Pages of one grant.", "65536")]
+LimitsHardPinPercent = Annotated[
+    int | None, option("Of a tier, that pins may keep from eviction.", "25")
+]
+
+
+def serve(
+    config_file: ConfigFile = None,
+    listen: Listen = None,
+    metrics_port: MetricsPort = None,
+    gpu_only: GpuOnly = None,
+    write_policy: WritePolicyFlag = None,
+    eviction_policy: EvictionPolicyFlag = None,
+    slab_bytes: SlabBytes = None,
+    low_watermark: LowWatermark = None,
+    high_watermark: HighWatermark = None,
+    copy_threads: CopyThreads = None,
+    acquire_deadline_ms: AcquireDeadlineMs = None,
+    drain_timeout_s: DrainTimeoutS = None,
+    log_format: LogFormatFlag = None,
+    cpu_memory_size_gb: CpuMemorySizeGb = None,
+    disk_path: DiskPath = None,
+    disk_size_gb: DiskSizeGb = None,
+    disk_durability: DiskDurability = None,
+    attn_page_size: AttnPageSize = None,
+    attn_chunk_size: AttnChunkSize = None,
+    limits_max_sessions: LimitsMaxSessions = None,
+    limits_max_namespaces: LimitsMaxNamespaces = None,
+    limits_max_known_namespaces: LimitsMaxKnownNamespaces = None,
+    limits_max_layouts: LimitsMaxLayouts = None,
+    limits_max_dead_blocks: LimitsMaxDeadBlocks = None,
+    limits_max_leases: LimitsMaxLeases = None,
+    limits_max_leases_per_call: LimitsMaxLeasesPerCall = None,
+    limits_max_tokens: LimitsMaxTokens = None,
+    limits_max_pool_pages: LimitsMaxPoolPages = None,
+    limits_max_grant_pages: LimitsMaxGrantPages = None,
+    limits_hard_pin_percent: LimitsHardPinPercent = None,
+) -> None:
+    """Run the cache daemon until SIGTERM, which drains: it flushes to the disk and exits 0."""
+    flags = {key: value for key, value in locals().items() if value is not None}
+    flags.pop("config_file", None)
+    with exit_codes():
+        settings = config.load(config_file, nested(flags))
+        _run(settings)
+
+
+def nested(flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags as the file nests them: cpu_memory_size_gb is memory_size_gb in the section cpu."""
+    values: dict[str, Any] = {}
+    for name, value in flags.items():
+        value = str(value) if isinstance(value, StrEnum) else value
+        section, _, key = name.partition("_")
+        if section in config.SECTIONS:
+            values.setdefault(section, {})[key] = value
+        else:
+            values[name] = value
+    return values
+
+
+def _run(settings: config.ServeConfig) -> None:
+    import asyncio
+
+    from kvc2 import events
+    from kvc2.server import serve as serve_until_stopped
+
+    writer = events.EventWriter(sys.stderr, settings.log_format)
+    try:
+        asyncio.run(serve_until_stopped(settings))
+    finally:
+        writer.close()
