@@ -21,7 +21,12 @@ class PrefetchModel(SlabModel):
             self.stamps[namespace, *blocks[: i + 1]] = self.clock
 
     def prefetch(
-        self, namespace: int, pool: int, blocks: Prompt, count: int, came: tuple[int | None, list[int]]
+        self,
+        namespace: int,
+        pool: int,
+        blocks: Prompt,
+        count: int,
+        came: tuple[int | None, list[int]],
     ) -> TransferModel | int | None:
         """A transfer (`came`: its id and pages), or the id of the one to wait for."""
         transfer, source, chain = came[0], deque(came[1]), self.chain(pool)

@@ -34,8 +34,8 @@ Load Index::prefetch(uint32_t space, PoolId head, Tokens tokens, uint32_t max_pa
       return Wait{*transfer_into(target, coming)};
     }
     if (plan.source_pages.empty()) plan = {.source = source, .target = target};
-    const bool same_way = plan.source == source && plan.target == target;
-    if (!same_way || pool(target).closed || plan.source_pages.size() >= max_pages) break;
+    if (plan.target != target || pool(target).closed) break;
+    if (plan.source_pages.size() >= max_pages) break;
     if (!add(plan, at)) break;
   }
   if (plan.source_pages.empty()) return {};
