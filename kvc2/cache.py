@@ -30,6 +30,7 @@ from kvc2.loading import Loader
 from kvc2.metrics import Metrics
 from kvc2.mover import GpuPool, Mover
 from kvc2.pins import Pins
+from kvc2.prefetch import Prefetcher
 from kvc2.quotas import TenantQuotas
 from kvc2.results import (
     AcquireResult,
@@ -127,6 +128,9 @@ class Cache:
         self.counts = Counts(self.index, self._gpus, self._sessions, self._arena, self._disk)
         self.quotas = TenantQuotas(self.index, config)
         self.pins = Pins(self.index, self.spaces, self.counts, config)
+        self.prefetcher = Prefetcher(
+            self.index, self.spaces, self.pins, loader=self._loader, mover=self._mover
+        )
         self.explainer = Explainer(
             self.index, self.spaces, self.counts, policy=config.eviction_policy, tick=self.tick
         )
@@ -153,7 +157,7 @@ class Cache:
             config.limits.max_layouts,
         )
         self.spaces.known |= self._pools.restore()
-        self._loader.pools = self.counts.pools = self._pools
+        self._loader.pools = self.counts.pools = self.prefetcher.pools = self._pools
         self._pools.on_served = self._loader.changed
         self._behind = Behind(
             self.index,
@@ -169,6 +173,7 @@ class Cache:
 
     async def stop(self, deadline_s: float) -> FlushResult:
         """Flush, then close sessions, threads and tiers."""
+        await self.prefetcher.stop()
         result = await self.flush(deadline_s)
         for session in list(self._sessions.values()):
             await self.close_session(session)

@@ -275,6 +275,38 @@ def unpin(
         print(f"{blocks} blocks are not pinned by this any more")
 
 
+@app.command(
+    epilog="Example: kvc2 prefetch --text system.txt --tokenizer /models/qwen3 --deadline-s 5. "
+    "Needs the unix socket."
+)
+def prefetch(
+    tokens: PromptTokens = None,
+    text: PromptText = None,
+    tokenizer: TokenizerFolder = None,
+    namespace: Namespace = "",
+    deadline_s: Annotated[
+        float, typer.Option(help="Wait so many seconds; 0: not at all.", min=0.0)
+    ] = 0.0,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Bring a prompt's cached prefix from the disk to the cpu tier, before it is asked for."""
+    from kvc2 import prompts
+
+    with exit_codes(), _admin(address) as admin:
+        words = None if tokenizer is None else prompts.open_tokenizer(tokenizer)
+        prompt = prompts.read(tokens, text, words)
+        name = _bytes("namespace", namespace)
+        found = admin.prefetch(prompt, namespace=name, deadline_s=deadline_s)
+        if as_json:
+            print(json.dumps(asdict(found)))
+            return
+        print(
+            f"{found.tiers.cpu} of {len(prompt)} tokens are in cpu, {found.tiers.disk} on disk, "
+            f"{found.coming_tokens} of these on their way"
+        )
+
+
 @app.command(epilog="Example: kvc2 drain --deadline-s 120")
 def drain(address: Address = None, deadline_s: Deadline = 30.0, as_json: Json = False) -> None:
     """Flush and stop a running daemon; exit code 1 if some blocks are not on disk."""

@@ -75,17 +75,28 @@ class Pins:
             )
         return len(tokens) // size
 
-    def _place(self, session: Session | None, number: int, tier: str, *, hard: bool) -> Place:
-        percent = self._hard_percent if hard else 100
+    def layout(self, number: int) -> LayoutPools | None:
+        """The pools below the gpu of a namespace."""
+        return self._layouts.get(number)
+
+    def pool(self, session: Session | None, number: int, tier: str) -> int:
+        """The index's id. Raises InvalidRequest for a tier that this caller or daemon lacks."""
         if tier == "gpu":
             if session is None or session.pool is None:
                 raise errors.InvalidRequest("tier", tier, "cpu or disk, outside of a session")
-            return Place(session.pool.gpu.id, session.num_pages * percent // 100)
+            return int(session.pool.gpu.id)
         pools = self._layouts.get(number)
         pool = None if pools is None else pools.cpu_id if tier == "cpu" else pools.disk_id
-        if pools is None or pool is None:
+        if pool is None:
             raise errors.InvalidRequest("tier", tier, "a tier that this daemon has")
-        page_bytes = pools.shape.page_bytes
+        return pool
+
+    def _place(self, session: Session | None, number: int, tier: str, *, hard: bool) -> Place:
+        percent = self._hard_percent if hard else 100
+        pool = self.pool(session, number, tier)
+        if tier == "gpu" and session is not None:
+            return Place(pool, session.num_pages * percent // 100)
+        page_bytes = self._layouts[number].shape.page_bytes
         taken = self._bytes_of_others(tier, pool, hard=hard)
         limit = self._counts.tier(tier).capacity_bytes * percent // 100
         return Place(pool, max(limit - taken, 0) // page_bytes)

@@ -126,6 +126,14 @@ class PinResult:
 
 
 @dataclass(frozen=True)
+class PrefetchResult:
+    """Cached tokens by the fastest tier that holds them, and those that are still on their way."""
+
+    tiers: tuple[int, ...]
+    coming: int
+
+
+@dataclass(frozen=True)
 class InvalidateResult:
     """`blocks` of `namespaces` are dead; `durable`: also to a restart."""
 

@@ -28,7 +28,7 @@ KVC2_FLOORS = """
     sizing, prompts, stats_tables, serve_command
     server, client
     cache
-    explain, pins, quotas, whole
+    explain, prefetch, pins, quotas, whole
     counts, sessions, loading, behind, slabs, spaces, mover, events
     tiers
     arena

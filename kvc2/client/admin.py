@@ -98,6 +98,24 @@ class Admin:
         )
         return int(self._call("Unpin", request).blocks)
 
+    def prefetch(
+        self,
+        tokens: results.U32,
+        *,
+        tier: str = "cpu",
+        namespace: bytes = b"",
+        deadline_s: float = 0.0,
+    ) -> results.Prefetched:
+        """Bring a prompt's longest cached prefix to the cpu tier; answers when it is there or the
+        time is over (0: at once), and it goes on. Needs the unix socket."""
+        request = cache_pb2.PrefetchRequest(
+            tokens=results.packed(tokens),
+            tier=tier,
+            namespace=namespace,
+            deadline_ms=round(deadline_s * 1000),
+        )
+        return results.prefetched(self._call("Prefetch", request, deadline_s))
+
     def drain(self, deadline_s: float = 30.0) -> results.Flushed:
         """Flush and end the daemon."""
         request = cache_pb2.DrainRequest(deadline_ms=max(1, round(deadline_s * 1000)))

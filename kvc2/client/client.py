@@ -283,6 +283,27 @@ class Client:
         )
         return int(self._call(session, "Unpin", request).blocks)
 
+    def prefetch(
+        self,
+        namespace: NamespaceHandle,
+        tokens: results.U32,
+        *,
+        tier: str = "cpu",
+        deadline_s: float = 0.0,
+    ) -> results.Prefetched:
+        """Bring the longest cached prefix of `tokens` to cpu or gpu (this session's), without a
+        lease; answers when it is there or the time is over (0: at once), and it goes on."""
+        session = self._attached()
+        request = cache_pb2.PrefetchRequest(
+            session=session.head,
+            namespace_id=self._number(session, namespace),
+            tokens=results.packed(tokens),
+            tier=tier,
+            deadline_ms=round(deadline_s * 1000),
+        )
+        wait_s = deadline_s + channel.CALL_S
+        return results.prefetched(self._call(session, "Prefetch", request, wait_s))
+
     def wait_layer(self, transfer: int, layer: int, timeout_s: float) -> bool:
         """Wait until `layer` of a transfer is in the pool: no call, no spinning. False after
         timeout_s, or when its session is over."""

@@ -116,6 +116,15 @@ class PrefixPinned:
 
 
 @dataclass(frozen=True)
+class Prefetched:
+    """Tokens of the cached prefix by the tier they are in now; `coming_tokens` of them are still on
+    their way to a faster one."""
+
+    tiers: TierTokens
+    coming_tokens: int
+
+
+@dataclass(frozen=True)
 class Invalidated:
     """`blocks` of `namespaces` are dead; durable: a restart knows it."""
 
@@ -280,6 +289,10 @@ def flushed(message: cache_pb2.FlushResponse) -> Flushed:
 
 def prefix_pinned(message: cache_pb2.PinResponse) -> PrefixPinned:
     return PrefixPinned(message.blocks, message.resident_blocks, message.pinned_blocks)
+
+
+def prefetched(message: cache_pb2.PrefetchResponse) -> Prefetched:
+    return Prefetched(tier_tokens(message.tiers), message.coming_tokens)
 
 
 def invalidated(message: cache_pb2.InvalidateResponse) -> Invalidated:

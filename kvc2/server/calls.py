@@ -292,8 +292,21 @@ class CacheCalls:
         blocks = self._cache.pins.unpin(session, number, tokens, tier=tier)
         return cache_pb2.UnpinResponse(blocks=blocks)
 
+    async def Prefetch(self, request: cache_pb2.PrefetchRequest) -> cache_pb2.PrefetchResponse:
+        session, number, tokens = self._prefix(request)
+        found = await self._cache.prefetcher.prefetch(
+            session,
+            number,
+            tokens,
+            tier=checks.tier(request.tier or "cpu"),
+            deadline_s=checks.deadline_s("deadline_ms", request.deadline_ms, 0.0),
+        )
+        return cache_pb2.PrefetchResponse(
+            tiers=_tier_tokens(found.tiers), coming_tokens=found.coming
+        )
+
     def _prefix(
-        self, request: cache_pb2.PinRequest | cache_pb2.UnpinRequest
+        self, request: cache_pb2.PinRequest | cache_pb2.UnpinRequest | cache_pb2.PrefetchRequest
     ) -> tuple[Session | None, int, np.ndarray[Any, Any]]:
         """Who asks (None: the socket's owner), the namespace's number, and tokens in it."""
         session = self._session_or_owner(request)

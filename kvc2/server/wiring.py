@@ -32,6 +32,7 @@ UNARY = (
     "Pin",
     "Unpin",
     "SetQuota",
+    "Prefetch",
     "Stats",
     "Drain",
 )

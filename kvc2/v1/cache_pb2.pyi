@@ -505,6 +505,30 @@ class TenantUse(_message.Message):
     max_blocks: int
     def __init__(self, tenant: _Optional[str] = ..., tier: _Optional[str] = ..., bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., max_bytes: _Optional[int] = ..., max_blocks: _Optional[int] = ...) -> None: ...
 
+class PrefetchRequest(_message.Message):
+    __slots__ = ("session", "namespace_id", "namespace", "tokens", "tier", "deadline_ms")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    session: SessionRef
+    namespace_id: int
+    namespace: bytes
+    tokens: bytes
+    tier: str
+    deadline_ms: int
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., namespace: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., tier: _Optional[str] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+
+class PrefetchResponse(_message.Message):
+    __slots__ = ("tiers", "coming_tokens")
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    COMING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    tiers: TierTokens
+    coming_tokens: int
+    def __init__(self, tiers: _Optional[_Union[TierTokens, _Mapping]] = ..., coming_tokens: _Optional[int] = ...) -> None: ...
+
 class StatsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

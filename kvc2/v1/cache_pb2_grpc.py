@@ -181,6 +181,11 @@ class CacheStub:
                 request_serializer=kvc2_dot_v1_dot_cache__pb2.SetQuotaRequest.SerializeToString,
                 response_deserializer=kvc2_dot_v1_dot_cache__pb2.SetQuotaResponse.FromString,
                 _registered_method=True)
+        self.Prefetch = channel.unary_unary(
+                '/kvc2.v1.Cache/Prefetch',
+                request_serializer=kvc2_dot_v1_dot_cache__pb2.PrefetchRequest.SerializeToString,
+                response_deserializer=kvc2_dot_v1_dot_cache__pb2.PrefetchResponse.FromString,
+                _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/kvc2.v1.Cache/Stats',
                 request_serializer=kvc2_dot_v1_dot_cache__pb2.StatsRequest.SerializeToString,
@@ -316,6 +321,16 @@ class CacheServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Prefetch(self, request, context):
+        """Prefetch brings the longest cached prefix of some tokens from slower tiers to the cpu tier or to the
+        session's gpu pool, part by part, and yields to what a request waits for. Nothing is leased: what came
+        may be evicted again. It counts as a use, but does not prolong a time to live. RESOURCE_EXHAUSTED: 16
+        are under way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Stats(self, request, context):
         """Stats returns counters and sizes. Changes nothing.
         """
@@ -411,6 +426,11 @@ def add_CacheServicer_to_server(servicer, server):
                     servicer.SetQuota,
                     request_deserializer=kvc2_dot_v1_dot_cache__pb2.SetQuotaRequest.FromString,
                     response_serializer=kvc2_dot_v1_dot_cache__pb2.SetQuotaResponse.SerializeToString,
+            ),
+            'Prefetch': grpc.unary_unary_rpc_method_handler(
+                    servicer.Prefetch,
+                    request_deserializer=kvc2_dot_v1_dot_cache__pb2.PrefetchRequest.FromString,
+                    response_serializer=kvc2_dot_v1_dot_cache__pb2.PrefetchResponse.SerializeToString,
             ),
             'Stats': grpc.unary_unary_rpc_method_handler(
                     servicer.Stats,
@@ -785,6 +805,33 @@ class Cache:
             '/kvc2.v1.Cache/SetQuota',
             kvc2_dot_v1_dot_cache__pb2.SetQuotaRequest.SerializeToString,
             kvc2_dot_v1_dot_cache__pb2.SetQuotaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prefetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvc2.v1.Cache/Prefetch',
+            kvc2_dot_v1_dot_cache__pb2.PrefetchRequest.SerializeToString,
+            kvc2_dot_v1_dot_cache__pb2.PrefetchResponse.FromString,
             options,
             channel_credentials,
             insecure,
