@@ -309,8 +309,7 @@ void bind_requests(py::class_<Index>& index) {
           [](Index& self, uint32_t space, PoolId pool, const py::object& tokens, uint32_t max_pages,
              bool touches) {
             const auto given = view<uint32_t>(tokens, "tokens", 1);
-            return unlocked(
-                [&] { return self.prefetch(space, pool, given, max_pages, touches); });
+            return unlocked([&] { return self.prefetch(space, pool, given, max_pages, touches); });
           },
           "namespace"_a, "pool"_a, "tokens"_a, "max_pages"_a, py::kw_only(), "touches"_a)
       .def("promote", &Index::promote, "lease"_a, py::call_guard<py::gil_scoped_release>())
