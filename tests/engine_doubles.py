@@ -1,4 +1,4 @@
-"""Stand-ins for the scheduler's tests: a model whose KV is checkable, and a daemon in 150 lines.
+"""Stand-ins for the scheduler's tests: a model whose KV is checkable, a scheduler on a clock.
 
 The model writes into each token's place in the pool a hash of all tokens up to it, made from the
 hash that it *reads* through the block table; the next token is that hash modulo the vocabulary. So
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,13 +21,10 @@ from engine.pages import PageBook
 from engine.prefix import BridgeConfig, Prefix
 from engine.request import Caller, Output, Piece, Request, SamplingParams
 from engine.scheduler import Scheduler, SchedulerConfig
-from kvc2 import errors
-from kvc2.client import Acquired, Committed, Hints, LeaseCommit, Matched, Released
+from tests.small_daemon import PAGE_SIZE, SmallDaemon
 
 VOCABULARY = 97
-PAGE_SIZE = 4
 MODULUS = (1 << 61) - 1
-NOTHING_SAID = Hints()
 
 
 def chain(value: int, token: int) -> int:
@@ -116,266 +112,6 @@ class Inline(Executor):
             except Exception as error:
                 future.set_exception(error)
                 raise  # nothing that runs here may fail: a fault is a value, or it is a bug
-
-
-@dataclass
-class OpenLease:
-    tokens: list[int]
-    pinned: list[int]
-    blocks: int  # matched or committed
-    duplicates: list[int] = field(default_factory=list)
-
-
-class SmallDaemon:
-    """The cache as an engine sees it, with its page laws asserted. One namespace a caller."""
-
-    def __init__(self, pool: np.ndarray, first_grant: int = 4) -> None:
-        self.pool = pool
-        self.first_grant = first_grant
-        self.free: set[int] = set()
-        self.private: set[int] = set()
-        self.resident: dict[tuple[Any, ...], int] = {}  # (namespace, tokens...) -> page
-        self.order: list[tuple[Any, ...]] = []  # least recently used first
-        self.lower: dict[tuple[Any, ...], np.ndarray] = {}  # the cpu tier
-        self.leases: dict[bytes, OpenLease] = {}
-        self.transfers: list[list[tuple[int, np.ndarray]]] = []
-        self.prefill_rates: list[float] = []  # told with commits
-        self.said: list[tuple[str, bytes, Hints]] = []  # with acquires and releases
-        self.arrive = True  # whether promotions complete
-        self.fault: errors.Kvc2Error | None = None
-        self.refuse = False
-        self.prefix: Prefix | None = None
-        self.computing_extra = 0
-
-    # sessions
-
-    def attach(self, prefix: Prefix) -> SmallDaemon:
-        self.prefix = prefix
-        kept = set(prefix.kept_pages().tolist())
-        self.free = set(range(len(self.pool))) - kept
-        self.private = set(kept)
-        prefix.on_attached(self._grant(self.first_grant))
-        return self
-
-    def detach(self, reason: str) -> None:
-        assert self.prefix is not None
-        self.fault = errors.Detached(reason)  # type: ignore[arg-type]
-        self.leases.clear()
-        self.prefix.on_detached(errors.Detached(reason))  # type: ignore[arg-type]
-
-    def reattach(self) -> None:
-        assert self.prefix is not None
-        self.fault = None
-        self.resident.clear()
-        self.order.clear()
-        self.transfers.clear()
-        self.attach(self.prefix)
-
-    # calls
-
-    def open_namespace(self, identity: bytes, tenant: str = "", salt: bytes = b"") -> Any:
-        self._raise()
-        return (tenant, salt)
-
-    def acquire(
-        self,
-        namespace: Any,
-        request_id: bytes,
-        tokens: Any,
-        *,
-        grant_pages: int = 0,
-        hints: Hints = NOTHING_SAID,
-    ) -> Acquired:
-        self._raise()
-        self.said.append(("acquire", request_id, hints))
-        assert request_id not in self.leases
-        path = [int(t) for t in tokens]
-        most = (len(path) - 1) // PAGE_SIZE
-        pages: list[int] = []
-        found = {"gpu": 0, "cpu": 0}
-        moves: list[tuple[int, np.ndarray]] = []
-        lease = OpenLease(path, pages, 0)
-        self.leases[request_id] = lease  # pins as it goes
-        for block in range(most):
-            key = self._key(namespace, path, block)
-            if key in self.resident:
-                found["gpu"] += PAGE_SIZE
-            elif key in self.lower and (page := self._one_page()) is not None:
-                self.resident[key] = page
-                moves.append((page, self.lower[key]))
-                found["cpu"] += PAGE_SIZE
-            else:
-                break
-            pages.append(self.resident[key])
-            self._touch(key)
-        lease.blocks = len(pages)
-        lease.tokens = [namespace, *path]  # type: ignore[list-item]
-        if moves:
-            self.transfers.append(moves)
-        computing = self._computing(request_id, namespace, path, len(pages))
-        return Acquired(
-            matched_tokens=len(pages) * PAGE_SIZE,
-            tiers=SimpleNamespace(**found, disk=0, remote=0),  # type: ignore[arg-type]
-            prefix_pages=np.array(pages, np.uint32),
-            transfer=len(self.transfers) if self.transfers else 0,
-            granted_pages=self._grant(grant_pages),
-            computing_tokens=computing,
-        )
-
-    def commit(
-        self,
-        commits: Sequence[LeaseCommit],
-        *,
-        grant_pages: int = 0,
-        prefill_tokens_per_s: float = 0.0,
-    ) -> Committed:
-        self._raise()
-        self.prefill_rates.append(prefill_tokens_per_s)
-        results = []
-        for part in commits:
-            lease = self.leases[part.request_id]
-            assert part.first_block == lease.blocks, "a commit doesn't continue its lease"
-            results.append(np.array(self._commit(lease, part), np.uint8))
-        return Committed(results=results, granted=self._grant(grant_pages), durable=False)
-
-    def release(
-        self,
-        request_ids: Sequence[bytes],
-        *,
-        returned: Any,
-        grant_pages: int = 0,
-        hints: Sequence[Hints] = (),
-    ) -> Released:
-        self._raise()
-        assert len(hints) in (0, len(request_ids))
-        told = hints or [NOTHING_SAID] * len(request_ids)
-        self.said += [("release", *each) for each in zip(request_ids, told, strict=True)]
-        for request_id in request_ids:
-            lease = self.leases.pop(request_id, None)
-            if lease is not None:
-                self._move(lease.duplicates, self.private, self.free)
-        self._move([int(p) for p in returned], self.private, self.free)
-        return Released(granted=self._grant(grant_pages))
-
-    def grant(self, pages: int) -> Any:
-        self._raise()
-        return self._grant(pages)
-
-    def match(self, namespace: Any, tokens: Any) -> Matched:
-        self._raise()
-        path = [int(t) for t in tokens]
-        blocks = 0
-        while blocks < (len(path) - 1) // PAGE_SIZE:
-            if self._key(namespace, path, blocks) not in self.resident:
-                break
-            blocks += 1
-        tiers: Any = SimpleNamespace()
-        return Matched(matched_tokens=blocks * PAGE_SIZE, tiers=tiers)
-
-    def wait_layer(self, transfer: int, layer: int, timeout_s: float) -> bool:
-        if not self.arrive:
-            return False
-        for moves in self.transfers[:transfer]:
-            for page, values in moves:
-                self.pool[page] = values
-            moves.clear()
-        return True
-
-    def close(self) -> None:
-        pass
-
-    # what it owns
-
-    def demote_and_evict(self) -> None:
-        """All that nobody pins goes to the cpu tier."""
-        self.wait_layer(len(self.transfers), 0, 0.0)
-        for key in list(self.order):
-            self._evict(key)
-
-    def check(self) -> None:
-        owned = [*self.free, *self.private, *self.resident.values()]
-        assert len(owned) == len(set(owned)) == len(self.pool), "a page has no owner, or two"
-
-    def _key(self, namespace: Any, path: list[int], block: int) -> tuple[Any, ...]:
-        return (namespace, *path[: (block + 1) * PAGE_SIZE])
-
-    def _commit(self, lease: OpenLease, part: LeaseCommit) -> list[int]:
-        answers = []
-        tokens = part.tokens.tolist()
-        namespace, *path = lease.tokens
-        for index, page in enumerate(part.pages.tolist()):
-            assert page in self.private, f"page {page} is not the engine's"
-            begin = (part.first_block + index) * PAGE_SIZE
-            path[begin:] = tokens[index * PAGE_SIZE : (index + 1) * PAGE_SIZE]
-            key = self._key(namespace, path, part.first_block + index)
-            if self.refuse:
-                answers.append(2)
-                continue
-            if key in self.resident:
-                lease.duplicates.append(page)
-                answers.append(1)
-            else:
-                self._move([page], self.private, set())
-                self.resident[key] = page
-                lease.pinned.append(page)
-                answers.append(0)
-            self._touch(key)
-        lease.tokens = [namespace, *path]
-        lease.blocks += len(answers)
-        return answers
-
-    def _computing(self, request_id: bytes, namespace: Any, path: list[int], matched: int) -> int:
-        blocks = 0
-        for other_id, other in self.leases.items():
-            space, *tokens = other.tokens
-            if other_id == request_id or space != namespace:
-                continue
-            same = 0
-            while same < min(len(tokens), len(path)) and tokens[same] == path[same]:
-                same += 1
-            blocks = max(blocks, same // PAGE_SIZE - matched)
-        return (
-            min(blocks, (len(path) - 1) // PAGE_SIZE - matched) * PAGE_SIZE + self.computing_extra
-        )
-
-    def _grant(self, count: int) -> Any:
-        pages = []
-        while len(pages) < count and (page := self._one_page()) is not None:
-            pages.append(page)
-            self.private.add(page)
-        return np.array(pages, np.uint32)
-
-    def _one_page(self) -> int | None:
-        for key in list(self.order):
-            if self.free:
-                break
-            self._evict(key)
-        return self.free.pop() if self.free else None
-
-    def _evict(self, key: tuple[Any, ...]) -> None:
-        pinned = {page for lease in self.leases.values() for page in lease.pinned}
-        pinned |= {page for moves in self.transfers for page, _ in moves}
-        page = self.resident[key]
-        if page not in pinned:
-            self.lower[key] = self.pool[page].copy()
-            del self.resident[key]
-            self.order.remove(key)
-            self.free.add(page)
-
-    def _touch(self, key: tuple[Any, ...]) -> None:
-        if key in self.order:
-            self.order.remove(key)
-        self.order.append(key)
-
-    @staticmethod
-    def _move(pages: Sequence[int], source: set[int], target: set[int]) -> None:
-        for page in pages:
-            source.remove(page)
-            target.add(page)
-
-    def _raise(self) -> None:
-        if self.fault is not None:
-            raise self.fault
 
 
 class NoText:

@@ -17,9 +17,10 @@ from engine.request import Caller
 from engine.request import Hints as Said
 from kvc2.client import Hints
 from tests.daemons import ServedDaemon, serve_config
-from tests.engine_doubles import NOTHING_SAID, House, expected_tokens
+from tests.engine_doubles import House, expected_tokens
 from tests.engine_doubles import build as build_house
 from tests.engines import LAYERS, NUM_PAGES, PAGE_SIZE, POOL_BYTES, SEGMENT_BYTES, identity
+from tests.small_daemon import NOTHING_SAID
 from tests.test_http import CHAT, COMPLETION, over
 
 ALL = {"priority": 7, "session_end": True, "expect_return_within_s": 30, "ttl_s": 3600}

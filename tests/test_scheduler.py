@@ -13,7 +13,8 @@ from engine.request import Caller, Piece, SamplingParams
 from engine.scheduler import SchedulerConfig
 from engine.sequence import Sequence
 from kvc2 import errors
-from tests.engine_doubles import PAGE_SIZE, House, NoText, build, expected_tokens
+from tests.engine_doubles import House, NoText, build, expected_tokens
+from tests.small_daemon import PAGE_SIZE
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
