@@ -172,7 +172,7 @@ class Engine(Process):
             "model": self._served,
             "max_tokens": max_tokens,
             "temperature": 0,
-            "kvc2_details": True,
+            "kvc2": {"details": True},
         }
         request = urllib.request.Request(
             self._url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}

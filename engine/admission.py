@@ -111,6 +111,8 @@ class Admission:
             if self._should_wait(sequence, lease):
                 self._defer(sequence, lease, [*running, *ready], rate)
             else:
+                if sequence.request.explain and sequence.counts(lease):
+                    sequence.explanation = self._prefix.explain(lease)
                 sequence.begin(lease)
                 ready.append(sequence)
         return ready

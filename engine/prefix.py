@@ -23,8 +23,8 @@ import numpy as np
 
 from engine.metrics import EngineMetrics
 from engine.pages import PageBook
-from engine.prefix_calls import CacheClient, hints_of
-from engine.request import NO_HINTS, U32, Caller, Hints, TierTokens
+from engine.prefix_calls import CacheClient, ask_why, hints_of, told
+from engine.request import NO_HINTS, U32, Caller, Explanation, Hints, TierTokens
 from kvc2 import errors
 from kvc2.client import Client, LeaseCommit
 from kvc2.client import PoolMemory as PoolMemory
@@ -131,6 +131,15 @@ class Prefix:
     def matched(self, tokens: U32, caller: Caller) -> Future[int]:
         """Tokens that a lease would match now. Changes nothing; 0 on a fault."""
         return self._acquires.submit(self._matched, tokens, caller)
+
+    def explain(self, lease: Lease) -> Future[Explanation]:
+        """Why what it found is not longer. Changes nothing, and never fails."""
+        client, session = self._client, self.book.session
+        if client is None or not session or lease.session not in (0, session):
+            return told("no_daemon")
+        if not lease.session:
+            return told("not_served")
+        return self._acquires.submit(ask_why, client, lease.request_id, lease.matched_tokens)
 
     def grow(self, lease: Lease, tokens: int) -> bool:
         """Grow the block table to hold `tokens`; False, and no change, when pages are lacking."""

@@ -7,6 +7,7 @@ Not responsible for when a request runs (scheduler), nor for the words of HTTP (
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -98,6 +99,25 @@ class TierTokens:
 
 
 @dataclass(frozen=True)
+class Explanation:
+    """Why a request's cached prefix was not longer, as the daemon saw it at the acquire.
+
+    why: of the first block that was missing, in the words of kvc2.v1.ExplainResponse, or in ours:
+    not_loaded (`tier` has it, and it was not brought in time), not_served (the daemon is there, the
+    request ran without it), no_daemon (none, or it is gone), unknown (it didn't tell).
+    missing_block: None when why is nothing, or not known. found: tokens by the tier that held them.
+    cause, tier, policy, died_s_ago: of a block that died."""
+
+    why: str
+    missing_block: int | None = None
+    cause: str = ""
+    tier: str = ""
+    policy: str = ""
+    died_s_ago: float = 0.0
+    found: TierTokens = field(default_factory=TierTokens)
+
+
+@dataclass(frozen=True)
 class RequestStats:
     """What a request cost, up to its first token. Times in milliseconds."""
 
@@ -134,6 +154,7 @@ class Output:
     error: str | None = None
     unavailable: bool = False
     stats: RequestStats | None = None  # with `finish`
+    explanation: Future[Explanation] | None = None  # with `finish`, where the request asks for it
 
 
 @dataclass(frozen=True)
@@ -151,3 +172,4 @@ class Request:
     end_token_ids: frozenset[int] = frozenset()
     top_scores: int | None = None  # None: no scores; else the chosen token's, and this many best
     hints: Hints = NO_HINTS
+    explain: bool = False

@@ -314,7 +314,8 @@ class Scheduler:
                 sequence.lease.ended = True
             self._remove(sequence)
             self._metrics.requests.labels(output.finish).inc()
-            sequence.request.deliver(replace(output, stats=sequence.stats()))
+            stats, explanation = sequence.stats(), sequence.explanation
+            sequence.request.deliver(replace(output, stats=stats, explanation=explanation))
 
     def _output(self, sequence: Sequence, token: int, logits: Tensor) -> Output:
         """The news that `token`, now its last one, makes; advances the request's text."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from engine.prefix import Lease
-from engine.request import U32, Request, RequestStats, TierTokens
+from engine.request import U32, Explanation, Request, RequestStats, TierTokens
 
 
 @dataclass
@@ -46,6 +46,7 @@ class Sequence:
     first_token_at: float | None = None
     matched_tokens: int = 0
     tiers: TierTokens = field(default_factory=TierTokens)
+    explanation: Future[Explanation] | None = None  # of the lease that these count
     prefilled_tokens: int = 0
 
     @property
@@ -67,14 +68,18 @@ class Sequence:
         again = f"/{self.attempts}" if self.attempts > 1 else ""
         return f"{self.request.request_id}{again}".encode()
 
-    def begin(self, lease: Lease) -> None:
-        """It runs, from the end of its cached prefix. After a preemption that may hold blocks of
-        its own: what counts as cached is what the first lease found, or less if that is lost."""
-        self.lease, self.computed = lease, lease.matched_tokens
+    def counts(self, lease: Lease) -> bool:
+        """Whether what this lease found is what its answer reports: after a preemption that may
+        hold blocks of its own, so the first one counts, or one that found less, as that is lost."""
         if self.first_token_at is not None:
-            return
-        if not self.begun or lease.matched_tokens < self.matched_tokens:
+            return False
+        return not self.begun or lease.matched_tokens < self.matched_tokens
+
+    def begin(self, lease: Lease) -> None:
+        """It runs, from the end of its cached prefix."""
+        if self.counts(lease):
             self.matched_tokens, self.tiers = lease.matched_tokens, lease.tiers
+        self.lease, self.computed = lease, lease.matched_tokens
         self.begun = True
 
     def array(self, end: int | None = None) -> U32:

@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.prefix import Prefix
 from kvc2 import errors
-from kvc2.client import Acquired, Committed, Hints, LeaseCommit, Matched, Released
+from kvc2.client import Acquired, Committed, Explained, Hints, LeaseCommit, Matched, Released
 
 PAGE_SIZE = 4
 NOTHING_SAID = Hints()
@@ -43,6 +43,8 @@ class SmallDaemon:
         self.transfers: list[list[tuple[int, np.ndarray]]] = []
         self.prefill_rates: list[float] = []  # told with commits
         self.said: list[tuple[str, bytes, Hints]] = []  # with acquires and releases
+        self.found: dict[bytes, Explained] = {}  # what explain_request answers
+        self.sibling = np.zeros(0, np.uint32)  # of every block that is missing
         self.arrive = True  # whether promotions complete
         self.fault: errors.Kvc2Error | None = None
         self.refuse = False
@@ -111,6 +113,7 @@ class SmallDaemon:
             pages.append(self.resident[key])
             self._touch(key)
         lease.blocks = len(pages)
+        self.found[request_id] = self._explained(len(path), found, missing=len(pages) < most)
         lease.tokens = [namespace, *path]  # type: ignore[list-item]
         if moves:
             self.transfers.append(moves)
@@ -174,6 +177,12 @@ class SmallDaemon:
         tiers: Any = SimpleNamespace()
         return Matched(matched_tokens=blocks * PAGE_SIZE, tiers=tiers)
 
+    def explain_request(self, request_id: bytes) -> Explained:
+        self._raise()
+        if request_id not in self.found:
+            raise errors.NotFound("request_id", request_id, "a recent one")
+        return self.found[request_id]
+
     def wait_layer(self, transfer: int, layer: int, timeout_s: float) -> bool:
         if not self.arrive:
             return False
@@ -200,6 +209,29 @@ class SmallDaemon:
 
     def _key(self, namespace: Any, path: list[int], block: int) -> tuple[Any, ...]:
         return (namespace, *path[: (block + 1) * PAGE_SIZE])
+
+    def _explained(self, tokens: int, found: dict[str, int], *, missing: bool) -> Explained:
+        why = "diverged" if len(self.sibling) else "never_seen"
+        runs = tuple((tier, count // PAGE_SIZE) for tier, count in found.items() if count)
+        return Explained(
+            page_size=PAGE_SIZE,
+            tokens=tokens,
+            hit_blocks=sum(blocks for _, blocks in runs),
+            runs=runs,
+            why=why if missing else "nothing",
+            cause="",
+            tier="",
+            policy="",
+            died_s_ago=0.0,
+            sibling=self.sibling,
+            sibling_equal=max(0, len(self.sibling) - 1),
+            other=None,
+            namespace="",
+            asked_s_ago=0.0,
+            uptime_s=1.0,
+            dead_known=0,
+            dead_forgotten=0,
+        )
 
     def _commit(self, lease: OpenLease, part: LeaseCommit) -> list[int]:
         answers = []

@@ -93,7 +93,7 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     ({"ignore_eos": 1}, "ignore_eos"),
     ({"cache_salt": ""}, "cache_salt"),
     ({"cache_salt": "x" * 257}, "cache_salt"),
-    ({"kvc2_details": "yes"}, "kvc2_details"),
+    ({"kvc2": {"details": "yes"}}, "kvc2.details"),
     ({"model": None}, "model"),
     ({"no_such_field": 1}, "no_such_field"),
 ]
@@ -175,7 +175,7 @@ def test_other_refusals(client: TestClient) -> None:
 
 
 def test_an_answer_is_whole(client: TestClient) -> None:
-    body = COMPLETION | {"logprobs": 2, "kvc2_details": True}
+    body = COMPLETION | {"logprobs": 2, "kvc2": {"details": True}}
     answer = client.post("/v1/completions", json=body).json()
     tokens = expected_tokens([65, 66, 67], 4)
     assert answer["choices"][0]["text"] == Letters().decode(tokens)

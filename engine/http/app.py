@@ -25,12 +25,13 @@ from engine.http.errors import ApiError, of_validation, refused
 from engine.http.replies import Asked, Reply, event
 from engine.http.schema import CacheOptions, ChatBody, CompletionBody
 from engine.http.tokenizer import TemplateError, Tokenizer
-from engine.request import Caller, Output, SamplingParams
+from engine.request import Caller, Explanation, Output, SamplingParams
 from engine.text import IncrementalText
 from engine.worker import StoppedError, TooBusyError, Worker
 
 COMPLETION_TOKENS_DEFAULT = 16  # OpenAI's, for /v1/completions; a chat may fill the context
-DETAIL_SCORES = 2  # kvc2_details reports the two best tokens
+DETAIL_SCORES = 2  # details report the two best tokens
+EXPLAIN_WAIT_S = 1.0  # a silent daemon must not hold an answer back for longer
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Service:
             Asked(
                 model=self._served.model,
                 logprobs=body.top_logprobs_asked,
-                details=body.kvc2_details,
+                details=body.kvc2.details,
                 token_text=self._tokenizer.token_text,
             ),
             chat=isinstance(body, ChatBody),
@@ -225,7 +226,7 @@ class Service:
                 loop.call_soon_threadsafe(outputs.put_nowait, output)
 
         scores = body.top_logprobs_asked
-        if body.kvc2_details:
+        if body.kvc2.details:
             scores = max(scores or 0, DETAIL_SCORES)
         request = engine_request.Request(
             request_id=request_id,
@@ -243,6 +244,7 @@ class Service:
             end_token_ids=frozenset() if body.ignore_eos else self._served.end_token_ids,
             top_scores=scores if scores is None else min(scores, self._served.vocab_size),
             hints=body.kvc2.hints,
+            explain=body.kvc2.details,
         )
         return request, outputs
 
@@ -277,7 +279,7 @@ class Service:
             seen.append(output)
         if seen[-1].finish == "error":
             raise _failed(seen[-1])
-        return JSONResponse(reply.whole(seen))
+        return JSONResponse(reply.whole(seen, await _explanation(seen[-1])))
 
     @staticmethod
     async def _pieces(
@@ -285,14 +287,14 @@ class Service:
     ) -> AsyncIterator[bytes]:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         seen = [first]
-        yield reply.opening(with_usage) + reply.piece(first, seen, with_usage)
+        yield reply.opening(with_usage) + reply.piece(seen, with_usage, await _explanation(first))
         try:
             async for output in outputs:
                 seen.append(output)
                 if output.finish == "error":
                     yield event(_failed(output).body())
                     return
-                piece = reply.piece(output, seen, with_usage)
+                piece = reply.piece(seen, with_usage, await _explanation(output))
                 if piece:
                     yield piece
         except ApiError:  # the caller hung up: nobody reads this
@@ -319,6 +321,17 @@ def _failed(output: Output) -> ApiError:
     """503 where another try may succeed, else 500."""
     text = output.error or "the request failed"
     return ApiError(503, text, code="unavailable") if output.unavailable else ApiError(500, text)
+
+
+async def _explanation(output: Output) -> Explanation | None:
+    """What was asked when the request began, which is there since long unless it was short."""
+    if output.explanation is None:
+        return None
+    asked = asyncio.wrap_future(output.explanation)
+    try:
+        return await asyncio.wait_for(asked, EXPLAIN_WAIT_S)
+    except TimeoutError:
+        return Explanation("unknown")
 
 
 async def _hung_up(http: Request) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from engine.request import Output, RequestStats, ScoredToken
+from engine.request import Explanation, Output, RequestStats, ScoredToken
 
 DONE = b"data: [DONE]\n\n"
 
@@ -43,8 +43,8 @@ class Reply:
         self._created = int(time.time())
         self._shown = 0  # characters so far, for text_offset
 
-    def whole(self, outputs: Sequence[Output]) -> dict[str, Any]:
-        """The answer at once; the last output has `finish` and `stats`."""
+    def whole(self, outputs: Sequence[Output], why: Explanation | None) -> dict[str, Any]:
+        """The answer at once; the last output has `finish` and `stats`. `why`: with details."""
         text = "".join(output.text for output in outputs)
         choice: dict[str, Any] = {"index": 0, "finish_reason": outputs[-1].finish}
         if self._chat:
@@ -57,7 +57,7 @@ class Reply:
         assert stats is not None
         answer["usage"] = usage(stats)
         if self._asked.details:
-            answer["kvc2"] = self._details(outputs, stats)
+            answer["kvc2"] = self._details(outputs, stats, why)
         return answer
 
     def opening(self, with_usage: bool) -> bytes:
@@ -68,8 +68,9 @@ class Reply:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
         return event(self._piece([choice], with_usage))
 
-    def piece(self, output: Output, seen: Sequence[Output], with_usage: bool) -> bytes:
-        """What one output adds; empty when that is nothing yet. `seen`: all outputs so far."""
+    def piece(self, seen: Sequence[Output], with_usage: bool, why: Explanation | None) -> bytes:
+        """What the last output of all that were `seen` adds; empty when that is nothing yet."""
+        output = seen[-1]
         if not output.text and output.finish is None and self._asked.logprobs is None:
             return b""
         choice: dict[str, Any] = {"index": 0, "finish_reason": output.finish}
@@ -80,7 +81,7 @@ class Reply:
         choice["logprobs"] = self._logprobs([output])
         value = self._piece([choice], with_usage)
         if output.stats is not None and self._asked.details:
-            value["kvc2"] = self._details(seen, output.stats)
+            value["kvc2"] = self._details(seen, output.stats, why)
         return event(value)
 
     def closing(self, stats: RequestStats, with_usage: bool) -> bytes:
@@ -106,8 +107,11 @@ class Reply:
             value["usage"] = None
         return value
 
-    def _details(self, outputs: Sequence[Output], stats: RequestStats) -> dict[str, Any]:
-        """Where the prompt's KV came from, and each token's logit beside the two best ones."""
+    def _details(
+        self, outputs: Sequence[Output], stats: RequestStats, why: Explanation | None
+    ) -> dict[str, Any]:
+        """Where the prompt's KV came from, why no more of it, and each token's logit beside the
+        two best ones."""
         tokens = [
             {
                 "token_id": output.token_id,
@@ -117,7 +121,8 @@ class Reply:
             for output in outputs
             if output.token_id is not None
         ]
-        return asdict(stats) | {"tokens": tokens}
+        explanation = None if why is None else asdict(why)
+        return asdict(stats) | {"explanation": explanation, "tokens": tokens}
 
     def _logprobs(self, outputs: Sequence[Output]) -> dict[str, Any] | None:
         count = self._asked.logprobs

@@ -1,9 +1,9 @@
 """The bodies that callers send, checked field by field: OpenAI's, and some of our own.
 
 `top_k`, `ignore_eos`: as other servers of open models have them. `cache_salt` narrows whose cache
-is shared. `kvc2_details` asks for the `kvc2` member of the answer, `kvc2` tells the cache what will
-become of the prompt. A field that OpenAI has and the
-engine doesn't do is refused by name unless its value asks for nothing; an unknown one always is.
+is shared. `kvc2` tells the cache what will become of the prompt, and its `details` ask for the
+answer's member of that name. A field that OpenAI has and the engine doesn't do is refused by name
+unless its value asks for nothing; an unknown one always is.
 """
 
 from __future__ import annotations
@@ -40,16 +40,18 @@ Seconds = Annotated[int, Field(ge=0, le=SECONDS_MAX)]
 
 
 class CacheOptions(Strict):
-    """`kvc2`: hints for the daemon, accepted and ignored without one."""
+    """`kvc2`: hints for the daemon, accepted and ignored without one, and `details`: whether the
+    answer tells where its prompt was found, and why not more of it."""
 
     priority: int = Field(default=0, ge=0, le=PRIORITY_MAX)
     session_end: bool = False
     expect_return_within_s: Seconds = 0
     ttl_s: Seconds = 0
+    details: bool = False
 
     @property
     def hints(self) -> Hints:
-        return Hints(**self.model_dump())
+        return Hints(**self.model_dump(exclude={"details"}))
 
 
 class Body(Strict):
@@ -71,7 +73,6 @@ class Body(Strict):
     user: str | None = None
     ignore_eos: bool = False
     cache_salt: str | None = None
-    kvc2_details: bool = False
     kvc2: CacheOptions = CacheOptions()
 
     @field_validator("presence_penalty", "frequency_penalty", mode="before")

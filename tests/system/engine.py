@@ -82,7 +82,7 @@ class EngineProcess:
             "max_tokens": max_tokens,
             "temperature": 0,
             "ignore_eos": True,
-            "kvc2_details": True,
+            "kvc2": {"details": True},
         }
         reply = self.http.post("/v1/completions", json=body | fields)
         assert reply.status_code == 200, reply.text

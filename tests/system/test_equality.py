@@ -53,7 +53,7 @@ def truth(model: Path) -> Iterator[Truth]:
                 "max_tokens": max_tokens,
                 "temperature": 0,
                 "ignore_eos": True,
-                "kvc2_details": True,
+                "kvc2": {"details": True},
             }
             return Answer(client.post("/v1/completions", json=body).json()).tokens
 
