@@ -87,7 +87,7 @@ BENCHMARKS := rpc restart page_copy disk index_ops ttft mixed_models slow_disk
 bench: $(READY)  ## every benchmark of benchmarks/README.md, JSON into build/bench
 	mkdir -p build/bench
 	for each in $(BENCHMARKS); do $(PYTHON) -m benchmarks.$$each --json build/bench/$$each.json; done
-	$(if $(TRACES),for each in hit_rate reuse_curve; do \
+	$(if $(TRACES),for each in hit_rate tier_hits reuse_curve; do \
 		$(PYTHON) -m benchmarks.$$each --traces $(TRACES) --json build/bench/$$each.json; done)
 
 clean:  ## remove the environment and what was built

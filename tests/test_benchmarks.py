@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report
+from benchmarks import report, tier_hits
 from benchmarks.equality import bf16_step, compare
+from kvc2 import replay
+from tests.test_replay import random_trace
 
 
 @pytest.mark.parametrize(
@@ -74,3 +76,23 @@ def test_rows_are_all_alike_and_an_absent_peer_is_null(
 )
 def test_figures_have_three_digits(value: float, text: str) -> None:
     assert report.number(value) == text
+
+
+def test_with_room_for_all_the_gpu_tier_has_every_hit_and_each_block_is_copied_once() -> None:
+    trace = random_trace(1)
+    found = tier_hits.drive(trace, (1.5, 1.5, 1.5), "lru")
+    unlimited = replay.hit_rate(trace, 2 * trace.blocks, "lru")
+    assert found.hits == {"gpu": pytest.approx(unlimited), "cpu": 0, "disk": 0}
+    used = len(set(trace.ids.tolist()))
+    assert found.moved == {"promoted": 0, "loaded": 0, "demoted": used, "written": used}
+
+
+def test_what_a_small_gpu_tier_lacks_comes_from_the_slower_ones() -> None:
+    trace = random_trace(1)
+    found = tier_hits.drive(trace, (0.2, 0.3, 1.5), "lru")
+    assert min(found.hits.values()) > 0
+    assert found.total > replay.hit_rate(trace, round(0.2 * trace.blocks), "lru")
+    blocks = {tier: share * trace.input_tokens.sum() for tier, share in found.hits.items()}
+    size = trace.block_tokens
+    assert found.moved["promoted"] * size >= blocks["cpu"] + blocks["disk"] - 1e-6
+    assert found.moved["loaded"] * size >= blocks["disk"] - 1e-6
