@@ -12,8 +12,9 @@ import numpy as np
 from kvc2 import _core
 from kvc2.arena import Arena
 from kvc2.mover import GpuPool
-from kvc2.results import SIZES, CacheStats, TierCounts
+from kvc2.results import SIZES, CacheStats, LayoutSlabs, TierCounts
 from kvc2.sessions import Session
+from kvc2.tiers.base import PageShape
 from kvc2.tiers.disk import DiskTier
 from kvc2.tiers.pools import Pools
 
@@ -50,6 +51,32 @@ class Counts:
             namespaces=counts.namespaces,
             metadata_bytes=counts.metadata_bytes,
             hit_rate_unlimited=self._hit_rates([_core.NO_LIMIT])[0],
+            slabs=self._slabs(),
+        )
+
+    def _slabs(self) -> list[LayoutSlabs]:
+        layouts = [] if self.pools is None else list(self.pools.layouts.values())
+        rows = [("cpu", each.shape, each.cpu_id) for each in layouts]
+        for each in layouts:  # on disk the same pages may lie in slabs of another size
+            if each.disk is not None and each.disk_id is not None:
+                rows.append(("disk", each.disk.shape, each.disk_id))
+        return [self._layout(*row) for row in rows]
+
+    def _layout(self, tier: str, shape: PageShape, pool: int) -> LayoutSlabs:
+        counts = self._index.pool_counts(pool)
+        sessions = self._sessions.values()
+        return LayoutSlabs(
+            layout=shape.layout_digest,
+            tier=tier,
+            engines=[
+                each.engine_name for each in sessions if each.layout.digest == shape.layout_digest
+            ],
+            page_size=shape.page_size,
+            page_bytes=shape.page_bytes,
+            slab_bytes=shape.slab_bytes,
+            slabs=counts.slabs,
+            pages=counts.pages,
+            resident_pages=counts.resident,
         )
 
     def tier(self, tier: str) -> TierCounts:

@@ -162,6 +162,21 @@ class TierCounts:
 
 
 @dataclass(frozen=True)
+class LayoutSlabs:
+    """What one layout holds of the arena (tier cpu) or of the disk; `engines` that have it now."""
+
+    layout: bytes
+    tier: str
+    engines: list[str]
+    page_size: int
+    page_bytes: int
+    slab_bytes: int
+    slabs: int
+    pages: int
+    resident_pages: int
+
+
+@dataclass(frozen=True)
 class CacheStats:
     tiers: list[TierCounts]
     pools: list[TierCounts]  # of sessions
@@ -171,3 +186,4 @@ class CacheStats:
     namespaces: int
     metadata_bytes: int
     hit_rate_unlimited: float  # estimated: of a cache that forgets nothing
+    slabs: list[LayoutSlabs]  # of cpu, then of disk

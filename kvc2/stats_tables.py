@@ -11,6 +11,8 @@ from rich.table import Table
 from kvc2 import config
 from kvc2.client import DaemonStats
 
+DIGEST_SHOWN = 12  # letters of a layout that no engine has now
+
 
 def show(found: DaemonStats) -> None:
     """Print tiers, sessions, pace, hit rates and faults."""
@@ -28,6 +30,7 @@ def show(found: DaemonStats) -> None:
         size = f"{each.capacity_bytes / config.GB:.3f} GB"
         pages.add_row(name, size, *(str(count) for count in counts + more))
     console.print(pages)
+    _print_slabs(console, found)
     _print_pace(console, found)
     _print_hit_rates(console, found)
     _print_tenants(console, found)
@@ -39,6 +42,18 @@ def show(found: DaemonStats) -> None:
             )
     if faults.row_count:
         console.print(faults)
+
+
+def _print_slabs(console: Console, found: DaemonStats) -> None:
+    """Which layout has how much of arena and disk; who uses it, or the first letters of its name
+    where nobody does now."""
+    table = Table("layout", "tier", "slabs", "pages", "resident")
+    for each in found.slabs:
+        name = ", ".join(each.engines) or each.layout[:DIGEST_SHOWN]
+        slabs = f"{each.slabs} x {each.slab_bytes / 1e6:.1f} MB"
+        table.add_row(name, each.tier, slabs, str(each.pages), str(each.resident_pages))
+    if table.row_count:
+        console.print(table)
 
 
 def _print_hit_rates(console: Console, found: DaemonStats) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kvc2 import errors
 from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics
-from kvc2.results import Hints, TenantUse, Terms
+from kvc2.results import Hints, LayoutSlabs, TenantUse, Terms
 from kvc2.sessions import Session
 
 U32 = NDArray[np.uint32]
@@ -76,6 +76,7 @@ class FakeStats:
     namespaces: int = 0
     metadata_bytes: int = 0
     hit_rate_unlimited: float = 0.0
+    slabs: tuple[LayoutSlabs, ...] = ()
 
 
 @dataclass

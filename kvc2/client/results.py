@@ -180,6 +180,21 @@ class TenantUse:
 
 
 @dataclass(frozen=True)
+class LayoutSlabs:
+    """What one layout holds of the arena (tier cpu) or of the disk; `engines` that have it now."""
+
+    layout: str
+    tier: str
+    engines: tuple[str, ...]
+    page_size: int
+    page_bytes: int
+    slab_bytes: int
+    slabs: int
+    pages: int
+    resident_pages: int
+
+
+@dataclass(frozen=True)
 class DaemonStats:
     """counters: every counter of /metrics by name, without kvc2_."""
 
@@ -197,6 +212,7 @@ class DaemonStats:
     hit_rates: dict[str, HitRates]  # by tier
     hit_rate_unlimited: float  # estimated: of a cache that forgets nothing
     tenants: tuple[TenantUse, ...]  # of the configuration, by tier
+    slabs: tuple[LayoutSlabs, ...]  # by tier and layout
 
 
 @dataclass(frozen=True)
@@ -342,6 +358,21 @@ def daemon_stats(message: cache_pb2.StatsResponse) -> DaemonStats:
         },
         hit_rate_unlimited=message.hit_rate_unlimited,
         tenants=tuple(tenant_use(each) for each in message.tenants),
+        slabs=tuple(layout_slabs(each) for each in message.slabs),
+    )
+
+
+def layout_slabs(message: cache_pb2.LayoutSlabs) -> LayoutSlabs:
+    return LayoutSlabs(
+        layout=message.layout.hex(),
+        tier=message.tier,
+        engines=tuple(message.engines),
+        page_size=message.page_size,
+        page_bytes=message.page_bytes,
+        slab_bytes=message.slab_bytes,
+        slabs=message.slabs,
+        pages=message.pages,
+        resident_pages=message.resident_pages,
     )
 
 

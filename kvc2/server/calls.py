@@ -336,6 +336,7 @@ class CacheCalls:
             hit_rates=_hit_rates(stats.tiers, counters),
             hit_rate_unlimited=stats.hit_rate_unlimited,
             tenants=[_tenant_use(each) for each in self._cache.quotas.uses()],
+            slabs=[cache_pb2.LayoutSlabs(**asdict(each)) for each in stats.slabs],
         )
 
     def _session_stats(self, session: Session, pools: dict[int, Any]) -> cache_pb2.SessionStats:

@@ -553,6 +553,28 @@ class TierStats(_message.Message):
     pinned_pages: int
     def __init__(self, tier: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., pages: _Optional[int] = ..., free_pages: _Optional[int] = ..., private_pages: _Optional[int] = ..., resident_pages: _Optional[int] = ..., in_flight_pages: _Optional[int] = ..., pinned_pages: _Optional[int] = ...) -> None: ...
 
+class LayoutSlabs(_message.Message):
+    __slots__ = ("layout", "tier", "engines", "page_size", "page_bytes", "slab_bytes", "slabs", "pages", "resident_pages")
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    ENGINES_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SLAB_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SLABS_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_PAGES_FIELD_NUMBER: _ClassVar[int]
+    layout: bytes
+    tier: str
+    engines: _containers.RepeatedScalarFieldContainer[str]
+    page_size: int
+    page_bytes: int
+    slab_bytes: int
+    slabs: int
+    pages: int
+    resident_pages: int
+    def __init__(self, layout: _Optional[bytes] = ..., tier: _Optional[str] = ..., engines: _Optional[_Iterable[str]] = ..., page_size: _Optional[int] = ..., page_bytes: _Optional[int] = ..., slab_bytes: _Optional[int] = ..., slabs: _Optional[int] = ..., pages: _Optional[int] = ..., resident_pages: _Optional[int] = ...) -> None: ...
+
 class HitRates(_message.Message):
     __slots__ = ("real", "estimated")
     REAL_FIELD_NUMBER: _ClassVar[int]
@@ -580,7 +602,7 @@ class SessionStats(_message.Message):
     def __init__(self, session_epoch: _Optional[int] = ..., engine_name: _Optional[str] = ..., pid: _Optional[int] = ..., leases: _Optional[int] = ..., seconds: _Optional[float] = ..., pool: _Optional[_Union[TierStats, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class StatsResponse(_message.Message):
-    __slots__ = ("version", "instance", "uptime_s", "tiers", "sessions", "blocks", "holes", "leases", "namespaces", "metadata_bytes", "counters", "hit_rates", "hit_rate_unlimited", "tenants")
+    __slots__ = ("version", "instance", "uptime_s", "tiers", "sessions", "blocks", "holes", "leases", "namespaces", "metadata_bytes", "counters", "hit_rates", "hit_rate_unlimited", "tenants", "slabs")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -609,6 +631,7 @@ class StatsResponse(_message.Message):
     HIT_RATES_FIELD_NUMBER: _ClassVar[int]
     HIT_RATE_UNLIMITED_FIELD_NUMBER: _ClassVar[int]
     TENANTS_FIELD_NUMBER: _ClassVar[int]
+    SLABS_FIELD_NUMBER: _ClassVar[int]
     version: str
     instance: bytes
     uptime_s: float
@@ -623,7 +646,8 @@ class StatsResponse(_message.Message):
     hit_rates: _containers.MessageMap[str, HitRates]
     hit_rate_unlimited: float
     tenants: _containers.RepeatedCompositeFieldContainer[TenantUse]
-    def __init__(self, version: _Optional[str] = ..., instance: _Optional[bytes] = ..., uptime_s: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., sessions: _Optional[_Iterable[_Union[SessionStats, _Mapping]]] = ..., blocks: _Optional[int] = ..., holes: _Optional[int] = ..., leases: _Optional[int] = ..., namespaces: _Optional[int] = ..., metadata_bytes: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., hit_rates: _Optional[_Mapping[str, HitRates]] = ..., hit_rate_unlimited: _Optional[float] = ..., tenants: _Optional[_Iterable[_Union[TenantUse, _Mapping]]] = ...) -> None: ...
+    slabs: _containers.RepeatedCompositeFieldContainer[LayoutSlabs]
+    def __init__(self, version: _Optional[str] = ..., instance: _Optional[bytes] = ..., uptime_s: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., sessions: _Optional[_Iterable[_Union[SessionStats, _Mapping]]] = ..., blocks: _Optional[int] = ..., holes: _Optional[int] = ..., leases: _Optional[int] = ..., namespaces: _Optional[int] = ..., metadata_bytes: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., hit_rates: _Optional[_Mapping[str, HitRates]] = ..., hit_rate_unlimited: _Optional[float] = ..., tenants: _Optional[_Iterable[_Union[TenantUse, _Mapping]]] = ..., slabs: _Optional[_Iterable[_Union[LayoutSlabs, _Mapping]]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("deadline_ms",)
