@@ -157,6 +157,13 @@ class StandIn:
         ]
         return np.array(rows, np.uint8).reshape(len(rows), self.layout.payload_bytes)
 
+    def judge(self, tokens: U32, found: AcquireResult) -> NDArray[np.uint8]:
+        """[blocks, payload_bytes] the truth. AssertionError when a byte of the prefix is wrong."""
+        truth = payloads(self.namespace, tokens, self.layout)
+        held = found.prefix_pages.size
+        assert (self.contents(found.prefix_pages) == truth[:held]).all(), "wrong bytes"
+        return truth
+
     async def ask(self, tokens: U32, hints: Hints = NO_HINTS) -> AcquireResult:
         """A whole request: take the prefix and judge its bytes, compute and commit the rest,
         release. AssertionError when a byte is wrong."""
@@ -164,9 +171,8 @@ class StandIn:
         blocks = len(tokens) // size
         request, found = await self.acquire(tokens, grant=blocks, hints=hints)
         await self.arrived(found.transfer)
-        truth = payloads(self.namespace, tokens, self.layout)
+        truth = self.judge(tokens, found)
         held = found.prefix_pages.size
-        assert (self.contents(found.prefix_pages) == truth[:held]).all(), "wrong bytes"
         count = min(blocks - held, found.granted_pages.size)
         pages = found.granted_pages[:count]
         self.fill(pages, truth[held : held + count])

@@ -149,6 +149,7 @@ class DiskTier:
             for name in ("slabs", "recency"):
                 (path / name).mkdir(mode=0o700, exist_ok=True)
             self.catalogue = self._open_catalogue()
+            self._sync_folders()
             self._open_pools()
         except BaseException:
             os.close(self._lock_fd)
@@ -191,7 +192,11 @@ class DiskTier:
 
     def shrink(self, pool: DiskPool, number: int) -> None:
         """Delete a slab's file; its pages are free and their deletes committed."""
-        pool.slabs.remove(number)
+        try:
+            pool.slabs.remove(number)
+        except OSError as error:
+            self._metrics.fault("disk_write")
+            LOG.warning("disk: deleting a slab: %s", error)
 
     def _bytes_bound(self, slabs: list[PageShape]) -> int:
         """Bytes of these slabs and of all that lies beside them, at most."""
@@ -330,6 +335,15 @@ class DiskTier:
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
         return Catalogue(folder, self._slack_bytes)
+
+    def _sync_folders(self) -> None:
+        """The names that lead to the catalogue are durable: LMDB syncs its file alone."""
+        try:
+            for folder in (self.catalogue.folder, self.path, self.path.parent):
+                self._files.sync_folder(folder)
+        except OSError as error:
+            self.catalogue.close()
+            raise errors.StartRefused(f"{self.path}: {error}") from error
 
     def _open_pools(self) -> None:
         shapes = list(self.catalogue.layouts.values())

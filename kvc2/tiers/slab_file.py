@@ -156,7 +156,8 @@ class SlabFiles:
             if not whole:
                 os.ftruncate(fd, 0)  # what a short file holds can't be told from garbage
                 self._files.allocate(fd, self.shape.slab_bytes)
-                self._files.sync_folder(self.folder)
+                for folder in (self.folder, self.folder.parent):  # ours may be new too
+                    self._files.sync_folder(folder)
         except OSError:
             self._files.close(fd)
             self._files.unlink(path)
@@ -165,9 +166,11 @@ class SlabFiles:
         return whole
 
     def remove(self, number: int) -> None:
-        """Close and delete a slab's file; its pages must be free and their records deleted."""
+        """Close and delete a slab's file, for good when this returns: its room is taken. Its pages
+        must be free and their records deleted. OSError: it may come back."""
         self._files.close(self._slabs.drop(number))
         self._files.unlink(self.folder / f"{number:08d}.slab")
+        self._files.sync_folder(self.folder)
 
     def close(self) -> None:
         for number in self.numbers():
