@@ -20,7 +20,7 @@ LOAD_BYTES = 64 << 20  # of one transfer from disk: 50 ms of reading, in parts o
 LOAD_S = 0.25  # ... or this long on a slow one, so that what came by a deadline is there
 DEADLINE_SHARE = 0.75  # of an acquire's deadline is planned for; an estimate is no promise
 ARENA_SHARE = 4  # at most a quarter of the arena is being loaded at a time
-TELLING_S = 0.05  # a shorter wait says nothing of the tier
+TELLING_S = 0.05  # a caller's deadline that is shorter says nothing of the tier
 TIERS = ("gpu", "cpu", "disk")  # of a session's chain, fastest first
 HERE = pace.Estimate(math.inf, 0.0)  # of what needs no transfer
 Step = asyncio.Future[int] | asyncio.Future[None]
@@ -168,14 +168,24 @@ class Loader:
             errand.patience_s = max(0.0, errand.patience_s - max(0.0, late_s))
         if errand.own:
             self._mover.meters["disk"].on_time()
+            if errand.expected_s:
+                self._mover.meters["disk"].late(late_s)
 
     def _give_up(self, errand: Errand, took_s: float, *, at_deadline: bool) -> None:
         """The engine computes what has not come."""
         if at_deadline:
             self._metrics.fault("acquire_deadline")
-        if errand.own and took_s > max(errand.expected_s, TELLING_S):
+        telling_s = TELLING_S if at_deadline else 0.0
+        if errand.own and took_s > max(errand.expected_s, telling_s):
             self._mover.overdue("disk", errand.num_bytes, took_s)
+        if errand.own and errand.expected_s and errand.step is not None:
+            promised = asyncio.get_running_loop().time() - took_s + errand.expected_s
+            errand.step.add_done_callback(lambda _: self._late(promised))
         self._shorten(errand, 0, "deadline" if at_deadline else "overdue")
+
+    def _late(self, promised: float) -> None:
+        """What was given up on has come."""
+        self._mover.meters["disk"].late(asyncio.get_running_loop().time() - promised)
 
     # ---- what moves ----
 

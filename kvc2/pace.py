@@ -22,8 +22,11 @@ from dataclasses import dataclass
 SMOOTHING = 0.3  # weight of the newest transfer: a change of the disk shows in two or three
 FULL_WEIGHT_BYTES = 1 << 20  # smaller transfers measure their fixed costs, and weigh less ...
 WEIGHT_MIN = 0.1  # ... but count, where there are no others
-PATIENCE_SHARE = 8  # beyond the estimate, of the computing that is saved: the price of a surprise
-PATIENCE_S_MIN = 0.25  # what a busy machine may make of 5 ms; paid once for each change of a tier
+PATIENCE_SHARE = 8  # of the computing that is saved: the price of a surprise, the estimate in it
+OVERRUN_SHARE = 16  # of the same: what an estimate that takes most of that may be overrun by
+LATE_S_MAX = 0.25  # what a busy machine may make of 5 ms; later than that is another speed
+LATE_TIMES = 2  # the next one may be later than the latest that is remembered
+LATE_FADES = 1 / 32  # of that, with each load: it is remembered for about 22 of them
 PROBE_S = 1.0  # between loads that nobody waits for, from a tier that is too slow to wait for
 PROBE_S_MAX = 32.0
 PROBE_REST = 8  # a probe's own time is at most this part of all time
@@ -36,6 +39,7 @@ class Estimate:
 
     bandwidth_bytes_per_s: float
     queue_s: float  # before its first byte moves
+    late_s: float = 0.0  # how late it may be without being another speed, by what loads have shown
 
     def seconds(self, num_bytes: float) -> float:
         return self.queue_s + num_bytes / self.bandwidth_bytes_per_s
@@ -72,8 +76,8 @@ def choose(
     every = sum(offer.blocks for offer in offers)
     if prefill_rate <= 0:
         return Choice(every, None)
-    best, best_saved = 0, 0.0
-    blocks, spent = 0, 0.0
+    best, best_saved, best_spent, best_late_s = 0, 0.0, 0.0, 0.0
+    blocks, spent, late_s = 0, 0.0, 0.0
     queued: set[str] = set()
     for offer in offers:
         count = offer.blocks
@@ -81,6 +85,7 @@ def choose(
             block_s = page_bytes / offer.estimate.bandwidth_bytes_per_s
             spent += 0.0 if offer.tier in queued else offer.estimate.queue_s
             queued.add(offer.tier)
+            late_s = max(late_s, offer.estimate.late_s)
             if spent > deadline_s:
                 count = 0
             elif spent + count * block_s > deadline_s:
@@ -89,11 +94,20 @@ def choose(
         blocks += count
         saved = blocks * page_size / prefill_rate - spent
         if saved >= best_saved and spent <= deadline_s:
-            best, best_saved = blocks, saved
+            best, best_saved, best_spent, best_late_s = blocks, saved, spent, late_s
         if count < offer.blocks:
             break
-    patience_s = best * page_size / prefill_rate / PATIENCE_SHARE
-    return Choice(best, max(PATIENCE_S_MIN, patience_s))
+    return Choice(best, patience_s(best * page_size / prefill_rate, best_spent, best_late_s))
+
+
+def patience_s(computing_s: float, expected_s: float, late_s: float) -> float:
+    """How far bringing may overrun what is expected of it, where that saves so much computing.
+
+    In all it may take PATIENCE_SHARE of the computing, so that a fast tier which has become slow
+    costs no more than that; where most of that is expected, OVERRUN_SHARE longer. A tier that has
+    been late without being slow is waited for longer, but never for longer than computing takes."""
+    share = max(computing_s / PATIENCE_SHARE - expected_s, computing_s / OVERRUN_SHARE)
+    return max(share, min(late_s, computing_s))
 
 
 class Meter:
@@ -114,12 +128,14 @@ class Meter:
         self._interval_s = PROBE_S
         self._probe_at = 0.0
         self._overdue = False  # a transfer that was: the next one to end decides
+        self._late_s = 0.0  # of loads that were late, but not another speed; fades
 
     @property
     def estimate(self) -> Estimate | None:
         """None before the first transfer. Behind an overdue one the queue has no end."""
         queue_s = math.inf if self._overdue else self._queue_s
-        return Estimate(self._bandwidth, queue_s) if self._bandwidth else None
+        late_s = min(LATE_TIMES * self._late_s, LATE_S_MAX)
+        return Estimate(self._bandwidth, queue_s, late_s) if self._bandwidth else None
 
     def saw(self, num_bytes: int, seconds: float, queue_s: float) -> None:
         """A transfer has ended: it waited, then moved `num_bytes` in `seconds`."""
@@ -144,6 +160,14 @@ class Meter:
     def on_time(self) -> None:
         """A transfer that someone waited for came within its estimate."""
         self._interval_s = PROBE_S
+
+    def late(self, seconds: float) -> None:
+        """A load for a request came so much later than its estimate (less than 0: sooner), waited
+        for to its end or not. How late a tier may be is learnt only from what it pays to wait for:
+        one that has become slow teaches no patience."""
+        self._late_s *= 1 - LATE_FADES
+        if seconds <= LATE_S_MAX:
+            self._late_s = max(self._late_s, seconds)
 
     def may_probe(self) -> bool:
         return self._clock() >= self._probe_at

@@ -48,8 +48,9 @@ def test_no_split_is_ready_sooner_than_the_chosen_one() -> None:
             continue
         times = [ready_s(offers, bring, rate) for bring in range(every + 1)]
         assert times[choice.blocks] <= min(times) + 1e-9
-        patience_s = choice.blocks * PAGE_SIZE / rate / pace.PATIENCE_SHARE
-        assert choice.patience_s == max(pace.PATIENCE_S_MIN, patience_s)
+        bringing_s = times[choice.blocks] - (every - choice.blocks) * PAGE_SIZE / rate
+        computing_s = choice.blocks * PAGE_SIZE / rate
+        assert choice.patience_s == pytest.approx(pace.patience_s(computing_s, bringing_s, 0.0))
         for deadline_s in (0.0, 1.2, 2.6):
             found = pace.choose(
                 offers,
@@ -135,6 +136,30 @@ def test_a_tier_that_recovers_is_known_after_one_probe() -> None:
         moved(meter, SLOW)
     moved(meter, FAST, pace.PROBE_BYTES)
     assert bandwidth(meter) > 0.25 * FAST
+
+
+@given(st.floats(0.001, 100.0), st.floats(0.0, 1.0), st.floats(0.0, pace.LATE_S_MAX))
+def test_waiting_in_vain_costs_an_eighth_or_a_sixteenth_more_than_expected(
+    computing_s: float, share: float, late_s: float
+) -> None:
+    expected_s = share * computing_s
+    waited = expected_s + pace.patience_s(computing_s, expected_s, 0.0)
+    assert waited <= max(computing_s / 8, expected_s + computing_s / 16) * 1.001
+    assert waited >= max(computing_s / 8, expected_s * 1.0625) * 0.999  # an estimate is no promise
+    more = pace.patience_s(computing_s, expected_s, late_s)
+    assert min(late_s, computing_s) <= more <= max(late_s, computing_s / 8)
+
+
+def test_how_late_a_tier_may_be_is_learnt_from_loads_that_came_and_is_forgotten() -> None:
+    meter = Meter(Clock())
+    moved(meter, FAST)
+    for late_s, learnt in ((-1.0, 0.0), (0.05, 0.1), (0.2, 0.25), (9.0, 0.25)):
+        meter.late(late_s)
+        assert meter.estimate is not None
+        assert meter.estimate.late_s == pytest.approx(learnt)
+    for _ in range(100):
+        meter.late(0.0)
+    assert meter.estimate.late_s < 0.02
 
 
 @given(st.floats(0.001, 100.0))

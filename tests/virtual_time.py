@@ -104,11 +104,13 @@ def run(clock: Clock, main: Callable[[], Coroutine[Any, Any, T]]) -> T:
 
 
 class SlowFiles(Files):
-    """A disk that reads `bytes_per_s`, one read after the other; its writes take no time."""
+    """A disk that reads `bytes_per_s`, one read after the other; its writes take no time. The next
+    read takes `stall_s` longer."""
 
     def __init__(self, clock: Clock, bytes_per_s: float) -> None:
         super().__init__()
         self.bytes_per_s = bytes_per_s
+        self.stall_s = 0.0
         self._clock = clock
         self._free_at = 0.0
         self._lock = threading.Lock()
@@ -117,6 +119,7 @@ class SlowFiles(Files):
         got = super().read(fd, buffers, offset)
         with self._lock:
             begin = max(self._free_at, self._clock.now)
-            self._free_at = end = begin + got / self.bytes_per_s
+            self._free_at = end = begin + got / self.bytes_per_s + self.stall_s
+            self.stall_s = 0.0
         self._clock.sleep_until(end)
         return got
