@@ -196,6 +196,21 @@ def test_a_commit_again_with_other_tokens_is_refused(house: House) -> None:
     assert answers.tolist() == [_core.ADOPTED, _core.REFUSED]
 
 
+def test_what_has_expired_since_acquire_is_not_loaded(house: House) -> None:
+    ttl = _core.Hints(ttl_s=5)
+    house.index.advance(1)
+    lease = house.index.acquire(house.space, house.gpu, tokens(1, 2), 2, ttl)
+    house.index.commit(lease.id, 0, tokens(1, 2), house.index.grant(house.gpu, 2))
+    house.index.release(lease.id, ttl)
+    for pool in (house.gpu, house.cpu):
+        house.demote(pool)
+        house.index.evict(pool, 9)
+    lease = house.index.acquire(house.space, house.gpu, tokens(1, 2), 2, ttl)
+    assert (lease.matched, lease.ahead.tolist()) == (2, [[2, 2]])
+    house.index.advance(6)
+    assert house.index.next_load(lease.id, 9) is None
+
+
 def test_a_lost_page_makes_a_hole_and_a_commit_closes_it(house: House) -> None:
     lease = house.compute(1, 2, 3)
     pages = house.index.lease(lease).pages

@@ -29,7 +29,7 @@ class Walk:
     shrinks: bool = True
 
 
-WALKS = {"default": Walk(420), "quick": Walk(25), "hunt": Walk(250, shrinks=False)}
+WALKS = {"default": Walk(640), "quick": Walk(25), "hunt": Walk(250, shrinks=False)}
 WALK = WALKS[os.environ.get("KVC2_WALK", "default")]
 
 # Arrows of index.h and situations that a sound walk comes by: about a third of what was counted.

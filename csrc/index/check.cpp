@@ -105,6 +105,25 @@ void RadixTree::check_quotas() const {
   }
 }
 
+// A policy that counts pages by queue was told of each.
+void RadixTree::check_counts() const {
+  std::map<std::pair<PoolId, uint32_t>, uint32_t> found;
+  for (const Node& node : nodes_) {
+    for (const Residency& in : node.pools) {
+      for (uint32_t i = 0; i < in.pages.size(); ++i) {
+        if (in.pages[i] != kNoPage) ++found[{in.pool, policy_.queued(node.uses[i]).queue}];
+      }
+    }
+  }
+  for (PoolId pool = 0; pool < pools_.size(); ++pool) {
+    for (uint32_t queue = 0; queue < policy_.queues(); ++queue) {
+      const uint32_t held = policy_.held(pool, queue), there = found[{pool, queue}];
+      KVC2_CHECK(held == there, "pool %u has %u pages in queue %u, the policy was told of %u", pool,
+                 there, queue, held);
+    }
+  }
+}
+
 void RadixTree::check() const {
   heads_.check();
   uint32_t live = 0, all = 0, empty = 0;
@@ -124,6 +143,7 @@ void RadixTree::check() const {
   }
   for (const EvictionOrder& order : orders_) ordered += order.size();
   check_quotas();
+  if (policy_.counts_pages()) check_counts();
   KVC2_CHECK(live == live_nodes && all == blocks && empty == holes,
              "%u nodes, %u blocks, %u holes; counted %u, %u, %u", live_nodes, blocks, holes, live,
              all, empty);

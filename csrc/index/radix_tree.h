@@ -209,6 +209,7 @@ class RadixTree {
   void check_lives(NodeId id) const;
   void check_node(NodeId id) const;
   void check_quotas() const;
+  void check_counts() const;
   void check_residency(NodeId id, const Residency& in) const;
 
   Pools& pools_;

@@ -44,6 +44,10 @@ class Arc final : public EvictionPolicy {
     ++shares(pool).held[to.mark];
   }
 
+  uint32_t held(PoolId pool, uint32_t queue) const override {
+    return pool < shares_.size() ? shares_[pool].held[queue] : 0;
+  }
+
   Queued queued(const Use& use) const override { return {use.mark, use.stamp}; }
 
   uint32_t queues() const override { return 2; }

@@ -96,6 +96,8 @@ class EvictionPolicy {
   virtual void placed(PoolId, const BlockKey&, Use&) {}
   virtual void cleared(PoolId, const BlockKey&, const Use&) {}
   virtual void marked(PoolId, const Use& /*from*/, const Use& /*to*/) {}
+  // Pages of a pool in a queue, as it was told: what the tree's check compares.
+  virtual uint32_t held(PoolId, uint32_t /*queue*/) const { return 0; }
 
   virtual Queued queued(const Use& use) const { return {0, use.stamp}; }
   // The next victim among the lowest standing of a pool; none if the order is empty.

@@ -64,6 +64,10 @@ class S3Fifo final : public EvictionPolicy {
     ++queues(pool).held[Mark::of(to).queue];
   }
 
+  uint32_t held(PoolId pool, uint32_t queue) const override {
+    return pool < queues_.size() ? queues_[pool].held[queue] : 0;
+  }
+
   Queued queued(const Use& use) const override {
     const Mark mark = Mark::of(use);
     return {mark.queue, mark.uses == 0 ? use.stamp : mark.entered << 3};
