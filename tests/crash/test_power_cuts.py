@@ -62,12 +62,12 @@ async def judge(image: Path, medium: Medium, chance: random.Random) -> int:
     due = owed(medium.notes)
     seen = {key for key, held in due.items() if held}
     rest = sorted(set(due) - seen)
-    async with running(image / "disk", **SIZES) as cache:
+    async with running(image / "disk", **{**SIZES, "cpu_bytes": 16 << 20}) as cache:
         sessions, count = engines(cache), 0
         cache.index.check()
         for number, seed in sorted(seen):
             tokens, held = prompt_of(seed), due[number, seed]
-            keys = digests(tokens)
+            keys = digests(number, tokens)
             depth = next((n for n, key in enumerate(keys) if key not in held), len(keys))
             session = sessions[number]
             match = cache.match(session.session, session.number, tokens)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import hashlib
 import json
 import random
 import sys
@@ -22,10 +23,11 @@ import numpy as np
 from kvc2 import _core
 from kvc2.behind import Behind
 from kvc2.cache import Cache
-from kvc2.tiers.catalogue import Catalogue, Change
+from kvc2.mover import Mover
+from kvc2.tiers.disk import Outcome
 from kvc2.tiers.pools import LayoutPools
 from tests.caches import running
-from tests.stand_in import NAMESPACE, PAGE_SIZE, StandIn, prompt
+from tests.stand_in import PAGE_SIZE, StandIn, prompt
 
 SIZES: dict[str, Any] = {
     "cpu_bytes": 1 << 20,
@@ -33,13 +35,17 @@ SIZES: dict[str, Any] = {
     "slab_bytes": 1 << 16,
 }
 SEGMENTS = (1024, 4096)  # bytes: two layouts, so that slabs go from one to the other
+NAMESPACES = tuple(hashlib.sha256(bytes([each])).digest() for each in range(len(SEGMENTS)))
 GPU_PAGES = 32
 KNOWN = 10  # prompts that come back and are acknowledged again, of each engine
 BLOCKS_MAX = 10
 
 
 def engines(cache: Cache) -> list[StandIn]:
-    return [StandIn(cache, GPU_PAGES, segment_bytes=each) for each in SEGMENTS]
+    return [
+        StandIn(cache, GPU_PAGES, segment_bytes=each, namespace=name)
+        for each, name in zip(SEGMENTS, NAMESPACES, strict=True)
+    ]
 
 
 def prompt_of(seed: int) -> _core.U32:
@@ -50,16 +56,19 @@ def prompt_of(seed: int) -> _core.U32:
     return np.concatenate([prompt(seed - seed % 3, 1 + seed % 4)[:-1], own])
 
 
-def digests(tokens: _core.U32) -> list[str]:
-    return [bytes(row).hex() for row in _core.chain_digests(NAMESPACE, tokens, PAGE_SIZE)]
+def digests(engine: int, tokens: _core.U32) -> list[str]:
+    return texts(_core.chain_digests(NAMESPACES[engine], tokens, PAGE_SIZE))
+
+
+def texts(digests: _core.U8) -> list[str]:
+    return [bytes(row).hex() for row in digests]
 
 
 class Ledger:
-    """Which block lies in which disk page, as the catalogue was told, and which were dropped."""
+    """The blocks that are on disk, as those are told who wait for it."""
 
     def __init__(self) -> None:
-        self.pages: dict[tuple[int, int], str] = {}
-        self.gone: set[str] = set()
+        self.stored: set[str] = set()
         try:
             self._note = ctypes.CDLL(None).journal_note
         except AttributeError:  # not under the journal
@@ -68,72 +77,47 @@ class Ledger:
     def note(self, **what: Any) -> None:
         self._note(json.dumps(what).encode())
 
-    def opened(self, catalogue: Catalogue) -> None:
-        self.pages = {
-            (number, page): bytes(digest).hex()
-            for number in catalogue.layouts
-            for stored in [catalogue.records(number)]
-            for page, digest in zip(stored.pages.tolist(), stored.records["digest"], strict=True)
-        }
-
-    def committed(self, change: Change) -> None:
-        for number, pairs in change.moves.items():
-            for pair in pairs:
-                for source, target in zip(*(each.tolist() for each in pair), strict=True):
-                    if (number, source) in self.pages:
-                        self.pages[number, target] = self.pages.pop((number, source))
-        for number, arrays in change.deletes.items():
-            for page in np.concatenate(arrays).tolist():
-                self.pages.pop((number, page), None)
-        for key, value in change.inserts:
-            page = (int.from_bytes(key[:4], "big"), int.from_bytes(key[4:], "big"))
-            self.pages[page] = value[:32].hex()
-            self.gone.discard(self.pages[page])
-
-    def dropping(self, pools: LayoutPools, pages: list[int]) -> None:
-        assert pools.disk is not None
-        moved = {
-            target: source
-            for pair in pools.disk.moves
-            for source, target in zip(*(each.tolist() for each in pair), strict=True)
-        }
-        number = pools.disk.number
-        found = [self.pages[number, moved.get(page, page)] for page in pages]
-        self.gone.update(found)
+    def dropping(self, found: list[str]) -> None:
+        self.stored.difference_update(found)
         self.note(dropped=found)
 
 
 @contextmanager
 def followed(ledger: Ledger) -> Iterator[None]:
-    """The ledger hears of each commit after it, of each eviction before it."""
-    commit, drop = Catalogue.commit, Behind.drop
+    """The ledger hears of each batch after it, of each eviction before it."""
+    store, drop = Mover.store, Behind.drop
 
-    def told_commit(self: Catalogue, change: Change) -> None:
-        commit(self, change)
-        ledger.committed(change)
+    async def told_store(
+        self: Mover, pools: LayoutPools, transfer: _core.Transfer | None
+    ) -> Outcome:
+        outcome = await store(self, pools, transfer)
+        if outcome.written and transfer is not None:
+            assert transfer.records is not None
+            ledger.stored.update(texts(transfer.records.digests))
+        return outcome
 
     def told_drop(self: Behind, pools: LayoutPools, evicted: _core.Evicted) -> None:
         if evicted.pages.size:
-            ledger.dropping(pools, evicted.pages.tolist())
+            ledger.dropping(texts(evicted.digests))
         drop(self, pools, evicted)
 
-    Catalogue.commit, Behind.drop = told_commit, told_drop  # type: ignore[method-assign]
+    Mover.store, Behind.drop = told_store, told_drop  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Catalogue.commit, Behind.drop = commit, drop  # type: ignore[method-assign]
+        Mover.store, Behind.drop = store, drop  # type: ignore[method-assign]
 
 
 def acknowledge(ledger: Ledger, asked: list[list[int]], sessions: list[StandIn]) -> None:
-    """After a flush that left nothing: whatever is cached at all is durable, unless it was evicted
-    from the disk since it was stored there."""
+    """After a flush that left nothing: what is cached and was stored is durable. (What memory
+    evicted before its turn came is not on disk, and no flush says so.)"""
     found = []
     for number, engine in enumerate(sessions):
         for seed in asked[number][-KNOWN:]:
             tokens = prompt_of(seed)
             match = engine.cache.match(engine.session, engine.number, tokens)
-            held = digests(tokens)[: match.matched_tokens // PAGE_SIZE]
-            found.append([number, seed, [each for each in held if each not in ledger.gone]])
+            held = digests(number, tokens)[: match.matched_tokens // PAGE_SIZE]
+            found.append([number, seed, [each for each in held if each in ledger.stored]])
     ledger.note(ack=found)
 
 
@@ -144,8 +128,6 @@ async def write(folder: Path, seed: int, steps: int) -> None:
     with followed(ledger):
         while done < steps:
             async with running(folder, **SIZES) as cache:
-                assert cache._disk is not None
-                ledger.opened(cache._disk.catalogue)
                 sessions = engines(cache)
                 for _ in range(chance.randrange(20, 60)):
                     done += 1
