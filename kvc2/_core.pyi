@@ -203,9 +203,11 @@ class Index:
         durable: bool,
         tier: int = 0,
         page_bytes: int = 1,
+        second_access: bool = False,
     ) -> int:
         """A pool without slabs. `below` is the next slower pool of its chain. Ids are never
-        reused. `tier` (0 to 255) and `page_bytes` are what quotas are counted in."""
+        reused. `tier` (0 to 255) and `page_bytes` are what quotas are counted in. second_access:
+        only what an acquire has matched is demoted into it."""
     def add_slab(self, pool: int) -> int:
         """One more slab, at the lowest free number s: pages [s * pages_per_slab, (s+1) * ...)."""
     def take_slab(self, pool: int, slab: int) -> bool:
@@ -315,6 +317,8 @@ class Index:
         then only its free pages are used. A block whose parent is not below is left out."""
     def undemoted(self, pool: int) -> int:
         """Blocks that `plan_demote` has still to consider."""
+    def not_admitted(self, pool: int) -> int:
+        """Resident blocks that only a second use keeps from the pool below. Walks the pool."""
     def plan_move(self, pool: int, slab: int, max_pages: int) -> Transfer | None:
         """Move what a closed slab holds to free pages of the pool's other slabs (source and target
         are one pool), evicting nothing; None when there is nothing that could be moved, or no

@@ -155,6 +155,11 @@ class Behind:
         ids += [each.cpu_id for each in self._pools.layouts.values() if each.disk is not None]
         return sum(self._index.undemoted(each) for each in ids)
 
+    def not_admitted(self) -> int:
+        """Blocks in the cpu tier that the disk has not, and takes once they are used again."""
+        pools = self._pools.layouts.values()
+        return sum(self._index.not_admitted(each.cpu_id) for each in pools)
+
     async def _run(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         wake = self._wakes[name]
         while True:

@@ -154,7 +154,7 @@ class Cache:
             arena,
             self._disk,
             self._metrics,
-            config.limits.max_layouts,
+            config,
         )
         self.spaces.known |= self._pools.restore()
         self._loader.pools = self.counts.pools = self.prefetcher.pools = self._pools

@@ -32,6 +32,7 @@ SIDE_ENDING = ".side"  # the side socket lies beside the main one
 TTL_S_MAX = (1 << 32) - 1
 WritePolicy = Literal["behind", "back", "through"]
 Durability = Literal["durable", "relaxed"]
+Admission = Literal["always", "second_access"]
 EvictionPolicy = Literal["hazard", "lru", "arc", "s3fifo"]  # see csrc/index/eviction
 
 
@@ -147,13 +148,18 @@ class DiskConfig:
     """Slab files and catalogue. path None: no disk tier. size_gb None: a quarter of the file
     system that holds the path. durability: durable syncs each batch before its records are
     committed; relaxed syncs at a flush only, so that a power cut may cost what came since, as
-    misses that a load detects."""
+    misses that a load detects. admission: second_access copies a block to disk only once a request
+    has matched it after the one that committed it."""
 
     path: Path | None = None
     size_gb: float | None = None
     durability: Durability = "durable"
+    admission: Admission = "always"
 
     def __post_init__(self) -> None:
+        if self.admission not in get_args(Admission):
+            allowed = "always or second_access"
+            raise errors.InvalidConfig("disk.admission", self.admission, allowed)
         if self.durability not in get_args(Durability):
             raise errors.InvalidConfig("disk.durability", self.durability, "durable or relaxed")
         if self.path is None:
@@ -171,9 +177,14 @@ class DiskConfig:
 
     @classmethod
     def of_bytes(
-        cls, path: Path, size_bytes: int, durability: Durability = "durable"
+        cls,
+        path: Path,
+        size_bytes: int,
+        durability: Durability = "durable",
+        admission: Admission = "always",
     ) -> DiskConfig:
-        return cls(path=path, size_gb=size_bytes / GB, durability=durability)
+        size_gb = size_bytes / GB
+        return cls(path=path, size_gb=size_gb, durability=durability, admission=admission)
 
 
 def _file_system_bytes(path: Path) -> int:

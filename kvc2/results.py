@@ -92,7 +92,8 @@ class Explained:
 
 @dataclass(frozen=True)
 class FlushResult:
-    """Blocks on disk, and blocks that are not by reason: no_disk, disk_full, error, deadline."""
+    """Blocks on disk, and blocks that are not by reason: no_disk, disk_full, error, deadline,
+    not_admitted."""
 
     durable_blocks: int
     not_durable: dict[str, int]

@@ -31,6 +31,11 @@ class Durability(StrEnum):
     relaxed = "relaxed"
 
 
+class Admission(StrEnum):
+    always = "always"
+    second_access = "second_access"
+
+
 class LogFormat(StrEnum):
     text = "text"
     json = "json"
@@ -94,6 +99,10 @@ DiskDurability = Annotated[
     Durability | None,
     option("durable: each batch is synced; relaxed: a flush syncs, a power cut costs.", "durable"),
 ]
+DiskAdmission = Annotated[
+    Admission | None,
+    option("second_access: a block goes to disk once a second request has used it.", "always"),
+]
 AttnPageSize = Annotated[
     int | None, option("Refuse engines with another page size, tokens.", "any")
 ]
@@ -137,6 +146,7 @@ def serve(
     disk_path: DiskPath = None,
     disk_size_gb: DiskSizeGb = None,
     disk_durability: DiskDurability = None,
+    disk_admission: DiskAdmission = None,
     attn_page_size: AttnPageSize = None,
     attn_chunk_size: AttnChunkSize = None,
     limits_max_sessions: LimitsMaxSessions = None,

@@ -63,7 +63,7 @@ class Whole:
         drained = await self._behind.drained(deadline_s)
         if not drained or self._behind.undemoted() or not self._has_disk:
             return False
-        return await self._behind.synced()
+        return await self._behind.synced() and not self._behind.not_admitted()
 
     async def flush(self, deadline_s: float) -> FlushResult:
         """Copy what is committed towards the disk until all of it is there or the time is over."""
@@ -78,9 +78,9 @@ class Whole:
             reason = "error"
         elif not drained:
             reason = "deadline"
-        left = self._behind.undemoted()
+        found = {reason: self._behind.undemoted(), "not_admitted": self._behind.not_admitted()}
         durable = self._counts.tier("disk").resident
-        return FlushResult(durable, {reason: left} if left else {})
+        return FlushResult(durable, {why: count for why, count in found.items() if count})
 
     async def evict(self, tier: str, blocks: int) -> EvictResult:
         """Drop up to `blocks` unpinned blocks (0: all) from gpu, cpu or disk; what slower tiers

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from kvc2.cache import Cache
-from kvc2.config import CpuConfig, DiskConfig, Durability, ServeConfig
+from kvc2.config import Admission, CpuConfig, DiskConfig, Durability, ServeConfig
 from kvc2.metrics import Metrics
 from kvc2.tiers.slab_file import Files
 
@@ -23,6 +23,7 @@ async def running(
     cpu_bytes: int = 4 * MIB,
     disk_bytes: int = 16 * MIB,
     durability: Durability = "durable",
+    admission: Admission = "always",
     files: Files | None = None,
     clock: Callable[[], float] = time.monotonic,
     **more: object,
@@ -30,7 +31,9 @@ async def running(
     more.setdefault("slab_bytes", SLAB_BYTES)
     config = ServeConfig(
         cpu=CpuConfig.of_bytes(cpu_bytes),
-        disk=DiskConfig() if path is None else DiskConfig.of_bytes(path, disk_bytes, durability),
+        disk=DiskConfig()
+        if path is None
+        else DiskConfig.of_bytes(path, disk_bytes, durability, admission),
         copy_threads=2,
         **more,  # type: ignore[arg-type]
     )

@@ -8,6 +8,7 @@ what. Between two calls of a rule the index proves its laws too.
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
+from tests.admission_machine import AdmissionMachine
 from tests.deaths import IndexDeaths
 from tests.machines import (
     BLOCKS,
@@ -20,7 +21,6 @@ from tests.machines import (
     some_hints,
 )  # fmt: skip
 from tests.model_parts import NO_HINTS, PRIVATE, Hints, Path
-from tests.prefetch_machine import PrefetchMachine
 
 HOWS = [
     "load",
@@ -40,7 +40,7 @@ HOWS = [
 ends = st.sampled_from(["stays", "stays", "leaves", "closes", "dies"])
 
 
-class IndexLives(IndexDeaths, PrefetchMachine):
+class IndexLives(IndexDeaths, AdmissionMachine):
     """The machine with rules of many calls beside those of one."""
 
     def living(self, pick: int) -> int:

@@ -86,8 +86,9 @@ class IndexMachine(RuleBasedStateMachine):
         self.names = list(NAMESPACES)  # by id
         self.current = {0: 0, 1: 1}  # the id that came in the place of a retired one
 
-    @initialize(limited=st.booleans())
-    def build(self, limited: bool) -> None:
+    @initialize(limited=st.booleans(), picky=st.sampled_from([False, True]))
+    def build(self, limited: bool, picky: bool) -> None:
+        self.picky = picky
         self.disk = self.add_pool(below=None, durable=True, slabs=4, tier=2)
         self.cpu = self.add_pool(below=self.disk, durable=False, slabs=2, tier=1)
         self.gpus = [self.add_pool(below=self.cpu, durable=False, slabs=2) for _ in range(2)]
@@ -109,6 +110,7 @@ class IndexMachine(RuleBasedStateMachine):
             durable=durable,
             tier=tier,
             page_bytes=PAGE_BYTES,
+            second_access=durable and self.picky,
         )
         self.model.pools[pool] = PoolModel(PER_SLAB, below, durable, tier)
         for _ in range(slabs):

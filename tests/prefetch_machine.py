@@ -74,10 +74,20 @@ class PrefetchMachine(SlabMachine):
         self, namespace: int, pool: int, prompt: Prompt, count: int, touches: bool, lands: bool
     ) -> None:
         at, space = [*self.gpus, self.cpu][pool % 3], self.current[namespace]
-        there = [path for p in self.model.pools.values() for path in p.blocks]
+        near = self.model.pools[at].blocks
+        there = [path for p in self.model.pools.values() for path in p.blocks if path not in near]
         if there and count > 1:  # a walk seldom names what it has
             space, *blocks = there[pool % len(there)]  # type: ignore[assignment]
             prompt = list(blocks)  # type: ignore[arg-type]
+        transfer = self.bring(space, at, prompt, count, touches=touches)
+        if transfer is not None and lands:
+            self.land(transfer)
+        self.bring(space, at, prompt, count, touches=False)
+
+    def bring(
+        self, space: int, at: int, prompt: Prompt, count: int, *, touches: bool
+    ) -> int | None:
+        """The transfer that has begun."""
         real = self.index.prefetch(space, at, u32(prompt), count, touches=touches)
         if touches:
             self.model.touch(space, at, prompt)
@@ -85,14 +95,14 @@ class PrefetchMachine(SlabMachine):
             self.tell([])
             assert self.model.prefetch(space, at, prompt, count, (None, [])) == real.transfer
             SEEN["prefetch: wait"] += 1
-            return
+            return None
         pages = [] if real is None else real.target_pages.tolist()
         self.tell(pages)
         came = (None if real is None else real.id, pages)
         expected = self.model.prefetch(space, at, prompt, count, came)
         assert not isinstance(expected, int), f"did not wait for {expected}"
         self.check_transfer(real, expected)
-        if real is not None:
-            SEEN[f"prefetch: from tier {self.model.pools[real.source].tier}"] += 1
-            if lands:
-                self.land(real.id)
+        if real is None:
+            return None
+        SEEN[f"prefetch: from tier {self.model.pools[real.source].tier}"] += 1
+        return real.id

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import report, tier_hits
@@ -96,3 +97,12 @@ def test_what_a_small_gpu_tier_lacks_comes_from_the_slower_ones() -> None:
     size = trace.block_tokens
     assert found.moved["promoted"] * size >= blocks["cpu"] + blocks["disk"] - 1e-6
     assert found.moved["loaded"] * size >= blocks["disk"] - 1e-6
+
+
+def test_second_access_writes_less_to_disk_and_with_room_for_all_finds_the_same() -> None:
+    trace = random_trace(1)
+    always = tier_hits.drive(trace, (1.5, 1.5, 1.5), "lru")
+    picky = tier_hits.drive(trace, (1.5, 1.5, 1.5), "lru", second_access=True)
+    used = np.bincount(trace.ids)
+    assert picky.moved["written"] == (used > 1).sum() < always.moved["written"]
+    assert picky.hits == always.hits

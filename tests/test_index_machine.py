@@ -83,6 +83,7 @@ AT_LEAST = {
     "acquire: found in tier 2": 120,
     "acquire: nodes are joined": 20,
     "next_load: wait": 12,
+    "plan_demote: not admitted": 200,
     "prefetch: wait": 5,
     "prefetch: from tier 1": 30,
     "prefetch: from tier 2": 15,

@@ -214,13 +214,14 @@ void bind_pools(py::class_<Index>& index) {
       .def(
           "add_pool",
           [](Index& self, uint32_t page_size, uint32_t pages_per_slab, std::optional<PoolId> below,
-             bool durable, uint8_t tier, uint64_t page_bytes) {
+             bool durable, uint8_t tier, uint64_t page_bytes, bool second_access) {
             return unlocked([&] {
-              return self.add_pool({page_size, pages_per_slab, below, durable, tier, page_bytes});
+              return self.add_pool(
+                  {page_size, pages_per_slab, below, durable, tier, page_bytes, second_access});
             });
           },
           py::kw_only(), "page_size"_a, "pages_per_slab"_a, "below"_a, "durable"_a, "tier"_a = 0,
-          "page_bytes"_a = 1)
+          "page_bytes"_a = 1, "second_access"_a = false)
       .def("add_slab", &Index::add_slab, "pool"_a, py::call_guard<py::gil_scoped_release>())
       .def("take_slab", &Index::take_slab, "pool"_a, "slab"_a,
            py::call_guard<py::gil_scoped_release>())
@@ -359,6 +360,7 @@ void bind_behind(py::class_<Index>& index) {
           },
           "pool"_a, "max_pages"_a)
       .def("undemoted", &Index::undemoted, "pool"_a, py::call_guard<py::gil_scoped_release>())
+      .def("not_admitted", &Index::not_admitted, "pool"_a, py::call_guard<py::gil_scoped_release>())
       .def(
           "plan_move",
           [](Index& self, PoolId pool, uint32_t slab, uint32_t max_pages) {

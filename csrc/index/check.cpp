@@ -45,7 +45,10 @@ void RadixTree::check_node(NodeId id) const {
   KVC2_CHECK(node.tokens.size() == size_t{node.blocks()} * space.page_size &&
                  node.uses.size() == node.blocks() && node.digests.size() <= node.blocks(),
              "I1: node %u has %u keys", id, node.blocks());
+  KVC2_CHECK(node.again <= node.blocks(), "node %u: %u blocks used again", id, node.again);
   for (NodeId child = node.first_child; child != kNoNode; child = nodes_[child].next) {
+    KVC2_CHECK(nodes_[child].again == 0 || node.again == node.blocks(),
+               "node %u was used again, not all of node %u", child, id);
     KVC2_CHECK(nodes_[child].live && nodes_[child].parent == id &&
                    nodes_[child].space == node.space &&
                    nodes_[child].first == node.first + node.blocks(),

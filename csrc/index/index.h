@@ -201,6 +201,7 @@ class Index {
 
   std::optional<Transfer> plan_demote(PoolId pool, uint32_t max_pages);
   uint64_t undemoted(PoolId pool) const;
+  uint64_t not_admitted(PoolId pool) const;
   std::optional<Transfer> plan_move(PoolId pool, uint32_t slab, uint32_t max_pages);
   std::vector<PageId> complete(TransferId transfer, uint32_t done);
   Evicted evict(PoolId pool, uint32_t pages);
@@ -334,6 +335,7 @@ class Index {
   bool add(OpenTransfer& plan, Place at);
   Transfer start(OpenTransfer&& plan);
   Records records_of(const OpenTransfer& plan);
+  bool admitted(Place at, PoolId target) const;
   std::vector<Place> missing_below(PoolId source, PoolId target, PageId page) const;
   std::vector<PageId> complete_move(const OpenTransfer& move, uint32_t done);
   void arrive(PoolId target, PageId page);

@@ -115,6 +115,7 @@ LeaseView Index::acquire(uint32_t space, PoolId head, Tokens tokens, uint32_t ma
   hold_leading(lease, found.path);
   for (const Run& run : found.path) {
     tree_.touch(run, lease.stamp);
+    tree_.use_again(run);
     requeue(run, pools);
   }
   tree_.say(found.last, hints.life(tree_.now()), kNoneFresh);

@@ -58,8 +58,9 @@ class PagePool {
     uint32_t pages_per_slab;
     std::optional<PoolId> below;  // the next slower pool of its chain
     bool durable;
-    uint8_t tier = 0;         // pools of one tier share a tenant's quota
-    uint64_t page_bytes = 1;  // as quotas count
+    uint8_t tier = 0;            // pools of one tier share a tenant's quota
+    uint64_t page_bytes = 1;     // as quotas count
+    bool second_access = false;  // only what an acquire has matched is demoted into it
   };
   struct Counts {
     uint32_t slabs = 0, pages = 0, free = 0, private_ = 0, in_flight = 0, resident = 0, pinned = 0;

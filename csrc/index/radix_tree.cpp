@@ -224,6 +224,8 @@ NodeId RadixTree::split(NodeId node, uint32_t at) {
   head.space = tail.space;
   head.first = tail.first;
   tail.first += at;
+  head.again = std::min(tail.again, at);
+  tail.again -= head.again;
   head.tokens = cut_front(tail.tokens, size_t{at} * spaces[head.space].page_size);
   head.keys = cut_front(tail.keys, at);
   head.uses = cut_front(tail.uses, at);
@@ -279,6 +281,7 @@ void RadixTree::join(NodeId above, NodeId node) {
   heads_.erase(tail.keys[0]);
   heads_.put(head.keys[0], node);
   tail.first = head.first;
+  tail.again += head.again;
   put_front(tail.tokens, head.tokens);
   put_front(tail.keys, head.keys);
   put_front(tail.uses, head.uses);
@@ -319,6 +322,7 @@ void RadixTree::remove_tail(Node& node) {
   node.keys.pop_back();
   node.uses.pop_back();
   if (node.digests.size() > left) node.digests.pop_back();
+  node.again = std::min(node.again, left);
   --blocks;
   --holes;
 }

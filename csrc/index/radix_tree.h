@@ -86,6 +86,7 @@ struct Node {
   NodeId parent = kNoNode, first_child = kNoNode, next = kNoNode, previous = kNoNode;  // siblings
   uint32_t space = 0;
   uint32_t first = 0;  // position of its first block on the path
+  uint32_t again = 0;  // of its blocks, leading ones that an acquire has matched
   bool live = false;
   std::vector<uint32_t> tokens;
   std::vector<BlockKey> keys;
@@ -132,7 +133,9 @@ class RadixTree {
 
   // Recency and eviction.
   void touch(const Run& run, uint32_t stamp);
-  void refresh(NodeId node);  // after a change of pins, stamps or residency in it
+  void use_again(const Run& run);   // an acquire has matched it, and all before it
+  bool used_again(Place at) const;  // since it came into the tree; so were all before it
+  void refresh(NodeId node);        // after a change of pins, stamps or residency in it
   Rank rank_of(NodeId node, const Residency& in) const;
   bool dead(Place at) const;                     // it does not match any more
   uint32_t living_blocks(const Run& run) const;  // before the first dead one

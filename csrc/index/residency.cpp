@@ -181,6 +181,13 @@ void RadixTree::propagate(NodeId node, PoolId pool, int change) {
   }
 }
 
+void RadixTree::use_again(const Run& run) {
+  uint32_t& again = nodes_[run.node].again;
+  again = std::max(again, run.offset + run.blocks);
+}
+
+bool RadixTree::used_again(Place at) const { return at.offset < nodes_[at.node].again; }
+
 void RadixTree::touch(const Run& run, uint32_t stamp) {
   Node& node = nodes_[run.node];
   for (uint32_t i = run.offset; i < run.offset + run.blocks; ++i) {

@@ -155,12 +155,12 @@ std::optional<Transfer> Index::promote(LeaseId id) {
 }
 
 // The block of `page` and those before it that the target lacks, parents first; none if the page or
-// one of them has gone from the source, the target has it already, or it is dead.
+// one of them has gone from the source, the target has it already, it is dead, or not admitted yet.
 std::vector<Place> Index::missing_below(PoolId source, PoolId target, PageId page) const {
   std::vector<Place> missing;
   if (!pool(source).is(page, PageState::kResident)) return missing;
   std::optional<Place> at = tree_.owner(source, page);
-  if (tree_.dead(*at)) return missing;
+  if (tree_.dead(*at) || !admitted(*at, target)) return missing;
   for (; at && tree_.page(*at, target) == kNoPage; at = tree_.parent(*at)) {
     if (!tree_.resident(*at, source)) return {};
     missing.push_back(*at);
@@ -192,6 +192,30 @@ std::optional<Transfer> Index::plan_demote(PoolId id, uint32_t max_pages) {
 uint64_t Index::undemoted(PoolId id) const {
   const Lock lock(mutex_);
   return pool(id).undemoted.size();
+}
+
+// What was matched once has all of its prefix matched, so that no block is admitted without those
+// before it.
+bool Index::admitted(Place at, PoolId target) const {
+  return !pool(target).shape.second_access || tree_.used_again(at);
+}
+
+uint64_t Index::not_admitted(PoolId id) const {
+  uint64_t count = 0;
+  PageId page = 0;  // the pool may grow between slices
+  in_slices(id, [&] {
+    const PagePool& of = pool(id);
+    if (page == of.size() || !of.shape.below || !pool(*of.shape.below).shape.second_access)
+      return false;
+    if (of.state(page) == PageState::kResident) {
+      const Place at = tree_.owner(id, page);
+      const bool refused = !tree_.dead(at) && !admitted(at, *of.shape.below);
+      count += refused && tree_.page(at, *of.shape.below) == kNoPage;
+    }
+    ++page;
+    return true;
+  });
+  return count;
 }
 
 // What a slab holds goes to free pages of the others. A generation moves along: it names what was

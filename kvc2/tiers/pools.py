@@ -16,6 +16,7 @@ import numpy as np
 
 from kvc2 import _core, errors
 from kvc2.arena import Arena
+from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics
 from kvc2.namespace import of_era
 from kvc2.tiers.base import TIER_NUMBERS, U32, PageShape
@@ -43,11 +44,12 @@ class Pools:
         arena: Arena,
         disk: DiskTier | None,
         metrics: Metrics,
-        max_layouts: int,
+        config: ServeConfig,
     ) -> None:
         self._index = index
         self._metrics = metrics
-        self._max_layouts = max_layouts
+        self._max_layouts = config.limits.max_layouts
+        self._second_access = config.disk.admission == "second_access"
         self.arena = arena
         self.disk = disk
         self.layouts: dict[bytes, LayoutPools] = {}
@@ -85,6 +87,7 @@ class Pools:
                 durable=True,
                 tier=TIER_NUMBERS["disk"],
                 page_bytes=shape.page_bytes,
+                second_access=self._second_access,
             )
         in_arena = shape.with_slabs(self.arena.unit_bytes)
         cpu_id = self._index.add_pool(
