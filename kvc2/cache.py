@@ -148,7 +148,8 @@ class Cache:
     def _start_slower_tiers(self, arena: Arena) -> None:
         """Pools over cpu and disk, what the disk holds restored; copying behind begins."""
         config = self._config
-        self._copiers = Copier(config.copy_threads), Copier(config.copy_threads)
+        threads = config.copy_threads
+        self._copiers = Copier(threads), Copier(threads, behind=True)
         self._pools = Pools(
             self.index,
             arena,

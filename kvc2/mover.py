@@ -26,6 +26,7 @@ import numpy as np
 from kvc2 import _core
 from kvc2.metrics import Metrics
 from kvc2.pace import Meter
+from kvc2.priority import step_back
 from kvc2.tiers.base import U8, U32, part_of
 from kvc2.tiers.catalogue import Change
 from kvc2.tiers.disk import FAULT_OF_STATUS, READ_FAILED, Batch, DiskTier, Outcome
@@ -94,8 +95,8 @@ class Mover:
         self._disk = disk
         self._on_done = on_done
         self._loads = ThreadPoolExecutor(LOAD_THREADS, "kvc2-load")
-        self._behind = ThreadPoolExecutor(1, "kvc2-demote")
-        self._writer = ThreadPoolExecutor(1, "kvc2-disk")
+        self._behind = ThreadPoolExecutor(1, "kvc2-demote", initializer=step_back)
+        self._writer = ThreadPoolExecutor(1, "kvc2-disk", initializer=step_back)
         self._team = _core.ThreadTeam(1)
         self._under_way: set[int] = set()
         self._waiters: dict[int, list[asyncio.Future[None]]] = {}

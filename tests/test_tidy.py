@@ -35,7 +35,7 @@ KVC2_FLOORS = """
     namespace, results, layout, v1
     replay, traces
     _core
-    exits, config, errors, metrics, pace
+    exits, config, errors, metrics, pace, priority
 """
 ENGINE_FLOORS = """
     __main__

@@ -28,6 +28,7 @@ import numpy as np
 from kvc2 import _core, errors
 from kvc2.metrics import Metrics
 from kvc2.namespace import of_era
+from kvc2.priority import step_back
 from kvc2.tiers.base import U8, U32, U64, PageShape, part_of
 from kvc2.tiers.catalogue import Catalogue, Change, Damaged, Full, Stored, insertions, room_bytes
 from kvc2.tiers.slab_file import Files, SlabFiles
@@ -140,7 +141,7 @@ class DiskTier:
         self._arena = arena
         self._metrics = metrics
         self._files = files or Files()
-        self._writers = ThreadPoolExecutor(WRITE_THREADS, "kvc2-write")
+        self._writers = ThreadPoolExecutor(WRITE_THREADS, "kvc2-write", initializer=step_back)
         self.pools: dict[bytes, DiskPool] = {}
         self._stored: dict[int, Stored] = {}
         path.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import mmap
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 
 from kvc2 import _core
 from kvc2.layout import Layout
+from kvc2.priority import step_back
 from kvc2.tiers.base import U8, U32, U64, PageStore, payload_offsets
 
 PROGRESS_STEP = 1 << 16  # progress word = sequence * PROGRESS_STEP + layers done
@@ -29,10 +31,12 @@ class GpuExecutor(PageStore, Protocol):
 
 
 class Copier:
-    """csrc/copy with one team of threads that one call at a time may use."""
+    """csrc/copy with one team of threads that one call at a time may use. behind: nobody waits for
+    its copies, so its threads yield the CPU."""
 
-    def __init__(self, threads: int) -> None:
-        self._team = _core.ThreadTeam(threads)
+    def __init__(self, threads: int, *, behind: bool = False) -> None:
+        with ThreadPoolExecutor(1, initializer=step_back if behind else None) as starts:
+            self._team = starts.submit(_core.ThreadTeam, threads).result()
         self._lock = threading.Lock()
 
     def gather(self, pool: GpuMemory, pages: U32, arena: U8, offsets: U64) -> None:
