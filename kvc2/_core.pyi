@@ -369,6 +369,10 @@ class Index:
         catalogue, in any order. Slabs and namespaces must be there before."""
     def stamps(self, pool: int) -> U32:
         """[pages] recency by page; 0 where nothing is resident."""
+    def residents(self, pool: int, first: int, count: int) -> tuple[U32, Records]:
+        """What is resident in `count` pages of a durable pool from page `first` on: pages [n] in
+        order, and their records. Pins nothing: a page with one generation before and after its
+        bytes were read had one block all the time."""
 
     def hit_rates(self, capacities: U64) -> NDArray[np.float64]:
         """[n] of all tokens that `acquire` was asked for, the share that an LRU cache of so many
@@ -402,6 +406,7 @@ def chain_keys(namespace: bytes, tokens: U32, page_size: int) -> U8:
 # ---- block (csrc/block) ----------------------------------------------------------------------
 
 HEADER_BYTES: Final[int]  # 4096: one sector before each payload
+PAYLOAD_CHECKSUM_OFFSET: Final[int]  # in the header: 16 bytes
 
 BLOCK_OK: Final[int]
 BLOCK_BAD_HEADER: Final[int]  # magic, version, a reserved field or the header's checksum

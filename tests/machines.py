@@ -462,6 +462,9 @@ class IndexMachine(RuleBasedStateMachine):
                 for path, page in at.blocks.items()
                 if at.resident(path)
             }
+            if at.durable:
+                there = self.index.residents(pool, 0, 1000)[0].tolist()
+                assert there == [page for page in sorted(at.state) if at.state[page] == RESIDENT]
         real = self.index.counts()
         blocks = {path for at in self.model.pools.values() for path in at.blocks}
         assert (real.blocks, real.holes) == (len(blocks), self.model.holes())

@@ -54,6 +54,8 @@ MUTANTS = [
            "    for (auto& [id, lease] : leases_) lease.stamp /= 2;\n"),
     Mutant("the clock runs over", LEASES, "if (stamp_ >= 0xFFFFFFFE)",
            "if (stamp_ == 0xFFFFFFFE)"),
+    Mutant("residents are told while they are on their way", TRANSFERS,
+           "of.is(page, PageState::kResident)", "!of.is(page, PageState::kFree)"),
     Mutant("demotion goes child before parent", TRANSFERS, "  std::ranges::reverse(missing);\n"),
     Mutant("demotion leaves a parent out", TRANSFERS,
            "    if (!tree_.resident(*at, source)) return {};\n",

@@ -73,6 +73,22 @@ def test_a_page_or_a_block_that_comes_twice_is_a_conflict(house: House) -> None:
     assert house.index.pool_counts(house.disk).resident == 1
 
 
+def test_residents_are_told_as_their_records_were(house: House) -> None:
+    restore(house, (1,), (1, 2), (1, 2, 3), pages=[5, 0, 3], generation=9)
+    pages, records = house.index.residents(house.disk, 0, 4)
+    assert pages.tolist() == [0, 3]
+    names = [NAME, *digests(NAME, [tokens(block).tobytes() for block in (1, 2, 3)])]
+    assert [row.tobytes() for row in records.digests] == names[2:]
+    assert [row.tobytes() for row in records.parents] == names[1:3]
+    assert [row.tobytes() for row in records.namespaces] == [NAME, NAME]
+    assert (records.tokens == tokens(2, 3).reshape(-1, SIZE)).all()
+    assert records.generations.tolist() == [9, 9]
+    assert house.index.residents(house.disk, 4, 100)[0].tolist() == [5]
+    assert house.index.residents(house.disk, 8, 4)[0].size == 0
+    with pytest.raises(ValueError, match="not a durable one"):
+        house.index.residents(house.cpu, 0, 1)
+
+
 def test_only_a_durable_pool_is_restored(house: House) -> None:
     house.disk = house.cpu
     with pytest.raises(ValueError, match="not a durable one"):

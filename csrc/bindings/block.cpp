@@ -170,6 +170,7 @@ void bind_block(py::module_& module) {
   using namespace kvc2;
   using namespace kvc2::bindings;
   module.attr("HEADER_BYTES") = kHeaderBytes;
+  module.attr("PAYLOAD_CHECKSUM_OFFSET") = kPayloadChecksumOffset;
   module.attr("BLOCK_OK") = static_cast<int>(BlockState::kOk);
   module.attr("BLOCK_BAD_HEADER") = static_cast<int>(BlockState::kBadHeader);
   module.attr("BLOCK_OTHER") = static_cast<int>(BlockState::kOther);

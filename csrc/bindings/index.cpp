@@ -235,6 +235,13 @@ void bind_pools(py::class_<Index>& index) {
             return array_of(unlocked([&] { return self.slab_pages(pool); }));
           },
           "pool"_a)
+      .def(
+          "residents",
+          [](Index& self, PoolId pool, PageId first, uint32_t count) {
+            const auto found = unlocked([&] { return self.residents(pool, first, count); });
+            return py::make_tuple(array_of(found.pages), arrays_of(found.records));
+          },
+          "pool"_a, "first"_a, "count"_a)
       .def("victim_age", &Index::victim_age, "pool"_a, py::call_guard<py::gil_scoped_release>())
       .def("pool_counts", &Index::pool_counts, "pool"_a, py::call_guard<py::gil_scoped_release>())
       .def("close_pool", &Index::close_pool, "pool"_a, py::call_guard<py::gil_scoped_release>())

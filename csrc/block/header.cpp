@@ -34,7 +34,8 @@ static_assert(offsetof(Header, parent) == 80 && offsetof(Header, key) == 112);
 static_assert(offsetof(Header, key_mode) == 128 && offsetof(Header, layout) == 144);
 static_assert(offsetof(Header, page_size) == 176 && offsetof(Header, external_key) == 184);
 static_assert(offsetof(Header, extras) == 248 && offsetof(Header, payload_bytes) == 280);
-static_assert(offsetof(Header, payload_checksum) == 296 && offsetof(Header, mac) == 312);
+static_assert(offsetof(Header, payload_checksum) == kPayloadChecksumOffset);
+static_assert(offsetof(Header, mac) == 312);
 static_assert(offsetof(Header, tokens) == 1024 && offsetof(Header, checksum) == 4080);
 
 constexpr uint8_t kMagic[8] = {'K', 'V', 'C', '2', 'P', 'A', 'G', 'E'};

@@ -41,6 +41,7 @@
 namespace kvc2 {
 
 constexpr size_t kHeaderBytes = 4096;
+constexpr size_t kPayloadChecksumOffset = 296;
 constexpr size_t kTokensMax = 512;  // of a block: the room for them in the header
 
 using Bytes16 = std::array<uint8_t, 16>;

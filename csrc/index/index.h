@@ -103,6 +103,11 @@ struct Records {  // what a header and the catalogue write of a block; by block
   std::vector<uint64_t> generations;
 };
 
+struct Residents {  // of a durable pool, in page order
+  std::vector<PageId> pages;
+  Records records;
+};
+
 struct Extent {
   uint32_t source, target, pages;
 };
@@ -209,6 +214,9 @@ class Index {
   Evicted lost(PoolId pool, std::span<const PageId> pages);
   std::vector<RestoreResult> restore(PoolId pool, const RestoreBatch& batch);
   std::vector<uint32_t> stamps(PoolId pool) const;
+  // What is resident in `count` pages from `first` on. Pins nothing: a page that has the same
+  // generation before and after its bytes were read had that block all the time.
+  Residents residents(PoolId pool, PageId first, uint32_t count);
 
   IndexCounts counts() const;
   // What LRU caches of so many tokens would have hit, of all tokens asked for; see reuse_curve.h.
@@ -336,6 +344,7 @@ class Index {
   Transfer start(OpenTransfer&& plan);
   Records records_of(const OpenTransfer& plan);
   bool admitted(Place at, PoolId target) const;
+  void add_record(Records& records, Place at, uint64_t generation);
   std::vector<Place> missing_below(PoolId source, PoolId target, PageId page) const;
   std::vector<PageId> complete_move(const OpenTransfer& move, uint32_t done);
   void arrive(PoolId target, PageId page);

@@ -57,22 +57,43 @@ static std::vector<Extent> extents_of(std::span<const PageId> source,
   return extents;
 }
 
+void Index::add_record(Records& records, Place at, uint64_t generation) {
+  const Tokens tokens = tree_.tokens(at);
+  records.namespaces.push_back(tree_.spaces[tree_[at.node].space].name);
+  records.digests.push_back(tree_.digest(at));
+  records.parents.push_back(tree_.parent_digest(at));
+  records.keys.push_back(tree_[at.node].keys[at.offset]);
+  records.tokens.insert(records.tokens.end(), tokens.begin(), tokens.end());
+  records.generations.push_back(generation);
+}
+
 Records Index::records_of(const OpenTransfer& plan) {
   const bool to_durable = pool(plan.target).shape.durable;
   const PagePool& durable = pool(to_durable ? plan.target : plan.source);
   const auto& pages = to_durable ? plan.target_pages : plan.source_pages;
   Records records;
   for (size_t i = 0; i < pages.size(); ++i) {
-    const Place at = tree_.owner(plan.source, plan.source_pages[i]);
-    const Tokens tokens = tree_.tokens(at);
-    records.namespaces.push_back(tree_.spaces[tree_[at.node].space].name);
-    records.digests.push_back(tree_.digest(at));
-    records.parents.push_back(tree_.parent_digest(at));
-    records.keys.push_back(tree_[at.node].keys[at.offset]);
-    records.tokens.insert(records.tokens.end(), tokens.begin(), tokens.end());
-    records.generations.push_back(durable.generations[pages[i]]);
+    add_record(records, tree_.owner(plan.source, plan.source_pages[i]),
+               durable.generations[pages[i]]);
   }
   return records;
+}
+
+Residents Index::residents(PoolId id, PageId first, uint32_t count) {
+  Residents found;
+  PageId page = first;
+  in_slices(id, [&] {
+    const PagePool& of = pool(id);
+    if (!of.shape.durable) throw std::invalid_argument("pool: not a durable one");
+    if (page >= of.size() || page - first >= count) return false;
+    if (of.is(page, PageState::kResident)) {
+      found.pages.push_back(page);
+      add_record(found.records, tree_.owner(id, page), of.generations[page]);
+    }
+    ++page;
+    return true;
+  });
+  return found;
 }
 
 Transfer Index::start(OpenTransfer&& plan) {
