@@ -18,8 +18,8 @@ from kvc2 import _core, errors
 from kvc2.arena import Arena
 from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics
-from kvc2.namespace import of_era
-from kvc2.tiers.base import TIER_NUMBERS, U32, PageShape
+from kvc2.tiers import restart
+from kvc2.tiers.base import TIER_NUMBERS, PageShape
 from kvc2.tiers.cpu import CpuPool
 from kvc2.tiers.disk import DiskPool, DiskTier
 
@@ -80,14 +80,8 @@ class Pools:
         disk = None if self.disk is None else self.disk.pool(shape)
         disk_id = None
         if disk is not None:
-            disk_id = self._index.add_pool(
-                page_size=shape.page_size,
-                pages_per_slab=disk.shape.pages_per_slab,
-                below=None,
-                durable=True,
-                tier=TIER_NUMBERS["disk"],
-                page_bytes=shape.page_bytes,
-                second_access=self._second_access,
+            disk_id = restart.disk_pool(
+                self._index, disk.shape, second_access=self._second_access
             )
         in_arena = shape.with_slabs(self.arena.unit_bytes)
         cpu_id = self._index.add_pool(
@@ -138,10 +132,7 @@ class Pools:
         disk = self.disk
         if disk is None:
             return set()
-        names = set()
-        for name, (page_size, _) in disk.catalogue.namespaces.items():
-            names.add(of_era(name, disk.catalogue.eras.get(name, 0)))
-            self._index.open_namespace(of_era(name, disk.catalogue.eras.get(name, 0)), page_size)
+        names = restart.open_spaces(self._index, disk.catalogue)
         used: set[bytes] = set()
         for pool in list(disk.pools.values()):
             used |= self._restore_pool(disk, self._known(pool.shape))
@@ -153,36 +144,16 @@ class Pools:
         assert pools.disk is not None
         assert pools.disk_id is not None
         stored = disk.stored(pools.disk)
-        numbers = pools.disk.slabs.numbers()
-        for _ in range(max(numbers, default=-1) + 1):
-            self._index.add_slab(pools.disk_id)
-        for gap in set(range(max(numbers, default=-1) + 1)) - set(numbers):
-            self._index.take_slab(pools.disk_id, gap)
-        rows = stored.records
-        result = self._index.restore(
-            pools.disk_id,
-            np.ascontiguousarray(rows["digest"]),
-            np.ascontiguousarray(rows["parent"]),
-            np.ascontiguousarray(rows["tokens"].astype(np.uint32)),
-            stored.pages,
-            np.ascontiguousarray(rows["generation"].astype(np.uint64)),
-            _stamps_of(disk.read_recency(pools.disk), stored.pages),
-        )
+        restart.add_slabs(self._index, pools.disk_id, pools.disk.slabs.numbers())
+        recency = disk.read_recency(pools.disk)
+        result = restart.restore(self._index, pools.disk_id, stored, recency)
         refused = stored.pages[result != _core.RESTORED]
         if refused.size:
             self._metrics.fault("restore_refused", refused.size)
             pools.disk.deletes.append(refused)
-        parents = np.unique(rows["parent"][result == _core.RESTORED], axis=0)
+        parents = np.unique(stored.records["parent"][result == _core.RESTORED], axis=0)
         return {bytes(parent) for parent in parents}
 
 
 def _sizes(shape: PageShape) -> tuple[int, int, int]:
     return shape.page_size, shape.payload_bytes, shape.page_bytes
-
-
-def _stamps_of(recency: U32, pages: U32) -> U32:
-    """[n] the stamp of each page; 1, the oldest there is, where none was written aside."""
-    stamps = np.ones(pages.size, np.uint32)
-    known = pages < recency.size
-    stamps[known] = np.maximum(recency[pages[known]], 1)
-    return stamps
