@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvc2 import config, errors
-from kvc2.exits import FAILED, exit_codes
+from kvc2.exits import BAD_USAGE, FAILED, exit_codes
 from kvc2.serve_command import EvictionPolicy, serve
 
 if TYPE_CHECKING:
@@ -200,6 +200,35 @@ def explain(
             return
         for line in prompts.lines(found, prompt, None if words is None else words.decode):
             print(line)
+
+
+@app.command(
+    epilog="Example: kvc2 check /nvme/kvc2 --repair. No daemon may serve DIR: kvc2 scrub verifies "
+    "what a running one has. Exit codes: 0 sound, or it is now, 1 damaged, 2 bad usage or in use."
+)
+def check(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A disk.path.")],
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair",
+            help="Delete records of damaged blocks and of what hangs below them, orphaned slab "
+            "files; move a catalogue aside that can't be read.",
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Verify a disk tier offline: catalogue, slab files, checksums of every block."""
+    from kvc2 import check_command
+
+    with exit_codes():
+        try:
+            sound = check_command.run(folder, mends=repair, as_json=as_json)
+        except (errors.Served, OSError) as error:
+            print(f"kvc2: {error}", file=sys.stderr)
+            raise typer.Exit(BAD_USAGE) from error
+        if not sound:
+            raise typer.Exit(FAILED)
 
 
 @app.command(epilog="Example: kvc2 quota agents --tier cpu --gb 20")

@@ -79,6 +79,10 @@ class StartRefused(Kvc2Error):
     """The daemon can't start as configured (a taken socket, a public address): exit code 1."""
 
 
+class Served(StartRefused):
+    """Another process has the disk directory."""
+
+
 class Unreachable(Kvc2Error):
     """No daemon answers at the address, or it did not answer in time."""
 

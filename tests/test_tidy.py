@@ -25,7 +25,7 @@ README_LINES_MAX = 100
 KVC2_FLOORS = """
     __main__
     cli
-    sizing, prompts, stats_tables, serve_command
+    sizing, prompts, stats_tables, serve_command, check_command
     server, client
     cache
     explain, prefetch, pins, quotas, whole

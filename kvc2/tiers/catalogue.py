@@ -16,7 +16,8 @@ import logging
 import os
 import struct
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,6 +57,7 @@ BROKEN = (
     lmdb.BadTxnError,
     lmdb.BadRslotError,
     lmdb.CursorFullError,
+    lmdb.NotFoundError,  # a table that every start makes
 )
 LEAF_FILL = 0.5  # of an LMDB leaf page, the least that splits leave
 
@@ -121,20 +123,23 @@ def insertions(
 
 
 class Catalogue:
-    """Raises Damaged or StartRefused at open; `slack_bytes` bounds what is beside the records."""
+    """Raises Damaged or StartRefused at open; `slack_bytes` bounds what is beside the records.
+    `read_only`: nothing is made or changed, this is no start, and nothing may be committed."""
 
-    def __init__(self, folder: Path, slack_bytes: int) -> None:
+    def __init__(self, folder: Path, slack_bytes: int, *, read_only: bool = False) -> None:
         self.folder = folder
+        self._read_only = read_only
         self._slack_bytes = max(slack_bytes, SLACK_BYTES_MIN)
         self._room_bytes = 0
         self._new_layouts: dict[int, PageShape] = {}
         self._new_namespaces: dict[bytes, tuple[int, bytes]] = {}  # page size, identity
         self._new_eras: dict[bytes, int] = {}
-        folder.mkdir(mode=0o700, exist_ok=True)
+        if not read_only:
+            folder.mkdir(mode=0o700, exist_ok=True)
         _check_file(folder / DATA_FILE)
         try:
             self._open()
-            self.start_count = self._begin()
+            self.start_count = self._starts() if read_only else self._begin()
             self.layouts = self._layouts()
             self.namespaces = self._namespaces()
             self.eras = self._eras()
@@ -155,25 +160,37 @@ class Catalogue:
             writemap=False,
             sync=True,
             metasync=True,
+            readonly=self._read_only,
+            create=not self._read_only,
+            lock=not self._read_only,  # who only reads has the directory to itself
         )
         self._meta, self._layout_table, self._namespace_table, self._blocks = (
-            self._env.open_db(name) for name in (b"meta", b"layouts", b"namespaces", b"blocks")
+            self._env.open_db(name, create=not self._read_only)
+            for name in (b"meta", b"layouts", b"namespaces", b"blocks")
         )
 
     def _begin(self) -> int:
         """Check the format and commit one more start: generations of this run are new ones."""
         with self._env.begin(db=self._meta, write=True) as txn:
-            version = txn.get(b"format")
-            if version is not None and version != START.pack(FORMAT_VERSION):
-                found = int.from_bytes(version, "little")
-                raise errors.StartRefused(
-                    f"{self.folder}: format {found}, this version reads {FORMAT_VERSION};"
-                    " serve it with the version that wrote it, or give another disk.path"
-                )
+            self._check_format(txn)
             count = START.unpack(txn.get(b"starts", START.pack(0)))[0] + 1
             txn.put(b"format", START.pack(FORMAT_VERSION))
             txn.put(b"starts", START.pack(count))
         return int(count)
+
+    def _starts(self) -> int:
+        with self._env.begin(db=self._meta) as txn:
+            self._check_format(txn)
+            return int(START.unpack(txn.get(b"starts", START.pack(0)))[0])
+
+    def _check_format(self, txn: lmdb.Transaction) -> None:
+        version = txn.get(b"format")
+        if version is not None and version != START.pack(FORMAT_VERSION):
+            found = int.from_bytes(version, "little")
+            raise errors.StartRefused(
+                f"{self.folder}: format {found}, this version reads {FORMAT_VERSION};"
+                " serve it with the version that wrote it, or give another disk.path"
+            )
 
     def _layouts(self) -> dict[int, PageShape]:
         with self._env.begin(db=self._layout_table) as txn:
@@ -244,18 +261,34 @@ class Catalogue:
         shape = self.layouts[number]
         kind = record_type(shape.page_size)
         prefix = struct.pack(">I", number)
-        try:
-            with self._env.begin(db=self._blocks) as txn:
-                cursor = txn.cursor()
-                items = cursor.iternext() if cursor.set_range(prefix) else iter(())
-                rows = [(key, value) for key, value in items if key[:4] == prefix]
-        except lmdb.Error as error:
-            raise Damaged(str(error)) from error
+        with _damage(), self._env.begin(db=self._blocks) as txn:
+            cursor = txn.cursor()
+            items = cursor.iternext() if cursor.set_range(prefix) else iter(())
+            rows = [(key, value) for key, value in items if key[:4] == prefix]
         if any(len(key) != KEY.itemsize or len(value) != kind.itemsize for key, value in rows):
             raise Damaged("a record of another length")
         keys = np.frombuffer(b"".join(key for key, _ in rows), KEY)
         values = np.frombuffer(b"".join(value for _, value in rows), kind)
         return Stored(keys["page"].astype(np.uint32), values)
+
+    def unknown(self) -> dict[int, U32]:
+        """Pages of records by layout number, of layouts that nothing describes: a restart doesn't
+        see them. Raises Damaged."""
+        found: dict[int, list[int]] = {}
+        with _damage(), self._env.begin(db=self._blocks) as txn:
+            cursor = txn.cursor()
+            more = cursor.first()
+            while more:
+                key = bytes(cursor.key())
+                if len(key) != KEY.itemsize:
+                    raise Damaged("a record of another length")
+                number, page = struct.unpack(">II", key)
+                if number in self.layouts:
+                    more = cursor.set_range(struct.pack(">I", number + 1))
+                    continue
+                found.setdefault(number, []).append(page)
+                more = cursor.next()
+        return {number: np.array(pages, np.uint32) for number, pages in found.items()}
 
     def commit(self, change: Change) -> None:
         """All of it, durable when this returns, or nothing: Full, or lmdb.Error for other faults.
@@ -312,6 +345,15 @@ class Catalogue:
         needed = (self._env.info()["last_pgno"] + 1) * PAGE_BYTES
         if path.stat().st_size < needed:
             os.truncate(path, needed)
+
+
+@contextmanager
+def _damage() -> Iterator[None]:
+    """What LMDB can't read is damage."""
+    try:
+        yield
+    except lmdb.Error as error:
+        raise Damaged(str(error)) from error
 
 
 def _check_shape(shape: PageShape) -> None:

@@ -78,17 +78,24 @@ class DiskPool:
         BLOCK_* or READ_FAILED. OSError: none of them counts."""
         size = self.shape.page_bytes
         step = max(1, min(MOVE_BYTES // size, sources.size))
-        memory = np.frombuffer(mmap.mmap(-1, step * size), np.uint8)  # aligned, for O_DIRECT
+        memory = aligned(step * size)
         slabs = self.slabs.over(memory)
         status = np.full(sources.size, READ_FAILED, np.uint8)
         for start in range(0, sources.size, step):
             part = slice(start, min(start + step, sources.size))
-            offsets = np.arange(part.stop - start, dtype=np.uint64) * np.uint64(size)
-            rows = part_of(records, part)
-            status[part] = self._load(slabs, memory, sources[part], offsets, rows)
-            slabs.write(targets[part], offsets)
+            status[part] = self.verify(memory, sources[part], part_of(records, part))
+            slabs.write(targets[part], self.places(part.stop - start))
         slabs.sync(targets)
         return status
+
+    def verify(self, memory: U8, pages: U32, records: _core.Records) -> U8:
+        """Read pages into `memory`, whole pages from its start on, and verify them whole. Changes
+        nothing. [n] of BLOCK_* or READ_FAILED."""
+        return self._load(self.slabs.over(memory), memory, pages, self.places(pages.size), records)
+
+    def places(self, count: int) -> U64:
+        """[count] where `verify` puts pages."""
+        return np.arange(count, dtype=np.uint64) * np.uint64(self.shape.page_bytes)
 
     def _load(
         self, slabs: SlabFiles, arena: U8, pages: U32, offsets: U64, records: _core.Records
@@ -145,7 +152,7 @@ class DiskTier:
         self.pools: dict[bytes, DiskPool] = {}
         self._stored: dict[int, Stored] = {}
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lock_fd = _lock(path)
+        self._lock_fd = lock(path)
         try:
             for name in ("slabs", "recency"):
                 (path / name).mkdir(mode=0o700, exist_ok=True)
@@ -416,11 +423,17 @@ class DiskTier:
         os.close(self._lock_fd)
 
 
-def _lock(path: Path) -> int:
+def aligned(num_bytes: int) -> U8:
+    """Memory that O_DIRECT takes."""
+    return np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8)
+
+
+def lock(path: Path) -> int:
+    """Be the one process that has the directory, until this file is closed. Raises Served."""
     fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(fd)
-        raise errors.StartRefused(f"{path}: another daemon serves this directory") from error
+        raise errors.Served(f"{path}: another daemon serves this directory") from error
     return fd

@@ -80,9 +80,7 @@ class Pools:
         disk = None if self.disk is None else self.disk.pool(shape)
         disk_id = None
         if disk is not None:
-            disk_id = restart.disk_pool(
-                self._index, disk.shape, second_access=self._second_access
-            )
+            disk_id = restart.disk_pool(self._index, disk.shape, second_access=self._second_access)
         in_arena = shape.with_slabs(self.arena.unit_bytes)
         cpu_id = self._index.add_pool(
             page_size=shape.page_size,

@@ -29,14 +29,16 @@ SLAB_NAME = re.compile(r"(\d{8})\.slab")
 
 
 class Files:
-    """The system calls on slab files, in one place: tests put faults here."""
+    """The system calls on slab files, in one place: tests put faults here. `read_only`: files that
+    are there are opened for reading, and nothing else is done to them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, read_only: bool = False) -> None:
         self._direct = os.O_DIRECT
+        self._flags = os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT
 
     def open(self, path: Path) -> int:
         """Open or create for O_DIRECT; without it where the file system has none (said once)."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        flags = self._flags | os.O_CLOEXEC
         try:
             return os.open(path, flags | self._direct, 0o600)
         except OSError as error:
