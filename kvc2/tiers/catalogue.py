@@ -28,15 +28,12 @@ from numpy.typing import NDArray
 from kvc2 import _core, errors
 from kvc2.layout import ALIGNMENT, HEADER_BYTES, check_page_size
 from kvc2.tiers.base import U8, U32, PageShape
+from kvc2.tiers.lmdb_file import PAGE_BYTES, Damaged, check_file
 
 LOG = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 DATA_FILE = "data.mdb"
-PAGE_BYTES = 4096  # LMDB's
-META_OFFSET = 16  # of MDB_meta behind its page header
-META = struct.Struct("<IIQQ IHHQQQQQ IHHQQQQQ QQ")  # LMDB 0.9, mdb.c: struct MDB_meta
-META_MAGIC, META_VERSION = 0xBEEFC0DE, 1
 KEY = np.dtype([("layout", ">u4"), ("page", ">u4")])
 LAYOUT = struct.Struct("<IIQQQI")  # number, page_size, payload, page and slab bytes, pages a slab
 START = struct.Struct("<Q")
@@ -60,10 +57,6 @@ BROKEN = (
     lmdb.NotFoundError,  # a table that every start makes
 )
 LEAF_FILL = 0.5  # of an LMDB leaf page, the least that splits leave
-
-
-class Damaged(Exception):
-    """The catalogue's file can't be what a sound LMDB left behind."""
 
 
 class Full(Exception):
@@ -136,7 +129,7 @@ class Catalogue:
         self._new_eras: dict[bytes, int] = {}
         if not read_only:
             folder.mkdir(mode=0o700, exist_ok=True)
-        _check_file(folder / DATA_FILE)
+        check_file(folder / DATA_FILE)
         try:
             self._open()
             self.start_count = self._starts() if read_only else self._begin()
@@ -427,25 +420,3 @@ def _move(
 
 def _delete(txn: lmdb.Transaction, table: lmdb._Database, keys: Iterable[bytes]) -> None:
     deque((txn.delete(key, db=table) for key in keys), maxlen=0)
-
-
-def _check_file(path: Path) -> None:
-    """Raises Damaged when the data file is shorter than its newest meta page says: LMDB 0.9 would
-    map it all the same, and reading beyond its end is SIGBUS."""
-    if not path.exists() or path.stat().st_size == 0:
-        return
-    with path.open("rb") as file:
-        head = file.read(2 * PAGE_BYTES)
-    pages: list[tuple[int, ...]] = []
-    newest = -1
-    for start in (META_OFFSET, PAGE_BYTES + META_OFFSET):
-        if len(head) < start + META.size:
-            raise Damaged(f"{path}: {len(head)} bytes are no catalogue")
-        values = META.unpack_from(head, start)
-        if values[:2] != (META_MAGIC, META_VERSION) or values[4] != PAGE_BYTES:
-            raise Damaged(f"{path}: meta page {len(pages)} is none of LMDB 0.9")
-        pages.append(values)
-        newest = max(newest, values[-1])
-    last_page = max(values[-2] for values in pages if values[-1] == newest)
-    if path.stat().st_size < (last_page + 1) * PAGE_BYTES:
-        raise Damaged(f"{path}: shorter than its {last_page + 1} pages")

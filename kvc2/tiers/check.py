@@ -23,8 +23,9 @@ from kvc2 import _core
 from kvc2.namespace import of_era
 from kvc2.tiers import restart
 from kvc2.tiers.base import U8, U32, PageShape
-from kvc2.tiers.catalogue import DATA_FILE, SLACK_BYTES_MIN, Catalogue, Damaged, Stored
+from kvc2.tiers.catalogue import DATA_FILE, SLACK_BYTES_MIN, Catalogue, Stored
 from kvc2.tiers.disk import READ_FAILED, DiskPool, aligned, lock
+from kvc2.tiers.lmdb_file import Damaged
 from kvc2.tiers.slab_file import Files, SlabFiles
 
 # what is counted -> what it means

@@ -30,7 +30,8 @@ from kvc2.metrics import Metrics
 from kvc2.namespace import of_era
 from kvc2.priority import step_back
 from kvc2.tiers.base import U8, U32, U64, PageShape, part_of
-from kvc2.tiers.catalogue import Catalogue, Change, Damaged, Full, Stored, insertions, room_bytes
+from kvc2.tiers.catalogue import Catalogue, Change, Full, Stored, insertions, room_bytes
+from kvc2.tiers.lmdb_file import Damaged
 from kvc2.tiers.slab_file import Files, SlabFiles
 
 LOG = logging.getLogger(__name__)

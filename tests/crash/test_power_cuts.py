@@ -9,13 +9,12 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.caches import running
+from tests.caches import folder_in_memory, running
 from tests.crash.power import Medium, journal, owed
 from tests.crash.writer import SIZES, digests, engines, prompt_of
 from tests.stand_in import PAGE_SIZE
@@ -34,10 +33,8 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def memory() -> Iterator[Path]:
-    """A folder in memory where there is one: a journal syncs often, images are many."""
-    shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=shared) as folder:
-        yield Path(folder)
+    with folder_in_memory() as folder:
+        yield folder
 
 
 def written(shim: Path, folder: Path, seed: int, steps: int) -> Medium:
