@@ -281,6 +281,8 @@ class Behind:
         if self._must_wait("disk"):
             return False
         await self._yield()
+        if not await self._retire(pools):
+            return False
         await self._make_room(pools)
         if not disk.settled:  # a load found bad pages while this waited
             return True
@@ -294,6 +296,24 @@ class Behind:
         if transfer is None and not disk.deletes:
             return False
         return await self._commit(pools, transfer)
+
+    async def _retire(self, pools: LayoutPools) -> bool:
+        """Nothing is planned into slabs that failed to sync; an empty one is deleted. False while
+        something in one is in use: the end of that wakes us."""
+        disk, disk_id = pools.disk, pools.disk_id
+        assert disk is not None
+        assert disk_id is not None
+        for number in sorted(disk.slabs.retired - disk.closed):
+            if not self._index.close_slab(disk_id, number):
+                return False
+            disk.closed.add(number)
+            self._metrics.fault("slab_retired")
+        for number in sorted(disk.closed):
+            if disk.settled and self._index.take_slab(disk_id, number):
+                disk.closed.discard(number)
+                shrink = partial(DiskTier.shrink, pool=disk, number=number)
+                await asyncio.shield(self._mover.on_writer(shrink))
+        return True
 
     async def _commit(self, pools: LayoutPools, transfer: _core.Transfer | None) -> bool:
         outcome = await asyncio.shield(self._mover.store(pools, transfer))

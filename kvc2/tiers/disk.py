@@ -57,11 +57,12 @@ FAULT_OF_STATUS = {
 class DiskPool:
     """The pages of one layout on disk. `deletes` are pages that the index has freed and whose
     records are still there; `moves` are pages from and to which blocks have moved since the last
-    commit."""
+    commit. `closed`: slabs that a failed sync has retired, in which the index plans nothing."""
 
     number: int
     shape: PageShape
     slabs: SlabFiles
+    closed: set[int] = field(default_factory=set)
     deletes: list[U32] = field(default_factory=list)
     moves: list[tuple[U32, U32]] = field(default_factory=list)
 
@@ -246,13 +247,15 @@ class DiskTier:
 
     def sync(self) -> bool:
         """All that was written is durable, also where batches are not synced one by one. False,
-        and counted, when the disk did not; that stays unsynced for good."""
+        and counted, when the disk did not; that stays unsynced, and this False, until its slab is
+        gone."""
         unsynced, self._unsynced = self._unsynced, []
         try:
             for pool, pages in unsynced:
                 held = np.isin(pages // pool.shape.pages_per_slab, pool.slabs.numbers())
                 pool.slabs.sync(pages[held])
         except OSError as error:
+            self._unsynced = [*unsynced, *self._unsynced]
             self._metrics.fault("disk_write")
             LOG.warning("disk: syncing: %s", error)
             return False

@@ -124,6 +124,7 @@ class SlabFiles:
         self._arena = arena.data
         self._files = files
         self._slabs = SlabTable(shape)  # a slab's base is its file descriptor
+        self.retired: set[int] = set()  # by a failed sync; what was durable in them is still read
         folder.mkdir(mode=0o700, exist_ok=True)
 
     def over(self, memory: U8) -> SlabFiles:
@@ -171,6 +172,7 @@ class SlabFiles:
         """Close and delete a slab's file, for good when this returns: its room is taken. Its pages
         must be free and their records deleted. OSError: it may come back."""
         self._files.close(self._slabs.drop(number))
+        self.retired.discard(number)
         self._files.unlink(self.folder / f"{number:08d}.slab")
         self._files.sync_folder(self.folder)
 
@@ -189,9 +191,21 @@ class SlabFiles:
             self._write_run(run)
 
     def sync(self, pages: U32) -> None:
-        """Make the data of these pages durable: one fdatasync a file."""
-        for fd in np.unique(self._slabs.bases(pages)).tolist():
-            self._files.sync(fd)
+        """Make the data of these pages durable: one fdatasync a file. OSError: some are not. What
+        of a slab that failed is on the disk nobody knows, and a second fdatasync would say that all
+        of it is: the slab is in `retired` from then on and is never synced again."""
+        failed: OSError | None = None
+        for number in np.unique(pages // self.shape.pages_per_slab).tolist():
+            if number in self.retired:
+                failed = failed or OSError(errno.EIO, f"{self.folder}: slab {number} is retired")
+                continue
+            try:
+                self._files.sync(self._slabs.base(number))
+            except OSError as error:
+                self.retired.add(number)
+                failed = error
+        if failed is not None:
+            raise failed
 
     def _runs(self, pages: U32, offsets: U64) -> Iterator[Run]:
         fds, places = self._slabs.bases(pages), self._slabs.within(pages)

@@ -1,0 +1,120 @@
+"""After a failed fdatasync nobody knows what is on the disk, and the next one would succeed all the
+same: that slab is retired, never written or synced again; nothing in doubt is called durable."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvc2.tiers.slab_file import Files
+from tests.caches import MIB, faults, running
+from tests.stand_in import PAGE_SIZE, StandIn, prompt
+
+BLOCKS = 8
+
+
+class OneFailure(Files):
+    """The next sync fails while `armed`; then notes what is done to that file afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.armed = False
+        self.failed: set[int] = set()
+        self.after: list[str] = []
+
+    def write(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if fd in self.failed:
+            self.after.append("write")
+        return super().write(fd, buffers, offset)
+
+    def sync(self, fd: int) -> None:
+        if fd in self.failed:
+            self.after.append("sync")
+        if self.armed:
+            self.armed = False
+            self.failed.add(fd)
+            raise OSError(errno.EIO, "not synced")
+        super().sync(fd)
+
+    def close(self, fd: int) -> None:
+        self.failed.discard(fd)
+        super().close(fd)
+
+
+def test_a_slab_that_failed_to_sync_is_retired(tmp_path: Path) -> None:
+    async def run() -> None:
+        files = OneFailure()
+        async with running(tmp_path, files=files) as cache:
+            engine = StandIn(cache, 64)
+            await engine.ask(prompt(1, BLOCKS))
+            assert (await cache.flush(10)).durable_blocks == BLOCKS
+            files.armed = True
+            await engine.ask(prompt(2, BLOCKS))
+            assert (await cache.flush(10)).not_durable == {"error": BLOCKS}
+            assert files.failed
+            assert (await cache.flush(10)).not_durable == {}
+            for seed in range(3, 6):
+                await engine.ask(prompt(seed, BLOCKS))
+                assert (await cache.flush(10)).not_durable == {}
+            assert files.after == []
+            assert faults(cache, "slab_retired") == 1
+            await cache.evict("gpu", 0)
+            await cache.evict("cpu", 0)  # what was durable there is still read
+            assert (await engine.ask(prompt(1, BLOCKS))).matched_tokens == BLOCKS * PAGE_SIZE
+            await cache.evict("disk", 0)
+            (pools,) = cache._pools.layouts.values()  # type: ignore[union-attr]
+            assert pools.disk is not None
+            await engine.ask(prompt(6, BLOCKS))
+            assert (await cache.flush(10)).not_durable == {}
+            assert not pools.disk.slabs.retired  # it was empty: its file is gone
+            cache.index.check()
+        async with running(tmp_path) as cache:
+            found = await StandIn(cache, 64).ask(prompt(6, BLOCKS))
+            assert found.matched_tokens == BLOCKS * PAGE_SIZE
+
+    asyncio.run(run())
+
+
+def test_a_relaxed_flush_that_failed_is_not_forgotten(tmp_path: Path) -> None:
+    async def run() -> None:
+        files = OneFailure()
+        async with running(tmp_path, files=files, durability="relaxed") as cache:
+            engine = StandIn(cache, 64)
+            files.armed = True
+            await engine.ask(prompt(1, BLOCKS))
+            assert (await cache.flush(10)).not_durable == {"error": BLOCKS}
+            assert (await cache.flush(10)).not_durable == {"error": BLOCKS}
+            assert not await cache.wait_durable(10)
+            await engine.ask(prompt(2, BLOCKS))  # goes to another slab
+            assert files.after == []
+            await cache.evict("disk", 0)
+            await engine.ask(prompt(3, BLOCKS))
+            await cache.flush(10)  # deletes the slab
+            assert (await cache.flush(10)).not_durable == {}
+            cache.index.check()
+
+    asyncio.run(run())
+
+
+def test_a_disk_that_never_syncs_costs_no_slab_after_the_other(tmp_path: Path) -> None:
+    class Never(Files):
+        count = 0
+
+        def sync(self, fd: int) -> None:
+            self.count += 1
+            raise OSError(errno.EIO, "not synced")
+
+    async def run() -> None:
+        files = Never()
+        async with running(tmp_path, files=files, disk_bytes=8 * MIB) as cache:
+            engine = StandIn(cache, 64)
+            await engine.ask(prompt(1, BLOCKS))
+            for _ in range(20):
+                assert (await cache.flush(2)).not_durable
+            assert files.count <= 20
+            assert (await engine.ask(prompt(1, BLOCKS))).matched_tokens == BLOCKS * PAGE_SIZE
+            cache.index.check()
+
+    asyncio.run(run())
