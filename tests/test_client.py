@@ -182,3 +182,14 @@ def test_nobody_can_resize_a_pool() -> None:
         os.ftruncate(pool.fd, 4096)
     pool.map[8191] = 7
     pool.close()
+
+
+def test_a_call_whose_channel_closes_under_it_finds_the_client_detached(tmp_path: Path) -> None:
+    """The thread that sees the daemon die closes the channel, and a call may be about to use it."""
+    with ServedDaemon(serve_config(tmp_path)) as served, TinyEngine(served.address) as engine:
+        handle = engine.client.open_namespace(identity().encode())
+        session = engine.client._session
+        assert session is not None
+        session.channel.close()
+        with pytest.raises(Detached):
+            engine.client.acquire(handle, b"1", TOKENS)

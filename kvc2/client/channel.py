@@ -48,6 +48,10 @@ def probe(address: str) -> bool:
     return True
 
 
+class Closed(grpc.RpcError):
+    """The channel was closed between two calls: grpc itself says so by a ValueError."""
+
+
 class Channel:
     """One connection. Threads may share it. `close` cancels what is under way."""
 
@@ -72,7 +76,10 @@ class Channel:
                 request_serializer=getattr(cache_pb2, f"{name}Request").SerializeToString,
                 response_deserializer=getattr(cache_pb2, f"{name}Response").FromString,
             )
-        return stub(request, timeout=timeout_s)
+        try:
+            return stub(request, timeout=timeout_s)
+        except ValueError as error:
+            raise Closed(str(error)) from error
 
     def serves(self, timeout_s: float) -> bool:
         """Whether the daemon's health service says SERVING in time."""
