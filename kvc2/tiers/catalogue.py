@@ -308,6 +308,7 @@ class Catalogue:
                 if change.inserts:
                     txn.cursor(self._blocks).putmulti(change.inserts)
         except (lmdb.MapFullError, lmdb.DiskError) as error:
+            self._env.reader_check()  # what a dead reader may see is kept until somebody asks
             raise Full(str(error)) from error
         for number in layouts:
             del self._new_layouts[number]

@@ -128,6 +128,8 @@ def test_it_may_die_two_thousand_times(nursery: Nursery, tmp_path: Path) -> None
     deaths = Deaths(nursery, tmp_path, seed=3)
     names = list(FAILPOINTS)
     for number in range(2000):
+        if number % 100 == 0:
+            print(f"{number} kills", flush=True)
         if number % FRESH == 0:
             deaths.after_work()
         elif number % 2:
