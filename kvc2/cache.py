@@ -43,6 +43,7 @@ from kvc2.results import (
     MatchResult,
     Terms,
 )
+from kvc2.scrub import Scrubber
 from kvc2.sessions import Session
 from kvc2.spaces import Spaces
 from kvc2.tiers.base import TIER_NUMBERS, PageShape
@@ -131,6 +132,7 @@ class Cache:
         self.prefetcher = Prefetcher(
             self.index, self.spaces, self.pins, loader=self._loader, mover=self._mover
         )
+        self.scrubber = Scrubber(self.index, loader=self._loader, mover=self._mover)
         self.explainer = Explainer(
             self.index, self.spaces, self.counts, policy=config.eviction_policy, tick=self.tick
         )
@@ -158,7 +160,10 @@ class Cache:
             config,
         )
         self.spaces.known |= self._pools.restore()
-        self._loader.pools = self.counts.pools = self.prefetcher.pools = self._pools
+        self._loader.pools = self.counts.pools = self._pools
+        self.prefetcher.pools = self.scrubber.pools = self._pools
+        if self._disk is not None and config.disk.scrub_mb_per_s:
+            self.scrubber.keep(config.disk.scrub_mb_per_s)
         self._pools.on_served = self._loader.changed
         self._behind = Behind(
             self.index,
@@ -175,6 +180,7 @@ class Cache:
     async def stop(self, deadline_s: float) -> FlushResult:
         """Flush, then close sessions, threads and tiers."""
         await self.prefetcher.stop()
+        await self.scrubber.stop()
         result = await self.flush(deadline_s)
         for session in list(self._sessions.values()):
             await self.close_session(session)

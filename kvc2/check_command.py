@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from kvc2 import config, errors
+from kvc2.client import Admin, Scrubbed
 from kvc2.tiers.check import DAMAGE, Report, check
 from kvc2.tiers.repair import Repaired, repair
 from kvc2.tiers.slab_file import raise_file_limit
@@ -87,6 +88,30 @@ def run(path: Path, *, mends: bool, as_json: bool) -> bool:
     else:
         _print(report, mended, again)
     return (again or report).sound
+
+
+def follow(admin: Admin, mb_per_s: int, *, quiet: bool, wait_s: float = 0.25) -> Scrubbed:
+    """Begin a pass in the daemon, or give the one under way this rate, and await its end. On Ctrl-C
+    it goes on by itself."""
+    found = admin.scrub(mb_per_s)
+    with progress("verifying", quiet=quiet) as tell:
+        while found.running:
+            mean = found.verified_bytes / max(found.verified_blocks, 1)
+            tell(found.verified_bytes, round(mean * max(found.total_blocks, found.verified_blocks)))
+            time.sleep(wait_s)
+            found = admin.scrub()
+    return found
+
+
+def print_pass(found: Scrubbed) -> None:
+    """One line on a pass."""
+    state = "under way" if found.running else "over" if found.seconds else "none yet"
+    rate = found.verified_bytes / MB / max(found.seconds, 1e-6)
+    print(
+        f"{state}: {found.verified_blocks} of {found.total_blocks} blocks verified, "
+        f"{found.verified_bytes / config.GB:.3f} GB in {found.seconds:.1f} s, {rate:.0f} MB/s; "
+        f"{found.bad_blocks} bad ones dropped"
+    )
 
 
 def _values(report: Report, mended: Repaired | None, again: Report | None) -> dict[str, Any]:

@@ -231,6 +231,35 @@ def check(
             raise typer.Exit(FAILED)
 
 
+@app.command(
+    epilog="Example: kvc2 scrub --mb-per-s 200. The pass goes on in the daemon if this command "
+    "ends first; disk.scrub_mb_per_s has the daemon begin one each day. Exit code 1: bad blocks."
+)
+def scrub(
+    mb_per_s: Annotated[
+        int, typer.Option(help="10^6 bytes a second; 0: 100. Also of a pass under way.", min=0)
+    ] = 0,
+    stop: Annotated[bool, typer.Option("--stop", help="End the pass under way instead.")] = False,
+    status: Annotated[bool, typer.Option("--status", help="Only tell how it goes.")] = False,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Verify what a running daemon has on disk, in the background; bad blocks are dropped."""
+    from kvc2 import check_command
+
+    with exit_codes(), _admin(address) as admin:
+        if stop or status:
+            found = admin.scrub(stop=stop)
+        else:
+            found = check_command.follow(admin, mb_per_s, quiet=as_json)
+        if as_json:
+            print(json.dumps(asdict(found)))
+        else:
+            check_command.print_pass(found)
+        if found.bad_blocks:
+            raise typer.Exit(FAILED)
+
+
 @app.command(epilog="Example: kvc2 quota agents --tier cpu --gb 20")
 def quota(
     tenant: Annotated[str, typer.Argument(help="One that the configuration declares.")],

@@ -149,14 +149,17 @@ class DiskConfig:
     system that holds the path. durability: durable syncs each batch before its records are
     committed; relaxed syncs at a flush only, so that a power cut may cost what came since, as
     misses that a load detects. admission: second_access copies a block to disk only once a request
-    has matched it after the one that committed it."""
+    has matched it after the one that committed it. scrub_mb_per_s: verify all blocks at this rate
+    after the start and a day after each pass; 0: only when asked (kvc2 scrub)."""
 
     path: Path | None = None
     size_gb: float | None = None
     durability: Durability = "durable"
     admission: Admission = "always"
+    scrub_mb_per_s: int = 0
 
     def __post_init__(self) -> None:
+        _check("disk.scrub_mb_per_s", self.scrub_mb_per_s, 0, 1_000_000)
         if self.admission not in get_args(Admission):
             allowed = "always or second_access"
             raise errors.InvalidConfig("disk.admission", self.admission, allowed)

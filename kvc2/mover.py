@@ -207,10 +207,10 @@ class Mover:
         good = int(bad[0]) if bad.size else count
         self._end(transfer, good, pools, ("disk", "cpu"), begun)
         if bad.size:
-            self._drop(pools, transfer.source_pages[bad], status[bad])
+            self.drop_bad(pools, transfer.source_pages[bad], status[bad])
         return good
 
-    def _drop(self, pools: LayoutPools, pages: _core.U32, status: U8) -> None:
+    def drop_bad(self, pools: LayoutPools, pages: U32, status: U8) -> None:
         """Blocks that the disk has spoiled: a miss from now on."""
         assert pools.disk is not None
         assert pools.disk_id is not None
@@ -220,6 +220,7 @@ class Mover:
         lost = self._index.lost(pools.disk_id, pages)
         if lost.pages.size:
             pools.disk.deletes.append(lost.pages)
+        self._on_done()
 
     # ---- within a tier ----
 
@@ -255,7 +256,7 @@ class Mover:
         if left.size:
             disk.moves.append((left, targets[np.isin(sources, left)]))
         if bad.size:
-            self._drop(pools, sources[bad], status[bad])
+            self.drop_bad(pools, sources[bad], status[bad])
         return left.size
 
     # ---- towards slower tiers ----

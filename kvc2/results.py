@@ -135,6 +135,21 @@ class PrefetchResult:
 
 
 @dataclass(frozen=True)
+class ScrubResult:
+    """Of a pass over the disk's blocks; `passes` that came to their end since the start. Blocks
+    that came or went meanwhile make verified_blocks another number than total_blocks."""
+
+    running: bool
+    mb_per_s: int
+    total_blocks: int
+    verified_blocks: int
+    verified_bytes: int
+    bad_blocks: int
+    seconds: float
+    passes: int
+
+
+@dataclass(frozen=True)
 class InvalidateResult:
     """`blocks` of `namespaces` are dead; `durable`: also to a restart."""
 

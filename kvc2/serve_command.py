@@ -103,6 +103,10 @@ DiskAdmission = Annotated[
     Admission | None,
     option("second_access: a block goes to disk once a second request has used it.", "always"),
 ]
+DiskScrubMbPerS = Annotated[
+    int | None,
+    option("Verify the disk once a day at this rate, 10^6 bytes/s; 0: when asked.", "0"),
+]
 AttnPageSize = Annotated[
     int | None, option("Refuse engines with another page size, tokens.", "any")
 ]
@@ -147,6 +151,7 @@ def serve(
     disk_size_gb: DiskSizeGb = None,
     disk_durability: DiskDurability = None,
     disk_admission: DiskAdmission = None,
+    disk_scrub_mb_per_s: DiskScrubMbPerS = None,
     attn_page_size: AttnPageSize = None,
     attn_chunk_size: AttnChunkSize = None,
     limits_max_sessions: LimitsMaxSessions = None,

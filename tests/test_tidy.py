@@ -28,7 +28,7 @@ KVC2_FLOORS = """
     sizing, prompts, stats_tables, serve_command, check_command
     server, client
     cache
-    explain, prefetch, pins, quotas, whole
+    explain, prefetch, scrub, pins, quotas, whole
     counts, sessions, loading, behind, slabs, spaces, mover, events
     tiers
     arena

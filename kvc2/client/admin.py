@@ -116,6 +116,15 @@ class Admin:
         )
         return results.prefetched(self._call("Prefetch", request, deadline_s))
 
+    def scrub(self, mb_per_s: int | None = None, *, stop: bool = False) -> results.Scrubbed:
+        """Verify the disk's blocks in the background: begin a pass, or give the one under way this
+        rate (0: the daemon's 100 MB/s); end it; or (None) only tell how it goes."""
+        if stop:
+            request = cache_pb2.ScrubRequest(stop=True)
+        else:
+            request = cache_pb2.ScrubRequest(start_mb_per_s=mb_per_s)
+        return results.scrubbed(self._call("Scrub", request))
+
     def drain(self, deadline_s: float = 30.0) -> results.Flushed:
         """Flush and end the daemon."""
         request = cache_pb2.DrainRequest(deadline_ms=max(1, round(deadline_s * 1000)))

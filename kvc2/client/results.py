@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,6 +113,20 @@ class PrefixPinned:
     blocks: int
     resident_blocks: int
     pinned_blocks: int
+
+
+@dataclass(frozen=True)
+class Scrubbed:
+    """A pass over the disk's blocks: the one under way, or the last one."""
+
+    running: bool
+    mb_per_s: int
+    total_blocks: int
+    verified_blocks: int
+    verified_bytes: int
+    bad_blocks: int
+    seconds: float
+    passes: int
 
 
 @dataclass(frozen=True)
@@ -305,6 +319,10 @@ def flushed(message: cache_pb2.FlushResponse) -> Flushed:
 
 def prefix_pinned(message: cache_pb2.PinResponse) -> PrefixPinned:
     return PrefixPinned(message.blocks, message.resident_blocks, message.pinned_blocks)
+
+
+def scrubbed(message: cache_pb2.ScrubResponse) -> Scrubbed:
+    return Scrubbed(**{each.name: getattr(message, each.name) for each in fields(Scrubbed)})
 
 
 def prefetched(message: cache_pb2.PrefetchResponse) -> Prefetched:

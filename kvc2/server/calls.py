@@ -305,6 +305,14 @@ class CacheCalls:
             tiers=_tier_tokens(found.tiers), coming_tokens=found.coming
         )
 
+    async def Scrub(self, request: cache_pb2.ScrubRequest) -> cache_pb2.ScrubResponse:
+        scrubber = self._cache.scrubber
+        if request.WhichOneof("what") == "start_mb_per_s":
+            scrubber.start(request.start_mb_per_s)
+        elif request.stop:
+            await scrubber.stop()
+        return cache_pb2.ScrubResponse(**asdict(scrubber.progress()))
+
     def _prefix(
         self, request: cache_pb2.PinRequest | cache_pb2.UnpinRequest | cache_pb2.PrefetchRequest
     ) -> tuple[Session | None, int, np.ndarray[Any, Any]]:

@@ -33,6 +33,7 @@ UNARY = (
     "Unpin",
     "SetQuota",
     "Prefetch",
+    "Scrub",
     "Stats",
     "Drain",
 )

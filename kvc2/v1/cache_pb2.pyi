@@ -529,6 +529,34 @@ class PrefetchResponse(_message.Message):
     coming_tokens: int
     def __init__(self, tiers: _Optional[_Union[TierTokens, _Mapping]] = ..., coming_tokens: _Optional[int] = ...) -> None: ...
 
+class ScrubRequest(_message.Message):
+    __slots__ = ("start_mb_per_s", "stop")
+    START_MB_PER_S_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    start_mb_per_s: int
+    stop: bool
+    def __init__(self, start_mb_per_s: _Optional[int] = ..., stop: _Optional[bool] = ...) -> None: ...
+
+class ScrubResponse(_message.Message):
+    __slots__ = ("running", "mb_per_s", "total_blocks", "verified_blocks", "verified_bytes", "bad_blocks", "seconds", "passes")
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    MB_PER_S_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    VERIFIED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    VERIFIED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BAD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PASSES_FIELD_NUMBER: _ClassVar[int]
+    running: bool
+    mb_per_s: int
+    total_blocks: int
+    verified_blocks: int
+    verified_bytes: int
+    bad_blocks: int
+    seconds: float
+    passes: int
+    def __init__(self, running: _Optional[bool] = ..., mb_per_s: _Optional[int] = ..., total_blocks: _Optional[int] = ..., verified_blocks: _Optional[int] = ..., verified_bytes: _Optional[int] = ..., bad_blocks: _Optional[int] = ..., seconds: _Optional[float] = ..., passes: _Optional[int] = ...) -> None: ...
+
 class StatsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

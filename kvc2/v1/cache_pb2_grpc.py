@@ -186,6 +186,11 @@ class CacheStub:
                 request_serializer=kvc2_dot_v1_dot_cache__pb2.PrefetchRequest.SerializeToString,
                 response_deserializer=kvc2_dot_v1_dot_cache__pb2.PrefetchResponse.FromString,
                 _registered_method=True)
+        self.Scrub = channel.unary_unary(
+                '/kvc2.v1.Cache/Scrub',
+                request_serializer=kvc2_dot_v1_dot_cache__pb2.ScrubRequest.SerializeToString,
+                response_deserializer=kvc2_dot_v1_dot_cache__pb2.ScrubResponse.FromString,
+                _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/kvc2.v1.Cache/Stats',
                 request_serializer=kvc2_dot_v1_dot_cache__pb2.StatsRequest.SerializeToString,
@@ -331,6 +336,15 @@ class CacheServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Scrub(self, request, context):
+        """Scrub verifies all blocks on disk in the background, at a rate, and yields to what a request waits for:
+        begins a pass, changes its rate or ends it, and answers how it goes. A bad block is dropped as one that a
+        load found bad: a fault is counted, its record goes. INVALID_ARGUMENT: there is no disk tier.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Stats(self, request, context):
         """Stats returns counters and sizes. Changes nothing.
         """
@@ -431,6 +445,11 @@ def add_CacheServicer_to_server(servicer, server):
                     servicer.Prefetch,
                     request_deserializer=kvc2_dot_v1_dot_cache__pb2.PrefetchRequest.FromString,
                     response_serializer=kvc2_dot_v1_dot_cache__pb2.PrefetchResponse.SerializeToString,
+            ),
+            'Scrub': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scrub,
+                    request_deserializer=kvc2_dot_v1_dot_cache__pb2.ScrubRequest.FromString,
+                    response_serializer=kvc2_dot_v1_dot_cache__pb2.ScrubResponse.SerializeToString,
             ),
             'Stats': grpc.unary_unary_rpc_method_handler(
                     servicer.Stats,
@@ -832,6 +851,33 @@ class Cache:
             '/kvc2.v1.Cache/Prefetch',
             kvc2_dot_v1_dot_cache__pb2.PrefetchRequest.SerializeToString,
             kvc2_dot_v1_dot_cache__pb2.PrefetchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scrub(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvc2.v1.Cache/Scrub',
+            kvc2_dot_v1_dot_cache__pb2.ScrubRequest.SerializeToString,
+            kvc2_dot_v1_dot_cache__pb2.ScrubResponse.FromString,
             options,
             channel_credentials,
             insecure,
