@@ -95,9 +95,11 @@ class Behind:
 
     async def drained(self, deadline_s: float) -> bool:
         """Copy without yielding until nothing more can be; False when the time is over first. What
-        has failed is tried at once, and not again before the answer."""
+        has failed is tried at once, in new slabs too, and not again before the answer."""
         self._urgent += 1
-        self._retry_at = dict.fromkeys(self._retry_at, 0.0)
+        if self._retry_at:
+            self._retry_at = dict.fromkeys(self._retry_at, 0.0)
+            self._full_until = 0.0  # not for room alone: each try takes what is left from others
         self._quiet.set()
         self.wake()
         try:

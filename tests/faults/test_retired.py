@@ -8,6 +8,8 @@ import errno
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from kvc2.tiers.slab_file import Files
 from tests.caches import MIB, faults, running
 from tests.stand_in import PAGE_SIZE, StandIn, prompt
@@ -116,5 +118,61 @@ def test_a_disk_that_never_syncs_costs_no_slab_after_the_other(tmp_path: Path) -
             assert files.count <= 20
             assert (await engine.ask(prompt(1, BLOCKS))).matched_tokens == BLOCKS * PAGE_SIZE
             cache.index.check()
+
+    asyncio.run(run())
+
+
+class NoSync(Files):
+    """While `failing`, no sync succeeds and there is no new slab."""
+
+    failing = False
+
+    def allocate(self, fd: int, num_bytes: int) -> None:
+        self._draw()
+        super().allocate(fd, num_bytes)
+
+    def sync(self, fd: int) -> None:
+        self._draw()
+        super().sync(fd)
+
+    def _draw(self) -> None:
+        if self.failing:
+            raise OSError(errno.EIO, "failing")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_disk_whose_slabs_are_all_retired_is_written_again(tmp_path: Path, full: bool) -> None:
+    """The budget has room for more slabs, and one was just refused; or retired slabs that hold
+    blocks fill it. A flush that finds the disk sound makes everything durable either way."""
+
+    async def run() -> None:
+        files = NoSync()
+        sizes = {"slab_bytes": 1 << 16, "disk_bytes": 3 * MIB}
+        async with running(tmp_path, files=files, **sizes) as cache:  # type: ignore[arg-type]
+            engine = StandIn(cache, 64)
+            for seed in range(1000, 1100 if full else 1001):
+                await engine.ask(prompt(seed, BLOCKS))
+                assert (await cache.flush(10)).not_durable == {}
+            (pools,) = cache._pools.layouts.values()  # type: ignore[union-attr]
+            assert pools.disk is not None
+            assert cache._disk is not None
+            assert cache._disk.has_budget(pools.disk.shape) != full
+            files.failing = True
+            slabs = pools.disk.slabs
+            for seed in range(100):
+                await engine.ask(prompt(seed, BLOCKS))
+                assert (await cache.flush(10)).not_durable != {}
+                if slabs.retired == set(slabs.numbers()):
+                    break
+            else:
+                pytest.fail("not all are retired")
+            files.failing = False
+            assert (await cache.flush(10)).not_durable == {}
+            await engine.ask(prompt(5000, BLOCKS))
+            assert (await cache.flush(10)).not_durable == {}
+            cache.index.check()
+        async with running(tmp_path, **sizes) as cache:  # type: ignore[arg-type]
+            found = await StandIn(cache, 64).ask(prompt(5000, BLOCKS))
+            assert found.matched_tokens == BLOCKS * PAGE_SIZE
 
     asyncio.run(run())
