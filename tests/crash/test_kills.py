@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.crash.failpoints import AT_START, AT_STOP, FAILPOINTS
+from tests.crash.order import spoiled_blocks
 from tests.crash.victims import Engine, Nursery, Victim, sink
 
 ONCE = ("dropping", "dropped", "slab_growing", "slab_opened", "slab_allocating", "slab_allocated")
@@ -21,7 +22,7 @@ COUNTS = {  # of calls; 3 elsewhere, so that blocks are acknowledged before
     **dict.fromkeys(("deleting", "deleted_not_committed"), 2),  # the first is at the start
 }
 FRESH = 50  # kills, then a new directory
-STEPS = 40  # of the engine: far more than any failpoint needs
+STEPS = 400  # of the engine: one in ten evicts from disk, which some failpoints wait for
 SOON_S = 0.5  # a random moment is within this after the start
 
 
@@ -51,6 +52,7 @@ class Deaths:
     def start(self, failpoint: str | None = None, count: int = 1) -> Victim:
         self.renew()
         self.count += 1
+        assert spoiled_blocks(self.folder / "disk") == {}
         return self.nursery.start(self.folder, failpoint, count)
 
     def after_work(self) -> None:
@@ -82,7 +84,7 @@ class Deaths:
             assert victim.serves(), victim.tail()
             timer = threading.Timer(self.chance.uniform(0, SOON_S), victim.kill)
             timer.start()
-            sink(self.engine, victim, 10 * STEPS)
+            sink(self.engine, victim, STEPS)
             timer.join()
             assert victim.dead(10)
         finally:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.caches import folder_in_memory, running
+from tests.crash.order import spoiled_blocks
 from tests.crash.power import Medium, journal, owed
 from tests.crash.writer import SIZES, digests, engines, prompt_of
 from tests.stand_in import PAGE_SIZE
@@ -95,6 +96,7 @@ def cuts(shim: Path, folder: Path, *, seed: int, steps: int, images: int) -> Non
         place, drawn = folder / "image", random.Random(seed * 1_000_003 + image)
         medium.cut(place, drawn)
         try:
+            assert spoiled_blocks(place / "disk") == {}
             judged += asyncio.run(judge(place, medium, drawn))
         except Exception as error:
             error.add_note(f"seed {seed}, image {image}, cut before record {record}")
