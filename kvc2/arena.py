@@ -174,7 +174,14 @@ def _create(capacity_bytes: int) -> tuple[int, mmap.mmap, str]:
             except OSError:
                 os.close(fd)
     fd = os.memfd_create("kvc2-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    mapped = _map(fd, capacity_bytes)
+    try:
+        mapped = _map(fd, capacity_bytes)
+    except OSError as error:
+        os.close(fd)
+        raise errors.StartRefused(
+            f"cpu.memory_size_gb = {capacity_bytes / 1e9:g}: no address space of that size:"
+            f" {error.strerror} (ulimit -v says what is allowed)"
+        ) from error
     with suppress(OSError):  # a kernel without transparent huge pages
         mapped.madvise(mmap.MADV_HUGEPAGE)
     return fd, mapped, _shmem_page_kind()

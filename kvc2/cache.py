@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -175,7 +176,7 @@ class Cache:
         )
         self._behind.start()
         loop = asyncio.get_running_loop()
-        arena.start(lambda: _call(loop, self._arena_grew))
+        arena.start(lambda: _call(loop, partial(self._arena_grew, arena.short_bytes)))
 
     async def stop(self, deadline_s: float) -> FlushResult:
         """Flush, then close sessions, threads and tiers."""
@@ -196,9 +197,8 @@ class Cache:
             await asyncio.to_thread(self._arena.close)
         return result
 
-    def _arena_grew(self) -> None:
-        assert self._arena is not None
-        if self._arena.short_bytes:
+    def _arena_grew(self, short_bytes: int) -> None:
+        if short_bytes:
             self._metrics.fault("arena_short")
         self._loader.changed()
         self._wake()
