@@ -34,6 +34,8 @@ LOG = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 DATA_FILE = "data.mdb"
+LOCK_FILE = "lock.mdb"
+LOCK_FILE_BYTES = 8192  # as LMDB makes it for its 126 readers
 KEY = np.dtype([("layout", ">u4"), ("page", ">u4")])
 LAYOUT = struct.Struct("<IIQQQI")  # number, page_size, payload, page and slab bytes, pages a slab
 START = struct.Struct("<Q")
@@ -129,6 +131,7 @@ class Catalogue:
         self._new_eras: dict[bytes, int] = {}
         if not read_only:
             folder.mkdir(mode=0o700, exist_ok=True)
+            _allocate_locks(folder / LOCK_FILE)
         check_file(folder / DATA_FILE)
         try:
             self._open()
@@ -290,26 +293,22 @@ class Catalogue:
         eras = dict(self._new_eras)
         if not (change.moves or change.deletes or change.inserts or layouts or namespaces or eras):
             return
-        try:
-            with self._env.begin(write=True) as txn:
-                for number, pairs in change.moves.items():
-                    for sources, targets in pairs:
-                        _move(txn, self._blocks, _keys(number, sources), _keys(number, targets))
-                for number, arrays in change.deletes.items():
-                    for pages in arrays:
-                        _delete(txn, self._blocks, _keys(number, pages))
-                for number, shape in layouts.items():
-                    txn.put(shape.layout_digest, _pack(number, shape), db=self._layout_table)
-                for name, (page_size, identity) in namespaces.items():
-                    value = struct.pack("<I", page_size) + identity
-                    txn.put(name, value, db=self._namespace_table)
-                for name, era in eras.items():
-                    txn.put(ERA_PREFIX + name, START.pack(era), db=self._meta)
-                if change.inserts:
-                    txn.cursor(self._blocks).putmulti(change.inserts)
-        except (lmdb.MapFullError, lmdb.DiskError) as error:
-            self._env.reader_check()  # what a dead reader may see is kept until somebody asks
-            raise Full(str(error)) from error
+        with self._filling(), self._env.begin(write=True) as txn:
+            for number, pairs in change.moves.items():
+                for sources, targets in pairs:
+                    _move(txn, self._blocks, _keys(number, sources), _keys(number, targets))
+            for number, arrays in change.deletes.items():
+                for pages in arrays:
+                    _delete(txn, self._blocks, _keys(number, pages))
+            for number, shape in layouts.items():
+                txn.put(shape.layout_digest, _pack(number, shape), db=self._layout_table)
+            for name, (page_size, identity) in namespaces.items():
+                value = struct.pack("<I", page_size) + identity
+                txn.put(name, value, db=self._namespace_table)
+            for name, era in eras.items():
+                txn.put(ERA_PREFIX + name, START.pack(era), db=self._meta)
+            if change.inserts:
+                txn.cursor(self._blocks).putmulti(change.inserts)
         for number in layouts:
             del self._new_layouts[number]
         for name in namespaces:
@@ -317,6 +316,13 @@ class Catalogue:
         for name, era in eras.items():
             if self._new_eras[name] == era:
                 del self._new_eras[name]
+        self._keep_whole()
+
+    def let_go(self) -> None:
+        """What the last commit freed can be used by the next one: LMDB keeps it until one more has
+        passed. Full or lmdb.Error: not now."""
+        with self._filling(), self._env.begin(db=self._meta, write=True) as txn:
+            txn.put(b"format", START.pack(FORMAT_VERSION))
         self._keep_whole()
 
     def drop_namespaces(self, names: Iterable[bytes]) -> None:
@@ -332,6 +338,15 @@ class Catalogue:
     def close(self) -> None:
         self._env.close()
 
+    @contextmanager
+    def _filling(self) -> Iterator[None]:
+        """A transaction that may not fit."""
+        try:
+            yield
+        except (lmdb.MapFullError, lmdb.DiskError) as error:
+            self._env.reader_check()  # what a dead reader may see is kept until somebody asks
+            raise Full(str(error)) from error
+
     def _keep_whole(self) -> None:
         """LMDB may end its file before a page that it allocated and gave up in one transaction; the
         check at the next start would take that for a truncated file."""
@@ -339,6 +354,18 @@ class Catalogue:
         needed = (self._env.info()["last_pgno"] + 1) * PAGE_BYTES
         if path.stat().st_size < needed:
             os.truncate(path, needed)
+
+
+def _allocate_locks(path: Path) -> None:
+    """LMDB maps this file and writes to it: in a full file system a hole there is SIGBUS. Raises
+    StartRefused."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, LOCK_FILE_BYTES)
+    except OSError as error:
+        raise errors.StartRefused(f"{path}: {error.strerror}") from error
+    finally:
+        os.close(fd)
 
 
 @contextmanager

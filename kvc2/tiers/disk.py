@@ -153,11 +153,9 @@ class DiskTier:
         self._writers = ThreadPoolExecutor(WRITE_THREADS, "kvc2-write", initializer=step_back)
         self.pools: dict[bytes, DiskPool] = {}
         self._stored: dict[int, Stored] = {}
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folders(path)
         self._lock_fd = lock(path)
         try:
-            for name in ("slabs", "recency"):
-                (path / name).mkdir(mode=0o700, exist_ok=True)
             self.catalogue = self._open_catalogue()
             self._sync_folders()
             self._open_pools()
@@ -239,7 +237,8 @@ class DiskTier:
         except Full as error:
             self._metrics.fault("disk_full")
             LOG.warning("disk: the catalogue is full: %s", error)
-            return Outcome(False, self._commit_small(change))
+            committed = self._commit_small(change)
+            return Outcome(written and committed and self._commit_again(change), committed)
         except lmdb.Error as error:
             self._metrics.fault("catalogue_error")
             LOG.warning("disk: catalogue: %s", error)
@@ -308,6 +307,16 @@ class DiskTier:
                     self.catalogue.commit(Change(deletes=part))
         except (Full, lmdb.Error) as error:
             LOG.warning("disk: deletes are not committed: %s", error)
+            return False
+        return True
+
+    def _commit_again(self, change: Change) -> bool:
+        """The blocks alone, in the room that these or earlier deletes have made."""
+        try:
+            self.catalogue.let_go()
+            self.catalogue.commit(Change(inserts=change.inserts))
+        except (Full, lmdb.Error) as error:
+            LOG.warning("disk: the catalogue is still full: %s", error)
             return False
         return True
 
@@ -425,6 +434,15 @@ class DiskTier:
             pool.slabs.close()
         self.catalogue.close()
         os.close(self._lock_fd)
+
+
+def make_folders(path: Path) -> None:
+    """The tier's folders, where they aren't there yet. Raises StartRefused."""
+    try:
+        for each in (path, path / "slabs", path / "recency"):
+            each.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise errors.StartRefused(f"disk.path: {each}: {error.strerror}") from error
 
 
 def aligned(num_bytes: int) -> U8:
