@@ -14,6 +14,7 @@ import numpy as np
 
 from kvc2 import _core
 from kvc2.arena import Arena
+from kvc2.config import ServeConfig
 from kvc2.layout import ALIGNMENT, HEADER_BYTES, slab_shape
 from kvc2.metrics import Metrics
 from kvc2.mover import Mover
@@ -45,7 +46,7 @@ class DiskPath:
         self.mover = Mover(
             self.index, metrics, self.arena.memory, self.disk, lambda: None, clock=time.monotonic
         )
-        pools = Pools(self.index, self.arena, self.disk, metrics, 1)
+        pools = Pools(self.index, self.arena, self.disk, metrics, ServeConfig())
         digest = (b"%d" % block_bytes).ljust(32)
         sizes = (page_bytes, slab.slab_bytes, slab.pages_per_slab)
         self.pools = pools.of(PageShape(digest, PAGE_SIZE, block_bytes, *sizes))
@@ -88,11 +89,18 @@ class DiskPath:
 
     async def store(self) -> None:
         """All that was committed is durable: data synced, records committed."""
-        batch = max(1, STORE_BYTES // self.pools.shape.page_bytes)
-        while transfer := self.index.plan_demote(self.pools.cpu_id, batch):
-            outcome = await self.mover.store(self.pools, transfer)
+        while transfers := self._plan():
+            outcome = await self.mover.store(self.pools, transfers)
             if not outcome.written:
                 raise RuntimeError("a batch was not stored")
+
+    def _plan(self) -> list[_core.Transfer]:
+        """As behind.py does."""
+        found, left = [], self.batch_pages
+        while left > 0 and (transfer := self.index.plan_demote(self.pools.cpu_id, left)):
+            found.append(transfer)
+            left -= transfer.target_pages.size
+        return found
 
     def forget(self, *, disk: bool) -> None:
         """Evict from memory; with `disk`, from there too (its records go with the next store)."""

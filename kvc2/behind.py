@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -28,8 +28,10 @@ from kvc2.tiers.pools import LayoutPools, Pools
 LOG = logging.getLogger(__name__)
 
 GATHER_BYTES = 16 << 20  # about 4 ms of copying: what a promotion may have to wait for
-STORE_BYTES = 32 << 20  # one fdatasync and one commit (about 2 ms) for 16 ms of writing
+STORE_BYTES = 32 << 20  # one fdatasync and one commit (about 2 ms) for 16 ms of writing ...
+STORE_BYTES_MAX = 128 << 20  # ... or for more, where that is little of both tiers
 POOL_SHARE = 8  # a batch is at most this part of its pool, so that two kept free don't starve it
+LARGE_SHARE = 32  # and if it is larger than STORE_BYTES, at most this part of the disk's
 PATIENCE_S = 0.5  # transfers behind yield this long before each batch, not for ever
 RETRY_S = 1.0  # after copying failed, or the disk refused
 FULL_RETRY_S = 4.0  # after the file system refused another slab; others may have made room
@@ -176,8 +178,12 @@ class Behind:
                 self._settled.set()
             await wake.wait()
 
+    @property
+    def _yields(self) -> bool:
+        return not self._urgent and self._policy != "through"
+
     async def _yield(self) -> None:
-        if self._mover.waited_for and not self._urgent and self._policy != "through":
+        if self._mover.waited_for and self._yields:
             self._quiet.clear()
             with suppress(TimeoutError):
                 # not wait_for: on Python 3.11 it loses a cancellation that comes with its end
@@ -277,7 +283,7 @@ class Behind:
         if self._reap_disk(pools):
             self.reap()  # what lies above them
         if not disk.settled:
-            return await self._commit(pools, None)
+            return await self._commit(pools)
         if not self._index.undemoted(pools.cpu_id) or not self._wanted(pools.cpu_id):
             return False
         if self._must_wait("disk"):
@@ -289,15 +295,23 @@ class Behind:
         if not disk.settled:  # a load found bad pages while this waited
             return True
         pages = self._batch_pages(pools)
-        transfer = self._index.plan_demote(pools.cpu_id, pages)
+        transfers = self._plan(pools, pages)
         # only now: the plan must not have got a page whose record is still there
         self.drop(pools, self._index.trim(disk_id))
         free = self._index.pool_counts(disk_id).free
         if free < 2 * pages:
             self.drop(pools, self._index.evict(disk_id, 2 * pages - free))
-        if transfer is None and not disk.deletes:
+        if not transfers and not disk.deletes:
             return False
-        return await self._commit(pools, transfer)
+        return await self._commit(pools, transfers)
+
+    def _plan(self, pools: LayoutPools, pages: int) -> list[_core.Transfer]:
+        """What a batch of at most so many pages takes; the index plans few at a time."""
+        found: list[_core.Transfer] = []
+        while pages > 0 and (transfer := self._index.plan_demote(pools.cpu_id, pages)):
+            found.append(transfer)
+            pages -= transfer.target_pages.size
+        return found
 
     async def _retire(self, pools: LayoutPools) -> bool:
         """Nothing is planned into slabs that failed to sync; an empty one is deleted. False while
@@ -317,9 +331,10 @@ class Behind:
                 await asyncio.shield(self._mover.on_writer(shrink))
         return True
 
-    async def _commit(self, pools: LayoutPools, transfer: _core.Transfer | None) -> bool:
-        outcome = await asyncio.shield(self._mover.store(pools, transfer))
-        if transfer is not None:
+    async def _commit(self, pools: LayoutPools, transfers: Sequence[_core.Transfer] = ()) -> bool:
+        patience_s = PATIENCE_S if self._yields else 0.0
+        outcome = await asyncio.shield(self._mover.store(pools, transfers, patience_s=patience_s))
+        if transfers:
             self._ended("disk", good=outcome.written)
         elif not outcome.committed:
             asyncio.get_running_loop().call_later(RETRY_S, self.wake)
@@ -338,8 +353,11 @@ class Behind:
 
     def _batch_pages(self, pools: LayoutPools) -> int:
         assert pools.disk_id is not None
-        held = self._index.pool_counts(pools.disk_id).pages
-        return max(1, min(STORE_BYTES // pools.shape.page_bytes, held // POOL_SHARE))
+        return store_pages(
+            self._index.pool_counts(pools.cpu_id).pages,
+            self._index.pool_counts(pools.disk_id).pages,
+            pools.shape.page_bytes,
+        )
 
     # ---- slabs on disk ----
 
@@ -347,7 +365,7 @@ class Behind:
         """Slabs for what waits: of the budget, and then from layouts that need them less."""
         assert pools.disk is not None
         assert pools.disk_id is not None
-        batch = max(1, STORE_BYTES // pools.shape.page_bytes)
+        batch = max(self._batch_pages(pools), STORE_BYTES // pools.shape.page_bytes, 1)
         waiting = min(batch, self._index.undemoted(pools.cpu_id))
         # beside what waits, the two batches that would otherwise be evicted ahead
         while self._free_beyond(pools) < waiting:
@@ -422,7 +440,7 @@ class Behind:
         assert disk_id is not None
         short = held - self._index.pool_counts(disk_id).free
         self.drop(owner, self._index.evict(disk_id, max(0, short)))
-        while disk.settled or await self._commit(owner, None):
+        while disk.settled or await self._commit(owner):
             if self._index.take_slab(disk_id, number):
                 return True
             move = self._index.plan_move(disk_id, number, disk.shape.pages_per_slab)
@@ -446,6 +464,12 @@ class Behind:
         while True:
             await asyncio.sleep(RECENCY_S)
             await self.save_recency()
+
+
+def store_pages(cpu_pages: int, disk_pages: int, page_bytes: int) -> int:
+    """Pages of one batch to a disk pool, from a cpu pool whose pages it pins meanwhile."""
+    most = min(STORE_BYTES_MAX // page_bytes, disk_pages // LARGE_SHARE, cpu_pages // POOL_SHARE)
+    return max(1, min(STORE_BYTES // page_bytes, disk_pages // POOL_SHARE), most)
 
 
 def _disk_bytes(pools: LayoutPools) -> int:

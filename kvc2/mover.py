@@ -16,6 +16,7 @@ import asyncio
 import functools
 import logging
 import math
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from kvc2 import _core
 from kvc2.metrics import Metrics
 from kvc2.pace import Meter
 from kvc2.priority import step_back
-from kvc2.tiers.base import U8, U32, part_of
+from kvc2.tiers.base import U8, U32, joined, part_of
 from kvc2.tiers.catalogue import Change
 from kvc2.tiers.disk import FAULT_OF_STATUS, READ_FAILED, Batch, DiskTier, Outcome
 from kvc2.tiers.gpu import GpuExecutor
@@ -101,6 +102,8 @@ class Mover:
         self._under_way: set[int] = set()
         self._waiters: dict[int, list[asyncio.Future[None]]] = {}
         self.loading_bytes = 0
+        self._calm = threading.Event()  # no load is under way: what is written need not yield
+        self._calm.set()
         self.promoting = 0
 
     def close(self) -> None:
@@ -168,6 +171,7 @@ class Mover:
         task = asyncio.ensure_future(self._load(pools, transfer))
         self._under_way.add(transfer.id)
         self.loading_bytes += transfer.target_pages.size * pools.shape.page_bytes
+        self._calm.clear()
         return task
 
     async def _load(self, pools: LayoutPools, transfer: _core.Transfer) -> int:
@@ -200,6 +204,8 @@ class Mover:
             else:
                 status[part] = result.result
         self.loading_bytes -= count * page_bytes
+        if not self.loading_bytes:
+            self._calm.set()
         bad = np.flatnonzero(status != _core.BLOCK_OK)
         if not bad.size:
             timed = [each for each in results if isinstance(each, Timed)]
@@ -284,8 +290,15 @@ class Mover:
             self._end(transfer, good, gpu.pools, ("gpu", "cpu"), begun)
         return good == transfer.target_pages.size
 
-    async def store(self, pools: LayoutPools, transfer: _core.Transfer | None) -> Outcome:
-        """cpu -> disk: one batch (or none) and all deletes of the pool, in one commit."""
+    async def store(
+        self,
+        pools: LayoutPools,
+        transfers: Sequence[_core.Transfer] = (),
+        *,
+        patience_s: float = 0.0,
+    ) -> Outcome:
+        """cpu -> disk: one batch of these transfers and all deletes of the pool, in one commit. Its
+        writes yield to loads that come meanwhile, for so long in all."""
         assert pools.disk is not None
         assert self._disk is not None
         deletes, pools.disk.deletes = pools.disk.deletes, []
@@ -295,14 +308,18 @@ class Mover:
             moves={number: moves} if moves else {}, deletes={number: deletes} if deletes else {}
         )
         batch = None
-        if transfer is not None:
-            assert transfer.records is not None
-            offsets = pools.cpu.offsets(transfer.source_pages)
-            batch = Batch(pools.disk, transfer.target_pages, offsets, transfer.records)
+        if transfers:
+            batch = Batch(
+                pools.disk,
+                np.concatenate([each.target_pages for each in transfers]),
+                pools.cpu.offsets(np.concatenate([each.source_pages for each in transfers])),
+                joined([each.records for each in transfers if each.records is not None]),
+                self._calm,
+                patience_s,
+            )
         begun = self._clock()
         running = self.on_writer(lambda disk: disk.store(batch, change))
-        if transfer is not None:
-            self._under_way.add(transfer.id)
+        self._under_way.update(each.id for each in transfers)
         outcome = Outcome(False, False)
         try:
             outcome = await running
@@ -311,9 +328,9 @@ class Mover:
         if not outcome.committed:
             pools.disk.deletes[:0] = deletes
             pools.disk.moves[:0] = moves
-        if transfer is not None:
-            good = transfer.target_pages.size if outcome.written else 0
-            self._end(transfer, good, pools, ("cpu", "disk"), begun)
+        for each in transfers:
+            good = each.target_pages.size if outcome.written else 0
+            self._end(each, good, pools, ("cpu", "disk"), begun)
         return outcome
 
     def on_writer(self, work: Callable[[DiskTier], T]) -> asyncio.Future[T]:

@@ -6,12 +6,15 @@ import asyncio
 import errno
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 
 from kvc2 import _core
+from kvc2.behind import store_pages
 from kvc2.tiers.catalogue import Change, Full
 from kvc2.tiers.disk import Batch, Outcome
 from kvc2.tiers.pools import LayoutPools
@@ -68,6 +71,100 @@ def test_a_failed_batch_is_answered_when_none_of_its_parts_is_being_written(
     asyncio.run(run())
 
 
+class Log:
+    """An event that is never set, and files: what each was asked, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, float]] = []
+        self._lock = threading.Lock()
+
+    def note(self, name: str, value: float) -> None:
+        with self._lock:
+            self.calls.append((name, value))
+
+    def wait(self, timeout: float) -> bool:
+        self.note("wait", timeout)
+        return False
+
+
+@pytest.mark.parametrize("patience_s", [0.0, 60.0])
+def test_each_part_of_a_batch_waits_for_loads_before_it_is_written_and_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience_s: float
+) -> None:
+    monkeypatch.setattr("kvc2.tiers.disk.WRITE_PART_BYTES", 2 * 8192)
+    log = Log()
+
+    class Noted(Files):
+        def write(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+            log.note("write", offset)
+            return super().write(fd, buffers, offset)
+
+    async def run() -> None:
+        async with running(tmp_path, files=Noted()) as cache:
+            disk = cache._disk
+            assert disk is not None
+            store = disk.store
+
+            def with_a_load(batch: Batch | None, change: Change) -> Outcome:
+                if batch is not None:
+                    calm = cast(threading.Event, log)
+                    batch = replace(batch, calm=calm, patience_s=patience_s)
+                return store(batch, change)
+
+            disk.store = with_a_load  # type: ignore[method-assign]
+            await StandIn(cache, 32).ask(prompt(1, 16))
+            assert (await cache.flush(10)).durable_blocks == 16
+
+    asyncio.run(run())
+    names = [name for name, _ in log.calls]
+    assert names.count("write") > 1
+    for end in range(len(names)):
+        assert names[:end].count("write") <= names[:end].count("wait")
+    waits = [value for name, value in log.calls if name == "wait"]
+    assert all(0 < each <= 60 if patience_s else each == 0 for each in waits)
+
+
+def test_while_a_load_is_under_way_writes_are_told_so(tmp_path: Path) -> None:
+    seen: list[bool] = []
+
+    async def run() -> None:
+        class Watched(Files):
+            def read(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+                seen.append(cache._mover._calm.is_set())
+                return super().read(fd, buffers, offset)
+
+        async with running(tmp_path, files=Watched()) as cache:
+            engine = StandIn(cache, 32)
+            await engine.ask(prompt(1, 16))
+            await cache.flush(10)
+            for tier in ("gpu", "cpu"):
+                await cache.evict(tier, 0)
+            seen.clear()
+            await engine.ask(prompt(1, 16))
+            assert seen
+            assert not any(seen)
+            assert cache._mover._calm.is_set()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("cpu", "disk", "pages"),
+    [
+        (1000, 1000, 32),  # of 1 MiB
+        (10_000, 8192, 128),
+        (10_000, 2048, 64),
+        (100, 100_000, 32),  # a small arena isn't pinned by one batch
+        (10_000, 80, 10),  # nor a small disk kept free for two
+        (4, 4, 1),
+    ],
+)
+def test_a_batch_is_large_only_where_that_is_little_of_both_tiers(
+    cpu: int, disk: int, pages: int
+) -> None:
+    assert store_pages(cpu, disk, MIB) == pages
+
+
 def test_an_eviction_is_answered_when_its_deletes_are_committed(tmp_path: Path) -> None:
     async def run() -> None:
         async with running(tmp_path) as cache:
@@ -110,14 +207,16 @@ def test_a_page_is_planned_only_after_its_delete_is_committed(
                 keys = b"".join(key for key, _ in change.inserts)
                 recorded.update(np.frombuffer(keys, ">u4")[1::2].tolist())
 
-            async def judged(pools: LayoutPools, transfer: _core.Transfer | None) -> Outcome:
+            async def judged(
+                pools: LayoutPools, transfers: Sequence[_core.Transfer], *, patience_s: float
+            ) -> Outcome:
                 nonlocal reused
-                if transfer is not None:
+                for transfer in transfers:
                     planned = set(transfer.target_pages.tolist())
                     assert not planned & recorded
                     reused += len(planned & ever)
                     ever.update(planned)
-                return await store(pools, transfer)
+                return await store(pools, transfers, patience_s=patience_s)
 
             monkeypatch.setattr(disk.catalogue, "commit", sometimes)
             monkeypatch.setattr(mover, "store", judged)

@@ -7,7 +7,8 @@ sector first, then the payload).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Protocol, cast
 
 import numpy as np
@@ -74,6 +75,13 @@ def part_of(records: _core.Records, part: slice) -> _core.Records:
         generations=records.generations[part],
     )
     return cast(_core.Records, rows)
+
+
+def joined(parts: Sequence[_core.Records]) -> _core.Records:
+    """The rows of one or more, one after the other."""
+    names = [each.name for each in fields(RecordsPart)]
+    rows = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return cast(_core.Records, RecordsPart(**rows))
 
 
 class PageStore(Protocol):

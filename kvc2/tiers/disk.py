@@ -18,6 +18,8 @@ import logging
 import mmap
 import os
 import shutil
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +41,7 @@ LOG = logging.getLogger(__name__)
 SLACK_SHARE = 64  # of the budget is for what the catalogue holds beside records
 SLACK_BYTES_MAX = 64 << 20
 LOCK_FILES_BYTES = 16 << 10  # our lock, LMDB's lock.mdb
-WRITE_THREADS = 2  # one part's checksums are computed while another part is written
+WRITE_THREADS = 4  # some parts' checksums are computed, or wait for a core, while others go out
 WRITE_PART_BYTES = 8 << 20
 MOVE_BYTES = 8 << 20  # of memory beside the arena, while a slab is emptied
 SMALL_COMMIT = 64  # deletes of one transaction after a large one did not fit
@@ -113,12 +115,15 @@ class DiskPool:
 
 @dataclass(frozen=True)
 class Batch:
-    """Blocks on their way from arena pages to disk pages."""
+    """Blocks on their way from arena pages to disk pages. `calm` is set while nobody waits for a
+    load: parts that aren't begun yet wait for it, all together for at most `patience_s`."""
 
     pool: DiskPool
     pages: U32
     offsets: U64
     records: _core.Records
+    calm: threading.Event | None = None
+    patience_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -264,7 +269,8 @@ class DiskTier:
         count = batch.pages.size
         step = max(1, WRITE_PART_BYTES // batch.pool.shape.page_bytes)
         parts = [slice(start, min(start + step, count)) for start in range(0, count, step)]
-        running = [self._writers.submit(self._write_part, batch, part) for part in parts]
+        deadline = time.monotonic() + batch.patience_s
+        running = [self._writers.submit(self._write_part, batch, part, deadline) for part in parts]
         wait(running)  # also when one failed: none may still read pages that are free again
         try:
             checksums = np.concatenate([each.result() for each in running])
@@ -280,8 +286,10 @@ class DiskTier:
         change.inserts = insertions(batch.pool.number, batch.pages, batch.records, checksums)
         return True
 
-    def _write_part(self, batch: Batch, part: slice) -> U8:
+    def _write_part(self, batch: Batch, part: slice, deadline: float) -> U8:
         """[k, 16] checksums of the payloads."""
+        if batch.calm is not None:
+            batch.calm.wait(max(0.0, deadline - time.monotonic()))
         shape, offsets = batch.pool.shape, batch.offsets[part]
         checksums = _core.encode_headers(
             self._arena.data,

@@ -13,7 +13,7 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,10 +88,14 @@ def followed(ledger: Ledger) -> Iterator[None]:
     store, drop = Mover.store, Behind.drop
 
     async def told_store(
-        self: Mover, pools: LayoutPools, transfer: _core.Transfer | None
+        self: Mover,
+        pools: LayoutPools,
+        transfers: Sequence[_core.Transfer] = (),
+        *,
+        patience_s: float = 0.0,
     ) -> Outcome:
-        outcome = await store(self, pools, transfer)
-        if outcome.written and transfer is not None:
+        outcome = await store(self, pools, transfers, patience_s=patience_s)
+        for transfer in transfers if outcome.written else ():
             assert transfer.records is not None
             ledger.stored.update(texts(transfer.records.digests))
         return outcome
