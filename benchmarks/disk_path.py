@@ -14,7 +14,7 @@ import numpy as np
 
 from kvc2 import _core
 from kvc2.arena import Arena
-from kvc2.config import ServeConfig
+from kvc2.config import DiskConfig, ServeConfig
 from kvc2.layout import ALIGNMENT, HEADER_BYTES, slab_shape
 from kvc2.metrics import Metrics
 from kvc2.mover import Mover
@@ -41,7 +41,7 @@ class DiskPath:
         self.arena.start()
         self.arena.wait_populated()
         size_bytes = (2 * slabs + 2) * slab.slab_bytes
-        self.disk = DiskTier(folder, size_bytes, self.arena.memory, metrics)
+        self.disk = DiskTier(DiskConfig.of_bytes(folder, size_bytes), self.arena.memory, metrics)
         self.index = _core.Index()
         self.mover = Mover(
             self.index, metrics, self.arena.memory, self.disk, lambda: None, clock=time.monotonic

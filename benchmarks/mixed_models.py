@@ -29,7 +29,7 @@ from benchmarks import report
 from benchmarks.probe import Probe
 from kvc2 import _core
 from kvc2.arena import Arena
-from kvc2.config import ServeConfig
+from kvc2.config import DiskConfig, ServeConfig
 from kvc2.layout import layer_major
 from kvc2.metrics import Metrics
 from kvc2.mover import Mover
@@ -99,7 +99,7 @@ class House:
         self.arena = arena
         self.index = _core.Index(policy=POLICY)
         metrics = Metrics()
-        self.pools = Pools(self.index, arena, None, metrics, len(MODELS))
+        self.pools = Pools(self.index, arena, None, metrics, ServeConfig())
         self.mover = Mover(
             self.index, metrics, arena.memory, None, lambda: None, clock=time.perf_counter
         )
@@ -256,7 +256,7 @@ def disk_move_s(folder: Path) -> float:
     """Seconds of moving a full slab: read, verified, written, synced, its records moved."""
     shape = MODELS[0].pages(REAL_SLAB_BYTES)
     arena = Arena(REAL_SLAB_BYTES, REAL_SLAB_BYTES)
-    tier = DiskTier(folder, 4 * REAL_SLAB_BYTES, arena.memory, Metrics())
+    tier = DiskTier(DiskConfig.of_bytes(folder, 4 * REAL_SLAB_BYTES), arena.memory, Metrics())
     try:
         pool, index = tier.pool(shape), _core.Index()
         disk = index.add_pool(

@@ -364,9 +364,16 @@ class Index:
         pages: U32,
         generations: U64,
         stamps: U32,
+        expires: U32 | None = None,
     ) -> U8:
         """[n] of RESTORED, ORPHAN, FORGED, CONFLICT: rebuild a durable pool's residency from its
-        catalogue, in any order. Slabs and namespaces must be there before."""
+        catalogue, in any order. Slabs and namespaces must be there before. expires [n]: the second
+        (as `advance` tells it) from which a block is dead, 0: never; without it none ever is."""
+    def lifetimes(self, pool: int) -> U32:
+        """[2 * pages] by page the second from which its block is dead (0: never, or no block), and
+        the lower 32 bits of the page's generation (0 in a pool that is not durable)."""
+    def expire_by(self, namespace: int, second: int) -> None:
+        """No block that the namespace has now matches from this second on. Walks the namespace."""
     def stamps(self, pool: int) -> U32:
         """[pages] recency by page; 0 where nothing is resident."""
     def residents(self, pool: int, first: int, count: int) -> tuple[U32, Records]:

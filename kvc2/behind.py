@@ -451,14 +451,14 @@ class Behind:
     # ---- recency ----
 
     async def save_recency(self) -> None:
-        """Write the order of use aside."""
-        stamps = {
-            digest: self._index.stamps(each.disk_id)
+        """Write the order of use aside, and when blocks expire."""
+        uses = {
+            digest: (self._index.stamps(each.disk_id), self._index.lifetimes(each.disk_id))
             for digest, each in self._pools.layouts.items()
             if each.disk_id is not None
         }
-        if stamps:
-            await self._mover.on_writer(lambda tier: tier.save_recency(stamps))
+        if uses:
+            await self._mover.on_writer(lambda tier: tier.save_recency(uses))
 
     async def _keep_recency(self) -> None:
         while True:

@@ -74,7 +74,8 @@ class SessionPool:
 
 
 class Cache:
-    """`files` is where tests put faults of the disk."""
+    """`files` is where tests put faults of the disk; `wall` is read once, for times that outlive
+    this run."""
 
     def __init__(
         self,
@@ -83,7 +84,9 @@ class Cache:
         clock: Callable[[], float] = time.monotonic,
         *,
         files: Files | None = None,
+        wall: Callable[[], float] = time.time,
     ) -> None:
+        self._second_zero = int(wall()) - 1
         self._config = config
         self._metrics = metrics
         self._clock = clock
@@ -105,12 +108,11 @@ class Cache:
             memory = self._arena.memory
             if config.disk.path is not None:
                 self._disk = DiskTier(
-                    config.disk.path,
-                    config.disk.size_bytes,
+                    config.disk,
                     memory,
                     self._metrics,
                     files=self._files,
-                    relaxed=config.disk.durability == "relaxed",
+                    second_zero=self._second_zero,
                 )
         starts = 0 if self._disk is None else self._disk.catalogue.start_count
         stamp = 0 if self._disk is None else self._disk.last_stamp()
@@ -125,7 +127,7 @@ class Cache:
         )
         self._loader = Loader(self.index, self._mover, self._metrics)
         spaces_max = config.limits.max_known_namespaces
-        self.spaces = Spaces(self.index, self._mover, self._disk, spaces_max)
+        self.spaces = Spaces(self.index, self._mover, self._disk, spaces_max, self.tick)
         self._ticking = asyncio.create_task(self._keep_time())
         self.counts = Counts(self.index, self._gpus, self._sessions, self._arena, self._disk)
         self.quotas = TenantQuotas(self.index, config)
@@ -139,6 +141,7 @@ class Cache:
         )
         if self._arena is not None:
             self._start_slower_tiers(self._arena)
+        self.tick()  # what expired while nobody ran is dead
         self._whole = Whole(
             self.index,
             self.spaces,

@@ -9,6 +9,7 @@ One thread (the event loop's) uses this.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvc2 import _core, errors
@@ -17,6 +18,7 @@ from kvc2.namespace import of_era, weights_digest_of
 from kvc2.results import Hints, shorter
 from kvc2.tiers.catalogue import Change
 from kvc2.tiers.disk import DiskTier
+from kvc2.tiers.recency import SECOND_MAX
 
 
 @dataclass
@@ -39,8 +41,14 @@ class Spaces:
     that the index has a space for, retired ones too: at most `known_max`."""
 
     def __init__(
-        self, index: _core.Index, mover: Mover, disk: DiskTier | None, known_max: int
+        self,
+        index: _core.Index,
+        mover: Mover,
+        disk: DiskTier | None,
+        known_max: int,
+        now: Callable[[], int],
     ) -> None:
+        self._now = now
         self.known: set[bytes] = set()
         self._known_max = known_max
         self._index = index
@@ -55,15 +63,24 @@ class Spaces:
         """The number of a namespace, the same each time. Raises LimitReached."""
         number = self._numbers.get(name)
         if number is not None:
-            self._space(name, self._opened[number].era, page_size)  # checks page_size
-            self._opened[number].ttl_s = ttl_s
+            opened = self._opened[number]
+            self._space(name, opened.era, page_size)  # checks page_size
+            if shorter(opened.ttl_s, ttl_s) != opened.ttl_s:
+                self._expire(opened.space, ttl_s)
+            opened.ttl_s = ttl_s
             return number
         era = self._stored_era(name)
         space = self._space(name, era, page_size)
         self._index.set_tenant(space, tenant)
+        if ttl_s:  # of what a restart brought not all is known when it expires
+            self._expire(space, ttl_s)
         self._numbers[name] = len(self._opened)
         self._opened.append(Opened(name, page_size, identity, ttl_s, era, space, tenant))
         return self._numbers[name]
+
+    def _expire(self, space: int, ttl_s: int) -> None:
+        """What is there now lives no longer than if it was used now."""
+        self._index.expire_by(space, min(self._now() + ttl_s, SECOND_MAX))
 
     def _space(self, name: bytes, era: int, page_size: int) -> int:
         """The index's id. Raises LimitReached: what the index knows stays known."""

@@ -28,6 +28,7 @@ async def running(
     admission: Admission = "always",
     files: Files | None = None,
     clock: Callable[[], float] = time.monotonic,
+    wall: Callable[[], float] = time.time,
     **more: object,
 ) -> AsyncIterator[Cache]:
     more.setdefault("slab_bytes", SLAB_BYTES)
@@ -39,7 +40,7 @@ async def running(
         copy_threads=2,
         **more,  # type: ignore[arg-type]
     )
-    cache = Cache(config, Metrics(), clock, files=files)
+    cache = Cache(config, Metrics(), clock, files=files, wall=wall)
     await cache.start()
     try:
         yield cache

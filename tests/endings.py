@@ -6,6 +6,7 @@ The machine of machines.py with these verbs beside its own.
 """
 
 import contextlib
+import math
 
 import numpy as np
 import pytest
@@ -151,6 +152,15 @@ class IndexEndings(IndexMachine):
         at, prefix = self.a_pool(pool), (self.current[namespace], *prompt)
         assert self.index.unpin(prefix[0], at, u32(prompt)) == self.model.unpin(at, prefix)  # type: ignore[arg-type]
 
+    @rule(which=st.integers(0, 1), seconds=st.sampled_from([0, 2, 9, 9, 9]))
+    def expire_by(self, which: int, seconds: int) -> None:
+        if seconds == 0 and which == 0:
+            return  # all of it dead at once, too often
+        second = max(1, self.model.now + seconds)
+        self.index.expire_by(self.current[which], second)
+        self.model.expire_by(self.current[which], second)
+        SEEN["expire_by: what lived for ever"] += seconds == 9 and bool(self.model.lives)
+
     @rule(pool=choice, count=small)
     def reap(self, pool: int, count: int) -> None:
         at = self.a_pool(pool)
@@ -183,6 +193,7 @@ class IndexEndings(IndexMachine):
             [self.names[n], *digests(self.names[n], [block_bytes(b) for b in bs])]  # type: ignore[call-overload]
             for (n, *bs), _ in rows
         ]
+        ends = [self.model.life(p).expires for p, _ in rows]
         answers = fresh.restore(
             disk,
             np.frombuffer(b"".join(c[-1] for c in chains), np.uint8).reshape(-1, 32),
@@ -191,13 +202,21 @@ class IndexEndings(IndexMachine):
             u32([page for _, page in rows]),
             np.array([self.generations[page] for _, page in rows], dtype=np.uint64),
             u32([self.model.stamps[p] for p, _ in rows]),
+            u32([0 if math.isinf(e) else max(1, e) for e in ends]),
         )
+        fresh.advance(self.model.now)
         fresh.check()
         restored = [_core.RESTORED if p in whole else _core.ORPHAN for p, _ in rows]
         assert answers.tolist() == restored
+        lifetimes = fresh.lifetimes(disk).reshape(-1, 2).tolist()
+        for (path, page), end in zip(rows, ends, strict=True):
+            expires = 0 if math.isinf(end) else max(1, end)
+            there = [expires, self.generations[page] % 2**32] if path in whole else [0, 0]
+            assert lifetimes[page] == there
         SEEN["free -> resident: restore"] += _core.RESTORED in restored
         SEEN["restore: an orphan"] += _core.ORPHAN in restored
         for (namespace, *blocks), _ in rows:
+            living = {p for p in whole if not self.model.dead(p)}
             longest = next(n for n in range(len(blocks), -1, -1)
-                           if n == 0 or (namespace, *blocks[:n]) in whole)  # fmt: skip
+                           if n == 0 or (namespace, *blocks[:n]) in living)  # fmt: skip
             assert fresh.match(namespace, disk, u32(blocks)).blocks == longest  # type: ignore[arg-type]

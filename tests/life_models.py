@@ -1,5 +1,7 @@
 """The oracle's part about lives: who has said what of which block, what is dead, and why."""
 
+from dataclasses import replace
+
 from kvc2._core import Cause
 from tests.model_parts import Hints, Life, Path
 
@@ -37,6 +39,11 @@ class LivesModel:
 
     def unpin(self, pool: int, prefix: Path) -> int:
         return 0 if self.prefix_pins.pop((pool, prefix), None) is None else len(prefix) - 1
+
+    def expire_by(self, namespace: object, second: int) -> None:
+        for path in [each for each in self.stamps if each[0] == namespace]:
+            life = self.life(path)
+            self.lives[path] = replace(life, expires=min(life.expires, second))
 
     def life(self, path: Path) -> Life:
         return self.lives.get(path, Life())

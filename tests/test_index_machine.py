@@ -59,6 +59,7 @@ AT_LEAST = {
     "pin: what is there": 15,
     "pin: what is not there": 15,
     "pin: refused": 15,
+    "expire_by: what lived for ever": 15,
     "advance: blocks expire": 15,
     "advance: not all of a path": 5,
     "release: a session's own tail": 15,

@@ -340,13 +340,16 @@ void bind_requests(py::class_<Index>& index) {
 
 Array<uint8_t> restore(Index& self, PoolId pool, const py::object& digests,
                        const py::object& parents, const py::object& tokens, const py::object& pages,
-                       const py::object& generations, const py::object& stamps) {
-  const RestoreBatch batch{digests_of(digests, "digests"),
-                           digests_of(parents, "parents"),
-                           view<uint32_t>(tokens, "tokens", 2, self.page_size(pool)),
-                           view<uint32_t>(pages, "pages", 1),
-                           view<uint64_t>(generations, "generations", 1),
-                           view<uint32_t>(stamps, "stamps", 1)};
+                       const py::object& generations, const py::object& stamps,
+                       const std::optional<py::object>& expires) {
+  const RestoreBatch batch{
+      digests_of(digests, "digests"),
+      digests_of(parents, "parents"),
+      view<uint32_t>(tokens, "tokens", 2, self.page_size(pool)),
+      view<uint32_t>(pages, "pages", 1),
+      view<uint64_t>(generations, "generations", 1),
+      view<uint32_t>(stamps, "stamps", 1),
+      expires ? view<uint32_t>(*expires, "expires", 1) : std::span<const uint32_t>{}};
   const size_t rows = batch.digests.size();
   same_length(batch.parents, rows, "parents");
   if (batch.tokens.size() != rows * self.page_size(pool)) {
@@ -355,7 +358,38 @@ Array<uint8_t> restore(Index& self, PoolId pool, const py::object& digests,
   same_length(batch.pages, rows, "pages");
   same_length(batch.generations, rows, "generations");
   same_length(batch.stamps, rows, "stamps");
+  if (expires) same_length(batch.expires, rows, "expires");
   return answers_of(unlocked([&] { return self.restore(pool, batch); }));
+}
+
+void bind_lives(py::class_<Index>& index) {
+  index.def("advance", &Index::advance, "now"_a, py::call_guard<py::gil_scoped_release>())
+      .def("reap", &Index::reap, "pool"_a, "pages"_a, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "pin",
+          [](Index& self, uint32_t space, PoolId pool, const py::object& tokens, bool hard,
+             uint32_t max_blocks) {
+            const auto given = view<uint32_t>(tokens, "tokens", 1);
+            return unlocked([&] { return self.pin(space, pool, given, hard, max_blocks); });
+          },
+          "namespace"_a, "pool"_a, "tokens"_a, py::kw_only(), "hard"_a, "max_blocks"_a)
+      .def(
+          "unpin",
+          [](Index& self, uint32_t space, PoolId pool, const py::object& tokens) {
+            const auto given = view<uint32_t>(tokens, "tokens", 1);
+            return unlocked([&] { return self.unpin(space, pool, given); });
+          },
+          "namespace"_a, "pool"_a, "tokens"_a)
+      .def("pinned_blocks", &Index::pinned_blocks, "pool"_a, py::kw_only(), "hard"_a,
+           py::call_guard<py::gil_scoped_release>())
+      .def(
+          "lifetimes",
+          [](const Index& self, PoolId pool) {
+            return array_of(unlocked([&] { return self.lifetimes(pool); }));
+          },
+          "pool"_a)
+      .def("expire_by", &Index::expire_by, "namespace"_a, "second"_a,
+           py::call_guard<py::gil_scoped_release>());
 }
 
 void bind_behind(py::class_<Index>& index) {
@@ -383,25 +417,6 @@ void bind_behind(py::class_<Index>& index) {
       .def("evict", &Index::evict, "pool"_a, "pages"_a, py::call_guard<py::gil_scoped_release>())
       .def("keep_free", &Index::keep_free, "pool"_a, "pages"_a,
            py::call_guard<py::gil_scoped_release>())
-      .def("advance", &Index::advance, "now"_a, py::call_guard<py::gil_scoped_release>())
-      .def("reap", &Index::reap, "pool"_a, "pages"_a, py::call_guard<py::gil_scoped_release>())
-      .def(
-          "pin",
-          [](Index& self, uint32_t space, PoolId pool, const py::object& tokens, bool hard,
-             uint32_t max_blocks) {
-            const auto given = view<uint32_t>(tokens, "tokens", 1);
-            return unlocked([&] { return self.pin(space, pool, given, hard, max_blocks); });
-          },
-          "namespace"_a, "pool"_a, "tokens"_a, py::kw_only(), "hard"_a, "max_blocks"_a)
-      .def(
-          "unpin",
-          [](Index& self, uint32_t space, PoolId pool, const py::object& tokens) {
-            const auto given = view<uint32_t>(tokens, "tokens", 1);
-            return unlocked([&] { return self.unpin(space, pool, given); });
-          },
-          "namespace"_a, "pool"_a, "tokens"_a)
-      .def("pinned_blocks", &Index::pinned_blocks, "pool"_a, py::kw_only(), "hard"_a,
-           py::call_guard<py::gil_scoped_release>())
       .def(
           "lost",
           [](Index& self, PoolId pool, const py::object& pages) {
@@ -410,7 +425,7 @@ void bind_behind(py::class_<Index>& index) {
           },
           "pool"_a, "pages"_a)
       .def("restore", &restore, "pool"_a, "digests"_a, "parents"_a, "tokens"_a, "pages"_a,
-           "generations"_a, "stamps"_a)
+           "generations"_a, "stamps"_a, "expires"_a = py::none())
       .def(
           "stamps",
           [](const Index& self, PoolId pool) {
@@ -435,27 +450,7 @@ int number(Answer answer) {
 
 }  // namespace
 
-void bind_reuse_curve(py::module_& module) {
-  py::class_<ReuseCurve>(module, "ReuseCurve")
-      .def(py::init<uint32_t>(), py::kw_only(), "sample_max"_a = ReuseCurve::kSampleMax)
-      .def(
-          "access",
-          [](ReuseCurve& self, const py::object& keys, uint32_t page_size, uint64_t tokens) {
-            const auto bytes = view<uint8_t>(keys, "keys", 2, sizeof(BlockKey));
-            const std::span path(reinterpret_cast<const BlockKey*>(bytes.data()),
-                                 bytes.size() / sizeof(BlockKey));
-            unlocked([&] { self.access(path, page_size, tokens); });
-          },
-          "keys"_a, "page_size"_a, "tokens"_a)
-      .def("catch_up", &ReuseCurve::catch_up)
-      .def("hit_rate", &ReuseCurve::hit_rate, "capacity"_a)
-      .def("check", &ReuseCurve::check)
-      .def_property_readonly("rate", &ReuseCurve::rate)
-      .def_property_readonly("sampled", &ReuseCurve::sampled)
-      .def_property_readonly("metadata_bytes", &ReuseCurve::metadata_bytes);
-  module.attr("NO_LIMIT") = ReuseCurve::kNoLimit;
-}
-
+void bind_reuse_curve(py::module_& module);                        // reuse_curve.cpp
 void bind_explain(py::module_& module, py::class_<Index>& index);  // explain.cpp
 
 void bind_index(py::module_& module) {
@@ -483,6 +478,7 @@ void bind_index(py::module_& module) {
   bind_pools(index);
   bind_quotas(index);
   bind_requests(index);
+  bind_lives(index);
   bind_behind(index);
   bind_explain(module, index);
   module.def(

@@ -149,6 +149,7 @@ struct RestoreBatch {  // by block; tokens are page_size each
   std::span<const PageId> pages;
   std::span<const uint64_t> generations;
   std::span<const uint32_t> stamps;
+  std::span<const uint32_t> expires{};  // seconds as of `advance`, 0: never; empty: all never
 };
 
 // The contract of each function is in kvc2/_core.pyi. Throws UnknownId, or std::invalid_argument
@@ -214,6 +215,8 @@ class Index {
   Evicted lost(PoolId pool, std::span<const PageId> pages);
   std::vector<RestoreResult> restore(PoolId pool, const RestoreBatch& batch);
   std::vector<uint32_t> stamps(PoolId pool) const;
+  std::vector<uint32_t> lifetimes(PoolId pool) const;
+  void expire_by(uint32_t space, uint32_t second);
   // What is resident in `count` pages from `first` on. Pins nothing: a page that has the same
   // generation before and after its bytes were read had that block all the time.
   Residents residents(PoolId pool, PageId first, uint32_t count);

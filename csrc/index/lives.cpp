@@ -17,6 +17,28 @@ uint32_t Index::advance(uint32_t now) {
   return tree_.advance(now);
 }
 
+void Index::expire_by(uint32_t space, uint32_t second) {
+  const Lock lock(mutex_);
+  if (space >= tree_.spaces.size()) throw UnknownId("namespace " + std::to_string(space));
+  if (second == 0) throw std::invalid_argument("second: 1 or later");
+  tree_.expire_by(space, second);
+}
+
+// Two words a page: when its block expires, and the lower half of the page's generation.
+std::vector<uint32_t> Index::lifetimes(PoolId id) const {
+  std::vector<uint32_t> found;
+  in_slices(id, [&] {
+    const PagePool& of = pool(id);
+    const auto page = static_cast<PageId>(found.size() / 2);
+    if (page == of.size()) return false;
+    const bool there = of.state(page) == PageState::kResident;
+    found.push_back(there ? tree_.life(tree_.owner(id, page)).expires : 0);
+    found.push_back(there && of.shape.durable ? static_cast<uint32_t>(of.generations[page]) : 0);
+    return true;
+  });
+  return found;
+}
+
 Evicted Index::reap(PoolId id, uint32_t pages) {
   Evicted evicted;
   in_slices(id, [&] {

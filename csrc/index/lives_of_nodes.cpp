@@ -162,6 +162,19 @@ void RadixTree::end_tail(Place at, uint32_t stamp) {
   }
 }
 
+void RadixTree::expire_by(uint32_t space, uint32_t second) {
+  std::vector<NodeId> nodes{spaces[space].root};
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    change_lives(nodes[i], 0, nodes_[nodes[i]].blocks(), [&](Life life) {
+      life.expires = life.expires == 0 ? second : std::min(life.expires, second);
+      return life;
+    });
+    for (NodeId c = nodes_[nodes[i]].first_child; c != kNoNode; c = nodes_[c].next) {
+      nodes.push_back(c);
+    }
+  }
+}
+
 uint32_t RadixTree::advance(uint32_t now) {
   now_ = std::max(now_, now);
   uint32_t nodes = 0;

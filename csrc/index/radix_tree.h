@@ -147,7 +147,8 @@ class RadixTree {
   void say(Place at, const Life& said, uint32_t fresh);
   // The blocks on the path to `at`, tail first, that nothing else hangs on, last used by `stamp`.
   void end_tail(Place at, uint32_t stamp);
-  uint32_t advance(uint32_t now);  // nodes in which blocks expired or lapsed
+  void expire_by(uint32_t space, uint32_t second);  // all blocks of a namespace; walks it
+  uint32_t advance(uint32_t now);                   // nodes in which blocks expired or lapsed
   uint32_t now() const { return now_; }
   std::optional<Place> coldest(PoolId pool);  // the next victim, as the policy chooses
   std::optional<Place> coldest_of(TenantId tenant, PoolId pool);  // among blocks of the tenant

@@ -45,7 +45,8 @@ RestoreResult Index::restore_one(PoolId id, const RestoreBatch& batch, size_t i,
   stamp_ = std::max(stamp_, batch.stamps[i]);
   tree_.place(at, id, page);
   tree_.refresh(at.node);
-  tree_.say(at, Life{}, kNoneFresh);
+  const Life life{.expires = batch.expires.empty() ? 0 : batch.expires[i]};
+  tree_.say(at, life, tree_[at.node].first + at.offset);
   return RestoreResult::kRestored;
 }
 

@@ -40,12 +40,11 @@ KEY = np.dtype([("layout", ">u4"), ("page", ">u4")])
 LAYOUT = struct.Struct("<IIQQQI")  # number, page_size, payload, page and slab bytes, pages a slab
 START = struct.Struct("<Q")
 SLACK_BYTES_MIN = 1 << 20  # namespaces, free lists and the copies that a transaction makes
-PAGE_ROOM = 8  # bytes a page for the recency array and the copy that replaces it
+PAGE_ROOM = 24  # bytes a page for recency, lifetimes and the copies that replace them
 ERA_PREFIX = b"era:"  # of the key in `meta`; a namespace's 32 bytes follow
-ERAS_MAX = (
-    4096  # entries of about 60 bytes, within the slack; they are never dropped: a record of an
-)
-# earlier era may still be there
+# Entries of about 60 bytes, within the slack. They are never dropped: a record of an earlier era
+# may still be there.
+ERAS_MAX = 4096
 BROKEN = (
     lmdb.CorruptedError,
     lmdb.InvalidError,

@@ -28,12 +28,14 @@ import lmdb
 import numpy as np
 
 from kvc2 import _core, errors
+from kvc2.config import DiskConfig
 from kvc2.metrics import Metrics
 from kvc2.namespace import of_era
 from kvc2.priority import step_back
 from kvc2.tiers.base import U8, U32, U64, PageShape, part_of
 from kvc2.tiers.catalogue import Catalogue, Change, Full, Stored, insertions, room_bytes
 from kvc2.tiers.lmdb_file import Damaged
+from kvc2.tiers.recency import Recency
 from kvc2.tiers.slab_file import Files, SlabFiles
 
 LOG = logging.getLogger(__name__)
@@ -136,22 +138,22 @@ class Outcome:
 
 class DiskTier:
     """Raises StartRefused when another daemon has the directory or its format is unknown.
-    relaxed: a batch is durable only with the next `sync`."""
+    second_zero: of the wall clock, when the index's time was 0."""
 
     def __init__(
         self,
-        path: Path,
-        size_bytes: int,
+        config: DiskConfig,
         arena: U8,
         metrics: Metrics,
         *,
         files: Files | None = None,
-        relaxed: bool = False,
+        second_zero: int = 0,
     ) -> None:
-        self._relaxed = relaxed
+        assert config.path is not None
+        self.path = path = config.path
+        self.size_bytes = config.size_bytes
+        self._relaxed = config.durability == "relaxed"
         self._unsynced: list[tuple[DiskPool, U32]] = []
-        self.path = path
-        self.size_bytes = size_bytes
         self._arena = arena
         self._metrics = metrics
         self._files = files or Files()
@@ -161,6 +163,7 @@ class DiskTier:
         make_folders(path)
         self._lock_fd = lock(path)
         try:
+            self.recency = Recency(path / "recency", second_zero)
             self.catalogue = self._open_catalogue()
             self._sync_folders()
             self._open_pools()
@@ -413,28 +416,13 @@ class DiskTier:
 
     def last_stamp(self) -> int:
         """The highest stamp that was written aside: this run's begin above it."""
-        arrays = [self.read_recency(pool) for pool in self.pools.values()]
+        arrays = [self.recency.stamps(pool.number) for pool in self.pools.values()]
         return max((int(array.max()) for array in arrays if array.size), default=0)
 
-    def read_recency(self, pool: DiskPool) -> U32:
-        """[pages] stamps by page as last written aside; empty when there are none."""
-        path = self.path / "recency" / str(pool.number)
-        try:
-            data = path.read_bytes()
-        except OSError:
-            return np.empty(0, np.uint32)
-        return np.frombuffer(data[: len(data) // 4 * 4], "<u4").astype(np.uint32)
-
-    def save_recency(self, stamps: dict[bytes, U32]) -> None:
-        """Write the stamps of each layout aside. Losing them costs order, never bytes: no sync."""
-        for digest, array in stamps.items():
-            path = self.path / "recency" / str(self.pools[digest].number)
-            try:
-                aside = path.with_suffix(".new")
-                aside.write_bytes(array.astype("<u4").tobytes())
-                aside.rename(path)
-            except OSError as error:
-                LOG.warning("disk: recency not written: %s", error)
+    def save_recency(self, uses: dict[bytes, tuple[U32, U32]]) -> None:
+        """Write stamps and lifetimes of each layout's pages aside."""
+        for digest, (stamps, lifetimes) in uses.items():
+            self.recency.save(self.pools[digest].number, stamps, lifetimes)
 
     def close(self) -> None:
         self._writers.shutdown()

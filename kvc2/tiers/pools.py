@@ -143,8 +143,10 @@ class Pools:
         assert pools.disk_id is not None
         stored = disk.stored(pools.disk)
         restart.add_slabs(self._index, pools.disk_id, pools.disk.slabs.numbers())
-        recency = disk.read_recency(pools.disk)
-        result = restart.restore(self._index, pools.disk_id, stored, recency)
+        number, recency = pools.disk.number, disk.recency
+        result = restart.restore(
+            self._index, pools.disk_id, stored, recency.stamps(number), recency.lifetimes(number)
+        )
         refused = stored.pages[result != _core.RESTORED]
         if refused.size:
             self._metrics.fault("restore_refused", refused.size)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from kvc2 import _core
+from kvc2.config import DiskConfig
 from kvc2.metrics import Metrics
 from kvc2.tiers import restart
 from kvc2.tiers.base import U32
@@ -20,7 +21,7 @@ from kvc2.tiers.catalogue import Change, Stored
 from kvc2.tiers.check import Report, rows_of
 from kvc2.tiers.disk import DiskPool, DiskTier
 
-ANY_SIZE = 1 << 62  # the budget is the daemon's: nothing is dropped for it here
+ANY_SIZE = 10**15  # the budget is the daemon's: nothing is dropped for it here
 
 
 @dataclass
@@ -40,7 +41,7 @@ def repair(path: Path, report: Report) -> Repaired:
     """Delete what `report` found. A block that is not as it was then is left alone. Raises
     StartRefused when a daemon serves the directory."""
     metrics, found = Metrics(), Repaired()
-    tier = DiskTier(path, ANY_SIZE, np.empty(0, np.uint8), metrics)
+    tier = DiskTier(DiskConfig.of_bytes(path, ANY_SIZE), np.empty(0, np.uint8), metrics)
     try:
         found.orphan_slabs = report.damage["orphan_slab"]
         found.catalogue_aside = metrics.values()["faults_total{kind=catalogue_reset}"] > 0

@@ -13,6 +13,8 @@ from kvc2.namespace import of_era
 from kvc2.tiers.base import TIER_NUMBERS, U8, U32, PageShape
 from kvc2.tiers.catalogue import Catalogue, Stored
 
+NO_LIFETIMES = np.empty((0, 2), np.uint32)
+
 
 def open_spaces(index: _core.Index, catalogue: Catalogue) -> set[bytes]:
     """Make the catalogue's namespaces known; their names, each of its era."""
@@ -31,8 +33,11 @@ def add_slabs(index: _core.Index, pool: int, numbers: list[int]) -> None:
         index.take_slab(pool, gap)
 
 
-def restore(index: _core.Index, pool: int, stored: Stored, recency: U32) -> U8:
-    """[n] of RESTORED, ORPHAN, FORGED, CONFLICT. recency: [pages] stamps as written aside."""
+def restore(
+    index: _core.Index, pool: int, stored: Stored, stamps: U32, lifetimes: U32 = NO_LIFETIMES
+) -> U8:
+    """[n] of RESTORED, ORPHAN, FORGED, CONFLICT. stamps [pages] and lifetimes [pages, 2]: as they
+    were written aside."""
     rows = stored.records
     return index.restore(
         pool,
@@ -41,7 +46,8 @@ def restore(index: _core.Index, pool: int, stored: Stored, recency: U32) -> U8:
         np.ascontiguousarray(rows["tokens"].astype(np.uint32)),
         stored.pages,
         np.ascontiguousarray(rows["generation"].astype(np.uint64)),
-        _stamps_of(recency, stored.pages),
+        _stamps_of(stamps, stored.pages),
+        _expiries_of(lifetimes, stored),
     )
 
 
@@ -58,9 +64,20 @@ def disk_pool(index: _core.Index, shape: PageShape, *, second_access: bool = Fal
     )
 
 
-def _stamps_of(recency: U32, pages: U32) -> U32:
+def _expiries_of(lifetimes: U32, stored: Stored) -> U32:
+    """[n] when each block expires, 0: never. What was written aside of a page is of its block only
+    while the page has that generation."""
+    expires = np.zeros(stored.pages.size, np.uint32)
+    known = np.flatnonzero(stored.pages < len(lifetimes))
+    rows = lifetimes[stored.pages[known]]
+    same = rows[:, 1] == stored.records["generation"][known].astype(np.uint32)
+    expires[known[same]] = rows[same, 0]
+    return expires
+
+
+def _stamps_of(aside: U32, pages: U32) -> U32:
     """[n] the stamp of each page; 1, the oldest there is, where none was written aside."""
     stamps = np.ones(pages.size, np.uint32)
-    known = pages < recency.size
-    stamps[known] = np.maximum(recency[pages[known]], 1)
+    known = pages < aside.size
+    stamps[known] = np.maximum(aside[pages[known]], 1)
     return stamps
