@@ -125,7 +125,8 @@ class Cache:
         self._mover = Mover(
             self.index, self._metrics, memory, self._disk, self._transfer_ended, clock=self._clock
         )
-        self._loader = Loader(self.index, self._mover, self._metrics)
+        always = config.load_policy == "always"
+        self._loader = Loader(self.index, self._mover, self._metrics, always=always)
         spaces_max = config.limits.max_known_namespaces
         self.spaces = Spaces(self.index, self._mover, self._disk, spaces_max, self.tick)
         self._ticking = asyncio.create_task(self._keep_time())

@@ -31,6 +31,7 @@ SOCKET_PATH_BYTES_MAX = 107  # sun_path
 SIDE_ENDING = ".side"  # the side socket lies beside the main one
 TTL_S_MAX = (1 << 32) - 1
 WritePolicy = Literal["behind", "back", "through"]
+LoadPolicy = Literal["faster", "always"]
 Durability = Literal["durable", "relaxed"]
 Admission = Literal["always", "second_access"]
 EvictionPolicy = Literal["hazard", "lru", "arc", "s3fifo"]  # see csrc/index/eviction
@@ -293,17 +294,20 @@ class ServeConfig:
     listen: unix:PATH or HOST:PORT of a loopback address. metrics_port: of /metrics on 127.0.0.1,
     None: off. gpu_only: no arena, no disk. slab_bytes: a multiple of 4096. copy_threads: 0 is one
     a core, at most 4. write_policy: behind copies a commit to slower tiers soon, back only when
-    free pages run short, through before the commit is answered (or after 3 s). eviction_policy:
-    what every tier evicts first; hazard learns from the traffic how soon which kind of block comes
-    back, the others are lru, arc and s3fifo on the leaves of the tree. low_watermark: when
-    less than this share of a gpu or cpu pool is free, copies that a slower tier also holds are
-    dropped until high_watermark is, before anybody waits for a page; 0: only when one is needed.
+    free pages run short, through before the commit is answered (or after 3 s). load_policy: faster
+    leaves to the engine what it would compute sooner than it came, always does not.
+    eviction_policy: what every tier evicts first; hazard learns from the traffic how soon which
+    kind of block comes back, the others are lru, arc and s3fifo on the leaves of the tree.
+    low_watermark: when less than this share of a gpu or cpu pool is free, copies that a slower tier
+    also holds are dropped until high_watermark is, before anybody waits for a page; 0: only when
+    one is needed.
     """
 
     listen: str = field(default_factory=default_listen)
     metrics_port: int | None = None
     gpu_only: bool = False
     write_policy: WritePolicy = "behind"
+    load_policy: LoadPolicy = "faster"
     eviction_policy: EvictionPolicy = "hazard"
     slab_bytes: int = 64 << 20
     low_watermark: float = 0.01  # what a 4k prompt takes of a pool of some GB; a hit rate's worth
@@ -324,6 +328,8 @@ class ServeConfig:
             _check("metrics_port", self.metrics_port, 0, 65535)
         if self.write_policy not in get_args(WritePolicy):
             raise errors.InvalidConfig("write_policy", self.write_policy, "behind, back or through")
+        if self.load_policy not in get_args(LoadPolicy):
+            raise errors.InvalidConfig("load_policy", self.load_policy, "faster or always")
         if self.eviction_policy not in get_args(EvictionPolicy):
             raise errors.InvalidConfig(
                 "eviction_policy", self.eviction_policy, "hazard, lru, arc or s3fifo"

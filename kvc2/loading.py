@@ -46,9 +46,13 @@ class Errand:
 
 
 class Loader:
-    """All on the event loop. `pools` is None where there is only the gpu tier."""
+    """All on the event loop. `pools` is None where there is only the gpu tier. always: also what
+    an engine would compute sooner."""
 
-    def __init__(self, index: _core.Index, mover: Mover, metrics: Metrics) -> None:
+    def __init__(
+        self, index: _core.Index, mover: Mover, metrics: Metrics, *, always: bool = False
+    ) -> None:
+        self._always = always
         self._index = index
         self._mover = mover
         self._metrics = metrics
@@ -78,7 +82,7 @@ class Loader:
         """Promote what memory holds, begin to load what the disk holds, where that is sooner than
         computing at `prefill_rate`. None: it is settled."""
         deadline = asyncio.get_running_loop().time() + deadline_s
-        errand = Errand(gpu, lease, prefill_rate, deadline)
+        errand = Errand(gpu, lease, 0.0 if self._always else prefill_rate, deadline)
         self._advance(errand)
         return None if errand.step is None else errand
 

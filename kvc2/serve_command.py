@@ -26,6 +26,11 @@ class WritePolicy(StrEnum):
     through = "through"
 
 
+class LoadPolicy(StrEnum):
+    faster = "faster"
+    always = "always"
+
+
 class Durability(StrEnum):
     durable = "durable"
     relaxed = "relaxed"
@@ -65,6 +70,10 @@ GpuOnly = Annotated[
 WritePolicyFlag = Annotated[
     WritePolicy | None,
     option("When a committed block is copied to slower tiers.", "behind"),
+]
+LoadPolicyFlag = Annotated[
+    LoadPolicy | None,
+    option("Whether what an engine would compute sooner is loaded all the same.", "faster"),
 ]
 EvictionPolicyFlag = Annotated[
     EvictionPolicy | None,
@@ -138,6 +147,7 @@ def serve(
     metrics_port: MetricsPort = None,
     gpu_only: GpuOnly = None,
     write_policy: WritePolicyFlag = None,
+    load_policy: LoadPolicyFlag = None,
     eviction_policy: EvictionPolicyFlag = None,
     slab_bytes: SlabBytes = None,
     low_watermark: LowWatermark = None,

@@ -79,6 +79,7 @@ def test_flags_go_over_the_file(tmp_path: Path) -> None:
         ({"gpu_only": "yes"}, "gpu_only = 'yes': a value of type bool"),
         ({"metrics_port": True}, "metrics_port = True"),
         ({"write_policy": "bak"}, "write_policy = 'bak': one of behind, back, through"),
+        ({"load_policy": "never"}, "load_policy = 'never': one of faster, always"),
         ({"eviction_policy": "lfu"}, "one of hazard, lru, arc, s3fifo"),
         ({"slab_bytes": 100_001}, "slab_bytes = 100001: a multiple of 4096"),
         ({"disk": {"size_gb": 5}}, "disk.size_gb = 5.0: only with disk.path"),

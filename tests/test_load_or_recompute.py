@@ -76,13 +76,23 @@ class House:
         self.clock.now += 400.0
 
 
-def in_house(tmp_path: Path, bytes_per_s: float, work: Callable[[House], Awaitable[None]]) -> None:
+def in_house(
+    tmp_path: Path,
+    bytes_per_s: float,
+    work: Callable[[House], Awaitable[None]],
+    load_policy: str = "faster",
+) -> None:
     clock = Clock()
     files = SlowFiles(clock, bytes_per_s)
 
     async def main() -> None:
         async with running(
-            tmp_path, cpu_bytes=32 * MIB, disk_bytes=64 * MIB, files=files, clock=clock
+            tmp_path,
+            cpu_bytes=32 * MIB,
+            disk_bytes=64 * MIB,
+            files=files,
+            clock=clock,
+            load_policy=load_policy,
         ) as cache:
             house = House(cache, clock, files)
             await house.fill()
@@ -108,6 +118,16 @@ def test_with_a_measured_disk_no_request_is_slower_than_without_a_cache(
         assert brought == worth_it
 
     in_house(tmp_path, bytes_per_s, work)
+
+
+def test_who_wants_it_all_loaded_waits_for_it(tmp_path: Path) -> None:
+    async def work(house: House) -> None:
+        for seed in range(3):
+            assert COLD_S < await house.ready_s(seed) < 2 * COLD_S
+            await house.settled()
+        assert house.cache._metrics.values()["recomputed_tokens_total{why=slower}"] == 0
+
+    in_house(tmp_path, 0.8 * BREAK_EVEN, work, load_policy="always")
 
 
 @pytest.mark.parametrize("times", [1, QUICK])
