@@ -1,13 +1,13 @@
 """What each declared tenant may take of each tier: set from the configuration or by SetQuota.
 
 Tenants are numbered for the index in the order of the configuration, from 1; the default tenant has
-no number and no quota. Not here: who pays for a page (csrc/index/quotas.h).
+a number and a quota only when it is declared. Not here: who pays for a page (csrc/index/quotas.h).
 """
 
 from __future__ import annotations
 
 from kvc2 import _core, errors
-from kvc2.config import ServeConfig
+from kvc2.config import DEFAULT_TENANT, ServeConfig
 from kvc2.results import TenantUse
 from kvc2.tiers.base import TIER_NUMBERS
 
@@ -27,11 +27,12 @@ class TenantQuotas:
 
     def number(self, tenant: str) -> int:
         """The index's; 0: a tenant that nothing is counted for."""
-        return self._numbers.get(tenant, 0)
+        return self._numbers.get(tenant or DEFAULT_TENANT, 0)
 
     def set(self, tenant: str, tier: str, max_bytes: int, max_blocks: int) -> TenantUse:
         """0: no limit. What is too much now goes with the tenant's next use of the tier. Raises
         NotFound."""
+        tenant = tenant or DEFAULT_TENANT
         if tenant not in self._numbers:
             raise errors.NotFound("tenant", tenant, "one that the configuration declares")
         self._index.set_quota(

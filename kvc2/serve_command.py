@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kvc2 import config
+from kvc2.config import ServeConfig
+from kvc2.config_file import SECTIONS, load
 from kvc2.exits import exit_codes
 
 
@@ -180,7 +181,7 @@ def serve(
     flags = {key: value for key, value in locals().items() if value is not None}
     flags.pop("config_file", None)
     with exit_codes():
-        settings = config.load(config_file, nested(flags))
+        settings = load(config_file, nested(flags))
         _run(settings)
 
 
@@ -190,14 +191,14 @@ def nested(flags: dict[str, Any]) -> dict[str, Any]:
     for name, value in flags.items():
         value = str(value) if isinstance(value, StrEnum) else value
         section, _, key = name.partition("_")
-        if section in config.SECTIONS:
+        if section in SECTIONS:
             values.setdefault(section, {})[key] = value
         else:
             values[name] = value
     return values
 
 
-def _run(settings: config.ServeConfig) -> None:
+def _run(settings: ServeConfig) -> None:
     import asyncio
 
     from kvc2 import events

@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from kvc2 import cli, config, serve_command
+from kvc2 import cli, config, config_file, serve_command
 from tests.daemons import ServedDaemon, serve_config
 
 run = CliRunner().invoke
@@ -19,7 +19,7 @@ run = CliRunner().invoke
 def test_every_field_is_a_flag_and_every_flag_a_field() -> None:
     fields = set()
     for field in dataclasses.fields(config.ServeConfig):
-        kind = config.SECTIONS.get(field.name)
+        kind = config_file.SECTIONS.get(field.name)
         names = [each.name for each in dataclasses.fields(kind)] if kind else [None]
         fields |= {f"{field.name}_{name}" if name else field.name for name in names}
     command = typer.main.get_command(cli.app).commands["serve"]  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvc2 import config
+from kvc2 import config, config_file
 from kvc2.errors import InvalidConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -36,13 +36,13 @@ kvc2:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_file_of_configs_loads(path: Path) -> None:
-    config.load(path, {})
+    config_file.load(path, {})
 
 
 def test_a_ktransformers_file_loads_unchanged(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(KTRANSFORMERS.replace("DISK", str(tmp_path / "kv")))
-    found = config.load(file, {})
+    found = config_file.load(file, {})
     assert found.cpu.memory_bytes == 250 * 10**9 // 4096 * 4096
     assert found.disk.path == tmp_path / "kv"
     assert found.disk.size_bytes > 0
@@ -54,7 +54,7 @@ def test_gpu_only_means_no_arena_and_no_disk(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     text = KTRANSFORMERS.replace("gpu_only: false", "gpu_only: true")
     file.write_text(text.replace("DISK", str(tmp_path / "kv")))
-    found = config.load(file, {})
+    found = config_file.load(file, {})
     assert found.gpu_only
     assert found.disk.path is None
 
@@ -62,7 +62,7 @@ def test_gpu_only_means_no_arena_and_no_disk(tmp_path: Path) -> None:
 def test_flags_go_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("cpu: {memory_size_gb: 8}\ndrain_timeout_s: 5\n")
-    found = config.load(file, {"cpu": {"memory_size_gb": 9.0}})
+    found = config_file.load(file, {"cpu": {"memory_size_gb": 9.0}})
     assert found.cpu.memory_size_gb == 9.0
     assert found.drain_timeout_s == 5.0
 
@@ -86,9 +86,10 @@ def test_flags_go_over_the_file(tmp_path: Path) -> None:
         ({"attn": {"page_size": 48}}, "attn.page_size = 48: a power of two"),
         ({"attn": {"page_size": 32, "chunk_size": 48}}, "attn.chunk_size = 48: a multiple"),
         ({"limits": {"max_sessions": 0}}, "limits.max_sessions = 0: 1 to 4096"),
-        ({"tenants": [{"name": "a"}]}, "tenants[0].secret_file: missing"),
+        ({"tenants": [{"name": "a"}]}, "tenants.secret_file: a path, for a"),
         ({"tenants": [{"name": "../a", "secret_file": "x"}]}, "tenants.name = '../a'"),
-        ({"tenants": [{"name": "default", "secret_file": "x"}]}, "tenants.name = 'default'"),
+        ({"tenants": [{"name": "default", "secret_file": "x"}]}, "none for default"),
+        ({"tenants": [{"name": "default", "uids": [1]}]}, "tenants.uids = (1,): none for default"),
         ({"listen": "0.0.0.0:50051"}, "mTLS"),
         ({"listen": "example.org:50051"}, "mTLS"),
         ({"listen": "unix:/" + "x" * 120}, "unix:PATH of 1 to"),
@@ -97,7 +98,7 @@ def test_flags_go_over_the_file(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_is_named(values: config.Values, message: str) -> None:
     with pytest.raises(InvalidConfig) as caught:
-        config.build(values)
+        config_file.build(values)
     assert message in str(caught.value)
 
 
@@ -116,7 +117,7 @@ def test_a_mistake_in_a_ktransformers_file_is_named(
     file = tmp_path / "config.yaml"
     file.write_text(KTRANSFORMERS.replace("DISK", str(tmp_path)).replace(old, new, 1))
     with pytest.raises(InvalidConfig) as caught:
-        config.load(file, {})
+        config_file.load(file, {})
     assert message in str(caught.value)
 
 
@@ -125,7 +126,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None
     file = tmp_path / "c.yaml"
     file.write_text(text)
     with pytest.raises(InvalidConfig):
-        config.load(file, {})
+        config_file.load(file, {})
 
 
 def machine(root: Path, *, available_kb: int, cgroup: str, files: dict[str, str]) -> Path:

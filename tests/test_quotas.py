@@ -28,7 +28,7 @@ def tenants(folder: Path) -> tuple[TenantConfig, ...]:
         secret.write_bytes(name.encode() * 8)
         secret.chmod(0o600)
         found.append(TenantConfig(name, secret, max_blocks=most))
-    return tuple(found)
+    return (*found, TenantConfig("default", max_blocks=QUOTA))
 
 
 @pytest.fixture
@@ -93,6 +93,19 @@ def test_who_floods_at_ten_times_its_quota_costs_nobody_else_a_twentieth(
     assert (left >= 0.95 * before) == limited
     if limited:
         assert 0 < use(served, "flood", "gpu").blocks <= QUOTA
+
+
+def test_who_names_no_tenant_is_held_to_the_defaults_quota(
+    served: ServedDaemon, engine: TinyEngine
+) -> None:
+    quiet, nameless = opened(engine, "quiet"), opened(engine, "")
+    mine = range(1, 8)
+    for number in mine:
+        ask(engine, quiet, number)
+    for number in range(100, 100 + 10 * QUOTA // PROMPT_BLOCKS):
+        ask(engine, nameless, number)
+    assert in_gpu(engine, quiet, mine) == len(mine) * PROMPT_BLOCKS
+    assert 0 < use(served, "default", "gpu").blocks <= QUOTA
 
 
 def test_slower_tiers_hold_a_tenant_to_its_quota_too(

@@ -35,7 +35,8 @@ KVC2_FLOORS = """
     namespace, results, layout, v1
     replay, traces
     _core
-    exits, config, errors, metrics, pace, priority
+    exits, config_file
+    config, errors, metrics, pace, priority
 """
 ENGINE_FLOORS = """
     __main__

@@ -13,10 +13,9 @@ import stat
 from pathlib import Path
 
 from kvc2 import errors
-from kvc2.config import ServeConfig
+from kvc2.config import DEFAULT_TENANT, ServeConfig
 from kvc2.namespace import SECRET_BYTES_MIN, namespace
 
-DEFAULT_TENANT = "default"
 SECRET_FILE = "default-tenant.secret"
 SECRET_BYTES = 32
 
@@ -29,13 +28,15 @@ class Tenants:
         self._secrets = {DEFAULT_TENANT: _default_secret(config.disk.path)}
         self._uids = {DEFAULT_TENANT: {owner}}
         for index, each in enumerate(config.tenants):
+            if each.secret_file is None:  # the default tenant's
+                continue
             self._secrets[each.name] = _read_secret(f"tenants[{index}]", each.secret_file)
             self._uids[each.name] = set(each.uids) or {owner}
         self._ttls = {each.name: each.ttl_s for each in config.tenants}
 
     def ttl_s(self, tenant: str) -> int:
         """How long after its last use a block of the tenant matches; 0: for ever."""
-        return self._ttls.get(tenant, 0)
+        return self._ttls.get(tenant or DEFAULT_TENANT, 0)
 
     def namespace(self, tenant: str, uid: int, identity: bytes, salt: bytes) -> bytes:
         """The 32 bytes that name (identity, tenant, salt). Raises NotFound and Denied."""
