@@ -14,6 +14,7 @@ import pytest
 
 from kvc2 import errors
 from kvc2.tiers.catalogue import LAYOUT
+from kvc2.tiers.check import check
 from kvc2.tiers.slab_file import Files
 from tests.caches import MIB, faults, running
 from tests.stand_in import PAGE_SIZE, StandIn, prompt
@@ -100,6 +101,23 @@ def test_a_fault_is_a_miss(
         async with running(tmp_path) as cache:  # computed again, stored again
             found = await StandIn(cache, 32).ask(prompt(1, BLOCKS))
             assert found.tiers == (0, 0, BLOCKS * PAGE_SIZE, 0)
+
+    asyncio.run(run())
+
+
+def test_a_bad_block_that_nobody_computes_again_leaves_no_record(tmp_path: Path) -> None:
+    async def run() -> None:
+        await stored(tmp_path)
+        flip(slab(tmp_path), 7 * PAGE_BYTES + 4096)
+        async with running(tmp_path) as cache:
+            engine = StandIn(cache, 32)
+            request, found = await engine.acquire(prompt(1, BLOCKS))
+            assert found.matched_tokens == 7 * PAGE_SIZE
+            cache.release(engine.session, request)
+            await cache.flush(10)
+        report = check(tmp_path)
+        assert report.sound
+        assert report.records == 7
 
     asyncio.run(run())
 
