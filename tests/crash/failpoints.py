@@ -68,9 +68,12 @@ FAILPOINTS: dict[str, tuple[Any, str, bool]] = {
     "recency_saved": (DiskTier, "save_recency", AFTER),
     "closing": (DiskTier, "close", BEFORE),
     # disk -> cpu -> gpu
+    "load_planned": (Mover, "load", BEFORE),
     "loading": (DiskPool, "load", BEFORE),
     "run_read": (Files, "read", AFTER),
     "loaded": (DiskPool, "load", AFTER),
+    "promotion_planned": (Mover, "promote", BEFORE),
+    "promotion_queued": (Mover, "promote", AFTER),
     "promoting": (SharedMemoryPool, "write", BEFORE),
     "promoted": (SharedMemoryPool, "write", AFTER),
     # the start

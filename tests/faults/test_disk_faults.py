@@ -27,7 +27,7 @@ async def stored(path: Path) -> None:
     """A directory with one prompt, durable."""
     async with running(path) as cache:
         await StandIn(cache, 32).ask(prompt(1, BLOCKS))
-        assert (await cache.flush(10)).durable_blocks == BLOCKS
+        assert (await cache.flush(60)).durable_blocks == BLOCKS
 
 
 def slab(path: Path) -> Path:
