@@ -27,7 +27,7 @@ from kvc2 import _core
 HOUSE = Path(__file__).parent.parent.parent
 FOLDERS = ("kvc2", "tests")
 TESTS = (  # the quick ones first
-    ("tests/test_disk.py", "tests/test_lives.py", "tests/faults"),
+    ("tests/test_disk.py", "tests/test_lives.py", "tests/test_slabs.py", "tests/faults"),
     ("tests/crash/test_power_cuts.py",),
     ("tests/crash/test_kills.py",),
 )
