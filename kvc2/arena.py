@@ -6,11 +6,17 @@ that serving starts at once; a unit can be taken once it is there. Not here: whi
 belongs to whom (csrc/index), and which pool a slab serves (tiers/cpu.py).
 
     absent -> free [faulted in]      free -> taken [take]      taken -> free [give_back]
+
+Where the host gives shared memory no huge pages by itself (`shmem_enabled` is never, the usual
+case), the same thread asks for them once all units are there: MADV_COLLAPSE moves what lies in
+4 KiB pages into huge ones, in use or not. The disk then gets requests of megabytes instead of one
+for each scattered page, and a copy misses the TLB less.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import logging
 import mmap
@@ -25,20 +31,31 @@ from numpy.typing import NDArray
 
 from kvc2 import errors
 from kvc2.config import available_memory_bytes
+from kvc2.priority import step_back
 
 LOG = logging.getLogger(__name__)
 
 F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h; Python 3.11 has no name for it
 MFD_HUGETLB = 0x4
 MADV_POPULATE_WRITE = 23  # Linux 5.14
+MADV_COLLAPSE = 25  # Linux 6.1; whatever sysfs says of shmem, unless that is `deny`
 HUGE_PAGE_BYTES = 2 << 20
 # Memory that is left to others while units are faulted in: less would invite the OOM killer.
 SPARE_BYTES = 256 << 20
 TOUCH_BYTES = 64 << 20  # one step of the fallback for kernels before 5.14
+COLLAPSE_BYTES = 8 << 20  # one step: about 10 ms of copying
+MAP_FIXED, MAP_NORESERVE = 0x10, 0x4000
 ABSENT, FREE, TAKEN = 0, 1, 2
+HUGETLB = "2 MiB hugetlb pages"
 
 _libc = ctypes.CDLL(None, use_errno=True)  # its calls release the GIL
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    *(ctypes.c_void_p, ctypes.c_size_t),
+    *(ctypes.c_int, ctypes.c_int, ctypes.c_int),
+    ctypes.c_long,
+]
 
 
 class Arena:
@@ -66,8 +83,8 @@ class Arena:
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self.populated = False  # all units that can be had are here
-        self.fd, self._map, self.page_kind = _create(self.capacity_bytes)
-        self.memory: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
+        self.fd, self.memory, self.page_kind = _create(self.capacity_bytes)
+        self.huge_bytes = 0  # that were moved into huge pages
 
     def start(self, on_ready: Callable[[], None] = lambda: None) -> None:
         """Begin to fault units in; `on_ready` runs on that thread after each, and at the end."""
@@ -143,6 +160,24 @@ class Arena:
             on_ready()
         self.populated = True
         on_ready()
+        step_back()
+        self._collapse()
+
+    def _collapse(self) -> None:
+        """Move what is there into huge pages, as far as the kernel has them. Nothing that a reader
+        or writer would notice but for the time that one page's copying takes."""
+        if self.page_kind == HUGETLB:
+            return
+        ready = self.ready_bytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+        for start in range(0, ready, COLLAPSE_BYTES):
+            length = min(COLLAPSE_BYTES, ready - start)
+            if self._stopped.is_set():
+                return
+            if _libc.madvise(self.memory.ctypes.data + start, length, MADV_COLLAPSE) == 0:
+                self.huge_bytes += length
+            elif ctypes.get_errno() == errno.EINVAL:
+                break  # not aligned, not with this kernel, or forbidden
+        LOG.info("arena: %d bytes moved into huge pages", self.huge_bytes)
 
     def _fault_in(self, offset: int) -> bool:
         address = self.memory.ctypes.data + offset
@@ -164,13 +199,13 @@ def _runs(free: NDArray[np.bool_], units: int) -> NDArray[np.int64]:
     return np.flatnonzero(sums[units:] - sums[:-units] == units)
 
 
-def _create(capacity_bytes: int) -> tuple[int, mmap.mmap, str]:
+def _create(capacity_bytes: int) -> tuple[int, NDArray[np.uint8], str]:
     """A mapped and sealed memfd; hugetlb pages when the host has set them aside, else shmem."""
     if capacity_bytes % HUGE_PAGE_BYTES == 0:
         with suppress(OSError):  # no hugetlb, or no huge pages set aside: the usual case
             fd = os.memfd_create("kvc2-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | MFD_HUGETLB)
             try:
-                return fd, _map(fd, capacity_bytes), "2 MiB hugetlb pages"
+                return fd, _map(fd, capacity_bytes), HUGETLB
             except OSError:
                 os.close(fd)
     fd = os.memfd_create("kvc2-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -182,17 +217,26 @@ def _create(capacity_bytes: int) -> tuple[int, mmap.mmap, str]:
             f"cpu.memory_size_gb = {capacity_bytes / 1e9:g}: no address space of that size:"
             f" {error.strerror} (ulimit -v says what is allowed)"
         ) from error
-    with suppress(OSError):  # a kernel without transparent huge pages
-        mapped.madvise(mmap.MADV_HUGEPAGE)
+    # fails on a kernel without transparent huge pages
+    _libc.madvise(mapped.ctypes.data, capacity_bytes, mmap.MADV_HUGEPAGE)
     return fd, mapped, _shmem_page_kind()
 
 
-def _map(fd: int, capacity_bytes: int) -> mmap.mmap:
+def _map(fd: int, capacity_bytes: int) -> NDArray[np.uint8]:
+    """At an address that huge pages can have: over the middle of a reservation, which unmaps all
+    of it with the array's last view."""
     os.ftruncate(fd, capacity_bytes)
-    mapped = mmap.mmap(fd, capacity_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    reserved = np.frombuffer(mmap.mmap(-1, capacity_bytes + HUGE_PAGE_BYTES, flags), np.uint8)
+    start = -reserved.ctypes.data % HUGE_PAGE_BYTES
+    memory = reserved[start : start + capacity_bytes]
+    access, shared = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | MAP_FIXED
+    where = memory.ctypes.data
+    if _libc.mmap(where, capacity_bytes, access, shared, fd, 0) != where:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
-    return mapped
+    return memory
 
 
 def _shmem_page_kind() -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kvc2 import errors
-from kvc2.arena import Arena
+from kvc2.arena import HUGE_PAGE_BYTES, Arena
 
-UNIT = 1 << 16
+UNIT, MIB = 1 << 16, 1 << 20
 
 
 def populated(units: int, available: int = 1 << 40) -> Arena:
@@ -69,3 +71,34 @@ def test_what_cannot_be_had_shrinks_the_arena() -> None:
 def test_an_arena_of_less_than_a_slab_is_refused() -> None:
     with pytest.raises(errors.InvalidConfig, match=r"cpu\.memory_size_gb"):
         Arena(UNIT - 1, UNIT)
+
+
+def test_moving_into_huge_pages_changes_no_byte_and_is_counted() -> None:
+    arena = Arena(9 * MIB, UNIT, available_bytes=lambda: 1 << 40)
+    before = np.random.default_rng(0).integers(0, 256, 9 * MIB, np.uint8)
+    arena.memory[:] = before
+    arena.start()
+    assert arena.wait_populated(20)
+    assert arena.memory.ctypes.data % HUGE_PAGE_BYTES == 0
+    reader = mmap.mmap(arena.fd, 9 * MIB, mmap.MAP_SHARED, mmap.PROT_READ)
+    assert reader[:] == before.tobytes()
+    assert arena.huge_bytes in (0, 8 * MIB)  # none on a kernel that has none to give
+    arena.close()
+
+
+def test_memory_is_unmapped_with_the_last_view_of_it() -> None:
+    arena = populated(2)
+    view = arena.memory[UNIT:]
+    arena.close()
+    address = arena.memory.ctypes.data
+    del arena
+    view[:] = 1
+    assert mapped(address)
+    del view
+    assert not mapped(address)
+
+
+def mapped(address: int) -> bool:
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    ranges = (line.split()[0].split("-") for line in lines if "kvc2-arena" in line)
+    return any(int(first, 16) <= address < int(last, 16) for first, last in ranges)
