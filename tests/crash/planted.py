@@ -56,7 +56,7 @@ BEHIND, MOVER, CACHE = "kvc2/behind.py", "kvc2/mover.py", "kvc2/cache.py"
 DISK, SLAB, CATALOGUE = "kvc2/tiers/disk.py", "kvc2/tiers/slab_file.py", "kvc2/tiers/catalogue.py"
 VERIFIED = "        status[came == 0] = READ_FAILED\n"
 COMMITTED = "            self.catalogue.commit(change)\n            return Outcome(written, True)\n"
-SYNCED = "                batch.pool.slabs.sync(batch.pages)\n"
+SYNCED = "                self._sync(batch.pool.slabs, batch.pages)\n"
 
 
 def believe(state: str) -> str:
@@ -112,7 +112,7 @@ ORDER = (
                 COMMITTED.replace(
                     "            return",
                     "            if batch is not None:\n"
-                    "                batch.pool.slabs.sync(batch.pages)\n"
+                    "                self._sync(batch.pool.slabs, batch.pages)\n"
                     "            return",
                 ),
             ),
