@@ -1,18 +1,25 @@
-"""The disk tier's speed: durable stores and verified cold loads, against what the disk can do.
+"""The disk tier's speed: durable stores and verified loads, against fio and against two peers.
 
-Example: python -m benchmarks.disk --folder /nvme --repeats 5 --json build/bench/disk.json
+Example: python -m benchmarks.disk --folder /nvme --peers lmcache,vllm --json build/bench/disk.json
 
-Ours: checksums made and verified, one fdatasync and one catalogue transaction a batch, O_DIRECT.
-The limit is a plain loop of O_DIRECT reads, or of writes with an fdatasync for each 32 MiB, of 1
-or 8 MiB at a depth of 1 to 8 (threads), whichever is the fastest; fio beside it where it is
-installed. All take turns. CPU seconds are of the whole process, per 10^9 bytes.
+Ours: checksums made and verified, one fdatasync and one catalogue transaction a batch, O_DIRECT,
+batches as large as the daemon makes them. The limit is fio where it is installed: 1 MiB requests
+at a depth of 8, its writes over blocks that are there, with an fdatasync for each of our batches.
+Beside it plain loops of preadv and pwritev on threads, of 8 MiB at a depth of 4, from and to our
+arena's own memory: what the same pages of memory allow (4 KiB pages that lie apart make more, and
+shorter, requests than the few that fio uses again and again). All take turns; a ratio is the
+median of the ratios within a turn. CPU seconds are of the whole process, per 10^9 bytes. A load is
+cold: with O_DIRECT the page cache has none of it. "Again" is the same load once more, which is
+warm only for who reads through the page cache.
+
+Peers run in environments of their own below --venvs, made there by pip if need be, and are not
+durable: neither syncs what it stores. Needs 7 GB of disk, 3 GB of memory.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import mmap
 import os
 import shutil
 import statistics
@@ -20,150 +27,156 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks import report
-from benchmarks.disk_path import STORE_BYTES, DiskPath
+from benchmarks.disk_path import DiskPath
+from benchmarks.disk_peers import PEERS, Peer
 
 TOTAL_BYTES = 512 << 20
 BLOCK_BYTES = (64 << 10, 1 << 20, 4 << 20)
-DEPTHS = (1, 2, 4, 8)
-REQUEST_BYTES = (1 << 20, 8 << 20)
+DEPTH, REQUEST_BYTES = 4, 8 << 20
+FIO_DEPTH, FIO_BYTES = 8, 1 << 20
+KINDS = {
+    "store": ("durable store", "write"),
+    "load": ("verified load, cold", "read"),
+    "again": ("verified load, again", "read"),
+}
 
 
 class Plain:
-    """Files of TOTAL_BYTES, written and read with O_DIRECT and nothing else."""
+    """A file of TOTAL_BYTES, written and read with O_DIRECT and nothing else."""
 
-    def __init__(self, folder: Path) -> None:
-        self._memory = mmap.mmap(-1, TOTAL_BYTES)
-        self._memory.write(np.random.default_rng(0).bytes(TOTAL_BYTES))
+    def __init__(self, folder: Path, memory: memoryview) -> None:
+        self._view = memory[:TOTAL_BYTES]
         self._fd = os.open(folder / "plain", os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
         os.posix_fallocate(self._fd, 0, TOTAL_BYTES)
-        self._view = memoryview(self._memory)
 
     def close(self) -> None:
         self._view.release()
         os.close(self._fd)
 
-    def read(self, depth: int, request: int) -> None:
-        def some(start: int) -> None:
-            part = self._view[start : start + request]
-            if os.preadv(self._fd, [part], start) != request:
-                raise OSError("short read")
+    def read(self) -> None:
+        with ThreadPoolExecutor(DEPTH) as threads:
+            list(threads.map(self._read, range(0, TOTAL_BYTES, REQUEST_BYTES)))
 
-        with ThreadPoolExecutor(depth) as threads:
-            list(threads.map(some, range(0, TOTAL_BYTES, request)))
-
-    def write(self, depth: int, request: int) -> None:
-        def some(start: int) -> None:
-            part = self._view[start : start + request]
-            if os.pwritev(self._fd, [part], start) != request:
-                raise OSError("short write")
-
-        with ThreadPoolExecutor(depth) as threads:
-            for batch in range(0, TOTAL_BYTES, STORE_BYTES):
-                list(threads.map(some, range(batch, batch + STORE_BYTES, request)))
+    def write(self, batch_bytes: int) -> None:
+        with ThreadPoolExecutor(DEPTH) as threads:
+            for batch in range(0, TOTAL_BYTES, batch_bytes):
+                end = min(batch + batch_bytes, TOTAL_BYTES)
+                list(threads.map(self._write, range(batch, end, REQUEST_BYTES)))
                 os.fdatasync(self._fd)
+
+    def _read(self, start: int) -> None:
+        part = self._view[start : start + REQUEST_BYTES]
+        if os.preadv(self._fd, [part], start) != len(part):
+            raise OSError("short read")
+
+    def _write(self, start: int) -> None:
+        part = self._view[start : start + REQUEST_BYTES]
+        if os.pwritev(self._fd, [part], start) != len(part):
+            raise OSError("short write")
+
+
+class Fio:
+    """GB/s by fio, of a file that it has laid out before."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "fio"
+        self.absent = None if shutil.which("fio") else report.Absent("fio is not installed")
+        if self.absent is None:
+            self._run("write", TOTAL_BYTES)
+
+    def _run(self, way: str, batch_bytes: int) -> float:
+        command = [
+            "fio", "--name=limit", f"--filename={self._file}", f"--size={TOTAL_BYTES}",
+            f"--rw={way}", f"--bs={FIO_BYTES}", f"--iodepth={FIO_DEPTH}", "--ioengine=libaio",
+            "--direct=1", "--overwrite=1", "--output-format=json",
+            *([f"--fdatasync={batch_bytes // FIO_BYTES}"] if way == "write" else []),
+        ]  # fmt: skip
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        text = done.stdout[done.stdout.index("{") :]  # it may say something before
+        return float(json.loads(text)["jobs"][0][way]["bw_bytes"]) / 1e9
+
+    def add(self, found: Samples, batch_bytes: int) -> None:
+        if self.absent is None:
+            for way in ("write", "read"):
+                found.rates.setdefault(f"fio {way}", []).append(self._run(way, batch_bytes))
 
 
 @dataclass
 class Samples:
-    """GB/s by way, and CPU seconds per GB of ours."""
+    """GB/s and CPU seconds per GB, by way; one of each a turn."""
 
     rates: dict[str, list[float]] = field(default_factory=dict)
     cpu: dict[str, list[float]] = field(default_factory=dict)
 
-    def add(self, way: str, num_bytes: int, work: Callable[[], object]) -> None:
+    async def add(self, way: str, num_bytes: int, work: Callable[[], Awaitable[object]]) -> None:
         begin, cpu = time.perf_counter(), time.process_time()
-        work()
+        await work()
         seconds = time.perf_counter() - begin
         self.rates.setdefault(way, []).append(num_bytes / seconds / 1e9)
         self.cpu.setdefault(way, []).append((time.process_time() - cpu) / num_bytes * 1e9)
 
-
-def ways() -> list[tuple[int, int]]:
-    return [(depth, request) for depth in DEPTHS for request in REQUEST_BYTES]
-
-
-def best_ways(plain: Plain) -> dict[str, tuple[int, int]]:
-    """Which depth and request are fastest here, by one pass of each."""
-    found = {}
-    for name, work in (("read", plain.read), ("write", plain.write)):
-        seconds = {}
-        for way in ways():
-            begin = time.perf_counter()
-            work(*way)
-            seconds[way] = time.perf_counter() - begin
-        found[name] = min(seconds, key=seconds.__getitem__)
-        depth, request = found[name]
-        print(f"plain {name}: best at depth {depth}, {request >> 20} MiB", file=sys.stderr)
-    return found
+    def ratio(self, way: str, limit: str) -> float:
+        pairs = zip(self.rates[way], self.rates[limit], strict=True)
+        return statistics.median(one / other for one, other in pairs)
 
 
-def fio(folder: Path, way: str) -> float | report.Absent:
-    """GB/s of 1 MiB requests at depth 8; stores with an fdatasync each 32."""
-    if shutil.which("fio") is None:
-        return report.Absent("fio is not installed")
-    command = [
-        "fio", "--name=limit", f"--filename={folder / 'fio'}", f"--size={TOTAL_BYTES}",
-        f"--rw={way}", "--bs=1m", "--iodepth=8", "--ioengine=libaio", "--direct=1",
-        "--output-format=json", *(["--fdatasync=32"] if way == "write" else []),
-    ]  # fmt: skip
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(json.loads(done.stdout)["jobs"][0][way]["bw_bytes"]) / 1e9
-
-
-async def measure(
-    path: DiskPath, plain: Plain, best: dict[str, tuple[int, int]], repeats: int
-) -> Samples:
+async def measure(path: DiskPath, folder: Path, fio: Fio, repeats: int) -> Samples:
+    plain = Plain(folder, path.arena.memory.data)
     found, num_bytes = Samples(), path.blocks * path.block_bytes
+    batch_bytes = path.batch_pages * path.block_bytes // REQUEST_BYTES * REQUEST_BYTES
+    print(f"{path.block_bytes >> 10} KiB: batches of {batch_bytes >> 20} MiB", file=sys.stderr)
 
-    async def timed(way: str, work: Callable[[], object]) -> None:
-        begin, cpu = time.perf_counter(), time.process_time()
-        await work()  # type: ignore[misc]
-        seconds = time.perf_counter() - begin
-        found.rates.setdefault(way, []).append(num_bytes / seconds / 1e9)
-        found.cpu.setdefault(way, []).append((time.process_time() - cpu) / num_bytes * 1e9)
+    async def limit(work: Callable[[], None]) -> None:
+        work()
 
     for number in range(repeats + 1):
-        if number == 1:  # the first round only warms up
+        if number == 1:  # the first turn only warms up
             found = Samples()
         path.commit()
-        await timed("store", path.store)
-        path.forget(disk=False)
-        await timed("load", path.load)
+        await found.add("store", num_bytes, path.store)
+        for way in ("load", "again"):
+            path.forget(disk=False)
+            await found.add(way, num_bytes, path.load)
         path.forget(disk=True)
-        await path.mover.store(path.pools, None)  # their records go
-        found.add("plain write", TOTAL_BYTES, lambda: plain.write(*best["write"]))
-        found.add("plain read", TOTAL_BYTES, lambda: plain.read(*best["read"]))
+        await path.mover.store(path.pools)  # their records go
+        await found.add("plain write", TOTAL_BYTES, lambda: limit(lambda: plain.write(batch_bytes)))
+        await found.add("plain read", TOTAL_BYTES, lambda: limit(plain.read))
+        fio.add(found, batch_bytes)
+    plain.close()
     return found
 
 
-def rows_of(
-    block_bytes: int, found: Samples, fio_rates: dict[str, float | report.Absent]
-) -> list[report.Row]:
+def rows_of(block_bytes: int, found: Samples, fio: Fio, peers: Sequence[Peer]) -> list[report.Row]:
     size, rows = f"{block_bytes >> 10} KiB", []
-    for ours, limit, name in (("store", "plain write", "write"), ("load", "plain read", "read")):
-        middle = statistics.median(found.rates[limit])
-        ratio = statistics.median(found.rates[ours]) / middle
-        what = "durable store" if ours == "store" else "verified cold load"
+    for way, (what, limit) in KINDS.items():
+        best = f"plain {limit}" if fio.absent else f"fio {limit}"
+        ratios = f"of fio {found.ratio(way, f'fio {limit}'):.2f}, " if not fio.absent else ""
+        others: dict[str, report.Value] = {}
+        for peer in peers:
+            others |= peer.rates(way)
         rows.append(
             report.row(
-                f"{what}, {size}", "GB/s", "higher", found.rates[ours],
-                limit=middle, limit_name=f"plain O_DIRECT {name}",
-                peers={"fio": fio_rates[name]},
-                goal=f">= 0.9 of the limit (is {ratio:.2f})",
+                f"{what}, {size}", "GB/s", "higher", found.rates[way],
+                limit=statistics.median(found.rates[best]), limit_name=best,
+                peers={f"plain {limit}": statistics.median(found.rates[f"plain {limit}"])}
+                | ({} if fio.absent is None else {"fio": fio.absent}) | others,
+                goal=f">= 0.9: {ratios}of plain {found.ratio(way, f'plain {limit}'):.2f}",
             )
         )  # fmt: skip
+        others = {}
+        for peer in peers:
+            others |= peer.cpu(way)
         rows.append(
             report.row(
-                f"{what}, {size}: CPU", "s/GB", "lower", found.cpu[ours],
-                limit=statistics.median(found.cpu[limit]), limit_name=f"plain O_DIRECT {name}",
+                f"{what}, {size}: CPU", "s/GB", "lower", found.cpu[way],
+                limit=statistics.median(found.cpu[f"plain {limit}"]), limit_name=f"plain {limit}",
+                peers=others,
             )
         )  # fmt: skip
     return rows
@@ -172,20 +185,28 @@ def rows_of(
 def main() -> int:
     flags = report.parser(__doc__ or "")
     flags.add_argument("--folder", type=Path, help="on the disk in question (a temporary one)")
+    flags.add_argument("--peers", default="", help=f"some of {','.join(PEERS)}, by commas")
+    flags.add_argument(
+        "--venvs", type=Path, default=Path("build/peers"), help="of the peers (%(default)s)"
+    )
     options = flags.parse_args()
+    names = [name for name in options.peers.split(",") if name]
+    if unknown := set(names) - set(PEERS):
+        flags.error(f"--peers: {unknown.pop()!r}, known are {', '.join(PEERS)}")
+    peers = [PEERS[name](options.venvs / name) for name in names]
     rows = []
     with tempfile.TemporaryDirectory(prefix="kvc2-disk-", dir=options.folder) as name:
         folder = Path(name)
-        plain = Plain(folder)
-        best = best_ways(plain)
-        rates = {way: fio(folder, way) for way in ("write", "read")}
+        fio = Fio(folder)
         for block_bytes in BLOCK_BYTES:
-            path = DiskPath(folder / str(block_bytes), block_bytes, TOTAL_BYTES // block_bytes)
-            rows += rows_of(
-                block_bytes, asyncio.run(measure(path, plain, best, options.repeats)), rates
-            )
+            blocks = TOTAL_BYTES // block_bytes
+            path = DiskPath(folder / str(block_bytes), block_bytes, blocks)
+            found = asyncio.run(measure(path, folder, fio, options.repeats))
             path.close()
-        plain.close()
+            shutil.rmtree(folder / str(block_bytes))
+            for peer in peers:
+                peer.measure(folder / "peer", block_bytes, blocks, options.repeats)
+            rows += rows_of(block_bytes, found, fio, peers)
     report.finish("The disk tier", rows, options.json)
     return 0
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from kvc2 import _core
 from kvc2.arena import Arena
+from kvc2.behind import store_pages
 from kvc2.config import DiskConfig, ServeConfig
 from kvc2.layout import ALIGNMENT, HEADER_BYTES, slab_shape
 from kvc2.metrics import Metrics
@@ -24,7 +25,7 @@ from kvc2.tiers.pools import Pools
 
 PAGE_SIZE = 16
 SLAB_BYTES = 64 << 20
-STORE_BYTES = 32 << 20  # of a batch: one sync and one commit, as behind.py has it
+DISK_BYTES = 4352 << 20  # of slabs: so many that batches are as large as they get
 NAMESPACE = b"benchmark".ljust(32)
 
 
@@ -40,7 +41,7 @@ class DiskPath:
         self.arena = Arena((slabs + 1) * slab.slab_bytes, SLAB_BYTES)
         self.arena.start()
         self.arena.wait_populated()
-        size_bytes = (2 * slabs + 2) * slab.slab_bytes
+        size_bytes = DISK_BYTES + 2 * slab.slab_bytes + (256 << 20)  # the catalogue too
         self.disk = DiskTier(DiskConfig.of_bytes(folder, size_bytes), self.arena.memory, metrics)
         self.index = _core.Index()
         self.mover = Mover(
@@ -54,7 +55,8 @@ class DiskPath:
         self._space = self.index.open_namespace(NAMESPACE, PAGE_SIZE)
         self._prompt = 0
         self._random = np.random.default_rng(0)
-        self._grow_disk(2 * blocks)
+        self._grow_disk(DISK_BYTES // page_bytes - 2 * slab.pages_per_slab)
+        self.batch_pages = self._batch_pages()
 
     def _grow_disk(self, pages: int) -> None:
         assert self.pools.disk is not None
@@ -63,6 +65,12 @@ class DiskPath:
             if self.disk.grow(self.pools.disk) is None:
                 raise RuntimeError("no room for the benchmark's slabs")
             self.index.add_slab(self.pools.disk_id)
+
+    def _batch_pages(self) -> int:
+        """As behind.py has it."""
+        assert self.pools.disk_id is not None
+        counts = (self.index.pool_counts(each) for each in (self.pools.cpu_id, self.pools.disk_id))
+        return store_pages(*(each.pages for each in counts), self.pools.shape.page_bytes)
 
     def close(self) -> None:
         self.mover.close()
