@@ -441,6 +441,22 @@ def verify_blocks(
     """[n] of BLOCK_*: header against its checksum and the expected namespace, digest, parent,
     tokens, generation and layout, then the payload against the header. Changes nothing."""
 
+class Headers:
+    """What header sectors say; a row counts only where `sound` is 1."""
+
+    sound: U8  # [n]
+    namespaces: U8  # [n, 32]
+    digests: U8  # [n, 32]
+    parents: U8  # [n, 32]
+    checksums: U8  # [n, 16] of the payloads
+    tokens: U32  # [n, page_size]
+
+def read_headers(
+    memory: Buffer, generations: U64, layout_digest: bytes, payload_bytes: int, page_size: int
+) -> Headers:
+    """Of the header sectors that lie one after the other in `memory`: sound where the header is,
+    and of this layout, payload, page size and generation. Payloads are not looked at."""
+
 # ---- copy (csrc/copy) ------------------------------------------------------------------------
 
 class ThreadTeam:

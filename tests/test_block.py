@@ -80,6 +80,36 @@ def test_what_is_encoded_verifies(page_size: int):
     assert states.tolist() == [_core.BLOCK_OK] * 7
 
 
+@pytest.mark.parametrize("page_size", [1, 16, 512])
+def test_a_header_alone_says_what_was_encoded(page_size: int):
+    records, (memory, offsets) = blocks(7, page_size), pages(7)
+    checksums = _core.encode_headers(memory, offsets, records, LAYOUT, PAYLOAD_BYTES)
+    sectors = b"".join(bytes(memory[at : at + 4096]) for at in offsets.tolist())
+    told = (LAYOUT, PAYLOAD_BYTES, page_size)
+    found = _core.read_headers(sectors, records.generations, *told)
+    assert found.sound.tolist() == [1] * 7
+    for name in ("namespaces", "digests", "parents", "tokens"):
+        assert (getattr(found, name) == getattr(records, name)).all()
+    assert (found.checksums == checksums).all()
+    for others in (
+        (LAYOUT[::-1], PAYLOAD_BYTES, page_size),
+        (LAYOUT, PAYLOAD_BYTES + 1, page_size),
+        (LAYOUT, PAYLOAD_BYTES, page_size % 512 + 1),
+    ):
+        assert not _core.read_headers(sectors, records.generations, *others).sound.any()
+    generations = records.generations.copy()
+    generations[3] += np.uint64(1)
+    assert _core.read_headers(sectors, generations, *told).sound.tolist() == [1, 1, 1, 0, 1, 1, 1]
+    for at in range(0, 4096, 5):
+        flipped = bytearray(sectors)
+        flipped[at] ^= 1
+        assert _core.read_headers(flipped, records.generations, *told).sound.tolist()[0] == 0
+    with pytest.raises(ValueError, match="fewer than 7 headers"):
+        _core.read_headers(sectors[:-1], records.generations, *told)
+    with pytest.raises(ValueError, match="page_size is 513"):
+        _core.read_headers(sectors, records.generations, LAYOUT, PAYLOAD_BYTES, 513)
+
+
 def test_encoding_writes_nothing_but_header_sectors():
     records, (memory, offsets) = blocks(3), pages(3)
     before = np.frombuffer(bytes(memory), np.uint8).copy()

@@ -163,6 +163,47 @@ py::array_t<uint8_t> verify(const py::object& memory, const py::object& offsets,
   return states;
 }
 
+// What header sectors say, one after the other in memory.
+struct HeaderArrays {
+  py::array_t<uint8_t> sound, namespaces, digests, parents, checksums;
+  py::array_t<uint32_t> tokens;
+};
+
+HeaderArrays read_headers(const py::object& memory, const py::object& generations,
+                          const py::bytes& layout_digest, uint64_t payload_bytes,
+                          size_t page_size) {
+  const Exported sectors(memory, "memory", false);
+  const auto wanted = elements<uint64_t>(generations, "generations", {kAnyLength});
+  const size_t n = wanted.size();
+  if (page_size < 1 || page_size > kTokensMax) {
+    throw py::value_error("page_size is " + std::to_string(page_size) + ", not 1 to 512");
+  }
+  if (sectors.bytes() / kHeaderBytes < n) {
+    throw py::value_error("memory has room for fewer than " + std::to_string(n) + " headers");
+  }
+  const PayloadShape payload{bytes32(layout_digest, "layout_digest"), payload_bytes};
+  HeaderArrays found{
+      py::array_t<uint8_t>(static_cast<py::ssize_t>(n)), py::array_t<uint8_t>({n, sizeof(Bytes32)}),
+      py::array_t<uint8_t>({n, sizeof(Bytes32)}),        py::array_t<uint8_t>({n, sizeof(Bytes32)}),
+      py::array_t<uint8_t>({n, sizeof(Bytes16)}),        py::array_t<uint32_t>({n, page_size})};
+  uint8_t* const sound = found.sound.mutable_data();
+  uint8_t* const namespaces = found.namespaces.mutable_data();
+  uint8_t* const digests = found.digests.mutable_data();
+  uint8_t* const parents = found.parents.mutable_data();
+  uint8_t* const checksums = found.checksums.mutable_data();
+  uint32_t* const tokens = found.tokens.mutable_data();
+  const py::gil_scoped_release released;
+  for (size_t i = 0; i < n; ++i) {
+    const HeaderFields into{namespaces + i * 32,
+                            digests + i * 32,
+                            parents + i * 32,
+                            checksums + i * 16,
+                            {tokens + i * page_size, page_size}};
+    sound[i] = read_header(sectors.data() + i * kHeaderBytes, payload, wanted[i], into);
+  }
+  return found;
+}
+
 }  // namespace
 }  // namespace kvc2::bindings
 
@@ -182,6 +223,15 @@ void bind_block(py::module_& module) {
              py::arg("page_size"));
   module.def("encode_headers", &encode, py::arg("memory"), py::arg("offsets"), py::arg("records"),
              py::arg("layout_digest"), py::arg("payload_bytes"));
+  py::class_<HeaderArrays>(module, "Headers")
+      .def_readonly("sound", &HeaderArrays::sound)
+      .def_readonly("namespaces", &HeaderArrays::namespaces)
+      .def_readonly("digests", &HeaderArrays::digests)
+      .def_readonly("parents", &HeaderArrays::parents)
+      .def_readonly("checksums", &HeaderArrays::checksums)
+      .def_readonly("tokens", &HeaderArrays::tokens);
+  module.def("read_headers", &read_headers, py::arg("memory"), py::arg("generations"),
+             py::arg("layout_digest"), py::arg("payload_bytes"), py::arg("page_size"));
   module.def("verify_blocks", &verify, py::arg("memory"), py::arg("offsets"), py::arg("records"),
              py::arg("layout_digest"), py::arg("payload_bytes"));
 }

@@ -120,6 +120,21 @@ BlockState verify_block(const uint8_t* page, const BlockRecord& record,
   return intact ? BlockState::kOk : BlockState::kBadPayload;
 }
 
+bool read_header(const uint8_t* page, const PayloadShape& payload, uint64_t generation,
+                 const HeaderFields& into) {
+  Header found;
+  std::memcpy(&found, page, sizeof found);
+  if (!sound(found) || found.generation != generation) return false;
+  if (!equal(found.layout, payload.layout.data(), sizeof found.layout)) return false;
+  if (found.payload_bytes != payload.bytes || found.page_size != into.tokens.size()) return false;
+  std::memcpy(into.name_space, found.name_space, sizeof found.name_space);
+  std::memcpy(into.digest, found.digest, sizeof found.digest);
+  std::memcpy(into.parent, found.parent, sizeof found.parent);
+  std::memcpy(into.payload_checksum, found.payload_checksum, sizeof found.payload_checksum);
+  std::memcpy(into.tokens.data(), found.tokens, into.tokens.size_bytes());
+  return true;
+}
+
 void chain_digests(const Bytes32& parent, std::span<const uint32_t> tokens, size_t page_size,
                    std::span<uint8_t> digests) {
   const size_t blocks = tokens.size() / page_size;

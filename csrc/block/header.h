@@ -78,6 +78,17 @@ Bytes16 encode_header(uint8_t* page, const BlockRecord& record, const PayloadSha
 BlockState verify_block(const uint8_t* page, const BlockRecord& record,
                         const PayloadShape& payload);
 
+// What a header says, for who has no record of the block; the payload is not looked at. Returns
+// false, and writes nothing, unless the header is sound, of this shape and page size, and of this
+// generation. Into namespace, digest and parent 32 bytes each, the payload's checksum 16, and
+// `page_size` tokens.
+struct HeaderFields {
+  uint8_t *name_space, *digest, *parent, *payload_checksum;
+  std::span<uint32_t> tokens;
+};
+bool read_header(const uint8_t* page, const PayloadShape& payload, uint64_t generation,
+                 const HeaderFields& into);
+
 // digest[i] = SHA-256(digest[i-1] || tokens[i]), digest[-1] = parent, for each full block of
 // `tokens`; into `digests`, which has room for them, 32 bytes each.
 void chain_digests(const Bytes32& parent, std::span<const uint32_t> tokens, size_t page_size,
