@@ -79,8 +79,10 @@ def run(path: Path, *, mends: bool, as_json: bool) -> bool:
     with progress(f"checking {path}", quiet=as_json) as tell:
         report = check(path, tell)
     mended = again = None
-    if mends and not report.sound:
-        mended = repair(path, report)
+    while mends and not (again or report).sound:
+        if mended is not None and not mended.catalogue_aside:
+            break
+        mended = repair(path, again or report)  # what a rebuild brought may be damaged in turn
         with progress(f"checking {path} again", quiet=as_json) as tell:
             again = check(path, tell)
     if as_json:
@@ -141,7 +143,7 @@ def _print(report: Report, mended: Repaired | None, again: Report | None) -> Non
         print(f"damaged. To mend it: kvc2 check {report.path} --repair")
         return
     if mended.catalogue_aside:
-        print("moved the catalogue to catalogue.damaged: the tier is empty")
+        print(f"rebuilt the catalogue: {mended.rebuilt_records} records; see catalogue.damaged")
     print(
         f"deleted {mended.damaged_records} records of damaged blocks, {mended.hanging_records} "
         f"of what hangs below them, {mended.unknown_records} of unknown layouts, "
@@ -161,6 +163,7 @@ def _print_damage(report: Report) -> None:
     console.print(table)
     if report.catalogue_error:
         print(report.catalogue_error)
+        print(f"a rebuild would look for {report.rebuildable} blocks")
     for each in report.blocks:
         print(
             f"{each.kind}: block {each.digest}, slab {each.slab}, page {each.page}, "

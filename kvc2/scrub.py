@@ -22,8 +22,9 @@ from kvc2.loading import Loader
 from kvc2.mover import Mover
 from kvc2.results import ScrubResult
 from kvc2.tiers.base import U8, U32
-from kvc2.tiers.disk import DiskPool, DiskTier, aligned
+from kvc2.tiers.disk import DiskPool, DiskTier
 from kvc2.tiers.pools import LayoutPools, Pools
+from kvc2.tiers.slab_file import aligned
 
 LOG = logging.getLogger(__name__)
 

@@ -48,6 +48,22 @@ async def running(
         await cache.stop(10)
 
 
+def is_slab(fd: int) -> bool:
+    """Whether a file of `Files` is a slab's, not one beside the catalogue."""
+    return os.readlink(f"/proc/self/fd/{fd}").endswith(".slab")
+
+
+def on_disk(cache: Cache) -> set[bytes]:
+    """Digests of all blocks there."""
+    found: set[bytes] = set()
+    for pools in cache._pools.layouts.values():  # type: ignore[union-attr]
+        assert pools.disk_id is not None
+        pages = cache.index.pool_counts(pools.disk_id).pages
+        _, records = cache.index.residents(pools.disk_id, 0, pages)
+        found |= {bytes(row) for row in records.digests}
+    return found
+
+
 @contextmanager
 def folder_in_memory() -> Iterator[Path]:
     """A folder on a tmpfs where there is one, for tests that sync often and measure nothing."""

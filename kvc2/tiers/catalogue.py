@@ -113,15 +113,25 @@ def insertions(
     rows["digest"], rows["parent"] = records.digests, records.parents
     rows["generation"], rows["checksum"] = records.generations, checksums
     rows["tokens"] = records.tokens
+    return keyed(number, pages, rows)
+
+
+def keyed(number: int, pages: U32, rows: NDArray[np.void]) -> list[tuple[bytes, bytes]]:
+    """Keys and values of rows of `record_type`."""
     return list(zip(_keys(number, pages), _values(rows), strict=True))
 
 
 class Catalogue:
     """Raises Damaged or StartRefused at open; `slack_bytes` bounds what is beside the records.
-    `read_only`: nothing is made or changed, this is no start, and nothing may be committed."""
+    `read_only`: nothing is made or changed, this is no start, and nothing may be committed.
+    `starts`: of the directory before, where the catalogue itself may not know."""
 
-    def __init__(self, folder: Path, slack_bytes: int, *, read_only: bool = False) -> None:
+    def __init__(
+        self, folder: Path, slack_bytes: int, *, read_only: bool = False, starts: int = 0
+    ) -> None:
         self.folder = folder
+        self.revision = 0  # of namespaces and eras: one more at each change
+        self._starts_min = starts
         self._read_only = read_only
         self._slack_bytes = max(slack_bytes, SLACK_BYTES_MIN)
         self._room_bytes = 0
@@ -168,7 +178,8 @@ class Catalogue:
         """Check the format and commit one more start: generations of this run are new ones."""
         with self._env.begin(db=self._meta, write=True) as txn:
             self._check_format(txn)
-            count = START.unpack(txn.get(b"starts", START.pack(0)))[0] + 1
+            known = START.unpack(txn.get(b"starts", START.pack(0)))[0]
+            count = max(known, self._starts_min) + 1
             txn.put(b"format", START.pack(FORMAT_VERSION))
             txn.put(b"starts", START.pack(count))
         return int(count)
@@ -193,7 +204,7 @@ class Catalogue:
             for digest, value in txn.cursor():
                 number, *numbers = LAYOUT.unpack(value)
                 shape = PageShape(digest, *numbers)
-                _check_shape(shape)
+                check_shape(shape)
                 found[number] = shape
         return found
 
@@ -228,9 +239,12 @@ class Catalogue:
             if known.layout_digest == shape.layout_digest:
                 return number
         number = max(self.layouts, default=0) + 1
-        self.layouts[number] = shape
-        self._new_layouts[number] = shape
+        self.adopt_layout(number, shape)
         return number
+
+    def adopt_layout(self, number: int, shape: PageShape) -> None:
+        """Give a layout the number that it had before. To be committed with the next change."""
+        self.layouts[number] = self._new_layouts[number] = shape
 
     def add_namespace(self, name: bytes, page_size: int, identity: bytes) -> bool:
         """To be committed with the next change. False, and not stored, when namespaces would fill
@@ -241,6 +255,7 @@ class Catalogue:
         if used + len(identity) + PAGE_BYTES > self._slack_bytes // 2:
             return False
         self.namespaces[name] = self._new_namespaces[name] = (page_size, identity)
+        self.revision += 1
         return True
 
     def begin_era(self, name: bytes) -> None:
@@ -249,7 +264,13 @@ class Catalogue:
         """
         if name not in self.eras and len(self.eras) >= ERAS_MAX:
             raise errors.LimitReached("invalidated namespaces", ERAS_MAX, "are remembered already")
-        self.eras[name] = self._new_eras[name] = self.eras.get(name, 0) + 1
+        self.raise_era(name, self.eras.get(name, 0) + 1)
+
+    def raise_era(self, name: bytes, era: int) -> None:
+        """The namespace's era is at least this one. To be committed with the next change."""
+        if era > self.eras.get(name, 0):
+            self.eras[name] = self._new_eras[name] = era
+            self.revision += 1
 
     def records(self, number: int) -> Stored:
         """All records of a layout. Raises Damaged when LMDB finds its file broken."""
@@ -330,6 +351,7 @@ class Catalogue:
             _delete(txn, self._namespace_table, names)
         for name in names:
             self.namespaces.pop(name, None)
+        self.revision += 1
 
     def file_bytes(self) -> int:
         return (self.folder / DATA_FILE).stat().st_size
@@ -376,7 +398,7 @@ def _damage() -> Iterator[None]:
         raise Damaged(str(error)) from error
 
 
-def _check_shape(shape: PageShape) -> None:
+def check_shape(shape: PageShape) -> None:
     """Raises Damaged unless the numbers are those of one layout: LMDB has no checksums, and reads
     and writes of arena and slabs go by them."""
     _checked_page_size(shape.page_size)

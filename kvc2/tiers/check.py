@@ -21,16 +21,18 @@ from numpy.typing import NDArray
 
 from kvc2 import _core
 from kvc2.namespace import of_era
-from kvc2.tiers import restart
+from kvc2.tiers import live, rebuild, restart, spaces_file
 from kvc2.tiers.base import U8, U32, PageShape
 from kvc2.tiers.catalogue import DATA_FILE, SLACK_BYTES_MIN, Catalogue, Stored
-from kvc2.tiers.disk import READ_FAILED, DiskPool, aligned, lock
+from kvc2.tiers.disk import READ_FAILED, DiskPool, lock
 from kvc2.tiers.lmdb_file import Damaged
-from kvc2.tiers.slab_file import Files, SlabFiles
+from kvc2.tiers.slab_file import Files, SlabFiles, aligned
 
 # what is counted -> what it means
 DAMAGE = {
-    "catalogue": "the catalogue can't be read: a start puts it aside and is empty",
+    "catalogue": "the catalogue can't be read, or is not there: a start rebuilds it",
+    "live_table": "tables of generations that can't be read: a start writes them anew",
+    "namespaces": "the list of namespaces can't be read or lacks an Invalidate: the same",
     "unknown_layout": "records of a layout that the catalogue doesn't describe",
     "forged_record": "records whose digest doesn't follow from their parent's and their tokens",
     "orphan_record": "records whose parent is neither a namespace nor a block that is there",
@@ -93,6 +95,8 @@ class Report:
     verified_bytes: int = 0
     seconds: float = 0.0
     dead_blocks: int = 0
+    unproven: int = 0
+    rebuildable: int = 0
     damage: Counter[str] = field(default_factory=Counter)
     catalogue_error: str = ""
     blocks: list[BadBlock] = field(default_factory=list)
@@ -135,8 +139,11 @@ def check(
     held = lock(path)
     try:
         folder = path / "catalogue"
-        if not (folder / DATA_FILE).exists():
-            _look_for_orphans(path, set(), report)
+        if not rebuild.holds_data(folder):
+            if rebuild.look(path).tables:
+                _unreadable(path, Damaged(f"{folder / DATA_FILE}: it is not there"), report)
+            else:
+                _look_for_orphans(path, set(), report)
             return report
         try:
             catalogue = Catalogue(folder, SLACK_BYTES_MIN, read_only=True)
@@ -156,10 +163,15 @@ def check(
 
 
 def _unreadable(path: Path, error: Damaged, report: Report) -> None:
-    """All that is there is what a start would drop."""
+    """What a start would go by instead."""
     report.damage = Counter({"catalogue": 1})
     report.catalogue_error = str(error)
-    _look_for_orphans(path, set(), report)
+    beside = rebuild.look(path)
+    known = {digest.hex() for digest in beside.tables}
+    _look_for_orphans(path, known, report)
+    if beside.names is not None:
+        counts = [np.count_nonzero(each.generations) for each in beside.tables.values()]
+        report.rebuildable = int(sum(counts))
 
 
 def _look_for_orphans(path: Path, known: set[str], report: Report) -> None:
@@ -195,6 +207,7 @@ class _Checker:
             self._restore(number, shape)
         known = {shape.layout_digest.hex() for shape in catalogue.layouts.values()}
         _look_for_orphans(self._path, known, report)
+        self._look_at_names()
         try:
             self._verify(retired, progress)
         finally:
@@ -216,12 +229,34 @@ class _Checker:
                     found.add(ended)
         return found
 
+    def _look_at_names(self) -> None:
+        """The list of namespaces, where there is one."""
+        path = self._path / "namespaces"
+        if not path.exists():
+            return
+        names = spaces_file.read(path)
+        eras = self._catalogue.eras.items()
+        if names is None or any(names.eras.get(name, 0) < era for name, era in eras):
+            self._report.damage["namespaces"] += 1
+
     # ---- slabs and records ----
+
+    def _look_at_table(self, shape: PageShape, stored: Stored) -> None:
+        """The generations that a rebuild goes by, where there are any."""
+        path = self._path / "live" / shape.layout_digest.hex()
+        found = live.read(path)
+        generations = np.zeros(0, np.uint64) if found is None else found.generations
+        if found is None and path.exists():
+            self._report.damage["live_table"] += 1
+        told = stored.pages < generations.size
+        told[told] = generations[stored.pages[told]] == stored.records["generation"][told]
+        self._report.unproven += int((~told).sum())
 
     def _restore(self, number: int, shape: PageShape) -> None:
         """A layout's slabs and records, as a start takes them; what it would not is damage."""
         stored = self._catalogue.records(number)
         self._report.records += stored.pages.size
+        self._look_at_table(shape, stored)
         slabs = self._open_slabs(shape, stored)
         held = np.isin(stored.pages // shape.pages_per_slab, _numbers(slabs))
         if not held.all():

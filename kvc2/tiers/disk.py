@@ -1,9 +1,11 @@
 """The disk tier: one directory with a catalogue and slab files, within one budget of bytes.
 
     DIR/lock  DIR/catalogue/data.mdb  DIR/slabs/<layout digest>/NNNNNNNN.slab  DIR/recency/<number>
+    DIR/live/<layout digest>  DIR/namespaces: what a lost catalogue is rebuilt by
 
-Order of a batch: data, one fdatasync a file, one catalogue transaction (deletes of what was evicted
-for later batches, inserts of this one), and only then it is acknowledged. A page whose delete isn't
+Order of a batch: data, one fdatasync a file, generations by page (live.py), one catalogue
+transaction (deletes of what was evicted for later batches, inserts of this one), and only then it
+is acknowledged. A page whose delete isn't
 committed is never planned into: the caller (behind.py) runs batches one after the other and keeps
 `DiskPool.deletes` until `store` says they are committed. Not here: which blocks go to disk.
 
@@ -15,7 +17,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
-import mmap
 import os
 import shutil
 import threading
@@ -32,17 +33,15 @@ from kvc2.config import DiskConfig
 from kvc2.metrics import Metrics
 from kvc2.namespace import of_era
 from kvc2.priority import step_back
+from kvc2.tiers import budget, rebuild
 from kvc2.tiers.base import U8, U32, U64, PageShape, part_of
+from kvc2.tiers.beside import Added, Beside
 from kvc2.tiers.catalogue import Catalogue, Change, Full, Stored, insertions, room_bytes
-from kvc2.tiers.lmdb_file import Damaged
 from kvc2.tiers.recency import Recency
-from kvc2.tiers.slab_file import Files, SlabFiles
+from kvc2.tiers.slab_file import Files, SlabFiles, aligned
 
 LOG = logging.getLogger(__name__)
 
-SLACK_SHARE = 64  # of the budget is for what the catalogue holds beside records
-SLACK_BYTES_MAX = 64 << 20
-LOCK_FILES_BYTES = 16 << 10  # our lock, LMDB's lock.mdb
 WRITE_THREADS = 4  # some parts' checksums are computed, or wait for a core, while others go out
 WRITE_PART_BYTES = 8 << 20
 MOVE_BYTES = 8 << 20  # of memory beside the arena, while a slab is emptied
@@ -160,13 +159,16 @@ class DiskTier:
         self._writers = ThreadPoolExecutor(WRITE_THREADS, "kvc2-write", initializer=step_back)
         self.pools: dict[bytes, DiskPool] = {}
         self._stored: dict[int, Stored] = {}
+        self.catalogue: Catalogue
+        self._beside: Beside
         make_folders(path)
         self._lock_fd = lock(path)
         try:
             self.recency = Recency(path / "recency", second_zero)
-            self.catalogue = self._open_catalogue()
+            self._open_catalogue()
             self._sync_folders()
             self._open_pools()
+            self._begin_beside()
         except BaseException:
             os.close(self._lock_fd)
             raise
@@ -179,6 +181,7 @@ class DiskTier:
             known = self.catalogue.layouts[number]
             folder = self.path / "slabs" / known.layout_digest.hex()
             slabs = SlabFiles(folder, known, self._arena, self._files)
+            self._beside.add_layout(number, known)
             self.pools[shape.layout_digest] = DiskPool(number, known, slabs)
         return self.pools[shape.layout_digest]
 
@@ -186,11 +189,11 @@ class DiskTier:
 
     def has_budget(self, shape: PageShape) -> bool:
         """Whether one more slab of this shape keeps slabs and catalogue within size_bytes."""
-        return self._bytes_bound([*self._held(), shape]) <= self.size_bytes
+        return self._fits([*self._held(), shape])
 
     def could_hold(self, shape: PageShape) -> bool:
         """Whether the budget has room for a slab of this shape when all others are gone."""
-        return self._bytes_bound([shape]) <= self.size_bytes
+        return self._fits([shape])
 
     def grow(self, pool: DiskPool) -> int | None:
         """One more slab file; its number, or None when there is no budget or no room."""
@@ -199,6 +202,7 @@ class DiskTier:
         number = pool.slabs.next_number()
         try:
             self._reserve_records([*self._held(), pool.shape])
+            self._beside.make_room(pool.number, (number + 1) * pool.shape.pages_per_slab)
             pool.slabs.add(number)
         except (OSError, lmdb.Error) as error:
             self._metrics.fault("disk_full")
@@ -214,13 +218,12 @@ class DiskTier:
             self._metrics.fault("disk_write")
             LOG.warning("disk: deleting a slab: %s", error)
 
-    def _bytes_bound(self, slabs: list[PageShape]) -> int:
-        """Bytes of these slabs and of all that lies beside them, at most."""
-        aside = self.path / "catalogue.damaged"
-        kept = sum(each.stat().st_size for each in aside.glob("*")) if aside.exists() else 0
-        room = self._slack_bytes + sum(map(room_bytes, slabs))
-        catalogue = max(room, self.catalogue.file_bytes())
-        return sum(each.slab_bytes for each in slabs) + catalogue + kept + LOCK_FILES_BYTES
+    def _fits(self, slabs: list[PageShape]) -> bool:
+        tables, table_bytes = len(self.pools) + 1, self._beside.table_bytes
+        found = budget.bytes_bound(
+            self.path, self.size_bytes, slabs, tables=tables, table_bytes=table_bytes
+        )
+        return found <= self.size_bytes
 
     def _reserve_records(self, slabs: list[PageShape]) -> None:
         self.catalogue.make_room(sum(map(room_bytes, slabs)))
@@ -229,17 +232,24 @@ class DiskTier:
         """The shape of each slab that is there."""
         return [each.shape for each in list(self.pools.values()) for _ in each.slabs.numbers()]
 
-    @property
-    def _slack_bytes(self) -> int:
-        return max(1 << 20, min(SLACK_BYTES_MAX, self.size_bytes // SLACK_SHARE))
-
     # ---- batches ----
 
     def store(self, batch: Batch | None, change: Change) -> Outcome:
         """Write a batch and commit it with `change`, durable when this returns. Never raises for a
         fault of the disk: it is counted, and the outcome says what did not happen."""
-        written = batch is not None and self._write(batch, change)
+        added = None
+        if batch is not None and self._write(batch, change):
+            added = batch.pool.number, batch.pages, batch.records
+        outcome = self._commit(change, added)
+        if added is not None and not outcome.written:
+            self._beside.take_back(added)
+        return outcome
+
+    def _commit(self, change: Change, added: Added | None) -> Outcome:
+        written = added is not None
         try:
+            if not self._beside.save(change, added):
+                self._metrics.fault("disk_write")
             self.catalogue.commit(change)
             return Outcome(written, True)
         except Full as error:
@@ -247,7 +257,7 @@ class DiskTier:
             LOG.warning("disk: the catalogue is full: %s", error)
             committed = self._commit_small(change)
             return Outcome(written and committed and self._commit_again(change), committed)
-        except lmdb.Error as error:
+        except (OSError, lmdb.Error) as error:
             self._metrics.fault("catalogue_error")
             LOG.warning("disk: catalogue: %s", error)
             return Outcome(False, False)
@@ -355,27 +365,27 @@ class DiskTier:
             self.store(None, Change(deletes={pool.number: [lost]}))
         return Stored(stored.pages[sound], stored.records[sound])
 
-    def _open_catalogue(self) -> Catalogue:
-        folder = self.path / "catalogue"
-        try:
-            catalogue = Catalogue(folder, self._slack_bytes)
-        except Damaged as error:
-            return self._put_aside(folder, str(error))
-        try:
-            self._stored = {number: catalogue.records(number) for number in catalogue.layouts}
-        except Damaged as error:
-            catalogue.close()
-            return self._put_aside(folder, str(error))
-        return catalogue
+    def _open_catalogue(self) -> None:
+        """And all that lies beside it."""
+        self.catalogue, self._stored = rebuild.open_catalogue(
+            self.path, self.size_bytes, self._files, self._metrics
+        )
+        limit = budget.names_bytes(self.size_bytes)
+        self._beside = Beside(self.path, self.catalogue, limit, self._files)
 
-    def _put_aside(self, folder: Path, why: str) -> Catalogue:
-        """Start empty beside a damaged catalogue; the last one is kept to be looked into."""
-        self._metrics.fault("catalogue_reset")
-        LOG.error("disk: the catalogue is damaged (%s): put aside, the tier starts empty", why)
-        aside = self.path / "catalogue.damaged"
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
-        return Catalogue(folder, self._slack_bytes)
+    def _begin_beside(self) -> None:
+        saved = []
+        try:
+            for pool in self.pools.values():
+                slabs = max(pool.slabs.numbers(), default=-1) + 1
+                num_pages = slabs * pool.shape.pages_per_slab
+                saved.append(self._beside.begin(pool.number, self._stored[pool.number], num_pages))
+            saved.append(self._beside.save_names())
+        except OSError as error:
+            saved.append(False)
+            LOG.warning("disk: beside the catalogue: %s", error)
+        if not all(saved):
+            self._metrics.fault("disk_write")
 
     def _sync_folders(self) -> None:
         """The names that lead to the catalogue are durable: LMDB syncs its file alone."""
@@ -396,6 +406,7 @@ class DiskTier:
             pool = self.pool(shape)
             for number, path in pool.slabs.stored().items():
                 self._open_slab(pool, number, path)
+        self._beside.drop_unknown()
         self._reserve_records(self._held())
 
     def _open_slab(self, pool: DiskPool, number: int, path: Path) -> None:
@@ -437,6 +448,7 @@ class DiskTier:
         self._writers.shutdown()
         for pool in self.pools.values():
             pool.slabs.close()
+        self._beside.close()
         self.catalogue.close()
         os.close(self._lock_fd)
 
@@ -444,15 +456,10 @@ class DiskTier:
 def make_folders(path: Path) -> None:
     """The tier's folders, where they aren't there yet. Raises StartRefused."""
     try:
-        for each in (path, path / "slabs", path / "recency"):
+        for each in (path, *(path / name for name in ("slabs", "recency", "live"))):
             each.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise errors.StartRefused(f"disk.path: {each}: {error.strerror}") from error
-
-
-def aligned(num_bytes: int) -> U8:
-    """Memory that O_DIRECT takes."""
-    return np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8)
 
 
 def lock(path: Path) -> int:

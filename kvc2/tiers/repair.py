@@ -1,6 +1,6 @@
 """Mends the directory of a disk tier after a check: what the daemon would lose anyway goes at once.
 
-A start (DiskTier) puts a catalogue aside that can't be read, and deletes what nothing names; then
+A start (DiskTier) rebuilds a catalogue that can't be read, and deletes what nothing names; then
 records of damaged blocks are deleted, and of what hangs below them, which a start refuses. Not
 here: finding damage (check.py).
 """
@@ -27,12 +27,14 @@ ANY_SIZE = 10**15  # the budget is the daemon's: nothing is dropped for it here
 @dataclass
 class Repaired:
     """What was deleted. `hanging_records` are of sound blocks below damaged ones, and of dead ones.
-    `catalogue_aside`: it is catalogue.damaged now, and all slab files are gone with it."""
+    `catalogue_aside`: it is catalogue.damaged now, if it was there, and another one has
+    `rebuilt_records`: what was damaged among them, only the next check can tell."""
 
     damaged_records: int = 0
     hanging_records: int = 0
     unknown_records: int = 0
     orphan_slabs: int = 0
+    rebuilt_records: int = 0
     catalogue_aside: bool = False
     complete: bool = True  # False: the disk refused a transaction
 
@@ -45,6 +47,9 @@ def repair(path: Path, report: Report) -> Repaired:
     try:
         found.orphan_slabs = report.damage["orphan_slab"]
         found.catalogue_aside = metrics.values()["faults_total{kind=catalogue_reset}"] > 0
+        if found.catalogue_aside:
+            records = map(tier.catalogue.records, tier.catalogue.layouts)
+            found.rebuilt_records = sum(each.pages.size for each in records)
         unknown = tier.catalogue.unknown()
         found.unknown_records = sum(pages.size for pages in unknown.values())
         deletes = {number: [pages] for number, pages in unknown.items()}

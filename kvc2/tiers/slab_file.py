@@ -9,22 +9,26 @@ from __future__ import annotations
 import copy
 import errno
 import logging
+import mmap
 import os
 import re
 import resource
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvc2.layout import HEADER_BYTES
 from kvc2.tiers.base import U8, U32, U64, PageShape, SlabTable
 
 LOG = logging.getLogger(__name__)
 
 PIECES_MAX = 1024  # IOV_MAX of Linux
 RUN_BYTES_MAX = 8 << 20  # one system call; larger ones gain nothing and delay a failure's report
+HEADER_LANES = 16  # reads of single sectors at a time: an NVMe disk needs them to be busy
 SLAB_NAME = re.compile(r"(\d{8})\.slab")
 
 
@@ -135,11 +139,7 @@ class SlabFiles:
 
     def stored(self) -> dict[int, Path]:
         """Slab files in the folder by number, opened or not."""
-        found = {}
-        for path in sorted(self.folder.iterdir()):
-            if match := SLAB_NAME.fullmatch(path.name):
-                found[int(match[1])] = path
-        return found
+        return stored_in(self.folder)
 
     def numbers(self) -> list[int]:
         return self._slabs.numbers()
@@ -189,6 +189,28 @@ class SlabFiles:
     def write(self, pages: U32, offsets: U64) -> None:
         for run in self._runs(pages, offsets):
             self._write_run(run)
+
+    def read_headers(self, threads: Executor, pages: U32, memory: U8) -> U8:
+        """Bring each page's header sector alone into `memory`, one after the other. [n] of 1 (came)
+        or 0."""
+        fds, places = self._slabs.bases(pages).tolist(), self._slabs.within(pages).tolist()
+
+        def read(i: int) -> bool:
+            sector = memory.data[i * HEADER_BYTES : (i + 1) * HEADER_BYTES]
+            try:
+                return self._files.read(fds[i], [sector], places[i]) == HEADER_BYTES
+            except OSError as error:
+                LOG.warning("disk: reading %s at %d: %s", self.folder, places[i], error)
+                return False
+
+        def read_all(each: range) -> list[bool]:
+            return [read(i) for i in each]
+
+        parts = [range(first, pages.size, HEADER_LANES) for first in range(HEADER_LANES)]
+        came = np.zeros(pages.size, np.uint8)
+        for part, found in zip(parts, threads.map(read_all, parts), strict=True):
+            came[part.start :: HEADER_LANES] = found
+        return came
 
     def sync(self, pages: U32) -> None:
         """Make the data of these pages durable: one fdatasync a file. OSError: some are not. What
@@ -244,6 +266,20 @@ class SlabFiles:
             if put == 0 or put % 512:
                 raise OSError(errno.EIO, f"{self.folder}: short write of {put} bytes")
             done += put
+
+
+def stored_in(folder: Path) -> dict[int, Path]:
+    """Slab files in a folder by number."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if match := SLAB_NAME.fullmatch(path.name):
+            found[int(match[1])] = path
+    return found
+
+
+def aligned(num_bytes: int) -> U8:
+    """Memory that O_DIRECT takes, zeros."""
+    return np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8)
 
 
 def raise_file_limit() -> None:

@@ -22,10 +22,12 @@ import kvc2.cli
 import kvc2.server
 from kvc2.behind import Behind
 from kvc2.mover import Mover
-from kvc2.tiers import catalogue
+from kvc2.tiers import catalogue, spaces_file
+from kvc2.tiers.beside import Beside
 from kvc2.tiers.catalogue import Catalogue
 from kvc2.tiers.disk import DiskPool, DiskTier
 from kvc2.tiers.gpu import SharedMemoryPool
+from kvc2.tiers.live import LiveTable
 from kvc2.tiers.pools import Pools
 from kvc2.tiers.slab_file import Files, SlabFiles
 
@@ -49,6 +51,10 @@ FAILPOINTS: dict[str, tuple[Any, str, bool]] = {
     "syncing": (Files, "sync", BEFORE),
     "synced": (Files, "sync", AFTER),
     "batch_written": (DiskTier, "_write", AFTER),
+    "beside_saving": (Beside, "save", BEFORE),
+    "table_begun": (LiveTable, "begin", AFTER),
+    "names_written": (spaces_file, "write", AFTER),
+    "beside_saved": (Beside, "save", AFTER),
     "committing": (Catalogue, "commit", BEFORE),
     "committed_not_whole": (Catalogue, "_keep_whole", BEFORE),
     "committed": (Catalogue, "commit", AFTER),

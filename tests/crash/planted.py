@@ -54,6 +54,7 @@ def bug(name: str, file: str, before: str, after: str) -> Bug:
 
 BEHIND, MOVER, CACHE = "kvc2/behind.py", "kvc2/mover.py", "kvc2/cache.py"
 DISK, SLAB, CATALOGUE = "kvc2/tiers/disk.py", "kvc2/tiers/slab_file.py", "kvc2/tiers/catalogue.py"
+BESIDE, REBUILD = "kvc2/tiers/beside.py", "kvc2/tiers/rebuild.py"
 VERIFIED = "        status[came == 0] = READ_FAILED\n"
 COMMITTED = "            self.catalogue.commit(change)\n            return Outcome(written, True)\n"
 SYNCED = "                self._sync(batch.pool.slabs, batch.pages)\n"
@@ -188,8 +189,77 @@ REUSE = (
     bug(
         "an invalidated namespace comes back",
         CATALOGUE,
-        "        self.eras[name] = self._new_eras[name] = self.eras.get(name, 0) + 1\n",
-        "        self.eras[name] = self.eras.get(name, 0) + 1\n",
+        "            self.eras[name] = self._new_eras[name] = era\n"
+        "            self.revision += 1\n",
+        "            self.eras[name] = era\n",
+    ),
+)
+REBUILDS = (
+    bug(
+        "an evicted block is rebuilt",
+        BESIDE,
+        "                self._tables[number].change(np.concatenate(arrays), 0)\n",
+        "                pass\n",
+    ),
+    bug(
+        "a block that moved is not rebuilt",
+        BESIDE,
+        "                self._tables[number].move(sources, targets)\n",
+        "                pass\n",
+    ),
+    bug(
+        "an invalidated namespace is rebuilt",
+        REBUILD,
+        "            spaces[of_era(name, names.eras.get(name, 0))] = page_size\n",
+        "            spaces[name] = page_size\n            catalogue.eras.clear()\n",
+    ),
+    bug(
+        "an Invalidate answers before the list is written",
+        BESIDE,
+        "        return self.save_names() and all(saved)\n",
+        "        return all(saved)\n",
+    ),
+    bug(
+        "a refused batch is rebuilt",
+        DISK,
+        "            self._beside.take_back(added)\n",
+        "            pass\n",
+    ),
+    bug(
+        "generations after the records",
+        DISK,
+        "            if not self._beside.save(change, added):\n"
+        '                self._metrics.fault("disk_write")\n'
+        "            self.catalogue.commit(change)\n",
+        "            self.catalogue.commit(change)\n            self._beside.save(change, added)\n",
+    ),
+    bug(
+        "generations not synced",
+        "kvc2/tiers/live.py",
+        "                self._files.sync(self._fd)\n",
+        "",
+    ),
+    bug(
+        "what can't be written of them stays",
+        "kvc2/tiers/live.py",
+        "            self._files.unlink(self.path)\n",
+        "",
+    ),
+    bug("namespaces not synced", "kvc2/tiers/spaces_file.py", "        files.sync(fd)\n", ""),
+    bug(
+        "a rebuild counts starts anew",
+        REBUILD,
+        "    catalogue = Catalogue(folder, slack_bytes, starts=starts)\n",
+        "    catalogue = Catalogue(folder, slack_bytes)\n",
+    ),
+    bug(
+        "no bound in a rebuild", REBUILD, "        if bound <= size_bytes:\n", "        if bound:\n"
+    ),
+    bug(
+        "an empty file is a catalogue",
+        REBUILD,
+        "    return data.exists() and data.stat().st_size > 0\n",
+        "    return data.exists()\n",
     ),
 )
 FAILING_DISKS = (
@@ -241,7 +311,7 @@ FAILING_DISKS = (
     bug(
         "no bound",
         DISK,
-        "        return self._bytes_bound([*self._held(), shape]) <= self.size_bytes\n",
+        "        return found <= self.size_bytes\n",
         "        return True\n",
     ),
     bug(
@@ -257,7 +327,7 @@ FAILING_DISKS = (
         "        if version is None:\n",
     ),
 )
-BUGS = (*WHAT_IS_READ, *ORDER, *REUSE, *FAILING_DISKS)
+BUGS = (*WHAT_IS_READ, *ORDER, *REUSE, *REBUILDS, *FAILING_DISKS)
 
 
 def copy_to(folder: Path) -> None:

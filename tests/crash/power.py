@@ -199,3 +199,12 @@ def owed(notes: list[dict[str, Any]]) -> dict[tuple[int, int], set[str]]:
         for held in found.values() if dropped else []:
             held -= dropped
     return found
+
+
+def gone(notes: list[dict[str, Any]]) -> set[str]:
+    """Digests of blocks that must not be there after these notes."""
+    found: set[str] = set()
+    for note in notes:
+        found |= set(note.get("gone", []))
+        found -= set(note.get("back", []))
+    return found

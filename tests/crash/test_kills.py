@@ -16,13 +16,23 @@ from tests.crash.failpoints import AT_START, AT_STOP, FAILPOINTS
 from tests.crash.order import spoiled_blocks
 from tests.crash.victims import Engine, Nursery, Victim, sink
 
-ONCE = ("dropping", "dropped", "slab_growing", "slab_opened", "slab_allocating", "slab_allocated")
+ONCE = (
+    "table_begun",
+    "names_written",
+    "dropping",
+    "dropped",
+    "slab_growing",
+    "slab_opened",
+    "slab_allocating",
+    "slab_allocated",
+)
 COUNTS = {  # of calls; 3 elsewhere, so that blocks are acknowledged before
     **dict.fromkeys((*ONCE, *AT_START, *AT_STOP), 1),
     **dict.fromkeys(("deleting", "deleted_not_committed"), 2),  # the first is at the start
 }
 FRESH = 50  # kills, then a new directory
 STEPS = 400  # of the engine: one in ten evicts from disk, which some failpoints wait for
+LOST = 0.3  # of the starts find no catalogue
 SOON_S = 0.5  # a random moment is within this after the start
 
 
@@ -53,6 +63,8 @@ class Deaths:
         self.renew()
         self.count += 1
         assert spoiled_blocks(self.folder / "disk") == {}
+        if self.chance.random() < LOST:  # what was acknowledged is rebuilt
+            shutil.rmtree(self.folder / "disk" / "catalogue", ignore_errors=True)
         return self.nursery.start(self.folder, failpoint, count)
 
     def after_work(self) -> None:

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.caches import folder_in_memory, running
+from tests.caches import faults, folder_in_memory, on_disk, running
 from tests.crash.order import spoiled_blocks
-from tests.crash.power import Medium, journal, owed
+from tests.crash.power import Medium, gone, journal, owed
 from tests.crash.writer import SIZES, digests, engines, prompt_of
 from tests.stand_in import PAGE_SIZE
 
 HERE = Path(__file__).parent
+LOST = 0.3  # of the images lose their catalogue too: it is rebuilt
 OTHERS = 4  # prompts that nobody was told to be durable: whatever comes of them is right
 
 
@@ -60,9 +61,14 @@ async def judge(image: Path, medium: Medium, chance: random.Random) -> int:
     due = owed(medium.notes)
     seen = {key for key, held in due.items() if held}
     rest = sorted(set(due) - seen)
+    if lost := chance.random() < LOST:
+        shutil.rmtree(image / "disk" / "catalogue", ignore_errors=True)
     async with running(image / "disk", **{**SIZES, "cpu_bytes": 16 << 20}) as cache:
         sessions, count = engines(cache), 0
         cache.index.check()
+        assert not gone(medium.notes) & {each.hex() for each in on_disk(cache)}, "it was evicted"
+        if lost and seen:
+            assert faults(cache, "catalogue_reset") == 1
         for number, seed in sorted(seen):
             tokens, held = prompt_of(seed), due[number, seed]
             keys = digests(number, tokens)

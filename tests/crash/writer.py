@@ -2,7 +2,8 @@
 durable: what power.py cuts short. `python -m tests.crash.writer FOLDER SEED STEPS`.
 
 Notes, JSON, in the journal's order: {"ack": [[engine, seed, [digest, ...]], ...]}: these blocks are
-durable; {"dropped": [digest, ...]}: these are about to be evicted.
+durable; {"dropped": [digest, ...]}: these are about to be evicted; {"gone": [digest, ...]}: their
+deletes are committed; {"back": [digest, ...]}: these may be there from now on.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.stored: set[str] = set()
+        self.leaving: dict[int, list[str]] = {}  # dropped, and not gone yet, by layout number
         try:
             self._note = ctypes.CDLL(None).journal_note
         except AttributeError:  # not under the journal
@@ -94,7 +96,16 @@ def followed(ledger: Ledger) -> Iterator[None]:
         *,
         patience_s: float = 0.0,
     ) -> Outcome:
+        assert pools.disk is not None
+        leaving = ledger.leaving.pop(pools.disk.number, [])
+        for transfer in transfers:
+            assert transfer.records is not None
+            ledger.note(back=texts(transfer.records.digests))
         outcome = await store(self, pools, transfers, patience_s=patience_s)
+        if outcome.committed and leaving:
+            ledger.note(gone=leaving)
+        elif leaving:
+            ledger.leaving.setdefault(pools.disk.number, []).extend(leaving)
         for transfer in transfers if outcome.written else ():
             assert transfer.records is not None
             ledger.stored.update(texts(transfer.records.digests))
@@ -102,7 +113,10 @@ def followed(ledger: Ledger) -> Iterator[None]:
 
     def told_drop(self: Behind, pools: LayoutPools, evicted: _core.Evicted) -> None:
         if evicted.pages.size:
-            ledger.dropping(texts(evicted.digests))
+            assert pools.disk is not None
+            found = texts(evicted.digests)
+            ledger.dropping(found)
+            ledger.leaving.setdefault(pools.disk.number, []).extend(found)
         drop(self, pools, evicted)
 
     Mover.store, Behind.drop = told_store, told_drop  # type: ignore[method-assign]

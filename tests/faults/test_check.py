@@ -25,6 +25,7 @@ from tests.faults.test_disk_faults import (
     BLOCKS,
     PAGE_BYTES,
     damage_meta,
+    flip,
     flip_header,
     flip_payload,
     flip_record,
@@ -106,6 +107,24 @@ def short_slab(path: Path) -> None:
     (slab(path).parent / "00000001.slab").write_bytes(bytes(4096))
 
 
+def no_catalogue(path: Path) -> None:
+    shutil.rmtree(path / "catalogue")
+
+
+def flip_table(path: Path) -> None:
+    (table,) = path.glob("live/*")
+    flip(table, 40)
+
+
+def flip_names(path: Path) -> None:
+    flip(path / "namespaces", 40)
+
+
+def no_proof(path: Path) -> None:
+    damage_meta(path)
+    flip_table(path)
+
+
 # harm, what a check counts, blocks of the first prompt that are served after --repair
 HARMS: list[tuple[Harm, dict[str, int], int]] = [
     (flip_payload, {"bad_payload": 1}, 4),
@@ -121,8 +140,12 @@ HARMS: list[tuple[Harm, dict[str, int], int]] = [
     (remove, {"lost_slab": 1, "lost_block": BLOCKS + OTHER}, 0),
     (orphan_folder, {"orphan_slab": 1}, BLOCKS),
     (short_slab, {"orphan_slab": 1}, BLOCKS),
-    (damage_meta, {"catalogue": 1, "orphan_slab": 1}, 0),
-    (truncate_catalogue, {"catalogue": 1, "orphan_slab": 1}, 0),
+    (damage_meta, {"catalogue": 1}, BLOCKS),
+    (truncate_catalogue, {"catalogue": 1}, BLOCKS),
+    (no_catalogue, {"catalogue": 1}, BLOCKS),
+    (no_proof, {"catalogue": 1, "orphan_slab": 1}, 0),
+    (flip_table, {"live_table": 1}, BLOCKS),
+    (flip_names, {"namespaces": 1}, BLOCKS),
 ]
 NAMES = [harm.__qualname__.split(".")[0] + str(n) for n, (harm, _, _) in enumerate(HARMS)]
 
@@ -317,12 +340,38 @@ def test_an_unknown_format_is_refused_also_by_repair(tmp_path: Path) -> None:
     assert files_of(tmp_path) == before
 
 
-def test_slabs_without_a_catalogue_are_orphans(tmp_path: Path) -> None:
+def test_slabs_without_catalogue_and_tables_are_orphans(tmp_path: Path) -> None:
     asyncio.run(two_prompts(tmp_path))
     shutil.rmtree(tmp_path / "catalogue")
+    shutil.rmtree(tmp_path / "live")
     assert counted(check(tmp_path)) == {"orphan_slab": 1}
     assert command(tmp_path, "--repair")[0] == 0
     assert list(tmp_path.glob("slabs/*/*")) == []
+
+
+def test_a_rebuilt_catalogue_is_checked_and_mended_in_turn(tmp_path: Path) -> None:
+    asyncio.run(two_prompts(tmp_path))
+    damage_meta(tmp_path)
+    flip_payload(tmp_path)
+    assert check(tmp_path).rebuildable == BLOCKS + OTHER
+    code, text = command(tmp_path, "--repair")
+    assert code == 0
+    assert f"look for {BLOCKS + OTHER} blocks" in text
+    assert f"sound now: {4 + OTHER} records" in text
+
+
+def test_what_a_rebuild_would_lose_is_told_and_no_damage(tmp_path: Path) -> None:
+    asyncio.run(two_prompts(tmp_path))
+    assert check(tmp_path).unproven == 0
+    (table,) = tmp_path.glob("live/*")
+    data = bytearray(table.read_bytes())
+    data[4096 + 8 * 4] ^= 1
+    table.write_bytes(data)
+    report = check(tmp_path)
+    assert (report.sound, report.unproven) == (True, 1)
+    shutil.rmtree(tmp_path / "live")
+    report = check(tmp_path)
+    assert (report.sound, report.unproven) == (True, BLOCKS + OTHER)
 
 
 def test_lines_come_once_a_second_at_most(

@@ -10,14 +10,14 @@ import pytest
 
 from kvc2.config import Durability
 from kvc2.tiers.slab_file import Files
-from tests.caches import faults, running
+from tests.caches import faults, is_slab, running
 from tests.stand_in import PAGE_SIZE, StandIn, prompt
 
 BLOCKS = 8
 
 
 class Synced(Files):
-    """Counts what is synced; `broken`: none is."""
+    """Counts slabs that are synced; `broken`: nothing is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Synced(Files):
         self.broken = False
 
     def sync(self, fd: int) -> None:
-        self.count += 1
+        self.count += is_slab(fd)
         if self.broken:
             raise OSError(errno.EIO, "not synced")
         super().sync(fd)
