@@ -225,6 +225,7 @@ class Loader:
             self._expect(errand, self._mover.loading_bytes)
             return
         pages = min(wanted, max(1, min(bytes_max, room) // page_bytes))
+        growing = not arena.populated  # asked first: what comes after it is told by `changed`
         self.pools.make_room(pools, pages)
         step = self._index.next_load(errand.lease, pages)
         if isinstance(step, _core.Wait):
@@ -232,7 +233,7 @@ class Loader:
         elif step is not None:
             errand.step, errand.own = self._mover.load(pools, step), True
             pages = step.target_pages.size
-        elif not pools.cpu.slabs() and (not arena.populated or self.pools.is_wanted(pools)):
+        elif not pools.cpu.slabs() and (growing or self.pools.is_wanted(pools)):
             errand.step = self.until_changed()  # its first slab is coming
         self._expect(errand, pages * page_bytes)
 
