@@ -131,7 +131,7 @@ def test_it_may_die_at_every_failpoint(nursery: Nursery, tmp_path: Path) -> None
 def test_it_may_die_at_any_moment(nursery: Nursery, tmp_path: Path) -> None:
     deaths = Deaths(nursery, tmp_path, seed=2)
     deaths.after_work()
-    for _ in range(19):
+    for _ in range(60):
         deaths.at_random()
     deaths.last()
 
@@ -143,12 +143,11 @@ def test_it_may_die_two_thousand_times(nursery: Nursery, tmp_path: Path) -> None
     names = list(FAILPOINTS)
     for number in range(2000):
         if number % 100 == 0:
-            print(f"{number} kills", flush=True)
+            print(f"{number} kills at random moments", flush=True)
         if number % FRESH == 0:
             deaths.after_work()
-        elif number % 2:
-            name = names[number // 2 % len(names)]
+        deaths.at_random()
+        if number % 4 == 0:
+            name = names[number // 4 % len(names)]
             deaths.at(name, COUNTS.get(name) or deaths.chance.randrange(1, 4))
-        else:
-            deaths.at_random()
     deaths.last()
