@@ -70,6 +70,7 @@ class Behind:
         self._woken = asyncio.Event()
         self._full_until = 0.0
         self._retry_at: dict[str, float] = {}  # by what has failed: "gpu" or "disk"
+        self._populated = False  # the arena, when copies into it were last tried
         self._in_vain = False  # a slab was taken over, and the file system refused all the same
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -116,8 +117,8 @@ class Behind:
             self._urgent -= 1
 
     def _room_is_coming(self) -> bool:
-        """A daemon that just started has no slabs yet for what was committed."""
-        return not self._pools.arena.populated and self.undemoted() > 0
+        """A daemon that just started had no slabs yet for what was committed, when it was tried."""
+        return not self._populated and self.undemoted() > 0
 
     async def rescue(self, gpu: GpuPool, timeout_s: float) -> None:
         """Copy what a dead engine committed and no other tier holds; its memory is still mapped."""
@@ -229,6 +230,7 @@ class Behind:
     # ---- gpu -> cpu ----
 
     async def _demote_all(self) -> None:
+        self._populated = self._pools.arena.populated  # when it is later, that wakes us
         moved = True
         self.reap()
         await self._slabs.serve()

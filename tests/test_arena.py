@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import mmap
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,9 @@ import pytest
 
 from kvc2 import errors
 from kvc2.arena import HUGE_PAGE_BYTES, Arena
+from kvc2.behind import Behind
+from tests.caches import running
+from tests.stand_in import StandIn, prompt
 
 UNIT, MIB = 1 << 16, 1 << 20
 
@@ -102,3 +107,31 @@ def mapped(address: int) -> bool:
     lines = Path("/proc/self/maps").read_text().splitlines()
     ranges = (line.split()[0].split("-") for line in lines if "kvc2-arena" in line)
     return any(int(first, 16) <= address < int(last, 16) for first, last in ranges)
+
+
+def test_a_flush_waits_for_the_arena_that_comes_while_it_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There was no memory when the copying was tried, and all of it is there when a flush asks."""
+    asked, coming = threading.Event(), Behind._room_is_coming
+
+    def available_bytes() -> int:
+        assert asked.wait(60)
+        return 1 << 40
+
+    async def run() -> None:
+        async with running(tmp_path) as cache:
+
+            def meanwhile(behind: Behind) -> bool:
+                asked.set()
+                assert cache._arena is not None
+                assert cache._arena.wait_populated(60)
+                return coming(behind)
+
+            monkeypatch.setattr(Behind, "_room_is_coming", meanwhile)
+            await StandIn(cache, 32).ask(prompt(1, 8))
+            found = await cache.flush(60)
+            assert (found.durable_blocks, found.not_durable) == (8, {})
+
+    monkeypatch.setattr("kvc2.arena.available_memory_bytes", available_bytes)
+    asyncio.run(run())
