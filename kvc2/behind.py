@@ -126,9 +126,10 @@ class Behind:
             async with asyncio.timeout(timeout_s):
                 while True:
                     self._woken.clear()
+                    populated = self._pools.arena.populated  # when it is later, that wakes us
                     if await self._demote(gpu, rescue=True):
                         continue
-                    if self._pools.arena.populated or not self._index.undemoted(gpu.id):
+                    if populated or not self._index.undemoted(gpu.id):
                         break
                     await self._woken.wait()
         self.wake()

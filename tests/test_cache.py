@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import subprocess
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,8 @@ import pytest
 from numpy.typing import NDArray
 
 from kvc2 import errors
-from kvc2.arena import Arena
 from kvc2.cache import Cache
 from kvc2.results import Terms
-from kvc2.tiers.pools import LayoutPools, Pools
 from tests.caches import MIB, SLAB_BYTES, faults, running
 from tests.stand_in import PAGE_SIZE, U32, StandIn, prompt
 
@@ -414,7 +411,6 @@ def test_another_slab_size_finds_what_was_stored(tmp_path: Path) -> None:
 
 KILLED = """
 import asyncio, os, signal, sys
-from collections.abc import Callable
 from pathlib import Path
 from tests.caches import running
 from tests.stand_in import StandIn, prompt
@@ -459,34 +455,5 @@ def test_what_was_flushed_survives_kill_9(tmp_path: Path, moment: int) -> None:
                 await engine.ask(prompt(seed, 16))  # there or not: the bytes are right
             assert faults(cache, "corrupt_block") == 0
             cache.index.check()
-
-    asyncio.run(run())
-
-
-def test_a_hit_on_disk_is_loaded_though_the_arena_comes_in_the_midst_of_the_question(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Right after a start: there was no memory when a page was asked for, and all of it is there
-    when that has failed."""
-    asked = threading.Event()
-    populate, make_room = Arena._populate, Pools.make_room
-
-    def late(self: Arena, on_ready: Callable[[], None]) -> None:
-        asked.wait(20)
-        populate(self, on_ready)
-
-    def between(self: Pools, pools: LayoutPools, pages: int) -> None:
-        make_room(self, pools, pages)
-        asked.set()
-        self.arena.wait_populated(20)
-
-    async def run() -> None:
-        async with running(tmp_path) as cache:
-            await StandIn(cache, 32).ask(prompt(1, 8))
-            assert (await cache.flush(10)).durable_blocks == 8
-        monkeypatch.setattr(Arena, "_populate", late)
-        monkeypatch.setattr(Pools, "make_room", between)
-        async with running(tmp_path) as cache:
-            assert (await StandIn(cache, 32).ask(prompt(1, 8))).matched_tokens == 8 * PAGE_SIZE
 
     asyncio.run(run())
