@@ -15,7 +15,7 @@ import pytest
 
 from kvc2 import _core
 from kvc2.behind import store_pages
-from kvc2.tiers.catalogue import Change, Full
+from kvc2.tiers.catalogue import SLACK_BYTES_MIN, Catalogue, Change, Full
 from kvc2.tiers.disk import Batch, Outcome
 from kvc2.tiers.pools import LayoutPools
 from kvc2.tiers.slab_file import Files
@@ -242,3 +242,32 @@ def test_a_page_is_planned_only_after_its_delete_is_committed(
                 assert cache._metrics.values()[f"faults_total{{kind={kind}}}"] == 0
 
     asyncio.run(again())
+
+
+def test_generations_rise_over_restarts(tmp_path: Path) -> None:
+    """A page that an earlier run wrote is never taken for one of this run, though nothing that the
+    catalogue has reminds of it."""
+
+    async def run(seed: int) -> None:
+        async with running(tmp_path) as cache:
+            await StandIn(cache, 32).ask(prompt(seed, 4))
+            assert (await cache.flush(60)).not_durable == {}
+
+    async def forget() -> None:
+        async with running(tmp_path) as cache:
+            assert (await cache.evict("disk", 0)).evicted == 4
+
+    def generations() -> set[int]:
+        catalogue = Catalogue(tmp_path / "catalogue", SLACK_BYTES_MIN, read_only=True)
+        (number,) = catalogue.layouts
+        found = catalogue.records(number).records["generation"].tolist()
+        catalogue.close()
+        return set(found)
+
+    asyncio.run(run(1))
+    first = generations()
+    asyncio.run(forget())
+    asyncio.run(run(2))
+    second = generations()
+    assert len(second) == 4
+    assert min(second) > max(first)
