@@ -129,6 +129,16 @@ class Daemon(Process):
             self.admin.evict(tier)
 
 
+class SlowDaemon(Daemon):
+    """The same calls on a daemon of slow_daemon.py."""
+
+    def __init__(self, folder: Path, *, cpu_gb: float = 1.0) -> None:
+        self.address = f"unix:{folder / 'kvc2.sock'}"
+        command = [sys.executable, "-m", "benchmarks.slow_daemon", str(folder)]
+        Process.__init__(self, "kvc2", [*command, "--cpu-gb", str(cpu_gb)], folder)
+        self.admin = Admin(self.address)
+
+
 class Engine(Process):
     """`kvc2-engine serve` of a model on a port of 127.0.0.1; `kvc2`: the daemon's address."""
 

@@ -1,7 +1,9 @@
-"""`kvc2 serve` on a disk that reads as slowly as a file in its folder says, for slow_disk.py.
+"""`kvc2 serve` on a disk that is as slow, and fails as often, as a file in its folder says: for
+slow_disk.py and faulty_disk.py.
 
 The throttle lies where the system calls are (kvc2.tiers.slab_file.Files): reads take turns, as on
-one disk; writes are left alone. `regardless` leaves the choice between loading and computing out:
+one disk; writes are left alone unless `writes_too`. `failing`: this share of reads, writes and
+syncs is EIO. `regardless` leaves the choice between loading and computing out:
 every prefix is loaded, up to the acquire's deadline.
 """
 
@@ -9,11 +11,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import json
+import os
+import random
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +41,8 @@ class Mode:
 
     bytes_per_s: float = 0.0
     regardless: bool = False
+    writes_too: bool = False
+    failing: float = 0.0
 
     def write(self, folder: Path) -> None:
         path = folder / "mode.new"
@@ -53,14 +61,36 @@ class SlowFiles(Files):
         self._turn = threading.Lock()
 
     def read(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        bytes_per_s = Mode.read(self._folder).bytes_per_s
-        if bytes_per_s == 0:
+        mode = self._drawn()
+        with self._slowed(mode.bytes_per_s, buffers):
             return super().read(fd, buffers, offset)
+
+    def write(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        mode = self._drawn()
+        with self._slowed(mode.bytes_per_s if mode.writes_too else 0.0, buffers):
+            return super().write(fd, buffers, offset)
+
+    def sync(self, fd: int) -> None:
+        self._drawn()
+        super().sync(fd)
+
+    def _drawn(self) -> Mode:
+        """The mode now; OSError for an operation that is to fail."""
+        mode = Mode.read(self._folder)
+        if mode.failing and random.random() < mode.failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return mode
+
+    @contextmanager
+    def _slowed(self, bytes_per_s: float, buffers: Sequence[memoryview]) -> Iterator[None]:
+        if bytes_per_s == 0:
+            yield
+            return
         with self._turn:
             begun = time.monotonic()
-            got = super().read(fd, buffers, offset)
-            time.sleep(max(0.0, begun + got / bytes_per_s - time.monotonic()))
-        return got
+            yield
+            took_s = sum(map(len, buffers)) / bytes_per_s
+            time.sleep(max(0.0, begun + took_s - time.monotonic()))
 
 
 class SlowCache(Cache):
@@ -78,11 +108,11 @@ class SlowCache(Cache):
             session.prefill_rate = session.prefill_rate or told
 
 
-async def serve(folder: Path) -> None:
+async def serve(folder: Path, cpu_gb: float) -> None:
     Mode().write(folder)
     config = ServeConfig(
         listen=f"unix:{folder / 'kvc2.sock'}",
-        cpu=CpuConfig.of_bytes(1 * GB),
+        cpu=CpuConfig.of_bytes(int(cpu_gb * GB)),
         disk=DiskConfig.of_bytes(folder / "disk", 4 * GB),
     )
     async with Daemon(config, cache=lambda *own: SlowCache(*own, folder)) as daemon:
@@ -93,7 +123,9 @@ async def serve(folder: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="of socket, disk tier and mode.json")
-    asyncio.run(serve(parser.parse_args().folder))
+    parser.add_argument("--cpu-gb", type=float, default=1.0, help="of the cpu tier")
+    flags = parser.parse_args()
+    asyncio.run(serve(flags.folder, flags.cpu_gb))
     return 0
 
 

@@ -18,10 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import report
-from benchmarks.processes import Daemon, Engine, Process
+from benchmarks.processes import Engine, SlowDaemon
 from benchmarks.slow_daemon import Mode
 from engine import demo_model
-from kvc2.client import Admin
 
 SPEEDS = {"full": 0.0, "200MBps": 200e6, "20MBps": 20e6, "5MBps": 5e6}
 PROMPT_TOKENS, CACHED_TOKENS = 1024, 960
@@ -29,16 +28,6 @@ TOKEN_IDS = (100, 40_000)  # of ordinary words in the demo model's vocabulary
 COMPUTED, REGARDLESS = "computed", "loaded regardless"
 
 Samples = dict[str, list[float]]  # computed, regardless, ours, first -> milliseconds
-
-
-class SlowDaemon(Daemon):
-    """The calls of benchmarks.processes.Daemon on a daemon of slow_daemon.py."""
-
-    def __init__(self, folder: Path) -> None:
-        self.address = f"unix:{folder / 'kvc2.sock'}"
-        command = [sys.executable, "-m", "benchmarks.slow_daemon", str(folder)]
-        Process.__init__(self, "kvc2", command, folder)
-        self.admin = Admin(self.address)
 
 
 class Bench:
