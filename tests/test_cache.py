@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import subprocess
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from kvc2 import errors
 from kvc2.cache import Cache
 from kvc2.results import Terms
+from kvc2.tiers.slab_file import Files
 from tests.caches import MIB, SLAB_BYTES, faults, running
 from tests.stand_in import PAGE_SIZE, U32, StandIn, prompt
 
@@ -75,24 +77,55 @@ def used_bytes(path: Path) -> int:
     return total
 
 
+class Watched(Files):
+    """`most`: bytes that the directory took when a file had grown or was about to go."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path, self.most = path, 0
+
+    def _look(self) -> None:
+        with suppress(FileNotFoundError):  # another thread renames a file meanwhile
+            self.most = max(self.most, used_bytes(self.path))
+
+    def allocate(self, fd: int, num_bytes: int) -> None:
+        super().allocate(fd, num_bytes)
+        self._look()
+
+    def sync(self, fd: int) -> None:
+        super().sync(fd)
+        self._look()
+
+    def unlink(self, path: Path) -> None:
+        self._look()
+        super().unlink(path)
+
+
 @pytest.mark.parametrize("segment_bytes", [1024, 16384])
 def test_the_disk_budget_holds_while_three_times_its_size_is_written(
     tmp_path: Path, segment_bytes: int
 ) -> None:
     budget = 6 * MIB
+    files = Watched(tmp_path)
 
     async def run() -> None:
-        async with running(tmp_path, cpu_bytes=2 * MIB, disk_bytes=budget) as cache:
+        sizes = {"cpu_bytes": 2 * MIB, "disk_bytes": budget}
+        async with running(tmp_path, files=files, **sizes) as cache:  # type: ignore[arg-type]
             engine = StandIn(cache, 64, segment_bytes=segment_bytes)
             blocks = 3 * budget // engine.layout.page_bytes
             for seed in range(blocks // 32 + 1):
                 await engine.ask(prompt(seed, 32))
                 await cache.flush(10)
-                assert used_bytes(tmp_path) <= budget
+                await cache._behind.save_recency()  # type: ignore[union-attr]
+                assert max(files.most, used_bytes(tmp_path)) <= budget
             assert cache.stats().tiers[2].resident > budget // 4 // engine.layout.page_bytes
             last = await engine.ask(prompt(seed, 32))
             assert last.matched_tokens == 32 * PAGE_SIZE
             cache.index.check()
+        async with running(tmp_path, files=files, **sizes) as cache:  # type: ignore[arg-type]
+            await StandIn(cache, 64, segment_bytes=8192).ask(prompt(1, 32))  # another layout
+            assert (await cache.flush(10)).not_durable == {}
+        assert budget / 2 < files.most <= budget
 
     asyncio.run(run())
 

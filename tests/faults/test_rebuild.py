@@ -14,7 +14,7 @@ import pytest
 from kvc2 import _core, errors
 from kvc2.behind import Behind
 from kvc2.cache import Cache
-from kvc2.tiers import rebuild
+from kvc2.tiers import live, rebuild
 from kvc2.tiers.catalogue import Catalogue, Change, Full
 from tests.caches import MIB, faults, on_disk, running
 from tests.faults.test_disk_faults import (
@@ -398,23 +398,51 @@ def test_a_rebuild_that_was_cut_short_is_begun_again(
     asyncio.run(run())
 
 
-def test_tables_of_another_version_are_refused_and_left_alone(tmp_path: Path) -> None:
+def as_of_version(file: Path, version: int, head_bytes: int) -> bytes:
+    """A sound file of that version; its checksum comes after the head, or (0) at the end."""
+    data = bytearray(file.read_bytes())
+    data[8] = version
+    end = head_bytes or len(data) - 16
+    data[end : end + 16] = _core.xxh3_128(bytes(data[:end]))
+    file.write_bytes(data)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(("name", "head"), [("live/*", live.HEAD.size), ("namespaces", 0)])
+@pytest.mark.parametrize("harm", [no_catalogue, lambda path: None], ids=["lost", "sound"])
+def test_an_unknown_version_beside_is_refused_and_left_alone(
+    tmp_path: Path, name: str, head: int, harm: Harm
+) -> None:
     """Also where the catalogue, which would say so, is gone."""
 
     async def run() -> None:
         await stored(tmp_path)
-        (table,) = tmp_path.glob("live/*")
-        data = bytearray(table.read_bytes())
-        data[8] = 99
-        size = rebuild.live.HEAD.size
-        data[size : size + 16] = _core.xxh3_128(bytes(data[:size]))
-        table.write_bytes(data)
-        no_catalogue(tmp_path)
+        (file,) = tmp_path.glob(name)
+        data = as_of_version(file, 99, head)
+        harm(tmp_path)
         with pytest.raises(errors.StartRefused, match="format 99"):
             async with running(tmp_path):
                 pass
         assert slab(tmp_path).exists()
-        assert table.read_bytes() == data
+        assert file.read_bytes() == data
+        as_of_version(file, 1, head)
+        async with running(tmp_path) as cache:
+            assert len(on_disk(cache)) == BLOCKS
+
+    asyncio.run(run())
+
+
+def test_what_nothing_names_is_deleted_at_a_start(tmp_path: Path) -> None:
+    async def run() -> None:
+        await stored(tmp_path)
+        orphans = [tmp_path / "live" / ("ab" * 32), tmp_path / "slabs" / ("ab" * 32) / "0.slab"]
+        orphans += [slab(tmp_path).parent / "00000007.slab"]  # short
+        for each in orphans:
+            each.parent.mkdir(exist_ok=True)
+            each.write_bytes(bytes(4096))
+        async with running(tmp_path) as cache:
+            assert len(on_disk(cache)) == BLOCKS
+            assert not any(each.exists() for each in orphans)
 
     asyncio.run(run())
 
