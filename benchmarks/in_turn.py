@@ -1,0 +1,72 @@
+"""The daemon or the engine without overlap while a file says so, for overlap.py.
+
+    python -m benchmarks.in_turn daemon FOLDER
+    python -m benchmarks.in_turn engine FOLDER serve --model ... (as kvc2-engine)
+
+Without: the engine waits for the last layer of a prefix before it computes the first, and the
+daemon loads all of a prefix from disk before it promotes any of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kvc2.config import CpuConfig, DiskConfig, ServeConfig
+
+GB = 1_000_000_000
+WHOLE_BYTES = 1 << 40  # of one load: more than any prefix
+
+
+def flag(folder: Path) -> Path:
+    """There while nothing may overlap."""
+    return folder / "in_turn"
+
+
+async def serve(folder: Path) -> None:
+    from kvc2.loading import Loader
+    from kvc2.server import Daemon
+
+    windowed = Loader._load_bytes
+
+    def load_bytes(loader: Loader) -> int:
+        return WHOLE_BYTES if flag(folder).exists() else windowed(loader)
+
+    Loader._load_bytes = load_bytes  # type: ignore[method-assign]
+    config = ServeConfig(
+        listen=f"unix:{folder / 'kvc2.sock'}",
+        cpu=CpuConfig.of_bytes(1 * GB),
+        disk=DiskConfig.of_bytes(folder / "disk", 4 * GB),
+    )
+    async with Daemon(config) as daemon:
+        daemon.stop_on_signals()
+        await daemon.stopped.wait()
+
+
+def run_engine(folder: Path) -> None:
+    from engine.cli import main
+    from engine.prefix import Prefix
+
+    layered = Prefix.layer_ready
+
+    def layer_ready(prefix: Any, leases: Any) -> Callable[[int], None] | None:
+        ready = layered(prefix, leases)
+        if ready is None or not flag(folder).exists():
+            return ready
+        last = prefix.config.layers - 1
+        return lambda layer: ready(last)
+
+    Prefix.layer_ready = layer_ready  # type: ignore[method-assign]
+    main()
+
+
+if __name__ == "__main__":
+    what, where = sys.argv[1], Path(sys.argv[2])
+    del sys.argv[1:3]
+    if what == "daemon":
+        asyncio.run(serve(where))
+    else:
+        run_engine(where)
