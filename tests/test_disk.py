@@ -15,10 +15,12 @@ import pytest
 
 from kvc2 import _core
 from kvc2.behind import store_pages
+from kvc2.layout import layer_major
+from kvc2.tiers.base import PageShape
 from kvc2.tiers.catalogue import SLACK_BYTES_MIN, Catalogue, Change, Full
 from kvc2.tiers.disk import Batch, Outcome
 from kvc2.tiers.pools import LayoutPools
-from kvc2.tiers.slab_file import Files
+from kvc2.tiers.slab_file import Files, SlabFiles
 from tests.caches import MIB, is_slab, running
 from tests.stand_in import StandIn, prompt
 
@@ -271,3 +273,26 @@ def test_generations_rise_over_restarts(tmp_path: Path) -> None:
     second = generations()
     assert len(second) == 4
     assert min(second) > max(first)
+
+
+def test_the_name_of_a_deleted_slab_is_gone_for_good_before_its_room_is_taken(
+    tmp_path: Path,
+) -> None:
+    """If it came back after a power cut, the start would not have room for the one in its place."""
+    calls: list[tuple[str, Path]] = []
+
+    class Noted(Files):
+        def unlink(self, path: Path) -> None:
+            super().unlink(path)
+            calls.append(("unlink", path))
+
+        def sync_folder(self, folder: Path) -> None:
+            super().sync_folder(folder)
+            calls.append(("sync", folder))
+
+    shape = PageShape.of(layer_major(2, 8, segment_bytes=1024, page_size=4), 1 << 16)
+    slabs = SlabFiles(tmp_path / "slabs", shape, np.empty(0, np.uint8), Noted())
+    slabs.add(0)
+    calls.clear()
+    slabs.remove(0)
+    assert calls == [("unlink", slabs.folder / "00000000.slab"), ("sync", slabs.folder)]
