@@ -351,7 +351,7 @@ class Catalogue:
             _delete(txn, self._namespace_table, names)
         for name in names:
             self.namespaces.pop(name, None)
-        self.revision += 1
+            self.revision += 1
 
     def file_bytes(self) -> int:
         return (self.folder / DATA_FILE).stat().st_size
