@@ -246,6 +246,8 @@ MUTANTS = [
            "  generation_ = std::max(generation_, batch.generations[i] + 1);\n"),
     Mutant("recency starts again after a restart", RESTORE,
            "  stamp_ = std::max(stamp_, batch.stamps[i]);\n"),
+    Mutant("a lease waits for what it holds no more", TRANSFERS, "    lease.depends.clear();",
+           "    "),
     Mutant("what was to expire is restored for ever", RESTORE,
            "batch.expires.empty() ? 0 : batch.expires[i]", "0"),
     Mutant("who has less time left is given more", NODE_LIVES,

@@ -176,6 +176,26 @@ def test_a_failed_promotion_ends_the_lease_s_pages_before_it(house: House) -> No
     assert house.matched(1, 2, 3) == (1, 2, 0)
 
 
+def test_a_lease_waits_for_nothing_behind_what_failed(house: House) -> None:
+    """Neither now nor by what it is told later."""
+    house.index.release(house.compute(1, 2, 3))
+    house.demote(house.gpu)
+    house.index.evict(house.gpu, 9)
+    stem = house.index.acquire(house.space, house.gpu, tokens(1), 1).id
+    first = house.index.promote(stem)
+    lease = house.index.acquire(house.space, house.gpu, tokens(1, 2, 3), 3).id
+    second = house.index.promote(lease)
+    assert first is not None
+    assert second is not None
+    assert house.index.lease(lease).transfer == second.id
+    house.index.complete(first.id, 0)
+    view = house.index.lease(lease)
+    assert (view.pages.size, view.transfer) == (0, 0)
+    house.index.check()
+    house.index.complete(second.id, 2)
+    house.index.check()
+
+
 def test_a_run_takes_no_page_that_another_lease_holds_as_its_duplicate(house: House) -> None:
     house.compute(1)
     lease = house.index.acquire(house.space, house.gpu, tokens(1), 0)

@@ -348,7 +348,12 @@ void Index::fail(PoolId id, std::span<const PageId> pages) {
       }
       lease.stray.push_back(*held);
     }
+    if (end == lease.held.end()) continue;
     lease.held.erase(end, lease.held.end());
+    lease.depends.clear();  // another transfer may fill nothing but what it does not hold now
+    for (const Held& held : lease.held) {
+      if (const auto transfer = transfer_into(id, held.anchor)) lease.depends.push_back(*transfer);
+    }
   }
   for (size_t i = pages.size(); i-- > 0;) {  // tail first: no block loses its parent
     target.unpin(pages[i]);
