@@ -19,6 +19,9 @@ from kvc2.exits import BAD_USAGE, FAILED, exit_codes
 from kvc2.serve_command import EvictionPolicy, serve
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from kvc2.client import Admin, Flushed
 
 AS_ASKED = ("no_disk", "not_admitted")  # how the daemon was asked to run: no failure
@@ -296,11 +299,8 @@ def pin(
     as_json: Json = False,
 ) -> None:
     """Keep a prompt's full blocks in a tier, whether they are there now or come later."""
-    from kvc2 import prompts
-
     with exit_codes(), _admin(address) as admin:
-        words = None if tokenizer is None else prompts.open_tokenizer(tokenizer)
-        prompt = prompts.read(tokens, text, words)
+        prompt = _prompt(tokens, text, tokenizer)
         name = _bytes("namespace", namespace)
         found = admin.pin(prompt, tier=tier.value, hard=hard, namespace=name)
         if as_json:
@@ -323,11 +323,8 @@ def unpin(
     address: Address = None,
 ) -> None:
     """End the pin of exactly these blocks; exit code 1 when there was none."""
-    from kvc2 import prompts
-
     with exit_codes(), _admin(address) as admin:
-        words = None if tokenizer is None else prompts.open_tokenizer(tokenizer)
-        prompt = prompts.read(tokens, text, words)
+        prompt = _prompt(tokens, text, tokenizer)
         blocks = admin.unpin(prompt, tier=tier.value, namespace=_bytes("namespace", namespace))
         if not blocks:
             print("kvc2: no pin of exactly these blocks", file=sys.stderr)
@@ -351,11 +348,8 @@ def prefetch(
     as_json: Json = False,
 ) -> None:
     """Bring a prompt's cached prefix from the disk to the cpu tier, before it is asked for."""
-    from kvc2 import prompts
-
     with exit_codes(), _admin(address) as admin:
-        words = None if tokenizer is None else prompts.open_tokenizer(tokenizer)
-        prompt = prompts.read(tokens, text, words)
+        prompt = _prompt(tokens, text, tokenizer)
         name = _bytes("namespace", namespace)
         found = admin.prefetch(prompt, namespace=name, deadline_s=deadline_s)
         if as_json:
@@ -372,6 +366,13 @@ def drain(address: Address = None, deadline_s: Deadline = 30.0, as_json: Json = 
     """Flush and stop a running daemon; exit code 1 if some blocks are not on disk."""
     with exit_codes(), _admin(address) as admin:
         _report_flushed(admin.drain(deadline_s), as_json)
+
+
+def _prompt(tokens: Path | None, text: Path | None, tokenizer: Path | None) -> NDArray[np.uint32]:
+    from kvc2 import prompts
+
+    words = None if tokenizer is None else prompts.open_tokenizer(tokenizer)
+    return prompts.read(tokens, text, words)
 
 
 def _admin(address: str | None) -> Admin:
