@@ -18,12 +18,8 @@ from numpy.typing import NDArray
 
 from benchmarks import report
 from benchmarks.processes import Daemon
-from benchmarks.rpc import ATTACH_TIMEOUT_S, BLOCKS, IDENTITY, PAGE_SIZE, TOKENS, PoolOwner
-from kvc2.client import Client, LeaseCommit, PoolMemory
-from kvc2.layout import Layout, Segment
+from benchmarks.rpc import BLOCKS, PAGE_SIZE, TOKENS, Session
 
-SEGMENT_BYTES = 1024
-POOL_PAGES = 3 * BLOCKS
 ARENA_GB = 0.25
 FLUSH_EVERY = 4  # prompts
 
@@ -32,36 +28,9 @@ def prompt(number: int) -> NDArray[np.uint32]:
     return np.random.default_rng(number).integers(0, 50_000, TOKENS, dtype=np.uint32)
 
 
-class Session:
-    """An engine without a model."""
-
-    def __init__(self, daemon: Daemon) -> None:
-        size = SEGMENT_BYTES
-        segments = (Segment(0, 0, size, 0, size), Segment(0, 1, size, POOL_PAGES * size, size))
-        self._pool = PoolMemory(POOL_PAGES * 2 * size)
-        layout = Layout(segments, PAGE_SIZE)
-        self.client = Client(
-            daemon.address, pool=self._pool, layout=layout, engine_name="fill", engine=PoolOwner()
-        )
-        if not self.client.wait_attached(ATTACH_TIMEOUT_S):
-            raise RuntimeError(f"not attached: {self.client.last_refusal}\n{daemon.tail()}")
-        self.namespace = self.client.open_namespace(IDENTITY.encode())
-
-    def close(self) -> None:
-        self.client.close()
-        self._pool.close()
-
-    def store(self, number: int) -> None:
-        name, tokens = b"%d" % number, prompt(number)
-        lease = self.client.acquire(self.namespace, name, tokens, grant_pages=BLOCKS)
-        pages = lease.granted_pages
-        self.client.commit([LeaseCommit(name, 0, tokens[: len(pages) * PAGE_SIZE], pages)])
-        self.client.release([name])
-        if len(pages) < BLOCKS:
-            raise RuntimeError(f"{len(pages)} of {BLOCKS} pages granted")
-
-    def matched_blocks(self, number: int) -> int:
-        return self.client.match(self.namespace, prompt(number)).matched_tokens // PAGE_SIZE
+def matched_blocks(session: Session, number: int) -> int:
+    found = session.client.match(session.namespace, prompt(number))
+    return found.matched_tokens // PAGE_SIZE
 
 
 def fill(folder: Path, blocks: int, disk_gb: float) -> int:
@@ -70,9 +39,9 @@ def fill(folder: Path, blocks: int, disk_gb: float) -> int:
     prompts = -(-blocks // BLOCKS)
     try:
         daemon.wait_ready()
-        session = Session(daemon)
+        session = Session(daemon, "restart")
         for number in range(prompts):
-            session.store(number)
+            session.store(b"%d" % number, prompt(number))
             if number % FLUSH_EVERY == FLUSH_EVERY - 1:
                 daemon.flush()
                 print(f"{(number + 1) * BLOCKS} of {blocks} blocks", file=sys.stderr)
@@ -91,9 +60,9 @@ def start_s(folder: Path, disk_gb: float, *, prompts: int, kill: bool) -> float:
     try:
         daemon.wait_ready()
         seconds = time.perf_counter() - begin
-        session = Session(daemon)
+        session = Session(daemon, "restart")
         for number in {0, prompts - 1} if prompts else ():
-            found = session.matched_blocks(number)
+            found = matched_blocks(session, number)
             if found != BLOCKS - 1:
                 raise RuntimeError(f"prompt {number} matches {found} of {BLOCKS - 1} blocks")
         session.close()

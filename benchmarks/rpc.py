@@ -74,35 +74,30 @@ class Times:
     raw: float
 
 
-class Bench:
-    """A session whose pool holds a prompt of TOKENS, and the same call to the empty handler."""
+class Session:
+    """An engine without a model, and one namespace."""
 
-    def __init__(self, daemon: Daemon, folder: Path) -> None:
-        self._daemon = daemon
+    def __init__(self, daemon: Daemon, engine_name: str) -> None:
         size = SEGMENT_BYTES
         segments = (Segment(0, 0, size, 0, size), Segment(0, 1, size, POOL_PAGES * size, size))
         self._pool = PoolMemory(POOL_PAGES * 2 * size)
-        layout = Layout(segments, PAGE_SIZE)
         self.client = Client(
-            daemon.address, pool=self._pool, layout=layout, engine_name="rpc", engine=PoolOwner()
+            daemon.address,
+            pool=self._pool,
+            layout=Layout(segments, PAGE_SIZE),
+            engine_name=engine_name,
+            engine=PoolOwner(),
         )
         if not self.client.wait_attached(ATTACH_TIMEOUT_S):
             raise RuntimeError(f"not attached: {self.client.last_refusal}\n{daemon.tail()}")
         self.namespace: NamespaceHandle = self.client.open_namespace(IDENTITY.encode())
-        self._empty = Channel(f"unix:{folder / empty_server.GRPC_SOCKET}")
-        self._raw = socket.socket(socket.AF_UNIX)
-        self._raw.connect(str(folder / empty_server.RAW_SOCKET))
-        self._count = 0
 
     def close(self) -> None:
         self.client.close()
-        self._empty.close()
-        self._raw.close()
         self._pool.close()
 
-    def prime(self, tokens: NDArray[np.uint32]) -> None:
+    def store(self, request_id: bytes, tokens: NDArray[np.uint32]) -> None:
         """Commit the whole prompt, so that an acquire of it matches all but the last block."""
-        request_id = b"prime"
         lease = self.client.acquire(self.namespace, request_id, tokens, grant_pages=BLOCKS)
         pages = lease.granted_pages
         commit = LeaseCommit(request_id, 0, tokens[: len(pages) * PAGE_SIZE], pages)
@@ -110,6 +105,23 @@ class Bench:
         self.client.release([request_id])
         if len(pages) < BLOCKS or results.any():
             raise RuntimeError(f"{len(pages)} of {BLOCKS} pages granted, results {set(results)}")
+
+
+class Bench(Session):
+    """A session whose pool holds a prompt of TOKENS, and the same call to the empty handler."""
+
+    def __init__(self, daemon: Daemon, folder: Path) -> None:
+        super().__init__(daemon, "rpc")
+        self._daemon = daemon
+        self._empty = Channel(f"unix:{folder / empty_server.GRPC_SOCKET}")
+        self._raw = socket.socket(socket.AF_UNIX)
+        self._raw.connect(str(folder / empty_server.RAW_SOCKET))
+        self._count = 0
+
+    def close(self) -> None:
+        super().close()
+        self._empty.close()
+        self._raw.close()
 
     def repeat(self, tokens: NDArray[np.uint32], matched: int) -> Times:
         """CALLS of each kind, by turns. RuntimeError if one doesn't match `matched` tokens."""
@@ -181,7 +193,7 @@ def acquire_rows(folder: Path, repeats: int) -> list[report.Row]:
         daemon.wait_ready()
         with empty_handler(folder):
             bench = Bench(daemon, folder)
-            bench.prime(known)
+            bench.store(b"prime", known)
             daemon.flush()
             hits, misses = [], []
             for _ in range(repeats):
