@@ -256,7 +256,12 @@ class Behind:
             if not rescue and self._must_wait("gpu"):
                 return False
             pages = max(1, GATHER_BYTES // gpu.pools.shape.page_bytes)
+            coming = not self._pools.arena.populated  # when it is there, that wakes us
             await self._slabs.make_room(gpu.pools, min(pages, self._index.undemoted(gpu.id)))
+            if coming:  # nothing is evicted for want of memory that comes
+                pages = min(pages, self._index.pool_counts(gpu.pools.cpu_id).free)
+            if not pages:
+                return False
             transfer = self._index.plan_demote(gpu.id, pages)
             if transfer is None:
                 return False

@@ -135,3 +135,32 @@ def test_a_flush_waits_for_the_arena_that_comes_while_it_is_looked_at(
 
     monkeypatch.setattr("kvc2.arena.available_memory_bytes", available_bytes)
     asyncio.run(run())
+
+
+def test_nothing_is_evicted_for_want_of_the_arena_that_is_still_coming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cpu gives up before the disk has it would not be on disk after a flush that says so."""
+    units, go_on = iter(range(1 << 20)), threading.Event()
+
+    def available_bytes() -> int:
+        if next(units) > 0:
+            assert go_on.wait(60)
+        return 1 << 40
+
+    async def run() -> None:
+        async with running(tmp_path) as cache:
+            engine, behind = StandIn(cache, 256), cache._behind
+            assert behind is not None
+            for seed in range(8):
+                await engine.ask(prompt(seed, 25))
+            cpu = engine.session.pool.gpu.pools.cpu_id
+            while not cache.index.pool_counts(cpu).resident or len(behind._idle) < 2:
+                behind._settled.clear()
+                await behind._settled.wait()
+            go_on.set()
+            found = await cache.flush(60)
+            assert (found.durable_blocks, found.not_durable) == (200, {})
+
+    monkeypatch.setattr("kvc2.arena.available_memory_bytes", available_bytes)
+    asyncio.run(run())
