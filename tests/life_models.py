@@ -48,6 +48,11 @@ class LivesModel:
     def life(self, path: Path) -> Life:
         return self.lives.get(path, Life())
 
+    def longest_unused(self, paths: list[Path]) -> list[Path]:
+        """Several where one request used branches: it matched one, and computes another."""
+        oldest = min((self.stamps[path] for path in paths), default=0)
+        return [path for path in paths if self.stamps[path] == oldest]
+
     def say(self, hints: Hints, paths: list[Path], fresh: list[Path]) -> None:
         """A request that uses these blocks says it of each."""
         expires = self.now + hints.ttl if hints.ttl else Life().expires

@@ -134,8 +134,8 @@ class IndexMachine(RuleBasedStateMachine):
         return pick if pick in leases else leases[pick % len(leases)]
 
     def tell(self, pages: list[int]) -> None:
-        """The oracle of another policy than lru learns what went, `pages` in this order."""
-        for at, known in self.model.pools.items() if self.policy != "lru" else ():
+        """The oracle learns what went, `pages` in this order."""
+        for at, known in self.model.pools.items():
             there = set(self.index.stamps(at).nonzero()[0].tolist())
             gone = {page for page, state in known.state.items() if state == RESIDENT} - there
             self.model.gone[at] = [page for page in pages if page in gone] + sorted(gone)

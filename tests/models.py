@@ -3,8 +3,9 @@
 `IndexModel` is what csrc/index must equal. A block is its whole path (namespace, block, ...), so
 there is no tree, no split and no count to keep: every question scans everything. It decides
 evictions itself; only the choice among free pages is the index's, so a call that takes pages is
-told which ones (`picks`) and checks that they were free to take. Under a policy other than `lru` it
-is told the victims too, and checks that they were legal ones.
+told which ones (`picks`) and checks that they were free to take. Under a policy other than `lru`,
+and where lru finds several blocks equally old, it is told the victims too, and checks that they
+were legal ones.
 """
 
 import itertools
@@ -143,20 +144,20 @@ class IndexModel(QuotasModel):
         *,
         of: int | None = None,
     ) -> Path | None:
-        """Under other policies than lru one of `gone`: in its order, or, where that is not known,
-        before the page that was `wanted` only those of closed slabs, which nobody could take."""
+        """Of the longest unused, and under other policies of all, one of `gone`: in its order, or,
+        where that is not known, before the page that was `wanted` only those of closed slabs."""
         candidates = [p for p in self.candidates(pool) if p != spared]
         candidates = [p for p in candidates if of is None or self.tenant(p) == of]
         first = min((self.precedence(p, pool) for p in candidates), default=None)
         legal = [p for p in candidates if self.precedence(p, pool) == first]
-        if self.policy == "lru":
-            return min(legal, key=self.stamps.__getitem__, default=None)
+        legal = self.longest_unused(legal) if self.policy == "lru" else legal
         at = self.pools[pool]
         blocks = {at.blocks[path]: path for path in legal}
         gone = [page for page in self.gone.get(pool, ()) if page in blocks]
         if wanted is not None:
             gone.sort(key=lambda page: (page // at.per_slab not in at.shut, page != wanted))
-        return blocks[gone[0]] if gone else None
+        unsaid = legal[:1] if self.policy == "lru" else []
+        return next(iter([blocks[page] for page in gone] or unsaid), None)
 
     def candidates(self, pool: int) -> list[Path]:
         return [path for path in self.pools[pool].blocks if self.evictable(path, pool)]

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.lives import IndexLives
-from tests.machines import SEEN
+from tests.machines import BLOCKS, SEEN
 
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 
@@ -177,6 +177,31 @@ def test_every_policy_evicts_only_what_may_go(lives: type[IndexLives]) -> None:
     walk(Walk(WALK.examples // 5, shrinks=WALK.shrinks), same=True, lives=lives)
     assert SEEN["resident -> free: evict"] > 0
     assert SEEN["grant: by evicting"] > 0
+
+
+@pytest.mark.parametrize("computed", [[0, 1], [1, 0]])
+def test_of_branches_that_one_request_used_last_either_may_go_first(computed: list[int]) -> None:
+    """It matched one in the cpu's pool, and computes the other in its place, on one of two
+    engines: as lru sees it they are equally old."""
+    lives = IndexLives()
+    lives.build(limited=False, picky=False)
+    for engine in computed:  # who is first has the lower place in the tree
+        lease = lives.open(0, lives.gpus[engine], [BLOCKS[engine]], 1)
+        lives.compute(lease)
+        lives.release(lease)
+    lives.plan_demote(lives.gpus[0], 1)
+    lives.arrive()
+    lease = lives.open(0, lives.gpus[1], [BLOCKS[0]], 1)
+    assert lives.model.leases[lease].found == [1]
+    lives.grant(1, 1)
+    lives.commit(lease, 0, [BLOCKS[1]], False, 0, 9)
+    lives.release(lease)
+    lives.plan_demote(lives.gpus[1], 1)
+    lives.arrive()
+    there = lives.model.pools[lives.cpu].blocks
+    assert len({lives.model.stamps[path] for path in there}) == 1 < len(there)
+    lives.evict(lives.cpu, 2)
+    assert not there
 
 
 @pytest.mark.slow
