@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvc2 import _core, errors, pace
+from kvc2.arena import Arena
 from kvc2.loading import ARENA_SHARE, Loader
 from kvc2.mover import GpuPool, Mover
 from kvc2.pins import Pins
@@ -112,7 +113,8 @@ class Prefetcher:
                 await self._loader.until_idle()
                 if not self._alive(wish):
                     return
-                step = self._next(wish, touches=touches)
+                growing = not self._arena.populated  # asked first: `changed` tells what comes after
+                step = self._next(wish, touches=touches, growing=growing)
                 touches = False
                 if isinstance(step, _core.Transfer):
                     left -= step.target_pages.size
@@ -121,7 +123,7 @@ class Prefetcher:
             if step is not None:
                 left -= 1
                 await self._mover.ended(step.transfer)
-            elif self._room_is_coming(wish):
+            elif self._room_is_coming(wish, growing=growing):
                 await self._loader.until_changed()
             else:
                 return
@@ -134,13 +136,26 @@ class Prefetcher:
         """Blocks of the prefix by tier, from the one that it shall come to."""
         return self._index.match(self._spaces[wish.number], wish.pool, wish.tokens).tiers
 
-    def _next(self, wish: Wish, *, touches: bool) -> _core.Transfer | _core.Wait | None:
+    @property
+    def _arena(self) -> Arena:
+        assert self.pools is not None
+        return self.pools.arena
+
+    def _on_disk(self, wish: Wish) -> int:
+        """Blocks of the prefix."""
+        return 0 if wish.pools.disk is None else self._match(wish)[-1]
+
+    def _next(
+        self, wish: Wish, *, touches: bool, growing: bool
+    ) -> _core.Transfer | _core.Wait | None:
         assert self.pools is not None
         page_bytes = wish.pools.shape.page_bytes
-        most = self.pools.arena.capacity_bytes // ARENA_SHARE // page_bytes
+        most = self._arena.capacity_bytes // ARENA_SHARE // page_bytes
         pages = max(1, min(self._part_bytes(wish) // page_bytes, most))
-        if wish.pools.disk is not None and (on_disk := self._match(wish)[-1]):
+        if on_disk := self._on_disk(wish):
             self.pools.make_room(wish.pools, min(pages, on_disk))
+            if growing:  # nothing is evicted for want of memory that comes
+                pages = min(pages, self._index.pool_counts(wish.pools.cpu_id).free)
         space = self._spaces[wish.number]
         return self._index.prefetch(space, wish.pool, wish.tokens, pages, touches=touches)
 
@@ -161,9 +176,9 @@ class Prefetcher:
         self._mover.promote(wish.gpu, step)
         return self._mover.ended(step.id)
 
-    def _room_is_coming(self, wish: Wish) -> bool:
-        """The cpu tier's first slab is, for what the disk has."""
+    def _room_is_coming(self, wish: Wish, *, growing: bool) -> bool:
+        """Memory is, for what the disk has."""
         assert self.pools is not None
-        if wish.pools.cpu.slabs() or not self._match(wish)[-1]:
+        if not self._on_disk(wish):
             return False
-        return not self.pools.arena.populated or self.pools.is_wanted(wish.pools)
+        return growing or (not wish.pools.cpu.slabs() and self.pools.is_wanted(wish.pools))

@@ -7,17 +7,21 @@ import asyncio
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvc2.arena import Arena
 from kvc2.behind import Behind
+from kvc2.cache import Cache
 from kvc2.mover import GpuPool
+from kvc2.results import PrefetchResult
 from kvc2.tiers.pools import LayoutPools, Pools
 from tests.caches import faults, running
 from tests.stand_in import PAGE_SIZE, StandIn, prompt
 
 BLOCKS = 8
+LARGE, SLAB_PAGES = 40_960, 6  # bytes of a segment, and what a slab has of such pages
 
 
 class Late:
@@ -45,25 +49,94 @@ class Late:
         self._told.set()
 
 
-def test_a_hit_on_disk_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def on_disk_alone(tmp_path: Path, segment_bytes: int = 1024) -> None:
+    async with running(tmp_path) as cache:
+        await StandIn(cache, 32, segment_bytes=segment_bytes).ask(prompt(1, BLOCKS))
+        assert (await cache.flush(10)).durable_blocks == BLOCKS
+
+
+def after_a_page_was_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     """There was no memory for a page, and is none to come any more: all of it is there."""
-    make_room = Pools.make_room
+    arena, make_room = Late(monkeypatch), Pools.make_room
 
+    def between(self: Pools, pools: LayoutPools, pages: int) -> None:
+        make_room(self, pools, pages)
+        arena.now()
+        arena.tell()
+
+    monkeypatch.setattr(Pools, "make_room", between)
+
+
+async def prefetch(engine: StandIn) -> PrefetchResult:
+    return await engine.cache.prefetcher.prefetch(
+        engine.session, engine.number, prompt(1, BLOCKS), tier="cpu", deadline_s=20.0
+    )
+
+
+def test_a_hit_on_disk_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
-        async with running(tmp_path) as cache:
-            await StandIn(cache, 32).ask(prompt(1, BLOCKS))
-            assert (await cache.flush(10)).durable_blocks == BLOCKS
-        arena = Late(monkeypatch)
-
-        def between(self: Pools, pools: LayoutPools, pages: int) -> None:
-            make_room(self, pools, pages)
-            arena.now()
-            arena.tell()
-
-        monkeypatch.setattr(Pools, "make_room", between)
+        await on_disk_alone(tmp_path)
+        after_a_page_was_wanted(monkeypatch)
         async with running(tmp_path) as cache:
             found = await StandIn(cache, 32).ask(prompt(1, BLOCKS))
             assert found.matched_tokens == BLOCKS * PAGE_SIZE
+
+    asyncio.run(run())
+
+
+def test_what_is_prefetched_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        await on_disk_alone(tmp_path)
+        after_a_page_was_wanted(monkeypatch)
+        async with running(tmp_path) as cache:
+            found = await prefetch(StandIn(cache, 32))
+            assert (found.tiers, found.coming) == ((0, BLOCKS * PAGE_SIZE, 0, 0), 0)
+
+    asyncio.run(run())
+
+
+def one_slab_comes(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """The others after the event."""
+    units, go_on = iter(range(1 << 20)), threading.Event()
+
+    def available_bytes() -> int:
+        assert next(units) == 0 or go_on.wait(20)
+        return 1 << 40
+
+    monkeypatch.setattr("kvc2.arena.available_memory_bytes", available_bytes)
+    return go_on
+
+
+async def until_in_cpu(cache: Cache, blocks: int) -> None:
+    while cache.counts.tier("cpu").resident < blocks:
+        await cache._loader.until_changed()
+
+
+async def until_it_waits(cache: Cache, task: asyncio.Task[Any]) -> None:
+    """For a change, with the slab full; or is over."""
+    await until_in_cpu(cache, SLAB_PAGES)
+    while not (cache._loader._waiters or task.done()):
+        await asyncio.sleep(0)
+
+
+def test_a_prefetch_evicts_nothing_for_memory_that_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        await on_disk_alone(tmp_path, LARGE)
+        go_on = one_slab_comes(monkeypatch)
+        async with running(tmp_path) as cache:
+            engine = StandIn(cache, 32, segment_bytes=LARGE)
+            await engine.ask(prompt(2, 2))
+            await until_in_cpu(cache, 2)
+            task = asyncio.create_task(prefetch(engine))
+            await until_it_waits(cache, task)
+            go_on.set()
+            found = await task
+            assert (found.tiers, found.coming) == ((0, BLOCKS * PAGE_SIZE, 0, 0), 0)
+            await cache.evict("gpu", 0)
+            kept = cache.match(engine.session, engine.number, prompt(2, 2))
+            assert kept.tiers == (0, 2 * PAGE_SIZE, 0, 0)
 
     asyncio.run(run())
 
