@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from kvc2 import cli, errors
+from kvc2 import _core, cli, errors
 from kvc2.client import Admin, NamespaceHandle
 from kvc2.errors import InvalidRequest, NotFound
+from kvc2.loading import Loader
 from kvc2.prefetch import AT_ONCE_MAX
 from kvc2.results import PrefetchResult
 from kvc2.tiers.pools import LayoutPools
@@ -101,6 +102,62 @@ def test_a_prefix_longer_than_the_pool_comes_as_far_as_there_is_room(tmp_path: P
         assert found.coming == 0
         assert 0 < in_gpu < LONG_TOKENS
         assert sum(found.tiers) == LONG_TOKENS
+
+    in_house(tmp_path, FAST, work)
+
+
+def crowded(house: House, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Others evict all that has come, before each look for a next part; how often it was looked."""
+    until_idle, looks = Loader.until_idle, [0]
+
+    async def evicted(loader: Loader) -> None:
+        await until_idle(loader)
+        looks[0] += 1
+        assert looks[0] < 9 * LONG, "it is never given up on"
+        cpu = house.engine.session.pool.gpu.pools.cpu_id
+        house.cache.index.evict(cpu, 2 * LONG)
+
+    monkeypatch.setattr(Loader, "until_idle", evicted)
+    return looks
+
+
+def test_what_others_evict_as_fast_as_it_comes_is_given_up_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When twice what was asked for has moved, in parts of a few blocks."""
+
+    async def work(house: House) -> None:
+        await prefetch(house, 0, LATER_S)  # measures the disk
+        await house.forget()
+        before = loaded(house)
+        crowded(house, monkeypatch)
+        found = await prefetch(house, 1, LATER_S)
+        assert found.coming == 0
+        assert 2 * LONG <= loaded(house) - before < 2 * LONG + LONG / 4
+
+    in_house(tmp_path, 10 * SLOW, work)
+
+
+def test_who_waits_for_others_in_vain_gives_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the first block, which they bring to cpu each time, and evict."""
+
+    async def work(house: House) -> None:
+        looks, crowds = crowded(house, monkeypatch), Loader.until_idle
+        wish = house.cache.prefetcher._wish(None, house.engine.number, prompt(1, LONG), "cpu")
+
+        async def others(loader: Loader) -> None:
+            await crowds(loader)
+            index, space = house.cache.index, house.cache.spaces[wish.number]
+            step = index.prefetch(space, wish.pool, wish.tokens, 1, touches=False)
+            assert isinstance(step, _core.Transfer)
+            house.cache._mover.load(wish.pools, step)
+
+        monkeypatch.setattr(Loader, "until_idle", others)
+        found = await prefetch(house, 1, LATER_S, "gpu")
+        assert (found.coming, looks) == (0, [2 * LONG])
+        assert loaded(house) == 2 * LONG
 
     in_house(tmp_path, FAST, work)
 
