@@ -288,6 +288,8 @@ class Index:
         """The lease brings at most `blocks` of what it matched, or what it has pages for if that is
         more; it computes the others, and is known to (`computing`). No change after its first
         commit, or where a failed transfer has cost it pages that were there at acquire."""
+    def held_in(self, lease: int, pool: int) -> int:
+        """How many of the blocks that a lease has pages of are resident in `pool` too."""
     def commit(self, lease: int, first_block: int, tokens: U32, pages: U32) -> U8:
         """[k] of ADOPTED, DUPLICATE, REFUSED for blocks [first_block, first_block + k) of the
         lease, tokens [k * page_size], pages [k] private to the lease's pool. Idempotent: what
@@ -314,11 +316,14 @@ class Index:
     def plan_demote(self, pool: int, max_pages: int) -> Transfer | None:
         """Copy what was committed to (or completed in) `pool`, is not in the pool below it, nor
         on its way there, parents first, oldest first. Evicts below unless that pool is durable:
-        then only its free pages are used. A block whose parent is not below is left out."""
+        then only its free pages are used. A block whose parent is not below is left out. After all
+        that comes what the pool below had and evicted before the next one had it, as long as
+        nothing is evicted for it that waits itself to go further down."""
     def undemoted(self, pool: int) -> int:
         """Blocks that `plan_demote` has still to consider."""
     def not_admitted(self, pool: int) -> int:
-        """Resident blocks that only a second use keeps from the pool below. Walks the pool."""
+        """Blocks in memory that only a second use keeps from this durable pool. Walks the pools
+        above it."""
     def plan_move(self, pool: int, slab: int, max_pages: int) -> Transfer | None:
         """Move what a closed slab holds to free pages of the pool's other slabs (source and target
         are one pool), evicting nothing; None when there is nothing that could be moved, or no

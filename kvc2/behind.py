@@ -122,6 +122,7 @@ class Behind:
 
     async def rescue(self, gpu: GpuPool, timeout_s: float) -> None:
         """Copy what a dead engine committed and no other tier holds; its memory is still mapped."""
+        self.wake()  # the disk too: what it takes makes room in cpu
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while True:
@@ -129,7 +130,8 @@ class Behind:
                     populated = self._pools.arena.populated  # when it is later, that wakes us
                     if await self._demote(gpu, rescue=True):
                         continue
-                    if populated or not self._index.undemoted(gpu.id):
+                    stuck = populated and "disk" in self._idle  # which makes room in cpu
+                    if stuck or not self._index.undemoted(gpu.id):
                         break
                     await self._woken.wait()
         self.wake()
@@ -162,9 +164,9 @@ class Behind:
         return sum(self._index.undemoted(each) for each in ids)
 
     def not_admitted(self) -> int:
-        """Blocks in the cpu tier that the disk has not, and takes once they are used again."""
-        pools = self._pools.layouts.values()
-        return sum(self._index.not_admitted(each.cpu_id) for each in pools)
+        """Blocks in memory that the disk has not, and takes once they are used again."""
+        ids = (each.disk_id for each in self._pools.layouts.values())
+        return sum(self._index.not_admitted(each) for each in ids if each is not None)
 
     async def _run(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         wake = self._wakes[name]
@@ -178,6 +180,7 @@ class Behind:
             if not wake.is_set():
                 self._idle.add(name)
                 self._settled.set()
+                self._woken.set()
             await wake.wait()
 
     @property

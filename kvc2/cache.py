@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -355,13 +354,13 @@ class Cache:
         )
         session.leases[request_id] = opened.id
         pool.namespaces[request_id] = namespace_id
-        reply: asyncio.Future[AcquireResult] = _future()
+        reply: asyncio.Future[AcquireResult] = asyncio.get_running_loop().create_future()
         pool.replies[request_id] = reply
         released: asyncio.Future[None] | None = None
         try:
             errand = self._loader.begin(pool.gpu, opened.id, session.prefill_rate, terms.deadline_s)
             if errand is not None:
-                released = pool.settling[request_id] = _future()
+                released = pool.settling[request_id] = asyncio.get_running_loop().create_future()
                 await self._loader.settle(errand, released)
         except BaseException:
             grant_pages = 0  # nobody hears of them: they would be lost until the session's end
@@ -444,9 +443,10 @@ class Cache:
         """What is cached under these namespaces is dead. Raises NotFound and LimitReached."""
         return await self._whole.invalidate(names)
 
-    async def wait_durable(self, deadline_s: float) -> bool:
-        """Whether all that is committed is on disk, within the deadline."""
-        return await self._whole.wait_durable(deadline_s)
+    async def wait_durable(self, session: Session, requests: list[bytes], wait_s: float) -> bool:
+        """Whether all that these open leases have pages of is on disk, within that time."""
+        held = [session.leases[each] for each in requests]
+        return await self._whole.wait_durable(_pool(session).gpu, held, wait_s)
 
     async def flush(self, deadline_s: float) -> FlushResult:
         """Copy what is committed to the disk, within the deadline; what is not there, and why."""
@@ -485,10 +485,6 @@ def _nothing() -> AcquireResult:
 def _call(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
     """From another thread."""
     loop.call_soon_threadsafe(work)
-
-
-def _future() -> asyncio.Future[Any]:
-    return asyncio.get_running_loop().create_future()
 
 
 async def _may_change() -> bool:

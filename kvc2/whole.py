@@ -7,6 +7,7 @@ blocks (csrc/index), what is copied behind and when (behind.py).
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
 
 from kvc2 import _core
@@ -14,6 +15,7 @@ from kvc2.behind import Behind
 from kvc2.config import ServeConfig
 from kvc2.counts import Counts
 from kvc2.loading import Loader
+from kvc2.mover import GpuPool
 from kvc2.results import EvictResult, FlushResult, InvalidateResult
 from kvc2.spaces import Spaces
 
@@ -54,16 +56,23 @@ class Whole:
         self._wake()
         return InvalidateResult(len(names), blocks, await self._spaces.write_eras())
 
-    async def wait_durable(self, deadline_s: float) -> bool:
-        """Whether all that is committed is on disk, within the deadline. Where there is no disk it
-        waits under write_policy through alone, for the copies in memory."""
+    async def wait_durable(self, gpu: GpuPool, leases: Sequence[int], deadline_s: float) -> bool:
+        """Whether all that these leases have pages of is on disk, within the deadline. Where there
+        is no disk it waits under write_policy through alone, for the copies in memory."""
         through = self._policy == "through"
         if self._behind is None or (not self._has_disk and not through):
             return False
-        drained = await self._behind.drained(deadline_s)
-        if not drained or self._behind.undemoted() or not self._has_disk:
+        await self._behind.drained(deadline_s)
+        disk = gpu.pools.disk_id if gpu.pools is not None else None
+        if disk is None or not all(self._is_in(disk, lease) for lease in leases):
             return False
-        return await self._behind.synced() and not self._behind.not_admitted()
+        return await self._behind.synced()
+
+    def _is_in(self, disk: int, lease: int) -> bool:
+        try:
+            return self._index.held_in(lease, disk) == self._index.lease(lease).pages.size
+        except KeyError:  # it was released while this waited: nothing keeps its blocks
+            return False
 
     async def flush(self, deadline_s: float) -> FlushResult:
         """Copy what is committed towards the disk until all of it is there or the time is over."""

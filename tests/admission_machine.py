@@ -40,12 +40,12 @@ class AdmissionModel(PrefetchModel):
         return missing if missing and self.admitted(missing[-1], below) else []
 
     def not_admitted(self, pool: int) -> int:
-        at = self.pools[pool]
-        if at.below is None:
+        if not (self.picky and self.pools[pool].durable):
             return 0
-        there = [path for path in at.blocks if at.resident(path) and not self.dead(path)]
-        lacking = [path for path in there if not self.pools[at.below].present(path)]
-        return sum(not self.admitted(path, at.below) for path in lacking)
+        above = [each for at, each in self.pools.items() if pool in self.chain(at)[1:]]
+        there = {path for each in above for path in each.blocks if each.resident(path)}
+        lacking = [path for path in there if not self.pools[pool].present(path)]
+        return sum(not self.dead(path) and path not in self.again for path in lacking)
 
 
 class AdmissionMachine(PrefetchMachine):
@@ -56,6 +56,7 @@ class AdmissionMachine(PrefetchMachine):
     def __init__(self) -> None:
         super().__init__()
         self.model = AdmissionModel(self.policy)
+        self.sent_back: set[tuple[int, Path]] = set()
 
     @invariant()
     def admission_agrees(self) -> None:
@@ -64,3 +65,16 @@ class AdmissionMachine(PrefetchMachine):
             refused = self.model.not_admitted(pool)
             assert self.index.not_admitted(pool) == refused
             SEEN["plan_demote: not admitted"] += bool(refused)
+
+    @invariant()
+    def what_is_sent_back_is_seen(self) -> None:
+        before, self.sent_back = self.sent_back, set()
+        for pool, at in self.model.pools.items():
+            owners = {page: path for path, page in at.blocks.items()}
+            self.sent_back |= {(pool, owners[page]) for page in at.sent_back if page in owners}
+        SEEN["evict: sent back"] += len(self.sent_back - before)
+        for pool, path in before - self.sent_back:
+            known = self.model.pools.get(pool)
+            below = None if known is None else known.below
+            arriving = below is not None and self.model.arriving(below, path)
+            SEEN["plan_demote: what was sent back"] += arriving

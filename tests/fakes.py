@@ -207,7 +207,7 @@ class FakeCache:
         session.pool.private -= set(pages.tolist())
         session.pool.free |= set(pages.tolist())
 
-    async def wait_durable(self, deadline_s: float) -> bool:
+    async def wait_durable(self, session: Session, requests: list[bytes], wait_s: float) -> bool:
         return False
 
     async def flush(self, deadline_s: float) -> FakeFlush:

@@ -455,7 +455,7 @@ class IndexMachine(RuleBasedStateMachine):
             if self.policy == "lru":
                 assert self.index.victim_age(pool) == self.model.victim_age(pool)
             assert real.pinned == sum(self.model.pins(pool, page) > 0 for page in at.state)
-            assert self.index.undemoted(pool) == len(at.queue)
+            assert self.index.undemoted(pool) == len({*at.queue, *at.sent_back})
             stamps = self.index.stamps(pool)
             assert {int(p): int(stamps[p]) for p in stamps.nonzero()[0]} == {
                 page: self.model.stamps[path]

@@ -47,6 +47,7 @@ class PoolModel:
     state: dict[int, str] = field(default_factory=dict)
     blocks: dict[Path, int] = field(default_factory=dict)  # in flight or resident
     queue: list[int] = field(default_factory=list)
+    sent_back: list[int] = field(default_factory=list)  # came down too early: once more, later
     evicted: int = 0
     last_copies: int = 0
     shut: set[int] = field(default_factory=set)  # closed slabs

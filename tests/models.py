@@ -387,37 +387,6 @@ class IndexModel(QuotasModel):
                 break
         return self.start(plan, transfer)
 
-    def plan_demote(
-        self, pool: int, count: int, transfer: int | None, picks: list[int]
-    ) -> TransferModel | None:
-        at = self.pools[pool]
-        assert at.below is not None
-        plan = TransferModel(pool, at.below, [], [], [])
-        source = deque(picks)
-        full = False
-        while at.queue and len(plan.paths) < count and not full:
-            for path in self.missing_below(pool, at.below, at.queue[0]):
-                full = len(plan.paths) == count or not self.add(plan, path, source)
-                if full:
-                    break
-            if not full:
-                at.queue.pop(0)
-        return self.start(plan, transfer)
-
-    def missing_below(self, pool: int, below: int, page: int) -> list[Path]:
-        if self.pools[pool].state.get(page) != RESIDENT:
-            return []
-        path = self.pools[pool].owner(page)
-        missing: list[Path] = []
-        if self.dead(path):
-            return missing
-        while len(path) > 1 and not self.pools[below].present(path):
-            if not self.pools[pool].resident(path):
-                return []
-            missing.insert(0, path)
-            path = path[:-1]
-        return missing
-
     def complete(self, transfer_id: int, done: int) -> None:
         transfer = self.transfers.pop(transfer_id)
         done = 0 if transfer.failed else done

@@ -1,11 +1,11 @@
 """The naive oracle of slabs that come, are emptied, and go to another pool."""
 
+from tests.demotion_models import DemotionModel
 from tests.model_parts import FREE, PRIVATE, RESIDENT, TransferModel
-from tests.models import IndexModel
 
 
-class SlabModel(IndexModel):
-    """IndexModel, and what is done with whole slabs."""
+class SlabModel(DemotionModel):
+    """DemotionModel, and what is done with whole slabs."""
 
     def close_slab(self, pool: int, slab: int) -> bool:
         at = self.pools[pool]

@@ -167,6 +167,19 @@ class StandIn:
     async def ask(self, tokens: U32, hints: Hints = NO_HINTS) -> AcquireResult:
         """A whole request: take the prefix and judge its bytes, compute and commit the rest,
         release. AssertionError when a byte is wrong."""
+        request, found = await self.compute(tokens, hints)
+        self.cache.release(self.session, request)
+        return found
+
+    async def ask_durably(self, tokens: U32) -> bool:
+        """A whole request; whether all of its blocks were on disk, within 10 s, at its end."""
+        request, _ = await self.compute(tokens)
+        durable = await self.cache.wait_durable(self.session, [request], 10)
+        self.cache.release(self.session, request)
+        return durable
+
+    async def compute(self, tokens: U32, hints: Hints = NO_HINTS) -> tuple[bytes, AcquireResult]:
+        """A request up to its release."""
         size = self.layout.page_size
         blocks = len(tokens) // size
         request, found = await self.acquire(tokens, grant=blocks, hints=hints)
@@ -179,7 +192,6 @@ class StandIn:
         rest = tokens[held * size : (held + count) * size]
         result = self.cache.commit(self.session, request, held, rest, pages)
         assert not (result == _core.REFUSED).any()
-        self.cache.release(self.session, request)
         if found.granted_pages.size > count:
             self.cache.give_back(self.session, found.granted_pages[count:])
-        return found
+        return request, found

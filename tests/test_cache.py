@@ -159,7 +159,7 @@ def test_gpu_only_is_a_chain_of_gpu_alone(tmp_path: Path) -> None:
             assert [each.tier for each in cache.stats().tiers] == ["gpu"]
             assert await cache.flush(1) == await cache.flush(1)
             assert (await cache.flush(1)).not_durable == {"no_disk": 4}
-            assert not await cache.wait_durable(1)
+            assert not await engine.ask_durably(prompt(1, 4))
             assert (await cache.evict("gpu", 0)).last_copies == 4
 
     asyncio.run(run())

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -18,7 +19,9 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.lives import IndexLives
 from tests.machines import BLOCKS, SEEN
+from tests.mutant_patches import MUTANTS
 
+INDEX = Path(__file__).parent.parent / "csrc" / "index"
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 
 
@@ -85,6 +88,8 @@ AT_LEAST = {
     "acquire: nodes are joined": 20,
     "next_load: wait": 12,
     "plan_demote: not admitted": 200,
+    "plan_demote: what was sent back": 6,
+    "evict: sent back": 80,
     "prefetch: wait": 5,
     "prefetch: from tier 1": 30,
     "prefetch: from tier 2": 15,
@@ -202,6 +207,14 @@ def test_of_branches_that_one_request_used_last_either_may_go_first(computed: li
     assert len({lives.model.stamps[path] for path in there}) == 1 < len(there)
     lives.evict(lives.cpu, 2)
     assert not there
+
+
+def test_every_planted_bug_fits_the_code() -> None:
+    """A patch whose text is gone would plant nothing."""
+    sources = {each.file: (INDEX / each.file).read_text() for each in MUTANTS}
+    unfit = [each.name for each in MUTANTS if sources[each.file].count(each.before) != 1]
+    assert not unfit
+    assert len({each.name for each in MUTANTS}) == len(MUTANTS)
 
 
 @pytest.mark.slow

@@ -401,6 +401,8 @@ void bind_behind(py::class_<Index>& index) {
           },
           "pool"_a, "max_pages"_a)
       .def("undemoted", &Index::undemoted, "pool"_a, py::call_guard<py::gil_scoped_release>())
+      .def("held_in", &Index::held_in, "lease"_a, "pool"_a,
+           py::call_guard<py::gil_scoped_release>())
       .def("not_admitted", &Index::not_admitted, "pool"_a, py::call_guard<py::gil_scoped_release>())
       .def(
           "plan_move",

@@ -230,9 +230,16 @@ void Index::check() const {
   for (PoolId id = 0; id < pools_.size(); ++id) {
     if (!alive(id)) continue;
     pools_[id]->check(id);
-    size_t queued = 0;
-    for (PageId page = 0; page < pools_[id]->size(); ++page) queued += (*pools_[id])[page].queued;
-    KVC2_CHECK(queued == pools_[id]->undemoted.size(), "pool %u queues %zu pages", id, queued);
+    const PagePool& of = *pools_[id];
+    size_t queued = 0, sent_back = 0, waiting = 0;
+    for (PageId page = 0; page < of.size(); ++page) {
+      queued += of[page].queued;
+      sent_back += of[page].sent_back;
+      waiting += of[page].queued || of[page].sent_back;
+    }
+    KVC2_CHECK(queued == of.undemoted.size() && sent_back == of.sent_back.size() &&
+                   waiting == of.waiting(),
+               "pool %u queues %zu and %zu pages", id, queued, sent_back);
   }
   tree_.check();
   tree_.pins.check();

@@ -46,6 +46,11 @@
 // Presence (resident or in flight) counts for leaf-ness and for "is it there already"; only
 // residence counts for a match, as a source, and as a reason to drop another copy.
 //
+// What a pool evicts before the one below it has it (or has refused it) is demoted again from the
+// pools above that still have it, after all that is new, and only where that evicts nothing that
+// waits to go down itself: a slow pool keeps nothing new out of the one above it, and no two blocks
+// put each other out for ever.
+//
 // Costs, n blocks of a request, e edges on its path: match and acquire compare n blocks' tokens and
 // hash e + 1 blocks; commit, promote and load are O(1) a block, and O(log nodes) a victim. A split
 // touches the pages before the branch. stamps, counts, restore, remove_pool and retire walk what
@@ -207,6 +212,7 @@ class Index {
 
   std::optional<Transfer> plan_demote(PoolId pool, uint32_t max_pages);
   uint64_t undemoted(PoolId pool) const;
+  uint32_t held_in(LeaseId lease, PoolId pool) const;
   uint64_t not_admitted(PoolId pool) const;
   std::optional<Transfer> plan_move(PoolId pool, uint32_t slab, uint32_t max_pages);
   std::vector<PageId> complete(TransferId transfer, uint32_t done);
@@ -298,6 +304,7 @@ class Index {
   std::optional<Place> victim_of_over(PoolId pool);
   PageId clear(Place at, PoolId pool, Cause cause);  // its page, which is still to be freed
   void drop(Place at, PoolId pool, Cause cause);
+  void count_eviction(Place at, PoolId pool);
   void evict_at(Place at, PoolId pool, Evicted& evicted);
   void take_away(Place at, PoolId pool, Evicted& taken, Cause cause);
   const PagePool& start_leaving(PoolId pool);
@@ -343,10 +350,13 @@ class Index {
   void close_lease(Lease& lease);
 
   // transfers.cpp
-  bool add(OpenTransfer& plan, Place at);
+  bool add(OpenTransfer& plan, Place at, bool sent_back = false);
+  bool may_return(Place at, PoolId target);
   Transfer start(OpenTransfer&& plan);
   Records records_of(const OpenTransfer& plan);
   bool admitted(Place at, PoolId target) const;
+  bool is_above(PoolId above, PoolId pool) const;
+  bool refused_by(PoolId pool, PoolId above, PageId page) const;
   void add_record(Records& records, Place at, uint64_t generation);
   std::vector<Place> missing_below(PoolId source, PoolId target, PageId page) const;
   std::vector<PageId> complete_move(const OpenTransfer& move, uint32_t done);

@@ -127,8 +127,28 @@ void PagePool::count_eviction(bool last_copy) {
 void PagePool::enqueue(PageId page) {
   if (!shape.below || pages_[page].queued) return;
   pages_[page].queued = 1;
+  in_both_ += pages_[page].sent_back;
   undemoted.push_back(page);
 }
+
+void PagePool::send_back(PageId page) {
+  if (pages_[page].queued || pages_[page].sent_back) return;
+  pages_[page].sent_back = 1;
+  sent_back.push_back(page);
+}
+
+void PagePool::dequeue(std::deque<PageId>& queue) {
+  Page& page = pages_[queue.front()];
+  in_both_ -= page.queued && page.sent_back;
+  if (&queue == &sent_back) {
+    page.sent_back = 0;
+  } else {
+    page.queued = 0;
+  }
+  queue.pop_front();
+}
+
+size_t PagePool::waiting() const { return undemoted.size() + sent_back.size() - in_both_; }
 
 size_t PagePool::metadata_bytes() const {
   return pages_.capacity() * sizeof(Page) + generations.capacity() * sizeof(uint64_t) +
@@ -157,9 +177,10 @@ void PagePool::set_state(PageId page, PageState to) {
 
 // A free page, on no list, of a slab that is closed.
 void PagePool::set_absent(PageId page) {
-  const bool queued = pages_[page].queued;  // the queue still holds its number
+  const Page before = pages_[page];  // the queues still hold its number
   pages_[page] = Page{};
-  pages_[page].queued = queued;
+  pages_[page].queued = before.queued;
+  pages_[page].sent_back = before.sent_back;
   ++slab_of(page).gone;
   --counts_.free;
   --counts_.pages;

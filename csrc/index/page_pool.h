@@ -45,10 +45,11 @@ struct Page {
   // slab.
   uint32_t node = kNoPage;
   uint32_t block = kNoPage;
-  uint32_t pins : 26 = 0;   // leases and transfers that forbid its eviction (I4)
-  uint32_t state : 4 = 0;   // PageState
-  uint32_t held : 1 = 0;    // private: of an open lease's duplicate, or what a move is filling
-  uint32_t queued : 1 = 0;  // waits in the pool's demotion queue
+  uint32_t pins : 25 = 0;      // leases and transfers that forbid its eviction (I4)
+  uint32_t state : 4 = 0;      // PageState
+  uint32_t held : 1 = 0;       // private: of an open lease's duplicate, or what a move is filling
+  uint32_t queued : 1 = 0;     // is in `undemoted`
+  uint32_t sent_back : 1 = 0;  // is in the queue of that name
 };
 
 class PagePool {
@@ -83,7 +84,10 @@ class PagePool {
   void pin(PageId page);
   void unpin(PageId page);
   void count_eviction(bool last_copy);
-  void enqueue(PageId page);  // to be demoted; once, and only where there is a pool below
+  void enqueue(PageId page);    // to be demoted; once, and only where there is a pool below
+  void send_back(PageId page);  // to be demoted again, after all that is new
+  void dequeue(std::deque<PageId>& queue);  // the first of `undemoted` or of `sent_back`
+  size_t waiting() const;                   // pages in either
 
   bool valid(PageId page) const { return page < pages_.size(); }
   PageState state(PageId page) const { return static_cast<PageState>(pages_[page].state); }
@@ -103,7 +107,9 @@ class PagePool {
   bool leaving = false;               // it is being removed: nobody knows it any more
   bool closed = false;                // its session ended: nothing is planned into it again
   std::vector<uint64_t> generations;  // by page; of a durable pool only
-  std::deque<PageId> undemoted;  // oldest first; what became of a page is seen when it is popped
+  // Oldest first; what became of a page is seen when it is popped. `sent_back`: the pool below had
+  // the block and evicted it before the pool below that had it.
+  std::deque<PageId> undemoted, sent_back;
 
  private:
   struct Slab {
@@ -125,6 +131,7 @@ class PagePool {
   std::vector<Slab> slabs_;
   std::set<uint32_t> slabs_with_free_;
   Counts counts_;
+  size_t in_both_ = 0;  // pages in both queues
 };
 
 }  // namespace kvc2

@@ -218,7 +218,7 @@ std::optional<PageId> Index::allocate(PoolId id, PageState to, TenantId tenant, 
     if (const auto page = from.allocate(to)) return page;
     const auto victim = from.shape.durable ? std::nullopt : victim_for(id, tenant, taken);
     if (!victim) return std::nullopt;
-    from.count_eviction(!tree_.resident_elsewhere(*victim, id));
+    count_eviction(*victim, id);
     drop(*victim, id, Cause::kEvicted);
   }
 }
@@ -235,8 +235,20 @@ void Index::drop(Place at, PoolId id, Cause cause) {
   tree_.trim(at.node);
 }
 
-void Index::evict_at(Place at, PoolId id, Evicted& evicted) {
+// What is evicted before the pool below has it comes again from those above that still have it.
+void Index::count_eviction(Place at, PoolId id) {
   pool(id).count_eviction(!tree_.resident_elsewhere(at, id));
+  const auto below = pool(id).shape.below;
+  if (!below || tree_.resident_below(at, id) || !admitted(at, *below)) return;
+  for (const Residency& in : tree_[at.node].pools) {
+    if (pools_[in.pool]->shape.below == id && tree_.resident(at, in.pool)) {
+      pools_[in.pool]->send_back(tree_.page(at, in.pool));
+    }
+  }
+}
+
+void Index::evict_at(Place at, PoolId id, Evicted& evicted) {
+  count_eviction(at, id);
   take_away(at, id, evicted, Cause::kEvicted);
 }
 

@@ -123,6 +123,7 @@ class RadixTree {
   bool holds_all(const Run& run, PoolId pool) const;  // may be false though it does, after a fault
   bool anywhere(Place at) const;                      // present in any pool
   bool resident_elsewhere(Place at, PoolId pool) const;
+  bool spent(Place at, PoolId pool) const;
   bool resident_below(Place at, PoolId pool) const;  // in a slower pool of its chain
   void place(Place at, PoolId pool, PageId page);    // the caller refreshes the node
   void place(const Run& run, PoolId pool, std::span<const PageId> pages);

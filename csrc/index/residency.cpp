@@ -100,6 +100,13 @@ bool RadixTree::resident_below(Place at, PoolId pool) const {
   return false;
 }
 
+// What is evicted before all that only this pool and faster ones have (rank_of).
+bool RadixTree::spent(Place at, PoolId pool) const {
+  if (dead(at)) return true;
+  const bool soft = pins.of(pool, nodes_[at.node].keys[at.offset]) == Pinned::kSoft;
+  return resident_below(at, pool) && !soft;
+}
+
 Place RadixTree::owner(PoolId pool, PageId page) const {
   const Page& info = (*pools_[pool])[page];
   return {info.node, info.block - nodes_[info.node].first};

@@ -14,18 +14,33 @@ std::optional<TransferId> Index::transfer_into(PoolId id, PageId page) const {
   return in_flight_.at(in_flight_key(id, page));
 }
 
+// Whether nothing is evicted for what was sent back that itself waits to go further down: two such
+// blocks would put each other out for ever. While the tenant has no room left in its quota, its own
+// blocks pay, now or when they are trimmed.
+bool Index::may_return(Place at, PoolId id) {
+  const PagePool& target = pool(id);
+  const TenantId tenant = tree_.spaces[tree_[at.node].space].tenant;
+  const Quota* own = tree_.quotas.find(tenant, target.shape.tier);
+  const bool full = own && own->full(1, target.shape.page_bytes);
+  if (!full && (target.counts().free > 0 || target.waiting() == 0)) return true;
+  const auto victim = full ? tree_.coldest_of(tenant, id) : victim_for(id, tenant, 0);
+  return victim && tree_.spent(*victim, id);
+}
+
 // One more block of a plan: a page in the target, evicting there; false if there is none to be had.
 // The block before it must not be the victim, or the target would get a gap.
-bool Index::add(OpenTransfer& plan, Place at) {
+bool Index::add(OpenTransfer& plan, Place at, bool sent_back) {
   PagePool& target = pool(plan.target);
-  const auto above = target.counts().free == 0 ? tree_.parent(at) : std::nullopt;
+  const bool evicts = sent_back || target.counts().free == 0;
+  const auto above = evicts ? tree_.parent(at) : std::nullopt;
   const PageId anchor = above ? tree_.page(*above, plan.target) : kNoPage;
   if (anchor != kNoPage) {
     target.pin(anchor);
     tree_.refresh(above->node);
   }
   const TenantId tenant = tree_.spaces[tree_[at.node].space].tenant;
-  const auto page = allocate(plan.target, PageState::kInFlight, tenant);
+  const bool may = !sent_back || may_return(at, plan.target);
+  const auto page = may ? allocate(plan.target, PageState::kInFlight, tenant) : std::nullopt;
   if (anchor != kNoPage) {
     target.unpin(anchor);
     tree_.refresh(above->node);
@@ -196,15 +211,16 @@ std::optional<Transfer> Index::plan_demote(PoolId id, uint32_t max_pages) {
   PagePool& from = pool(id);
   if (!from.shape.below || pool(*from.shape.below).closed) return std::nullopt;
   OpenTransfer plan{.source = id, .target = *from.shape.below};
-  const auto add_next = [&](Place at) {
-    return plan.source_pages.size() < max_pages && add(plan, at);
-  };
-  while (!from.undemoted.empty() && plan.source_pages.size() < max_pages) {
-    const PageId page = from.undemoted.front();
-    const std::vector<Place> missing = missing_below(id, plan.target, page);
-    if (!std::ranges::all_of(missing, add_next)) break;  // it stays the first to be considered
-    from.undemoted.pop_front();
-    from[page].queued = 0;
+  bool full = false;
+  for (auto* queue : {&from.undemoted, &from.sent_back}) {
+    const auto add_next = [&](Place at) {
+      return plan.source_pages.size() < max_pages && add(plan, at, queue == &from.sent_back);
+    };
+    while (!full && !queue->empty() && plan.source_pages.size() < max_pages) {
+      const std::vector<Place> missing = missing_below(id, plan.target, queue->front());
+      full = !std::ranges::all_of(missing, add_next);
+      if (!full) from.dequeue(*queue);  // else it stays the first to be considered
+    }
   }
   if (plan.source_pages.empty()) return std::nullopt;
   return start(std::move(plan));
@@ -212,7 +228,7 @@ std::optional<Transfer> Index::plan_demote(PoolId id, uint32_t max_pages) {
 
 uint64_t Index::undemoted(PoolId id) const {
   const Lock lock(mutex_);
-  return pool(id).undemoted.size();
+  return pool(id).waiting();
 }
 
 // What was matched once has all of its prefix matched, so that no block is admitted without those
@@ -221,22 +237,46 @@ bool Index::admitted(Place at, PoolId target) const {
   return !pool(target).shape.second_access || tree_.used_again(at);
 }
 
+// A block in several pools counts in the first of them.
 uint64_t Index::not_admitted(PoolId id) const {
   uint64_t count = 0;
-  PageId page = 0;  // the pool may grow between slices
-  in_slices(id, [&] {
-    const PagePool& of = pool(id);
-    if (page == of.size() || !of.shape.below || !pool(*of.shape.below).shape.second_access)
-      return false;
-    if (of.state(page) == PageState::kResident) {
-      const Place at = tree_.owner(id, page);
-      const bool refused = !tree_.dead(at) && !admitted(at, *of.shape.below);
-      count += refused && tree_.page(at, *of.shape.below) == kNoPage;
+  for (PoolId above = 0, pools = id + 1; above < pools; ++above) {
+    for (PageId page = 0, end = 1; page < end; page += kSlicePages) {
+      const Lock lock(mutex_);
+      if (!pool(id).shape.second_access) return 0;
+      pools = static_cast<PoolId>(pools_.size());
+      if (!is_above(above, id)) break;
+      end = pools_[above]->size();  // the pool may grow between slices
+      for (PageId at = page; at < std::min(end, page + kSlicePages); ++at) {
+        count += refused_by(id, above, at);
+      }
     }
-    ++page;
-    return true;
-  });
+  }
   return count;
+}
+
+bool Index::is_above(PoolId above, PoolId id) const {
+  auto below = alive(above) ? pools_[above]->shape.below : std::nullopt;
+  while (below && *below != id) below = pools_[*below]->shape.below;
+  return below.has_value();
+}
+
+bool Index::refused_by(PoolId id, PoolId above, PageId page) const {
+  if (!pools_[above]->is(page, PageState::kResident)) return false;
+  const Place at = tree_.owner(above, page);
+  if (tree_.dead(at) || tree_.page(at, id) != kNoPage || admitted(at, id)) return false;
+  return std::ranges::none_of(tree_[at.node].pools, [&](const Residency& in) {
+    return in.pool < above && is_above(in.pool, id) && tree_.resident(at, in.pool);
+  });
+}
+
+uint32_t Index::held_in(LeaseId id, PoolId of) const {
+  const Lock lock(mutex_);
+  const Lease& lease = open_lease(id);
+  pool(of);
+  return static_cast<uint32_t>(std::ranges::count_if(lease.held, [&](const Held& held) {
+    return tree_.resident(tree_.owner(lease.pool, held.anchor), of);
+  }));
 }
 
 // What a slab holds goes to free pages of the others. A generation moves along: it names what was

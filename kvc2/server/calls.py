@@ -175,7 +175,8 @@ class CacheCalls:
             with self._waiting():
                 results = self._commit(session, commits)
                 wait_s = self._config.drain_timeout_s if request.durable else THROUGH_S
-                durable = await self._cache.wait_durable(wait_s)
+                leases = [request_id for request_id, *_ in commits]
+                durable = await self._cache.wait_durable(session, leases, wait_s)
             self._session(request.session)  # waiting may have outlived the session
         else:
             results, durable = self._commit(session, commits), False

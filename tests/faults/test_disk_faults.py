@@ -190,17 +190,16 @@ def test_a_write_error_is_not_durable_and_nothing_else(
         async with running(tmp_path, files=files) as cache:
             engine = StandIn(cache, 32)
             files.write_error = error
-            await engine.ask(prompt(1, BLOCKS))
-            assert not await cache.wait_durable(10)
+            assert not await engine.ask_durably(prompt(1, BLOCKS))
             assert faults(cache, kind) >= 1
             # asked again: still not there
-            assert not await cache.wait_durable(10)
+            assert not await engine.ask_durably(prompt(1, BLOCKS))
             assert (await cache.flush(10)).not_durable == {"error": BLOCKS}
             tried = faults(cache, "transfer_failed")
             await asyncio.sleep(0.3)
             assert faults(cache, "transfer_failed") - tried <= 1  # no hot loop
             files.write_error = 0
-            assert await cache.wait_durable(10)
+            assert await engine.ask_durably(prompt(1, BLOCKS))
             assert cache.stats().tiers[2].resident == BLOCKS
             assert (await engine.ask(prompt(1, BLOCKS))).matched_tokens == BLOCKS * PAGE_SIZE
             await engine.ask(prompt(2, BLOCKS))

@@ -88,7 +88,7 @@ def test_a_relaxed_flush_that_failed_is_not_forgotten(tmp_path: Path) -> None:
             await engine.ask(prompt(1, BLOCKS))
             assert (await cache.flush(10)).not_durable == {"error": BLOCKS}
             assert (await cache.flush(10)).not_durable == {"error": BLOCKS}
-            assert not await cache.wait_durable(10)
+            assert not await engine.ask_durably(prompt(1, BLOCKS))
             await engine.ask(prompt(2, BLOCKS))  # goes to another slab
             assert files.after == []
             await cache.evict("disk", 0)
