@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from kvc2 import _core, errors, pace
 from kvc2.metrics import Metrics
@@ -41,6 +43,8 @@ class Errand:
     step: Step | None = None
     num_bytes: int = 0
     own: bool = False
+    held: int = 0  # pages of the lease when the step began
+    over: bool = False  # the lease's answer is given: it gets nothing more
     expected_s: float = 0.0
     patience_s: float | None = None
 
@@ -84,11 +88,18 @@ class Loader:
         deadline = asyncio.get_running_loop().time() + deadline_s
         errand = Errand(gpu, lease, 0.0 if self._always else prefill_rate, deadline)
         self._advance(errand)
-        return None if errand.step is None else errand
+        errand.over = errand.step is None
+        return None if errand.over else errand
 
     async def settle(self, errand: Errand, released: asyncio.Future[None]) -> None:
         """Load and promote until nothing more can come or is worth it, the deadline, or `released`
         is done. A load that is given up on goes on, and its blocks are in memory when it ends."""
+        try:
+            await self._settle(errand, released)
+        finally:
+            errand.over = True
+
+    async def _settle(self, errand: Errand, released: asyncio.Future[None]) -> None:
         loop = asyncio.get_running_loop()
         while (step := errand.step) is not None:
             begun = loop.time()
@@ -105,8 +116,8 @@ class Loader:
                 return
             self._came(errand, took_s)
             self._promote(errand.gpu, errand.lease)  # what came is the lease's, whatever is chosen
-            nothing = step.result() == 0  # such a load would be tried for ever
-            self._advance(errand, last=nothing)
+            # a load of which the lease has nothing would be tried for ever
+            self._advance(errand, last=errand.own and self._held(errand) == errand.held)
 
     # ---- what is worth it ----
 
@@ -193,6 +204,16 @@ class Loader:
 
     # ---- what moves ----
 
+    def _held(self, errand: Errand) -> int:
+        """Pages that the lease has."""
+        return self._index.lease(errand.lease).pages.size
+
+    def _take(self, errand: Errand) -> None:
+        """Promote what a load has brought, while the lease is open and waits for it."""
+        if not errand.over:
+            with suppress(KeyError, errors.SessionOver):
+                self._promote(errand.gpu, errand.lease)
+
     def _promote(self, gpu: GpuPool, lease: int) -> None:
         """cpu -> gpu as far as pages go."""
         if gpu.broken:
@@ -219,7 +240,7 @@ class Loader:
             return
         arena, page_bytes = self.pools.arena, pools.shape.page_bytes
         room = arena.capacity_bytes // ARENA_SHARE - self._mover.loading_bytes
-        errand.own = False
+        errand.own, errand.held = False, view.pages.size
         if room < page_bytes and self._mover.loading_bytes:
             errand.step = self.until_changed()
             self._expect(errand, self._mover.loading_bytes)
@@ -231,7 +252,8 @@ class Loader:
         if isinstance(step, _core.Wait):
             errand.step = self._mover.ended(step.transfer)
         elif step is not None:
-            errand.step, errand.own = self._mover.load(pools, step), True
+            errand.step = self._mover.load(pools, step, partial(self._take, errand))
+            errand.own = True
             pages = step.target_pages.size
         elif not pools.cpu.slabs() and (growing or self.pools.is_wanted(pools)):
             errand.step = self.until_changed()  # its first slab is coming

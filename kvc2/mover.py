@@ -165,16 +165,24 @@ class Mover:
             self._measure("cpu", good * gpu.pools.shape.payload_bytes, begun, [running.result()])
         self._end(transfer, good, gpu.pools, ("cpu", "gpu"), begun)
 
-    def load(self, pools: LayoutPools, transfer: _core.Transfer) -> asyncio.Future[int]:
+    def load(
+        self,
+        pools: LayoutPools,
+        transfer: _core.Transfer,
+        came: Callable[[], None] = lambda: None,
+    ) -> asyncio.Future[int]:
         """disk -> cpu, each block verified whole. The result is how many leading blocks came; the
-        bad ones are dropped from the index and the catalogue. Never raises."""
-        task = asyncio.ensure_future(self._load(pools, transfer))
+        bad ones are dropped from the index and the catalogue. Never raises. `came` runs once the
+        index has them, before anybody else can evict them."""
+        task = asyncio.ensure_future(self._load(pools, transfer, came))
         self._under_way.add(transfer.id)
         self.loading_bytes += transfer.target_pages.size * pools.shape.page_bytes
         self._calm.clear()
         return task
 
-    async def _load(self, pools: LayoutPools, transfer: _core.Transfer) -> int:
+    async def _load(
+        self, pools: LayoutPools, transfer: _core.Transfer, came: Callable[[], None]
+    ) -> int:
         assert pools.disk is not None
         assert transfer.records is not None
         count, page_bytes = transfer.target_pages.size, pools.shape.page_bytes
@@ -212,6 +220,7 @@ class Mover:
             self._measure("disk", count * page_bytes, begun, timed)
         good = int(bad[0]) if bad.size else count
         self._end(transfer, good, pools, ("disk", "cpu"), begun)
+        came()
         if bad.size:
             self.drop_bad(pools, transfer.source_pages[bad], status[bad])
         return good

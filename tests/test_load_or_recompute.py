@@ -6,13 +6,16 @@ costs without a cache is four seconds, and the break-even disk reads 0.33 MB/s.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
 from kvc2.cache import Cache
+from kvc2.loading import Errand, Loader
 from kvc2.pace import PATIENCE_SHARE, PROBE_S
+from kvc2.results import AcquireResult, Terms
 from tests.caches import MIB, faults, running
 from tests.stand_in import PAGE_SIZE, StandIn, prompt
 from tests.virtual_time import Clock, SlowFiles, run
@@ -201,6 +204,66 @@ def test_what_was_given_up_on_comes_behind_and_is_not_read_again(tmp_path: Path)
         assert (
             house.cache._metrics.values()["transfer_blocks_total{source=disk,target=cpu}"] == read
         )
+
+    in_house(tmp_path, SLOW, work)
+
+
+def test_what_came_for_a_request_is_its_own_before_others_can_evict_it(tmp_path: Path) -> None:
+    async def work(house: House) -> None:
+        loop, mover = asyncio.get_running_loop(), house.cache._mover
+        cpu, told = house.engine.session.pool.gpu.pools.cpu_id, mover._on_done
+
+        def others_run() -> None:
+            loop.call_soon(house.cache.index.evict, cpu, BLOCKS)
+            told()
+
+        mover._on_done = others_run
+        _, found = await house.engine.acquire(prompt(0, BLOCKS), deadline_s=4.0)
+        assert found.matched_tokens == TOKENS
+
+    in_house(tmp_path, FAST, work)
+
+
+def test_a_load_of_which_a_request_can_have_nothing_is_its_last(tmp_path: Path) -> None:
+    """All pages of its pool are in use, and others evict what was loaded."""
+
+    async def work(house: House) -> None:
+        assert house.cache.grant(house.engine.session, 2 * BLOCKS).size == 2 * BLOCKS
+        cpu, next_load = house.engine.session.pool.gpu.pools.cpu_id, Loader._next_load
+        looks = 0
+
+        def evicted(loader: Loader, errand: Errand, bytes_max: int) -> None:
+            nonlocal looks
+            looks += 1
+            house.cache.index.evict(cpu, BLOCKS)
+            next_load(loader, errand, bytes_max)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Loader, "_next_load", evicted)
+            _, found = await house.engine.acquire(prompt(0, BLOCKS), deadline_s=4.0)
+        assert (found.matched_tokens, looks) == (0, 1)
+        assert faults(house.cache, "acquire_deadline") == 0
+
+    in_house(tmp_path, FAST, work)
+
+
+def test_what_comes_for_a_request_that_was_answered_changes_nothing(tmp_path: Path) -> None:
+    async def work(house: House) -> None:
+        cache, session = house.cache, house.engine.session
+        session.prefill_rate = 0.0
+
+        async def acquire() -> AcquireResult:
+            terms = Terms(0, 100.0)
+            return await cache.acquire(session, house.engine.number, b"1", prompt(0, BLOCKS), terms)
+
+        caller = asyncio.create_task(acquire())
+        while not cache._mover.loading_bytes:
+            await asyncio.sleep(0)
+        caller.cancel()
+        await asyncio.wait([caller])
+        await house.came()
+        held = cache.index.lease(session.leases[b"1"]).pages
+        assert (await acquire()).prefix_pages.size == held.size == 0
 
     in_house(tmp_path, SLOW, work)
 
