@@ -16,7 +16,7 @@ from functools import partial
 from kvc2 import _core, errors, pace
 from kvc2.metrics import Metrics
 from kvc2.mover import GpuPool, Mover
-from kvc2.tiers.pools import Pools
+from kvc2.tiers.pools import LayoutPools, Pools
 
 LOAD_BYTES = 64 << 20  # of one transfer from disk: 50 ms of reading, in parts on a few threads ...
 LOAD_S = 0.25  # ... or this long on a slow one, so that what came by a deadline is there
@@ -255,9 +255,16 @@ class Loader:
             errand.step = self._mover.load(pools, step, partial(self._take, errand))
             errand.own = True
             pages = step.target_pages.size
-        elif not pools.cpu.slabs() and (growing or self.pools.is_wanted(pools)):
-            errand.step = self.until_changed()  # its first slab is coming
+        elif self._room_is_coming(pools, growing=growing):
+            errand.step = self.until_changed()
         self._expect(errand, pages * page_bytes)
+
+    def _room_is_coming(self, pools: LayoutPools, *, growing: bool) -> bool:
+        """For a page that was not to be had."""
+        assert self.pools is not None
+        if not pools.cpu.slabs():
+            return growing or self.pools.is_wanted(pools)
+        return growing and not self._index.pool_counts(pools.cpu_id).free
 
     def _expect(self, errand: Errand, num_bytes: int) -> None:
         estimate = self._mover.meters["disk"].estimate

@@ -141,6 +141,22 @@ def test_a_prefetch_evicts_nothing_for_memory_that_comes(
     asyncio.run(run())
 
 
+def test_a_hit_on_disk_waits_for_more_than_the_first_slab(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        await on_disk_alone(tmp_path, LARGE)
+        go_on = one_slab_comes(monkeypatch)
+        async with running(tmp_path) as cache:
+            engine = StandIn(cache, 32, segment_bytes=LARGE)
+            task = asyncio.create_task(engine.ask(prompt(1, BLOCKS)))
+            await until_it_waits(cache, task)
+            go_on.set()
+            assert (await task).matched_tokens == BLOCKS * PAGE_SIZE
+
+    asyncio.run(run())
+
+
 def after_a_vain_demotion(monkeypatch: pytest.MonkeyPatch) -> Late:
     arena, demote = Late(monkeypatch), Behind._demote
 
