@@ -314,6 +314,40 @@ def test_what_comes_again_puts_nothing_out_that_waits_for_the_disk(house: House)
     assert house.index.undemoted(second) == 0
 
 
+def test_what_comes_again_waits_for_what_a_full_tenant_has_pinned() -> None:
+    """Else it comes, is the first to be trimmed, and comes again."""
+    index = _core.Index()
+    shape = {"page_size": SIZE, "pages_per_slab": 8, "page_bytes": 1}
+    disk = index.add_pool(**shape, below=None, durable=True, tier=2)
+    cpu = index.add_pool(**shape, below=disk, durable=False, tier=1)
+    gpu = index.add_pool(**shape, below=cpu, durable=False, tier=0)
+    for pool in (disk, cpu, gpu):
+        index.add_slab(pool)
+    index.set_quota(1, 1, max_blocks=2)
+    space = index.open_namespace(NAME, SIZE)
+    index.set_tenant(space, 1)
+
+    def commit_and_copy(block: int, pools: list[int]) -> None:
+        lease = index.acquire(space, gpu, tokens(block), 1)
+        index.commit(lease.id, 0, tokens(block), index.grant(gpu, 1))
+        index.release(lease.id)
+        for pool in pools:
+            transfer = index.plan_demote(pool, 8)
+            assert transfer is not None
+            index.complete(transfer.id, 1)
+
+    for block in (1, 2):
+        commit_and_copy(block, [gpu, cpu])
+        assert index.pin(space, cpu, tokens(block), hard=False, max_blocks=8)
+    commit_and_copy(3, [gpu])
+    assert index.trim(cpu).pages.size == 1
+    assert index.undemoted(gpu) == 1
+    assert index.plan_demote(gpu, 8) is None
+    index.unpin(space, cpu, tokens(1))
+    assert index.plan_demote(gpu, 8) is not None
+    index.check()
+
+
 def test_a_lease_knows_how_many_of_its_blocks_another_pool_has(house: House) -> None:
     lease = house.compute(1, 2, 3)
     assert house.index.held_in(lease, house.disk) == 0
