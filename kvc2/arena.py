@@ -22,14 +22,14 @@ import logging
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvc2 import errors
+from kvc2 import errors, numa
 from kvc2.config import available_memory_bytes
 from kvc2.priority import step_back
 
@@ -59,7 +59,8 @@ _libc.mmap.argtypes = [
 
 
 class Arena:
-    """`memory_bytes` (cut to whole units of `unit_bytes`) of shared memory, at least one unit.
+    """`memory_bytes` (cut to whole units of `unit_bytes`) of shared memory, at least one unit, on
+    these NUMA nodes (none: wherever the kernel puts it).
 
     Threads may share it: one lock inside. `memory` is [capacity_bytes] u8, writable.
     """
@@ -69,6 +70,7 @@ class Arena:
         memory_bytes: int,
         unit_bytes: int,
         *,
+        nodes: Sequence[int] = (),
         available_bytes: Callable[[], int] | None = None,
     ) -> None:
         if memory_bytes < unit_bytes:
@@ -84,6 +86,8 @@ class Arena:
         self._thread: threading.Thread | None = None
         self.populated = False  # all units that can be had are here
         self.fd, self.memory, self.page_kind = _create(self.capacity_bytes)
+        if nodes:
+            numa.place(self.memory.ctypes.data, self.capacity_bytes, nodes)
         self.huge_bytes = 0  # that were moved into huge pages
 
     def start(self, on_ready: Callable[[], None] = lambda: None) -> None:

@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from kvc2 import _core, errors
+from kvc2 import _core, errors, numa
 from kvc2.arena import Arena
 from kvc2.behind import Behind
 from kvc2.config import ServeConfig
@@ -103,7 +103,8 @@ class Cache:
         raise_file_limit()
         config, memory = self._config, np.empty(0, np.uint8)
         if not config.gpu_only:
-            self._arena = Arena(config.cpu.memory_bytes, config.slab_bytes)
+            nodes = numa.wanted(config.cpu.numa)
+            self._arena = Arena(config.cpu.memory_bytes, config.slab_bytes, nodes=nodes)
             memory = self._arena.memory
             if config.disk.path is not None:
                 self._disk = DiskTier(

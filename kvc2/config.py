@@ -118,13 +118,21 @@ def _check(key: str, value: float, low: float, high: float) -> None:
         raise errors.InvalidConfig(key, value, f"{low:g} to {high:g}")
 
 
+NUMA = re.compile(r"interleave|local|\d{1,3}(-\d{1,3})?(,\d{1,3}(-\d{1,3})?)*")
+
+
 @dataclass(frozen=True)
 class CpuConfig:
-    """The arena. memory_size_gb: None is a quarter of the memory available at start."""
+    """The arena. memory_size_gb: None is a quarter of the memory available at start. numa:
+    interleave, local, or nodes as Linux lists them: 0 or 0,2 or 0-1 (numa.py)."""
 
     memory_size_gb: float | None = None
+    numa: str = "interleave"
 
     def __post_init__(self) -> None:
+        if not NUMA.fullmatch(self.numa):
+            allowed = "interleave, local, or nodes such as 0,2"
+            raise errors.InvalidConfig("cpu.numa", self.numa, allowed)
         if self.memory_size_gb is None:
             share = available_memory_bytes() * ARENA_SHARE / GB
             object.__setattr__(self, "memory_size_gb", max(share, ARENA_BYTES_MIN / GB))

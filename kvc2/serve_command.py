@@ -99,6 +99,10 @@ LogFormatFlag = Annotated[LogFormat | None, option("Of the lines on stderr.", "t
 CpuMemorySizeGb = Annotated[
     float | None, option("Arena, 10^9 bytes.", "a quarter of available memory")
 ]
+CpuNuma = Annotated[
+    str | None,
+    option("Nodes of the arena, such as 0,2; the daemon runs there too. Or local.", "interleave"),
+]
 DiskPath = Annotated[
     Path | None, option("Folder of slab files and catalogue; made if missing.", "no disk tier")
 ]
@@ -158,6 +162,7 @@ def serve(
     drain_timeout_s: DrainTimeoutS = None,
     log_format: LogFormatFlag = None,
     cpu_memory_size_gb: CpuMemorySizeGb = None,
+    cpu_numa: CpuNuma = None,
     disk_path: DiskPath = None,
     disk_size_gb: DiskSizeGb = None,
     disk_durability: DiskDurability = None,
@@ -201,10 +206,11 @@ def nested(flags: dict[str, Any]) -> dict[str, Any]:
 def _run(settings: ServeConfig) -> None:
     import asyncio
 
-    from kvc2 import events
+    from kvc2 import events, numa
     from kvc2.server import serve as serve_until_stopped
 
     writer = events.EventWriter(sys.stderr, settings.log_format)
+    numa.run_beside(settings.cpu.numa)  # all threads are started below
     try:
         asyncio.run(serve_until_stopped(settings))
     finally:

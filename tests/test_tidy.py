@@ -32,6 +32,7 @@ KVC2_FLOORS = """
     counts, sessions, loading, behind, slabs, spaces, mover, events
     tiers
     arena
+    numa
     namespace, results, layout, v1
     replay, traces
     _core
