@@ -14,7 +14,7 @@ import numpy as np
 
 from kvc2 import _core
 from kvc2.arena import Arena
-from kvc2.behind import store_pages
+from kvc2.batches import Batches, store_pages
 from kvc2.config import DiskConfig, ServeConfig
 from kvc2.layout import ALIGNMENT, HEADER_BYTES, slab_shape
 from kvc2.metrics import Metrics
@@ -96,11 +96,19 @@ class DiskPath:
         return np.arange(first, first + self.blocks * PAGE_SIZE, dtype=np.uint32)
 
     async def store(self) -> None:
-        """All that was committed is durable: data synced, records committed."""
+        """All that was committed is durable: data synced, records committed. As behind.py does."""
+        batches = Batches()
         while transfers := self._plan():
-            outcome = await self.mover.store(self.pools, transfers)
-            if not outcome.written:
-                raise RuntimeError("a batch was not stored")
+            batches.begin(self._commit(transfers))
+            if batches.full:
+                await batches.first_ended()
+        while batches:
+            await batches.first_ended()
+
+    async def _commit(self, transfers: list[_core.Transfer]) -> bool:
+        if not (await self.mover.store(self.pools, transfers)).written:
+            raise RuntimeError("a batch was not stored")
+        return True
 
     def _plan(self) -> list[_core.Transfer]:
         """As behind.py does."""
@@ -117,7 +125,7 @@ class DiskPath:
             assert self.pools.disk is not None
             assert self.pools.disk_id is not None
             gone = self.index.evict(self.pools.disk_id, 2 * self.blocks).pages
-            self.pools.disk.deletes.append(gone)
+            self.pools.disk.drop(gone)
 
     async def load(self) -> None:
         """The prompt from disk into memory, in order, two transfers on their way at a time."""

@@ -35,8 +35,8 @@ from kvc2.metrics import Metrics
 from kvc2.mover import Mover
 from kvc2.slabs import Slabs
 from kvc2.tiers.base import PageShape
-from kvc2.tiers.catalogue import Change
-from kvc2.tiers.disk import Batch, DiskTier
+from kvc2.tiers.batch import Batch
+from kvc2.tiers.disk import DiskTier
 from kvc2.tiers.pools import LayoutPools, Pools
 
 U32 = NDArray[np.uint32]
@@ -278,7 +278,8 @@ def disk_move_s(folder: Path) -> float:
         while (copy := index.plan_demote(top, shape.pages_per_slab)) is not None:
             assert copy.records is not None
             offsets = copy.source_pages.astype(np.uint64) * np.uint64(shape.page_bytes)
-            tier.store(Batch(pool, copy.target_pages, offsets, copy.records), Change())
+            batch = Batch(pool, copy.target_pages, offsets, copy.records)
+            tier.store(pool, tier.begin(batch))
             index.complete(copy.id, copy.target_pages.size)
         index.add_slab(disk)
         tier.grow(pool)
@@ -289,8 +290,8 @@ def disk_move_s(folder: Path) -> float:
             status = pool.move(move.source_pages, move.target_pages, move.records)
             if (status != _core.BLOCK_OK).any():
                 raise RuntimeError(f"blocks did not come whole: {status}")
-            pairs = [(index.complete(move.id, status.size), move.target_pages)]
-            tier.store(None, Change(moves={pool.number: pairs}))
+            pool.moved(index.complete(move.id, status.size), move.target_pages)
+            tier.store(pool)
         seconds = time.perf_counter() - begin
         if not index.take_slab(disk, 0):
             raise RuntimeError("the slab is not empty")

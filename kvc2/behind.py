@@ -2,9 +2,10 @@
 
 Two tasks on the event loop: gpu -> cpu soon after a commit, cpu -> disk when no load is under way.
 Both yield to transfers that someone waits for, though not for ever, and keep some gpu and cpu pages
-free (watermarks). The disk's order is kept here: batches run one after the other; nothing is
-planned into a disk pool while a page that the index has freed there still has its record
-(`DiskPool.settled`); two batches of pages are kept free ahead.
+free (watermarks). The disk's order is kept here: two batches are under way at most, and end in
+their order; nothing is planned into a disk pool while a page that the index has freed there still
+has its record (`DiskPool.settled`); two batches of pages are kept free ahead, and what is freed for
+that is committed with a batch under way: the next but one can be planned when that has ended.
 Not here: which blocks (csrc/index), the copying (mover.py), durability itself (tiers/disk.py).
 """
 
@@ -18,6 +19,7 @@ from contextlib import suppress
 from functools import partial
 
 from kvc2 import _core
+from kvc2.batches import STORE_BYTES, Batches, store_pages
 from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics
 from kvc2.mover import GpuPool, Mover
@@ -28,10 +30,6 @@ from kvc2.tiers.pools import LayoutPools, Pools
 LOG = logging.getLogger(__name__)
 
 GATHER_BYTES = 16 << 20  # about 4 ms of copying: what a promotion may have to wait for
-STORE_BYTES = 32 << 20  # one fdatasync and one commit (about 2 ms) for 16 ms of writing ...
-STORE_BYTES_MAX = 128 << 20  # ... or for more, where that is little of both tiers
-POOL_SHARE = 8  # a batch is at most this part of its pool, so that two kept free don't starve it
-LARGE_SHARE = 32  # and if it is larger than STORE_BYTES, at most this part of the disk's
 PATIENCE_S = 0.5  # transfers behind yield this long before each batch, not for ever
 RETRY_S = 1.0  # after copying failed, or the disk refused
 FULL_RETRY_S = 4.0  # after the file system refused another slab; others may have made room
@@ -72,6 +70,7 @@ class Behind:
         self._retry_at: dict[str, float] = {}  # by what has failed: "gpu" or "disk"
         self._populated = False  # the arena, when copies into it were last tried
         self._in_vain = False  # a slab was taken over, and the file system refused all the same
+        self._batches = Batches()
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -277,14 +276,20 @@ class Behind:
     # ---- cpu -> disk ----
 
     async def _store_all(self) -> None:
-        moved = True
-        while moved:
-            moved = False
-            for pools in list(self._pools.layouts.values()):
-                if pools.disk is not None:
-                    moved |= await self._store(pools)
-                    self._pools.grow(pools, self._watermark(pools.cpu_id, self._low))
-                    self._keep_free(pools.cpu_id)
+        try:
+            moved = True
+            while moved:
+                moved = False
+                for pools in list(self._pools.layouts.values()):
+                    if pools.disk is not None:
+                        moved |= await self._store(pools)
+                        self._pools.grow(pools, self._watermark(pools.cpu_id, self._low))
+                        self._keep_free(pools.cpu_id)
+                if not moved and self._batches:
+                    await self._batches.first_ended()
+                    moved = True
+        finally:
+            await self._batches.all_ended()
 
     async def _store(self, pools: LayoutPools) -> bool:
         """One step of a layout's disk pool; False when there is nothing that can be done."""
@@ -293,6 +298,9 @@ class Behind:
         assert disk_id is not None
         if self._reap_disk(pools):
             self.reap()  # what lies above them
+        if self._batches.full or (self._batches and not disk.settled):
+            await self._batches.first_ended()  # whose commit takes along what was dropped
+            return True
         if not disk.settled:
             return await self._commit(pools)
         if not self._index.undemoted(pools.cpu_id) or not self._wanted(pools.cpu_id):
@@ -305,16 +313,21 @@ class Behind:
         await self._make_room(pools)
         if not disk.settled:  # a load found bad pages while this waited
             return True
-        pages = self._batch_pages(pools)
-        transfers = self._plan(pools, pages)
+        transfers = self._plan(pools, self._batch_pages(pools))
         # only now: the plan must not have got a page whose record is still there
-        self.drop(pools, self._index.trim(disk_id))
-        free = self._index.pool_counts(disk_id).free
-        if free < 2 * pages:
-            self.drop(pools, self._index.evict(disk_id, 2 * pages - free))
-        if not transfers and not disk.deletes:
-            return False
-        return await self._commit(pools, transfers)
+        if not transfers or self._batches or not self._index.undemoted(pools.cpu_id):
+            self._free_ahead(pools)  # else after the next plan, which is not to wait for that
+        if transfers:
+            self._batches.begin(self._commit(pools, transfers))
+        return bool(transfers) or not disk.settled
+
+    def _free_ahead(self, pools: LayoutPools) -> None:
+        """Two batches of disk pages, and what tenants have above their quotas."""
+        assert pools.disk_id is not None
+        self.drop(pools, self._index.trim(pools.disk_id))
+        short = -self._free_beyond(pools)
+        if short > 0:
+            self.drop(pools, self._index.evict(pools.disk_id, short))
 
     def _plan(self, pools: LayoutPools, pages: int) -> list[_core.Transfer]:
         """What a batch of at most so many pages takes; the index plans few at a time."""
@@ -354,8 +367,7 @@ class Behind:
     def drop(self, pools: LayoutPools, evicted: _core.Evicted) -> None:
         """Pages that the index freed on disk: their records go with the next commit."""
         assert pools.disk is not None
-        if evicted.pages.size:
-            pools.disk.deletes.append(evicted.pages)
+        pools.disk.drop(evicted.pages)
 
     def _free_beyond(self, pools: LayoutPools) -> int:
         """Free disk pages beside the two batches that are kept free."""
@@ -475,12 +487,6 @@ class Behind:
         while True:
             await asyncio.sleep(RECENCY_S)
             await self.save_recency()
-
-
-def store_pages(cpu_pages: int, disk_pages: int, page_bytes: int) -> int:
-    """Pages of one batch to a disk pool, from a cpu pool whose pages it pins meanwhile."""
-    most = min(STORE_BYTES_MAX // page_bytes, disk_pages // LARGE_SHARE, cpu_pages // POOL_SHARE)
-    return max(1, min(STORE_BYTES // page_bytes, disk_pages // POOL_SHARE), most)
 
 
 def _disk_bytes(pools: LayoutPools) -> int:

@@ -29,8 +29,9 @@ from kvc2.metrics import Metrics
 from kvc2.pace import Meter
 from kvc2.priority import step_back
 from kvc2.tiers.base import U8, U32, joined, part_of
-from kvc2.tiers.catalogue import Change
-from kvc2.tiers.disk import FAULT_OF_STATUS, READ_FAILED, Batch, DiskTier, Outcome
+from kvc2.tiers.batch import Batch, Writing
+from kvc2.tiers.disk import FAULT_OF_STATUS, DiskTier, Outcome
+from kvc2.tiers.disk_pool import READ_FAILED
 from kvc2.tiers.gpu import GpuExecutor
 from kvc2.tiers.pools import LayoutPools
 
@@ -101,6 +102,8 @@ class Mover:
         self._team = _core.ThreadTeam(1)
         self._under_way: set[int] = set()
         self._waiters: dict[int, list[asyncio.Future[None]]] = {}
+        # by pool: the batch begun last, while the index may take what fails yet for stored
+        self._storing: dict[int, Writing] = {}
         self.loading_bytes = 0
         self._calm = threading.Event()  # no load is under way: what is written need not yield
         self._calm.set()
@@ -233,8 +236,7 @@ class Mover:
             self._metrics.fault(FAULT_OF_STATUS[int(kind)], int(count))
         LOG.warning("disk: %d blocks did not come whole, dropped", pages.size)
         lost = self._index.lost(pools.disk_id, pages)
-        if lost.pages.size:
-            pools.disk.deletes.append(lost.pages)
+        pools.disk.drop(lost.pages)
         self._on_done()
 
     # ---- within a tier ----
@@ -269,7 +271,7 @@ class Mover:
         good = int(bad[0]) if bad.size else sources.size
         left = self._end(transfer, good, pools, ("disk", "disk"), begun)
         if left.size:
-            disk.moves.append((left, targets[np.isin(sources, left)]))
+            disk.moved(left, targets[np.isin(sources, left)])
         if bad.size:
             self.drop_bad(pools, sources[bad], status[bad])
         return left.size
@@ -306,41 +308,41 @@ class Mover:
         *,
         patience_s: float = 0.0,
     ) -> Outcome:
-        """cpu -> disk: one batch of these transfers and all deletes of the pool, in one commit. Its
-        writes yield to loads that come meanwhile, for so long in all."""
-        assert pools.disk is not None
-        assert self._disk is not None
-        deletes, pools.disk.deletes = pools.disk.deletes, []
-        moves, pools.disk.moves = pools.disk.moves, []
-        number = pools.disk.number
-        change = Change(
-            moves={number: moves} if moves else {}, deletes={number: deletes} if deletes else {}
-        )
-        batch = None
-        if transfers:
-            batch = Batch(
-                pools.disk,
-                np.concatenate([each.target_pages for each in transfers]),
-                pools.cpu.offsets(np.concatenate([each.source_pages for each in transfers])),
-                joined([each.records for each in transfers if each.records is not None]),
-                self._calm,
-                patience_s,
-            )
-        begun = self._clock()
-        running = self.on_writer(lambda disk: disk.store(batch, change))
+        """cpu -> disk: one batch of these transfers, and one commit of it with what the pool has
+        dropped. In the order of the calls, which may be before those before them have ended: the
+        next batch is written meanwhile. Writes yield to loads that come meanwhile, for so long."""
+        disk, pool = self._disk, pools.disk
+        assert disk is not None
+        assert pool is not None
+        begun, outcome, writing = self._clock(), Outcome(False, False), None
         self._under_way.update(each.id for each in transfers)
-        outcome = Outcome(False, False)
         try:
-            outcome = await running
+            if transfers:
+                batch = self._batch(pools, transfers, patience_s)
+                writing = disk.begin(batch, self._storing.get(pool.number))
+                self._storing[pool.number] = writing
+            outcome = await self.on_writer(lambda _: disk.store(pool, writing))
         except Exception as error:
             LOG.error("store failed: %r", error)
-        if not outcome.committed:
-            pools.disk.deletes[:0] = deletes
-            pools.disk.moves[:0] = moves
         for each in transfers:
             good = each.target_pages.size if outcome.written else 0
             self._end(each, good, pools, ("cpu", "disk"), begun)
+        if writing is not None and self._storing.get(pool.number) is writing:
+            del self._storing[pool.number]
         return outcome
+
+    def _batch(
+        self, pools: LayoutPools, transfers: Sequence[_core.Transfer], patience_s: float
+    ) -> Batch:
+        assert pools.disk is not None
+        return Batch(
+            pools.disk,
+            np.concatenate([each.target_pages for each in transfers]),
+            pools.cpu.offsets(np.concatenate([each.source_pages for each in transfers])),
+            joined([each.records for each in transfers if each.records is not None]),
+            self._calm,
+            patience_s,
+        )
 
     def on_writer(self, work: Callable[[DiskTier], T]) -> asyncio.Future[T]:
         """Run `work` on the thread that alone writes the disk's catalogue."""

@@ -22,7 +22,8 @@ from kvc2.loading import Loader
 from kvc2.mover import Mover
 from kvc2.results import ScrubResult
 from kvc2.tiers.base import U8, U32
-from kvc2.tiers.disk import DiskPool, DiskTier
+from kvc2.tiers.disk import DiskTier
+from kvc2.tiers.disk_pool import DiskPool
 from kvc2.tiers.pools import LayoutPools, Pools
 from kvc2.tiers.slab_file import aligned
 

@@ -16,7 +16,6 @@ from kvc2 import _core, errors
 from kvc2.mover import Mover
 from kvc2.namespace import of_era, weights_digest_of
 from kvc2.results import Hints, shorter
-from kvc2.tiers.catalogue import Change
 from kvc2.tiers.disk import DiskTier
 from kvc2.tiers.recency import SECOND_MAX
 
@@ -149,7 +148,7 @@ class Spaces:
         batch, and nothing of theirs before them."""
         if self._disk is None:
             return True
-        outcome = await self._mover.on_writer(lambda disk: disk.store(None, Change()))
+        outcome = await self._mover.on_writer(lambda disk: disk.store())
         return outcome.committed
 
     def _known(self) -> dict[bytes, tuple[int, bytes]]:

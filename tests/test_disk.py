@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 
 from kvc2 import _core
-from kvc2.behind import store_pages
+from kvc2.batches import store_pages
 from kvc2.layout import layer_major
 from kvc2.tiers.base import PageShape
+from kvc2.tiers.batch import Batch, Writing
 from kvc2.tiers.catalogue import SLACK_BYTES_MIN, Catalogue, Change, Full
-from kvc2.tiers.disk import Batch, Outcome
+from kvc2.tiers.disk import Outcome
+from kvc2.tiers.disk_pool import DiskPool
 from kvc2.tiers.pools import LayoutPools
 from kvc2.tiers.slab_file import Files, SlabFiles
 from tests.caches import MIB, is_slab, running
@@ -51,7 +53,7 @@ class OneBadPart(Files):
 def test_a_failed_batch_is_answered_when_none_of_its_parts_is_being_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvc2.tiers.disk.WRITE_PART_BYTES", 2 * 8192)
+    monkeypatch.setattr("kvc2.tiers.batch.WRITE_PART_BYTES", 2 * 8192)
     files = OneBadPart()
 
     async def run() -> None:
@@ -61,8 +63,8 @@ def test_a_failed_batch_is_answered_when_none_of_its_parts_is_being_written(
             assert disk is not None
             store = disk.store
 
-            def noted(batch: Batch | None, change: Change) -> Outcome:
-                outcome = store(batch, change)
+            def noted(pool: DiskPool | None = None, writing: Writing | None = None) -> Outcome:
+                outcome = store(pool, writing)
                 outcomes.append((outcome.written, files.begun - files.ended))
                 return outcome
 
@@ -95,7 +97,7 @@ class Log:
 def test_each_part_of_a_batch_waits_for_loads_before_it_is_written_and_not_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience_s: float
 ) -> None:
-    monkeypatch.setattr("kvc2.tiers.disk.WRITE_PART_BYTES", 2 * 8192)
+    monkeypatch.setattr("kvc2.tiers.batch.WRITE_PART_BYTES", 2 * 8192)
     log = Log()
 
     class Noted(Files):
@@ -108,15 +110,13 @@ def test_each_part_of_a_batch_waits_for_loads_before_it_is_written_and_not_for_e
         async with running(tmp_path, files=Noted()) as cache:
             disk = cache._disk
             assert disk is not None
-            store = disk.store
+            begin = disk.begin
 
-            def with_a_load(batch: Batch | None, change: Change) -> Outcome:
-                if batch is not None:
-                    calm = cast(threading.Event, log)
-                    batch = replace(batch, calm=calm, patience_s=patience_s)
-                return store(batch, change)
+            def with_a_load(batch: Batch, before: Writing | None) -> Writing:
+                calm = cast(threading.Event, log)
+                return begin(replace(batch, calm=calm, patience_s=patience_s), before)
 
-            disk.store = with_a_load  # type: ignore[method-assign]
+            disk.begin = with_a_load  # type: ignore[method-assign]
             await StandIn(cache, 32).ask(prompt(1, 16))
             assert (await cache.flush(10)).durable_blocks == 16
 
@@ -159,7 +159,7 @@ def test_while_a_load_is_under_way_writes_are_told_so(tmp_path: Path) -> None:
         (1000, 1000, 32),  # of 1 MiB
         (10_000, 8192, 128),
         (10_000, 2048, 64),
-        (100, 100_000, 32),  # a small arena isn't pinned by one batch
+        (200, 100_000, 25),  # a small arena isn't pinned by two batches
         (10_000, 80, 10),  # nor a small disk kept free for two
         (4, 4, 1),
     ],

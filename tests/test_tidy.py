@@ -29,7 +29,7 @@ KVC2_FLOORS = """
     server, client
     cache
     explain, prefetch, scrub, pins, quotas, whole
-    counts, sessions, loading, behind, slabs, spaces, mover, events
+    counts, sessions, loading, behind, batches, slabs, spaces, mover, events
     tiers
     arena
     numa

@@ -24,7 +24,8 @@ from kvc2.namespace import of_era
 from kvc2.tiers import live, rebuild, restart, spaces_file
 from kvc2.tiers.base import U8, U32, PageShape
 from kvc2.tiers.catalogue import DATA_FILE, SLACK_BYTES_MIN, Catalogue, Stored
-from kvc2.tiers.disk import READ_FAILED, DiskPool, lock
+from kvc2.tiers.disk import lock
+from kvc2.tiers.disk_pool import READ_FAILED, DiskPool
 from kvc2.tiers.lmdb_file import Damaged
 from kvc2.tiers.slab_file import Files, SlabFiles, aligned
 

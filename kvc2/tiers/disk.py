@@ -5,11 +5,12 @@
 
 Order of a batch: data, one fdatasync a file, generations by page (live.py), one catalogue
 transaction (deletes of what was evicted for later batches, inserts of this one), and only then it
-is acknowledged. A page whose delete isn't
-committed is never planned into: the caller (behind.py) runs batches one after the other and keeps
-`DiskPool.deletes` until `store` says they are committed. Not here: which blocks go to disk.
+is acknowledged. While a batch is synced and committed the next one may be written (`begin`), no
+more: it is synced when its own writes have ended and that commit is over. A page whose delete isn't
+committed is never planned into (`DiskPool.settled`). Not here: which blocks go to disk.
 
-`store`, `grow`, `shrink` and `save_recency` run on one thread, the writer; `DiskPool.read` on any.
+`store`, `grow`, `shrink` and `save_recency` run on one thread, the writer, in the order of their
+batches; `begin` on any.
 """
 
 from __future__ import annotations
@@ -19,10 +20,7 @@ import fcntl
 import logging
 import os
 import shutil
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import lmdb
@@ -32,21 +30,18 @@ from kvc2 import _core, errors
 from kvc2.config import DiskConfig
 from kvc2.metrics import Metrics
 from kvc2.namespace import of_era
-from kvc2.priority import step_back
 from kvc2.tiers import budget, rebuild
-from kvc2.tiers.base import U8, U32, U64, PageShape, part_of
+from kvc2.tiers.base import U8, U32, PageShape
+from kvc2.tiers.batch import Batch, Writers, Writing
 from kvc2.tiers.beside import Added, Beside
 from kvc2.tiers.catalogue import Catalogue, Change, Full, Stored, insertions, room_bytes
+from kvc2.tiers.disk_pool import READ_FAILED, DiskPool
 from kvc2.tiers.recency import Recency
-from kvc2.tiers.slab_file import Files, SlabFiles, aligned
+from kvc2.tiers.slab_file import Files, SlabFiles
 
 LOG = logging.getLogger(__name__)
 
-WRITE_THREADS = 4  # some parts' checksums are computed, or wait for a core, while others go out
-WRITE_PART_BYTES = 8 << 20
-MOVE_BYTES = 8 << 20  # of memory beside the arena, while a slab is emptied
 SMALL_COMMIT = 64  # deletes of one transaction after a large one did not fit
-READ_FAILED = 255  # beside _core.BLOCK_*: the bytes did not come at all
 FAULT_OF_STATUS = {
     READ_FAILED: "disk_read",
     _core.BLOCK_BAD_HEADER: "corrupt_block",
@@ -54,77 +49,6 @@ FAULT_OF_STATUS = {
     _core.BLOCK_OTHER: "foreign_block",
     _core.BLOCK_STALE: "stale_page",
 }
-
-
-@dataclass
-class DiskPool:
-    """The pages of one layout on disk. `deletes` are pages that the index has freed and whose
-    records are still there; `moves` are pages from and to which blocks have moved since the last
-    commit. `closed`: slabs that a failed sync has retired, in which the index plans nothing."""
-
-    number: int
-    shape: PageShape
-    slabs: SlabFiles
-    closed: set[int] = field(default_factory=set)
-    deletes: list[U32] = field(default_factory=list)
-    moves: list[tuple[U32, U32]] = field(default_factory=list)
-
-    @property
-    def settled(self) -> bool:
-        """The catalogue says what the index does: only then a page may be planned into."""
-        return not (self.deletes or self.moves)
-
-    def load(self, arena: U8, pages: U32, offsets: U64, records: _core.Records) -> U8:
-        """Read pages into the arena and verify them whole. [n] of BLOCK_* or READ_FAILED."""
-        return self._load(self.slabs, arena, pages, offsets, records)
-
-    def move(self, sources: U32, targets: U32, records: _core.Records) -> U8:
-        """Copy pages to others of the pool, each verified whole, durable when this returns. [n] of
-        BLOCK_* or READ_FAILED. OSError: none of them counts."""
-        size = self.shape.page_bytes
-        step = max(1, min(MOVE_BYTES // size, sources.size))
-        memory = aligned(step * size)
-        slabs = self.slabs.over(memory)
-        status = np.full(sources.size, READ_FAILED, np.uint8)
-        for start in range(0, sources.size, step):
-            part = slice(start, min(start + step, sources.size))
-            status[part] = self.verify(memory, sources[part], part_of(records, part))
-            slabs.write(targets[part], self.places(part.stop - start))
-        slabs.sync(targets)
-        return status
-
-    def verify(self, memory: U8, pages: U32, records: _core.Records) -> U8:
-        """Read pages into `memory`, whole pages from its start on, and verify them whole. Changes
-        nothing. [n] of BLOCK_* or READ_FAILED."""
-        return self._load(self.slabs.over(memory), memory, pages, self.places(pages.size), records)
-
-    def places(self, count: int) -> U64:
-        """[count] where `verify` puts pages."""
-        return np.arange(count, dtype=np.uint64) * np.uint64(self.shape.page_bytes)
-
-    def _load(
-        self, slabs: SlabFiles, arena: U8, pages: U32, offsets: U64, records: _core.Records
-    ) -> U8:
-        came = slabs.read(pages, offsets)
-        shape = self.shape
-        status = _core.verify_blocks(
-            arena.data, offsets, records, shape.layout_digest, shape.payload_bytes
-        )
-        status[came == 0] = READ_FAILED
-        return status
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Blocks on their way from arena pages to disk pages. `calm` is set while nobody waits for a
-    load: parts that aren't begun yet wait for it, all together for at most `patience_s`."""
-
-    pool: DiskPool
-    pages: U32
-    offsets: U64
-    records: _core.Records
-    calm: threading.Event | None = None
-    patience_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -156,7 +80,7 @@ class DiskTier:
         self._arena = arena
         self._metrics = metrics
         self._files = files or Files()
-        self._writers = ThreadPoolExecutor(WRITE_THREADS, "kvc2-write", initializer=step_back)
+        self._writers = Writers(arena)
         self.pools: dict[bytes, DiskPool] = {}
         self._stored: dict[int, Stored] = {}
         self.catalogue: Catalogue
@@ -234,18 +158,35 @@ class DiskTier:
 
     # ---- batches ----
 
-    def store(self, batch: Batch | None, change: Change) -> Outcome:
-        """Write a batch and commit it with `change`, durable when this returns. Never raises for a
-        fault of the disk: it is counted, and the outcome says what did not happen."""
-        added = None
-        if batch is not None and self._write(batch, change):
+    def begin(self, batch: Batch, before: Writing | None = None) -> Writing:
+        """Have a batch written, behind what was begun before; `store` makes it durable. `before`:
+        what may fail yet, and this batch with it, for its blocks may hang below those."""
+        return self._writers.begin(batch, before)
+
+    def store(self, pool: DiskPool | None = None, writing: Writing | None = None) -> Outcome:
+        """Commit a batch of the pool, and what the pool has dropped and moved, durable when this
+        returns. Never raises for a fault of the disk: it is counted, and the outcome says what did
+        not happen."""
+        inserts = None if writing is None else self._write(writing)
+        change, outcome, added = Change(), Outcome(False, False), None
+        if pool is not None:
+            change = pool.take()
+        if writing is not None and inserts is not None:
+            batch, change.inserts = writing.batch, inserts
             added = batch.pool.number, batch.pages, batch.records
-        outcome = self._commit(change, added)
+        try:
+            outcome = self.commit(change, added)
+        finally:
+            if pool is not None:
+                pool.ended(committed=outcome.committed)
+        if writing is not None:
+            writing.durable = outcome.written
         if added is not None and not outcome.written:
             self._beside.take_back(added)
         return outcome
 
-    def _commit(self, change: Change, added: Added | None) -> Outcome:
+    def commit(self, change: Change, added: Added | None = None) -> Outcome:
+        """One transaction, of blocks whose data is durable; else as `store`."""
         written = added is not None
         try:
             if not self._beside.save(change, added):
@@ -278,50 +219,23 @@ class DiskTier:
             return False
         return True
 
-    def _write(self, batch: Batch, change: Change) -> bool:
-        count = batch.pages.size
-        step = max(1, WRITE_PART_BYTES // batch.pool.shape.page_bytes)
-        parts = [slice(start, min(start + step, count)) for start in range(0, count, step)]
-        deadline = time.monotonic() + batch.patience_s
-        running = [self._writers.submit(self._write_part, batch, part, deadline) for part in parts]
-        wait(running)  # also when one failed: none may still read pages that are free again
+    def _write(self, writing: Writing) -> list[tuple[bytes, bytes]] | None:
+        """The records of a batch whose data is durable; None: it is not, or must not count."""
+        batch, before, writing.before = writing.batch, writing.before, None
         try:
-            checksums = np.concatenate([each.result() for each in running])
+            checksums = writing.written()
+            if before is not None and not before.durable:
+                return None
             if self._relaxed:
                 self._unsynced.append((batch.pool, batch.pages))
             else:
-                self._sync(batch.pool.slabs, batch.pages)
+                self._writers.sync(batch.pool.slabs, batch.pages)
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             self._metrics.fault("disk_full" if full else "disk_write")
             LOG.warning("disk: writing %d pages: %s", batch.pages.size, error)
-            return False
-        change.inserts = insertions(batch.pool.number, batch.pages, batch.records, checksums)
-        return True
-
-    def _sync(self, slabs: SlabFiles, pages: U32) -> None:
-        """As SlabFiles.sync, all files at once: a flush is waited for, not worked on."""
-        numbers = pages // slabs.shape.pages_per_slab
-        parts = [pages[numbers == number] for number in np.unique(numbers)]
-        running = [self._writers.submit(slabs.sync, part) for part in parts]
-        wait(running)
-        for each in running:
-            each.result()
-
-    def _write_part(self, batch: Batch, part: slice, deadline: float) -> U8:
-        """[k, 16] checksums of the payloads."""
-        if batch.calm is not None:
-            batch.calm.wait(max(0.0, deadline - time.monotonic()))
-        shape, offsets = batch.pool.shape, batch.offsets[part]
-        checksums = _core.encode_headers(
-            self._arena.data,
-            offsets,
-            part_of(batch.records, part),
-            shape.layout_digest,
-            shape.payload_bytes,
-        )
-        batch.pool.slabs.write(batch.pages[part], offsets)
-        return checksums
+            return None
+        return insertions(batch.pool.number, batch.pages, batch.records, checksums)
 
     def _commit_small(self, change: Change) -> bool:
         """The deletes alone, few at a time: after a full disk LMDB needs a small commit before a
@@ -362,7 +276,8 @@ class DiskTier:
             lost = stored.pages[~sound]
             self._metrics.fault("lost_slab", np.unique(lost // pool.shape.pages_per_slab).size)
             LOG.warning("disk: %d blocks lay in slabs that are gone", lost.size)
-            self.store(None, Change(deletes={pool.number: [lost]}))
+            pool.drop(lost)
+            self.store(pool)
         return Stored(stored.pages[sound], stored.records[sound])
 
     def _open_catalogue(self) -> None:
@@ -445,7 +360,7 @@ class DiskTier:
             self.recency.save(self.pools[digest].number, stamps, lifetimes)
 
     def close(self) -> None:
-        self._writers.shutdown()
+        self._writers.close()
         for pool in self.pools.values():
             pool.slabs.close()
         self._beside.close()

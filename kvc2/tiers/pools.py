@@ -21,7 +21,8 @@ from kvc2.metrics import Metrics
 from kvc2.tiers import restart
 from kvc2.tiers.base import TIER_NUMBERS, PageShape
 from kvc2.tiers.cpu import CpuPool
-from kvc2.tiers.disk import DiskPool, DiskTier
+from kvc2.tiers.disk import DiskTier
+from kvc2.tiers.disk_pool import DiskPool
 
 
 @dataclass(eq=False)
@@ -150,7 +151,7 @@ class Pools:
         refused = stored.pages[result != _core.RESTORED]
         if refused.size:
             self._metrics.fault("restore_refused", refused.size)
-            pools.disk.deletes.append(refused)
+            pools.disk.drop(refused)
         parents = np.unique(stored.records["parent"][result == _core.RESTORED], axis=0)
         return {bytes(parent) for parent in parents}
 

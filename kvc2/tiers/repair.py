@@ -19,7 +19,8 @@ from kvc2.tiers import restart
 from kvc2.tiers.base import U32
 from kvc2.tiers.catalogue import Change, Stored
 from kvc2.tiers.check import Report, rows_of
-from kvc2.tiers.disk import DiskPool, DiskTier
+from kvc2.tiers.disk import DiskTier
+from kvc2.tiers.disk_pool import DiskPool
 
 ANY_SIZE = 10**15  # the budget is the daemon's: nothing is dropped for it here
 
@@ -57,7 +58,7 @@ def repair(path: Path, report: Report) -> Repaired:
         restart.open_spaces(index, tier.catalogue)
         for pool in tier.pools.values():
             deletes[pool.number] = [_refused(tier, pool, index, report, found)]
-        found.complete = tier.store(None, Change(deletes=deletes)).committed
+        found.complete = tier.commit(Change(deletes=deletes)).committed
     finally:
         tier.close()
     return found

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kvc2.behind
 import kvc2.cli
 import kvc2.server
 from kvc2.behind import Behind
@@ -25,12 +26,14 @@ from kvc2.mover import Mover
 from kvc2.tiers import catalogue, spaces_file
 from kvc2.tiers.beside import Beside
 from kvc2.tiers.catalogue import Catalogue
-from kvc2.tiers.disk import DiskPool, DiskTier
+from kvc2.tiers.disk import DiskTier
+from kvc2.tiers.disk_pool import DiskPool
 from kvc2.tiers.gpu import SharedMemoryPool
 from kvc2.tiers.live import LiveTable
 from kvc2.tiers.pools import Pools
 from kvc2.tiers.slab_file import Files, SlabFiles
 
+BATCH_PAGES = 3  # so small that two batches are under way whenever more than a prompt waits
 BEFORE, AFTER = True, False
 FAILPOINTS: dict[str, tuple[Any, str, bool]] = {
     # a slab is added
@@ -45,12 +48,14 @@ FAILPOINTS: dict[str, tuple[Any, str, bool]] = {
     "gathered": (SharedMemoryPool, "read", AFTER),
     # cpu -> disk
     "batch_planned": (Behind, "_commit", BEFORE),
+    "batch_begun": (DiskTier, "begin", AFTER),
     "headers_encoded": (SlabFiles, "write", BEFORE),
     "run_written": (Files, "write", AFTER),
     "part_written": (SlabFiles, "write", AFTER),
     "syncing": (Files, "sync", BEFORE),
     "synced": (Files, "sync", AFTER),
     "batch_written": (DiskTier, "_write", AFTER),
+    "deletes_taken": (DiskPool, "take", AFTER),
     "beside_saving": (Beside, "save", BEFORE),
     "table_begun": (LiveTable, "begin", AFTER),
     "names_written": (spaces_file, "write", AFTER),
@@ -58,6 +63,7 @@ FAILPOINTS: dict[str, tuple[Any, str, bool]] = {
     "committing": (Catalogue, "commit", BEFORE),
     "committed_not_whole": (Catalogue, "_keep_whole", BEFORE),
     "committed": (Catalogue, "commit", AFTER),
+    "settling": (DiskPool, "ended", BEFORE),
     "stored": (DiskTier, "store", AFTER),
     "ending": (Mover, "_end", BEFORE),
     "ended": (Mover, "_end", AFTER),
@@ -144,6 +150,7 @@ def serve(argv: list[str], log: str, failpoint: str | None, count: int) -> None:
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     os.dup2(2, 1)
+    kvc2.behind.store_pages = lambda *_: BATCH_PAGES
     if failpoint is not None:
         plant(failpoint, count)
     sys.argv = ["kvc2", *argv]

@@ -14,18 +14,22 @@ import hashlib
 import json
 import random
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
-from kvc2 import _core
+from kvc2 import _core, behind
 from kvc2.behind import Behind
 from kvc2.cache import Cache
 from kvc2.mover import Mover
+from kvc2.tiers.catalogue import Change
 from kvc2.tiers.disk import Outcome
+from kvc2.tiers.disk_pool import DiskPool
 from kvc2.tiers.pools import LayoutPools
 from tests.caches import running
 from tests.stand_in import PAGE_SIZE, StandIn, prompt
@@ -40,6 +44,7 @@ NAMESPACES = tuple(hashlib.sha256(bytes([each])).digest() for each in range(len(
 GPU_PAGES = 32
 KNOWN = 10  # prompts that come back and are acknowledged again, of each engine
 BLOCKS_MAX = 10
+BATCH_PAGES = 3  # so small that most of the time two batches are under way
 
 
 def engines(cache: Cache) -> list[StandIn]:
@@ -70,7 +75,10 @@ class Ledger:
 
     def __init__(self) -> None:
         self.stored: set[str] = set()
-        self.leaving: dict[int, list[str]] = {}  # dropped, and not gone yet, by layout number
+        # by layout number: dropped, and then in a transaction, and not gone yet
+        self.leaving: dict[int, list[str]] = {}
+        self.going: dict[int, list[str]] = {}
+        self.lock = threading.Lock()
         try:
             self._note = ctypes.CDLL(None).journal_note
         except AttributeError:  # not under the journal
@@ -86,8 +94,9 @@ class Ledger:
 
 @contextmanager
 def followed(ledger: Ledger) -> Iterator[None]:
-    """The ledger hears of each batch after it, of each eviction before it."""
-    store, drop = Mover.store, Behind.drop
+    """The ledger hears of each batch after it, of each eviction before it, and of what is gone
+    before a page of it may be used again."""
+    store, drop, take, ended = Mover.store, Behind.drop, DiskPool.take, DiskPool.ended
 
     async def told_store(
         self: Mover,
@@ -96,34 +105,46 @@ def followed(ledger: Ledger) -> Iterator[None]:
         *,
         patience_s: float = 0.0,
     ) -> Outcome:
-        assert pools.disk is not None
-        leaving = ledger.leaving.pop(pools.disk.number, [])
         for transfer in transfers:
             assert transfer.records is not None
             ledger.note(back=texts(transfer.records.digests))
         outcome = await store(self, pools, transfers, patience_s=patience_s)
-        if outcome.committed and leaving:
-            ledger.note(gone=leaving)
-        elif leaving:
-            ledger.leaving.setdefault(pools.disk.number, []).extend(leaving)
         for transfer in transfers if outcome.written else ():
             assert transfer.records is not None
             ledger.stored.update(texts(transfer.records.digests))
         return outcome
 
     def told_drop(self: Behind, pools: LayoutPools, evicted: _core.Evicted) -> None:
-        if evicted.pages.size:
-            assert pools.disk is not None
-            found = texts(evicted.digests)
-            ledger.dropping(found)
-            ledger.leaving.setdefault(pools.disk.number, []).extend(found)
-        drop(self, pools, evicted)
+        with ledger.lock:
+            if evicted.pages.size:
+                assert pools.disk is not None
+                found = texts(evicted.digests)
+                ledger.dropping(found)
+                ledger.leaving.setdefault(pools.disk.number, []).extend(found)
+            drop(self, pools, evicted)
 
-    Mover.store, Behind.drop = told_store, told_drop  # type: ignore[method-assign]
-    try:
+    def told_take(self: DiskPool) -> Change:
+        with ledger.lock:
+            ledger.going[self.number] = ledger.leaving.pop(self.number, [])
+            return take(self)
+
+    def told_ended(self: DiskPool, *, committed: bool) -> None:
+        with ledger.lock:
+            going = ledger.going.pop(self.number)
+            if committed and going:
+                ledger.note(gone=going)
+            elif going:
+                ledger.leaving.setdefault(self.number, [])[:0] = going
+            ended(self, committed=committed)
+
+    with (
+        patch.object(Mover, "store", told_store),
+        patch.object(Behind, "drop", told_drop),
+        patch.object(DiskPool, "take", told_take),
+        patch.object(DiskPool, "ended", told_ended),
+        patch.object(behind, "store_pages", lambda *_: BATCH_PAGES),
+    ):
         yield
-    finally:
-        Mover.store, Behind.drop = store, drop  # type: ignore[method-assign]
 
 
 def acknowledge(ledger: Ledger, asked: list[list[int]], sessions: list[StandIn]) -> None:

@@ -20,8 +20,9 @@ from kvc2.config import DiskConfig
 from kvc2.layout import layer_major
 from kvc2.metrics import Metrics
 from kvc2.tiers.base import PageShape, RecordsPart
-from kvc2.tiers.catalogue import Change
-from kvc2.tiers.disk import Batch, DiskPool, DiskTier
+from kvc2.tiers.batch import Batch
+from kvc2.tiers.disk import DiskTier
+from kvc2.tiers.disk_pool import DiskPool
 from tests.caches import folder_in_memory
 
 BLOCKS = 64
@@ -91,7 +92,7 @@ class Pages:
         memory[:] = self.chance.integers(0, 256, memory.shape, np.uint8)
         payloads = memory[:, 4096 : 4096 + self.shape.payload_bytes].copy()
         batch = Batch(self.pool, self.pages, self.offsets, records)
-        assert self.tier.store(batch, Change()).written
+        assert self.tier.store(self.pool, self.tier.begin(batch)).written
         return records, payloads
 
     def read(self, page: int) -> bytes:
