@@ -86,7 +86,7 @@ class LayerCount {
 
 }  // namespace
 
-void copy::stream_portable(uint8_t* to, const uint8_t* from, size_t bytes) {
+void copy::stream_portable(uint8_t* to, const uint8_t* from, size_t bytes, const uint8_t*) {
   std::memcpy(to, from, bytes);
 }
 
@@ -124,17 +124,20 @@ void gather(ThreadTeam& team, const PageList& list, Memory<const uint8_t> pool,
   const copy::Stream stream = stream_here();
   const size_t segments = list.segments.size();
   // items in the order (page, segment): the arena is written from front to back
-  team.parallel_for(list.pages.size() * segments, pieces_grain(starts.back(), segments),
-                    [&](size_t begin, size_t end) {
-                      for (size_t item = begin; item < end; ++item) {
-                        const size_t i = item / segments, j = item % segments;
-                        const Segment& segment = list.segments[j];
-                        stream(arena.data + list.offsets[i] + starts[j],
-                               pool.data + segment.offset + list.pages[i] * segment.stride,
-                               segment.bytes);
-                      }
-                      _mm_sfence();
-                    });
+  const size_t items = list.pages.size() * segments;
+  const auto source = [&](size_t item) {
+    const Segment& segment = list.segments[item % segments];
+    return pool.data + segment.offset + list.pages[item / segments] * segment.stride;
+  };
+  const auto copy_items = [&](size_t begin, size_t end) {
+    for (size_t item = begin; item < end; ++item) {
+      const size_t i = item / segments, j = item % segments;
+      stream(arena.data + list.offsets[i] + starts[j], source(item), list.segments[j].bytes,
+             source(std::min(item + 1, items - 1)));
+    }
+    _mm_sfence();
+  };
+  team.parallel_for(items, pieces_grain(starts.back(), segments), copy_items);
 }
 
 void scatter(ThreadTeam& team, const PageList& list, Memory<const uint8_t> arena,
@@ -153,12 +156,15 @@ void scatter(ThreadTeam& team, const PageList& list, Memory<const uint8_t> arena
   const copy::Stream stream = stream_here();
   LayerCount count(layers, items_per_layer, done);
   // items in the order (segment, page): layer after layer
+  const auto source = [&](size_t item) {
+    return arena.data + list.offsets[item % pages] + starts[item / pages];
+  };
   const auto copy_items = [&](size_t begin, size_t end) {
     for (size_t item = begin; item < end; ++item) {
       const size_t j = item / pages, i = item % pages;
       const Segment& segment = list.segments[j];
-      stream(pool.data + segment.offset + list.pages[i] * segment.stride,
-             arena.data + list.offsets[i] + starts[j], segment.bytes);
+      stream(pool.data + segment.offset + list.pages[i] * segment.stride, source(item),
+             segment.bytes, source(std::min(item + 1, segments * pages - 1)));
     }
     _mm_sfence();
   };

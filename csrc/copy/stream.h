@@ -12,20 +12,22 @@
 
 namespace kvc2::copy {
 
-// Copies like memcpy. What it has stored is ordered against other stores only by a store fence,
-// which is left to the caller: once for many segments.
-using Stream = void (*)(uint8_t* to, const uint8_t* from, size_t bytes);
-void stream_portable(uint8_t* to, const uint8_t* from, size_t bytes);
-void stream_avx2(uint8_t* to, const uint8_t* from, size_t bytes);
-void stream_avx512(uint8_t* to, const uint8_t* from, size_t bytes);
+// Copies like memcpy. `next`: what will be copied after this, so that its first lines come
+// meanwhile. What it has stored is ordered against other stores only by a store fence, which is
+// left to the caller: once for many segments.
+using Stream = void (*)(uint8_t* to, const uint8_t* from, size_t bytes, const uint8_t* next);
+void stream_portable(uint8_t* to, const uint8_t* from, size_t bytes, const uint8_t* next);
+void stream_avx2(uint8_t* to, const uint8_t* from, size_t bytes, const uint8_t* next);
+void stream_avx512(uint8_t* to, const uint8_t* from, size_t bytes, const uint8_t* next);
 
 constexpr size_t kLineBytes = 64;
-constexpr size_t kAheadBytes = 1024;  // the hardware's prefetch stops at each 4 KiB
+// The hardware's prefetch stops at each 4 KiB, and knows nothing of the next segment.
+constexpr size_t kAheadBytes = 2048;
 // Below this, two partial lines and the fence cost more than reading the lines.
 constexpr size_t kStreamBytesMin = 1024;
 
 template <class Vector>
-void stream(uint8_t* to, const uint8_t* from, size_t bytes) {
+void stream(uint8_t* to, const uint8_t* from, size_t bytes, const uint8_t* next) {
   if (bytes < kStreamBytesMin) {
     __builtin_memcpy(to, from, bytes);
     return;
@@ -35,9 +37,10 @@ void stream(uint8_t* to, const uint8_t* from, size_t bytes) {
   to += head, from += head, bytes -= head;
   constexpr size_t kStep = 4 * kLineBytes;
   for (; bytes >= kStep; to += kStep, from += kStep, bytes -= kStep) {
-    if (bytes >= kAheadBytes + kStep) {
-      for (size_t i = 0; i < kStep; i += kLineBytes) __builtin_prefetch(from + kAheadBytes + i);
-    }
+    const bool inside = bytes >= kAheadBytes + kStep;
+    const uint8_t* ahead = inside ? from + kAheadBytes : next;
+    for (size_t i = 0; i < kStep; i += kLineBytes) __builtin_prefetch(ahead + i);
+    if (!inside) next += kStep;
     Vector::move4(to, from);
   }
   for (; bytes >= kLineBytes; to += kLineBytes, from += kLineBytes, bytes -= kLineBytes) {

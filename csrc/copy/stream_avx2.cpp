@@ -28,8 +28,8 @@ struct Vector {
 
 }  // namespace
 
-void stream_avx2(uint8_t* to, const uint8_t* from, size_t bytes) {
-  stream<Vector>(to, from, bytes);
+void stream_avx2(uint8_t* to, const uint8_t* from, size_t bytes, const uint8_t* next) {
+  stream<Vector>(to, from, bytes, next);
 }
 
 }  // namespace kvc2::copy

@@ -24,7 +24,7 @@ void every_stream_copies_like_memcpy() {
       for (const size_t shift : {0, 1, 13, 63}) {
         std::vector<uint8_t> from(bytes + 3), to(bytes + shift + 1, 0xEE);
         for (size_t i = 0; i < from.size(); ++i) from[i] = static_cast<uint8_t>(i * 31 + 7);
-        stream(to.data() + shift, from.data() + 3, bytes);
+        stream(to.data() + shift, from.data() + 3, bytes, from.data());
         EXPECT(bytes == 0 || std::memcmp(to.data() + shift, from.data() + 3, bytes) == 0);
         EXPECT(to.back() == 0xEE && (shift == 0 || to[shift - 1] == 0xEE));
       }
