@@ -11,6 +11,8 @@ another), and nothing forks after it is open.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import logging
 import os
@@ -37,6 +39,8 @@ DATA_FILE = "data.mdb"
 LOCK_FILE = "lock.mdb"
 LOCK_FILE_BYTES = 8192  # as LMDB makes it for its 126 readers
 KEY = np.dtype([("layout", ">u4"), ("page", ">u4")])
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 LAYOUT = struct.Struct("<IIQQQI")  # number, page_size, payload, page and slab bytes, pages a slab
 START = struct.Struct("<Q")
 SLACK_BYTES_MIN = 1 << 20  # namespaces, free lists and the copies that a transaction makes
@@ -57,6 +61,7 @@ BROKEN = (
     lmdb.CursorFullError,
     lmdb.NotFoundError,  # a table that every start makes
 )
+FALLOC_FL_KEEP_SIZE = 1  # linux/falloc.h
 LEAF_FILL = 0.5  # of an LMDB leaf page, the least that splits leave
 
 
@@ -232,6 +237,19 @@ class Catalogue:
         """Bytes for the records of all slabs (`room_bytes` of each): moves the bound of the map."""
         self._room_bytes = room
         self._env.set_mapsize(self.bytes_max)
+
+    def keep_room(self) -> None:
+        """Have the file system keep that room: while somebody else fills it, what is stored in
+        slabs that are there is still committed. OSError: it has none. One that copies on write, or
+        reserves nothing, promises nothing."""
+        fd = os.open(self.folder / DATA_FILE, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if _libc.fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, self.bytes_max):
+                error = ctypes.get_errno()
+                if error not in {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}:
+                    raise OSError(error, os.strerror(error))
+        finally:
+            os.close(fd)
 
     def add_layout(self, shape: PageShape) -> int:
         """The number of a layout; a new one is committed with the next change."""

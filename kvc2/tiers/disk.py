@@ -20,6 +20,7 @@ import fcntl
 import logging
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,6 +127,7 @@ class DiskTier:
         number = pool.slabs.next_number()
         try:
             self._reserve_records([*self._held(), pool.shape])
+            self.catalogue.keep_room()
             self._beside.make_room(pool.number, (number + 1) * pool.shape.pages_per_slab)
             pool.slabs.add(number)
         except (OSError, lmdb.Error) as error:
@@ -323,6 +325,8 @@ class DiskTier:
                 self._open_slab(pool, number, path)
         self._beside.drop_unknown()
         self._reserve_records(self._held())
+        with suppress(OSError):  # somebody else has filled the file system
+            self.catalogue.keep_room()
 
     def _open_slab(self, pool: DiskPool, number: int, path: Path) -> None:
         """A short file isn't opened, and so its records are dropped; nor is one over the budget."""
