@@ -25,7 +25,6 @@ BESIDE, REBUILD = "kvc2/tiers/beside.py", "kvc2/tiers/rebuild.py"
 VERIFIED = "        status[came == 0] = READ_FAILED\n"
 COMMITTED = "            self.catalogue.commit(change)\n            return Outcome(written, True)\n"
 SYNCED = "                self._writers.sync(batch.pool.slabs, batch.pages)\n"
-LATER = "                import threading\n                threading.Thread("
 
 
 def believe(state: str) -> str:
@@ -63,16 +62,14 @@ ORDER = (
         "acknowledge before the sync",
         DISK,
         SYNCED,
-        LATER + "target=self._writers.sync, args=(batch.pool.slabs, batch.pages)).start()\n",
+        SYNCED.replace("sync(", "_writers.submit(self._writers.sync, "),
     ),
     bug(
         "acknowledge before the commit",
         DISK,
         COMMITTED,
         COMMITTED.replace(
-            "            self.catalogue.commit(change)\n",
-            LATER[4:].replace("\n    ", "\n")
-            + "target=self.catalogue.commit, args=(change,)).start()\n",
+            "self.catalogue.commit(", "self._writers._syncers.submit(self.catalogue.commit, "
         ),
     ),
     Bug(
