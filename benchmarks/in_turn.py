@@ -4,13 +4,15 @@
     python -m benchmarks.in_turn engine FOLDER serve --model ... (as kvc2-engine)
 
 Without: the engine waits for the last layer of a prefix before it computes the first, and the
-daemon loads all of a prefix from disk before it promotes any of it.
+daemon loads all of a prefix from disk before it promotes any of it. In both ways the engine writes
+down how long each request stood still for its prefix.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,12 @@ async def serve(folder: Path) -> None:
         await daemon.stopped.wait()
 
 
+def still_file(folder: Path) -> Path:
+    """Milliseconds that the engine's last request stood still for layers of its prefix; not there
+    where none had to come."""
+    return folder / "still"
+
+
 def run_engine(folder: Path) -> None:
     from engine.cli import main
     from engine.prefix import Prefix
@@ -54,10 +62,19 @@ def run_engine(folder: Path) -> None:
 
     def layer_ready(prefix: Any, leases: Any) -> Callable[[int], None] | None:
         ready = layered(prefix, leases)
-        if ready is None or not flag(folder).exists():
-            return ready
-        last = prefix.config.layers - 1
-        return lambda layer: ready(last)
+        if ready is None:
+            return None
+        last, whole, still_s = prefix.config.layers - 1, flag(folder).exists(), 0.0
+
+        def timed(layer: int) -> None:
+            nonlocal still_s
+            begun = time.perf_counter()
+            ready(last if whole else layer)
+            still_s += time.perf_counter() - begun
+            if layer == last:
+                still_file(folder).write_text(f"{still_s * 1e3}")
+
+        return timed
 
     Prefix.layer_ready = layer_ready  # type: ignore[method-assign]
     main()
