@@ -21,6 +21,7 @@ RATE_UNMEASURED = 200.0  # tokens/s before the first prefill: slow, so that wait
 WAIT_SLACK = 1.5  # of the estimate, since the other one shares its steps with others
 WAIT_LEAST_S = 0.5
 WAIT_MAX_S = 60.0
+ANNOUNCED_MAX = 4  # of those that wait, the next ones: what comes too early is evicted again
 POLL_S = 0.05  # between two matches for a prefix that another engine computes
 
 
@@ -69,7 +70,15 @@ class Admission:
         active = [*running, *ready]
         while self.waiting and self._places(active) > 0 and self._has_room(self.waiting[0], active):
             self._acquire(self.waiting.pop(0))
+        self._announce()
         return ready
+
+    def _announce(self) -> None:
+        """Those that have no place yet find in memory what is on disk now."""
+        for sequence in self.waiting[:ANNOUNCED_MAX]:
+            if sequence.cached and not sequence.announced:
+                sequence.announced = True
+                self._prefix.announce(sequence.array(), sequence.request.caller)
 
     def _places(self, active: Many[Sequence]) -> int:
         return self._max_running - len(active) - len(self.acquiring) - len(self.deferred)

@@ -132,6 +132,12 @@ class Prefix:
         """Tokens that a lease would match now. Changes nothing; 0 on a fault."""
         return self._acquires.submit(self._matched, tokens, caller)
 
+    def announce(self, tokens: U32, caller: Caller) -> None:
+        """A request of these tokens comes soon: what is on disk of them may come to memory now. A
+        hint; what became of it shows when the lease is asked for."""
+        if self._client is not None and self.book.session:
+            self._acquires.submit(self._announce, self._client, tokens, caller)
+
     def explain(self, lease: Lease) -> Future[Explanation]:
         """Why what it found is not longer. Changes nothing, and never fails."""
         client, session = self._client, self.book.session
@@ -327,6 +333,13 @@ class Prefix:
         except Exception as error:  # whatever it is, the request runs
             self._fault("match", error)
             return 0
+
+    def _announce(self, client: CacheClient, tokens: U32, caller: Caller) -> None:
+        try:
+            if namespace := self._namespace(client, caller):
+                client.prefetch(namespace, tokens)
+        except Exception as error:  # whatever it is, the request runs
+            self._fault("prefetch", error)
 
     def _namespace(self, client: CacheClient, caller: Caller) -> Any:
         """The daemon's namespace of this caller, opened once. None for a salt beyond the tenant's

@@ -33,6 +33,7 @@ class Sequence:
     lease: Lease | None = None
     acquiring: Future[Lease] | None = None
     attempts: int = 0  # leases asked for; makes their ids unique
+    announced: bool = False  # the daemon was told of it while it had no place
     cached: bool = True  # False: its prefix was lost, it computes without the cache
     # waiting for another's commits
     wait_until: float | None = None  # set at the first wait, and never moved

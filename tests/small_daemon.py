@@ -42,6 +42,7 @@ class SmallDaemon:
         self.leases: dict[bytes, OpenLease] = {}
         self.transfers: list[list[tuple[int, np.ndarray]]] = []
         self.prefill_rates: list[float] = []  # told with commits
+        self.prefetched: list[tuple[Any, list[int]]] = []  # namespace, tokens
         self.said: list[tuple[str, bytes, Hints]] = []  # with acquires and releases
         self.found: dict[bytes, Explained] = {}  # what explain_request answers
         self.sibling = np.zeros(0, np.uint32)  # of every block that is missing
@@ -165,6 +166,10 @@ class SmallDaemon:
     def grant(self, pages: int) -> Any:
         self._raise()
         return self._grant(pages)
+
+    def prefetch(self, namespace: Any, tokens: Any) -> None:
+        self._raise()
+        self.prefetched.append((namespace, [int(t) for t in tokens]))
 
     def match(self, namespace: Any, tokens: Any) -> Matched:
         self._raise()

@@ -71,6 +71,19 @@ def test_the_latest_request_counts_and_an_end_goes_before_an_announcement() -> N
     assert not pages.holds(1)
 
 
+def test_an_end_says_nothing_of_what_another_request_has_used_since() -> None:
+    pages = Pages("lru", 4)
+    pages.ask(9)
+    path = np.array([1], np.uint32)
+    pages.ask(1)
+    ending = pages.index.acquire(pages.space, pages.pool, path, 1)
+    pages.ask(1)
+    pages.index.release(ending.id, _core.Hints(session_end=True))
+    pages.index.evict(pages.pool, 1)
+    assert pages.holds(1)
+    assert not pages.holds(9)
+
+
 def test_a_priority_goes_before_an_announcement() -> None:
     pages = Pages("lru", 2)
     pages.ask(1, hints=_core.Hints(priority=1))
