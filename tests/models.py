@@ -403,8 +403,8 @@ class IndexModel(QuotasModel):
             if lease.pool == transfer.target and hit:
                 lease.stray += lease.held[hit[0] :]
                 del lease.held[hit[0] :]
-                for held in lease.stray:
-                    held.anchored = held.anchored and held.path not in failed
+            for held in lease.stray if lease.pool == transfer.target else []:
+                held.anchored = held.anchored and held.path not in failed
         for path in reversed(failed):
             self.drop(path, transfer.target, Cause.TRANSFER_FAILED)
         source = self.pools.get(transfer.source)

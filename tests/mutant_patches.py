@@ -62,7 +62,10 @@ MUTANTS = [
            "    if (!tree_.resident(*at, source)) break;\n"),
     Mutant("a failed demotion is not queued again", TRANSFERS,
            "    pool(transfer.source).enqueue(page);\n"),
-    Mutant("a failure does not unpin", TRANSFERS, "        target.unpin(held->anchor);\n"),
+    Mutant("a failure does not unpin", TRANSFERS, "      target.unpin(held.anchor);\n"),
+    Mutant("a second failure leaves pinned what the first cut off", TRANSFERS,
+           "for (Held& held : lease.stray) {", "for (Held& held : lease.stray) {\n"
+           "      if (!broken) break;"),
     Mutant("a failed transfer counts as done", TRANSFERS, "  if (transfer.failed) done = 0;\n"),
     Mutant("a generation is not raised", TRANSFERS, "= generation_++;", "= generation_;"),
     Mutant("the block before is evicted for the next", TRANSFERS,

@@ -217,6 +217,30 @@ def test_every_planted_bug_fits_the_code() -> None:
     assert len({each.name for each in MUTANTS}) == len(MUTANTS)
 
 
+def test_two_transfers_fail_one_after_the_other_under_one_lease() -> None:
+    """The first takes from the lease all behind it, which the second fills and then gives up."""
+    lives = IndexLives()
+    lives.build(limited=False, picky=False)
+    prompt, (gpu, other) = [BLOCKS[0], BLOCKS[1]], lives.gpus
+    lease = lives.open(0, other, prompt, 2)
+    lives.compute(lease)
+    lives.release(lease)
+    lives.plan_demote(other, 2)
+    lives.arrive()
+    first, both = lives.open(0, gpu, prompt, 1), lives.open(0, gpu, prompt, 2)
+    lives.promote(first)
+    lives.promote(both)
+    one, two = sorted(lives.model.transfers)
+    for transfer in (one, two):
+        lives.land(transfer, 1)
+        lives.index.check()
+    lives.leases_agree()
+    lives.release(first)
+    lives.release(both)
+    lives.index.check()
+    assert lives.index.pool_counts(gpu).free == lives.index.pool_counts(gpu).pages
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_index_equals_its_oracle_on_long_random_walks() -> None:

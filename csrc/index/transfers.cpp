@@ -380,16 +380,16 @@ void Index::fail(PoolId id, std::span<const PageId> pages) {
     if (lease.pool != id) continue;
     const auto end = std::ranges::find_if(
         lease.held, [&](const Held& held) { return failed.contains(held.anchor); });
-    for (auto held = end; held != lease.held.end(); ++held) {
-      if (failed.contains(held->anchor)) {
-        target.unpin(held->anchor);
-        if (held->page == held->anchor) held->page = kNoPage;
-        held->anchor = kNoPage;
-      }
-      lease.stray.push_back(*held);
-    }
-    if (end == lease.held.end()) continue;
+    const bool broken = end != lease.held.end();
+    lease.stray.insert(lease.stray.end(), end, lease.held.end());
     lease.held.erase(end, lease.held.end());
+    for (Held& held : lease.stray) {  // also of a transfer behind one that has failed before
+      if (!failed.contains(held.anchor)) continue;
+      target.unpin(held.anchor);
+      if (held.page == held.anchor) held.page = kNoPage;
+      held.anchor = kNoPage;
+    }
+    if (!broken) continue;
     lease.depends.clear();  // another transfer may fill nothing but what it does not hold now
     for (const Held& held : lease.held) {
       if (const auto transfer = transfer_into(id, held.anchor)) lease.depends.push_back(*transfer);
