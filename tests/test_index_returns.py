@@ -84,6 +84,17 @@ def test_an_end_says_nothing_of_what_another_request_has_used_since() -> None:
     assert not pages.holds(9)
 
 
+def test_an_end_says_nothing_of_what_another_request_goes_on_from() -> None:
+    pages = Pages("lru", 8)
+    pages.ask(1, 3)
+    pages.ask(9)
+    pages.ask(1, 2, hints=_core.Hints(session_end=True))
+    assert pages.index.evict(pages.pool, 1).pages.size == 1  # 2: it has ended
+    assert pages.index.evict(pages.pool, 2).pages.size == 2
+    assert pages.holds(1)
+    assert not pages.holds(9)
+
+
 def test_a_priority_goes_before_an_announcement() -> None:
     pages = Pages("lru", 2)
     pages.ask(1, hints=_core.Hints(priority=1))
