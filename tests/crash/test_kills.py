@@ -92,14 +92,15 @@ class Deaths:
 
     def at_random(self) -> None:
         victim = self.start()
+        timer = threading.Timer(self.chance.uniform(0, SOON_S), victim.kill)
         try:
             assert victim.serves(), victim.tail()
-            timer = threading.Timer(self.chance.uniform(0, SOON_S), victim.kill)
             timer.start()
             sink(self.engine, victim, STEPS)
             timer.join()
             assert victim.dead(10)
         finally:
+            timer.cancel()
             victim.close()
 
     def last(self) -> None:

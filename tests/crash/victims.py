@@ -213,7 +213,8 @@ class Engine:
                 self.admin.evict("cpu")
                 self.ask(self.chance.choice(list(self.acknowledged)))
             if self.chance.random() < 0.1:
-                self.acknowledged.clear()  # from now on these may go
+                self.acknowledged.clear()  # from now on these may go, ...
+                self.committed.clear()  # ... and of these what is on disk before a flush says so
                 self.admin.evict("disk", 3)
 
 
