@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import struct
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -296,3 +297,18 @@ def test_the_name_of_a_deleted_slab_is_gone_for_good_before_its_room_is_taken(
     calls.clear()
     slabs.remove(0)
     assert calls == [("unlink", slabs.folder / "00000000.slab"), ("sync", slabs.folder)]
+
+
+@pytest.mark.parametrize("records", [5000, 6000, 20_000])
+def test_a_catalogue_without_a_free_page_is_opened(tmp_path: Path, records: int) -> None:
+    """As a rebuild leaves it: more records than the slack holds, and then a commit."""
+    folder = tmp_path / "catalogue"
+    catalogue = Catalogue(folder, SLACK_BYTES_MIN)
+    catalogue.make_room(16 << 20)
+    rows = [(struct.pack(">II", 1, page), bytes(150)) for page in range(records)]
+    catalogue.commit(Change(inserts=rows))
+    catalogue.close()
+    for start in range(2, 6):
+        catalogue = Catalogue(folder, SLACK_BYTES_MIN)
+        assert catalogue.start_count == start
+        catalogue.close()

@@ -162,9 +162,13 @@ class Catalogue:
             raise errors.StartRefused(f"{folder}: {error}") from error
 
     def _open(self) -> None:
+        # What is there may be of more slabs than are known yet, without a free page (after a
+        # rebuild), and this start is to be committed: `make_room` sets the bound.
+        data = self.folder / DATA_FILE
+        there = data.stat().st_size if data.exists() else 0
         self._env = lmdb.open(
             str(self.folder),
-            map_size=self.bytes_max,
+            map_size=self.bytes_max + there,
             max_dbs=4,
             mode=0o600,
             writemap=False,
