@@ -48,3 +48,13 @@ def test_nothing_is_held_or_computed_for_it() -> None:
     assert index.prefetch(0, cpu, unknown, 8, touches=True) is not None
     assert index.counts().leases == 0
     assert index.acquire(0, gpu, unknown, 5).computing == 0
+
+
+def test_a_closed_pool_gets_nothing() -> None:
+    index, (gpu, cpu, _) = in_two_pools()
+    index.close_pool(cpu)
+    while (step := index.prefetch(0, gpu, TOKENS, 8, touches=False)) is not None:
+        assert isinstance(step, _core.Transfer)
+        assert (step.source, step.target) == (cpu, gpu)
+        index.complete(step.id, step.target_pages.size)
+    assert index.match(0, gpu, TOKENS).tiers == (2, 0, 2)
