@@ -73,6 +73,9 @@ def test_a_disk_that_somebody_else_fills(small: Path, monkeypatch: pytest.Monkey
                 await hits(engine, seed)
             assert (await cache.flush(10)).not_durable == {}
             slabs = slabs_in(disk)
+            kept = (disk / "catalogue" / "data.mdb").stat().st_blocks * 512
+            assert cache._disk is not None
+            assert kept >= cache._disk.catalogue.bytes_max  # for the records of these slabs
             other = fill(small)
             for seed in more:
                 assert await engine.ask_durably(prompt(seed, BLOCKS))
