@@ -81,7 +81,7 @@ def serve(
         float | None, option("A cached layer not there by then is computed, seconds.", "10")
     ] = None,
 ) -> None:
-    """Serve a model with OpenAI's HTTP interface until SIGTERM.
+    """Serve a model with OpenAI's HTTP interface until SIGTERM. Until it is loaded, requests get 503.
 
     It attaches to the daemon by itself, also later or again; without one it answers without hits.
     """

@@ -20,6 +20,7 @@ from engine.attention.base import KvPool, KvShape
 from engine.config import ModelConfig
 from engine.errors import ConfigError
 from engine.http.app import Served, build
+from engine.http.loading import refused_meanwhile
 from engine.http.tokenizer import Tokenizer
 from engine.identity import identity_of
 from engine.metrics import EngineMetrics
@@ -34,6 +35,7 @@ from engine.worker import Worker
 
 log = logging.getLogger(__name__)
 
+BACKLOG = 2048  # uvicorn's own
 STOP_S = 5  # for answers under way when the process is told to stop
 
 
@@ -127,10 +129,11 @@ def _prefix(
 
 
 def run(config: EngineConfig) -> None:
-    """Serve until SIGINT or SIGTERM. The port is bound before the model is loaded, so that a taken
-    one is told at once, and the line `serving` is printed when requests are answered."""
+    """Serve until SIGINT or SIGTERM. The port is taken before the model is loaded, so that a second
+    engine is refused at once; requests get 503 until the line `serving` is printed."""
     listener = _bind(config.host, config.port)
-    engine = assemble(config)
+    with refused_meanwhile(listener):
+        engine = assemble(config)
     host, port = listener.getsockname()[:2]
     log.info("serving %s at http://%s:%d", config.model_name, host, port)
     print(f"serving {config.model_name} at http://{host}:{port}", flush=True)
@@ -147,11 +150,13 @@ def run(config: EngineConfig) -> None:
 
 
 def _bind(host: str, port: int) -> socket.socket:
+    """A bound port alone is not taken: with SO_REUSEADDR another may bind it until one listens."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         raise ConfigError("port", port, f"can't be bound on {host}: {error}") from error
