@@ -81,9 +81,10 @@ def serve(
         float | None, option("A cached layer not there by then is computed, seconds.", "10")
     ] = None,
 ) -> None:
-    """Serve a model with OpenAI's HTTP interface until SIGTERM. Until it is loaded, requests get 503.
+    """Serve a model with OpenAI's HTTP interface until SIGTERM.
 
     It attaches to the daemon by itself, also later or again; without one it answers without hits.
+    Until the model is loaded, requests get 503.
     """
     flags: dict[str, Any] = {name: value for name, value in locals().items() if name != "config"}
     logging.basicConfig(
