@@ -43,7 +43,7 @@ def serve(
         Path | None, option("Hugging Face directory of safetensors, with its tokenizer.", "none")
     ] = None,
     kvc2: Annotated[
-        str | None, option("The cache daemon, unix:PATH or HOST:PORT.", "no cache")
+        str | None, option("The cache daemon, unix:PATH (~ is a home) or HOST:PORT.", "no cache")
     ] = None,
     config: Annotated[
         Path | None, option("YAML file of these keys, or KTransformers' (attn.*).", "none")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +19,9 @@ import yaml
 
 from engine.config import DTYPES
 from engine.errors import ConfigError
+from kvc2 import errors
+from kvc2.address import Address
+from kvc2.paths import user_path
 
 PAGE_SIZE_MAX = 512
 # sections of a KTransformers file that say nothing to the engine
@@ -67,8 +69,14 @@ class EngineConfig:
         self._at_least("threads", 0)
         if self.num_pages is not None:
             self._at_least("num_pages", 2)
-        if self.kvc2 is not None and not is_address(self.kvc2):
-            raise ConfigError("kvc2", self.kvc2, "must be unix:PATH or HOST:PORT, port 1 to 65535")
+        for name in ("model", "api_keys"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, path_of(name, getattr(self, name)))
+        if self.kvc2 is not None:
+            try:
+                Address.of_daemon(self.kvc2)
+            except errors.InvalidRequest as error:
+                raise ConfigError("kvc2", self.kvc2, f"must be {error.allowed}") from error
         if not 0 <= self.port < 65536:
             raise ConfigError("port", self.port, "must be 0 to 65535")
         for name in ("kv_memory_gb", "max_body_mb", "load_timeout_s"):
@@ -95,12 +103,12 @@ class EngineConfig:
         return self.served_model_name or self.model.resolve().name
 
 
-def is_address(text: str) -> bool:
-    """Whether a daemon may listen there: unix:PATH or HOST:PORT."""
-    if text.startswith("unix:"):
-        return text != "unix:"
-    host, _, port = text.rpartition(":")
-    return bool(host and re.fullmatch(r"[0-9]{1,5}", port) and 1 <= int(port) <= 65535)
+def path_of(field: str, text: str | Path) -> Path:
+    """An absolute path; a leading ~ is a home. Raises ConfigError."""
+    try:
+        return user_path(field, text)
+    except errors.InvalidRequest as error:
+        raise ConfigError(field, str(text), f"must be {error.allowed}") from error
 
 
 def is_loopback(host: str) -> bool:
@@ -116,7 +124,7 @@ def is_loopback(host: str) -> bool:
 def load(config_file: Path | None, flags: Mapping[str, Any]) -> EngineConfig:
     """Defaults, overlaid by the file, overlaid by the flags that are not None. Raises
     ConfigError."""
-    values = read_file(config_file) if config_file is not None else {}
+    values = read_file(path_of("config", config_file)) if config_file is not None else {}
     values |= {name: value for name, value in flags.items() if value is not None}
     if "model" not in values:
         raise ConfigError("model", None, "a model directory is needed (--model DIR)")

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from kvc2 import config, errors
 from kvc2.client import Admin, Scrubbed
+from kvc2.paths import user_path
 from kvc2.tiers.check import DAMAGE, Report, check
 from kvc2.tiers.repair import Repaired, repair
 from kvc2.tiers.slab_file import raise_file_limit
@@ -73,6 +74,7 @@ def run(path: Path, *, mends: bool, as_json: bool) -> bool:
     """Check, and repair what is found when `mends`; print what was found and done. Whether the
     directory is sound now. Raises InvalidRequest when this is no disk.path, or one that is in use.
     """
+    path = user_path("DIR", path)
     if not (path / "catalogue").is_dir() and not (path / "slabs").is_dir():
         raise errors.InvalidRequest("DIR", str(path), "a disk.path that a daemon has served")
     raise_file_limit()

@@ -16,6 +16,7 @@ import typer
 
 from kvc2 import config, errors
 from kvc2.exits import BAD_USAGE, FAILED, exit_codes
+from kvc2.paths import user_path
 from kvc2.serve_command import EvictionPolicy, serve
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class Tier(StrEnum):
 Address = Annotated[
     str | None,
     typer.Option(
-        help="The daemon's address, unix:PATH or HOST:PORT.", show_default="as `kvc2 serve`'s"
+        help="The daemon's address, unix:PATH (~ is a home) or HOST:PORT.",
+        show_default="as `kvc2 serve`'s",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of a table.")]
@@ -158,8 +160,9 @@ def replay(
     with exit_codes():
         shares = sizing.parse_shares(capacity)
         if plot is not None:
+            plot = user_path("plot", plot)
             sizing.check_plot(plot)
-        read = traces.read(trace)
+        read = traces.read(user_path("trace", trace))
         sizes = sizing.measure(read, shares, policy.value, quiet=as_json)
         if plot is not None:
             sizing.draw(read, sizes, policy.value, plot)

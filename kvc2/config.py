@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from kvc2 import errors
+from kvc2.address import SOCKET_PATH_BYTES_MAX, Address
+from kvc2.paths import user_path
 
 GB = 1_000_000_000
 ALIGNMENT = 4096
 ARENA_SHARE = 0.25  # of available memory: the machine is also there for others
 DISK_SHARE = 0.25  # of the file system's size, which a restart doesn't change
 ARENA_BYTES_MIN = 1 << 20
-SOCKET_PATH_BYTES_MAX = 107  # sun_path
 SIDE_ENDING = ".side"  # the side socket lies beside the main one
 TTL_S_MAX = (1 << 32) - 1
 DEFAULT_TENANT = "default"
@@ -78,39 +79,40 @@ def _read_number(path: Path) -> int | None:
 
 
 def default_listen() -> str:
-    """unix:$XDG_RUNTIME_DIR/kvc2/kvc2.sock, or below /tmp/kvc2-UID where that is not set."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    folder = Path(runtime) / "kvc2" if runtime else Path(f"/tmp/kvc2-{os.getuid()}")
+    """unix:$XDG_RUNTIME_DIR/kvc2/kvc2.sock, or below /tmp/kvc2-UID where that is not set, or not
+    an absolute path, which its specification has us ignore."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    folder = Path(runtime) / "kvc2" if runtime[:1] == "/" else Path(f"/tmp/kvc2-{os.getuid()}")
     return f"unix:{folder / 'kvc2.sock'}"
 
 
-def socket_path(listen: str) -> Path | None:
-    """The path of a unix: address; None of a TCP one."""
-    return Path(listen.removeprefix("unix:")).absolute() if listen.startswith("unix:") else None
-
-
-def check_listen(listen: str) -> None:
-    """Raises InvalidConfig unless it is unix:PATH or a loopback HOST:PORT."""
-    path = socket_path(listen)
-    if path is not None:
-        side = len(os.fsencode(path)) + len(SIDE_ENDING)
-        if listen == "unix:" or side > SOCKET_PATH_BYTES_MAX:
-            allowed = f"unix:PATH of 1 to {SOCKET_PATH_BYTES_MAX - len(SIDE_ENDING)} bytes"
-            raise errors.InvalidConfig("listen", listen, allowed)
-        return
-    host, colon, port = listen.rpartition(":")
-    if not colon or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
-        raise errors.InvalidConfig("listen", listen, "unix:PATH or HOST:PORT")
-    if host == "localhost":
-        return
+def listen_address(listen: str) -> Address:
+    """Of a unix: path or a loopback HOST:PORT, port 0: any free one. Raises InvalidConfig."""
+    most = SOCKET_PATH_BYTES_MAX - len(SIDE_ENDING)
     try:
-        loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
+        address = Address.parse(listen, field="listen", path_bytes_max=most)
+    except errors.InvalidRequest as error:
+        raise errors.InvalidConfig("listen", listen, error.allowed) from error
+    if address.path is None and not _is_loopback(address.host):
         raise errors.InvalidConfig(
             "listen", listen, "a loopback address: a public one needs mTLS, which is not built"
         )
+    return address
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def config_path(field: str, text: str | Path) -> Path:
+    """An absolute path; a leading ~ is a home. Raises InvalidConfig."""
+    try:
+        return user_path(field, text)
+    except errors.InvalidRequest as error:
+        raise errors.InvalidConfig(field, error.value, error.allowed) from error
 
 
 def _check(key: str, value: float, low: float, high: float) -> None:
@@ -174,7 +176,7 @@ class DiskConfig:
             if self.size_gb is not None:
                 raise errors.InvalidConfig("disk.size_gb", self.size_gb, "only with disk.path")
             return
-        object.__setattr__(self, "path", Path(self.path).expanduser().absolute())
+        object.__setattr__(self, "path", config_path("disk.path", self.path))
         if self.size_gb is None:
             object.__setattr__(self, "size_gb", _file_system_bytes(self.path) * DISK_SHARE / GB)
         _check("disk.size_gb", self.size_gb or 0, 0.001, 1e7)
@@ -288,7 +290,7 @@ class TenantConfig:
         elif self.secret_file is None:
             raise errors.InvalidConfig("tenants.secret_file", None, f"a path, for {self.name}")
         else:
-            path = Path(self.secret_file).expanduser().absolute()
+            path = config_path("tenants.secret_file", self.secret_file)
             object.__setattr__(self, "secret_file", path)
         _check("tenants.ttl_s", self.ttl_s, 0, TTL_S_MAX)
         for name in ("gpu_gb", "cpu_gb", "disk_gb"):
@@ -339,7 +341,7 @@ class ServeConfig:
     tenants: tuple[TenantConfig, ...] = ()
 
     def __post_init__(self) -> None:
-        check_listen(self.listen)
+        listen_address(self.listen)
         if self.metrics_port is not None:
             _check("metrics_port", self.metrics_port, 0, 65535)
         if self.write_policy not in get_args(WritePolicy):

@@ -21,6 +21,7 @@ from kvc2.config import (
     LimitsConfig,
     ServeConfig,
     TenantConfig,
+    config_path,
 )
 
 SECTIONS: dict[str, type] = {
@@ -51,7 +52,7 @@ def load(path: Path | None, flags: Values) -> ServeConfig:
 def read(path: Path) -> Values:
     """The values of a YAML file, of ours or of KTransformers'. Raises InvalidConfig."""
     try:
-        text = path.read_text()
+        text = config_path("config", path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise errors.InvalidConfig("config", str(path), f"a readable file: {error}") from error
     try:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from kvc2 import errors
 from kvc2.client import Explained
+from kvc2.paths import user_path
 
 U32 = NDArray[np.uint32]
 Decode = Callable[[list[int]], str]
@@ -66,6 +67,7 @@ def read_text(path: Path, tokenizer: Any) -> U32:
 
 def open_tokenizer(folder: Path) -> Any:
     """The tokenizers.Tokenizer of a model's folder. Raises InvalidRequest."""
+    folder = user_path("tokenizer", folder)
     try:
         from tokenizers import Tokenizer
 
@@ -138,6 +140,6 @@ def age(seconds: float) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
+        return user_path("file", path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise errors.InvalidRequest("file", str(path), f"readable: {error}") from error

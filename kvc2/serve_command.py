@@ -59,7 +59,10 @@ ConfigFile = Annotated[
 ]
 Listen = Annotated[
     str | None,
-    option("unix:PATH, or HOST:PORT of a loopback address.", "$XDG_RUNTIME_DIR/kvc2/kvc2.sock"),
+    option(
+        "unix:PATH (~ is a home), or HOST:PORT of a loopback address.",
+        "$XDG_RUNTIME_DIR/kvc2/kvc2.sock",
+    ),
 ]
 MetricsPort = Annotated[
     int | None, option("Port of Prometheus' /metrics on 127.0.0.1; 0: any.", "off")

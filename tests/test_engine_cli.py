@@ -13,7 +13,8 @@ from engine.cli import app
 from engine.errors import ConfigError
 from engine.settings import EngineConfig, load, read_api_keys
 from engine.text import IncrementalText
-from kvc2.client.channel import Channel, parse, probe
+from kvc2.address import Address
+from kvc2.client import Admin
 from kvc2.errors import InvalidRequest
 from tests.engines import TinyEngine
 
@@ -76,7 +77,7 @@ def test_what_is_no_address_of_a_daemon_is_told_at_once(address: str) -> None:
     with pytest.raises(ConfigError, match=r"kvc2 = .*unix:PATH or HOST:PORT") as refused:
         EngineConfig(model=Path("m"), kvc2=address)
     assert (refused.value.field, refused.value.value) == ("kvc2", address)
-    for ask in (parse, probe, Channel, TinyEngine):  # the last one is a whole client
+    for ask in (Address.of_daemon, Admin, TinyEngine):  # the last one is a whole client
         with pytest.raises(InvalidRequest, match="address"):
             ask(address)
 
@@ -84,7 +85,7 @@ def test_what_is_no_address_of_a_daemon_is_told_at_once(address: str) -> None:
 @pytest.mark.parametrize("address", ["unix:/x", "unix:x", "localhost:5", "127.0.0.1:1", "[::1]:9"])
 def test_an_address_is_one_to_the_engine_and_to_the_client(address: str) -> None:
     assert EngineConfig(model=Path("m"), kvc2=address).kvc2 == address
-    parse(address)
+    assert str(Address.of_daemon(address).path or "TCP") in ("/x", str(Path("x").absolute()), "TCP")
 
 
 @pytest.mark.parametrize(

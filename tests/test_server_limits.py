@@ -15,11 +15,12 @@ import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from kvc2.address import Address
 from kvc2.client import Admin
 from kvc2.client.channel import Channel
 from kvc2.config import DiskConfig, LimitsConfig, TenantConfig
 from kvc2.errors import Denied, InvalidConfig, StartRefused
-from kvc2.server.address import Address
+from kvc2.server.claim import Claim
 from kvc2.server.tenants import Tenants
 from kvc2.v1 import cache_pb2 as pb
 from tests.daemons import ServedDaemon, serve_config
@@ -86,7 +87,7 @@ def test_a_fault_of_the_daemons_own_is_counted_and_tells_nothing(tmp_path: Path)
 
 def test_health_reflection_and_metrics_are_served(tmp_path: Path) -> None:
     with ServedDaemon(serve_config(tmp_path, metrics_port=0)) as served:
-        channel = Channel(served.address)
+        channel = Channel(Address.of_daemon(served.address))
         assert channel.serves(5)
         channel.close()
         stub = reflection_pb2_grpc.ServerReflectionStub(grpc.insecure_channel(served.address))
@@ -145,19 +146,19 @@ def test_one_daemon_a_socket_and_a_dead_ones_socket_is_taken_over(tmp_path: Path
     dead = socket.socket(socket.AF_UNIX)
     dead.bind(str(tmp_path / "kvc2.sock"))
     dead.close()
-    first = Address(listen)
+    first = Claim(listen)
     with pytest.raises(StartRefused, match="another daemon"):
-        Address(listen)
+        Claim(listen)
     first.close()
     (tmp_path / "kvc2.sock").write_text("someone's file")
     with pytest.raises(StartRefused, match="not a socket"):
-        Address(listen)
+        Claim(listen)
 
 
 def test_a_folder_that_others_can_write_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     with pytest.raises(StartRefused, match="writable by others"):
-        Address(f"unix:{tmp_path / 'kvc2.sock'}")
+        Claim(f"unix:{tmp_path / 'kvc2.sock'}")
 
 
 def test_the_default_tenants_secret_is_made_once_and_kept_private(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ KVC2_FLOORS = """
     replay, traces
     _core
     exits, config_file
-    config, errors, metrics, pace, priority
+    config, address, paths, errors, metrics, pace, priority
 """
 ENGINE_FLOORS = """
     __main__
@@ -63,9 +63,10 @@ CPP_FLOORS = """
     base
 """
 # The client is what an engine carries: it must not pull in the daemon.
-CLIENT_SEES = {"v1", "layout", "errors", "client"}
-# Only the bridge talks to the daemon's client; what KV depends on is named in the daemon's terms.
-BRIDGE = ("engine/prefix", "engine/identity")
+CLIENT_SEES = {"v1", "layout", "errors", "address", "client"}
+# Only the bridge talks to the daemon's client; what KV depends on is named in the daemon's terms,
+# and paths and the daemon's address are read as the daemon reads them.
+BRIDGE = ("engine/prefix", "engine/identity", "engine/settings")
 
 # design words -> what we never call them, as whole words of a public name
 FORBIDDEN_WORDS = {

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 
 from kvc2 import errors
+from kvc2.address import Address
 from kvc2.client import channel, results
 from kvc2.v1 import cache_pb2
 
@@ -19,7 +20,8 @@ class Admin:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._channel = channel.Channel(address)
+        self._place = Address.of_daemon(address)
+        self._channel = channel.Channel(self._place)
 
     def __enter__(self) -> Admin:
         return self
@@ -131,7 +133,7 @@ class Admin:
         return results.flushed(self._call("Drain", request, deadline_s).flushed)
 
     def _call(self, name: str, request: Any, wait_s: float = 0.0) -> Any:
-        if not channel.probe(self.address):
+        if not channel.probe(self._place):
             raise errors.Unreachable(f"no daemon listens at {self.address}")
         try:
             return self._channel.call(name, request, wait_s + MARGIN_S)

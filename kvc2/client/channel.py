@@ -2,47 +2,25 @@
 
 from __future__ import annotations
 
-import re
-import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
 
 from kvc2 import errors
+from kvc2.address import Address
 from kvc2.v1 import cache_pb2
 
 MESSAGE_BYTES_MAX = 256 << 20  # the daemon's own limit is lower, and it says so by name
 HEALTH_SERVING = b"\x08\x01"  # HealthCheckResponse{status: SERVING}
 PROBE_S = 0.5
 CALL_S = 5.0  # of calls that wait for nothing
-ADDRESSES = "unix:PATH or HOST:PORT"
 
 
-def parse(address: str) -> str | tuple[str, int]:
-    """The path of unix:PATH, or host and port of HOST:PORT. Raises InvalidRequest."""
-    kind, colon, path = address.partition(":")
-    if kind == "unix" and path:
-        return path
-    host, colon, port = address.rpartition(":")
-    if kind == "unix" or not (host and colon and re.fullmatch(r"[0-9]{1,5}", port)):
-        raise errors.InvalidRequest("address", address, ADDRESSES)
-    if not 1 <= int(port) <= 65535:
-        raise errors.InvalidRequest("address", address, "a port of 1 to 65535")
-    return host.strip("[]"), int(port)
-
-
-def probe(address: str) -> bool:
-    """Whether something listens there; gRPC itself would keep trying and not say. Raises
-    InvalidRequest for what is no address."""
-    place = parse(address)
+def probe(address: Address) -> bool:
+    """Whether something listens there; gRPC itself would keep trying and not say."""
     try:
-        if isinstance(place, str):
-            with socket.socket(socket.AF_UNIX) as connection:
-                connection.settimeout(PROBE_S)
-                connection.connect(place)
-        else:
-            socket.create_connection(place, PROBE_S).close()
+        address.connect(PROBE_S).close()
     except OSError:
         return False
     return True
@@ -55,7 +33,7 @@ class Closed(grpc.RpcError):
 class Channel:
     """One connection. Threads may share it. `close` cancels what is under way."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: Address) -> None:
         options = [
             ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
             ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -63,8 +41,7 @@ class Channel:
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.enable_http_proxy", 0),
         ]
-        parse(address)
-        self._channel = grpc.insecure_channel(address, options)
+        self._channel = grpc.insecure_channel(address.grpc_target, options)
         self._calls: dict[str, Callable[..., Any]] = {}
 
     def call(self, name: str, request: Any, timeout_s: float = CALL_S) -> Any:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvc2 import errors
+from kvc2.address import Address
 from kvc2.client import channel, results
 from kvc2.client.memory import PoolMemory
 from kvc2.client.session import DEATH_S, NamespaceHandle, Offer, Over, Session, process_is_dead
@@ -66,8 +67,8 @@ class Client:
     def __init__(
         self, address: str, *, pool: PoolMemory, layout: Layout, engine_name: str, engine: Engine
     ) -> None:
-        channel.parse(address)
         self.address = address
+        self._place = Address.of_daemon(address)
         self.last_refusal: errors.Kvc2Error | None = None
         self._engine = engine
         self._offer = Offer(pool, layout, engine_name, self._ask_kept_pages)
@@ -359,11 +360,11 @@ class Client:
         self._watch_process(-1)
 
     def _try_attach(self) -> Session | None:
-        if not channel.probe(self.address):
+        if not channel.probe(self._place):
             return None
         self._asked = False
         try:
-            session = Session(self.address, self._offer)
+            session = Session(self._place, self._offer)
         except errors.Kvc2Error as error:
             self.last_refusal = error
             if self._asked:  # the pages it gave away are its again, as far as they were
@@ -449,4 +450,4 @@ class Client:
         """Of the daemon that fell silent. Where the kernel named no process: nothing listens."""
         if self._silent_pidfd >= 0:
             return process_is_dead(self._silent_pidfd, 0)
-        return not channel.probe(self.address)
+        return not channel.probe(self._place)

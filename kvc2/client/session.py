@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvc2 import errors
+from kvc2.address import Address
 from kvc2.client import results
 from kvc2.client.channel import Channel, translated
 from kvc2.client.memory import OverSignal, PoolMemory, Progress
@@ -71,11 +72,11 @@ class Session:
     """Attaches when it is made: raises a Kvc2Error when the daemon refuses, Unreachable when it
     does not answer. `close` it in any case. Calls may use `head` and `channel` from any thread."""
 
-    def __init__(self, address: str, offer: Offer) -> None:
+    def __init__(self, address: Address, offer: Offer) -> None:
         self.channel = Channel(address)
         if not self.channel.serves(SERVES_S):
             self.channel.close()
-            raise errors.Unreachable(f"no daemon serves at {address}")
+            raise errors.Unreachable("no daemon serves there")
         self._over = OverSignal()
         self.pidfd = -1
         self.progress: Progress | None = None

@@ -18,7 +18,7 @@ import numpy as np
 
 from kvc2 import errors
 from kvc2.cache import Cache
-from kvc2.config import DEFAULT_TENANT, ServeConfig, socket_path
+from kvc2.config import DEFAULT_TENANT, ServeConfig, listen_address
 from kvc2.metrics import Metrics
 from kvc2.namespace import check_layout, check_weights_digest, decode
 from kvc2.results import Explained, FlushResult, Hints, TenantUse, Terms, TierCounts, shorter
@@ -50,6 +50,7 @@ class CacheCalls:
         drain: Callable[[float], Awaitable[cache_pb2.FlushResponse]],
     ) -> None:
         self._config = config
+        self._owner_is_known = listen_address(config.listen).path is not None
         self._limits = config.limits
         self._cache = cache
         self._attachments = attachments
@@ -75,7 +76,7 @@ class CacheCalls:
         """None: the socket's owner asks, of all sessions. Raises Denied on TCP."""
         if request.HasField("session"):
             return self._session(request.session)
-        if socket_path(self._config.listen) is None:
+        if not self._owner_is_known:
             raise errors.Denied("session", "none", "one: TCP doesn't say who calls")
         return None
 

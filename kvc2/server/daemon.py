@@ -22,9 +22,9 @@ from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics, TierSample
 from kvc2.results import SIZES, FlushResult
 from kvc2.server import wiring
-from kvc2.server.address import Address
 from kvc2.server.attach import Attachments
 from kvc2.server.calls import CacheCalls, flush_response
+from kvc2.server.claim import Claim
 from kvc2.server.side import SideSocket
 from kvc2.sessions import SessionTable
 from kvc2.v1 import cache_pb2
@@ -49,7 +49,7 @@ class Daemon:
         self.cache = cache(config, self.metrics)
         self.stopped = asyncio.Event()
         self.port = 0
-        self._address = Address(config.listen)
+        self._claim = Claim(config.listen)
         table = SessionTable(max_sessions=config.limits.max_sessions, clock=clock)
         self.attachments = Attachments(config, self.cache, table, self.metrics)
         self._flushed: asyncio.Task[FlushResult] | None = None
@@ -62,7 +62,7 @@ class Daemon:
         """Open in order. What was opened is closed again, last first, here and in __aexit__."""
         started = time.monotonic()
         async with contextlib.AsyncExitStack() as stack:
-            stack.callback(self._address.close)
+            stack.callback(self._claim.close)
             await self.cache.start()
             stack.push_async_callback(self._stop_cache)
             self._register()
@@ -78,7 +78,7 @@ class Daemon:
             await self._set_health(health_pb2.HealthCheckResponse.SERVING)
             self._opened = stack.pop_all()
         # of a unix path gRPC says port 1
-        port = {} if self._address.path is not None else {"port": self.port}
+        port = {} if self._claim.path is not None else {"port": self.port}
         events.event(
             "serving",
             listen=self.config.listen,
@@ -109,14 +109,14 @@ class Daemon:
         reflection.enable_server_reflection(names, self._server)
 
     def _bind(self) -> None:
-        with self._address.private_files():
+        with self._claim.private_files():
             try:
-                self.port = self._server.add_insecure_port(self._address.grpc_target)
+                self.port = self._server.add_insecure_port(self._claim.grpc_target)
             except RuntimeError as error:
                 raise errors.StartRefused(f"listen: can't bind {self.config.listen}") from error
-        self.attachments.side_path = str(self._address.side_path)
+        self.attachments.side_path = str(self._claim.side_path)
         self._side = SideSocket(
-            self._address.side_path, self.attachments.expect, self.attachments.join, self.metrics
+            self._claim.side_path, self.attachments.expect, self.attachments.join, self.metrics
         )
 
     def _serve_metrics(self, stack: contextlib.AsyncExitStack) -> None:

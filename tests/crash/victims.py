@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvc2 import errors
+from kvc2.address import Address
 from kvc2.client import Admin, LeaseCommit
 from kvc2.client.channel import Channel, probe
 from tests.engines import LAYERS, PAGE_SIZE, TinyEngine, identity, layout
@@ -64,6 +65,7 @@ class Victim:
 
     def __init__(self, pid: int, address: str, log: Path) -> None:
         self.pid, self.address, self.log = pid, address, log
+        self.place = Address.of_daemon(address)
         self.fd = os.pidfd_open(pid)
 
     def dead(self, timeout_s: float = 0.0) -> bool:
@@ -76,8 +78,8 @@ class Victim:
         """Waits until it does; False when it died first."""
         started = time.monotonic()
         while not self.dead(0.005):
-            if probe(self.address):
-                channel = Channel(self.address)
+            if probe(self.place):
+                channel = Channel(self.place)
                 try:
                     if channel.serves(1.0):
                         return True

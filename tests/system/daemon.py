@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from kvc2.address import Address
 from kvc2.client import Admin
 from kvc2.client.channel import Channel, probe
 
@@ -55,9 +56,10 @@ class DaemonProcess:
         self.start_s = time.monotonic() - started
 
     def serves(self) -> bool:
-        if not probe(self.address):
+        place = Address.of_daemon(self.address)
+        if not probe(place):
             return False
-        channel = Channel(self.address)
+        channel = Channel(place)
         try:
             return channel.serves(1.0)
         finally:

@@ -10,33 +10,40 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from kvc2 import errors
-from kvc2.config import SIDE_ENDING, default_listen, socket_path
+from kvc2.address import SOCKET_PATH_BYTES_MAX
+from kvc2.config import SIDE_ENDING, default_listen, listen_address
 
 LOCK_ENDING = ".lock"
 
 
-class Address:
-    """One daemon's claim on a unix path, held until `close`. Raises StartRefused.
-
-    `grpc_target` is what a gRPC server binds; `side_path` is the side socket's.
-    """
+class Claim:
+    """One daemon's claim on what it listens at, held until `close`. Raises StartRefused and
+    InvalidConfig. `path` is the socket's, None on TCP; `side_path` is the side socket's."""
 
     def __init__(self, listen: str) -> None:
-        self.path = socket_path(listen)
+        address = listen_address(listen)
+        if address.host == "localhost":  # one address, where the name may have two
+            address = replace(address, host="127.0.0.1")
+        self.grpc_target = address.grpc_target
+        self.path = address.path
         if self.path is None:
-            self.grpc_target = listen.replace("localhost:", "127.0.0.1:", 1)
-            beside = socket_path(default_listen())
+            beside = listen_address(default_listen()).path
             assert beside is not None
             # the port may be 0, so the process id tells two daemons apart
             self.side_path = beside.with_name(f"kvc2-{os.getpid()}{SIDE_ENDING}")
             owned = self.side_path
         else:
-            self.grpc_target = f"unix:{self.path}"
             self.side_path = self.path.with_name(self.path.name + SIDE_ENDING)
             owned = self.path
+        if (size := len(os.fsencode(self.side_path))) > SOCKET_PATH_BYTES_MAX:
+            raise errors.StartRefused(
+                f"listen: the side socket {self.side_path} has {size} bytes, at most "
+                f"{SOCKET_PATH_BYTES_MAX} are possible: give a shorter XDG_RUNTIME_DIR"
+            )
         _own_folder(owned.parent)
         self._lock = _lock(owned.with_name(owned.name + LOCK_ENDING))
         for each in (self.path, self.side_path):
