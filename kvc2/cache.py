@@ -50,6 +50,7 @@ from kvc2.tiers.base import TIER_NUMBERS, PageShape
 from kvc2.tiers.disk import DiskTier
 from kvc2.tiers.gpu import Copier, GpuMemory, SharedMemoryPool
 from kvc2.tiers.pools import Pools
+from kvc2.tiers.recency import Clocks
 from kvc2.tiers.slab_file import Files, raise_file_limit
 from kvc2.whole import Whole
 
@@ -73,8 +74,8 @@ class SessionPool:
 
 
 class Cache:
-    """`files` is where tests put faults of the disk; `wall` is read once, for times that outlive
-    this run."""
+    """`files` is where tests put faults of the disk; `wall` is read for times that outlive this
+    run, and for nothing else: it may be set at any moment."""
 
     def __init__(
         self,
@@ -85,12 +86,12 @@ class Cache:
         files: Files | None = None,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self._second_zero = int(wall()) - 1
         self._config = config
         self._metrics = metrics
         self._clock = clock
         self._files = files
         self._started_at = clock()
+        self._clocks = Clocks(wall, self._second)
         self._gpus: dict[int, GpuPool] = {}
         self._sessions: dict[int, Session] = {}
         self._arena: Arena | None = None
@@ -112,7 +113,7 @@ class Cache:
                     memory,
                     self._metrics,
                     files=self._files,
-                    second_zero=self._second_zero,
+                    clocks=self._clocks,
                 )
         starts = 0 if self._disk is None else self._disk.catalogue.start_count
         stamp = 0 if self._disk is None else self._disk.last_stamp()
@@ -157,13 +158,7 @@ class Cache:
         config = self._config
         threads = config.copy_threads
         self._copiers = Copier(threads), Copier(threads, behind=True)
-        self._pools = Pools(
-            self.index,
-            arena,
-            self._disk,
-            self._metrics,
-            config,
-        )
+        self._pools = Pools(self.index, arena, self._disk, self._metrics, config)
         self.spaces.known |= self._pools.restore()
         self._loader.pools = self.counts.pools = self._pools
         self.prefetcher.pools = self.scrubber.pools = self._pools
@@ -213,10 +208,13 @@ class Cache:
 
     def tick(self) -> int:
         """Tell the index the time, seconds since the start from 1: what has expired is dead."""
-        now = int(self._clock() - self._started_at) + 1
+        now = self._second()
         if self.index.advance(now):
             self._wake()
         return now
+
+    def _second(self) -> int:
+        return int(self._clock() - self._started_at) + 1
 
     async def _keep_time(self) -> None:
         while True:

@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from kvc2.cache import Cache
 from kvc2.results import Hints
@@ -18,17 +19,23 @@ BLOCKS = 4
 
 
 class World:
-    """A directory and the time of day; each run's own clock starts anywhere."""
+    """A directory and the time of day; each run's own clock starts anywhere. `wrong`: by how many
+    seconds the wall clock is."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.day = 1_700_000_000.0
+        self.wrong = 0
         self._runs = 0
 
     def run(self) -> AbstractAsyncContextManager[Cache]:
         self._runs += 1
         began, base = self.day, 1e6 / self._runs
-        return running(self.folder, clock=lambda: base + self.day - began, wall=lambda: self.day)
+        return running(
+            self.folder,
+            clock=lambda: base + self.day - began,
+            wall=lambda: self.day + self.wrong,
+        )
 
     @property
     def lifetimes(self) -> Path:
@@ -139,3 +146,102 @@ def test_an_entry_that_is_not_of_this_block_says_nothing(tmp_path: Path) -> None
     assert asyncio.run(run(lambda rows: rows, tmp_path / "same")) == [0]
     assert asyncio.run(run(other_generations, tmp_path / "other")) == [4]
     assert asyncio.run(run(half_a_number, tmp_path / "cut")) == [4]
+
+
+DAY = 86_400
+HINTED = 60
+
+
+@pytest.mark.parametrize("back", [1, 30, DAY, 10**9])
+def test_a_clock_set_back_gives_a_block_no_more_than_its_time(back: int, tmp_path: Path) -> None:
+    async def run() -> None:
+        world = World(tmp_path)
+        await store(world, HINTED, 0)
+        world.day -= back
+        async with world.run() as cache:
+            world.day += HINTED - 1
+            engine = StandIn(cache, 64)
+            assert left(cache, engine, 0, 1) == [4, 4]
+            world.day += 1
+            assert left(cache, engine, 0, 1) == [0, 4]
+
+    asyncio.run(run())
+
+
+def test_a_clock_set_back_at_each_restart_still_gives_no_more(tmp_path: Path) -> None:
+    async def run() -> None:
+        world = World(tmp_path)
+        await store(world, HINTED)
+        for _ in range(3):
+            world.day -= DAY
+            async with world.run() as cache:
+                assert left(cache, StandIn(cache, 64), 0) == [4]
+                world.day += 10
+        async with world.run() as cache:
+            assert left(cache, StandIn(cache, 64), 0) == [4]
+            world.day += HINTED - 30
+            assert left(cache, StandIn(cache, 64), 0) == [0]
+
+    asyncio.run(run())
+
+
+def test_a_clock_set_forward_costs_a_miss_and_no_more(tmp_path: Path) -> None:
+    async def run() -> None:
+        world = World(tmp_path)
+        await store(world, HINTED, 0)
+        world.day += DAY
+        async with world.run() as cache:
+            engine = StandIn(cache, 64)
+            assert left(cache, engine, 0, 1) == [0, 4]
+            await engine.ask(prompt(0, BLOCKS), Hints(ttl_s=HINTED))
+            assert left(cache, engine, 0) == [4]
+            assert (await cache.flush(10)).not_durable == {}
+        world.day -= DAY  # and right again
+        async with world.run() as cache:
+            world.day += HINTED
+            assert left(cache, StandIn(cache, 64), 0, 1) == [0, 4]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("wrong", [-DAY, DAY])
+def test_a_clock_set_right_while_a_daemon_runs_says_when_a_block_dies(
+    wrong: int, tmp_path: Path
+) -> None:
+    """As a machine's does that boots without one: what was begun by the wrong time ends by the
+    right one."""
+
+    async def run() -> None:
+        world = World(tmp_path)
+        world.wrong = wrong
+        async with world.run() as cache:
+            engine = StandIn(cache, 64)
+            await engine.ask(prompt(0, BLOCKS), Hints(ttl_s=HINTED))
+            world.wrong = 0
+            assert (await cache.flush(10)).not_durable == {}
+        world.day += HINTED - 1
+        async with world.run() as cache:
+            engine = StandIn(cache, 64)
+            assert left(cache, engine, 0) == [4]
+            world.day += 1
+            assert left(cache, engine, 0) == [0]
+
+    asyncio.run(run())
+
+
+def test_last_uses_of_any_number_let_the_tier_start(tmp_path: Path) -> None:
+    """The file has no checksum: all its bits may be set."""
+
+    async def run() -> None:
+        world = World(tmp_path)
+        await store(world, 0, 0)
+        (stamps,) = (each for each in tmp_path.glob("recency/*") if each.suffix == "")
+        stamps.write_bytes(b"\xff" * stamps.stat().st_size)
+        async with world.run() as cache:
+            engine = StandIn(cache, 64)
+            assert left(cache, engine, 0, 1) == [4, 4]
+            await engine.ask(prompt(2, BLOCKS))
+            assert left(cache, engine, 0, 1, 2) == [4, 4, 4]
+            cache.index.check()
+
+    asyncio.run(run())

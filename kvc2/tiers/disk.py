@@ -37,7 +37,7 @@ from kvc2.tiers.batch import Batch, Writers, Writing
 from kvc2.tiers.beside import Added, Beside
 from kvc2.tiers.catalogue import Catalogue, Change, Full, Stored, insertions, room_bytes
 from kvc2.tiers.disk_pool import READ_FAILED, DiskPool
-from kvc2.tiers.recency import Recency
+from kvc2.tiers.recency import Clocks, Recency
 from kvc2.tiers.slab_file import Files, SlabFiles
 
 LOG = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Outcome:
 
 class DiskTier:
     """Raises StartRefused when another daemon has the directory or its format is unknown.
-    second_zero: of the wall clock, when the index's time was 0."""
+    `clocks`: of what is kept over a restart."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class DiskTier:
         metrics: Metrics,
         *,
         files: Files | None = None,
-        second_zero: int = 0,
+        clocks: Clocks | None = None,
     ) -> None:
         assert config.path is not None
         self.path = path = config.path
@@ -89,7 +89,7 @@ class DiskTier:
         make_folders(path)
         self._lock_fd = lock(path)
         try:
-            self.recency = Recency(path / "recency", second_zero)
+            self.recency = Recency(path / "recency", clocks or Clocks())
             self._open_catalogue()
             self._sync_folders()
             self._open_pools()
