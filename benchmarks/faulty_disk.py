@@ -79,6 +79,8 @@ class Session:
     def on_attached(self, granted: NDArray[np.uint32]) -> None:
         pass
 
+    def on_attach_failed(self, error: Kvc2Error) -> None: ...
+
     def on_detached(self, detached: Detached) -> None:
         print(f"detached: {detached}", file=sys.stderr)
 

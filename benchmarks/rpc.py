@@ -26,6 +26,7 @@ from benchmarks import empty_server, report
 from benchmarks.processes import Daemon
 from kvc2.client import Client, Detached, LeaseCommit, NamespaceHandle, PoolMemory
 from kvc2.client.channel import Channel
+from kvc2.errors import Kvc2Error
 from kvc2.layout import Layout, Segment
 from kvc2.namespace import Identity
 from kvc2.v1 import cache_pb2
@@ -59,6 +60,8 @@ class PoolOwner:
 
     def on_attached(self, granted: NDArray[np.uint32]) -> None:
         pass
+
+    def on_attach_failed(self, error: Kvc2Error) -> None: ...
 
     def on_detached(self, detached: Detached) -> None:
         print(f"detached: {detached}", file=sys.stderr)

@@ -37,6 +37,9 @@ class EngineMetrics:
             "refused_salts", "Requests without hits: their tenant has too many cache salts"
         )
         self.detached = counter("detached", "Sessions with the daemon that ended, by why", "reason")
+        self.attach_failures = counter(
+            "attach_failures", "Tries to attach to the daemon that were in vain, by why", "reason"
+        )
         self.commits = counter("commits", "Blocks committed, by answer", "answer")
         self.attached = gauge("attached", "1 while there is a session with the daemon")
         self.running = gauge("running", "Requests in the batch")

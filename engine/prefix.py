@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.attachment import Attachment
 from engine.metrics import EngineMetrics
 from engine.pages import PageBook
 from engine.prefix_calls import CacheClient, ask_why, hints_of, told
@@ -90,7 +91,9 @@ class Prefix:
         operations: Executor,
         acquires: Executor,
         metrics: EngineMetrics,
+        address: str | None = None,
     ) -> None:
+        self.attachment = Attachment(address, metrics)
         self.book = book
         self.config = config
         self._operations = operations
@@ -254,8 +257,7 @@ class Prefix:
         with self._lock:
             self._open.clear()
             session = self.book.begin(granted)
-        self._metrics.attached.set(1)
-        log.info("attached to the daemon: session %d, %d pages granted", session, len(granted))
+        self.attachment.begun(session, len(granted))
 
     def on_detached(self, detached: errors.Detached) -> None:
         """The session is over, or one could not begin."""
@@ -263,9 +265,11 @@ class Prefix:
             unsettled = [p for lease in self._open.values() if lease.transfer for p in lease.pages]
             self._open.clear()
             self.book.end(dead=detached.reason == "dead", unsettled=unsettled)
-        self._metrics.attached.set(0)
-        self._metrics.detached.labels(detached.reason).inc()
-        log.warning("%s; running without hits", detached)
+        self.attachment.ended(detached)
+
+    def on_attach_failed(self, error: errors.Kvc2Error) -> None:
+        """There is no session, and why."""
+        self.attachment.failed(error)
 
     # what runs on the executors
 
@@ -489,6 +493,7 @@ def open_prefix(
         operations=ThreadPoolExecutor(1, "kvc2-bridge"),
         acquires=ThreadPoolExecutor(ACQUIRES_MAX, "kvc2-acquire"),
         metrics=metrics,
+        address=None if daemon is None else daemon.address,
     )
     if daemon is not None:
         prefix.connect(daemon.client)

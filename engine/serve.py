@@ -89,7 +89,7 @@ def assemble(config: EngineConfig) -> Engine:
         worker=worker,
         tokenizer=tokenizer,
         registry=metrics.registry,
-        attached=lambda: prefix.book.session != 0,
+        daemon=prefix.attachment.state,
     )
     return Engine(app, prefix, worker, metrics)
 

@@ -83,8 +83,25 @@ class Served(StartRefused):
     """Another process has the disk directory."""
 
 
+# why there is no daemon at an address, or none that takes us
+Absence = Literal[
+    "no_socket",  # or no such host
+    "nobody_listens",
+    "no_permission",  # it is another user's
+    "no_answer",
+    "not_kvc2",  # somebody else answers
+    "not_serving",  # it starts or drains
+    "refused",  # it said why
+    "failed",
+]
+
+
 class Unreachable(Kvc2Error):
     """No daemon answers at the address, or it did not answer in time."""
+
+    def __init__(self, text: str, reason: Absence = "failed") -> None:
+        self.reason: Absence = reason
+        super().__init__(text)
 
 
 class Detached(Kvc2Error):

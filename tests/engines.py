@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvc2.client import Client, PoolMemory
-from kvc2.errors import Detached
+from kvc2.errors import Detached, Kvc2Error
 from kvc2.layout import Layout, layer_major
 from kvc2.namespace import Identity
 
@@ -47,6 +47,7 @@ class TinyEngine:
         self.kept: list[int] = []
         self.granted: list[list[int]] = []
         self.detached: list[str] = []
+        self.failures: list[Kvc2Error] = []
         self.changed = threading.Condition()
         self.client = Client(
             address, pool=self.pool, layout=layout(), engine_name=name, engine=self
@@ -63,6 +64,11 @@ class TinyEngine:
     def on_detached(self, detached: Detached) -> None:
         with self.changed:
             self.detached.append(detached.reason)
+            self.changed.notify_all()
+
+    def on_attach_failed(self, error: Kvc2Error) -> None:
+        with self.changed:
+            self.failures.append(error)
             self.changed.notify_all()
 
     def wait_detached(self, count: int, timeout_s: float = 10.0) -> bool:

@@ -61,7 +61,7 @@ def over(
         worker=Worker(house.scheduler, max_queued),
         tokenizer=tokenizer or Letters(),
         registry=house.scheduler._metrics.registry,
-        attached=lambda: False,
+        daemon=lambda: None,
     )
     with TestClient(app) as client:
         yield client
@@ -210,7 +210,11 @@ def test_a_stream_says_the_same_and_ends_with_done(client: TestClient) -> None:
 
 
 def test_health_metrics_and_models(client: TestClient) -> None:
-    assert client.get("/health").json() == {"status": "ok", "attached": False}
+    assert client.get("/health").json() == {
+        "status": "ok",
+        "attached": False,
+        "daemon": None,
+    }
     assert "kvc2_engine_requests_total" in client.get("/metrics").text
     assert client.get("/v1/models").json()["data"][0]["id"] == "hash"
 

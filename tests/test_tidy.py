@@ -45,7 +45,7 @@ ENGINE_FLOORS = """
     serve
     http, demo_model
     worker, scheduler, admission, sequence
-    prefix, prefix_calls, runner
+    prefix, prefix_calls, attachment, runner
     graphs, models, sampler
     experts, attention, weights
     batch, pages, text, request, layers, identity
@@ -66,7 +66,7 @@ CPP_FLOORS = """
 CLIENT_SEES = {"v1", "layout", "errors", "address", "client"}
 # Only the bridge talks to the daemon's client; what KV depends on is named in the daemon's terms,
 # and paths and the daemon's address are read as the daemon reads them.
-BRIDGE = ("engine/prefix", "engine/identity", "engine/settings")
+BRIDGE = ("engine/prefix", "engine/attachment", "engine/identity", "engine/settings")
 
 # design words -> what we never call them, as whole words of a public name
 FORBIDDEN_WORDS = {

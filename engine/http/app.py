@@ -54,9 +54,9 @@ def build(
     worker: Worker,
     tokenizer: Tokenizer,
     registry: CollectorRegistry,
-    attached: Callable[[], bool],
+    daemon: Callable[[], dict[str, Any] | None],
 ) -> FastAPI:
-    """The application. `attached` tells whether there is a session with the daemon."""
+    """The application. `daemon` tells of the session with the daemon (Attachment.state)."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -97,7 +97,9 @@ def build(
     @app.get("/health")
     async def health() -> Response:
         ok = worker.healthy
-        body = {"status": "ok" if ok else "failed", "attached": attached()}
+        found = daemon()
+        attached = found is not None and found["attached"]
+        body = {"status": "ok" if ok else "failed", "attached": attached, "daemon": found}
         return JSONResponse(body, 200 if ok else 503)
 
     @app.get("/metrics")

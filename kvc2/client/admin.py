@@ -133,8 +133,8 @@ class Admin:
         return results.flushed(self._call("Drain", request, deadline_s).flushed)
 
     def _call(self, name: str, request: Any, wait_s: float = 0.0) -> Any:
-        if not channel.probe(self._place):
-            raise errors.Unreachable(f"no daemon listens at {self.address}")
+        if (why := channel.absence(self._place)) is not None:
+            raise errors.Unreachable(f"no daemon at {self.address}: {why}", why.reason)
         try:
             return self._channel.call(name, request, wait_s + MARGIN_S)
         except grpc.RpcError as error:

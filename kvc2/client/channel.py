@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -17,13 +21,49 @@ PROBE_S = 0.5
 CALL_S = 5.0  # of calls that wait for nothing
 
 
-def probe(address: Address) -> bool:
-    """Whether something listens there; gRPC itself would keep trying and not say."""
+def absence(address: Address) -> errors.Unreachable | None:
+    """Why nothing can be reached there; None: something listens. gRPC itself would keep trying and
+    not say."""
     try:
         address.connect(PROBE_S).close()
+    except OSError as error:
+        return absence_of(address, error)
+    return None
+
+
+def absence_of(address: Address, error: OSError) -> errors.Unreachable:
+    """Why connecting failed so."""
+    at = address.path
+    match error:
+        case FileNotFoundError() | NotADirectoryError():
+            return errors.Unreachable(f"no such socket: {at}", "no_socket")
+        case socket.gaierror():
+            return errors.Unreachable(f"no such host: {address.host}", "no_socket")
+        case PermissionError():
+            return errors.Unreachable(f"{at}: no permission{_owner(at)}", "no_permission")
+        case ConnectionRefusedError():
+            if at is not None and not at.is_socket():
+                return errors.Unreachable(f"{at} is no socket", "no_socket")
+            return errors.Unreachable("nobody listens there (any more)", "nobody_listens")
+        case TimeoutError() | BlockingIOError():
+            return errors.Unreachable("a connection is not accepted in time", "no_answer")
+    if error.errno == errno.EPROTOTYPE:
+        return errors.Unreachable(f"{at} is a socket of another type", "not_kvc2")
+    return errors.Unreachable(str(error))
+
+
+def _owner(path: Path | None) -> str:
+    """As far as it can be seen."""
+    try:
+        owner = path.lstat().st_uid if path is not None else os.geteuid()
     except OSError:
-        return False
-    return True
+        return ": it is below another user's folder"
+    return "" if owner == os.geteuid() else f": it is another user's, of id {owner}"
+
+
+def probe(address: Address) -> bool:
+    """Whether something listens there."""
+    return absence(address) is None
 
 
 class Closed(grpc.RpcError):
@@ -60,11 +100,22 @@ class Channel:
 
     def serves(self, timeout_s: float) -> bool:
         """Whether the daemon's health service says SERVING in time."""
+        return self.absence(timeout_s) is None
+
+    def absence(self, timeout_s: float) -> errors.Unreachable | None:
+        """Why it doesn't; None: it does."""
         check = self._channel.unary_unary("/grpc.health.v1.Health/Check", None, None)  # raw
         try:
-            return bool(check(b"", timeout=timeout_s) == HEALTH_SERVING)
-        except grpc.RpcError:
-            return False
+            if check(b"", timeout=timeout_s) == HEALTH_SERVING:
+                return None
+        except grpc.RpcError as error:
+            if code(error) == "DEADLINE_EXCEEDED":
+                return errors.Unreachable("the daemon doesn't answer", "no_answer")
+            if code(error) == "UNAVAILABLE" and "HTTP/2" not in str(error):
+                return errors.Unreachable("the connection broke")  # it has just ended
+            told = f"what listens there is no kvc2 daemon ({code(error)})"
+            return errors.Unreachable(told, "not_kvc2")
+        return errors.Unreachable("the daemon starts or drains", "not_serving")
 
     def attach(self, requests: Iterator[cache_pb2.AttachRequest]) -> Any:
         """The Attach stream: iterate for responses, `cancel()` to break it."""

@@ -46,7 +46,8 @@ class Engine(Protocol):
 
     kept_pages() is asked right before each attach and answers the pages that the engine goes on
     using: from then on the others are the daemon's, until on_detached (dead: all are the engine's)
-    or on_attached, which says what is granted to it at first.
+    or on_attached, which says what is granted to it at first. on_attach_failed: a try was in vain,
+    the next one follows within a second; Unreachable has a reason, all else is the daemon's word.
     """
 
     def kept_pages(self) -> NDArray[np.uint32]: ...
@@ -54,6 +55,8 @@ class Engine(Protocol):
     def on_attached(self, granted: NDArray[np.uint32]) -> None: ...
 
     def on_detached(self, detached: errors.Detached) -> None: ...
+
+    def on_attach_failed(self, error: errors.Kvc2Error) -> None: ...
 
 
 class Client:
@@ -360,13 +363,15 @@ class Client:
         self._watch_process(-1)
 
     def _try_attach(self) -> Session | None:
-        if not channel.probe(self._place):
-            return None
         self._asked = False
         try:
+            if (why := channel.absence(self._place)) is not None:
+                raise why
             session = Session(self._place, self._offer)
-        except errors.Kvc2Error as error:
+        except (errors.Kvc2Error, OSError) as broken:  # OSError: out of descriptors, or so
+            error = broken if isinstance(broken, errors.Kvc2Error) else _failed(broken)
             self.last_refusal = error
+            self._engine.on_attach_failed(error)
             if self._asked:  # the pages it gave away are its again, as far as they were
                 reason: Literal["dead", "silent"] = "silent" if self._state == "silent" else "dead"
                 self._engine.on_detached(errors.Detached(reason, f"can't attach: {error}"))
@@ -451,3 +456,7 @@ class Client:
         if self._silent_pidfd >= 0:
             return process_is_dead(self._silent_pidfd, 0)
         return not channel.probe(self._place)
+
+
+def _failed(error: OSError) -> errors.Kvc2Error:
+    return errors.Unreachable(f"this process can't: {error}")

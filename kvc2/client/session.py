@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from kvc2 import errors
 from kvc2.address import Address
 from kvc2.client import results
-from kvc2.client.channel import Channel, translated
+from kvc2.client.channel import Channel, absence_of, code, translated
 from kvc2.client.memory import OverSignal, PoolMemory, Progress
 from kvc2.layout import Layout
 from kvc2.v1 import cache_pb2
@@ -74,9 +75,9 @@ class Session:
 
     def __init__(self, address: Address, offer: Offer) -> None:
         self.channel = Channel(address)
-        if not self.channel.serves(SERVES_S):
+        if (why := self.channel.absence(SERVES_S)) is not None:
             self.channel.close()
-            raise errors.Unreachable("no daemon serves there")
+            raise why
         self._over = OverSignal()
         self.pidfd = -1
         self.progress: Progress | None = None
@@ -117,7 +118,8 @@ class Session:
         if isinstance(message, Over):
             raise message.error or errors.Unreachable("the daemon ended the stream")
         if message is None or message.WhichOneof("message") != kind:
-            raise errors.Unreachable(f"no `{kind}` from the daemon within {timeout_s} s")
+            told = f"no `{kind}` from the daemon within {timeout_s} s"
+            raise errors.Unreachable(told, "no_answer")
         return message
 
     def _join(self, attached: cache_pb2.Attached, pool: PoolMemory) -> None:
@@ -133,13 +135,14 @@ class Session:
                 self.pidfd = os.pidfd_open(pid) if pid > 0 else -1
                 answer, fds, _, _ = socket.recv_fds(side, 600, 2)
             except OSError as error:
-                raise errors.Unreachable(f"side socket {attached.side_socket}: {error}") from error
+                raise absence_of(Address(Path(attached.side_socket)), error) from error
         for fd in fds:
             os.set_inheritable(fd, False)
         if answer != b"ok" or len(fds) != 2:
             for fd in fds:
                 os.close(fd)
-            raise errors.Unreachable(f"side socket: {answer.decode(errors='replace')}")
+            told = f"side socket: {answer.decode(errors='replace')}"
+            raise errors.Unreachable(told, "refused")
         self.progress = Progress(fds[0], fds[1], self._over)
 
     def _read(self) -> None:
@@ -148,8 +151,9 @@ class Session:
             for message in self._stream:
                 self._inbox.put(message)
         except grpc.RpcError as broken:
-            found = translated(broken)
-            error = None if isinstance(found, errors.Unreachable) else found
+            error = translated(broken)
+            if isinstance(error, errors.Unreachable) and code(broken) == "UNIMPLEMENTED":
+                error = errors.Unreachable("what serves there has no Attach", "not_kvc2")
         self.ended = True
         self._over.set()
         self._inbox.put(Over(error))
