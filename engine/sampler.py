@@ -17,8 +17,11 @@ def sample(
 
     Row i is drawn by params[i] from generators[i] alone, so that a request's tokens don't depend
     on what else is in the batch. Advances the generators of rows that aren't greedy. Raises
-    RuntimeError for a row with nan that isn't greedy.
+    ValueError for a row with nan or +inf: no token of it means anything. -inf is a token that is
+    never chosen.
     """
+    if not bool((logits < float("inf")).all()):  # nan compares as false
+        raise ValueError("the model's logits hold nan or inf")
     best: list[int] = logits.argmax(-1).tolist()
     return [
         best[row] if p.temperature == 0 else _draw(logits[row], p, generator)
