@@ -15,7 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.errors import ContextLengthError, InvalidRequestError
+
 U32 = NDArray[np.uint32]
+SEED_LIMIT = 1 << 63
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class SamplingParams:
             raise ValueError(f"top_p = {self.top_p}: must be over 0 and at most 1")
         if self.top_k < 0:
             raise ValueError(f"top_k = {self.top_k}: must be 0 (all) or more")
+        if self.seed is not None and not -SEED_LIMIT <= self.seed < SEED_LIMIT:
+            raise ValueError(f"seed = {self.seed}: must be -2**63 to 2**63 - 1")
 
     def generator(self) -> torch.Generator:
         """A new random stream of this request: the same each time if `seed` is given."""
@@ -173,3 +178,28 @@ class Request:
     top_scores: int | None = None  # None: no scores; else the chosen token's, and this many best
     hints: Hints = NO_HINTS
     explain: bool = False
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the served model can compute: token ids below `vocab_size`, a prompt and its answer of
+    `context_tokens` together."""
+
+    vocab_size: int
+    context_tokens: int
+
+    def check(self, request: Request) -> None:
+        """Raises InvalidRequestError for a request that no step may see. Its `tokens` stand for
+        whatever text they were made of."""
+        if not len(request.tokens):
+            raise InvalidRequestError("tokens", "none", "at least one is needed")
+        if request.max_tokens < 1:
+            raise InvalidRequestError("max_tokens", request.max_tokens, "1 or more")
+        if len(request.tokens) + request.max_tokens > self.context_tokens:
+            raise ContextLengthError(len(request.tokens), request.max_tokens, self.context_tokens)
+        largest = int(request.tokens.max())
+        if largest >= self.vocab_size:
+            allowed = f"the model has weights for the ids below {self.vocab_size} only"
+            raise InvalidRequestError("tokens", largest, allowed)
+        if not 0 <= (request.top_scores or 0) <= self.vocab_size:
+            raise InvalidRequestError("top_scores", request.top_scores, f"0 to {self.vocab_size}")

@@ -20,7 +20,7 @@ from torch import Tensor
 from engine.admission import Admission
 from engine.batch import Batch, Slice
 from engine.metrics import EngineMetrics
-from engine.prefix import Prefix, PrefixLostError
+from engine.prefix import Lease, Prefix, PrefixLostError
 from engine.request import Output, Request, ScoredToken
 from engine.sampler import sample
 from engine.sequence import Sequence
@@ -228,6 +228,25 @@ class Scheduler:
 
     def _run(self, work: list[Work]) -> None:
         leases = [w.sequence.lease for w in work if w.sequence.lease]
+        layer_ready = self.prefix.layer_ready(leases)
+        started = self._clock()
+        try:
+            logits = self._compute.step(self._batch(work, leases), layer_ready)
+        except PrefixLostError as lost:
+            self._prefix_lost([w.sequence for w in work], lost)
+            return
+        except Exception:
+            self._step_failed(work)
+            return
+        self.prefix.arrived(leases)
+        self._metrics.steps.inc()
+        prefilled = sum(w.count for w in work if not w.sequence.decoding)
+        self._metrics.prefilled_tokens.inc(prefilled)
+        if layer_ready is None:  # a step that waited for its prefix would measure that
+            self._measure_rate(prefilled, self._clock() - started)
+        self._advance(work, logits)
+
+    def _batch(self, work: list[Work], leases: list[Lease]) -> Batch:
         slices = [
             Slice(
                 token_ids=w.sequence.tokens[w.sequence.computed : w.sequence.computed + w.count],
@@ -237,26 +256,19 @@ class Scheduler:
             )
             for w, lease in zip(work, leases, strict=True)
         ]
-        batch = Batch.of(slices, self.prefix.config.page_size)
-        layer_ready = self.prefix.layer_ready(leases)
-        started = self._clock()
-        try:
-            logits = self._compute.step(batch, layer_ready)
-        except PrefixLostError as lost:
-            self._prefix_lost([w.sequence for w in work], lost)
+        return Batch.of(slices, self.prefix.config.page_size)
+
+    def _step_failed(self, work: list[Work]) -> None:
+        """Compute each request apart, so that only those end which fail alone. The step is merely
+        repeated: computing KV again writes the same values. Called while the error is handled."""
+        if len(work) == 1:
+            sequence = work[0].sequence
+            log.exception("a step of %s failed; it ends", sequence.request.request_id)
+            self._finish(sequence, "error", "the step that computed this request failed")
             return
-        except Exception:  # a step that fails must not take the engine with it
-            log.exception("a step failed; its %d requests end", len(work))
-            for w in work:
-                self._finish(w.sequence, "error", "the step that computed this request failed")
-            return
-        self.prefix.arrived(leases)
-        self._metrics.steps.inc()
-        prefilled = sum(w.count for w in work if not w.sequence.decoding)
-        self._metrics.prefilled_tokens.inc(prefilled)
-        if layer_ready is None:  # a step that waited for its prefix would measure that
-            self._measure_rate(prefilled, self._clock() - started)
-        self._advance(work, logits)
+        log.exception("a step of %d requests failed; each is computed apart", len(work))
+        for w in work:
+            self._run([w])
 
     def _prefix_lost(self, sequences: list[Sequence], lost: PrefixLostError) -> None:
         """The rest of the batch just repeats the step: computing KV again writes the same

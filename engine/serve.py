@@ -5,6 +5,7 @@ Not responsible for any part itself; nor for flags (cli).
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -18,7 +19,7 @@ from fastapi import FastAPI
 
 from engine.attention.base import KvPool, KvShape
 from engine.config import ModelConfig
-from engine.errors import ConfigError
+from engine.errors import ConfigError, EngineFailedError
 from engine.http.app import Served, build
 from engine.http.loading import refused_meanwhile
 from engine.http.tokenizer import Tokenizer
@@ -27,6 +28,7 @@ from engine.metrics import EngineMetrics
 from engine.models import load_model
 from engine.pages import PageBook
 from engine.prefix import BridgeConfig, Daemon, PoolMemory, Prefix, open_prefix
+from engine.request import Bounds
 from engine.runner import Runner
 from engine.scheduler import Scheduler, SchedulerConfig
 from engine.settings import EngineConfig, read_api_keys
@@ -71,14 +73,13 @@ def assemble(config: EngineConfig) -> Engine:
         metrics=metrics,
         clock=time.monotonic,
     )
-    worker = Worker(scheduler, config.max_queued)
+    max_tokens = min(model_config.max_positions, num_pages * config.page_size)
+    worker = Worker(scheduler, config.max_queued, Bounds(model_config.vocab_size, max_tokens))
     end_token_ids = set(model_config.eos_token_ids)
     if tokenizer.end_token_id is not None:
         end_token_ids.add(tokenizer.end_token_id)
     served = Served(
         model=config.model_name,
-        max_tokens=min(model_config.max_positions, num_pages * config.page_size),
-        vocab_size=model_config.vocab_size,
         end_token_ids=frozenset(end_token_ids),
         tenant=config.tenant,
         tenants=tenants,
@@ -143,10 +144,13 @@ def run(config: EngineConfig) -> None:
     for each in (signal.SIGINT, signal.SIGTERM):
         # uvicorn raises a signal again once it has stopped in order: that is exit code 0 here
         signal.signal(each, lambda *_: None)
+    engine.worker.on_failure = functools.partial(setattr, server, "should_exit", True)
     try:
         server.run(sockets=[listener])
     finally:
         engine.prefix.close()
+    if engine.worker.failed:
+        raise EngineFailedError("the scheduler failed (see the log); start the engine again")
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -9,10 +9,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from engine.request import Output, Request
+from engine.request import Bounds, Output, Request
 from engine.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -42,10 +42,15 @@ class Arrival:
 class Worker:
     """Runs a scheduler until `stop`. Its methods may be called from any thread.
 
-    Every request that was taken is answered, also when the scheduler fails.
+    The one way in: what is outside the `bounds` is refused here, so that the scheduler never sees
+    it. Every request that was taken is answered, also when the scheduler fails; `on_failure` is
+    called then, on its thread.
     """
 
-    def __init__(self, scheduler: Scheduler, max_queued: int) -> None:
+    def __init__(self, scheduler: Scheduler, max_queued: int, bounds: Bounds) -> None:
+        self.bounds = bounds
+        self.failed = False
+        self.on_failure: Callable[[], None] = lambda: None
         self._scheduler = scheduler
         self._max_queued = max_queued
         self._lock = threading.Lock()  # over the three below
@@ -71,8 +76,9 @@ class Worker:
             raise TooBusyError(f"{self._max_queued} requests are queued already")
 
     def submit(self, request: Request) -> None:
-        """Queue a request; its outputs come to `request.deliver`. Raises TooBusyError, and
-        StoppedError when nobody would ever answer it."""
+        """Queue a request; its outputs come to `request.deliver`. Raises InvalidRequestError,
+        TooBusyError, and StoppedError when nobody would ever answer it."""
+        self.bounds.check(request)
         arrived = time.monotonic()
         with self._lock:
             self.check_room()
@@ -95,22 +101,24 @@ class Worker:
         self._thread.join(timeout_s)
 
     def _loop(self) -> None:
-        error = "the scheduler failed"
         try:
             while not self._stopping:
                 self._turn()
-            error = "the engine is stopping"
         except Exception:
             log.exception("the scheduler failed; every request ends")
+            self.failed = True
+        try:
+            self._end("the scheduler failed" if self.failed else "the engine is stopping")
         finally:
-            self._end(error)
+            if self.failed:
+                self.on_failure()
 
     def _turn(self) -> None:
         """Take what came in, compute a step; without work, wait for some."""
         self._wake.clear()
         for each in self._taken():
             if isinstance(each, Arrival):
-                self._scheduler.add(each.request, each.arrived)
+                self._add(each)
             else:
                 self._scheduler.cancel(each)
         busy = self._scheduler.step()
@@ -118,6 +126,14 @@ class Worker:
             self._queued = self._scheduler.requests + len(self._incoming)
         if not busy:
             self._wake.wait(IDLE_S if self._scheduler.idle else POLL_S)
+
+    def _add(self, arrival: Arrival) -> None:
+        """What can't be added is answered, and is nobody else's concern."""
+        try:
+            self._scheduler.add(arrival.request, arrival.arrived)
+        except Exception:
+            log.exception("%s can't be added; it ends", arrival.request.request_id)
+            arrival.request.deliver(Output(finish="error", error="the request can't be added"))
 
     def _taken(self) -> Iterator[Arrival | str]:
         """What came in, one at a time. It leaves the queue when it has been dealt with, so that

@@ -50,6 +50,7 @@ class HashModel:
         self.pool = np.full((num_pages, PAGE_SIZE), -1, np.int64)
         self.batches: list[Batch] = []
         self.fail_next = False
+        self.poison: frozenset[int] = frozenset()  # tokens that no step survives
         self._clock = clock
         self.seconds = seconds
 
@@ -60,6 +61,8 @@ class HashModel:
         if self.fail_next:
             self.fail_next = False
             raise RuntimeError("out of memory")
+        if not self.poison.isdisjoint(batch.token_ids.tolist()):
+            raise IndexError("index out of range in self")
         if self._clock is not None:
             self._clock.now += self.seconds * len(batch.token_ids)
         ends = torch.cumsum(batch.query_lens, 0).tolist()

@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 
 from engine.http.app import Served, build
 from engine.http.tokenizer import TemplateError
+from engine.request import Bounds
 from engine.scheduler import SchedulerConfig
 from engine.worker import Worker
 from tests.engine_doubles import VOCABULARY, House, expected_tokens
@@ -50,15 +51,13 @@ def over(
 ) -> Iterator[TestClient]:
     served = Served(
         model="hash",
-        max_tokens=200,
-        vocab_size=VOCABULARY,
         end_token_ids=frozenset(),
         tenants=tenants,
         max_body_bytes=4000,
     )
     app = build(
         served,
-        worker=Worker(house.scheduler, max_queued),
+        worker=Worker(house.scheduler, max_queued, BOUNDS),
         tokenizer=tokenizer or Letters(),
         registry=house.scheduler._metrics.registry,
         daemon=lambda: None,
@@ -67,6 +66,7 @@ def over(
         yield client
 
 
+BOUNDS = Bounds(VOCABULARY, context_tokens=200)
 COMPLETION = {"model": "hash", "prompt": "abc", "temperature": 0, "max_tokens": 4}
 CHAT = {"model": "hash", "messages": [{"role": "user", "content": "abc"}], "max_tokens": 4}
 BOTH: list[tuple[dict[str, Any], str]] = [

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.request import Caller, Piece, SamplingParams
+from engine.request import Caller, Piece
 from engine.scheduler import SchedulerConfig
 from engine.sequence import Sequence
 from kvc2 import errors
@@ -239,40 +239,6 @@ def test_end_tokens_and_stop_strings_end_it() -> None:
     first = tokens.index(tokens[3])
     assert (by_end.tokens, by_end.finish) == (tokens[: first + 1], "stop")
     assert (by_text.tokens, by_text.finish) == (tokens[: tokens.index(tokens[2]) + 1], "stop")
-
-
-def test_a_failed_step_ends_its_requests_and_no_other() -> None:
-    house = build()
-    house.model.fail_next = True
-    failed = house.ask(prompt(5), 3)
-    house.step()
-    house.step()
-    after = house.ask(prompt(5), 3)
-    house.run()
-    assert failed.finish == "error"
-    assert after.tokens == expected_tokens(prompt(5), 3)
-
-
-def test_a_row_that_nothing_can_be_drawn_from_ends_its_request_and_no_other() -> None:
-    house = build()
-    compute = house.model.step
-
-    def poisoned(batch: Any, layer_ready: Any = None) -> torch.Tensor:
-        logits = compute(batch, layer_ready)
-        if len(logits) == 2:
-            logits[0] = float("nan")
-        return logits
-
-    house.model.step = poisoned  # type: ignore[method-assign]
-    drawn = SamplingParams(temperature=0.5, seed=1)
-    failed = house.ask(prompt(5), 6, sampling=drawn)
-    other = house.ask(prompt(5, 1), 6, sampling=drawn)
-    house.run()
-    assert failed.finish == "error"
-    assert "chosen" in (failed.outputs[-1].error or "")
-    assert other.finish == "length"
-    assert len(other.tokens) == 6
-    assert house.prefix.book.counts().held == 0
 
 
 def test_text_that_fails_ends_its_request_and_no_other() -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.request import Output, Request, SamplingParams
+from engine.request import Bounds, Output, Request, SamplingParams
 from engine.worker import StoppedError, TooBusyError, Worker
-from tests.engine_doubles import House, NoText, build, expected_tokens
+from tests.engine_doubles import VOCABULARY, House, NoText, build, expected_tokens
 
 PROMPT = [5, 6, 7]
 
@@ -71,7 +71,7 @@ def gate(house: House) -> Gate:
 
 @pytest.fixture
 def worker(house: House, gate: Gate) -> Iterator[Worker]:
-    worker = Worker(house.scheduler, 2)
+    worker = Worker(house.scheduler, 2, Bounds(VOCABULARY, context_tokens=100))
     worker.start()
     yield worker
     gate.opened.set()
@@ -121,14 +121,45 @@ def test_what_was_taken_is_answered_when_the_thread_ends(
         worker.submit(Caller("d").request)
 
 
-def test_a_request_that_can_not_be_added_is_answered(house: House, worker: Worker) -> None:
+def test_a_request_that_can_not_be_added_is_answered_and_ends_nobody_else(
+    house: House, worker: Worker, gate: Gate
+) -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("a bug")
 
-    house.scheduler.add = broken  # type: ignore[method-assign]
+    add, house.scheduler.add = house.scheduler.add, broken  # type: ignore[method-assign]
     caller = Caller()
     worker.submit(caller.request)
-    assert caller.last().unavailable
+    assert caller.last().finish == "error"
+    house.scheduler.add = add  # type: ignore[method-assign]
+    gate.opened.set()
+    after = Caller("after")
+    worker.submit(after.request)
+    assert after.last().finish == "length"
+    assert worker.healthy
+
+
+def test_a_failure_is_told_after_everything_is_answered(worker: Worker, gate: Gate) -> None:
+    told = threading.Event()
+    caller = Caller()
+
+    def on_failure() -> None:
+        assert caller.ended.is_set()
+        told.set()
+
+    worker.on_failure = on_failure
+    worker.submit(caller.request)
+    assert gate.entered.wait(10)
+    gate.fails = True
+    gate.opened.set()
+    assert told.wait(10)
+    assert worker.failed
+
+
+def test_to_be_stopped_is_no_failure(worker: Worker) -> None:
+    worker.on_failure = lambda: pytest.fail("it was stopped in order")
+    worker.stop(10)
+    assert not worker.failed
 
 
 def test_each_request_is_answered_even_if_nothing_can_be_freed(

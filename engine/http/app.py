@@ -21,7 +21,8 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from engine import request as engine_request
-from engine.http.errors import ApiError, of_validation, refused
+from engine.errors import ContextLengthError, InvalidRequestError
+from engine.http.errors import ApiError, of_validation
 from engine.http.replies import Asked, Reply, event
 from engine.http.schema import CacheOptions, ChatBody, CompletionBody
 from engine.http.tokenizer import TemplateError, Tokenizer
@@ -36,12 +37,10 @@ EXPLAIN_WAIT_S = 1.0  # a silent daemon must not hold an answer back for longer
 
 @dataclass(frozen=True)
 class Served:
-    """What the service needs to know. `max_tokens`: prompt and answer together, as the model and
-    the pool allow. `tenants`: API key -> tenant; empty: no key is needed, all are `tenant`."""
+    """What the service needs to know. `tenants`: API key -> tenant; empty: no key is needed, all
+    are `tenant`."""
 
     model: str
-    max_tokens: int
-    vocab_size: int
     end_token_ids: frozenset[int]
     tenant: str = ""
     tenants: Mapping[str, str] = field(default_factory=dict)
@@ -120,12 +119,12 @@ class Service:
     def model_card(self) -> dict[str, Any]:
         served = self._served
         card = {"id": served.model, "object": "model", "created": 0, "owned_by": "kvc2"}
-        return card | {"max_model_len": served.max_tokens}
+        return card | {"max_model_len": self._worker.bounds.context_tokens}
 
     async def answer(self, http: Request, kind: type[CompletionBody] | type[ChatBody]) -> Response:
         """One request from its bytes to its answer. Raises ApiError for what is refused."""
         self.caller(http, None)  # before anything of the body is looked at
-        with _refusals():
+        with _refusals("body"):
             self._worker.check_room()
         try:
             body = kind.model_validate_json(await self._read(http))
@@ -192,29 +191,14 @@ class Service:
                 text = f"messages: {error}"
                 raise ApiError(400, text, param="messages", code="invalid_value") from error
         prompt = body.single_prompt
-        if isinstance(prompt, str):
-            tokens = self._tokenizer.encode(prompt)
-            if not tokens:
-                raise refused("prompt", prompt, "at least one token")
-            return tokens
-        largest = max(prompt)
-        if largest >= self._served.vocab_size:
-            raise refused("prompt", largest, f"token ids below {self._served.vocab_size}")
-        return prompt
+        return self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
 
     def _output_tokens(self, body: ChatBody | CompletionBody, prompt_tokens: int) -> int:
-        """How many to generate at most. Raises ApiError for what can never fit."""
-        limit, asked = self._served.max_tokens, body.output_tokens_max
-        if prompt_tokens + (asked or 1) > limit:
-            param = "messages" if isinstance(body, ChatBody) else "prompt"
-            text = (
-                f"{param}: {prompt_tokens} tokens of prompt and {asked or 1} to generate exceed "
-                f"the {limit} tokens that this engine can hold"
-            )
-            raise ApiError(400, text, param=param, code="context_length_exceeded")
-        if asked is not None:
-            return asked
-        room = limit - prompt_tokens
+        """How many to generate at most: what is asked for, or what there is room for, but one at
+        least, so that a prompt without room is refused by its length."""
+        if body.output_tokens_max is not None:
+            return body.output_tokens_max
+        room = max(1, self._worker.bounds.context_tokens - prompt_tokens)
         return room if isinstance(body, ChatBody) else min(room, COMPLETION_TOKENS_DEFAULT)
 
     def _request(
@@ -244,7 +228,7 @@ class Service:
             deliver=deliver,
             caller=self.caller(http, body.cache_salt),
             end_token_ids=frozenset() if body.ignore_eos else self._served.end_token_ids,
-            top_scores=scores if scores is None else min(scores, self._served.vocab_size),
+            top_scores=scores if scores is None else min(scores, self._worker.bounds.vocab_size),
             hints=body.kvc2.hints,
             explain=body.kvc2.details,
         )
@@ -256,7 +240,7 @@ class Service:
         """The request's outputs as they come; leaving early, or a caller who hangs up, cancels
         it."""
         request, outputs = self._request(http, body, prompt, request_id)
-        with _refusals():
+        with _refusals("messages" if isinstance(body, ChatBody) else "prompt"):
             self._worker.submit(request)
         gone = asyncio.create_task(_hung_up(http))
         ended = False
@@ -309,10 +293,15 @@ class Service:
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
-    """What the worker doesn't take, as its status."""
+def _refusals(prompt_field: str) -> Iterator[None]:
+    """What the worker doesn't take, as its status. `prompt_field`: where its tokens came from."""
     try:
         yield
+    except InvalidRequestError as error:
+        param = prompt_field if error.field == "tokens" else error.field
+        too_long = isinstance(error, ContextLengthError)
+        code = "context_length_exceeded" if too_long else "invalid_value"
+        raise ApiError(400, f"{param}: {error}", param=param, code=code) from error
     except TooBusyError as error:
         raise ApiError(429, str(error), code="queue_full") from error
     except StoppedError as error:
