@@ -25,14 +25,15 @@ from engine.http.loading import refused_meanwhile
 from engine.http.tokenizer import Tokenizer
 from engine.identity import identity_of
 from engine.metrics import EngineMetrics
-from engine.models import load_model
+from engine.models import build_model
+from engine.models.base import Model
 from engine.pages import PageBook
 from engine.prefix import BridgeConfig, Daemon, PoolMemory, Prefix, open_prefix
 from engine.request import Bounds
 from engine.runner import Runner
 from engine.scheduler import Scheduler, SchedulerConfig
 from engine.settings import EngineConfig, read_api_keys
-from engine.weights import weights_digest
+from engine.weights import Checkpoint
 from engine.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -62,10 +63,11 @@ def assemble(config: EngineConfig) -> Engine:
         mend = f"a page needs {shape.page_bytes} bytes, and two are the least"
         raise ConfigError("kv_memory_gb", config.kv_memory_gb, mend)
     memory = PoolMemory(num_pages * shape.page_bytes)
-    model = load_model(config.model, config.dtype)
+    with Checkpoint(config.model, model_config.dtype) as checkpoint:
+        model = build_model(model_config, checkpoint)
     metrics = EngineMetrics()
     tenants = read_api_keys(config.api_keys) if config.api_keys else {}
-    prefix = _prefix(config, model_config, shape, memory, metrics, len(set(tenants.values())))
+    prefix = _prefix(config, model, shape, memory, metrics, len(set(tenants.values())))
     scheduler = Scheduler(
         SchedulerConfig(config.chunk_size, config.step_tokens, config.max_running),
         prefix=prefix,
@@ -97,7 +99,7 @@ def assemble(config: EngineConfig) -> Engine:
 
 def _prefix(
     config: EngineConfig,
-    model: ModelConfig,
+    model: Model,
     shape: KvShape,
     memory: PoolMemory,
     metrics: EngineMetrics,
@@ -109,7 +111,7 @@ def _prefix(
     low_water = min(ahead, max(1, num_pages // 4))
     daemon, identity = None, b""
     if config.kvc2 is not None:
-        identity = identity_of(model, weights_digest(config.model), config.page_size).encode()
+        identity = identity_of(model.config, model.weights_digest, config.page_size).encode()
         daemon = Daemon(
             config.kvc2,
             memory,

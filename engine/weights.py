@@ -1,4 +1,4 @@
-"""Reads safetensors checkpoints, whole or sharded, and digests them.
+"""Reads safetensors checkpoints, whole or sharded, into memory, and digests what it read.
 
 Not responsible for what a tensor means: models/ asks for them by name.
 """
@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
+import math
 import os
-import tempfile
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
-from platformdirs import user_cache_path
-from safetensors import safe_open
 from torch import Tensor
 
 from engine.config import read_json
@@ -26,11 +23,26 @@ from engine.errors import CheckpointError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_HEADER_BYTES_MAX = 100_000_000  # safetensors' own limit
+_READ_BYTES = 1 << 20  # hashed while it is still in the processor's cache
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 class Checkpoint:
-    """The tensors of a model directory by name. Files are mapped; a tensor is read when asked for,
-    and put on `device`.
+    """The tensors of a model directory by name, each read when it is asked for, converted to
+    `dtype` and put on `device`. `with Checkpoint(...)` closes the files.
+
+    What is loaded is what is digested: bytes come by read(2) into memory of their own and are
+    hashed there. No digest of an earlier start is believed, since size, inode and time stamps may
+    be those of other weights. Nothing is mapped: whoever writes, cuts or replaces a file later
+    changes neither the weights in memory nor their digest. Written while it is being read, a file
+    is loaded and digested as the mixture that was read, or refused by `digest`, where the file's
+    time stamp tells.
 
     Raises CheckpointError for a missing or unreadable file. Not for concurrent use.
     """
@@ -41,25 +53,69 @@ class Checkpoint:
         self.device = device
         self._dtype = dtype
         self._model_dir = model_dir
-        self._files: dict[str, Any] = {}
-        for path in shards(model_dir):
-            try:
-                opened: Any = safe_open(str(path), framework="pt")
-            except Exception as error:  # safetensors raises its own class, OSError and others
-                raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
-            self._files.update(dict.fromkeys(opened.keys(), opened))
+        self._hashes: dict[_Entry, str] = {}  # of the tensors read so far
+        with ExitStack() as stack:
+            self._files = [_File(path, stack) for path in shards(model_dir)]
+            self._opened = stack.pop_all()
+        self._entries = {entry.name: entry for file in self._files for entry in file.entries}
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self._entries
+
+    @property
+    def memory_bytes(self) -> int:
+        """What all tensors take in the run-time dtype."""
+        return sum(math.prod(e.shape) for e in self._entries.values()) * self._dtype.itemsize
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         """A tensor in the checkpoint's run-time dtype; its shape must be the one given."""
-        if name not in self._files:
+        if name not in self._entries:
             raise CheckpointError(f"{self._model_dir} lacks the tensor {name}")
-        found: Tensor = self._files[name].get_tensor(name)
-        if tuple(found.shape) != shape:
-            raise CheckpointError(f"{name} has the shape {tuple(found.shape)}, expected {shape}")
-        return found.to(self.device, self._dtype)
+        entry = self._entries[name]
+        if entry.shape != shape:
+            raise CheckpointError(f"{name} has the shape {entry.shape}, expected {shape}")
+        stored = _DTYPES.get(entry.dtype)
+        if stored is None:
+            raise CheckpointError(f"{name} is of type {entry.dtype}, not {', '.join(_DTYPES)}")
+        if entry.num_bytes != math.prod(shape) * stored.itemsize:
+            raise CheckpointError(f"{name} has {entry.num_bytes} bytes, which is not its shape's")
+        data = torch.empty(entry.num_bytes, dtype=torch.uint8)
+        self._read(entry, data.numpy().data)
+        return data.view(stored).view(shape).to(self.device, self._dtype)
+
+    def digest(self) -> bytes:
+        """SHA-256 over the sorted (tensor name, dtype, shape, xxh3_128 of its bytes): 32 bytes.
+
+        The same for any sharding and any directory name. Reads what nobody has asked for. Raises
+        CheckpointError if a file was written since it was opened.
+        """
+        buffer = memoryview(bytearray(_READ_BYTES))
+        lines = []
+        for entry in (entry for file in self._files for entry in file.entries):
+            if entry not in self._hashes:
+                self._read(entry, buffer)
+            told = [entry.name, entry.dtype, entry.shape, self._hashes[entry]]
+            lines.append(json.dumps(told).encode() + b"\n")
+        for file in self._files:
+            file.check_unchanged()
+        return hashlib.sha256(b"".join(sorted(lines))).digest()
+
+    def _read(self, entry: _Entry, into: memoryview) -> None:
+        """Read a tensor and note its hash. `into` has its size, or is filled again and again."""
+        hashed = xxhash.xxh3_128()
+        for begin in range(0, entry.num_bytes, _READ_BYTES):
+            place = begin % len(into)
+            part = into[place : place + min(_READ_BYTES, entry.num_bytes - begin)]
+            entry.file.read(part, entry.begin + begin)
+            hashed.update(part)
+        if self._hashes.setdefault(entry, hashed.hexdigest()) != hashed.hexdigest():
+            raise entry.file.changed()
 
 
 def shards(model_dir: Path) -> list[Path]:
@@ -78,82 +134,91 @@ def shards(model_dir: Path) -> list[Path]:
     return [model_dir / name for name in sorted(names)]
 
 
-def weights_digest(model_dir: Path, cache_dir: Path | None = None) -> bytes:
-    """SHA-256 over the sorted (tensor name, dtype, shape, xxh3_128 of its bytes): 32 bytes.
+class _File:
+    """An open safetensors file: u64 length, then a JSON header with offsets behind it, then bytes.
 
-    The same for any sharding and any directory name. Reads every weight once (GB/s), then only
-    stats the files: the result is kept in `cache_dir` (the user's cache directory unless given)
-    under the files' device, inode, size and modification time.
+    `stack` closes it.
     """
-    files = shards(model_dir)
-    cached = (cache_dir or user_cache_path("kvc2") / "weights") / _stat_key(files)
-    with suppress(OSError, ValueError):  # not known yet, or unreadable: it is computed again
-        known = bytes.fromhex(cached.read_text(encoding="ascii"))
-        if len(known) == 32:
-            return known
-    digest = hashlib.sha256()
-    for line in sorted(line for path in files for line in _tensor_lines(path)):
-        digest.update(line)
-    _write_atomically(cached, digest.hexdigest())
-    return digest.digest()
 
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        self._path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"{path} can't be opened: {error.strerror}") from error
+        stack.callback(os.close, self._fd)
+        self._first = self._facts()
+        self.entries = self._read_header(self._first[0])
 
-def _stat_key(files: list[Path]) -> str:
-    stats = sorted((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in map(os.stat, files))
-    return hashlib.sha256(repr(stats).encode()).hexdigest()
+    def read(self, into: memoryview, offset: int) -> None:
+        """Fill `into` from `offset` on."""
+        while into:
+            try:
+                got = os.preadv(self._fd, [into], offset)
+            except OSError as error:
+                raise CheckpointError(f"{self._path} can't be read: {error.strerror}") from error
+            if got == 0:
+                raise CheckpointError(f"{self._path} is shorter than its header says")
+            into, offset = into[got:], offset + got
+
+    def check_unchanged(self) -> None:
+        if self._facts() != self._first:
+            raise self.changed()
+
+    def changed(self) -> CheckpointError:
+        return CheckpointError(f"{self._path} was written while it was being read: start again")
+
+    def _facts(self) -> tuple[int, int]:
+        facts = os.fstat(self._fd)
+        return facts.st_size, facts.st_mtime_ns
+
+    def _read_header(self, file_bytes: int) -> list[_Entry]:
+        try:
+            length = bytearray(min(8, file_bytes))
+            self.read(memoryview(length), 0)
+            start = 8 + int.from_bytes(length, "little")
+            if start > min(file_bytes, _HEADER_BYTES_MAX):
+                raise ValueError(f"it would end at byte {start} of {file_bytes}")
+            text = bytearray(start - 8)
+            self.read(memoryview(text), 8)
+            header = json.loads(text)
+            header.pop("__metadata__", None)
+            entries = [_entry(self, name, about, start) for name, about in header.items()]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{self._path} has no readable safetensors header: {error}"
+            ) from error
+        if any(not start <= e.begin <= e.end <= file_bytes for e in entries):
+            raise CheckpointError(f"{self._path} is shorter than its header says")
+        return entries
 
 
 @dataclass(frozen=True)
 class _Entry:
+    """A tensor of a file: its bytes are those from `begin` to before `end`."""
+
+    file: _File
     name: str
     dtype: str
-    shape: list[int]
+    shape: tuple[int, ...]
     begin: int
     end: int
 
-
-def _tensor_lines(path: Path) -> list[bytes]:
-    """One canonical line per tensor of a safetensors file: JSON of name, dtype, shape, hash."""
-    if path.stat().st_size == 0:  # can't be mapped
-        raise CheckpointError(f"{path} has no readable safetensors header: it is empty")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
-        entries = _entries(path, data)
-        view = memoryview(data)
-        try:
-            hashes = [xxhash.xxh3_128_hexdigest(view[e.begin : e.end]) for e in entries]
-        finally:
-            view.release()
-    return [
-        json.dumps([e.name, e.dtype, e.shape, digest]).encode() + b"\n"
-        for e, digest in zip(entries, hashes, strict=True)
-    ]
+    @property
+    def num_bytes(self) -> int:
+        return self.end - self.begin
 
 
-def _entries(path: Path, data: mmap.mmap) -> list[_Entry]:
-    """The header of a safetensors file: u64 length, then JSON with offsets behind the header."""
-    start = 8 + int.from_bytes(data[:8], "little")
-    try:
-        header = json.loads(data[8:start])
-        header.pop("__metadata__", None)
-        entries = [
-            _Entry(name, e["dtype"], e["shape"], start + begin, start + end)
-            for name, e in header.items()
-            for begin, end in [e["data_offsets"]]
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} has no readable safetensors header: {error}") from error
-    if any(not start <= e.begin <= e.end <= len(data) for e in entries):
-        raise CheckpointError(f"{path} is shorter than its header says")
-    return entries
+def _entry(file: _File, name: str, about: dict[str, object], start: int) -> _Entry:
+    """Raises ValueError, KeyError or TypeError for what is not one."""
+    shape, dtype, offsets = about["shape"], about["dtype"], about["data_offsets"]
+    if not isinstance(dtype, str):
+        raise TypeError(f"{name} has the dtype {dtype!r}")
+    begin, end = _sizes(offsets)
+    return _Entry(file, name, dtype, tuple(_sizes(shape)), start + begin, start + end)
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    """A cache that can't be written costs time, nothing else."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "w", encoding="ascii") as file:
-            file.write(text)
-        Path(temporary).replace(path)
-    except OSError:
-        return
+def _sizes(values: object) -> Sequence[int]:
+    if not isinstance(values, list) or any(type(n) is not int or n < 0 for n in values):
+        raise TypeError(f"{values!r} is no list of sizes")
+    return values

@@ -16,6 +16,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from engine.weights import Checkpoint
+
 _SMALL: dict[str, Any] = {
     "hidden_size": 48,
     "intermediate_size": 96,
@@ -54,6 +56,12 @@ def _save(
                 weight.uniform_(0.5, 1.5)
     model.to(dtype).save_pretrained(model_dir)
     return model_dir
+
+
+def weights_digest(model_dir: Path) -> bytes:
+    """Of weights that nobody loads."""
+    with Checkpoint(model_dir, torch.float32) as checkpoint:
+        return checkpoint.digest()
 
 
 def reshard(model_dir: Path, target_dir: Path, shards: int) -> Path:

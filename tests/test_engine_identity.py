@@ -11,9 +11,8 @@ import pytest
 
 from engine.config import ModelConfig
 from engine.identity import identity_of
-from engine.weights import weights_digest
 from kvc2.namespace import namespace
-from tests.checkpoints import make_qwen3_moe
+from tests.checkpoints import make_qwen3_moe, weights_digest
 
 SECRET = b"s" * 32
 

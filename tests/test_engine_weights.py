@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from engine.errors import CheckpointError
 from engine.models import load_model
-from engine.weights import Checkpoint, weights_digest
-from tests.checkpoints import make_mixtral, reshard
+from engine.weights import Checkpoint
+from tests.checkpoints import make_mixtral, reshard, weights_digest
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def test_a_changed_tensor_changes_the_digest(model_dir: Path, tmp_path: Path) ->
     norm = load_file(model_dir / "model.safetensors")["model.norm.weight"]
     norm[0] += 1e-6
     other = changed(model_dir, tmp_path / "other", {"model.norm.weight": norm})
-    assert len(weights_digest(model_dir, tmp_path)) == 32
-    assert weights_digest(other, tmp_path) != weights_digest(model_dir, tmp_path)
+    assert len(weights_digest(model_dir)) == 32
+    assert weights_digest(other) != weights_digest(model_dir)
 
 
 def test_a_changed_dtype_or_shape_of_the_same_bytes_changes_the_digest(tmp_path: Path) -> None:
@@ -43,25 +43,16 @@ def test_a_changed_dtype_or_shape_of_the_same_bytes_changes_the_digest(tmp_path:
         directory = tmp_path / str(index)
         directory.mkdir()
         save_file({"x": tensor}, directory / "model.safetensors")
-        digests.add(weights_digest(directory, tmp_path))
+        digests.add(weights_digest(directory))
     assert len(digests) == 3
 
 
 def test_renaming_and_resharding_keep_the_digest(model_dir: Path, tmp_path: Path) -> None:
-    digest = weights_digest(model_dir, tmp_path / "cache")
+    digest = weights_digest(model_dir)
     sharded = reshard(model_dir, tmp_path / "sharded", 3)
-    assert weights_digest(sharded, tmp_path / "cache") == digest
+    assert weights_digest(sharded) == digest
     renamed = sharded.rename(tmp_path / "renamed")
-    assert weights_digest(renamed, tmp_path / "cache") == digest
-
-
-def test_a_known_digest_is_not_computed_again(model_dir: Path, tmp_path: Path) -> None:
-    weights_digest(model_dir, tmp_path)
-    (entry,) = tmp_path.iterdir()
-    entry.write_text("ab" * 32)
-    assert weights_digest(model_dir, tmp_path) == b"\xab" * 32
-    entry.write_text("torn")
-    assert weights_digest(model_dir, tmp_path) not in (b"torn", b"\xab" * 32)
+    assert weights_digest(renamed) == digest
 
 
 def test_a_tensor_that_is_missing_or_misshapen_is_named(model_dir: Path, tmp_path: Path) -> None:
@@ -84,6 +75,6 @@ def test_an_index_never_leads_out_of_its_directory(tmp_path: Path) -> None:
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        weights_digest(tmp_path, tmp_path / "cache")
+        weights_digest(tmp_path)
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         Checkpoint(tmp_path, torch.float32)

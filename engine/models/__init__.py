@@ -15,6 +15,12 @@ from engine.weights import Checkpoint
 _BUILDERS = {"MixtralForCausalLM": mixtral, "Qwen3MoeForCausalLM": qwen3_moe}
 
 
+def build_model(config: ModelConfig, checkpoint: Checkpoint) -> Model:
+    """The model of a checkpoint, in the memory of its device. Reads all of it. Raises
+    CheckpointError, naming what is wrong."""
+    return _BUILDERS[config.architecture](config, checkpoint)
+
+
 def load_model(
     model_dir: Path, dtype: str = "auto", device: torch.device = torch.device("cpu")
 ) -> Model:
@@ -23,4 +29,5 @@ def load_model(
     `dtype` as in ModelConfig.load. Raises ConfigError or CheckpointError, naming what is wrong.
     """
     config = ModelConfig.load(model_dir, dtype)
-    return _BUILDERS[config.architecture](config, Checkpoint(model_dir, config.dtype, device))
+    with Checkpoint(model_dir, config.dtype, device) as checkpoint:
+        return build_model(config, checkpoint)

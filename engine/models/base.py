@@ -60,6 +60,7 @@ class Model:
     norm: Tensor  # [hidden]
     head: Tensor  # [vocab, hidden]
     rope: Rope
+    weights_digest: bytes  # of the tensors as they were read, see weights.Checkpoint
 
     def hidden(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """int64 [T] tokens at their positions -> [T, hidden], after the last layer."""

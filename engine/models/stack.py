@@ -71,19 +71,22 @@ def moe_layer(
 
 
 def stack(config: ModelConfig, checkpoint: Checkpoint, layers: list[DecoderLayer]) -> Model:
-    """The whole model: embeddings below the layers, norm and head above."""
+    """The whole model: embeddings below the layers, norm and head above. The last of it to be read:
+    what is left of the checkpoint is only digested."""
     c = config
     embeddings = checkpoint.tensor("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
     head = embeddings
     if not c.tied_embeddings:
         head = checkpoint.tensor("lm_head.weight", c.vocab_size, c.hidden_size)
+    norm = checkpoint.tensor("model.norm.weight", c.hidden_size)
     return Model(
         config=config,
         embeddings=embeddings,
         layers=tuple(layers),
-        norm=checkpoint.tensor("model.norm.weight", c.hidden_size),
+        norm=norm,
         head=head,
         rope=Rope(c.rope, c.head_dim, c.max_positions).to(checkpoint.device),
+        weights_digest=checkpoint.digest(),
     )
 
 

@@ -1,4 +1,5 @@
-"""How an engine starts: whose port it is, and what callers hear while the model is loaded."""
+"""How an engine starts: whose port it is, what callers hear while the model is loaded, and whose
+cache it then has."""
 
 from __future__ import annotations
 
@@ -12,8 +13,10 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
-from tests.system.engine import small_model
+from tests.system.daemon import DaemonProcess
+from tests.system.engine import EngineProcess, small_model
 from tests.system.test_daemon_process import wait_until
 
 START_S = 60.0
@@ -92,3 +95,24 @@ def test_while_the_model_is_loaded_requests_get_503(tmp_path: Path) -> None:
             assert engine.stdout is not None
             assert "serving model at" in engine.stdout.readline()
             assert kept.get("/health").json()["status"] == "ok"
+
+
+def test_weights_replaced_behind_equal_time_stamps_hit_nothing(tmp_path: Path) -> None:
+    model = small_model(tmp_path / "model")
+    weights, other = model / "model.safetensors", tmp_path / "other"
+    scaled = {name: 1.5 * each for name, each in load_file(weights).items()}
+    save_file(scaled, other, metadata={"format": "pt"})
+    for each in (weights, other):
+        os.utime(each, (0, 0))
+    first = tmp_path / "first"
+    subprocess.run(["cp", "-p", weights, first], check=True)
+    matched = []
+    with DaemonProcess(tmp_path) as daemon:
+        flags = ("--kvc2", daemon.address, "--served-model-name", "served")
+        for replaced_by in (first, other, first):
+            subprocess.run(["cp", "-p", replaced_by, weights], check=True)
+            with EngineProcess(model, tmp_path / "engine.log", *flags) as engine:
+                engine.wait_attached()
+                matched.append(engine.complete(list(range(3, 200))).matched)
+                engine.stop()
+    assert matched == [0, 0, 192]
