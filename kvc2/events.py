@@ -1,8 +1,9 @@
 """What happens, as structured log lines: an event's name and its facts, as text or JSON.
 
-Bounded everywhere: an event may be logged EVENTS_PER_SECOND times a second, a fact is cut, and the
-queue to the writing thread drops rather than waits, so that a full pipe never stops the daemon.
-Not here: counters (metrics.py). `kvc2` is the name of the logger.
+Bounded everywhere: whatever a client sends, an event is logged once a second (once a process that
+it names in `pid`, of at most PROCESSES_PER_SECOND), a fact is cut, and the queue to the writing
+thread drops rather than waits, so that a full pipe never stops the daemon. What libraries log
+passes here too, as the event `library`. Not here: counters (metrics.py). `kvc2` is the logger.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import logging.handlers
 import queue
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal, TextIO
 
 QUEUE_LINES_MAX = 1024
-EVENTS_PER_SECOND = 20  # of one name; what is left out is counted in the next line
+PROCESSES_PER_SECOND = 20  # that an event may name; what is left out is counted in the next line
 FACT_TEXT_MAX = 300
 
 _logger = logging.getLogger("kvc2")
@@ -34,7 +36,8 @@ def warning(name: str, **facts: object) -> None:
 
 
 class EventWriter:
-    """Writes the events of this process to `stream` from a thread of its own, until `close`."""
+    """Writes the events of this process to `stream` from a thread of its own, until `close`; also
+    what its libraries log."""
 
     def __init__(
         self,
@@ -49,11 +52,13 @@ class EventWriter:
         sink.setFormatter(EventFormatter(form))
         self._listener = logging.handlers.QueueListener(lines, sink)
         self._listener.start()
-        _logger.addHandler(self._entrance)
+        for each in (_logger, logging.getLogger()):
+            each.addHandler(self._entrance)
         _logger.setLevel(logging.INFO)
 
     def close(self) -> None:
-        _logger.removeHandler(self._entrance)
+        for each in (_logger, logging.getLogger()):
+            each.removeHandler(self._entrance)
         self._listener.stop()
 
 
@@ -68,28 +73,43 @@ class _Entrance(logging.handlers.QueueHandler):
             return  # a reader that doesn't read loses lines, the daemon nothing
 
 
+@dataclass
+class _Seen:
+    """An event's lines of this second, by the process that they name, and those left out so far."""
+
+    second: int
+    processes: set[object] = field(default_factory=set)
+    left_out: int = 0
+
+
 class RateLimit(logging.Filter):
-    """Lets EVENTS_PER_SECOND of a name through in each second of `clock`."""
+    """Lets an event through once in each second of `clock`, or once for each process that it names.
+    A library's lines are one event: their texts are without number."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         super().__init__()
         self._clock = clock
-        self._seen: dict[str, tuple[int, int]] = {}  # name -> (second, events in it)
+        self._seen: dict[str, _Seen] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        second = int(self._clock())
-        last, count = self._seen.get(record.msg, (second, 0))
-        if last != second:
-            left_out = max(0, count - EVENTS_PER_SECOND)
-            if left_out:
-                record.facts = {**_facts(record), "left_out_before": left_out}
-            count = 0
-        self._seen[record.msg] = (second, count + 1)
-        return count < EVENTS_PER_SECOND
+        facts, second = _facts(record), int(self._clock())
+        seen = self._seen.setdefault(record.msg if _is_ours(record) else record.name, _Seen(second))
+        if seen.second != second:
+            seen.second, seen.processes = second, set()
+        process = facts.get("pid")
+        if process in seen.processes or len(seen.processes) == PROCESSES_PER_SECOND:
+            seen.left_out += 1
+            return False
+        seen.processes.add(process)
+        if seen.left_out:
+            record.facts = {**facts, "left_out_before": seen.left_out}
+            seen.left_out = 0
+        return True
 
 
 class EventFormatter(logging.Formatter):
-    """`2026-01-31T12:00:00.123Z info name key=value`, or the same as one JSON mapping a line."""
+    """`2026-01-31T12:00:00.123Z info name key=value`, or the same as one JSON mapping a line.
+    What a library logs is a fact, as what a client sent is: any letters may be in it."""
 
     def __init__(self, form: Literal["text", "json"]) -> None:
         super().__init__()
@@ -98,19 +118,26 @@ class EventFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         stamp = f"{when}.{int(record.msecs):03d}Z"
-        facts = {key: _cut(value) for key, value in _facts(record).items()}
+        name, facts = record.getMessage(), _facts(record)
+        if not _is_ours(record):
+            name, facts = "library", {"logger": record.name, "message": name, **facts}
+        facts = {key: _cut(value) for key, value in facts.items()}
         if record.exc_info and record.exc_info[1] is not None:
             facts["exception"] = _cut(self.formatException(record.exc_info))
         if self._form == "json":
             line = {
                 "time": stamp,
                 "level": record.levelname.lower(),
-                "event": record.getMessage(),
+                "event": name,
                 **facts,
             }
             return json.dumps(line)
         words = [f"{key}={json.dumps(value)}" for key, value in facts.items()]
-        return " ".join([stamp, record.levelname.lower(), record.getMessage(), *words])
+        return " ".join([stamp, record.levelname.lower(), name, *words])
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    return record.name.split(".")[0] == _logger.name
 
 
 def _facts(record: logging.LogRecord) -> dict[str, object]:
