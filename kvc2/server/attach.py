@@ -46,6 +46,7 @@ class _Attachment:
     nonce: bytes
     context: Context
     ended: asyncio.Future[str]
+    misuse: tuple[str, object, str] | None = None  # of InvalidRequest, raised by the stream
     handover: Handover | None = None
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -111,6 +112,8 @@ class Attachments:
             await asyncio.shield(closing)  # the engine leaves its pages alone until the stream ends
         if reason == "expired":
             raise errors.SessionOver(f"session {session.epoch} sent no heartbeat for {EXPIRY_S} s")
+        if reason == "misused" and attachment.misuse is not None:
+            raise errors.InvalidRequest(*attachment.misuse)
         if reason == "failed":
             raise errors.SessionOver(f"a transfer into the pool of session {session.epoch} failed")
 
@@ -122,9 +125,10 @@ class Attachments:
                 first = await context.read()
         except TimeoutError:
             raise errors.InvalidRequest("hello", "nothing", f"within {HELLO_S} s") from None
-        if not isinstance(first, cache_pb2.AttachRequest) or first.WhichOneof("message") != "hello":
+        message = _message(first)
+        if message is None or message.WhichOneof("message") != "hello":
             raise errors.InvalidRequest("message", None, "hello must be the first")
-        return first.hello
+        return message.hello
 
     def _check_hello(self, hello: cache_pb2.Hello) -> Layout:
         limits = self._config.limits
@@ -164,17 +168,21 @@ class Attachments:
         answer = cache_pb2.AttachResponse(heartbeat=cache_pb2.Heartbeat())
         try:
             while True:
-                message = await attachment.context.read()
-                if not isinstance(message, cache_pb2.AttachRequest):  # the client's end of stream
+                message = _message(await attachment.context.read())
+                if message is None:
                     attachment.end("broken")
                     return
                 kind = message.WhichOneof("message")
-                if kind == "heartbeat":
-                    self.table.heartbeat(attachment.session)
-                    await attachment.send(answer)
-                else:
-                    attachment.end("detached" if kind == "detach" else "misused")
+                if kind == "detach":
+                    attachment.end("detached")
                     return
+                if kind != "heartbeat":
+                    raise errors.InvalidRequest("message", kind, "heartbeat or detach after hello")
+                self.table.heartbeat(attachment.session)
+                await attachment.send(answer)
+        except errors.InvalidRequest as error:
+            attachment.misuse = (error.field, error.value, error.allowed)
+            attachment.end("misused")
         except (errors.SessionOver, grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
             attachment.end("broken")
 
@@ -288,6 +296,11 @@ class Attachments:
             self._close(each)
         if self._closing:
             await asyncio.wait(list(self._closing))
+
+
+def _message(read: object) -> cache_pb2.AttachRequest | None:
+    """What came on an Attach stream; None: its client ended it. Raises InvalidRequest."""
+    return checks.message(cache_pb2.AttachRequest, read) if isinstance(read, bytes) else None
 
 
 async def _said_so() -> bool:

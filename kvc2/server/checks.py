@@ -6,7 +6,10 @@ ranges but checks ownership (a page of another lease) itself.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
+from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
 from kvc2 import errors
@@ -24,6 +27,20 @@ DEADLINE_MS_MAX = 3_600_000
 EVICT_BLOCKS_MAX = (1 << 32) - 1  # more than any tier has pages
 RATE_MAX = 1e9  # tokens/s: no machine prefills faster
 TIERS = ("gpu", "cpu", "disk")
+
+M = TypeVar("M", bound=Message)
+
+
+def message(kind: type[M], data: bytes) -> M:
+    """The message of that kind. Raises InvalidRequest, which quotes none of the bytes: there may be
+    a secret among them."""
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        name = kind.DESCRIPTOR.full_name
+        raise errors.InvalidRequest(
+            name, f"{len(data)} bytes", f"no such message: {error}"
+        ) from None
 
 
 def array(field: str, data: bytes, most: int) -> NDArray[np.uint32]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from kvc2 import errors, events
 from kvc2.cache import Cache
@@ -104,9 +104,11 @@ class Daemon:
             self.config, self.cache, self.attachments, self.metrics, self._drain_call
         )
         wiring.register(self._server, calls, self.attachments, self.metrics)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        library = wiring.LibraryServices(self._server, self.metrics)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, library)
         names = (*wiring.SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        reflected = reflection.aio.ReflectionServicer(names)  # type: ignore[attr-defined]
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, library)
 
     def _bind(self) -> None:
         with self._claim.private_files():

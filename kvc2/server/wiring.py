@@ -1,11 +1,16 @@
-"""From gRPC to the handlers and back: serializers, statuses, timings. No rpc's meaning is here."""
+"""From gRPC to the handlers and back: messages, statuses, timings. No rpc's meaning is here.
+
+Requests are parsed here and not by gRPC, which would answer bytes that are no message with UNKNOWN
+and log each. Errors are answered by `refuse` and not by `abort`: gRPC keeps what that raises, with
+the session and all else that it holds, until Python's cyclic collector runs.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import grpc
@@ -13,6 +18,7 @@ import grpc
 from kvc2 import errors, events
 from kvc2.config import LimitsConfig
 from kvc2.metrics import Metrics
+from kvc2.server import checks
 from kvc2.server.attach import Attachments
 from kvc2.server.calls import CacheCalls
 from kvc2.v1 import cache_pb2
@@ -38,6 +44,7 @@ UNARY = (
     "Drain",
 )
 Handler = Callable[[Any], Awaitable[Any]]
+Context = grpc.aio.ServicerContext[Any, Any]
 # sessions' streams, their calls under way, and admin calls: beyond it gRPC says RESOURCE_EXHAUSTED
 CALLS_PER_SESSION = 64
 
@@ -64,24 +71,20 @@ def register(
     handlers = {
         name: grpc.unary_unary_rpc_method_handler(
             answered(name, getattr(calls, name), metrics),
-            request_deserializer=getattr(cache_pb2, f"{name}Request").FromString,
             response_serializer=getattr(cache_pb2, f"{name}Response").SerializeToString,
         )
         for name in UNARY
     }
     handlers["Read"] = grpc.unary_stream_rpc_method_handler(
         answered("Read", calls.Read, metrics),
-        request_deserializer=cache_pb2.ReadRequest.FromString,
         response_serializer=cache_pb2.ReadResponse.SerializeToString,
     )
     handlers["Write"] = grpc.stream_unary_rpc_method_handler(
-        answered("Write", calls.Write, metrics),
-        request_deserializer=cache_pb2.WriteRequest.FromString,
+        answered("Write", lambda _: calls.Write(cache_pb2.WriteRequest()), metrics),
         response_serializer=cache_pb2.WriteResponse.SerializeToString,
     )
     attach = grpc.stream_stream_rpc_method_handler(
         _attach(attachments, metrics),
-        request_deserializer=cache_pb2.AttachRequest.FromString,
         response_serializer=cache_pb2.AttachResponse.SerializeToString,
     )
     sessions, cache = SERVICES
@@ -94,20 +97,25 @@ def register(
 
 
 def answered(name: str, handler: Handler, metrics: Metrics) -> Callable[[Any, Any], Awaitable[Any]]:
-    """The handler as gRPC calls it: timed, its exceptions turned into statuses."""
+    """The handler as gRPC calls it: its request parsed, timed, its exceptions turned into statuses.
+    A stream of requests is handed on as it is."""
     seconds = metrics.rpc_seconds.labels(name)
     ok = metrics.rpcs.labels(name, "OK")
     clock = time.perf_counter
+    kind = getattr(cache_pb2, f"{name}Request")
 
-    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    async def call(request: Any, context: Context) -> Any:
         started = clock()
         try:
+            if isinstance(request, bytes):
+                request = checks.message(kind, request)
             response = await handler(request)
         except asyncio.CancelledError:
             metrics.rpcs.labels(name, "CANCELLED").inc()
             raise
         except Exception as error:
-            await refuse(name, error, context, metrics)
+            refuse(name, error, context, metrics)
+            return None
         seconds.observe(clock() - started)
         ok.inc()
         return response
@@ -116,30 +124,78 @@ def answered(name: str, handler: Handler, metrics: Metrics) -> Callable[[Any, An
 
 
 def _attach(attachments: Attachments, metrics: Metrics) -> Callable[[Any, Any], Awaitable[None]]:
-    async def call(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    async def call(requests: Any, context: Context) -> None:
         try:
             await attachments.attach(context)
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            await refuse("Attach", error, context, metrics)
-        metrics.rpcs.labels("Attach", "OK").inc()
+            refuse("Attach", error, context, metrics)
+        else:
+            metrics.rpcs.labels("Attach", "OK").inc()
 
     return call
 
 
-async def refuse(
-    name: str, error: Exception, context: grpc.aio.ServicerContext[Any, Any], metrics: Metrics
-) -> None:
-    """End the call with the error's status. Always raises."""
+def refuse(name: str, error: Exception, context: Context, metrics: Metrics) -> None:
+    """Let the call end with the error's status when its handler has returned."""
     status = errors.status_of(error)
     metrics.rpcs.labels(name, status).inc()
+    context.set_code(getattr(grpc.StatusCode, status))
     if status == "INTERNAL":
         metrics.fault("internal_error")
         events.event("internal_error", level=logging.ERROR, rpc=name, reason=repr(error))
         logging.getLogger("kvc2").debug("internal_error", exc_info=error)
-        await context.abort(grpc.StatusCode.INTERNAL, "the daemon failed; see its log")
+        context.set_details("the daemon failed; see its log")
+        return
     if status == "INVALID_ARGUMENT":
         metrics.fault("refused_request")
-    kind = ((errors.ERROR_KIND, type(error).__name__),)
-    await context.abort(getattr(grpc.StatusCode, status), str(error), kind)
+        events.warning("refused_request", rpc=name, reason=str(error))
+    context.set_details(str(error))
+    context.set_trailing_metadata(((errors.ERROR_KIND, type(error).__name__),))
+
+
+class LibraryServices:
+    """What the generated `add_..._to_server` of gRPC's own services (health, reflection) take for a
+    server: their requests are parsed here too."""
+
+    def __init__(self, server: grpc.aio.Server, metrics: Metrics) -> None:
+        self._server = server
+        self._metrics = metrics
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        """The same handlers follow below, by their names."""
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        parsing = {name: self._parsing(name, each) for name, each in handlers.items()}
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(service, parsing),)
+        )
+
+    def _parsing(self, name: str, handler: Any) -> Any:
+        parse, write = handler.request_deserializer, handler.response_serializer
+        kind = parse.__self__
+
+        async def unary(request: bytes, context: Context) -> Any:
+            try:
+                message = checks.message(kind, request)
+            except errors.InvalidRequest as error:
+                return refuse(name, error, context, self._metrics)
+            return await (handler.unary_unary or handler.unary_stream)(message, context)
+
+        async def messages(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+            async for request in requests:
+                yield checks.message(kind, request)
+
+        async def stream(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+            try:
+                async for response in handler.stream_stream(messages(requests), context):
+                    yield response
+            except errors.InvalidRequest as error:
+                refuse(name, error, context, self._metrics)
+
+        if handler.stream_stream:
+            return grpc.stream_stream_rpc_method_handler(stream, response_serializer=write)
+        if handler.unary_stream:
+            return grpc.unary_stream_rpc_method_handler(unary, response_serializer=write)
+        return grpc.unary_unary_rpc_method_handler(unary, response_serializer=write)
