@@ -236,15 +236,13 @@ class Cache:
         event_fd: int,
         kept_pages: U32,
     ) -> None:
-        """A gpu pool for the session, over the cpu and disk pools of its layout. `memory` is the
-        engine's pool and stays mapped until close_session has returned. Raises InvalidRequest."""
+        """A gpu pool for the session, over the cpu and disk pools of its layout. No view of
+        the engine's `memory` is left after close_session, nor when this raises a Kvc2Error."""
         layout = session.layout
         layout.check_fits(session.num_pages, len(memory))
         pools, store = None, None
-        if self._pools is not None and self._arena is not None:
+        if self._pools is not None:
             pools = self._pools.of(PageShape.of(layout, self._config.slab_bytes))
-            mapped = GpuMemory(layout, memory, progress, event_fd)
-            store = SharedMemoryPool(mapped, self._arena.memory, *self._copiers)
         pool = self.index.add_pool(
             page_size=layout.page_size,
             pages_per_slab=session.num_pages,
@@ -258,6 +256,9 @@ class Cache:
             self.index.close_pool(pool)
             self.index.remove_pool(pool)
             raise errors.InvalidRequest("hello.kept_pages", kept_pages.size, "each page once")
+        if self._arena is not None:
+            mapped = GpuMemory(layout, memory, progress, event_fd)
+            store = SharedMemoryPool(mapped, self._arena.memory, *self._copiers)
         queue = ThreadPoolExecutor(1, f"kvc2-promote-{session.epoch}")
         session.pool = SessionPool(GpuPool(pool, pools, store, queue, session.give_up))
         self._gpus[session.epoch] = session.pool.gpu
@@ -286,6 +287,8 @@ class Cache:
         await asyncio.to_thread(gpu.queue.shutdown, True)
         async with gpu.demoting:  # a batch under way still reads this memory
             gpu.closed = True
+            if gpu.store is not None:
+                gpu.store.close()
         self.counts.forget(gpu)
         self.index.remove_pool(gpu.id)
         del self._gpus[session.epoch]

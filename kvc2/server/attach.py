@@ -94,7 +94,8 @@ class Attachments:
         ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         nonce = secrets.token_bytes(NONCE_BYTES)
         attachment = _Attachment(session, hello, nonce, context, ended)
-        session.give_up = functools.partial(attachment.end, "failed")
+        # by its number: a session that held its attachment would outlive both
+        session.give_up = functools.partial(self._give_up, session.epoch)
         self._by_nonce[nonce] = attachment
         self._open[session.epoch] = attachment
         self._metrics.sessions.set(len(self.table))
@@ -234,6 +235,10 @@ class Attachments:
         await attachment.send(cache_pb2.AttachResponse(ready=ready))
 
     # ---- the end
+
+    def _give_up(self, epoch: int) -> None:
+        if (attachment := self._open.get(epoch)) is not None:
+            attachment.end("failed")
 
     def _close(self, attachment: _Attachment) -> asyncio.Task[None] | None:
         """Fence the session off at once; its pages follow in the task, if it had any."""

@@ -61,12 +61,14 @@ class Handover:
             loop.remove_reader(self.pidfd)
 
     def close(self) -> None:
-        """Close the descriptors; the maps go when the last user drops them. Idempotent."""
+        """Close the descriptors and the maps. Idempotent. BufferError: someone still uses a map."""
         for name in ("pidfd", "progress_fd", "event_fd"):
             fd = getattr(self, name)
             if fd >= 0:
                 setattr(self, name, -1)
                 os.close(fd)
+        self.memory.close()
+        self.progress.close()
 
 
 # (nonce, uid) -> bytes that the memfd must have. Raises a Kvc2Error for an unknown nonce.
@@ -142,6 +144,9 @@ class SideSocket:
     async def _finish(self, connection: socket.socket, nonce: bytes, handover: Handover) -> None:
         try:
             await self._join(nonce, handover)
+        except asyncio.CancelledError:  # the daemon stops
+            handover.close()
+            raise
         except Exception as error:  # also a fault of our own: the engine must not be left waiting
             if not isinstance(error, errors.Kvc2Error):
                 self._metrics.fault("internal_error")

@@ -29,6 +29,9 @@ class GpuExecutor(PageStore, Protocol):
         """Layer by layer; after each the progress word is sequence * 65536 + layers done. Calls
         of one pool come one after the other, `sequence` rising; 0 publishes nothing."""
 
+    def close(self) -> None:
+        """Let go of the engine's memory, which can be unmapped then. Nothing is called later."""
+
 
 class Copier:
     """csrc/copy with one team of threads that one call at a time may use. behind: nobody waits for
@@ -71,6 +74,11 @@ class GpuMemory:
         self.segments = layout.segment_table()
         self.segments_per_layer = layout.segments_per_layer
 
+    def close(self) -> None:
+        """Drop the views: a map can't be closed while one lies over it."""
+        self.memory = np.empty(0, np.uint8)
+        self.progress.release()
+
 
 class SharedMemoryPool:
     """A GpuExecutor over memory shared with the engine. Promotions and demotions have a team of
@@ -88,3 +96,6 @@ class SharedMemoryPool:
 
     def write(self, pages: U32, offsets: U64, *, sequence: int = 0) -> None:
         self._promoter.scatter(self._memory, pages, self._arena, payload_offsets(offsets), sequence)
+
+    def close(self) -> None:
+        self._memory.close()

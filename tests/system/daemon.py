@@ -25,9 +25,17 @@ class DaemonProcess:
     """`with DaemonProcess(folder) as daemon:` listens at `daemon.address` and is killed at the end.
 
     Its stderr goes to folder/daemon.log. `start` after `kill` or `stop` starts it again there.
+    `python` is what the interpreter is told to run.
     """
 
-    def __init__(self, folder: Path, *flags: str, sizes: Sequence[str] = SMALL) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *flags: str,
+        sizes: Sequence[str] = SMALL,
+        python: Sequence[str] = ("-m", "kvc2"),
+    ) -> None:
+        self._python = python
         self.folder = folder
         self.address = f"unix:{folder / 'kvc2.sock'}"
         self.log = folder / "daemon.log"
@@ -45,7 +53,7 @@ class DaemonProcess:
         started = time.monotonic()
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "kvc2", "serve", *self._flags], stderr=log
+                [sys.executable, *self._python, "serve", *self._flags], stderr=log
             )
         while not self.serves():
             if self._process.poll() is not None:
