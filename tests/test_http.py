@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from openai.types.chat import ChatCompletion
 
 from engine.http.app import Served, build
 from engine.http.tokenizer import TemplateError
@@ -22,7 +23,7 @@ from tests.engine_doubles import build as build_house
 class Letters:
     """Token i is the letter chr(i + 32)."""
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
+    def encode(self, text: str, most: int, *, special: bool = True) -> list[int]:
         return [ord(letter) - 32 for letter in text]
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -31,10 +32,10 @@ class Letters:
     def token_text(self, token_id: int) -> str:
         return chr(token_id + 32)
 
-    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def chat(self, messages: Sequence[dict[str, str]], most: int) -> list[int]:
         if messages[0]["role"] == "tool":
             raise TemplateError("tools can't begin")
-        return self.encode(messages[-1]["content"])
+        return self.encode(messages[-1]["content"], most)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     ({"seed": 1 << 63}, "seed"),
     ({"stop": ""}, "stop"),
     ({"stop": ["a"] * 17}, "stop"),
-    ({"stop": [1]}, "stop"),
+    ({"stop": [1]}, "stop.0"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": True}, "max_tokens"),
     ({"stream": "yes"}, "stream"),
@@ -159,6 +160,56 @@ def test_a_bad_field_of_a_chat_is_named(
     reply = client.post("/v1/chat/completions", json=CHAT | fields)
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["param"].startswith(param)
+
+
+NOTHING: list[dict[str, Any]] = [
+    {"kvc2": None},
+    {"stop": None, "user": None, "n": None, "stream_options": None},
+    {"audio": None, "prediction": {}, "functions": [], "verbosity": ""},
+    {"service_tier": None},
+    {"service_tier": "auto", "safety_identifier": "a", "prompt_cache_key": "b"},
+]
+NOTHING_OF_A_CHAT: list[dict[str, Any]] = [
+    {"tools": None, "tool_choice": "none", "parallel_tool_calls": False},
+    {"tools": [], "parallel_tool_calls": True, "modalities": ["text"], "store": None},
+    {"function_call": None, "reasoning_effort": None, "metadata": {}},
+]
+
+
+@pytest.mark.parametrize("fields", NOTHING)
+@pytest.mark.parametrize("chat", [False, True], ids=["completion", "chat"])
+def test_a_member_that_asks_for_nothing_is_taken(
+    client: TestClient, chat: bool, fields: dict[str, Any]
+) -> None:
+    body = (CHAT if chat else COMPLETION) | fields
+    reply = client.post("/v1/chat/completions" if chat else "/v1/completions", json=body)
+    assert reply.status_code == 200, reply.text
+
+
+@pytest.mark.parametrize("fields", NOTHING_OF_A_CHAT)
+def test_a_member_of_a_chat_that_asks_for_nothing_is_taken(
+    client: TestClient, fields: dict[str, Any]
+) -> None:
+    reply = client.post("/v1/chat/completions", json=CHAT | fields)
+    assert reply.status_code == 200, reply.text
+
+
+def test_an_answer_can_be_sent_back_as_a_client_dumps_it(client: TestClient) -> None:
+    answer = client.post("/v1/chat/completions", json=CHAT).json()
+    message = ChatCompletion.model_validate(answer).choices[0].message
+    for dumped in (message.model_dump(), message.model_dump(mode="json"), message.to_dict()):
+        more = {"annotations": [], "tool_calls": None, "audio": None, "function_call": None}
+        messages = [*CHAT["messages"], dumped | more, {"role": "user", "content": "b"}]
+        reply = client.post("/v1/chat/completions", json=CHAT | {"messages": messages})
+        assert reply.status_code == 200, reply.text
+
+
+def test_what_a_message_asks_for_and_is_not_done_is_refused(client: TestClient) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    reply = client.post("/v1/chat/completions", json=CHAT | {"messages": messages})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == "messages.0.tool_calls"
 
 
 def test_other_refusals(client: TestClient) -> None:
@@ -256,7 +307,7 @@ def test_a_key_is_needed_where_there_are_keys() -> None:
 
 def test_a_full_queue_answers_429_before_a_body_is_tokenized() -> None:
     class Untouched(Letters):
-        def encode(self, text: str, *, special: bool = True) -> list[int]:
+        def encode(self, text: str, most: int, *, special: bool = True) -> list[int]:
             raise AssertionError("tokenized for nothing")
 
     house = build_house(64, daemon=False)

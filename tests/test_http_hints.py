@@ -46,7 +46,6 @@ def said(house: House) -> list[tuple[str, Hints]]:
     ("value", "param"),
     [
         ("yes", "kvc2"),
-        (None, "kvc2"),
         ([], "kvc2"),
         ({"priority": 8}, "kvc2.priority"),
         ({"priority": -1}, "kvc2.priority"),

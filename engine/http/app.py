@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,20 +18,21 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from engine import request as engine_request
 from engine.errors import ContextLengthError, InvalidRequestError
-from engine.http.errors import ApiError, of_validation
+from engine.http import bodies
+from engine.http.errors import ApiError
 from engine.http.replies import Asked, Reply, event
-from engine.http.schema import CacheOptions, ChatBody, CompletionBody
-from engine.http.tokenizer import TemplateError, Tokenizer
+from engine.http.schema import ChatBody, CompletionBody
+from engine.http.tokenizer import TemplateError, TextTooLongError, Tokenizer
 from engine.request import Caller, Explanation, Output, SamplingParams
 from engine.text import IncrementalText
 from engine.worker import StoppedError, TooBusyError, Worker
 
 COMPLETION_TOKENS_DEFAULT = 16  # OpenAI's, for /v1/completions; a chat may fill the context
+STOP_S = 10.0  # for the step under way
 DETAIL_SCORES = 2  # details report the two best tokens
 EXPLAIN_WAIT_S = 1.0  # a silent daemon must not hold an answer back for longer
 
@@ -57,14 +59,15 @@ def build(
 ) -> FastAPI:
     """The application. `daemon` tells of the session with the daemon (Attachment.state)."""
 
+    service = Service(served, worker, tokenizer)
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         worker.start()
         yield
-        await asyncio.to_thread(worker.stop, 10.0)
+        await asyncio.to_thread(service.close)
 
     app = FastAPI(title="kvc2-engine", lifespan=lifespan, docs_url=None, redoc_url=None)
-    service = Service(served, worker, tokenizer)
 
     @app.exception_handler(ApiError)
     async def refuse(_: Request, error: ApiError) -> Response:
@@ -115,6 +118,13 @@ class Service:
         self._served = served
         self._worker = worker
         self._tokenizer = tokenizer
+        # two: so that a short body needn't wait for a long one, and a core is left for the model
+        self._readers = ThreadPoolExecutor(2, "kvc2-reader")
+
+    def close(self) -> None:
+        """Ends what still runs with an error; no request may follow."""
+        self._readers.shutdown(wait=False)
+        self._worker.stop(STOP_S)
 
     def model_card(self) -> dict[str, Any]:
         served = self._served
@@ -126,12 +136,10 @@ class Service:
         self.caller(http, None)  # before anything of the body is looked at
         with _refusals("body"):
             self._worker.check_room()
-        try:
-            body = kind.model_validate_json(await self._read(http))
-        except ValidationError as error:
-            raise of_validation(error, names=CacheOptions.model_fields) from error
-        self.check_model(body.model)
-        prompt = await asyncio.to_thread(self._tokens, body)
+        raw = await self._read(http)
+        loop = asyncio.get_running_loop()
+        body, prompt = await loop.run_in_executor(self._readers, self._understood, raw, kind)
+        del raw  # the answer may take minutes
         reply = Reply(
             Asked(
                 model=self._served.model,
@@ -182,16 +190,34 @@ class Service:
                 raise ApiError(413, text, code="request_too_large")
         return bytes(body)
 
+    def _understood(
+        self, raw: bytes, kind: type[CompletionBody] | type[ChatBody]
+    ) -> tuple[CompletionBody | ChatBody, list[int]]:
+        """The body and its prompt's tokens: all that takes longer the longer the body is. It runs
+        on the readers' threads, so that streams and /health don't wait for it."""
+        most = self._worker.bounds.context_tokens
+        body = bodies.read(raw, kind, token_ids_max=most)
+        self.check_model(body.model)
+        try:
+            return body, self._tokens(body)
+        except TextTooLongError as error:
+            param = "messages" if isinstance(body, ChatBody) else "prompt"
+            text = f"{param}: {error}"
+            raise ApiError(400, text, param=param, code="context_length_exceeded") from error
+
     def _tokens(self, body: CompletionBody | ChatBody) -> list[int]:
+        """Raises TextTooLongError before it makes more tokens than fit."""
+        most = self._worker.bounds.context_tokens
         if isinstance(body, ChatBody):
             messages = [{"role": m.role, "content": m.text} for m in body.messages]
             try:
-                return self._tokenizer.chat(messages)
+                return self._tokenizer.chat(messages, most)
             except TemplateError as error:
                 text = f"messages: {error}"
                 raise ApiError(400, text, param="messages", code="invalid_value") from error
-        prompt = body.single_prompt
-        return self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if isinstance(body.prompt, str):
+            return self._tokenizer.encode(body.prompt, most)
+        return body.prompt
 
     def _output_tokens(self, body: ChatBody | CompletionBody, prompt_tokens: int) -> int:
         """How many to generate at most: what is asked for, or what there is room for, but one at

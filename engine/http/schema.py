@@ -3,14 +3,23 @@
 `top_k`, `ignore_eos`: as other servers of open models have them. `cache_salt` narrows whose cache
 is shared. `kvc2` tells the cache what will become of the prompt, and its `details` ask for the
 answer's member of that name. A field that OpenAI has and the engine doesn't do is refused by name
-unless its value asks for nothing; an unknown one always is.
+unless its value asks for nothing, as is an unknown one: what is null or empty asks for nothing.
+
+Lists are checked up to the first bad element, and one unknown name is enough: see bodies.py.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from engine.request import Hints
 
@@ -21,7 +30,24 @@ SALT_BYTES_MAX = 256  # the daemon's limit
 PRIORITY_MAX = 7  # the daemon's
 SECONDS_MAX = (1 << 32) - 1  # what the wire holds
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+MESSAGES_MAX = 4096  # templates walk them more than once
+METADATA_MAX = 16  # OpenAI's
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+
+
+def few(most: int) -> BeforeValidator:
+    """Refuses an object or list of more than `most` before it looks at any."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict | list) and len(value) > most:
+            raise ValueError(f"at most {most}")
+        return value
+
+    return BeforeValidator(check)
+
+
+TokenId = Annotated[int, Field(ge=0, lt=1 << 32)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS_MAX)]
 
 
@@ -29,6 +55,23 @@ class Strict(BaseModel):
     """No coercion ("5" is no number), no unknown fields, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_asks_for_something(cls, value: Any) -> Any:
+        """Without members that ask for nothing, and with the first unknown name alone."""
+        if not isinstance(value, dict):
+            return value
+        asked: dict[str, Any] = {}
+        unknown: dict[str, Any] = {}
+        for name, each in value.items():
+            field = cls.model_fields.get(name)
+            if field is None:
+                if not unknown and each not in EMPTY:
+                    unknown[name] = each
+            elif each is not None or field.is_required():
+                asked[name] = each
+        return asked | unknown
 
 
 class StreamOptions(Strict):
@@ -62,15 +105,22 @@ class Body(Strict):
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=0)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: StopString | list[StopString] | None = None
+    stop: (
+        StopString
+        | Annotated[list[StopString], Field(max_length=STOP_STRINGS_MAX, fail_fast=True)]
+        | None
+    ) = None
     max_tokens: int | None = Field(default=None, ge=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: Annotated[dict[str, float], few(0)] | None = None
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None  # of OpenAI's hosts: every prompt is looked up here
+    service_tier: Literal["auto", "default"] | None = None
     ignore_eos: bool = False
     cache_salt: str | None = None
     kvc2: CacheOptions = CacheOptions()
@@ -79,13 +129,6 @@ class Body(Strict):
     @classmethod
     def _zero(cls, value: Any) -> Any:
         return 0 if isinstance(value, float) and value == 0 else value
-
-    @field_validator("stop")
-    @classmethod
-    def _few_stops(cls, value: Any) -> Any:
-        if isinstance(value, list) and len(value) > STOP_STRINGS_MAX:
-            raise ValueError(f"at most {STOP_STRINGS_MAX} stop strings")
-        return value
 
     @field_validator("cache_salt")
     @classmethod
@@ -110,17 +153,21 @@ class Body(Strict):
 class CompletionBody(Body):
     """/v1/completions."""
 
-    prompt: str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1, max_length=1)]
+    prompt: str | TokenIds
     logprobs: int | None = Field(default=None, ge=0, le=TOP_LOGPROBS_MAX)
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
 
-    @property
-    def single_prompt(self) -> str | list[int]:
-        if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int):
-            return self.prompt[0]
-        return self.prompt
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _single(cls, value: Any) -> Any:
+        """OpenAI also takes a list of prompts; here it holds one."""
+        if not isinstance(value, list) or not value or not isinstance(value[0], str | list):
+            return value
+        if len(value) > 1:
+            raise ValueError("a list of prompts may hold one")
+        return value[0]
 
     @property
     def output_tokens_max(self) -> int | None:
@@ -139,7 +186,7 @@ class TextPart(Strict):
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
@@ -147,7 +194,7 @@ class Message(Strict):
     @property
     def text(self) -> str:
         if self.content is None:
-            return ""
+            return self.refusal or ""  # what the assistant said instead
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content)
@@ -160,15 +207,17 @@ class TextFormat(Strict):
 class ChatBody(Body):
     """/v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES_MAX, fail_fast=True)]
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=TOP_LOGPROBS_MAX)
     response_format: TextFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tools: Annotated[list[Any], few(0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None  # of none
+    modalities: Annotated[list[Literal["text"]], few(1)] | None = None
     store: Literal[False] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], few(METADATA_MAX)] | None = None
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatBody:
