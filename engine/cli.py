@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from engine.errors import ConfigError, EngineError
+from engine.flood import OncePerSecond
 
 FAILED, BAD_USAGE = 1, 2
 
@@ -30,6 +31,29 @@ app = typer.Typer(
 def option(text: str, default: str) -> Any:
     """A flag of `serve`; None when not given, so that it can overlay the file."""
     return typer.Option(help=text, show_default=default)
+
+
+ApiKeys = Annotated[
+    Path | None, option("YAML file, API key to tenant; a key is needed then.", "none")
+]
+LoadTimeout = Annotated[
+    float | None, option("A cached layer not there by then is computed, seconds.", "10")
+]
+HeaderTimeout = Annotated[
+    float | None, option("A request's header is whole by then, seconds.", "10")
+]
+BodyTimeout = Annotated[
+    float | None, option("How long its body may stall, seconds, and 1 s for 10 kB of it.", "30")
+]
+IdleTimeout = Annotated[
+    float | None, option("How long a connection is kept between requests, seconds.", "75")
+]
+WriteTimeout = Annotated[
+    float | None, option("How long a client may leave its answer unread, seconds.", "30")
+]
+MaxConnections = Annotated[
+    int | None, option("Beyond them only /health and /metrics are answered.", "1000")
+]
 
 
 @app.command(
@@ -70,16 +94,17 @@ def serve(
     ] = None,
     threads: Annotated[int | None, option("CPU threads; 0: one a core.", "0")] = None,
     tenant: Annotated[str | None, option("The daemon's tenant for callers.", "default")] = None,
-    api_keys: Annotated[
-        Path | None, option("YAML file, API key to tenant; a key is needed then.", "none")
-    ] = None,
+    api_keys: ApiKeys = None,
     served_model_name: Annotated[
         str | None, option("The model's name in the API.", "the directory's")
     ] = None,
     max_body_mb: Annotated[float | None, option("Largest request body.", "8")] = None,
-    load_timeout_s: Annotated[
-        float | None, option("A cached layer not there by then is computed, seconds.", "10")
-    ] = None,
+    load_timeout_s: LoadTimeout = None,
+    header_timeout_s: HeaderTimeout = None,
+    body_timeout_s: BodyTimeout = None,
+    idle_timeout_s: IdleTimeout = None,
+    write_timeout_s: WriteTimeout = None,
+    max_connections: MaxConnections = None,
 ) -> None:
     """Serve a model with OpenAI's HTTP interface until SIGTERM.
 
@@ -90,6 +115,8 @@ def serve(
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
     )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(OncePerSecond())
     from engine import serve as server
     from engine import settings
 

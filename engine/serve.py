@@ -15,14 +15,15 @@ import time
 from dataclasses import dataclass
 
 import torch
-import uvicorn
 from fastapi import FastAPI
 
 from engine.attention.base import KvPool, KvShape
 from engine.config import ModelConfig
 from engine.errors import ConfigError, EngineFailedError
 from engine.http.app import Served, build
+from engine.http.connection import ClientLimits
 from engine.http.loading import refused_meanwhile
+from engine.http.server import Server, fit_descriptors
 from engine.http.tokenizer import Tokenizer
 from engine.identity import identity_of
 from engine.metrics import EngineMetrics
@@ -39,8 +40,7 @@ from engine.worker import Worker
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 2048  # uvicorn's own
-STOP_S = 5  # for answers under way when the process is told to stop
+BACKLOG = 2048  # connections that the kernel holds until they are accepted
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,14 @@ def run(config: EngineConfig) -> None:
     """Serve until SIGINT or SIGTERM. The port is taken before the model is loaded, so that a second
     engine is refused at once; requests get 503 until the line `serving` is printed."""
     listener = _bind(config.host, config.port)
-    with refused_meanwhile(listener):
+    limits = ClientLimits(
+        header_timeout_s=config.header_timeout_s,
+        body_timeout_s=config.body_timeout_s,
+        idle_timeout_s=config.idle_timeout_s,
+        write_timeout_s=config.write_timeout_s,
+        max_connections=fit_descriptors(config.max_connections),
+    )
+    with refused_meanwhile(listener, limits):
         engine = assemble(config)
     # What an import leaves is never garbage. Without this the collector walks a million of its
     # objects, for some 100 ms, whenever a large body has made many new ones.
@@ -145,15 +152,13 @@ def run(config: EngineConfig) -> None:
     host, port = listener.getsockname()[:2]
     log.info("serving %s at http://%s:%d", config.model_name, host, port)
     print(f"serving {config.model_name} at http://{host}:{port}", flush=True)
-    server = uvicorn.Server(
-        uvicorn.Config(engine.app, log_level="warning", timeout_graceful_shutdown=STOP_S)
-    )
+    server = Server(engine.app, listener, limits)
     for each in (signal.SIGINT, signal.SIGTERM):
         # uvicorn raises a signal again once it has stopped in order: that is exit code 0 here
         signal.signal(each, lambda *_: None)
     engine.worker.on_failure = functools.partial(setattr, server, "should_exit", True)
     try:
-        server.run(sockets=[listener])
+        server.run()
     finally:
         engine.prefix.close()
     if engine.worker.failed:

@@ -24,6 +24,7 @@ from kvc2.address import Address
 from kvc2.paths import user_path
 
 PAGE_SIZE_MAX = 512
+CLIENT_TIMEOUTS = ("header_timeout_s", "body_timeout_s", "idle_timeout_s", "write_timeout_s")
 # sections of a KTransformers file that say nothing to the engine
 FOREIGN_SECTIONS = frozenset(
     {
@@ -55,6 +56,11 @@ class EngineConfig:
     served_model_name: str | None = None  # None: the directory's name
     max_body_mb: float = 8.0
     load_timeout_s: float = 10.0  # a layer of a cached prefix that isn't there by then is computed
+    header_timeout_s: float = 10.0  # a request's header is whole by then, or its connection ends
+    body_timeout_s: float = 30.0  # how long its body may stall
+    idle_timeout_s: float = 75.0  # how long a connection is kept between requests
+    write_timeout_s: float = 30.0  # how long a client may leave unread what was sent
+    max_connections: int = 1000  # beyond them only /health and /metrics are answered
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
@@ -66,6 +72,7 @@ class EngineConfig:
             raise ConfigError("chunk_size", self.chunk_size, f"must be a multiple of {size}")
         self._at_least("max_running", 1)
         self._at_least("max_queued", 1)
+        self._at_least("max_connections", 1)
         self._at_least("threads", 0)
         if self.num_pages is not None:
             self._at_least("num_pages", 2)
@@ -79,7 +86,7 @@ class EngineConfig:
                 raise ConfigError("kvc2", self.kvc2, f"must be {error.allowed}") from error
         if not 0 <= self.port < 65536:
             raise ConfigError("port", self.port, "must be 0 to 65535")
-        for name in ("kv_memory_gb", "max_body_mb", "load_timeout_s"):
+        for name in ("kv_memory_gb", "max_body_mb", "load_timeout_s", *CLIENT_TIMEOUTS):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(name, getattr(self, name), "must be over 0")
         least = self.chunk_size + self.max_running

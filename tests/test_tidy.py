@@ -50,7 +50,7 @@ ENGINE_FLOORS = """
     experts, attention, weights
     batch, pages, text, request, layers, identity
     _kernels
-    settings, config, errors, metrics
+    settings, config, errors, metrics, flood
 """
 CPP_FLOORS = """
     bindings

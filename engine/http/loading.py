@@ -10,30 +10,24 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import uvicorn
 from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from engine.http.connection import ClientLimits
 from engine.http.errors import ApiError
+from engine.http.server import Server
 
 RETRY_AFTER_S = 1
 STOP_S = 1  # for answers under way when the model is there
 
 
 @contextmanager
-def refused_meanwhile(listener: socket.socket) -> Iterator[None]:
+def refused_meanwhile(listener: socket.socket, limits: ClientLimits) -> Iterator[None]:
     """Every request to `listener` is answered with 503 while the block runs, on a thread of its
     own. `listener` stays open: who connects after the block waits for the server that follows."""
-    config = uvicorn.Config(
-        _loading, lifespan="off", log_level="error", timeout_graceful_shutdown=STOP_S
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(
-        target=server.run,
-        kwargs={"sockets": [listener.dup()]},  # uvicorn closes what it was given
-        name="kvc2-loading",
-        daemon=True,
-    )
+    # a copy, since the server closes what it was given
+    server = Server(_loading, listener.dup(), limits, stop_s=STOP_S)
+    thread = threading.Thread(target=server.run, name="kvc2-loading", daemon=True)
     thread.start()
     try:
         yield
