@@ -168,7 +168,8 @@ def run(config: EngineConfig) -> None:
 def _bind(host: str, port: int) -> socket.socket:
     """A bound port alone is not taken: with SO_REUSEADDR another may bind it until one listens."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
+    # asyncio sets TCP_NODELAY only on what is TCP by name: else each answer waits 40 ms for an ACK
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

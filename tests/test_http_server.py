@@ -25,6 +25,7 @@ from engine.http import connection
 from engine.http.connection import ClientLimits
 from engine.http.server import SPARE_CONNECTIONS, Server
 from engine.serve import _bind
+from tests.accepted import no_delay
 
 LONG = 60.0  # of what is not to end in a test
 WAIT_S = 20.0  # of a test for what must come
@@ -156,6 +157,11 @@ def told(response: bytes) -> tuple[int, str]:
     """Status and code of a whole refusal."""
     head, _, body = response.partition(b"\r\n\r\n")
     return int(head.split()[1]), json.loads(body)["error"]["code"]
+
+
+def test_what_is_written_to_a_kept_connection_leaves_at_once() -> None:
+    with serving() as served:
+        assert set(no_delay(served.port)) == {True}
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /health HTT", b"GET /health HTTP/1.1\r\nhost: x\r\n"])
