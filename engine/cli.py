@@ -36,6 +36,10 @@ def option(text: str, default: str) -> Any:
 ApiKeys = Annotated[
     Path | None, option("YAML file, API key to tenant; a key is needed then.", "none")
 ]
+ParseSpecialTokens = Annotated[
+    bool | None,
+    option("Take literals as <|im_end|> in chat messages for control tokens.", "they are text"),
+]
 LoadTimeout = Annotated[
     float | None, option("A cached layer not there by then is computed, seconds.", "10")
 ]
@@ -105,6 +109,7 @@ def serve(
     idle_timeout_s: IdleTimeout = None,
     write_timeout_s: WriteTimeout = None,
     max_connections: MaxConnections = None,
+    parse_special_tokens: ParseSpecialTokens = None,
 ) -> None:
     """Serve a model with OpenAI's HTTP interface until SIGTERM.
 

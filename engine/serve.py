@@ -57,7 +57,7 @@ def assemble(config: EngineConfig) -> Engine:
     """Load the model, make the pool and connect the parts. Takes as long as reading the weights."""
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     model_config = ModelConfig.load(config.model, config.dtype)
-    tokenizer = Tokenizer(config.model)
+    tokenizer = Tokenizer(config.model, parse_special=config.parse_special_tokens)
     shape = KvShape.of(model_config, config.page_size)
     num_pages = config.num_pages or int(config.kv_memory_gb * 1e9) // shape.page_bytes
     if num_pages * config.page_size < 2 * config.page_size:

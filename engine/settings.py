@@ -55,6 +55,7 @@ class EngineConfig:
     api_keys: Path | None = None  # YAML file, API key -> tenant; None: no key is asked for
     served_model_name: str | None = None  # None: the directory's name
     max_body_mb: float = 8.0
+    parse_special_tokens: bool = False  # in the messages of a chat, by their literals
     load_timeout_s: float = 10.0  # a layer of a cached prefix that isn't there by then is computed
     header_timeout_s: float = 10.0  # a request's header is whole by then, or its connection ends
     body_timeout_s: float = 30.0  # how long its body may stall
@@ -197,6 +198,8 @@ def _typed(key: str, value: Any, kind: str) -> Any:
         return None
     if "Path" in kind and isinstance(value, str):
         return Path(value)
+    if kind == "bool" and isinstance(value, bool):
+        return value
     if "float" in kind and type(value) in (int, float):
         return float(value)
     if "int" in kind and type(value) is int:

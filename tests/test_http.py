@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from openai.types.chat import ChatCompletion
 
 from engine.http.app import Served, build
-from engine.http.tokenizer import TemplateError
+from engine.http.template import TemplateError
 from engine.request import Bounds
 from engine.scheduler import SchedulerConfig
 from engine.worker import Worker

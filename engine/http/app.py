@@ -26,7 +26,8 @@ from engine.http import bodies
 from engine.http.errors import ApiError
 from engine.http.replies import Asked, Reply, event
 from engine.http.schema import ChatBody, CompletionBody
-from engine.http.tokenizer import TemplateError, TextTooLongError, Tokenizer
+from engine.http.template import TemplateError
+from engine.http.tokenizer import TextTooLongError, Tokenizer
 from engine.request import Caller, Explanation, Output, SamplingParams
 from engine.text import IncrementalText
 from engine.worker import StoppedError, TooBusyError, Worker
@@ -209,12 +210,10 @@ class Service:
         """Raises TextTooLongError before it makes more tokens than fit."""
         most = self._worker.bounds.context_tokens
         if isinstance(body, ChatBody):
-            messages = [{"role": m.role, "content": m.text} for m in body.messages]
             try:
-                return self._tokenizer.chat(messages, most)
+                return self._tokenizer.chat([m.for_template for m in body.messages], most)
             except TemplateError as error:
-                text = f"messages: {error}"
-                raise ApiError(400, text, param="messages", code="invalid_value") from error
+                raise ApiError(400, str(error), param=error.param, code="invalid_value") from error
         if isinstance(body.prompt, str):
             return self._tokenizer.encode(body.prompt, most)
         return body.prompt

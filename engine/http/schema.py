@@ -199,6 +199,13 @@ class Message(Strict):
             return self.content
         return "".join(part.text for part in self.content)
 
+    @property
+    def for_template(self) -> dict[str, str]:
+        """As the chat template sees it."""
+        more = {"name": self.name, "tool_call_id": self.tool_call_id}
+        said = {name: value for name, value in more.items() if value is not None}
+        return {"role": self.role, "content": self.text} | said
+
 
 class TextFormat(Strict):
     type: Literal["text"]

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import CheckpointError
+from engine.http.literals import Literals
+from engine.http.template import ChatTemplate, Message, TemplateError
 
 # A text of fewer characters a token than this is encoded at once: that takes no longer than some
 # texts that fit. A longer one may be spaces, which some vocabularies have by the dozen.
 DENSE_CHARACTERS = 8
 PIECE_CHARACTERS = 1 << 16  # some 20 ms
-
-
-class TemplateError(Exception):
-    """The model's chat template refuses these messages, or there is none."""
 
 
 class TextTooLongError(Exception):
@@ -28,7 +26,8 @@ class TextTooLongError(Exception):
 class Tokenizer:
     """Calls the Rust tokenizer itself where there is one: it takes no lock and keeps no state."""
 
-    def __init__(self, model_dir: Path) -> None:
+    def __init__(self, model_dir: Path, *, parse_special: bool = False) -> None:
+        """`parse_special`: a chat's messages may hold special tokens by their literals."""
         from transformers import AutoTokenizer  # slow to import, and only needed here
 
         try:
@@ -42,19 +41,36 @@ class Tokenizer:
             self._inner.no_truncation()
             self._inner.no_padding()
         self.end_token_id: int | None = self._outer.eos_token_id
+        self.special_tokens = self._special_tokens()
+        self._parse_special = parse_special
+        self._literals = Literals(self.special_tokens.values())
+        self._reader: Any = None  # of texts with hidden literals
+        if self._inner is not None:
+            made = self._literals.reader(self._inner.to_str())
+            self._reader = type(self._inner).from_str(made)
+        self._template = ChatTemplate(self._render)
+
+    def _special_tokens(self) -> dict[int, str]:
+        """Their literals by token id."""
+        if self._inner is not None:
+            added = self._inner.get_added_tokens_decoder().items()
+            return {token_id: token.content for token_id, token in added if token.special}
+        tokens = zip(self._outer.all_special_ids, self._outer.all_special_tokens, strict=True)
+        return dict(tokens)
 
     def encode(self, text: str, most: int, *, special: bool = True) -> list[int]:
         """Token ids; with the model's begin token where `special`. Takes time for some `most`
         tokens, however long the text is, and lets other threads run meanwhile. Raises
         TextTooLongError for a text that surely makes more; one that makes hardly more is
         encoded."""
-        if len(text) > DENSE_CHARACTERS * most:
-            self._check_count(text, most)
+        self._check_length(text, most)
         return self._encoded(text, special)
 
-    def _check_count(self, text: str, most: int) -> None:
-        """Counts tokens piece by piece until there are too many. A cut through a word makes some
-        more of it, so that only a clear excess is one."""
+    def _check_length(self, text: str, most: int) -> None:
+        """Counts tokens of a long text piece by piece until there are too many. A cut through a
+        word makes some more of it, so that only a clear excess is one."""
+        if len(text) <= DENSE_CHARACTERS * most:
+            return
         count, surely = 0, most + most // 8 + PIECE_CHARACTERS // 64
         for start in range(0, len(text), PIECE_CHARACTERS):
             count += len(self._encoded(text[start : start + PIECE_CHARACTERS], special=False))
@@ -67,11 +83,21 @@ class Tokenizer:
 
     def _encoded(self, text: str, special: bool) -> list[int]:
         if self._inner is None:
-            return list(self._outer.encode(text, add_special_tokens=special))
+            return self._encoded_apart(text, special)
+        tokenizer = self._reader if self._literals.hides(text) else self._inner
         # of a batch, since `encode` holds the interpreter as long as it takes
-        (encoding,) = self._inner.encode_batch_fast([text], add_special_tokens=special)
+        (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=special)
         ids: list[int] = encoding.ids
         return ids
+
+    def _encoded_apart(self, text: str, special: bool) -> list[int]:
+        """By a tokenizer written in Python, which can't be told what is hidden: each hidden literal
+        is cut behind its first character. A cut may make some more tokens of a text."""
+        return [
+            token
+            for index, piece in enumerate(self._literals.pieces(text))
+            for token in self._outer.encode(piece, add_special_tokens=special and index == 0)
+        ]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text, without special tokens."""
@@ -83,15 +109,28 @@ class Tokenizer:
         """What one token shows in a list of log-probabilities, special ones by name."""
         return str(self._outer.decode([token_id], skip_special_tokens=False))
 
-    def chat(self, messages: Sequence[dict[str, str]], most: int) -> list[int]:
-        """Token ids of a conversation up to where the assistant speaks. Raises TemplateError, and
-        TextTooLongError as `encode` does."""
+    def chat(self, messages: Sequence[Message], most: int) -> list[int]:
+        """Token ids of a conversation up to where the assistant speaks. What callers wrote makes no
+        special token unless `parse_special`. Raises TemplateError, and TextTooLongError as
+        `encode` does."""
+        for each in messages:
+            self._check_length(each["content"], most)
+        if not self._parse_special:
+            messages = [
+                {name: self._literals.hidden(text) for name, text in each.items()}
+                for each in messages
+            ]
+        text = self._template.text(messages)
+        self._check_length(text, most)
+        return self._encoded(text, special=False)  # the template writes special tokens itself
+
+    def _render(self, messages: Sequence[Message]) -> str:
         if not self._outer.chat_template:
             raise TemplateError("the model has no chat template; use /v1/completions")
         try:
-            text = self._outer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=False
+            text: str = self._outer.apply_chat_template(
+                [dict(each) for each in messages], add_generation_prompt=True, tokenize=False
             )
         except Exception as error:  # templates raise what they like
             raise TemplateError(f"the model's chat template refuses them: {error}") from error
-        return self.encode(text, most, special=False)  # the template writes special tokens itself
+        return text
