@@ -90,7 +90,7 @@ def serve(
     num_pages: Annotated[
         int | None, option("Pages of the KV pool.", "what --kv-memory-gb holds")
     ] = None,
-    kv_memory_gb: Annotated[float | None, option("The KV pool's memory.", "2")] = None,
+    kv_memory_gb: Annotated[float | None, option("The KV pool, beside the weights.", "2")] = None,
     max_running: Annotated[int | None, option("Requests in a batch.", "16")] = None,
     max_queued: Annotated[int | None, option("Requests at once; more get 429.", "256")] = None,
     token_budget: Annotated[

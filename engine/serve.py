@@ -37,6 +37,7 @@ from engine.scheduler import Scheduler, SchedulerConfig
 from engine.settings import EngineConfig, read_api_keys
 from engine.weights import Checkpoint
 from engine.worker import Worker
+from kvc2 import machine
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +64,9 @@ def assemble(config: EngineConfig) -> Engine:
     if num_pages * config.page_size < 2 * config.page_size:
         mend = f"a page needs {shape.page_bytes} bytes, and two are the least"
         raise ConfigError("kv_memory_gb", config.kv_memory_gb, mend)
-    memory = PoolMemory(num_pages * shape.page_bytes)
     with Checkpoint(config.model, model_config.dtype) as checkpoint:
+        check_room(config, num_pages * shape.page_bytes, checkpoint.memory_bytes, machine.memory())
+        memory = PoolMemory(num_pages * shape.page_bytes)
         model = build_model(model_config, checkpoint)
     metrics = EngineMetrics()
     tenants = read_api_keys(config.api_keys) if config.api_keys else {}
@@ -96,6 +98,23 @@ def assemble(config: EngineConfig) -> Engine:
         daemon=prefix.attachment.state,
     )
     return Engine(app, prefix, worker, metrics)
+
+
+def check_room(
+    config: EngineConfig, pool_bytes: int, weights_bytes: int, room: machine.Room
+) -> None:
+    """Raises ConfigError for a pool that can never be had beside the weights; logs one that can't
+    be had now."""
+    needed = f"the pool takes {pool_bytes / 1e9:.3f} GB, the weights {weights_bytes / 1e9:.3f} GB"
+    name = "kv_memory_gb" if config.num_pages is None else "num_pages"
+    if weights_bytes >= room.total_bytes:
+        name = "model"
+    value = str(config.model) if name == "model" else getattr(config, name)
+    if pool_bytes + weights_bytes > room.total_bytes:
+        raise ConfigError(name, value, f"{needed}, and {room}")
+    if pool_bytes + weights_bytes > room.available_bytes:
+        free = room.available_bytes / 1e9
+        log.warning("%s = %s: %s, and only %.3f GB are free now", name, value, needed, free)
 
 
 def _prefix(

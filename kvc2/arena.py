@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvc2 import errors, numa
-from kvc2.config import available_memory_bytes
+from kvc2.machine import available_memory_bytes
 from kvc2.priority import step_back
 
 LOG = logging.getLogger(__name__)

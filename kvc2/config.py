@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from kvc2 import errors
+from kvc2 import errors, machine
 from kvc2.address import SOCKET_PATH_BYTES_MAX, Address
+from kvc2.machine import GB as GB
 from kvc2.paths import user_path
 
-GB = 1_000_000_000
 ALIGNMENT = 4096
 ARENA_SHARE = 0.25  # of available memory: the machine is also there for others
 DISK_SHARE = 0.25  # of the file system's size, which a restart doesn't change
@@ -32,50 +32,6 @@ LoadPolicy = Literal["faster", "always"]
 Durability = Literal["durable", "relaxed"]
 Admission = Literal["always", "second_access"]
 EvictionPolicy = Literal["hazard", "lru", "arc", "s3fifo"]  # see csrc/index/eviction
-
-
-def available_memory_bytes(root: Path = Path("/")) -> int:
-    """What this process could still take: MemAvailable, or less where a cgroup (v2, v1) says so."""
-    text = (root / "proc/meminfo").read_text()
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
-    available = int(found[1]) * 1024 if found else 0
-    for limit, used in _cgroup_limits(root):
-        available = min(available, max(limit - used, 0))
-    return available
-
-
-def _cgroup_limits(root: Path) -> list[tuple[int, int]]:
-    """(limit, used) of every cgroup above this process that has a limit."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            mount = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
-            continue
-        # inside a container the path may not exist below the mount: then its root is our group
-        folder = mount / path.strip("/")
-        for each in [folder, *folder.parents]:
-            limit, used = (_read_number(each / name) for name in names)
-            if limit is not None and used is not None:
-                found.append((limit, used))
-            if each == mount:
-                break
-    return found
-
-
-def _read_number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # no such group, or "max"
-        return None
 
 
 def default_listen() -> str:
@@ -136,7 +92,7 @@ class CpuConfig:
             allowed = "interleave, local, or nodes such as 0,2"
             raise errors.InvalidConfig("cpu.numa", self.numa, allowed)
         if self.memory_size_gb is None:
-            share = available_memory_bytes() * ARENA_SHARE / GB
+            share = machine.available_memory_bytes() * ARENA_SHARE / GB
             object.__setattr__(self, "memory_size_gb", max(share, ARENA_BYTES_MIN / GB))
         _check("cpu.memory_size_gb", self.memory_size_gb or 0, ARENA_BYTES_MIN / GB, 1e6)
 
@@ -198,10 +154,11 @@ class DiskConfig:
 
 
 def _file_system_bytes(path: Path) -> int:
-    while not path.exists():
-        path = path.parent
-    facts = os.statvfs(path)
-    return facts.f_blocks * facts.f_frsize
+    try:
+        return machine.file_system_bytes(path)
+    except OSError as error:
+        allowed = f"a folder that can be made: {error.strerror}"
+        raise errors.InvalidConfig("disk.path", str(path), allowed) from error
 
 
 @dataclass(frozen=True)

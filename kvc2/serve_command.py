@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kvc2.config import ServeConfig
+from kvc2 import errors, events, machine
+from kvc2.config import GB, ServeConfig
 from kvc2.config_file import SECTIONS, load
 from kvc2.exits import exit_codes
 
@@ -100,7 +101,8 @@ AcquireDeadlineMs = Annotated[
 DrainTimeoutS = Annotated[float | None, option("How long SIGTERM may flush, seconds.", "30")]
 LogFormatFlag = Annotated[LogFormat | None, option("Of the lines on stderr.", "text")]
 CpuMemorySizeGb = Annotated[
-    float | None, option("Arena, 10^9 bytes.", "a quarter of available memory")
+    float | None,
+    option("Arena, 10^9 bytes; at most what there is.", "a quarter of available memory"),
 ]
 CpuNuma = Annotated[
     str | None,
@@ -110,7 +112,8 @@ DiskPath = Annotated[
     Path | None, option("Folder of slab files and catalogue; made if missing.", "no disk tier")
 ]
 DiskSizeGb = Annotated[
-    float | None, option("What the disk tier may take, 10^9 bytes.", "a quarter of it")
+    float | None,
+    option("What the disk tier may take, 10^9 bytes; at most what there is.", "a quarter of it"),
 ]
 DiskDurability = Annotated[
     Durability | None,
@@ -209,12 +212,35 @@ def nested(flags: dict[str, Any]) -> dict[str, Any]:
 def _run(settings: ServeConfig) -> None:
     import asyncio
 
-    from kvc2 import events, numa
+    from kvc2 import numa
     from kvc2.server import serve as serve_until_stopped
 
     writer = events.EventWriter(sys.stderr, settings.log_format)
     numa.run_beside(settings.cpu.numa)  # all threads are started below
     try:
+        _check_room(settings)
         asyncio.run(serve_until_stopped(settings))
     finally:
         writer.close()
+
+
+def _check_room(settings: ServeConfig) -> None:
+    """Raises InvalidConfig for a size that can never be had; logs one that can't be had now."""
+    if not settings.gpu_only:
+        check_fits("cpu.memory_size_gb", settings.cpu.memory_size_gb or 0, machine.memory())
+    path = settings.disk.path
+    if path is not None:
+        try:
+            room = machine.disk(path)
+        except OSError as error:
+            allowed = f"a folder that can be made: {error.strerror}"
+            raise errors.InvalidConfig("disk.path", str(path), allowed) from error
+        check_fits("disk.size_gb", settings.disk.size_gb or 0, room)
+
+
+def check_fits(key: str, gb: float, room: machine.Room) -> None:
+    """Raises InvalidConfig for 10^9 bytes that `room` can never have; logs what it hasn't now."""
+    if gb * GB > room.total_bytes:
+        raise errors.InvalidConfig(key, gb, f"at most what there is, and {room}")
+    if gb * GB > room.available_bytes:
+        events.warning("more_than_free", key=key, gb=gb, free_gb=room.available_bytes / GB)

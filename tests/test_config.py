@@ -127,25 +127,3 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None
     file.write_text(text)
     with pytest.raises(InvalidConfig):
         config_file.load(file, {})
-
-
-def machine(root: Path, *, available_kb: int, cgroup: str, files: dict[str, str]) -> Path:
-    (root / "proc/self").mkdir(parents=True)
-    (root / "proc/meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable:  {available_kb} kB\n")
-    (root / "proc/self/cgroup").write_text(cgroup)
-    for name, text in files.items():
-        path = root / "sys/fs/cgroup" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
-
-
-def test_available_memory_respects_the_cgroup(tmp_path: Path) -> None:
-    free = machine(tmp_path / "a", available_kb=1000, cgroup="0::/\n", files={})
-    assert config.available_memory_bytes(free) == 1000 * 1024
-    files = {"a/memory.max": "max", "a/b/memory.max": "500000", "a/b/memory.current": "100000"}
-    two = machine(tmp_path / "b", available_kb=1000, cgroup="0::/a/b\n", files=files)
-    assert config.available_memory_bytes(two) == 400_000
-    files = {"memory/memory.limit_in_bytes": "300000", "memory/memory.usage_in_bytes": "400000"}
-    one = machine(tmp_path / "c", available_kb=1000, cgroup="4:memory:/x\n", files=files)
-    assert config.available_memory_bytes(one) == 0
