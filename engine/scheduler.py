@@ -28,6 +28,7 @@ from engine.sequence import Sequence
 log = logging.getLogger(__name__)
 
 RATE_SMOOTHING = 0.3  # weight of a step of a whole chunk in the measured prefill rate
+LEAST_LOGIT, LEAST_LOGPROB = -3e38, -9999.0  # of a token that is never chosen
 RECLAIM_PAUSE_S = 0.05  # between two requests for pages that were not granted
 
 
@@ -402,7 +403,8 @@ def _scores(logits: Tensor, token: int, count: int) -> tuple[ScoredToken, tuple[
     logprobs = logits.log_softmax(-1)
     ids = logits.topk(count).indices
 
-    def scored(index: int) -> ScoredToken:
-        return ScoredToken(index, float(logits[index]), float(logprobs[index]))
+    def scored(index: int) -> ScoredToken:  # JSON has no -inf
+        logit, logprob = float(logits[index]), float(logprobs[index])
+        return ScoredToken(index, max(logit, LEAST_LOGIT), max(logprob, LEAST_LOGPROB))
 
     return scored(token), tuple(scored(int(i)) for i in ids)

@@ -97,10 +97,18 @@ class EngineConfig:
         if not is_loopback(self.host) and self.api_keys is None:
             mend = "only 127.0.0.1, ::1 or localhost may be served without api_keys"
             raise ConfigError("host", self.host, mend)
+        self._check_name()
 
     def _at_least(self, name: str, least: int) -> None:
         if getattr(self, name) < least:
             raise ConfigError(name, getattr(self, name), f"must be at least {least}")
+
+    def _check_name(self) -> None:
+        try:
+            self.model_name.encode()
+        except UnicodeEncodeError as error:  # a directory's name need be no text
+            mend = "can't be written in UTF-8; give the model another name by --served-model-name"
+            raise ConfigError("served_model_name", self.model_name, mend) from error
 
     @property
     def step_tokens(self) -> int:

@@ -5,7 +5,8 @@ Not responsible for tokenizing prompts (http).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from engine.request import Piece
 
@@ -13,18 +14,34 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders write for an incomple
 # A byte-level tokenizer completes any character within 4 tokens; beyond that the bytes are simply
 # not UTF-8, and holding text back longer would only delay the replacement character.
 PENDING_TOKENS_MAX = 6
+MARKS = range(0xD800, 0xE000)  # surrogates: no decoded text holds one alone
 
 
 class IncrementalText:
     """Decodes a growing list of tokens, each character once, in O(1) tokens a step.
 
     Tokens are decoded together with the few before them, since many tokenizers treat the first
-    token of a text differently (a leading space).
+    token of a text differently (a leading space). `special`: literals of the tokens that `decode`
+    leaves out; in a stop string they mean the token, as well as the text.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stop: Sequence[str] = (),
+        special: Mapping[int, str] = MappingProxyType({}),
+    ) -> None:
         self._decode = decode
-        self._stop = tuple(s for s in stop if s)
+        stop = [s for s in stop if s]
+        stopping = [(i, text) for i, text in special.items() if any(text in s for s in stop)]
+        # what stands in `_held` for a special token that a stop string may begin or end with
+        self._marks = {i: chr(mark) for (i, _), mark in zip(stopping, MARKS, strict=False)}
+        self._unmarked = {ord(mark): None for mark in self._marks.values()}
+        marked = stop
+        for i, text in sorted(stopping, key=lambda each: len(each[1]), reverse=True):
+            if i in self._marks:
+                marked = [s.replace(text, self._marks[i]) for s in marked]
+        self._stop = tuple(dict.fromkeys([*stop, *marked]))
         self._ids: list[int] = []
         self._shown = 0  # tokens whose text is out
         self._context = 0  # where decoding starts: a few tokens before `_shown`
@@ -33,7 +50,8 @@ class IncrementalText:
     def push(self, token_id: int) -> Piece:
         """The text that this token settles; what may yet become a stop string is held back."""
         self._ids.append(token_id)
-        self._held += self._settled(last=False)
+        mark = self._marks.get(token_id, "")
+        self._held += self._settled(last=bool(mark)) + mark
         return self._release()
 
     def flush(self) -> str:
@@ -41,7 +59,7 @@ class IncrementalText:
         self._held += self._settled(last=True)
         piece = self._release()
         text, self._held = piece.text + ("" if piece.stopped else self._held), ""
-        return text
+        return text.translate(self._unmarked)
 
     def _settled(self, last: bool) -> str:
         before = self._decode(self._ids[self._context : self._shown])
@@ -58,11 +76,11 @@ class IncrementalText:
         found = [at for at in map(self._held.find, self._stop) if at >= 0]
         if found:
             text, self._held = self._held[: min(found)], ""
-            return Piece(text, stopped=True)
+            return Piece(text.translate(self._unmarked), stopped=True)
         keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
         cut = len(self._held) - keep
         text, self._held = self._held[:cut], self._held[cut:]
-        return Piece(text)
+        return Piece(text.translate(self._unmarked))
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from fastapi.testclient import TestClient
@@ -29,8 +29,10 @@ class Letters:
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(chr(token + 32) for token in token_ids)
 
-    def token_text(self, token_id: int) -> str:
-        return chr(token_id + 32)
+    special_tokens: ClassVar[dict[int, str]] = {}
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return chr(token_id + 32).encode()
 
     def chat(self, messages: Sequence[dict[str, str]], most: int) -> list[int]:
         if messages[0]["role"] == "tool":

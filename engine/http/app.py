@@ -146,7 +146,9 @@ class Service:
                 model=self._served.model,
                 logprobs=body.top_logprobs_asked,
                 details=body.kvc2.details,
-                token_text=self._tokenizer.token_text,
+                token_bytes=self._tokenizer.token_bytes,
+                decode=self._tokenizer.decode,
+                special=self._tokenizer.special_tokens,
             ),
             chat=isinstance(body, ChatBody),
         )
@@ -249,7 +251,9 @@ class Service:
                 top_k=body.top_k or 0,
                 seed=body.seed,
             ),
-            text=IncrementalText(self._tokenizer.decode, body.stop_strings),
+            text=IncrementalText(
+                self._tokenizer.decode, body.stop_strings, self._tokenizer.special_tokens
+            ),
             deliver=deliver,
             caller=self.caller(http, body.cache_salt),
             end_token_ids=frozenset() if body.ignore_eos else self._served.end_token_ids,

@@ -5,22 +5,25 @@ Not responsible for where the tokens come from (routes).
 
 from __future__ import annotations
 
+import codecs
 import json
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from engine.request import Explanation, Output, RequestStats, ScoredToken
 
 DONE = b"data: [DONE]\n\n"
+# Line breaks that JSON allows in a string; some clients would end an event's line at them.
+LINE_BREAKS = {ord(each): f"\\u{ord(each):04x}" for each in "\x85\u2028\u2029"}
 
 
 def event(value: dict[str, Any]) -> bytes:
-    """One server-sent event."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return f"data: {text}\n\n".encode()
+    """One server-sent event, on one line in every reading of Unicode."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return f"data: {text.translate(LINE_BREAKS)}\n\n".encode()
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,9 @@ class Asked:
     model: str
     logprobs: int | None  # beside the chosen token's; None: none
     details: bool
-    token_text: Callable[[int], str]
+    token_bytes: Callable[[int], bytes]
+    decode: Callable[[Sequence[int]], str]  # text, without special tokens
+    special: Container[int]  # their ids
 
 
 class Reply:
@@ -41,7 +46,7 @@ class Reply:
         self._chat = chat
         self.id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
         self._created = int(time.time())
-        self._shown = 0  # characters so far, for text_offset
+        self._offsets = Offsets()
 
     def whole(self, outputs: Sequence[Output], why: Explanation | None) -> dict[str, Any]:
         """The answer at once; the last output has `finish` and `stats`. `why`: with details."""
@@ -52,6 +57,9 @@ class Reply:
         else:
             choice["text"] = text
         choice["logprobs"] = self._logprobs(outputs)
+        if choice["logprobs"] and not self._chat:  # a stop string cuts the text, not the tokens
+            offsets = choice["logprobs"]["text_offset"]
+            choice["logprobs"]["text_offset"] = [min(offset, len(text)) for offset in offsets]
         answer = self._head("chat.completion" if self._chat else "text_completion", [choice])
         stats = outputs[-1].stats
         assert stats is not None
@@ -135,22 +143,55 @@ class Reply:
                 for chosen, top in scored
             ]
             return {"content": content, "refusal": None}
-        name = self._asked.token_text
-        texts = [name(chosen.token_id) for chosen, _ in scored]
-        offsets = []
-        for text in texts:
-            offsets.append(self._shown)
-            self._shown += len(text)
         return {
-            "tokens": texts,
+            "tokens": [self._name(chosen) for chosen, _ in scored],
             "token_logprobs": [chosen.logprob for chosen, _ in scored],
-            "top_logprobs": [{name(t.token_id): t.logprob for t in top} for _, top in scored],
-            "text_offset": offsets,
+            # of tokens that look alike, the best one
+            "top_logprobs": [
+                {self._name(t): t.logprob for t in reversed(top)} for _, top in scored
+            ],
+            "text_offset": [self._offset(chosen.token_id) for chosen, _ in scored],
         }
 
+    def _name(self, token: ScoredToken) -> str:
+        return name_of(self._asked.token_bytes(token.token_id))
+
+    def _offset(self, token_id: int) -> int:
+        shown = b"" if token_id in self._asked.special else self._asked.token_bytes(token_id)
+        return self._offsets.next(shown, self._asked.decode([token_id]))
+
     def _entry(self, token: ScoredToken) -> dict[str, Any]:
-        text = self._asked.token_text(token.token_id)
-        return {"token": text, "logprob": token.logprob, "bytes": list(text.encode())}
+        data = self._asked.token_bytes(token.token_id)
+        return {"token": name_of(data), "logprob": token.logprob, "bytes": list(data)}
+
+
+def name_of(data: bytes) -> str:
+    """A token as OpenAI shows it: its text, or its bytes where they are part of a character."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+class Offsets:
+    """Where in the answer's text each of its tokens begins, in characters. A token that goes on
+    with a character begins where that does."""
+
+    def __init__(self) -> None:
+        self._shown = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._first = True
+
+    def next(self, data: bytes, alone: str) -> int:
+        """`data`: the token's bytes, none of a special one; `alone`: its text alone, which lacks
+        the space that some models' words begin with, as the answer's first token does."""
+        begin = self._shown
+        if data:
+            self._shown += len(self._decoder.decode(data))
+            if self._first and data.startswith(b" ") and not alone.startswith(" "):
+                self._shown -= 1
+            self._first = False
+        return begin
 
 
 def usage(stats: RequestStats) -> dict[str, Any]:

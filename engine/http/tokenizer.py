@@ -12,6 +12,7 @@ from typing import Any
 from engine.errors import CheckpointError
 from engine.http.literals import Literals
 from engine.http.template import ChatTemplate, Message, TemplateError
+from engine.http.token_bytes import TokenBytes
 
 # A text of fewer characters a token than this is encoded at once: that takes no longer than some
 # texts that fit. A longer one may be spaces, which some vocabularies have by the dozen.
@@ -42,6 +43,7 @@ class Tokenizer:
             self._inner.no_padding()
         self.end_token_id: int | None = self._outer.eos_token_id
         self.special_tokens = self._special_tokens()
+        self._token_bytes = TokenBytes(self._inner, self._named, self._added_tokens())
         self._parse_special = parse_special
         self._literals = Literals(self.special_tokens.values())
         self._reader: Any = None  # of texts with hidden literals
@@ -57,6 +59,12 @@ class Tokenizer:
             return {token_id: token.content for token_id, token in added if token.special}
         tokens = zip(self._outer.all_special_ids, self._outer.all_special_tokens, strict=True)
         return dict(tokens)
+
+    def _added_tokens(self) -> dict[int, str]:
+        if self._inner is None:
+            return self.special_tokens
+        added = self._inner.get_added_tokens_decoder().items()
+        return {token_id: token.content for token_id, token in added}
 
     def encode(self, text: str, most: int, *, special: bool = True) -> list[int]:
         """Token ids; with the model's begin token where `special`. Takes time for some `most`
@@ -105,8 +113,11 @@ class Tokenizer:
             return str(self._inner.decode(list(token_ids), skip_special_tokens=True))
         return str(self._outer.decode(list(token_ids), skip_special_tokens=True))
 
-    def token_text(self, token_id: int) -> str:
-        """What one token shows in a list of log-probabilities, special ones by name."""
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for, special ones by their literals; maybe part of a character."""
+        return self._token_bytes.of(token_id)
+
+    def _named(self, token_id: int) -> str:
         return str(self._outer.decode([token_id], skip_special_tokens=False))
 
     def chat(self, messages: Sequence[Message], most: int) -> list[int]:
