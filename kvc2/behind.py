@@ -23,6 +23,7 @@ from kvc2.batches import STORE_BYTES, Batches, store_pages
 from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics
 from kvc2.mover import GpuPool, Mover
+from kvc2.periodic import periodically
 from kvc2.slabs import Slabs, cheapest
 from kvc2.tiers.disk import DiskTier
 from kvc2.tiers.pools import LayoutPools, Pools
@@ -77,7 +78,7 @@ class Behind:
         self._tasks = [
             asyncio.create_task(self._run("gpu", self._demote_all)),
             asyncio.create_task(self._run("disk", self._store_all)),
-            asyncio.create_task(self._keep_recency()),
+            asyncio.create_task(periodically(RECENCY_S, self.save_recency, self._metrics)),
         ]
 
     async def stop(self) -> None:
@@ -482,11 +483,6 @@ class Behind:
         }
         if uses:
             await self._mover.on_writer(lambda tier: tier.save_recency(uses))
-
-    async def _keep_recency(self) -> None:
-        while True:
-            await asyncio.sleep(RECENCY_S)
-            await self.save_recency()
 
 
 def _disk_bytes(pools: LayoutPools) -> int:

@@ -29,6 +29,7 @@ from kvc2.explain import Explainer
 from kvc2.loading import Loader
 from kvc2.metrics import Metrics
 from kvc2.mover import GpuPool, Mover
+from kvc2.periodic import periodically
 from kvc2.pins import Pins
 from kvc2.prefetch import Prefetcher
 from kvc2.quotas import TenantQuotas
@@ -130,7 +131,7 @@ class Cache:
         self._loader = Loader(self.index, self._mover, self._metrics, always=always)
         spaces_max = config.limits.max_known_namespaces
         self.spaces = Spaces(self.index, self._mover, self._disk, spaces_max, self.tick)
-        self._ticking = asyncio.create_task(self._keep_time())
+        self._ticking = asyncio.create_task(periodically(TICK_S, self.tick, self._metrics))
         self.counts = Counts(self.index, self._gpus, self._sessions, self._arena, self._disk)
         self.quotas = TenantQuotas(self.index, config)
         self.pins = Pins(self.index, self.spaces, self.counts, config)
@@ -215,11 +216,6 @@ class Cache:
 
     def _second(self) -> int:
         return int(self._clock() - self._started_at) + 1
-
-    async def _keep_time(self) -> None:
-        while True:
-            await asyncio.sleep(TICK_S)
-            self.tick()
 
     def _wake(self) -> None:
         if self._behind is not None:

@@ -276,13 +276,8 @@ class Attachments:
         finally:
             handover.close()
 
-    async def watch_expiry(self) -> None:
-        """Ends sessions whose engine is frozen; runs until cancelled."""
-        while True:
-            await asyncio.sleep(EXPIRY_CHECK_S)
-            self.expire()
-
     def expire(self) -> None:
+        """Ends sessions whose engine is frozen."""
         for session in self.table.expired():
             attachment = self._open[session.epoch]
             attachment.end("expired")

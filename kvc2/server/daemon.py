@@ -20,9 +20,10 @@ from kvc2 import errors, events
 from kvc2.cache import Cache
 from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics, TierSample
+from kvc2.periodic import periodically
 from kvc2.results import SIZES, FlushResult
 from kvc2.server import wiring
-from kvc2.server.attach import Attachments
+from kvc2.server.attach import EXPIRY_CHECK_S, Attachments
 from kvc2.server.calls import CacheCalls, flush_response
 from kvc2.server.claim import Claim
 from kvc2.server.side import SideSocket
@@ -73,7 +74,9 @@ class Daemon:
             await self._server.start()
             stack.push_async_callback(self._server.stop, STOP_GRACE_S)
             stack.push_async_callback(self.attachments.close)
-            expiry = asyncio.create_task(self.attachments.watch_expiry())
+            expiry = asyncio.create_task(
+                periodically(EXPIRY_CHECK_S, self.attachments.expire, self.metrics)
+            )
             stack.callback(expiry.cancel)
             await self._set_health(health_pb2.HealthCheckResponse.SERVING)
             self._opened = stack.pop_all()
