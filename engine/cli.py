@@ -146,7 +146,10 @@ def make_demo_model(
 
     with demo_model.console_progress() as progress:
         target = directory or demo_model.default_directory()
-        typer.echo(demo_model.build(target, progress=progress))
+        try:
+            typer.echo(demo_model.build(target, progress=progress))
+        except OSError as error:
+            raise EngineError(f"the model can't be written to {target}: {error}") from error
 
 
 def main() -> None:

