@@ -64,7 +64,7 @@ SANITIZE = cmake -S csrc -B build/$(1) -G Ninja -DKVC2_TESTS=ON -DKVC2_SANITIZE=
 	-DPython_EXECUTABLE=$(abspath $(PYTHON)) -Dpybind11_DIR=$$($(PYTHON) -m pybind11 --cmakedir) \
 	&& cmake --build build/$(1) && ctest --test-dir build/$(1) --output-on-failure
 PRELOAD = $$(g++ -print-file-name=$(1)) $$(g++ -print-file-name=libstdc++.so)
-CORE_TESTS := tests/test_block.py tests/test_copy.py $(wildcard tests/test_index*.py)
+CORE_TESTS := tests/test_beat.py tests/test_block.py tests/test_copy.py $(wildcard tests/test_index*.py)
 
 asan: $(READY)  ## C++ tests and core tests under AddressSanitizer and UBSan
 	$(call SANITIZE,asan,address$(comma)undefined)

@@ -499,3 +499,14 @@ def scatter(
 
 def copy_backend() -> str:
     """The instruction set that gather and scatter use here: avx512, avx2 or portable."""
+
+# ---- beat (csrc/bindings) --------------------------------------------------------------------
+
+class Beat:
+    """Sends one byte on a copy of the socket `fd` now and every interval_s, 0.001 to 3600, from a
+    thread that never takes the GIL, until `close` or until the peer is gone. A frozen process sends
+    nothing; a peer that doesn't read is not waited for. OSError: `fd` is no descriptor."""
+
+    def __init__(self, fd: int, interval_s: float) -> None: ...
+    def close(self) -> None:
+        """Nothing is sent once it has returned. Idempotent."""

@@ -62,8 +62,8 @@ CPP_FLOORS = """
     index/block_key, index/life
     base
 """
-# The client is what an engine carries: it must not pull in the daemon.
-CLIENT_SEES = {"v1", "layout", "errors", "address", "client"}
+# The client is what an engine carries: it must not pull in the daemon. Of _core it takes Beat.
+CLIENT_SEES = {"_core", "v1", "layout", "errors", "address", "client"}
 # Only the bridge talks to the daemon's client; what KV depends on is named in the daemon's terms,
 # and paths and the daemon's address are read as the daemon reads them.
 BRIDGE = ("engine/prefix", "engine/attachment", "engine/identity", "engine/settings")

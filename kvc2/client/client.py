@@ -23,14 +23,22 @@ from kvc2 import errors
 from kvc2.address import Address
 from kvc2.client import channel, results
 from kvc2.client.memory import PoolMemory
-from kvc2.client.session import DEATH_S, NamespaceHandle, Offer, Over, Session, process_is_dead
+from kvc2.client.session import (
+    DEATH_S,
+    NamespaceHandle,
+    Offer,
+    Over,
+    Session,
+    Silence,
+    process_is_dead,
+)
 from kvc2.layout import Layout
 from kvc2.v1 import cache_pb2
 
 State = Literal["attached", "detached", "silent"]
 BACKOFF_S_MIN = 0.05
 BACKOFF_S_MAX = 1.0  # attached again within 2 s of the daemon being back
-SILENT_S = 2.0  # without an answer to a heartbeat
+SILENT_S = 2.0  # without an answer to a heartbeat, of time in which this process ran
 ACQUIRE_DEADLINE_S = 2.0  # the daemon's default
 ACQUIRE_MARGIN_S = 1.0  # the daemon answers at its deadline; then it is silent
 DETACH_S = 3.0  # the daemon may copy for two seconds first
@@ -406,13 +414,14 @@ class Client:
 
     def _watch(self, session: Session) -> None:
         """Beat and listen; returns when the session is over, or answers after it was silent."""
-        beat_at = time.monotonic()
+        beat_at, silence = time.monotonic(), Silence()
         while not self._closing.is_set():
-            now = time.monotonic()
-            if now >= beat_at:
+            turn_s = TICK_S
+            if time.monotonic() >= beat_at:
                 session.send_heartbeat()
-                beat_at = now + session.heartbeat_s
-            if self._state == "attached":
+                beat_at = time.monotonic() + session.heartbeat_s
+            if self._orphans and self._state == "attached":
+                turn_s += ORPHANS_S
                 self._release_orphans(session)
             message = session.receive(max(0.0, min(beat_at - time.monotonic(), TICK_S)))
             if isinstance(message, Over):
@@ -420,17 +429,17 @@ class Client:
             if message is not None:
                 if self._state == "silent":
                     return
-                session.last_answer = time.monotonic()
-            elif self._state == "silent" and session.daemon_is_dead(0):
+                silence.answered()
+                continue
+            silence.waited(turn_s)
+            if self._state == "silent" and session.daemon_is_dead(0):
                 return
-            elif self._state == "attached" and now - session.last_answer > SILENT_S:
+            if self._state == "attached" and silence.seconds > SILENT_S:
                 self._lose("silent")
 
     def _release_orphans(self, session: Session) -> None:
-        ids = list(self._orphans)
-        if not ids:
-            return
-        request = cache_pb2.ReleaseRequest(session=session.head, request_ids=ids[:ORPHANS_A_CALL])
+        ids = list(self._orphans)[:ORPHANS_A_CALL]
+        request = cache_pb2.ReleaseRequest(session=session.head, request_ids=ids)
         with contextlib.suppress(errors.Kvc2Error):
             self._call(session, "Release", request, ORPHANS_S)
             for _ in request.request_ids:

@@ -21,7 +21,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from kvc2 import errors
+from kvc2 import _core, errors
 from kvc2.address import Address
 from kvc2.client import results
 from kvc2.client.channel import Channel, absence_of, code, translated
@@ -69,6 +69,25 @@ class Over:
 Message = cache_pb2.AttachResponse | Over
 
 
+class Silence:
+    """How long a peer has not answered, counted over time in which this process itself ran: after
+    a wait that took longer than it was to take, nothing is known of the peer."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._at = clock()
+        self.seconds = 0.0
+
+    def waited(self, at_most_s: float) -> None:
+        """Nothing came since the last call here, which was to take so long."""
+        now = self._clock()
+        self.seconds += min(now - self._at, at_most_s)
+        self._at = now
+
+    def answered(self) -> None:
+        self._at, self.seconds = self._clock(), 0.0
+
+
 class Session:
     """Attaches when it is made: raises a Kvc2Error when the daemon refuses, Unreachable when it
     does not answer. `close` it in any case. Calls may use `head` and `channel` from any thread."""
@@ -82,6 +101,7 @@ class Session:
         self.pidfd = -1
         self.progress: Progress | None = None
         self.ended = False
+        self._beat: _core.Beat | None = None
         self._outbox: queue.SimpleQueue[cache_pb2.AttachRequest | None] = queue.SimpleQueue()
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._stream = self.channel.attach(iter(self._outbox.get, None))
@@ -111,7 +131,6 @@ class Session:
         self.heartbeat_s = max(0.05, attached.heartbeat_interval_ms / 1000)
         self._join(attached, offer.pool)
         self.granted = results.pages(self._expect("ready", READY_S).ready.granted_pages)
-        self.last_answer = time.monotonic()
 
     def _expect(self, kind: str, timeout_s: float) -> cache_pb2.AttachResponse:
         message = self.receive(timeout_s)
@@ -123,7 +142,9 @@ class Session:
         return message
 
     def _join(self, attached: cache_pb2.Attached, pool: PoolMemory) -> None:
-        """Hand the pool over, learn who the daemon is, and get the progress page."""
+        """Hand the pool over, learn who the daemon is, get the progress page, and go on beating on
+        the side socket: the stream's heartbeats wait for the GIL, which others may hold for long.
+        """
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as side:
             side.settimeout(SIDE_S)
             try:
@@ -136,14 +157,15 @@ class Session:
                 answer, fds, _, _ = socket.recv_fds(side, 600, 2)
             except OSError as error:
                 raise absence_of(Address(Path(attached.side_socket)), error) from error
-        for fd in fds:
-            os.set_inheritable(fd, False)
-        if answer != b"ok" or len(fds) != 2:
             for fd in fds:
-                os.close(fd)
-            told = f"side socket: {answer.decode(errors='replace')}"
-            raise errors.Unreachable(told, "refused")
-        self.progress = Progress(fds[0], fds[1], self._over)
+                os.set_inheritable(fd, False)
+            if answer != b"ok" or len(fds) != 2:
+                for fd in fds:
+                    os.close(fd)
+                told = f"side socket: {answer.decode(errors='replace')}"
+                raise errors.Unreachable(told, "refused")
+            self.progress = Progress(fds[0], fds[1], self._over)
+            self._beat = _core.Beat(side.fileno(), self.heartbeat_s)
 
     def _read(self) -> None:
         error: errors.Kvc2Error | None = None
@@ -185,7 +207,12 @@ class Session:
             self.receive(left)
 
     def close(self) -> None:
-        """Break the stream and the connection. A daemon that has heard no detach sees a crash."""
+        """Break the stream and the connection. A daemon that has heard no detach sees a crash. The
+        progress page goes with its last waiter."""
+        if self._beat is not None:
+            self._beat.close()
+            self._beat = None
+        self.progress = None
         self._outbox.put(None)
         self._stream.cancel()
         self.channel.close()

@@ -197,8 +197,8 @@ class Attachments:
         attachment.session.uid = uid
         return attachment.hello.memory_bytes
 
-    async def join(self, nonce: bytes, handover: Handover) -> None:
-        """The pool is mapped: open it in the cache and say Ready."""
+    async def join(self, nonce: bytes, handover: Handover) -> Callable[[], None]:
+        """The pool is mapped: open it in the cache and say Ready. What is answered takes beats."""
         attachment = next((each for each in self._open.values() if each.nonce == nonce), None)
         if attachment is None:
             raise errors.SessionOver("the stream ended before the side socket joined")
@@ -233,6 +233,11 @@ class Attachments:
         )
         ready = cache_pb2.Ready(granted_pages=granted)
         await attachment.send(cache_pb2.AttachResponse(ready=ready))
+        return functools.partial(self._beat, session)
+
+    def _beat(self, session: Session) -> None:
+        if session.state != "over":  # its engine may not know yet
+            self.table.heartbeat(session)
 
     # ---- the end
 

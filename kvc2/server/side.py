@@ -2,6 +2,8 @@
 
 One datagram each way on a SOCK_SEQPACKET connection: the engine's is the nonce of its Attach stream
 with its pool's memfd; the daemon's is `ok` with the progress memfd and an eventfd, or `error: ...`.
+The connection stays open with the session: each further datagram of the engine, of any content, is
+a heartbeat. An engine that closes it beats on its stream alone.
 A memfd is mapped only when it is sealed against a change of its size and has the declared size: one
 that its owner truncates would kill this process with SIGBUS.
 """
@@ -43,6 +45,7 @@ class Handover:
     progress: mmap.mmap
     progress_fd: int
     event_fd: int
+    beats: socket.socket | None = None  # the connection, once all is handed over
 
     async def died(self, within_s: float) -> bool:
         """Whether the engine's process is known to be dead, or dies within_s from now."""
@@ -67,14 +70,22 @@ class Handover:
             if fd >= 0:
                 setattr(self, name, -1)
                 os.close(fd)
+        self.close_beats()
         self.memory.close()
         self.progress.close()
+
+    def close_beats(self) -> None:
+        if self.beats is not None:
+            asyncio.get_running_loop().remove_reader(self.beats)
+            self.beats.close()
+            self.beats = None
 
 
 # (nonce, uid) -> bytes that the memfd must have. Raises a Kvc2Error for an unknown nonce.
 Expect = Callable[[bytes, int], int]
-# (nonce, handover): takes the handover over unless it raises a Kvc2Error.
-Join = Callable[[bytes, Handover], Awaitable[None]]
+# (nonce, handover): takes the handover over unless it raises a Kvc2Error. What it answers is called
+# at each heartbeat on the side socket.
+Join = Callable[[bytes, Handover], Awaitable[Callable[[], None]]]
 
 
 class SideSocket:
@@ -143,21 +154,25 @@ class SideSocket:
 
     async def _finish(self, connection: socket.socket, nonce: bytes, handover: Handover) -> None:
         try:
-            await self._join(nonce, handover)
+            heard = await self._join(nonce, handover)
         except asyncio.CancelledError:  # the daemon stops
             handover.close()
             raise
         except Exception as error:  # also a fault of our own: the engine must not be left waiting
             if not isinstance(error, errors.Kvc2Error):
                 self._metrics.fault("internal_error")
-            handover.close()
             self._refuse(connection, error)
+            handover.close()
             return
         try:
             _send_descriptors(connection, handover)
         except OSError as error:  # the engine died: its pidfd and its stream end the session
             events.warning("side_socket_broken", reason=str(error))
-        self._drop(connection)
+            self._drop(connection)
+            return
+        del self._pending[connection]
+        handover.beats = connection
+        self._loop.add_reader(connection, _hear, handover, heard)
 
     def _refuse(self, connection: socket.socket, error: Exception) -> None:
         self._metrics.fault("side_socket_refused")
@@ -186,6 +201,20 @@ class SideSocket:
             handover.close()
             raise
         return handover
+
+
+def _hear(handover: Handover, heard: Callable[[], None]) -> None:
+    assert handover.beats is not None  # no reader is left without it
+    try:
+        beat = handover.beats.recv(1)
+    except BlockingIOError:
+        return
+    except OSError:  # the engine died: its pidfd and its stream end the session
+        beat = b""
+    if beat:
+        heard()
+    else:
+        handover.close_beats()
 
 
 def _finish(future: asyncio.Future[None]) -> None:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from kvc2.client import Admin
+from kvc2.sessions import EXPIRY_S
 from tests.system.daemon import SMALL, DaemonProcess, EngineProcess
 
 
@@ -119,6 +120,20 @@ def test_a_frozen_engine_expires_and_is_refused_when_it_thaws(tmp_path: Path) ->
         assert refused["error"] in ("Detached", "NotFound"), refused
         wait_until(lambda: engine.ask(do="status")["sessions"] == 2, 4)
         assert engine.ask(do="status")["detached"] == ["silent"]
+
+
+def test_an_engine_whose_python_stands_still_keeps_its_session_and_its_leases(
+    tmp_path: Path,
+) -> None:
+    with DaemonProcess(tmp_path) as daemon, EngineProcess(daemon.address) as engine:
+        assert engine.ask(do="attach")["attached"]
+        store(engine)
+        assert engine.ask(do="hold", seconds=round(2 * EXPIRY_S)) == {}
+        assert leases(daemon) == 1
+        hit = engine.ask(do="acquire", id="again", tokens=100)
+        assert (hit["tiers"], hit["bytes"]) == ([96, 0, 0], list(range(6)))
+        status = engine.ask(do="status")
+        assert (status["sessions"], status["detached"]) == (1, [])
 
 
 @pytest.mark.parametrize("end", ["freeze", "kill"])

@@ -6,6 +6,7 @@ it calls is kvc2.client, what it answers is what the call said, or {"error": cla
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 from typing import Any
@@ -62,6 +63,11 @@ class Commands:
         tokens = np.arange(blocks * PAGE_SIZE, dtype=np.uint32)
         part = LeaseCommit(id.encode(), 0, tokens, np.array(pages, np.uint32))
         return {"results": self._client.commit([part]).results[0].tolist()}
+
+    def hold(self, seconds: int) -> dict[str, Any]:
+        """Hold the interpreter's lock, as a library does that tokenizes a huge prompt."""
+        ctypes.PyDLL(None).sleep(seconds)
+        return {}
 
     def release(self, id: str) -> dict[str, Any]:
         self._client.release([id.encode()])
