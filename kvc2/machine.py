@@ -43,11 +43,11 @@ def available_memory_bytes(root: Path = Path("/")) -> int:
     return memory(root).available_bytes
 
 
-def disk(path: Path) -> Room:
-    """The file system that holds `path`, or that will once the path exists. What lies below `path`
-    counts as available to it: reads the whole tree's sizes. Raises OSError."""
+def disk(path: Path, own: Path) -> Room:
+    """The file system that holds `path`, or that will once the path exists. What lies below the
+    folder `own` counts as available: looks at each file there. Raises OSError."""
     place, facts = _file_system(path)
-    available = facts.f_bavail * facts.f_frsize + _taken(path)
+    available = facts.f_bavail * facts.f_frsize + _taken(own)
     return Room(f"the file system of {place}", facts.f_blocks * facts.f_frsize, available)
 
 

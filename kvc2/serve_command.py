@@ -231,7 +231,7 @@ def _check_room(settings: ServeConfig) -> None:
     path = settings.disk.path
     if path is not None:
         try:
-            room = machine.disk(path)
+            room = machine.disk(path, path / "slabs")  # beside them nothing is large
         except OSError as error:
             allowed = f"a folder that can be made: {error.strerror}"
             raise errors.InvalidConfig("disk.path", str(path), allowed) from error

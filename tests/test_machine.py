@@ -73,21 +73,27 @@ def test_a_container_sees_its_own_group_as_the_root(tmp_path: Path) -> None:
     assert machine.memory(root) == Room(f"the cgroup {root}/sys/fs/cgroup", 300_000, 200_000)
 
 
-def test_what_a_folder_takes_is_available_to_it(tmp_path: Path) -> None:
+def test_what_a_folder_takes_is_available_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     missing = tmp_path / "not/yet"
-    before = machine.disk(missing)
+    before = machine.disk(missing, missing / "slabs")
     assert before.owner == f"the file system of {tmp_path}"
     facts = os.statvfs(tmp_path)
     assert before.total_bytes == facts.f_blocks * facts.f_frsize
-    missing.mkdir(parents=True)
-    (missing / "slab").write_bytes(bytes(1 << 20))
-    os.sync()
-    taken = os.stat(missing / "slab").st_blocks * 512
-    free = os.statvfs(missing)
-    assert taken >= 1 << 20
-    # others write to this file system too, so that the sums agree within what they wrote
-    ours = machine.disk(missing).available_bytes - free.f_bavail * free.f_frsize
-    assert abs(ours - taken) < 1 << 30
+    (missing / "slabs/one").mkdir(parents=True)
+    for name in ("slabs/0", "slabs/one/0", "0"):
+        (missing / name).write_bytes(bytes(1 << 20))
+        with (missing / name).open("rb") as file:
+            os.fsync(file.fileno())  # the blocks are there once it is written
+    free = 7 << 20
+    same = os.statvfs_result((4096, 4096, 1 << 20, 0, free // 4096, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: same)
+    room = machine.disk(missing, missing / "slabs")
+    taken = sum((missing / name).stat().st_blocks * 512 for name in ("slabs/0", "slabs/one/0"))
+    assert taken >= 2 << 20
+    assert room.total_bytes == 4 << 30
+    assert room.available_bytes == 7 * (1 << 20) + taken
 
 
 def test_the_daemon_refuses_what_can_never_fit_and_tells_what_does_not_now(
