@@ -130,10 +130,10 @@ def kept(pid: int) -> dict[str, int]:
     }
 
 
-def settled(daemon: DaemonProcess) -> dict[str, int]:
-    """What is open once nothing but the arena is shared."""
+def settled(daemon: DaemonProcess, shared: int = 1) -> dict[str, int]:
+    """What is open once there are only so many memfds; one is the arena's."""
     with contextlib.suppress(AssertionError):  # what is there instead is told
-        wait_until(lambda: kept(daemon.pid)["memfds"] <= 1, 20)
+        wait_until(lambda: kept(daemon.pid)["memfds"] <= shared, 20)
     return kept(daemon.pid)
 
 
