@@ -19,6 +19,7 @@ RESTORE, EVICTION = "restore.cpp", "eviction/order.cpp"
 LIVES, NODE_LIVES, LIFE = "lives.cpp", "lives_of_nodes.cpp", "life.h"
 PINS, PREFETCH = "prefix_pins.cpp", "prefetch.cpp"
 POLICY = "eviction/policy.h"
+HAZARD, REUSE = "eviction/hazard.cpp", "eviction/reuse_model.cpp"
 EXPLAIN, OBITUARIES = "explain.cpp", "obituaries.cpp"
 
 MUTANTS = [
@@ -170,6 +171,10 @@ MUTANTS = [
            "      tell_marked({run.node, run.offset + i}, before);\n"),
     Mutant("last copies go first", POLICY, "last_copy = !held_below", "last_copy = held_below"),
     Mutant("the dead go last", POLICY, "standing != kDead", "standing == kDead"),
+    Mutant("what a class is worth is asked before anything came back", HAZARD,
+           "    if (!model_.saw_returns()) return least_recently_used(oldest);\n"),
+    Mutant("an age that nobody knows is likelier than the one before it", REUSE,
+           "falling && age > 0 ? found[age - 1] : 1", "1"),
     Mutant("the dead are demoted", TRANSFERS, "tree_.dead(*at) || !admitted", "!admitted"),
     Mutant("a retired namespace takes commits", LEASES,
            "  if (tree_.spaces[lease.space].retired) return;\n"),

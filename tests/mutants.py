@@ -23,7 +23,8 @@ CPP_TESTS = ["test_index", "test_index_collision", "test_key_table"]
 PYTHON_TESTS = [
     "tests/test_index.py", "tests/test_index_restore.py", "tests/test_index_returns.py",
     "tests/test_index_prefetch.py", "tests/test_index_demotion.py", "tests/test_index_tenants.py",
-    "tests/test_index_explain.py", "tests/test_index_machine.py", "tests/test_lives.py",
+    "tests/test_index_explain.py", "tests/test_index_cold.py", "tests/test_index_machine.py",
+    "tests/test_lives.py",
 ]  # fmt: skip
 LIMIT_S = 300  # a bug that makes a test hang is caught too
 BUILD_LIMIT_S = 1800

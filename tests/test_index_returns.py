@@ -12,8 +12,8 @@ NOBODY = _core.Hints()
 class Pages:
     """An index of one pool, of blocks of one token."""
 
-    def __init__(self, policy: str, pages: int) -> None:
-        self.index = _core.Index(policy=policy)
+    def __init__(self, policy: str, pages: int, seed: int = 0) -> None:
+        self.index = _core.Index(policy=policy, seed=seed)
         self.pool = self.index.add_pool(
             page_size=1, pages_per_slab=pages, below=None, durable=False
         )
@@ -24,7 +24,8 @@ class Pages:
         path = np.array(blocks, np.uint32)
         lease = self.index.acquire(self.space, self.pool, path, len(path))
         pages = self.index.grant(self.pool, len(path) - lease.matched)
-        self.index.commit(lease.id, lease.matched, path[lease.matched :], pages)
+        room = lease.matched + len(pages)  # of a prompt that is longer than the pool
+        self.index.commit(lease.id, lease.matched, path[lease.matched : room], pages)
         self.index.release(lease.id, hints)
         self.index.check()
         return int(lease.matched)

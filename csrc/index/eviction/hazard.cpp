@@ -9,7 +9,8 @@
 //
 // A victim is the oldest leaf of the cell (class, a quarter of an octave of age) that is worth
 // least and has a leaf. Cells change with a lesson, not with time; so does what a class's oldest
-// leaf is worth. While nothing was learnt and no request came, a cell's next leaf is at hand.
+// leaf is worth. While nothing was learnt and no request came, a cell's next leaf is at hand. Until
+// something came back there is nothing to tell classes apart by, and the victim is LRU's.
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -81,9 +82,10 @@ class Hazard final : public EvictionPolicy {
   uint32_t queues() const override { return ReuseModel::kClasses; }
 
   std::optional<EvictionOrder::Entry> choose(PoolId, const EvictionOrder& order) override {
-    if (model_.lessons() != sorted_at_) sort_cells();
-    std::array<std::optional<EvictionOrder::Entry>, ReuseModel::kClasses> oldest;
+    Oldest oldest;
     for (uint32_t group = 0; group < oldest.size(); ++group) oldest[group] = order.oldest(group);
+    if (!model_.saw_returns()) return least_recently_used(oldest);
+    if (model_.lessons() != sorted_at_) sort_cells();
     for (const Cell& cell : cells_) {
       if (!oldest[cell.group]) continue;
       const uint32_t age = now_ - std::min(now_, oldest[cell.group]->stamp());
@@ -113,6 +115,16 @@ class Hazard final : public EvictionPolicy {
   }
 
  private:
+  using Oldest = std::array<std::optional<EvictionOrder::Entry>, ReuseModel::kClasses>;
+
+  static std::optional<EvictionOrder::Entry> least_recently_used(const Oldest& oldest) {
+    std::optional<EvictionOrder::Entry> found;
+    for (const auto& each : oldest) {
+      if (each && (!found || each->stamp() < found->stamp())) found = each;
+    }
+    return found;
+  }
+
   struct Cell {
     float worth;
     uint32_t group, from, to;  // ages

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <numeric>
 
 namespace kvc2 {
 
@@ -22,6 +23,10 @@ constexpr double kPrior = 8;
 // by the square of what it is short of; the largest pool counts, since the model serves all.
 constexpr double kFewPages = 512;
 constexpr double kPriorHazard = 0.05;  // in every octave; only that it is flat matters
+// What comes back is known by as many returns as the prior counts, and by eight times those that
+// a watch full of tags of 16 bits takes for some.
+constexpr double kReturnsMin = 8;
+constexpr double kReturnsShare = 1.0 / 1024;
 
 ReuseModel::ReuseModel(uint64_t seed) : seed_(seed), prior_(kPrior) { learn(); }
 
@@ -103,30 +108,47 @@ void ReuseModel::use(const BlockKey& key, uint32_t now, uint32_t uses, uint32_t 
   if (++taught_ == kLearnEvery) learn();
 }
 
-static double blend(double ended, double reached, double hazard, double waits) {
-  return std::min(1.0, (ended + waits * hazard) / (reached + waits));
+using ByAge = std::array<double, ReuseModel::kAges>;
+
+static bool comes_back(const ByAge& ended, const ByAge& reached) {
+  const double returns = std::accumulate(ended.begin(), ended.end(), 0.0);
+  return returns >= kReturnsMin + reached[0] * kReturnsShare;
+}
+
+// The hazards of waits and of `waits` more that ended as `prior` says. `falling`: no octave is
+// taken to be likelier than the one before it until it shows that it is.
+static ByAge hazards(const ByAge& ended, const ByAge& reached, const ByAge& prior, double waits,
+                     bool falling) {
+  ByAge found;
+  for (size_t age = 0; age < found.size(); ++age) {
+    const double before = falling && age > 0 ? found[age - 1] : 1;
+    const double expected = std::min(prior[age], before);
+    found[age] = std::min(1.0, (ended[age] + waits * expected) / (reached[age] + waits));
+  }
+  return found;
 }
 
 void ReuseModel::learn() {
   const double kept = 1 - taught_ / std::max(kMemoryUses, 1.0 * kWays * sets_.size());
-  std::array<double, kAges> hazard_of_all;
-  for (uint32_t age = 0; age < kAges; ++age) {
-    double ended = 0, reached = 0;
-    for (uint32_t group = 0; group < kClasses; ++group) {
-      ended += ended_[group][age] *= kept;
-      reached += reached_[group][age] *= kept;
-    }
-    hazard_of_all[age] = blend(ended, reached, kPriorHazard, prior_);
-  }
+  ByAge ended{}, reached{}, flat;
+  flat.fill(kPriorHazard);
   for (uint32_t group = 0; group < kClasses; ++group) {
+    for (uint32_t age = 0; age < kAges; ++age) {
+      ended[age] += ended_[group][age] *= kept;
+      reached[age] += reached_[group][age] *= kept;
+    }
+  }
+  saw_returns_ = comes_back(ended, reached);
+  const ByAge of_all = hazards(ended, reached, flat, prior_, true);
+  for (uint32_t group = 0; group < kClasses; ++group) {
+    const bool falling = !comes_back(ended_[group], reached_[group]);
+    const ByAge hazard = hazards(ended_[group], reached_[group], of_all, prior_, falling);
     for (uint32_t age = 0; age < kAges; ++age) {
       double waiting = 1, used = 0, held = 0, best = 0;
       for (uint32_t horizon = age; horizon < kAges; ++horizon) {
-        const double hazard =
-            blend(ended_[group][horizon], reached_[group][horizon], hazard_of_all[horizon], prior_);
-        used += waiting * hazard;
-        held += waiting * std::ldexp(1 - hazard / 2, static_cast<int>(horizon));
-        waiting *= 1 - hazard;
+        used += waiting * hazard[horizon];
+        held += waiting * std::ldexp(1 - hazard[horizon] / 2, static_cast<int>(horizon));
+        waiting *= 1 - hazard[horizon];
         best = std::max(best, used / held);
       }
       worth_[group][age] = static_cast<float>(best);

@@ -14,7 +14,9 @@
 //
 // A hazard that is the same in every octave and class makes this LRU, and so does a lack of
 // evidence: kPrior waits of it, more where the pools are tiny, are added to what all classes
-// showed, and as many waits of all classes to what each did.
+// showed, and as many waits of all classes to what each did. A class of which nothing came back is
+// known at young ages only: its older ones are taken to be no likelier, or those would be kept for
+// what nobody has seen.
 //
 // Costs: 12.75 bytes a page of the largest pool. A watched use reads one set of it, 64 bytes, and
 // looks through another one; once in kLearnEvery of them, 10 us to learn. Deterministic under its
@@ -46,7 +48,8 @@ class ReuseModel {
   void use(const BlockKey& key, uint32_t now, uint32_t uses, uint32_t group);
 
   float worth(uint32_t group, uint32_t octave) const { return worth_[group][octave]; }
-  uint64_t lessons() const { return lessons_; }  // worth() changes only when this does
+  bool saw_returns() const { return saw_returns_; }  // else worth() says nothing yet
+  uint64_t lessons() const { return lessons_; }      // worth() changes only when this does
   size_t metadata_bytes() const;
 
  private:
@@ -75,6 +78,7 @@ class ReuseModel {
   size_t next_set_ = 0;         // to be looked through
   uint32_t now_ = 0;            // the latest use
   uint32_t taught_ = 0;         // watched uses since the last lesson
+  bool saw_returns_ = false;
   uint64_t lessons_ = 0;
   Table<double> reached_{}, ended_{};  // waits, by the octave that they came to or ended in
   Table<float> worth_{};
