@@ -238,6 +238,11 @@ class Index:
     def open_namespace(self, namespace: bytes, page_size: int) -> int:
         """32 bytes -> its id in this index; the same id when opened again. ValueError if it was
         opened with another page_size."""
+    def close_namespace(self, namespace: int) -> bool:
+        """It is unknown from now on, and its id may become another's: so nobody may go on with it.
+        False, and nothing changes, while it has blocks, open leases or pins."""
+    def has_pins(self, namespace: int) -> bool:
+        """Whether somebody has pinned a prefix of it (`pin`)."""
     def set_quota(
         self, tenant: int, tier: int, *, max_bytes: int = ..., max_blocks: int = ...
     ) -> None:

@@ -220,3 +220,24 @@ class IndexEndings(IndexMachine):
             longest = next(n for n in range(len(blocks), -1, -1)
                            if n == 0 or (namespace, *blocks[:n]) in living)  # fmt: skip
             assert fresh.match(namespace, disk, u32(blocks)).blocks == longest  # type: ignore[arg-type]
+
+    def teardown(self) -> None:
+        """Whatever was done: a namespace is closed exactly when nothing is of it, once, and its
+        number is another's then."""
+        if not self.model.pools:
+            return
+        used = {lease.namespace for lease in self.model.leases.values()}
+        used |= {prefix[0] for _, prefix in self.model.prefix_pins}
+        used |= {path[0] for at in self.model.pools.values() for path in at.blocks}
+        closed = [each for each in range(len(self.names)) if self.index.close_namespace(each)]
+        assert closed == [each for each in range(len(self.names)) if each not in used]
+        self.index.check()
+        assert self.index.counts().namespaces == len(self.names) - len(closed)
+        for each in closed:
+            with pytest.raises(KeyError):
+                self.index.close_namespace(each)
+            with pytest.raises(KeyError):
+                self.index.match(each, self.gpus[0], u32([1]))
+        numbers = [self.index.open_namespace(b"%32d" % each, PAGE_SIZE) for each in closed]
+        assert sorted(numbers) == closed
+        self.index.check()

@@ -296,6 +296,12 @@ MUTANTS = [
            ") return;"),
     Mutant("the sibling is any", EXPLAIN, "if (best && best->common >= common) return;",
            "if (best) return;"),
+    Mutant("a namespace is closed under an open lease", LEASES,
+           " || std::ranges::any_of(leases_, uses)) return false;", ") return false;"),
+    Mutant("a namespace is closed under a pin", LEASES,
+           "if (tree_.pins.of_space(space) || ", "if ("),
+    Mutant("a namespace is closed with its blocks", TREE,
+           "  if (nodes_[root].first_child != kNoNode) return false;\n"),
     Mutant("what arrives is elsewhere", EXPLAIN,
            "tree_.resident_elsewhere(at, kNoPool) ? Why", "tree_.anywhere(at) ? Why"),
 ]  # fmt: skip

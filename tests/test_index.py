@@ -431,3 +431,30 @@ def test_a_copy_on_its_way_does_not_make_another_one_spare(house: House) -> None
     house.index.complete(transfer.id, 2)
     assert house.index.evict(house.gpu, 9).last_copies == 1
     house.index.check()
+
+
+def test_a_namespace_is_closed_once_nothing_is_of_it(house: House) -> None:
+    index, other = house.index, house.index.open_namespace(b"o" * 32, SIZE)
+    lease = house.compute(1, 2)
+    assert not index.close_namespace(house.space)  # blocks, and a lease
+    index.release(lease)
+    index.pin(house.space, house.gpu, tokens(1), hard=False, max_blocks=9)
+    assert index.has_pins(house.space)
+    index.evict(house.gpu, 9)
+    assert index.counts().blocks == 0
+    assert not index.close_namespace(house.space)  # a pin, of what may come
+    index.unpin(house.space, house.gpu, tokens(1))
+    empty = index.acquire(house.space, house.gpu, tokens(1), 1)
+    assert not index.close_namespace(house.space)  # a lease without a block
+    index.release(empty.id)
+    assert index.close_namespace(house.space)
+    for ask in (index.close_namespace, index.retire, index.has_pins):
+        with pytest.raises(KeyError):
+            ask(house.space)
+    with pytest.raises(KeyError):
+        index.match(house.space, house.gpu, tokens(1))
+    assert (index.counts().namespaces, index.close_namespace(other)) == (1, True)
+    assert sorted(index.open_namespace(bytes([n]) * 32, SIZE) for n in range(3)) == [0, 1, 2]
+    house.space = index.open_namespace(NAME, SIZE)  # the same name is a new namespace
+    house.compute(1, 2)
+    index.check()

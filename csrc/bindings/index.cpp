@@ -253,6 +253,9 @@ void bind_pools(py::class_<Index>& index) {
             return unlocked([&] { return self.open_namespace(digest, page_size); });
           },
           "namespace"_a, "page_size"_a)
+      .def("close_namespace", &Index::close_namespace, "namespace"_a,
+           py::call_guard<py::gil_scoped_release>())
+      .def("has_pins", &Index::has_pins, "namespace"_a, py::call_guard<py::gil_scoped_release>())
       .def("retire", &Index::retire, "namespace"_a, py::call_guard<py::gil_scoped_release>())
       .def(
           "grant",

@@ -150,7 +150,7 @@ void RadixTree::check() const {
   KVC2_CHECK(live == live_nodes && all == blocks && empty == holes,
              "%u nodes, %u blocks, %u holes; counted %u, %u, %u", live_nodes, blocks, holes, live,
              all, empty);
-  KVC2_CHECK(live == heads_.size() + spaces.size(), "I1: %zu heads of %u nodes", heads_.size(),
+  KVC2_CHECK(live == heads_.size() + open_spaces(), "I1: %zu heads of %u nodes", heads_.size(),
              live);
   KVC2_CHECK(ranked == ordered, "I3: %zu of %zu in the orders are there", ranked, ordered);
   for (PoolId pool = 0; pool < pools_.size(); ++pool) {

@@ -182,6 +182,8 @@ class Index {
   void remove_pool(PoolId pool);
 
   uint32_t open_namespace(const Digest& name, uint32_t page_size);
+  bool close_namespace(uint32_t space);
+  bool has_pins(uint32_t space) const;
   void set_quota(TenantId tenant, uint8_t tier, uint64_t max_bytes, uint64_t max_blocks);
   void set_tenant(uint32_t space, TenantId tenant);
   Evicted trim(PoolId pool);
@@ -324,6 +326,7 @@ class Index {
 
   // leases.cpp
   const Lease& open_lease(LeaseId id) const;
+  const Space& open_space(uint32_t space) const;
   void check_space(uint32_t space, PoolId pool) const;
   Found find(uint32_t space, std::span<const PoolId> pools, const std::vector<Run>& path) const;
   uint32_t tiers_of(const Run& run, std::span<const PoolId> chain,

@@ -13,9 +13,8 @@ uint32_t Index::open_namespace(const Digest& name, uint32_t page_size) {
   const Lock lock(mutex_);
   if (page_size == 0 || page_size > kMaxPageSize)
     throw std::invalid_argument("page_size: 1 to 512");
-  const auto next = static_cast<uint32_t>(tree_.spaces.size());
-  const auto [at, fresh] = space_ids_.try_emplace(root_key(name), next);
-  if (fresh) return tree_.add_space(name, page_size);
+  const auto [at, fresh] = space_ids_.try_emplace(root_key(name), 0);
+  if (fresh) return at->second = tree_.add_space(name, page_size);
   if (tree_.spaces[at->second].name != name)
     throw std::invalid_argument("namespace: key collision");
   if (tree_.spaces[at->second].page_size != page_size) {
@@ -25,8 +24,25 @@ uint32_t Index::open_namespace(const Digest& name, uint32_t page_size) {
   return at->second;
 }
 
+bool Index::close_namespace(uint32_t space) {
+  const Lock lock(mutex_);
+  const Digest name = open_space(space).name;
+  const auto uses = [&](const auto& each) { return each.second.space == space; };
+  if (tree_.pins.of_space(space) || std::ranges::any_of(leases_, uses)) return false;
+  if (!tree_.close_space(space)) return false;
+  space_ids_.erase(root_key(name));
+  return true;
+}
+
+const Space& Index::open_space(uint32_t space) const {
+  if (space >= tree_.spaces.size() || tree_.spaces[space].closed) {
+    throw UnknownId("namespace " + std::to_string(space));
+  }
+  return tree_.spaces[space];
+}
+
 void Index::check_space(uint32_t space, PoolId id) const {
-  if (space >= tree_.spaces.size()) throw UnknownId("namespace " + std::to_string(space));
+  open_space(space);
   if (tree_.spaces[space].page_size != pool(id).shape.page_size) {
     throw std::invalid_argument("pool: its page_size is not the namespace's");
   }

@@ -5,8 +5,7 @@ namespace kvc2 {
 
 uint32_t Index::retire(uint32_t space) {
   const Lock lock(mutex_);
-  if (space >= tree_.spaces.size()) throw UnknownId("namespace " + std::to_string(space));
-  if (tree_.spaces[space].retired) return 0;
+  if (open_space(space).retired) return 0;
   tree_.spaces[space].retired_at = tree_.now();
   tree_.pins.forget_space(space);
   return tree_.retire(space);
@@ -19,7 +18,7 @@ uint32_t Index::advance(uint32_t now) {
 
 void Index::expire_by(uint32_t space, uint32_t second) {
   const Lock lock(mutex_);
-  if (space >= tree_.spaces.size()) throw UnknownId("namespace " + std::to_string(space));
+  open_space(space);
   if (second == 0) throw std::invalid_argument("second: 1 or later");
   tree_.expire_by(space, second);
 }
@@ -76,6 +75,12 @@ uint32_t Index::unpin(uint32_t space, PoolId id, Tokens tokens) {
   const uint32_t blocks = tree_.pins.unpin(id, pin_keys(space, id, tokens).back());
   refresh_path(space, tokens);
   return blocks;
+}
+
+bool Index::has_pins(uint32_t space) const {
+  const Lock lock(mutex_);
+  open_space(space);
+  return tree_.pins.of_space(space);
 }
 
 uint32_t Index::pinned_blocks(PoolId id, bool hard) const {

@@ -199,8 +199,7 @@ void Index::set_quota(TenantId tenant, uint8_t tier, uint64_t max_bytes, uint64_
 
 void Index::set_tenant(uint32_t space, TenantId tenant) {
   const Lock lock(mutex_);
-  if (space >= tree_.spaces.size()) throw UnknownId("namespace " + std::to_string(space));
-  const TenantId known = tree_.spaces[space].tenant;
+  const TenantId known = open_space(space).tenant;
   if (known == tenant) return;
   if (known != 0) throw std::invalid_argument("tenant: the namespace has another one");
   tree_.set_tenant(space, tenant);
@@ -365,7 +364,7 @@ IndexCounts Index::counts() const {
   bytes += tree_.table_bytes() + policy_->metadata_bytes() + curve_.metadata_bytes();
   bytes += tree_.pins.metadata_bytes();
   for (const auto& each : pools_) bytes += each ? each->metadata_bytes() : 0;
-  return {.namespaces = tree_.spaces.size(),
+  return {.namespaces = tree_.open_spaces(),
           .nodes = tree_.live_nodes,
           .blocks = tree_.blocks - tree_.holes,
           .holes = tree_.holes,

@@ -67,6 +67,13 @@ void PrefixPins::forget_space(uint32_t space) {
   }
 }
 
+bool PrefixPins::of_space(uint32_t space) const {
+  return std::ranges::any_of(pools_, [&](const OfPool& of) {
+    return std::ranges::any_of(of.pins,
+                               [&](const auto& each) { return each.second.space == space; });
+  });
+}
+
 uint32_t PrefixPins::blocks(PoolId pool, Pinned how) const {
   return pool < pools_.size() ? of_kind(pools_[pool], how) : 0;
 }

@@ -29,6 +29,7 @@ class PrefixPins {
   uint32_t unpin(PoolId pool, const BlockKey& last);  // the blocks of that pin; 0: there is none
   void forget_pool(PoolId pool);
   void forget_space(uint32_t space);
+  bool of_space(uint32_t space) const;  // whether there is one
 
   Pinned of(PoolId pool, const BlockKey& block) const {
     if (pool >= pools_.size() || pools_[pool].blocks.empty()) return Pinned::kNot;

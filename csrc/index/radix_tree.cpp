@@ -8,11 +8,26 @@
 namespace kvc2 {
 
 uint32_t RadixTree::add_space(const Digest& name, uint32_t page_size) {
-  const auto space = static_cast<uint32_t>(spaces.size());
+  if (free_spaces_.empty()) {
+    free_spaces_.push_back(static_cast<uint32_t>(spaces.size()));
+    spaces.emplace_back();
+  }
+  const uint32_t space = free_spaces_.back();
+  free_spaces_.pop_back();
   const NodeId root = new_node();
   nodes_[root].space = space;
-  spaces.push_back({name, page_size, root});
+  spaces[space] = {.name = name, .page_size = page_size, .root = root};
   return space;
+}
+
+bool RadixTree::close_space(uint32_t space) {
+  const NodeId root = spaces[space].root;
+  if (nodes_[root].first_child != kNoNode) return false;
+  KVC2_CHECK(nodes_[root].pools.empty() && !lives_.contains(root), "root %u has no block", root);
+  forget_node(root);
+  spaces[space] = {.name = {}, .page_size = 0, .root = kNoNode, .closed = true};
+  free_spaces_.push_back(space);
+  return true;
 }
 
 // Walks the namespace's nodes.

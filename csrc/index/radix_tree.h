@@ -69,6 +69,7 @@ struct Space {  // a namespace
   bool retired = false;     // what is in it does not match, and goes (I8)
   uint32_t retired_at = 0;  // a second of the caller's clock
   TenantId tenant = 0;
+  bool closed = false;  // there is none of this number now
 };
 
 struct Residency {  // one pool's pages in one node
@@ -102,7 +103,9 @@ class RadixTree {
   RadixTree(Pools& pools, EvictionPolicy& policy) : pools_(pools), policy_(policy) {}
 
   // Structure.
-  uint32_t add_space(const Digest& name, uint32_t page_size);  // its number
+  uint32_t add_space(const Digest& name, uint32_t page_size);  // its number, maybe a closed one's
+  bool close_space(uint32_t space);                            // false: it has blocks
+  size_t open_spaces() const { return spaces.size() - free_spaces_.size(); }
   uint32_t retire(uint32_t space);                             // the blocks in it
   std::vector<Run> find(uint32_t space, Tokens tokens) const;  // leading blocks, holes included
   std::optional<Place> next(Place at,
@@ -221,6 +224,7 @@ class RadixTree {
   EvictionPolicy& policy_;
   std::deque<Node> nodes_;  // a deque never moves what it holds
   std::vector<NodeId> free_nodes_;
+  std::vector<uint32_t> free_spaces_;
   KeyTable heads_;                     // nodes by the key of their first block
   std::vector<EvictionOrder> orders_;  // by pool
   std::map<std::pair<PoolId, TenantId>, EvictionOrder> tenant_orders_;  // of those with a quota

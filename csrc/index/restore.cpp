@@ -13,7 +13,7 @@ std::deque<Index::Known> Index::known_parents(PoolId id) {
   std::deque<Known> known;
   const PagePool& of = pool(id);
   for (const Space& space : tree_.spaces) {
-    if (space.page_size != of.shape.page_size || space.retired) continue;
+    if (space.closed || space.page_size != of.shape.page_size || space.retired) continue;
     known.push_back({space.name, kNoPage, space.root});
   }
   for (PageId page = 0; page < of.size(); ++page) {
