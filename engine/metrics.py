@@ -33,8 +33,9 @@ class EngineMetrics:
         self.prefix_lost = counter("prefix_lost", "Requests recomputed: a promotion didn't arrive")
         self.waits = counter("waits", "Requests that waited for another's commits of their prefix")
         self.faults = counter("faults", "Calls of the daemon that failed, by call", "call")
-        self.refused_salts = counter(
-            "refused_salts", "Requests without hits: their tenant has too many cache salts"
+        self.salts_let_go = counter(
+            "salts_let_go",
+            "Namespaces not used for long, forgotten for others until they come back",
         )
         self.detached = counter("detached", "Sessions with the daemon that ended, by why", "reason")
         self.attach_failures = counter(

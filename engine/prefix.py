@@ -30,12 +30,13 @@ from kvc2 import errors
 from kvc2.client import Client, LeaseCommit
 from kvc2.client import PoolMemory as PoolMemory
 from kvc2.layout import layer_major
+from kvc2.shares import SharedTable
 
 log = logging.getLogger(__name__)
 
 WAIT_SLICE_S = 0.1  # how often a wait for a layer looks whether the session still lives
 ACQUIRES_MAX = 8  # calls under way; each may wait for a disk
-NAMESPACES_MAX = 1024  # of a session, the daemon's default; tenants have equal shares of it
+NAMESPACES_MAX = 1024  # whose handles are kept, the daemon's default of a session
 REFUSED = 2
 ANSWERS = ("adopted", "duplicate", "refused")
 
@@ -74,7 +75,6 @@ class BridgeConfig:
     high_water: int = 1 << 30
     load_timeout_s: float = 10.0
     grant_timeout_s: float = 1.0  # how long a step waits for a grant when pages ran out
-    tenants: int = 1  # that callers can be of
 
 
 class Prefix:
@@ -102,8 +102,7 @@ class Prefix:
         self._client: CacheClient | None = None
         self._lock = threading.Lock()  # over the two below
         self._open: dict[bytes, Lease] = {}
-        self._namespaces: dict[Caller, Any] = {}
-        self._full: set[str] = set()  # tenants that were told of in the log
+        self._namespaces: SharedTable[str, Caller, Any] = SharedTable()
         self._topping_up = False
         self.prefill_rate = 0.0  # tokens/s, told with each commit; 0: not measured yet
 
@@ -286,12 +285,8 @@ class Prefix:
         if not session:  # it ended since: an answer would be of one that isn't known here
             return Lease(request_id)
         try:
-            namespace = self._namespace(client, caller)
-            if namespace is None:
-                self._refused_salt(caller)
-                return Lease(request_id)
             found = client.acquire(
-                namespace,
+                self._namespace(client, caller),
                 request_id,
                 tokens,
                 grant_pages=self._wanted(0),
@@ -333,34 +328,31 @@ class Prefix:
             return 0
         try:
             namespace = self._namespace(self._client, caller)
-            return self._client.match(namespace, tokens).matched_tokens if namespace else 0
+            return self._client.match(namespace, tokens).matched_tokens
         except Exception as error:  # whatever it is, the request runs
             self._fault("match", error)
             return 0
 
     def _announce(self, client: CacheClient, tokens: U32, caller: Caller) -> None:
         try:
-            if namespace := self._namespace(client, caller):
-                client.prefetch(namespace, tokens)
+            client.prefetch(self._namespace(client, caller), tokens)
         except Exception as error:  # whatever it is, the request runs
             self._fault("prefetch", error)
 
     def _namespace(self, client: CacheClient, caller: Caller) -> Any:
-        """The daemon's namespace of this caller, opened once. None for a salt beyond the tenant's
-        share: salts are the callers' choice, and must not end caching for anyone else."""
-        salts_max = NAMESPACES_MAX // self.config.tenants - 1  # one is the tenant's without a salt
+        """The daemon's namespace of this caller. Salts are the callers' choice: the handle of one
+        that was not used for long is let go of, and made again when it comes back."""
         with self._lock:
-            known = self._namespaces.get(caller)
-            if known is not None:
-                return known
-            salts = sum(
-                1 for each in self._namespaces if each.salt and each.tenant == caller.tenant
-            )
-        if caller.salt and salts >= salts_max:
-            return None
+            known = self._namespaces.use(caller)
+        if known is not None:
+            return known
         opened = client.open_namespace(self.config.identity, caller.tenant, caller.salt)
         with self._lock:
-            return self._namespaces.setdefault(caller, opened)
+            if len(self._namespaces) >= NAMESPACES_MAX and caller not in self._namespaces:
+                self._namespaces.drop(next(self._namespaces.victims(caller.tenant)))
+                self._metrics.salts_let_go.inc()
+            self._namespaces.put(caller.tenant, caller, opened)
+        return opened
 
     def _commit(self, session: int, batch: list[tuple[Lease, LeaseCommit]], wanted: int) -> None:
         client = self._client
@@ -435,14 +427,6 @@ class Prefix:
 
     def _wanted(self, soon: int) -> int:
         return max(0, self.config.low_water + soon - self.book.free)
-
-    def _refused_salt(self, caller: Caller) -> None:
-        self._metrics.refused_salts.inc()
-        with self._lock:
-            known = caller.tenant in self._full
-            self._full.add(caller.tenant)
-        if not known:
-            log.warning("tenant %r: too many cache salts; new ones run without hits", caller.tenant)
 
     def _fault(self, call: str, error: Exception) -> None:
         self._metrics.faults.labels(call).inc()

@@ -70,7 +70,7 @@ def assemble(config: EngineConfig) -> Engine:
         model = build_model(model_config, checkpoint)
     metrics = EngineMetrics()
     tenants = read_api_keys(config.api_keys) if config.api_keys else {}
-    prefix = _prefix(config, model, shape, memory, metrics, len(set(tenants.values())))
+    prefix = _prefix(config, model, shape, memory, metrics)
     scheduler = Scheduler(
         SchedulerConfig(config.chunk_size, config.step_tokens, config.max_running),
         prefix=prefix,
@@ -123,7 +123,6 @@ def _prefix(
     shape: KvShape,
     memory: PoolMemory,
     metrics: EngineMetrics,
-    tenants: int,
 ) -> Prefix:
     num_pages = memory.num_bytes // shape.page_bytes
     # two steps ahead, so that a grant is there before it is needed; but most pages cache
@@ -146,7 +145,6 @@ def _prefix(
         low_water=low_water,
         high_water=2 * low_water,
         load_timeout_s=config.load_timeout_s,
-        tenants=max(1, tenants),
     )
     return open_prefix(PageBook(num_pages), bridge, metrics, daemon)
 

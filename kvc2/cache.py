@@ -53,7 +53,7 @@ from kvc2.tiers.gpu import Copier, GpuMemory, SharedMemoryPool
 from kvc2.tiers.pools import Pools
 from kvc2.tiers.recency import Clocks
 from kvc2.tiers.slab_file import Files, raise_file_limit
-from kvc2.whole import Whole
+from kvc2.whole import ALL, Whole
 
 U8 = NDArray[np.uint8]
 U32 = NDArray[np.uint32]
@@ -134,6 +134,7 @@ class Cache:
         self._ticking = asyncio.create_task(periodically(TICK_S, self.tick, self._metrics))
         self.counts = Counts(self.index, self._gpus, self._sessions, self._arena, self._disk)
         self.quotas = TenantQuotas(self.index, config)
+        self.spaces.held = lambda: {n for s in self._sessions.values() for n in s.namespaces}
         self.pins = Pins(self.index, self.spaces, self.counts, config)
         self.prefetcher = Prefetcher(
             self.index, self.spaces, self.pins, loader=self._loader, mover=self._mover
@@ -142,16 +143,13 @@ class Cache:
         self.explainer = Explainer(
             self.index, self.spaces, self.counts, policy=config.eviction_policy, tick=self.tick
         )
+        self.spaces.on_gone += [self.pins.gone, self.explainer.gone]
         if self._arena is not None:
             self._start_slower_tiers(self._arena)
         self.tick()  # what expired while nobody ran is dead
+        loader, behind = self._loader, self._behind
         self._whole = Whole(
-            self.index,
-            self.spaces,
-            self.counts,
-            loader=self._loader,
-            behind=self._behind,
-            config=config,
+            self.index, self.spaces, self.counts, loader=loader, behind=behind, config=config
         )
 
     def _start_slower_tiers(self, arena: Arena) -> None:
@@ -160,19 +158,15 @@ class Cache:
         threads = config.copy_threads
         self._copiers = Copier(threads), Copier(threads, behind=True)
         self._pools = Pools(self.index, arena, self._disk, self._metrics, config)
-        self.spaces.known |= self._pools.restore()
+        if self._disk is not None:
+            self.spaces.adopt(self._pools.restore())
         self._loader.pools = self.counts.pools = self._pools
         self.prefetcher.pools = self.scrubber.pools = self._pools
         if self._disk is not None and config.disk.scrub_mb_per_s:
             self.scrubber.keep(config.disk.scrub_mb_per_s)
         self._pools.on_served = self._loader.changed
         self._behind = Behind(
-            self.index,
-            self._mover,
-            self._pools,
-            self._gpus,
-            config=config,
-            metrics=self._metrics,
+            self.index, self._mover, self._pools, self._gpus, config=config, metrics=self._metrics
         )
         self._behind.start()
         loop = asyncio.get_running_loop()
@@ -212,6 +206,8 @@ class Cache:
         now = self._second()
         if self.index.advance(now):
             self._wake()
+            for gpu in self._gpus.values() if self._behind is None else []:
+                self.index.reap(gpu.id, ALL)  # nobody else does
         return now
 
     def _second(self) -> int:
@@ -312,6 +308,10 @@ class Cache:
         ):
             self._metrics.fault("catalogue_error")
         return number
+
+    def leased_namespaces(self, session: Session) -> set[int]:
+        """Numbers of those that have open leases in the session."""
+        return set(_pool(session).namespaces.values())
 
     # ---- requests ----
 

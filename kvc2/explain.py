@@ -73,6 +73,10 @@ class Explainer:
         self._owners[number] = Owner(tenant, salt)
         self._owners.move_to_end(number)
 
+    def gone(self, number: int) -> None:
+        """It has no block, and no session has it open."""
+        self._owners.pop(number, None)
+
     def keep(
         self, epoch: int, number: int, request_id: bytes, tokens: int, found: _core.Explanation
     ) -> None:
@@ -85,7 +89,7 @@ class Explainer:
     def of_request(self, request_id: bytes, epoch: int | None) -> Explained:
         """A recent request's answer; one of a session (None: of any). Raises NotFound."""
         asked = self._recent.get(request_id)
-        if asked is None or epoch not in (None, asked.epoch):
+        if asked is None or epoch not in (None, asked.epoch) or asked.number not in self._spaces:
             raise errors.NotFound("request_id", request_id, f"one of the last {RECENT_MAX}")
         answer = self._told(asked.number, asked.tokens, asked.found, ("gpu", "cpu", "disk"))
         return replace(answer, asked_s_ago=float(self._now() - asked.second))

@@ -43,6 +43,10 @@ class Pins:
         if pools is not None:
             self._layouts[number] = pools
 
+    def gone(self, number: int) -> None:
+        """The namespace is let go of: nothing of it is pinned."""
+        self._layouts.pop(number, None)
+
     def pin(
         self, session: Session | None, number: int, tokens: U32, *, tier: str, hard: bool
     ) -> PinResult:

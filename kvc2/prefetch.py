@@ -130,7 +130,7 @@ class Prefetcher:
 
     def _alive(self, wish: Wish) -> bool:
         over = wish.gpu is not None and (wish.gpu.broken or wish.gpu.at_rest is not None)
-        return not over
+        return not over and wish.number in self._spaces
 
     def _match(self, wish: Wish) -> tuple[int, ...]:
         """Blocks of the prefix by tier, from the one that it shall come to."""

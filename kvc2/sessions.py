@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from kvc2 import errors
 from kvc2.layout import Layout
+from kvc2.shares import SharedTable
 
 HEARTBEAT_INTERVAL_S = 1.0
 EXPIRY_S = 3.0  # three heartbeats
@@ -34,8 +35,8 @@ class Session:
     cache keeps what it needs of its own in `pool` (set by Cache.open_session) and `leases`.
 
     `give_up` ends the attachment when the pool can't be filled any more; the engine attaches again.
-    `leases` maps request_id to the index's lease id; `namespaces` the ids that this session opened,
-    to their 32 bytes.
+    `leases` maps request_id to the index's lease id; `namespaces` the ids that this session has
+    open, of each tenant, to their 32 bytes.
     """
 
     epoch: int
@@ -51,7 +52,7 @@ class Session:
     give_up: Callable[[], None] = field(default=lambda: None, repr=False)
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(SECRET_BYTES), repr=False)
     leases: dict[bytes, int] = field(default_factory=dict)
-    namespaces: dict[int, bytes] = field(default_factory=dict)
+    namespaces: SharedTable[str, int, bytes] = field(default_factory=SharedTable)
     prefill_rate: float = 0.0  # tokens/s, as its engine measured last; 0: not known
 
 

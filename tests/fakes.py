@@ -108,6 +108,9 @@ class FakeCache:
 
     async def start(self) -> None: ...
 
+    def leased_namespaces(self, session: Session) -> set[int]:
+        return set(session.leases.values())
+
     async def stop(self, deadline_s: float) -> FakeFlush:
         return FakeFlush()
 

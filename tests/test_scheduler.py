@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -274,25 +273,28 @@ def test_callers_share_nothing() -> None:
         assert asked.tokens == expected_tokens(prompt(30), 2)
 
 
-def test_one_tenants_salts_end_no_others_caching(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_one_tenants_salts_end_nobodys_caching(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.prefix.NAMESPACES_MAX", 8)
-    house = build(64)
-    house.prefix.config = replace(house.prefix.config, tenants=2)
+    house = build(256)
 
-    def matched(caller: Caller) -> int:
+    def matched(caller: Caller) -> list[int]:
         asked = [house.ask(prompt(9), 1, caller=caller) for _ in range(2)]
         house.run()
         assert asked[1].tokens == expected_tokens(prompt(9), 1)
-        return int(asked[1].stats.matched_tokens)
+        return [int(each.stats.matched_tokens) for each in asked]
 
-    found = [matched(Caller("greedy", bytes([salt]))) for salt in range(1, 7)]
-    assert found == [8, 8, 8, 0, 0, 0]  # its share is 4 of 8, and one of them is its own
-    others = [Caller("greedy"), *(Caller("other", salt) for salt in (b"", b"1", b"2", b"3"))]
-    assert [matched(each) for each in others] == [8] * 5
-    assert house.scheduler._metrics.refused_salts._value.get() == 6
-    assert sum("greedy" in record.getMessage() for record in caplog.records) == 1
+    others = [Caller("other", salt) for salt in (b"", b"1", b"2")]
+    for each in others:
+        assert matched(each) == [0, 8]
+    handles = [house.prefix._namespaces.use(each) for each in others]
+    many = [Caller("greedy", bytes([salt])) for salt in range(1, 31)]
+    assert [matched(each) for each in many] == [[0, 8]] * 30  # also after eight
+    assert len(house.prefix._namespaces) == 8
+    assert [house.prefix._namespaces.use(each) for each in others] == handles
+    assert matched(many[0]) == [8, 8]  # it was let go of, and what is cached under it was not
+    for each in others:
+        assert matched(each) == [8, 8]
+    assert house.scheduler._metrics.salts_let_go._value.get() == 26
 
 
 def test_a_refused_commit_costs_only_hits() -> None:

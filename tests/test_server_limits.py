@@ -22,52 +22,19 @@ from kvc2.config import DiskConfig, LimitsConfig, TenantConfig
 from kvc2.errors import Denied, InvalidConfig, StartRefused
 from kvc2.server.claim import Claim
 from kvc2.server.tenants import Tenants
-from kvc2.v1 import cache_pb2 as pb
 from tests.daemons import ServedDaemon, serve_config
-from tests.engines import identity, layout
+from tests.engines import layout
 from tests.test_server import acquire
 from tests.wires import Wire, hello, memfd
 
 
-def test_every_limit_is_refused_by_its_name(tmp_path: Path) -> None:
-    limits = LimitsConfig(max_sessions=1, max_leases=2, max_namespaces=2, max_tokens=1000)
-    with (
-        ServedDaemon(serve_config(tmp_path, limits=limits)) as served,
-        Wire(served.address) as wire,
-    ):
-        wire.open()
-        for name in (b"1", b"2", b"2"):
-            wire.call("Acquire", acquire(wire, request_id=name))
-        status, words = wire.refusal("Acquire", acquire(wire, request_id=b"3"))
-        assert (status, "limits.max_leases" in words) == ("RESOURCE_EXHAUSTED", True)
-        for salt, refused in ((b"a", False), (b"a", False), (b"b", True)):
-            request = pb.OpenNamespaceRequest(
-                session=wire.head, identity=identity().encode(), salt=salt
-            )
-            if refused:
-                assert "limits.max_namespaces" in wire.refusal("OpenNamespace", request)[1]
-            else:
-                wire.call("OpenNamespace", request)
-        with Wire(served.address) as second, pytest.raises(grpc.RpcError, match="max_sessions"):
-            second.attach()
-
-
-def test_what_the_index_keeps_for_good_is_bounded(tmp_path: Path) -> None:
-    """Namespaces and layouts outlive the sessions that brought them."""
-    limits = LimitsConfig(max_known_namespaces=2, max_layouts=1)
+def test_one_layout_too_many_is_refused_by_name(tmp_path: Path) -> None:
+    """Pools of a layout outlive the sessions that brought it."""
+    limits = LimitsConfig(max_layouts=1)
     with ServedDaemon(serve_config(tmp_path, limits=limits), cache=None) as served:
         for _ in range(2):  # what is known is never refused
             with Wire(served.address) as wire:
                 wire.open()
-                asked = [
-                    pb.OpenNamespaceRequest(
-                        session=wire.head, identity=identity().encode(), salt=salt
-                    )
-                    for salt in (b"a", b"b")
-                ]
-                wire.call("OpenNamespace", asked[0])
-                status, words = wire.refusal("OpenNamespace", asked[1])
-                assert (status, "max_known_namespaces" in words) == ("RESOURCE_EXHAUSTED", True)
         with Wire(served.address) as wire:
             attached = wire.attach(hello(layout=layout(8).to_proto()))
             answer = wire.side(attached, attached.nonce, [memfd()])

@@ -37,7 +37,7 @@ KVC2_FLOORS = """
     replay, traces
     _core
     exits, config_file
-    config, address, paths, errors, periodic, metrics, pace, priority, machine
+    config, address, paths, shares, errors, periodic, metrics, pace, priority, machine
 """
 ENGINE_FLOORS = """
     __main__

@@ -142,10 +142,9 @@ class Client:
         session = self._attached()
         request = cache_pb2.MatchRequest(
             session=session.head,
-            namespace_id=self._number(session, namespace),
             tokens=results.packed(tokens),
         )
-        answer = self._call(session, "Match", request)
+        answer = self._call_in(session, namespace, "Match", request)
         return results.Matched(answer.matched_tokens, results.tier_tokens(answer.tiers))
 
     def explain(self, namespace: NamespaceHandle, tokens: NDArray[np.uint32]) -> results.Explained:
@@ -153,10 +152,9 @@ class Client:
         session = self._attached()
         request = cache_pb2.ExplainRequest(
             session=session.head,
-            namespace_id=self._number(session, namespace),
             tokens=results.packed(tokens),
         )
-        return results.explained(self._call(session, "Explain", request))
+        return results.explained(self._call_in(session, namespace, "Explain", request))
 
     def explain_request(self, request_id: bytes) -> results.Explained:
         """What a recent acquire of this session found, and why not more. Changes nothing."""
@@ -178,7 +176,6 @@ class Client:
         session = self._attached()
         request = cache_pb2.AcquireRequest(
             session=session.head,
-            namespace_id=self._number(session, namespace),
             request_id=request_id,
             tokens=results.packed(tokens),
             grant_pages=grant_pages,
@@ -187,7 +184,9 @@ class Client:
         )
         wait_s = ACQUIRE_DEADLINE_S if deadline_s is None else deadline_s
         try:
-            answer = self._call(session, "Acquire", request, wait_s + ACQUIRE_MARGIN_S)
+            answer = self._call_in(
+                session, namespace, "Acquire", request, wait_s + ACQUIRE_MARGIN_S
+            )
         except errors.Detached:
             self._orphans.append(request_id)  # it may have been opened all the same
             raise
@@ -264,10 +263,8 @@ class Client:
     def invalidate(self, namespace: NamespaceHandle) -> results.Invalidated:
         """Kill all blocks of a namespace, in every tier. The handle stays good, for new ones."""
         session = self._attached()
-        request = cache_pb2.InvalidateRequest(
-            session=session.head, namespace_id=self._number(session, namespace)
-        )
-        return results.invalidated(self._call(session, "Invalidate", request))
+        request = cache_pb2.InvalidateRequest(session=session.head)
+        return results.invalidated(self._call_in(session, namespace, "Invalidate", request))
 
     def pin(
         self, namespace: NamespaceHandle, tokens: results.U32, *, tier: str = "cpu", hard: bool
@@ -277,23 +274,21 @@ class Client:
         session = self._attached()
         request = cache_pb2.PinRequest(
             session=session.head,
-            namespace_id=self._number(session, namespace),
             tokens=results.packed(tokens),
             tier=tier,
             hard=hard,
         )
-        return results.prefix_pinned(self._call(session, "Pin", request))
+        return results.prefix_pinned(self._call_in(session, namespace, "Pin", request))
 
     def unpin(self, namespace: NamespaceHandle, tokens: results.U32, *, tier: str = "cpu") -> int:
         """End the pin of exactly these blocks; how many, 0: there was none."""
         session = self._attached()
         request = cache_pb2.UnpinRequest(
             session=session.head,
-            namespace_id=self._number(session, namespace),
             tokens=results.packed(tokens),
             tier=tier,
         )
-        return int(self._call(session, "Unpin", request).blocks)
+        return int(self._call_in(session, namespace, "Unpin", request).blocks)
 
     def prefetch(
         self,
@@ -308,13 +303,12 @@ class Client:
         session = self._attached()
         request = cache_pb2.PrefetchRequest(
             session=session.head,
-            namespace_id=self._number(session, namespace),
             tokens=results.packed(tokens),
             tier=tier,
             deadline_ms=round(deadline_s * 1000),
         )
         wait_s = deadline_s + channel.CALL_S
-        return results.prefetched(self._call(session, "Prefetch", request, wait_s))
+        return results.prefetched(self._call_in(session, namespace, "Prefetch", request, wait_s))
 
     def wait_layer(self, transfer: int, layer: int, timeout_s: float) -> bool:
         """Wait until `layer` of a transfer is in the pool: no call, no spinning. False after
@@ -328,6 +322,26 @@ class Client:
         if session is None or self._state != "attached":
             raise errors.Detached("silent" if self._state == "silent" else "dead")
         return session
+
+    def _call_in(
+        self,
+        session: Session,
+        namespace: NamespaceHandle,
+        name: str,
+        request: Any,
+        timeout_s: float = channel.CALL_S,
+    ) -> Any:
+        """One that names a namespace; the daemon lets go of those that were not used for long, and
+        one that it doesn't know is opened again."""
+        request.namespace_id = self._number(session, namespace)
+        try:
+            return self._call(session, name, request, timeout_s)
+        except errors.NotFound as error:
+            if not str(error).startswith("namespace_id"):
+                raise
+        namespace.opened = (b"", 0)
+        request.namespace_id = self._number(session, namespace)
+        return self._call(session, name, request, timeout_s)
 
     def _call(
         self,

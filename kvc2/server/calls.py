@@ -88,16 +88,26 @@ class CacheCalls:
         identity = decode(request.identity)
         check_layout(identity, session.layout)
         namespace = self._tenants.namespace(tenant, session.uid, request.identity, request.salt)
-        known = namespace in session.namespaces.values()
-        if not known and len(session.namespaces) >= self._limits.max_namespaces:
-            raise errors.LimitReached(
-                "limits.max_namespaces", self._limits.max_namespaces, "namespaces are open"
-            )
         ttl_s = shorter(request.ttl_s, self._tenants.ttl_s(tenant))
         number = self._cache.open_namespace(session, namespace, request.identity, ttl_s, tenant)
-        session.namespaces[number] = namespace
+        owner = tenant or DEFAULT_TENANT
+        if number not in session.namespaces:
+            self._make_room(session, owner)
+        session.namespaces.put(owner, number, namespace)
         self._cache.explainer.opened(number, tenant or DEFAULT_TENANT, request.salt)
         return cache_pb2.OpenNamespaceResponse(namespace_id=number + 1)
+
+    def _make_room(self, session: Session, owner: str) -> None:
+        """In the session's table, for a namespace of this tenant: salts are the callers' choice,
+        and end neither an open lease's nor another tenant's. Raises LimitReached."""
+        most = self._limits.max_namespaces
+        if len(session.namespaces) < most:
+            return
+        used = self._cache.leased_namespaces(session)
+        gone = next((each for each in session.namespaces.victims(owner) if each not in used), None)
+        if gone is None:
+            raise errors.LimitReached("limits.max_namespaces", most, "have open leases")
+        session.namespaces.drop(gone)
 
     async def Match(self, request: cache_pb2.MatchRequest) -> cache_pb2.MatchResponse:
         session = self._session(request.session)
@@ -263,7 +273,7 @@ class CacheCalls:
         if what == "namespace_id":
             session = self._session(request.session)
             number = checks.namespace_id(session, request.namespace_id)
-            names = [session.namespaces[number]]
+            names = [session.namespaces.use(number) or b""]
         elif what == "namespace":
             names = [checks.namespace("namespace", request.namespace)]
         else:

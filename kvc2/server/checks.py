@@ -116,8 +116,9 @@ def reserved(field: str, value: object, only: object) -> None:
 
 
 def namespace_id(session: Session, number: int) -> int:
-    """The cache's id: the wire counts from 1, so that a field that was left out is refused."""
-    if number - 1 not in session.namespaces:
+    """The cache's id: the wire counts from 1, so that a field that was left out is refused. Raises
+    NotFound, also for one that was let go of: the client opens it again."""
+    if session.namespaces.use(number - 1) is None:
         raise errors.NotFound("namespace_id", number, "opened by this session with OpenNamespace")
     return number - 1
 

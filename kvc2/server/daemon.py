@@ -103,10 +103,10 @@ class Daemon:
         events.event("stopped", durable=flushed.durable_blocks, not_durable=not_durable)
 
     def _register(self) -> None:
-        calls = CacheCalls(
+        self.calls = CacheCalls(
             self.config, self.cache, self.attachments, self.metrics, self._drain_call
         )
-        wiring.register(self._server, calls, self.attachments, self.metrics)
+        wiring.register(self._server, self.calls, self.attachments, self.metrics)
         library = wiring.LibraryServices(self._server, self.metrics)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, library)
         names = (*wiring.SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)

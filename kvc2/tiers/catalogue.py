@@ -142,6 +142,7 @@ class Catalogue:
         self._room_bytes = 0
         self._new_layouts: dict[int, PageShape] = {}
         self._new_namespaces: dict[bytes, tuple[int, bytes]] = {}  # page size, identity
+        self._gone_namespaces: set[bytes] = set()
         self._new_eras: dict[bytes, int] = {}
         if not read_only:
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -277,8 +278,16 @@ class Catalogue:
         if used + len(identity) + PAGE_BYTES > self._slack_bytes // 2:
             return False
         self.namespaces[name] = self._new_namespaces[name] = (page_size, identity)
+        self._gone_namespaces.discard(name)
         self.revision += 1
         return True
+
+    def forget_namespace(self, name: bytes) -> None:
+        """It holds no block any more; goes with the next change."""
+        if self.namespaces.pop(name, None) is not None:
+            self._new_namespaces.pop(name, None)
+            self._gone_namespaces.add(name)
+            self.revision += 1
 
     def begin_era(self, name: bytes) -> None:
         """What was stored of the namespace so far is of an earlier era, also after a restart. To be
@@ -332,8 +341,9 @@ class Catalogue:
         """All of it, durable when this returns, or nothing: Full, or lmdb.Error for other faults.
         Layouts, namespaces and eras that are new since the last commit go along."""
         layouts, namespaces = dict(self._new_layouts), dict(self._new_namespaces)
-        eras = dict(self._new_eras)
-        if not (change.moves or change.deletes or change.inserts or layouts or namespaces or eras):
+        eras, gone = dict(self._new_eras), set(self._gone_namespaces)
+        alone = layouts or namespaces or eras or gone
+        if not (change.moves or change.deletes or change.inserts or alone):
             return
         with self._filling(), self._env.begin(write=True) as txn:
             for number, pairs in change.moves.items():
@@ -344,6 +354,7 @@ class Catalogue:
                     _delete(txn, self._blocks, _keys(number, pages))
             for number, shape in layouts.items():
                 txn.put(shape.layout_digest, _pack(number, shape), db=self._layout_table)
+            _delete(txn, self._namespace_table, gone)
             for name, (page_size, identity) in namespaces.items():
                 value = struct.pack("<I", page_size) + identity
                 txn.put(name, value, db=self._namespace_table)
@@ -354,7 +365,8 @@ class Catalogue:
         for number in layouts:
             del self._new_layouts[number]
         for name in namespaces:
-            del self._new_namespaces[name]
+            self._new_namespaces.pop(name, None)
+        self._gone_namespaces -= gone
         for name, era in eras.items():
             if self._new_eras[name] == era:
                 del self._new_eras[name]
@@ -366,14 +378,6 @@ class Catalogue:
         with self._filling(), self._env.begin(db=self._meta, write=True) as txn:
             txn.put(b"format", START.pack(FORMAT_VERSION))
         self._keep_whole()
-
-    def drop_namespaces(self, names: Iterable[bytes]) -> None:
-        """Forget namespaces that hold no block any more."""
-        with self._env.begin(write=True) as txn:
-            _delete(txn, self._namespace_table, names)
-        for name in names:
-            self.namespaces.pop(name, None)
-            self.revision += 1
 
     def file_bytes(self) -> int:
         return (self.folder / DATA_FILE).stat().st_size

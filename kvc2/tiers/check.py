@@ -200,7 +200,7 @@ class _Checker:
         catalogue, report = self._catalogue, self._report
         report.layouts, report.namespaces = len(catalogue.layouts), len(catalogue.namespaces)
         names = restart.open_spaces(self._index, catalogue)
-        retired = self._open_retired(names)
+        retired = self._open_retired(set(names))
         for pages in catalogue.unknown().values():
             report.damage["unknown_layout"] += pages.size
             report.records += pages.size

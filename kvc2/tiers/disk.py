@@ -347,11 +347,8 @@ class DiskTier:
             for name in self.catalogue.namespaces
             if of_era(name, eras.get(name, 0)) not in used
         ]
-        try:
-            self.catalogue.drop_namespaces(unused)
-        except lmdb.Error as error:
-            self._metrics.fault("catalogue_error")
-            LOG.warning("disk: catalogue: %s", error)
+        for name in unused:
+            self.catalogue.forget_namespace(name)
 
     def last_stamp(self) -> int:
         """The highest stamp that was written aside: this run's begin above it."""

@@ -125,18 +125,22 @@ class Pools:
 
     # ---- restart ----
 
-    def restore(self) -> set[bytes]:
+    def restore(self) -> dict[bytes, int]:
         """Rebuild what the disk held: namespaces, slabs, residency; drop records that don't fit.
-        The names that the index knows now, each of its era."""
+        The spaces that the index has now, by their names, each of its era."""
         disk = self.disk
         if disk is None:
-            return set()
-        names = restart.open_spaces(self._index, disk.catalogue)
+            return {}
+        spaces = restart.open_spaces(self._index, disk.catalogue)
         used: set[bytes] = set()
         for pool in list(disk.pools.values()):
             used |= self._restore_pool(disk, self._known(pool.shape))
         disk.forget_namespaces(used)
-        return names
+        return {
+            known: space
+            for known, space in spaces.items()
+            if known in used or not self._index.close_namespace(space)
+        }
 
     def _restore_pool(self, disk: DiskTier, pools: LayoutPools) -> set[bytes]:
         """The parents of the records that were taken: among them the namespaces still in use."""

@@ -16,13 +16,13 @@ from kvc2.tiers.catalogue import Catalogue, Stored
 NO_LIFETIMES = np.empty((0, 2), np.uint32)
 
 
-def open_spaces(index: _core.Index, catalogue: Catalogue) -> set[bytes]:
-    """Make the catalogue's namespaces known; their names, each of its era."""
-    names = set()
+def open_spaces(index: _core.Index, catalogue: Catalogue) -> dict[bytes, int]:
+    """Make the catalogue's namespaces known; their ids by their names, each of its era."""
+    spaces = {}
     for name, (page_size, _) in catalogue.namespaces.items():
-        names.add(of_era(name, catalogue.eras.get(name, 0)))
-        index.open_namespace(of_era(name, catalogue.eras.get(name, 0)), page_size)
-    return names
+        known = of_era(name, catalogue.eras.get(name, 0))
+        spaces[known] = index.open_namespace(known, page_size)
+    return spaces
 
 
 def add_slabs(index: _core.Index, pool: int, numbers: list[int]) -> None:
