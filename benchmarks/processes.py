@@ -94,13 +94,24 @@ class Process:
 
 
 class Daemon(Process):
-    """`kvc2 serve` on a unix socket and a disk directory in `folder`; both outlive it."""
+    """`kvc2 serve` on a unix socket, or `listen`, and a disk directory in `folder`; both outlive
+    it."""
 
-    def __init__(self, folder: Path, *, cpu_gb: float = 1.0, disk_gb: float = 4.0) -> None:
-        self.address = f"unix:{folder / 'kvc2.sock'}"
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        cpu_gb: float = 1.0,
+        disk_gb: float = 4.0,
+        listen: str | None = None,
+        metrics_port: int | None = None,
+    ) -> None:
+        self.address = listen or f"unix:{folder / 'kvc2.sock'}"
         command = [script("kvc2"), "serve", "--listen", self.address]
         command += ["--cpu-memory-size-gb", str(cpu_gb)]
         command += ["--disk-path", str(folder / "disk"), "--disk-size-gb", str(disk_gb)]
+        if metrics_port is not None:
+            command += ["--metrics-port", str(metrics_port)]
         super().__init__("kvc2", command, folder)
         self.admin = Admin(self.address)
 

@@ -2,7 +2,8 @@
 
 Acquire of 32k tokens: the daemon's own time, and the whole call against an empty handler that is
 given the same bytes in the same run. `kvc2 serve` on an empty disk: time until it answers, and its
-memory beside the arena, against a process that only imports its libraries.
+memory beside the arena, against a process that only imports its libraries. What clients of the
+engine and the daemon see beside that: clients.py.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import empty_server, report
+from benchmarks import clients, empty_server, report
 from benchmarks.processes import Daemon
+from engine import demo_model
+from kvc2.address import Address
 from kvc2.client import Client, Detached, LeaseCommit, NamespaceHandle, PoolMemory
 from kvc2.client.channel import Channel
 from kvc2.errors import Kvc2Error
@@ -116,7 +119,8 @@ class Bench(Session):
     def __init__(self, daemon: Daemon, folder: Path) -> None:
         super().__init__(daemon, "rpc")
         self._daemon = daemon
-        self._empty = Channel(f"unix:{folder / empty_server.GRPC_SOCKET}")
+        place = f"unix:{folder / empty_server.GRPC_SOCKET}"
+        self._empty = Channel(Address.of_daemon(place))
         self._raw = socket.socket(socket.AF_UNIX)
         self._raw.connect(str(folder / empty_server.RAW_SOCKET))
         self._count = 0
@@ -300,11 +304,17 @@ def private_mib(pid: int) -> float:
 
 
 def main() -> int:
-    flags = report.parser(__doc__ or "").parse_args()
+    parser = report.parser(__doc__ or "")
+    parser.add_argument("--model", type=Path, help="the engine's; by default the embedded one")
+    flags = parser.parse_args()
+    if flags.model is None:
+        with demo_model.console_progress() as progress:
+            flags.model = demo_model.build(demo_model.default_directory(), progress=progress)
     with tempfile.TemporaryDirectory(prefix="kvc2-rpc-") as name:
         rows = acquire_rows(Path(name), flags.repeats)
         rows += serve_rows(Path(name), flags.repeats)
-    report.finish("Acquire of 32,768 tokens, and the start of the daemon", rows, flags.json)
+        rows += clients.rows(flags.model, Path(name), flags.repeats)
+    report.finish("Calls of the daemon and the engine, and the daemon's start", rows, flags.json)
     return 0
 
 
