@@ -1,41 +1,18 @@
-"""The plain layers of a transformer. Every product with a weight goes through `linear` (or the
-experts): on the CPU our own kernels, whose rows don't depend on the batch; elsewhere torch's.
+"""The plain layers of a transformer, in torch, on any device.
 
-Not responsible for attention, experts, or how layers are stacked (models/).
+Not responsible for attention, for which products a device uses (device.py), or for how layers are
+stacked (models/).
 """
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine import _kernels
 from engine.config import RopeConfig
-
-
-@functools.cache
-def kernel_session() -> _kernels.Session:
-    """The best instruction set of this machine, with as many threads as torch has at the first
-    call. One for all kernels: they take turns."""
-    return _kernels.Session(_kernels.instruction_sets()[-1], torch.get_num_threads())
-
-
-def as_array(x: Tensor) -> _kernels.Array:
-    """A contiguous CPU tensor as the kernels take it; shares its memory."""
-    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """[T, in] x [out, in] -> [T, out], in the dtype of x."""
-    if x.device.type != "cpu":
-        return functional.linear(x, weight)
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    _kernels.linear(kernel_session(), as_array(x.contiguous()), as_array(weight), as_array(out))
-    return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -49,6 +26,31 @@ def silu_and_multiply(gate_up: Tensor) -> Tensor:
     """[T, 2n] -> [T, n]: silu of the first half times the second half."""
     gate, up = gate_up.chunk(2, dim=-1)
     return functional.silu(gate) * up
+
+
+def grouped_experts(
+    x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """Gated FFNs of x [T, hidden] -> [T, hidden], one product an expert: the sum over j of
+    weights[t, j] * down_e(silu(gate_e x[t]) * up_e x[t]), e = expert_ids[t, j].
+
+    expert_ids int64 [T, k], weights float32 [T, k]; gate_up [experts, 2 * size, hidden], gate
+    first; down [experts, hidden, size]. Waits for the device to count the tokens of each expert.
+    """
+    tokens, chosen = expert_ids.shape
+    order = expert_ids.flatten().argsort(stable=True)
+    counts = torch.bincount(expert_ids.flatten(), minlength=gate_up.shape[0])
+    rows = x[order // chosen]
+    outputs = torch.empty_like(rows)
+    begin = 0
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            taken = rows[begin : begin + count]
+            hidden = silu_and_multiply(functional.linear(taken, gate_up[expert]))
+            outputs[order[begin : begin + count]] = functional.linear(hidden, down[expert])
+            begin += count
+    weighed = outputs.view(tokens, chosen, -1).float() * weights.unsqueeze(-1)
+    return weighed.sum(1).to(x.dtype)
 
 
 class Rope:

@@ -10,19 +10,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from engine.attention.base import Attention, KvPool, KvShape
-from engine.attention.cpu import CpuAttention
+from engine.attention.base import KvPool, KvShape
 from engine.batch import Batch
-from engine.layers import kernel_session
 from engine.models.base import Model
 
 LayerReady = Callable[[int], None]
 
 
 class Runner:
-    """A model bound to a pool. One step at a time, from one thread.
+    """A model bound to a pool in its device's memory. One step at a time, from one thread.
 
-    On the CPU the first one gives torch's threads to our kernels, and leaves torch with one.
+    The first one on the CPU gives torch's threads to our kernels (`Device.claim_threads`).
     """
 
     def __init__(self, model: Model, pool: KvPool) -> None:
@@ -31,7 +29,8 @@ class Runner:
             raise ValueError(f"pool: its shape is {pool.shape}, the model's {expected}")
         self.model = model
         self.pool = pool
-        self._attention = _attention(pool, model.config.query_heads)
+        model.device.claim_threads()
+        self._attention = model.device.attention(pool, model.config.query_heads)
 
     @torch.inference_mode()
     def step(self, batch: Batch, layer_ready: LayerReady | None = None) -> Tensor:
@@ -51,15 +50,3 @@ class Runner:
 
         hidden = self.model.hidden(batch.token_ids, batch.positions, attend)
         return self.model.logits(hidden[batch.logits_rows])
-
-
-def _attention(pool: KvPool, query_heads: int) -> Attention:
-    if pool.device.type == "cpu":
-        # Our kernels have the threads. Torch's own would spin beside them between its small
-        # operations: on a busy machine a prefill then took five times as long.
-        kernel_session()
-        torch.set_num_threads(1)
-        return CpuAttention(pool, query_heads)
-    from engine.attention.flashinfer import FlashInferAttention
-
-    return FlashInferAttention(pool, query_heads)

@@ -14,11 +14,11 @@ import socket
 import time
 from dataclasses import dataclass
 
-import torch
 from fastapi import FastAPI
 
 from engine.attention.base import KvPool, KvShape
 from engine.config import ModelConfig
+from engine.device import CPU, set_threads
 from engine.errors import ConfigError, EngineFailedError
 from engine.http.app import Served, build
 from engine.http.connection import ClientLimits
@@ -56,7 +56,8 @@ class Engine:
 
 def assemble(config: EngineConfig) -> Engine:
     """Load the model, make the pool and connect the parts. Takes as long as reading the weights."""
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    device = CPU  # the only one that has run; the choice of another is made here
+    set_threads(config.threads)
     model_config = ModelConfig.load(config.model, config.dtype)
     tokenizer = Tokenizer(config.model, parse_special=config.parse_special_tokens)
     shape = KvShape.of(model_config, config.page_size)
@@ -64,7 +65,7 @@ def assemble(config: EngineConfig) -> Engine:
     if num_pages * config.page_size < 2 * config.page_size:
         mend = f"a page needs {shape.page_bytes} bytes, and two are the least"
         raise ConfigError("kv_memory_gb", config.kv_memory_gb, mend)
-    with Checkpoint(config.model, model_config.dtype) as checkpoint:
+    with Checkpoint(config.model, model_config.dtype, device) as checkpoint:
         check_room(config, num_pages * shape.page_bytes, checkpoint.memory_bytes, machine.memory())
         memory = PoolMemory(num_pages * shape.page_bytes)
         model = build_model(model_config, checkpoint)

@@ -19,6 +19,7 @@ import xxhash
 from torch import Tensor
 
 from engine.config import read_json
+from engine.device import CPU, Device
 from engine.errors import CheckpointError
 
 _INDEX = "model.safetensors.index.json"
@@ -35,7 +36,7 @@ _DTYPES = {
 
 class Checkpoint:
     """The tensors of a model directory by name, each read when it is asked for, converted to
-    `dtype` and put on `device`. `with Checkpoint(...)` closes the files.
+    `dtype` and put into the memory of `device`. `with Checkpoint(...)` closes the files.
 
     What is loaded is what is digested: bytes come by read(2) into memory of their own and are
     hashed there. No digest of an earlier start is believed, since size, inode and time stamps may
@@ -47,9 +48,7 @@ class Checkpoint:
     Raises CheckpointError for a missing or unreadable file. Not for concurrent use.
     """
 
-    def __init__(
-        self, model_dir: Path, dtype: torch.dtype, device: torch.device = torch.device("cpu")
-    ) -> None:
+    def __init__(self, model_dir: Path, dtype: torch.dtype, device: Device = CPU) -> None:
         self.device = device
         self._dtype = dtype
         self._model_dir = model_dir
@@ -87,7 +86,7 @@ class Checkpoint:
             raise CheckpointError(f"{name} has {entry.num_bytes} bytes, which is not its shape's")
         data = torch.empty(entry.num_bytes, dtype=torch.uint8)
         self._read(entry, data.numpy().data)
-        return data.view(stored).view(shape).to(self.device, self._dtype)
+        return data.view(stored).view(shape).to(self.device.memory, self._dtype)
 
     def digest(self) -> bytes:
         """SHA-256 over the sorted (tensor name, dtype, shape, xxh3_128 of its bytes): 32 bytes.

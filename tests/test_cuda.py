@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.attention.base import Attention, KvPool, KvShape
-from engine.attention.cpu import CpuAttention
+from engine.attention.base import KvPool, KvShape
 from engine.batch import Batch, Slice
+from engine.device import CPU, Device
+from engine.device import cuda as cuda_device
 from engine.experts.grouped import GroupedExperts
 from engine.experts.router import Routing
 from engine.models import load_model
@@ -24,7 +25,6 @@ from tests.checkpoints import make_mixtral, make_qwen3_moe, reference_logits
 
 pytestmark = pytest.mark.cuda
 
-CPU = torch.device("cpu")
 PAGES, PAGE_SIZE, QUERY_HEADS = 24, 16, 8
 SHAPE = KvShape(layers=2, kv_heads=2, head_dim=64, page_size=PAGE_SIZE, dtype=torch.bfloat16)
 ROUNDING = 2e-2  # bf16 keeps 8 bits: sums in another order differ by a few steps
@@ -32,26 +32,25 @@ PROMPT = [(7 * i * i + 3 * i + 1) % 128 for i in range(90)]
 
 
 @pytest.fixture
-def cuda() -> torch.device:
+def cuda() -> Device:
     if not torch.cuda.is_available():
         pytest.skip(f"torch {torch.__version__} finds no CUDA device")
-    return torch.device("cuda")
+    return cuda_device()
 
 
 @pytest.fixture
-def flashinfer_attention(cuda: torch.device) -> Callable[[KvPool, int], Attention]:
+def cuda_attends(cuda: Device) -> Device:
+    """A device whose attention can be made, too."""
     pytest.importorskip("flashinfer", reason="the extra `cuda` (flashinfer) is not installed")
-    from engine.attention.flashinfer import FlashInferAttention
-
-    return FlashInferAttention
+    return cuda
 
 
-def pool_on(device: torch.device) -> KvPool:
+def pool_on(device: Device) -> KvPool:
     """The same random pages on any device."""
     filled = torch.Generator().manual_seed(3)
     numbers = PAGES * SHAPE.page_bytes // SHAPE.dtype.itemsize
     content = torch.randn(numbers, generator=filled).to(SHAPE.dtype)
-    return KvPool(SHAPE, PAGES, content.view(torch.uint8).to(device))
+    return KvPool(SHAPE, PAGES, content.view(torch.uint8).to(device.memory))
 
 
 def near(ours: torch.Tensor, expected: torch.Tensor) -> None:
@@ -73,9 +72,7 @@ SLICES = {
 
 @pytest.mark.parametrize("slices", list(SLICES.values()), ids=list(SLICES))
 def test_flashinfer_attends_as_our_own_kernel_does(
-    flashinfer_attention: Callable[[KvPool, int], Attention],
-    cuda: torch.device,
-    slices: list[Slice],
+    cuda_attends: Device, slices: list[Slice]
 ) -> None:
     batch = Batch.of(slices, PAGE_SIZE)
     tokens = batch.token_ids.shape[0]
@@ -86,32 +83,35 @@ def test_flashinfer_attends_as_our_own_kernel_does(
         for _ in range(2)
     )
 
-    def attended(attention: Attention, device: torch.device) -> torch.Tensor:
+    def attended(device: Device) -> torch.Tensor:
+        attention, memory = device.attention(pool_on(device), QUERY_HEADS), device.memory
         attention.plan(batch)
-        attention.write(1, key.to(device), value.to(device))
-        return attention.attend(1, query.to(device))
+        attention.write(1, key.to(memory), value.to(memory))
+        return attention.attend(1, query.to(memory))
 
-    ours = attended(flashinfer_attention(pool_on(cuda), QUERY_HEADS), cuda)
-    near(ours, attended(CpuAttention(pool_on(CPU), QUERY_HEADS), CPU))
+    near(attended(cuda_attends), attended(CPU))
 
 
-def test_experts_on_the_device_are_those_of_the_cpu(cuda: torch.device) -> None:
+def test_experts_on_the_device_are_those_of_the_cpu(cuda: Device) -> None:
     random = torch.Generator().manual_seed(5)
     gate_up = (torch.randn(6, 2 * 96, 64, generator=random) / 8).bfloat16()
     down = (torch.randn(6, 64, 96, generator=random) / 8).bfloat16()
     x = torch.randn(33, 64, generator=random).bfloat16()
     ids = torch.stack([torch.randperm(6, generator=random)[:2] for _ in range(33)])
     weights = torch.rand(33, 2, generator=random)
-    expected = GroupedExperts(gate_up, down)(x, Routing(ids, weights))
-    on_device = GroupedExperts(gate_up.to(cuda), down.to(cuda))
-    near(on_device(x.to(cuda), Routing(ids.to(cuda), weights.to(cuda))), expected)
+
+    def mixed(device: Device) -> torch.Tensor:
+        memory = device.memory
+        experts = GroupedExperts(gate_up.to(memory), down.to(memory), device)
+        return experts(x.to(memory), Routing(ids.to(memory), weights.to(memory)))
+
+    near(mixed(cuda), mixed(CPU))
 
 
 @pytest.mark.parametrize("make", [make_mixtral, make_qwen3_moe])
 @pytest.mark.parametrize("chunk", [16, 90])
 def test_a_model_on_the_device_stays_as_near_to_float32_as_transformers_does(
-    flashinfer_attention: Callable[[KvPool, int], Attention],
-    cuda: torch.device,
+    cuda_attends: Device,
     tmp_path: Path,
     make: Callable[..., Path],
     chunk: int,
@@ -120,9 +120,10 @@ def test_a_model_on_the_device_stays_as_near_to_float32_as_transformers_does(
     model_dir = make(
         tmp_path / "model", torch.bfloat16, num_local_experts=4, num_experts_per_tok=4, head_dim=64
     )
-    model = load_model(model_dir, device=cuda)
+    model = load_model(model_dir, device=cuda_attends)
     shape = KvShape.of(model.config, PAGE_SIZE)
-    memory = torch.full((PAGES * shape.page_bytes,), 0xFF, dtype=torch.uint8, device=cuda)
+    pages_bytes = PAGES * shape.page_bytes
+    memory = torch.full((pages_bytes,), 0xFF, dtype=torch.uint8, device=model.device.memory)
     runner = Runner(model, KvPool(shape, PAGES, memory))
     pages = [3, 10, 17, 0, 7, 14]
     rows = []

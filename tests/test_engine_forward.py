@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from engine.attention.base import KvPool, KvShape
 from engine.batch import Batch, Slice
+from engine.device import CPU, Device, cuda
 from engine.models import load_model
 from engine.runner import Runner
 from tests.checkpoints import (
@@ -58,8 +60,10 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def make_runner(model_dir: Path, dtype: str = "auto", page_size: int = PAGE_SIZE) -> Runner:
-    model = load_model(model_dir, dtype)
+def make_runner(
+    model_dir: Path, dtype: str = "auto", page_size: int = PAGE_SIZE, device: Device = CPU
+) -> Runner:
+    model = load_model(model_dir, dtype, device)
     shape = KvShape.of(model.config, page_size)
     # Not zeros: what the runner hasn't written must not reach any logits.
     memory = torch.full((PAGES * shape.page_bytes,), 0xFF, dtype=torch.uint8)
@@ -98,6 +102,15 @@ def test_prefill_in_any_chunks_gives_the_logits_of_transformers(
     reference = reference_logits(model_dir, PROMPT, torch.float32)
     ends = [min(begin + chunk, len(PROMPT)) - 1 for begin in range(0, len(PROMPT), chunk)]
     close(ours, reference[ends])
+
+
+@pytest.mark.parametrize("chunk", [5, 90])
+def test_the_products_of_another_device_give_the_same_logits(model_dir: Path, chunk: int) -> None:
+    """Those of a GPU, on tensors of the CPU."""
+    device = dataclasses.replace(cuda(), memory=CPU.memory, attention=CPU.attention)
+    runner = make_runner(model_dir, device=device)
+    ours = prefill(runner, PROMPT, pages_of(3, len(PROMPT)), chunk)
+    close(ours[-1], reference_logits(model_dir, PROMPT, torch.float32)[-1])
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 64])

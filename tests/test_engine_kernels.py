@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine import _kernels
-from engine.layers import as_array
+from engine.kernels import as_array
 
 # Largest error over the largest value: rounding to 8 bits of mantissa, or of long float32 sums.
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 8e-3}

@@ -47,8 +47,11 @@ ENGINE_FLOORS = """
     worker, scheduler, admission, sequence
     prefix, prefix_calls, attachment, runner
     graphs, models, sampler
-    experts, attention, weights
+    experts, weights
+    device
+    attention
     batch, pages, text, request, layers, identity
+    kernels
     _kernels
     settings, config, errors, metrics, flood
 """
@@ -172,6 +175,19 @@ def test_the_daemon_needs_no_torch() -> None:
         for path in python_files("kvc2")
         for module in imported_modules(path)
         if module.split(".")[0] in {"torch", "transformers", "engine", "fastapi"}
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_one_file_asks_what_kind_of_device_there_is() -> None:
+    """Kernels for another device are then one more `Device`, not one more `if` in each layer."""
+    asks = re.compile(r"device\.type|\bis_cuda\b|\bis_cpu\b|\.device\s*[!=]=|cuda\.is_available")
+    wrong = [
+        f"{identify(path)}:{number}: {line.strip()}"
+        for path in python_files("engine")
+        if path.name != "device.py"
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if asks.search(line)
     ]
     assert not wrong, "\n".join(wrong)
 

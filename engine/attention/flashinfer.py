@@ -1,4 +1,5 @@
-"""Attention on CUDA with flashinfer. Imported only there; not yet run on hardware."""
+"""Attention on CUDA with flashinfer, which is imported with the first pool. Not yet run on
+hardware."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chooses each token's experts. Runs on the device of the hidden states."""
+"""Chooses each token's experts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.layers import linear
+from engine.device import Device
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,10 @@ class Router:
     weight: Tensor  # [experts, hidden]
     experts_per_token: int
     normalize: bool  # the chosen weights are scaled to sum to 1
+    device: Device
 
     def __call__(self, x: Tensor) -> Routing:
-        probabilities = linear(x, self.weight).float().softmax(-1)
+        probabilities = self.device.linear(x, self.weight).float().softmax(-1)
         weights, ids = torch.topk(probabilities, self.experts_per_token, dim=-1)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)

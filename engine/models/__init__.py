@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from engine.config import ModelConfig
+from engine.device import CPU, Device
 from engine.models.base import Model
 from engine.models.mixtral import mixtral
 from engine.models.qwen3_moe import qwen3_moe
@@ -21,9 +20,7 @@ def build_model(config: ModelConfig, checkpoint: Checkpoint) -> Model:
     return _BUILDERS[config.architecture](config, checkpoint)
 
 
-def load_model(
-    model_dir: Path, dtype: str = "auto", device: torch.device = torch.device("cpu")
-) -> Model:
+def load_model(model_dir: Path, dtype: str = "auto", device: Device = CPU) -> Model:
     """The model of a Hugging Face directory, in the memory of `device`.
 
     `dtype` as in ModelConfig.load. Raises ConfigError or CheckpointError, naming what is wrong.

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
-from engine.layers import Rope, linear, rms_norm, rotate, silu_and_multiply
+from engine.device import Device
+from engine.layers import Rope, rms_norm, rotate, silu_and_multiply
 
 # (layer, query, key, value) -> mixed values; [T, heads, head_dim] each, see attention/base.py.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -33,9 +34,11 @@ class DenseFeedForward:
 
     gate_up: Tensor  # [2 * size, hidden], gate first
     down: Tensor  # [hidden, size]
+    device: Device
 
     def __call__(self, x: Tensor) -> Tensor:
-        return linear(silu_and_multiply(linear(x, self.gate_up)), self.down)
+        hidden = silu_and_multiply(self.device.linear(x, self.gate_up))
+        return self.device.linear(hidden, self.down)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Model:
     """Weights of a decoder and their forward. Changes nothing; threads may share it."""
 
     config: ModelConfig
+    device: Device  # of all weights
     embeddings: Tensor  # [vocab, hidden]
     layers: tuple[DecoderLayer, ...]
     norm: Tensor  # [hidden]
@@ -75,7 +79,7 @@ class Model:
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden] -> float32 [R, vocab]."""
         normed = rms_norm(hidden, self.norm, self.config.rms_norm_eps)
-        return linear(normed, self.head).float()
+        return self.device.linear(normed, self.head).float()
 
     def _attention(
         self,
@@ -86,11 +90,12 @@ class Model:
         attend: Attend,
     ) -> Tensor:
         c = self.config
-        qkv = linear(rms_norm(x, layer.attention_norm, c.rms_norm_eps), layer.qkv)
+        normed = rms_norm(x, layer.attention_norm, c.rms_norm_eps)
+        qkv = self.device.linear(normed, layer.qkv)
         heads = qkv.view(x.shape[0], -1, c.head_dim)
         query, key, value = torch.split(heads, [c.query_heads, c.kv_heads, c.kv_heads], dim=1)
         if layer.head_norms is not None:
             query = rms_norm(query, layer.head_norms.query, c.rms_norm_eps)
             key = rms_norm(key, layer.head_norms.key, c.rms_norm_eps)
         mixed = attend(index, rotate(query, angles), rotate(key, angles), value)
-        return linear(mixed.reshape(x.shape[0], -1), layer.out)
+        return self.device.linear(mixed.reshape(x.shape[0], -1), layer.out)

@@ -28,4 +28,4 @@ def _feed_forward(config: ModelConfig, checkpoint: Checkpoint, index: int) -> Fe
     gate = checkpoint.tensor(f"{prefix}.gate_proj.weight", size, hidden)
     up = checkpoint.tensor(f"{prefix}.up_proj.weight", size, hidden)
     down = checkpoint.tensor(f"{prefix}.down_proj.weight", hidden, size)
-    return DenseFeedForward(torch.cat((gate, up)), down)
+    return DenseFeedForward(torch.cat((gate, up)), down, checkpoint.device)

@@ -65,7 +65,7 @@ def moe_layer(
     read = _fused_experts if fused else _single_experts
     router = checkpoint.tensor(f"{block}.gate.weight", c.num_experts, c.hidden_size)
     return MoeLayer(
-        Router(router, c.experts_per_token, c.normalize_top_k),
+        Router(router, c.experts_per_token, c.normalize_top_k, checkpoint.device),
         read(config, checkpoint, f"{block}.experts", names),
     )
 
@@ -81,11 +81,12 @@ def stack(config: ModelConfig, checkpoint: Checkpoint, layers: list[DecoderLayer
     norm = checkpoint.tensor("model.norm.weight", c.hidden_size)
     return Model(
         config=config,
+        device=checkpoint.device,
         embeddings=embeddings,
         layers=tuple(layers),
         norm=norm,
         head=head,
-        rope=Rope(c.rope, c.head_dim, c.max_positions).to(checkpoint.device),
+        rope=Rope(c.rope, c.head_dim, c.max_positions).to(checkpoint.device.memory),
         weights_digest=checkpoint.digest(),
     )
 
@@ -106,6 +107,7 @@ def _fused_experts(
     return GroupedExperts(
         checkpoint.tensor(f"{prefix}.gate_up_proj", count, 2 * size, hidden),
         checkpoint.tensor(f"{prefix}.down_proj", count, hidden, size),
+        checkpoint.device,
     )
 
 
@@ -113,9 +115,9 @@ def _single_experts(
     config: ModelConfig, checkpoint: Checkpoint, prefix: str, names: ExpertNames
 ) -> GroupedExperts:
     count, size, hidden = config.num_experts, config.expert_size, config.hidden_size
-    device = checkpoint.device
-    gate_up = torch.empty(count, 2 * size, hidden, dtype=config.dtype, device=device)
-    down = torch.empty(count, hidden, size, dtype=config.dtype, device=device)
+    memory = checkpoint.device.memory
+    gate_up = torch.empty(count, 2 * size, hidden, dtype=config.dtype, device=memory)
+    down = torch.empty(count, hidden, size, dtype=config.dtype, device=memory)
 
     def read(expert: int, part: str, *shape: int) -> Tensor:
         return checkpoint.tensor(f"{prefix}.{expert}.{part}.weight", *shape)
@@ -124,4 +126,4 @@ def _single_experts(
         gate_up[expert, :size] = read(expert, names.gate, size, hidden)
         gate_up[expert, size:] = read(expert, names.up, size, hidden)
         down[expert] = read(expert, names.down, hidden, size)
-    return GroupedExperts(gate_up, down)
+    return GroupedExperts(gate_up, down, checkpoint.device)

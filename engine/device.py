@@ -1,0 +1,62 @@
+"""Where the engine computes and by which kernels, chosen once: no other file asks what kind of
+device a tensor is on (tests/test_tidy.py).
+
+Not responsible for the kernels themselves (kernels, layers, attention/).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from engine import kernels, layers
+from engine.attention.base import Attention, KvPool
+from engine.attention.cpu import CpuAttention
+from engine.attention.flashinfer import FlashInferAttention
+
+
+@dataclass(frozen=True)
+class Device:
+    """A memory, and the kernels for tensors in it.
+
+    linear(x [T, in], weight [out, in]) -> [T, out]. experts(x, expert_ids, weights, gate_up, down)
+    -> [T, hidden], see `layers.grouped_experts`. attention(pool, query_heads) makes the attention
+    of a runner. claim_threads() is called before the first step, after the weights are loaded.
+    """
+
+    memory: torch.device  # of weights, tables and activations
+    linear: Callable[[Tensor, Tensor], Tensor]
+    experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    attention: Callable[[KvPool, int], Attention]
+    claim_threads: Callable[[], None]
+
+
+def set_threads(threads: int) -> None:
+    """How many CPU threads load the weights, and how many `claim_threads` takes later; 0: one a
+    core."""
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+
+
+CPU = Device(
+    memory=torch.device("cpu"),
+    linear=kernels.linear,
+    experts=kernels.grouped_experts,
+    attention=CpuAttention,
+    claim_threads=kernels.claim_threads,
+)
+
+
+def cuda(index: int = 0) -> Device:
+    """An NVIDIA GPU: torch's products, flashinfer's attention. Not yet run on hardware."""
+    return Device(
+        memory=torch.device("cuda", index),
+        linear=functional.linear,
+        experts=layers.grouped_experts,
+        attention=FlashInferAttention,
+        claim_threads=lambda: None,  # torch's own threads keep the GPU fed
+    )

@@ -1,0 +1,51 @@
+"""Our C++ kernels over torch's tensors in CPU memory. A row's result doesn't depend on the batch.
+
+Not responsible for when they are used (device.py), nor for attention (attention/cpu.py).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from engine import _kernels
+
+
+@functools.cache
+def session() -> _kernels.Session:
+    """The best instruction set of this machine, with as many threads as torch has at the first
+    call. One for all kernels: they take turns."""
+    return _kernels.Session(_kernels.instruction_sets()[-1], torch.get_num_threads())
+
+
+def claim_threads() -> None:
+    """The kernels take torch's threads, once; torch is left with one. More of torch's would spin
+    beside ours between its small operations: on a busy machine a prefill then took five times as
+    long."""
+    session()
+    torch.set_num_threads(1)
+
+
+def as_array(x: Tensor) -> _kernels.Array:
+    """A contiguous CPU tensor as the kernels take it; shares its memory."""
+    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """[T, in] x [out, in] -> [T, out], in the dtype of x."""
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    _kernels.linear(session(), as_array(x.contiguous()), as_array(weight), as_array(out))
+    return out
+
+
+def grouped_experts(
+    x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """As `layers.grouped_experts`. A token's sum runs in the order of its expert_ids."""
+    out = torch.empty_like(x)
+    ids, factors = expert_ids.numpy(), weights.numpy()
+    experts = as_array(gate_up), as_array(down)
+    _kernels.ffn(session(), as_array(x), ids, factors, *experts, as_array(out))
+    return out
