@@ -21,6 +21,7 @@ from kvc2.mover import Mover
 from kvc2.namespace import of_era, weights_digest_of
 from kvc2.results import Hints, shorter
 from kvc2.shares import SharedTable
+from kvc2.tiers.catalogue import ERAS_MAX
 from kvc2.tiers.disk import DiskTier
 from kvc2.tiers.recency import SECOND_MAX
 
@@ -213,11 +214,14 @@ class Spaces:
 
     def retire(self, names: list[bytes]) -> int:
         """All that is cached under these names is dead from now on; how many blocks that is.
-        Raises NotFound for a name that nothing has."""
+        Raises NotFound for a name that nothing has, and LimitReached: then nothing has changed."""
         named = self._named()
         for name in names:
             if name not in named:
                 raise errors.NotFound("namespace", name.hex(), "one that is open or on disk")
+        ended = len(self._stored_eras.keys() | set(names))
+        if self._disk is not None and ended > ERAS_MAX:
+            raise errors.LimitReached("invalidated namespaces", ERAS_MAX, "are remembered at most")
         return sum(self._begin_era(name, named[name][0]) for name in names)
 
     async def write_eras(self) -> bool:

@@ -29,8 +29,9 @@ from kvc2.shares import SharedTable
 from tests.caches import running
 from tests.daemons import ServedDaemon, serve_config
 from tests.engine_doubles import Clock
-from tests.engines import NUM_PAGES, PAGE_SIZE, TinyEngine, identity
+from tests.engines import NUM_PAGES, PAGE_SIZE, TinyEngine, identity, layout
 from tests.stand_in import StandIn, prompt
+from tests.wires import Wire, hello, memfd
 
 TOKENS = np.arange(3 * PAGE_SIZE + 1, dtype=np.uint32)
 
@@ -275,12 +276,15 @@ def side_sockets(folder: Path) -> None:
             assert engine.client.state == "attached"
 
 
+# Two do not recover: a layout and an invalidated name are remembered as long as the daemon (its
+# layouts), or its disk.path. What is known goes on, and one more is refused by name.
+FOR_GOOD = {"limits.max_layouts", "catalogue.ERAS_MAX"}
+
 # limit -> what shows it: a scenario of this file, or a test of another
 LIMITS: dict[str, Callable[[Path], None] | str] = {
     "limits.max_sessions": sessions,
     "limits.max_namespaces": namespaces,
     "limits.max_known_namespaces": known_namespaces,
-    "limits.max_layouts": "test_server_limits.test_one_layout_too_many_is_refused_by_name",
     "limits.max_dead_blocks": dead_blocks,
     "limits.max_leases": leases,
     "limits.max_leases_per_call": leases_per_call,
@@ -307,7 +311,46 @@ def test_one_past_a_limit_new_work_works_again(limit: str, tmp_path: Path) -> No
 
 
 def test_every_limit_of_the_configuration_is_listed() -> None:
-    assert {f"limits.{each.name}" for each in fields(LimitsConfig)} <= set(LIMITS)
+    assert {f"limits.{each.name}" for each in fields(LimitsConfig)} <= set(LIMITS) | FOR_GOOD
+
+
+def test_one_layout_too_many_is_refused_by_name_and_others_go_on(tmp_path: Path) -> None:
+    with attached(tmp_path, max_layouts=1) as (served, client):
+        with Wire(served.address) as wire:
+            opened = wire.attach(hello(layout=layout(8).to_proto()))
+            answer = wire.side(opened, opened.nonce, [memfd()])
+            assert b"limits.max_layouts = 1" in answer
+        assert [ask(client, salted(client, 0)) for _ in range(2)] == [0, 3 * PAGE_SIZE]
+    with attached(tmp_path, max_layouts=1) as (_, client):  # what is known is never refused
+        assert ask(client, salted(client, 0)) == 0
+
+
+def test_too_many_invalidations_are_refused_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvc2.spaces.ERAS_MAX", 2)
+
+    async def run() -> None:
+        async with running(tmp_path / "disk") as cache:
+            engine = StandIn(cache, 64)
+            names = [hashlib.sha256(b"%d" % number).digest() for number in range(3)]
+            numbers = [cache.open_namespace(engine.session, each, b"{}") for each in names]
+
+            async def matched() -> list[int]:
+                found = []
+                for engine.number in numbers:
+                    found.append((await engine.ask(prompt(0, 2))).matched_tokens)
+                return found
+
+            assert [await matched(), await matched()] == [[0, 0, 0], [8, 8, 8]]
+            with pytest.raises(LimitReached, match="invalidated namespaces = 2"):
+                await cache.invalidate(names)
+            assert await matched() == [8, 8, 8]  # none of them
+            assert (await cache.invalidate(names[:2])).blocks == 4
+            assert await matched() == [0, 0, 8]
+            assert (await cache.invalidate(names[:2])).blocks == 4  # what is remembered, again
+
+    asyncio.run(run())
 
 
 def test_one_tenants_salts_end_no_other_tenants_namespaces(tmp_path: Path) -> None:

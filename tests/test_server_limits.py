@@ -18,27 +18,13 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from kvc2.address import Address
 from kvc2.client import Admin
 from kvc2.client.channel import Channel
-from kvc2.config import DiskConfig, LimitsConfig, TenantConfig
+from kvc2.config import DiskConfig, TenantConfig
 from kvc2.errors import Denied, InvalidConfig, StartRefused
 from kvc2.server.claim import Claim
 from kvc2.server.tenants import Tenants
 from tests.daemons import ServedDaemon, serve_config
-from tests.engines import layout
 from tests.test_server import acquire
-from tests.wires import Wire, hello, memfd
-
-
-def test_one_layout_too_many_is_refused_by_name(tmp_path: Path) -> None:
-    """Pools of a layout outlive the sessions that brought it."""
-    limits = LimitsConfig(max_layouts=1)
-    with ServedDaemon(serve_config(tmp_path, limits=limits), cache=None) as served:
-        for _ in range(2):  # what is known is never refused
-            with Wire(served.address) as wire:
-                wire.open()
-        with Wire(served.address) as wire:
-            attached = wire.attach(hello(layout=layout(8).to_proto()))
-            answer = wire.side(attached, attached.nonce, [memfd()])
-            assert b"limits.max_layouts" in answer
+from tests.wires import Wire
 
 
 def test_a_fault_of_the_daemons_own_is_counted_and_tells_nothing(tmp_path: Path) -> None:
