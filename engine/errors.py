@@ -1,18 +1,12 @@
-"""The engine's exceptions: misuse and bad configuration. Expected outcomes are values instead."""
+"""The engine's exceptions. Expected outcomes are values instead.
+
+Not here: a setting, or a model's configuration, that is not allowed is kvc2.errors.InvalidConfig,
+as in the daemon.
+"""
 
 
 class EngineError(Exception):
     """What every error that the engine raises on purpose derives from."""
-
-
-class ConfigError(EngineError):
-    """A setting or a model that the engine can't run. Names the field, its value and the mend."""
-
-    def __init__(self, field: str, value: object, mend: str) -> None:
-        super().__init__(f"{field} = {value!r}: {mend}")
-        self.field = field
-        self.value = value
-        self.mend = mend
 
 
 class CheckpointError(EngineError):

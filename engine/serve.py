@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from engine.attention.base import KvPool, KvShape
 from engine.config import ModelConfig
 from engine.device import CPU, set_threads
-from engine.errors import ConfigError, EngineFailedError
+from engine.errors import EngineFailedError
 from engine.http.app import Served, build
 from engine.http.connection import ClientLimits
 from engine.http.loading import refused_meanwhile
@@ -38,6 +38,7 @@ from engine.settings import EngineConfig, read_api_keys
 from engine.weights import Checkpoint
 from engine.worker import Worker
 from kvc2 import machine
+from kvc2.errors import InvalidConfig
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def assemble(config: EngineConfig) -> Engine:
     num_pages = config.num_pages or int(config.kv_memory_gb * 1e9) // shape.page_bytes
     if num_pages * config.page_size < 2 * config.page_size:
         mend = f"a page needs {shape.page_bytes} bytes, and two are the least"
-        raise ConfigError("kv_memory_gb", config.kv_memory_gb, mend)
+        raise InvalidConfig("kv_memory_gb", config.kv_memory_gb, mend)
     with Checkpoint(config.model, model_config.dtype, device) as checkpoint:
         check_room(config, num_pages * shape.page_bytes, checkpoint.memory_bytes, machine.memory())
         memory = PoolMemory(num_pages * shape.page_bytes)
@@ -104,7 +105,7 @@ def assemble(config: EngineConfig) -> Engine:
 def check_room(
     config: EngineConfig, pool_bytes: int, weights_bytes: int, room: machine.Room
 ) -> None:
-    """Raises ConfigError for a pool that can never be had beside the weights; logs one that can't
+    """Raises InvalidConfig for a pool that can never be had beside the weights; logs one that can't
     be had now."""
     needed = f"the pool takes {pool_bytes / 1e9:.3f} GB, the weights {weights_bytes / 1e9:.3f} GB"
     name = "kv_memory_gb" if config.num_pages is None else "num_pages"
@@ -112,7 +113,7 @@ def check_room(
         name = "model"
     value = str(config.model) if name == "model" else getattr(config, name)
     if pool_bytes + weights_bytes > room.total_bytes:
-        raise ConfigError(name, value, f"{needed}, and {room}")
+        raise InvalidConfig(name, value, f"{needed}, and {room}")
     if pool_bytes + weights_bytes > room.available_bytes:
         free = room.available_bytes / 1e9
         log.warning("%s = %s: %s, and only %.3f GB are free now", name, value, needed, free)
@@ -194,5 +195,5 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        raise ConfigError("port", port, f"can't be bound on {host}: {error}") from error
+        raise InvalidConfig("port", port, f"can't be bound on {host}: {error}") from error
     return listener

@@ -18,9 +18,8 @@ from typing import Any
 import yaml
 
 from engine.config import DTYPES
-from engine.errors import ConfigError
-from kvc2 import errors
 from kvc2.address import Address
+from kvc2.errors import InvalidConfig, InvalidRequest
 from kvc2.paths import user_path
 
 PAGE_SIZE_MAX = 512
@@ -36,7 +35,7 @@ FOREIGN_SECTIONS = frozenset(
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What `kvc2-engine serve` runs with. Raises ConfigError that names the field."""
+    """What `kvc2-engine serve` runs with. Raises InvalidConfig that names the field."""
 
     model: Path
     kvc2: str | None = None  # the daemon's address; None: no daemon, no hits
@@ -65,12 +64,12 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
-            raise ConfigError("dtype", self.dtype, f"must be auto, {' or '.join(DTYPES)}")
+            raise InvalidConfig("dtype", self.dtype, f"must be auto, {' or '.join(DTYPES)}")
         size = self.page_size
         if not 1 <= size <= PAGE_SIZE_MAX or size & (size - 1):
-            raise ConfigError("page_size", size, "must be a power of two from 1 to 512")
+            raise InvalidConfig("page_size", size, "must be a power of two from 1 to 512")
         if self.chunk_size < size or self.chunk_size % size:
-            raise ConfigError("chunk_size", self.chunk_size, f"must be a multiple of {size}")
+            raise InvalidConfig("chunk_size", self.chunk_size, f"must be a multiple of {size}")
         self._at_least("max_running", 1)
         self._at_least("max_queued", 1)
         self._at_least("max_connections", 1)
@@ -83,32 +82,32 @@ class EngineConfig:
         if self.kvc2 is not None:
             try:
                 Address.of_daemon(self.kvc2)
-            except errors.InvalidRequest as error:
-                raise ConfigError("kvc2", self.kvc2, f"must be {error.allowed}") from error
+            except InvalidRequest as error:
+                raise InvalidConfig("kvc2", self.kvc2, f"must be {error.allowed}") from error
         if not 0 <= self.port < 65536:
-            raise ConfigError("port", self.port, "must be 0 to 65535")
+            raise InvalidConfig("port", self.port, "must be 0 to 65535")
         for name in ("kv_memory_gb", "max_body_mb", "load_timeout_s", *CLIENT_TIMEOUTS):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(name, getattr(self, name), "must be over 0")
+                raise InvalidConfig(name, getattr(self, name), "must be over 0")
         least = self.chunk_size + self.max_running
         if self.token_budget is not None and self.token_budget < least:
             mend = f"must be at least {least}, chunk_size + max_running"
-            raise ConfigError("token_budget", self.token_budget, mend)
+            raise InvalidConfig("token_budget", self.token_budget, mend)
         if not is_loopback(self.host) and self.api_keys is None:
             mend = "only 127.0.0.1, ::1 or localhost may be served without api_keys"
-            raise ConfigError("host", self.host, mend)
+            raise InvalidConfig("host", self.host, mend)
         self._check_name()
 
     def _at_least(self, name: str, least: int) -> None:
         if getattr(self, name) < least:
-            raise ConfigError(name, getattr(self, name), f"must be at least {least}")
+            raise InvalidConfig(name, getattr(self, name), f"must be at least {least}")
 
     def _check_name(self) -> None:
         try:
             self.model_name.encode()
         except UnicodeEncodeError as error:  # a directory's name need be no text
             mend = "can't be written in UTF-8; give the model another name by --served-model-name"
-            raise ConfigError("served_model_name", self.model_name, mend) from error
+            raise InvalidConfig("served_model_name", self.model_name, mend) from error
 
     @property
     def step_tokens(self) -> int:
@@ -120,11 +119,11 @@ class EngineConfig:
 
 
 def path_of(field: str, text: str | Path) -> Path:
-    """An absolute path; a leading ~ is a home. Raises ConfigError."""
+    """An absolute path; a leading ~ is a home. Raises InvalidConfig."""
     try:
         return user_path(field, text)
-    except errors.InvalidRequest as error:
-        raise ConfigError(field, str(text), f"must be {error.allowed}") from error
+    except InvalidRequest as error:
+        raise InvalidConfig(field, str(text), f"must be {error.allowed}") from error
 
 
 def is_loopback(host: str) -> bool:
@@ -139,11 +138,11 @@ def is_loopback(host: str) -> bool:
 
 def load(config_file: Path | None, flags: Mapping[str, Any]) -> EngineConfig:
     """Defaults, overlaid by the file, overlaid by the flags that are not None. Raises
-    ConfigError."""
+    InvalidConfig."""
     values = read_file(path_of("config", config_file)) if config_file is not None else {}
     values |= {name: value for name, value in flags.items() if value is not None}
     if "model" not in values:
-        raise ConfigError("model", None, "a model directory is needed (--model DIR)")
+        raise InvalidConfig("model", None, "a model directory is needed (--model DIR)")
     return EngineConfig(**values)
 
 
@@ -163,7 +162,7 @@ def read_file(path: Path) -> dict[str, Any]:
         values[key] = _typed(key, value, known[key])
     if attn is not None:
         if not isinstance(attn, dict):
-            raise ConfigError("attn", attn, "must be a section with page_size and chunk_size")
+            raise InvalidConfig("attn", attn, "must be a section with page_size and chunk_size")
         for key, value in attn.items():
             if key not in ("page_size", "chunk_size"):
                 raise _unknown(f"attn.{key}", ("attn.page_size", "attn.chunk_size"))
@@ -172,13 +171,15 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def read_api_keys(path: Path) -> dict[str, str]:
-    """API key -> tenant. Raises ConfigError; never shows a key."""
+    """API key -> tenant. Raises InvalidConfig; never shows a key."""
     found = _read_mapping("api_keys", path)
     for key, tenant in found.items():
         if not isinstance(key, str) or not key or not isinstance(tenant, str):
-            raise ConfigError("api_keys", str(path), "must map keys to tenants' names, as strings")
+            raise InvalidConfig(
+                "api_keys", str(path), "must map keys to tenants' names, as strings"
+            )
     if not found:
-        raise ConfigError("api_keys", str(path), "holds no key, so that nobody could call")
+        raise InvalidConfig("api_keys", str(path), "holds no key, so that nobody could call")
     return found
 
 
@@ -186,18 +187,18 @@ def _read_mapping(field: str, path: Path) -> dict[Any, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(field, str(path), f"can't be read: {error}") from error
+        raise InvalidConfig(field, str(path), f"can't be read: {error}") from error
     if found is None:
         return {}
     if not isinstance(found, dict):
-        raise ConfigError(field, str(path), "must hold keys and values")
+        raise InvalidConfig(field, str(path), "must hold keys and values")
     return found
 
 
-def _unknown(key: object, known: Any) -> ConfigError:
+def _unknown(key: object, known: Any) -> InvalidConfig:
     close = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.5)
     nearest = f"; nearest: {close[0]}" if close else ""
-    return ConfigError(str(key), "...", f"unknown key{nearest}")
+    return InvalidConfig(str(key), "...", f"unknown key{nearest}")
 
 
 def _typed(key: str, value: Any, kind: str) -> Any:
@@ -214,4 +215,4 @@ def _typed(key: str, value: Any, kind: str) -> Any:
         return value
     if "str" in kind and isinstance(value, str):
         return value
-    raise ConfigError(key, value, f"must be of type {kind}")
+    raise InvalidConfig(key, value, f"must be of type {kind}")

@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
-from engine.errors import ConfigError
 from engine.http.replies import Offsets, event, name_of
 from engine.http.tokenizer import Tokenizer
 from engine.scheduler import _scores
 from engine.settings import EngineConfig
 from engine.text import IncrementalText
+from kvc2.errors import InvalidConfig
 from tests.byte_tokenizer import END, TEMPLATE, TURN
 from tests.engine_doubles import build as build_house
 from tests.engine_doubles import expected_tokens
@@ -172,7 +172,7 @@ def test_a_token_that_is_never_chosen_has_a_score_that_json_can_hold() -> None:
 
 
 def test_a_model_name_that_is_no_text_is_refused_at_the_start(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="served_model_name"):
+    with pytest.raises(InvalidConfig, match="served_model_name"):
         EngineConfig(model=tmp_path / "a\udcffb")
     EngineConfig(model=tmp_path / "a\udcffb", served_model_name="ab")
 

@@ -16,7 +16,8 @@ import torch
 
 from engine import demo_model
 from engine.demo_model import RECIPE, Source, undo_rope_permutation, upcycle
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import CheckpointError
+from kvc2.errors import InvalidConfig
 
 
 def permuted_by_llama_cpp(rows: torch.Tensor, heads: int) -> torch.Tensor:
@@ -204,7 +205,7 @@ def test_a_failed_build_leaves_nothing_behind(
 
 def test_a_directory_of_someone_else_is_refused(tmp_path: Path, writes: list[Path]) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(ConfigError, match="holds something else"):
+    with pytest.raises(InvalidConfig, match="holds something else"):
         demo_model.build(tmp_path)
     assert not writes
 

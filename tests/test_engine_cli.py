@@ -10,12 +10,11 @@ from typer.testing import CliRunner
 
 from engine import demo_model
 from engine.cli import app
-from engine.errors import ConfigError
 from engine.settings import EngineConfig, load, read_api_keys
 from engine.text import IncrementalText
 from kvc2.address import Address
 from kvc2.client import Admin
-from kvc2.errors import InvalidRequest
+from kvc2.errors import InvalidConfig, InvalidRequest
 from tests.engines import TinyEngine
 
 KTRANSFORMERS = """
@@ -64,7 +63,7 @@ def test_flags_go_over_the_file(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_setting_is_named(fields: dict[str, Any], named: str) -> None:
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(InvalidConfig) as refused:
         EngineConfig(model=Path("m"), **fields)
     assert refused.value.field == named
 
@@ -74,7 +73,7 @@ NO_ADDRESSES = ["/run/kvc2.sock", "unix:", "host", "host:", ":5", "host:http", "
 
 @pytest.mark.parametrize("address", NO_ADDRESSES)
 def test_what_is_no_address_of_a_daemon_is_told_at_once(address: str) -> None:
-    with pytest.raises(ConfigError, match=r"kvc2 = .*unix:PATH or HOST:PORT") as refused:
+    with pytest.raises(InvalidConfig, match=r"kvc2 = .*unix:PATH or HOST:PORT") as refused:
         EngineConfig(model=Path("m"), kvc2=address)
     assert (refused.value.field, refused.value.value) == ("kvc2", address)
     for ask in (Address.of_daemon, Admin, TinyEngine):  # the last one is a whole client
@@ -101,7 +100,7 @@ def test_an_address_is_one_to_the_engine_and_to_the_client(address: str) -> None
 )
 def test_a_bad_file_is_told_with_the_nearest_name(tmp_path: Path, text: str, named: str) -> None:
     (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=named):
+    with pytest.raises(InvalidConfig, match=named):
         load(tmp_path / "c.yaml", {"model": Path("m")})
 
 
@@ -110,7 +109,7 @@ def test_keys_are_read_and_never_shown(tmp_path: Path) -> None:
     path.write_text("secret-a: team-a\nsecret-b: team-b\n")
     assert read_api_keys(path) == {"secret-a": "team-a", "secret-b": "team-b"}
     path.write_text("secret-a: 5\n")
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(InvalidConfig) as refused:
         read_api_keys(path)
     assert "secret" not in str(refused.value)
 

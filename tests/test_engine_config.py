@@ -11,7 +11,8 @@ import torch
 
 from engine.attention.base import KvShape
 from engine.config import ModelConfig
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import CheckpointError
+from kvc2.errors import InvalidConfig
 
 _CONFIG: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],
@@ -81,20 +82,20 @@ def test_dtype_can_be_chosen(tmp_path: Path) -> None:
 def test_an_unsupported_model_is_refused_by_field(
     tmp_path: Path, field: str, fields: dict[str, Any]
 ) -> None:
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(InvalidConfig) as refused:
         load(tmp_path, **fields)
     assert refused.value.field == field
     assert str(refused.value).startswith(f"{field} = ")
 
 
 def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="dtype = 'int8'"):
+    with pytest.raises(InvalidConfig, match="dtype = 'int8'"):
         load(tmp_path, "int8")
 
 
 @pytest.mark.parametrize("page_size", [0, 3, 1024])
 def test_a_page_size_that_is_no_power_of_two_is_refused(tmp_path: Path, page_size: int) -> None:
-    with pytest.raises(ConfigError, match="page_size"):
+    with pytest.raises(InvalidConfig, match="page_size"):
         KvShape.of(load(tmp_path), page_size)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from engine import serve as engine_serve
-from engine.errors import ConfigError
 from engine.settings import EngineConfig
 from kvc2 import machine, serve_command
 from kvc2.errors import InvalidConfig
@@ -122,11 +121,11 @@ def test_the_engine_refuses_what_can_never_fit_and_tells_what_does_not_now(
     engine_serve.check_room(by_size, 18 * GB, 2 * GB, room)
     (line,) = caplog.messages
     assert "kv_memory_gb = 18.0: the pool takes 18.000 GB, the weights 2.000 GB" in line
-    with pytest.raises(ConfigError, match=r"^kv_memory_gb = 18\.0: .*this machine has 20"):
+    with pytest.raises(InvalidConfig, match=r"^kv_memory_gb = 18\.0: .*this machine has 20"):
         engine_serve.check_room(by_size, 18 * GB, 3 * GB, room)
-    with pytest.raises(ConfigError, match=r"^num_pages = 1000: .*this machine has 20"):
+    with pytest.raises(InvalidConfig, match=r"^num_pages = 1000: .*this machine has 20"):
         engine_serve.check_room(by_pages, 18 * GB, 3 * GB, room)
-    with pytest.raises(ConfigError, match=r"^model = '.*m': .*the weights 21\.000 GB"):
+    with pytest.raises(InvalidConfig, match=r"^model = '.*m': .*the weights 21\.000 GB"):
         engine_serve.check_room(by_size, 1 * GB, 21 * GB, room)
 
 

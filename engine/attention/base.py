@@ -15,7 +15,7 @@ from typing_extensions import Buffer
 
 from engine.batch import Batch
 from engine.config import ModelConfig
-from engine.errors import ConfigError
+from kvc2.errors import InvalidConfig
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class KvShape:
 
     @classmethod
     def of(cls, config: ModelConfig, page_size: int) -> KvShape:
-        """Raises ConfigError for a page size that isn't a power of two up to 512."""
+        """Raises InvalidConfig for a page size that isn't a power of two up to 512."""
         if not 1 <= page_size <= 512 or page_size & (page_size - 1):
-            raise ConfigError("attn.page_size", page_size, "must be a power of two from 1 to 512")
+            raise InvalidConfig("attn.page_size", page_size, "must be a power of two from 1 to 512")
         return cls(config.num_layers, config.kv_heads, config.head_dim, page_size, config.dtype)
 
     @property

@@ -23,9 +23,9 @@ import uvicorn
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.errors import ConfigError
 from engine.http.connection import ClientLimits, Connection, Phase
 from engine.http.errors import ApiError
+from kvc2.errors import InvalidConfig
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ def only_spare_paths(app: ASGIApp) -> ASGIApp:
 
 def fit_descriptors(max_connections: int) -> int:
     """How many connections this process may have descriptors for, at most `max_connections`; its
-    soft limit is raised for them. Raises ConfigError if there is none for any."""
+    soft limit is raised for them. Raises InvalidConfig if there is none for any."""
     beside = OWN_DESCRIPTORS + SPARE_CONNECTIONS
     needed = max_connections + beside
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -186,7 +186,7 @@ def fit_descriptors(max_connections: int) -> int:
         return max_connections
     if soft <= beside:
         mend = f"this process may open {soft} files (ulimit -n), and needs {beside} beside them"
-        raise ConfigError("max_connections", max_connections, mend)
+        raise InvalidConfig("max_connections", max_connections, mend)
     log.warning(
         "max_connections = %d: this process may open %d files (ulimit -n), which leaves %d",
         max_connections,

@@ -23,7 +23,7 @@ def build_model(config: ModelConfig, checkpoint: Checkpoint) -> Model:
 def load_model(model_dir: Path, dtype: str = "auto", device: Device = CPU) -> Model:
     """The model of a Hugging Face directory, in the memory of `device`.
 
-    `dtype` as in ModelConfig.load. Raises ConfigError or CheckpointError, naming what is wrong.
+    `dtype` as in ModelConfig.load. Raises InvalidConfig or CheckpointError, naming what is wrong.
     """
     config = ModelConfig.load(model_dir, dtype)
     with Checkpoint(model_dir, config.dtype, device) as checkpoint:
