@@ -26,6 +26,7 @@ from kvc2.server import wiring
 from kvc2.server.attach import EXPIRY_CHECK_S, Attachments
 from kvc2.server.calls import CacheCalls, flush_response
 from kvc2.server.claim import Claim
+from kvc2.server.scrapes import Scrapes
 from kvc2.server.side import SideSocket
 from kvc2.sessions import SessionTable
 from kvc2.v1 import cache_pb2
@@ -131,19 +132,9 @@ class Daemon:
         self._watch_tiers()
         if self.config.metrics_port is None:
             return
-        from prometheus_client import start_http_server
-
-        try:
-            server, _ = start_http_server(
-                self.config.metrics_port, "127.0.0.1", self.metrics.registry
-            )
-        except OSError as error:
-            allowed = f"a port that can be bound: {error.strerror}"
-            raise errors.InvalidConfig("metrics_port", self.config.metrics_port, allowed) from error
-        self.metrics_port = server.server_port
-        stack.callback(server.server_close)
-        # in a thread, since the scrape under way may be waiting for this loop
-        stack.push_async_callback(asyncio.to_thread, server.shutdown)
+        scrapes = Scrapes(self.config.metrics_port, self.metrics.registry)
+        self.metrics_port = scrapes.port
+        stack.push_async_callback(scrapes.close)
 
     def _watch_tiers(self) -> None:
         loop, own = asyncio.get_running_loop(), threading.get_ident()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
@@ -29,6 +30,8 @@ NONCE_BYTES = 16
 PROGRESS_BYTES = 4096
 PENDING_MAX = 32  # connections that have not sent their datagram yet
 PENDING_S = 2.0
+RETRY_S = 1.0  # after descriptors ran out, or the loop would try without end
+OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 F_SEAL_FUTURE_WRITE = 0x10  # not named by the module
 _CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
@@ -106,9 +109,15 @@ class SideSocket:
         finally:
             os.umask(mask)
         self._listener.listen(PENDING_MAX)
+        self._retry: asyncio.TimerHandle | None = None
+        self._listen()
+
+    def _listen(self) -> None:
         self._loop.add_reader(self._listener, self._accept)
 
     def close(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
         self._loop.remove_reader(self._listener)
         self._listener.close()
         for task in self._tasks:
@@ -119,7 +128,10 @@ class SideSocket:
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
-        except OSError:  # it went away again, or we are out of descriptors: the next one may do
+        except OSError as error:  # it went away again, or waits until there are descriptors
+            if error.errno in OUT_OF_RESOURCES:
+                self._loop.remove_reader(self._listener)
+                self._retry = self._loop.call_later(RETRY_S, self._listen)
             return
         connection.setblocking(False)
         if len(self._pending) >= PENDING_MAX:

@@ -47,6 +47,9 @@ Handler = Callable[[Any], Awaitable[Any]]
 Context = grpc.aio.ServicerContext[Any, Any]
 # sessions' streams, their calls under way, and admin calls: beyond it gRPC says RESOURCE_EXHAUSTED
 CALLS_PER_SESSION = 64
+CONNECTIONS_PER_SESSION = 4  # an engine needs one, and commands some
+HANDSHAKE_MS = 10_000  # who connects and says nothing is let go
+IDLE_MS = 300_000  # and who is connected and calls nothing: an engine's Attach is a call
 
 
 def open_server(limits: LimitsConfig) -> grpc.aio.Server:
@@ -58,6 +61,12 @@ def open_server(limits: LimitsConfig) -> grpc.aio.Server:
         ("grpc.max_send_message_length", size),
         ("grpc.max_metadata_size", 16 << 10),
         ("grpc.max_concurrent_streams", CALLS_PER_SESSION + 1),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+        ("grpc.max_connection_idle_ms", IDLE_MS),
+        (
+            "grpc.max_allowed_incoming_connections",
+            (limits.max_sessions + 1) * CONNECTIONS_PER_SESSION,
+        ),
     ]
     return grpc.aio.server(
         options=options, maximum_concurrent_rpcs=(limits.max_sessions + 1) * CALLS_PER_SESSION
