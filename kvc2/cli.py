@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvc2 import config, errors
+from kvc2.config import EvictionPolicy
 from kvc2.exits import BAD_USAGE, FAILED, exit_codes
 from kvc2.paths import user_path
-from kvc2.serve_command import EvictionPolicy, serve
+from kvc2.serve_command import EPILOG, serve
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,12 +65,7 @@ Namespace = Annotated[
 Deadline = Annotated[float, typer.Option(help="Give up after this many seconds.", min=0.001)]
 
 
-app.command(
-    epilog="Example: kvc2 serve --cpu-memory-size-gb 500 --disk-path /mnt/kv "
-    "--disk-size-gb 2000. Sizes in gb are 10^9 bytes. A key of the file is a flag: "
-    "`cpu: {memory_size_gb: 500}`; flags go over the file. Tenants are declared in the file only. "
-    "Exit codes: 0 stopped in order, 1 can't start, 2 bad usage."
-)(serve)
+app.command(epilog=EPILOG)(serve)
 
 
 @app.command(epilog="Example: kvc2 stats --json | jq .tiers")
@@ -148,7 +144,7 @@ def replay(
     capacity: Annotated[
         str, typer.Option(help="Shares of the trace's distinct blocks, by commas.")
     ] = "0.01,0.02,0.05,0.1,0.25,0.5,1",
-    policy: Annotated[EvictionPolicy, typer.Option(help="What evicts.")] = EvictionPolicy.hazard,
+    policy: Annotated[EvictionPolicy, typer.Option(help="What evicts.")] = "hazard",
     plot: Annotated[
         Path | None, typer.Option(help="Write hit rate against capacity as PNG (needs matplotlib).")
     ] = None,
@@ -163,13 +159,13 @@ def replay(
             plot = user_path("plot", plot)
             sizing.check_plot(plot)
         read = traces.read(user_path("trace", trace))
-        sizes = sizing.measure(read, shares, policy.value, quiet=as_json)
+        sizes = sizing.measure(read, shares, policy, quiet=as_json)
         if plot is not None:
-            sizing.draw(read, sizes, policy.value, plot)
+            sizing.draw(read, sizes, policy, plot)
         if as_json:
             print(json.dumps([asdict(each) for each in sizes]))
         else:
-            sizing.print_table(read, sizes, policy.value)
+            sizing.print_table(read, sizes, policy)
 
 
 @app.command(

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from engine.settings import EngineConfig, read_api_keys
 from engine.settings import load as load_engine
-from kvc2 import config, config_file, prompts
+from kvc2 import config, config_file, flags, prompts
 from kvc2.address import Address
 from kvc2.cli import app
 from kvc2.config import ServeConfig, TenantConfig
@@ -268,7 +268,7 @@ BAD_PATHS: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("values", "field"), BAD_PATHS)
 def test_what_is_no_path_is_refused_by_name(values: Any, field: str) -> None:
     with pytest.raises(InvalidConfig) as refused:
-        config_file.build(values)
+        flags.build(ServeConfig, values)
     assert refused.value.field == field
 
 

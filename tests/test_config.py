@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kvc2 import config, config_file
+from kvc2 import config_file, flags
+from kvc2.config import ServeConfig
 from kvc2.errors import InvalidConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -96,9 +97,9 @@ def test_flags_go_over_the_file(tmp_path: Path) -> None:
         ({"listen": "127.0.0.1"}, "unix:PATH or HOST:PORT"),
     ],
 )
-def test_what_is_wrong_is_named(values: config.Values, message: str) -> None:
+def test_what_is_wrong_is_named(values: flags.Values, message: str) -> None:
     with pytest.raises(InvalidConfig) as caught:
-        config_file.build(values)
+        flags.build(ServeConfig, values)
     assert message in str(caught.value)
 
 

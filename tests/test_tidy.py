@@ -37,7 +37,9 @@ KVC2_FLOORS = """
     replay, traces
     _core
     exits, config_file
-    config, address, paths, shares, errors, periodic, metrics, pace, priority, machine
+    config
+    flags
+    address, paths, shares, errors, periodic, metrics, pace, priority, machine
 """
 ENGINE_FLOORS = """
     __main__
@@ -70,8 +72,8 @@ CLIENT_SEES = {"_core", "v1", "layout", "errors", "address", "client"}
 # Only the bridge talks to the daemon's client; what KV depends on is named in the daemon's terms,
 # and paths and the daemon's address are read as the daemon reads them.
 BRIDGE = ("engine/prefix", "engine/attachment", "engine/identity", "engine/settings")
-# What daemon and engine say in one way, and what talks to nobody: what memory there is; errors.
-SHARED = ("kvc2.machine", "kvc2.errors")
+# What the daemon and the engine do in one way, and what talks to nobody.
+SHARED = ("kvc2.machine", "kvc2.errors", "kvc2.flags")
 
 # design words -> what we never call them, as whole words of a public name
 FORBIDDEN_WORDS = {
