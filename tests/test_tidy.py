@@ -55,7 +55,7 @@ ENGINE_FLOORS = """
     batch, pages, text, request, layers, identity
     kernels
     _kernels
-    settings, config, errors, metrics, flood
+    config, settings, errors, metrics, flood
 """
 CPP_FLOORS = """
     bindings
