@@ -84,6 +84,7 @@ def test_flags_go_over_the_file(tmp_path: Path) -> None:
         ({"eviction_policy": "lfu"}, "one of hazard, lru, arc, s3fifo"),
         ({"slab_bytes": 100_001}, "slab_bytes = 100001: a multiple of 4096"),
         ({"disk": {"size_gb": 5}}, "disk.size_gb = 5.0: only with disk.path"),
+        ({"low_watermark": 0.2, "high_watermark": 0.1}, "high_watermark = 0.1: at least low"),
         ({"attn": {"page_size": 48}}, "attn.page_size = 48: a power of two"),
         ({"attn": {"page_size": 32, "chunk_size": 48}}, "attn.chunk_size = 48: a multiple"),
         ({"limits": {"max_sessions": 0}}, "limits.max_sessions = 0: 1 to 4096"),
