@@ -59,23 +59,23 @@ format: $(READY)  ## write what lint asks for
 	$(PYTHON) -m ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# Where the sanitized extensions lie; tests/sanitized.py puts them in front of the installed ones.
+# Where the sanitized extensions lie; tests/csrc/sanitized.py puts them in front of the installed ones.
 SANITIZE = cmake -S csrc -B build/$(1) -G Ninja -DKVC2_TESTS=ON -DKVC2_SANITIZE=$(2) \
 	-DPython_EXECUTABLE=$(abspath $(PYTHON)) -Dpybind11_DIR=$$($(PYTHON) -m pybind11 --cmakedir) \
 	&& cmake --build build/$(1) && ctest --test-dir build/$(1) --output-on-failure
 PRELOAD = $$(g++ -print-file-name=$(1)) $$(g++ -print-file-name=libstdc++.so)
-CORE_TESTS := tests/test_beat.py tests/test_block.py tests/test_copy.py $(wildcard tests/test_index*.py)
+CORE_TESTS := tests/csrc/test_beat.py tests/csrc/test_block.py tests/csrc/test_copy.py $(wildcard tests/csrc/test_index*.py)
 
 asan: $(READY)  ## C++ tests and core tests under AddressSanitizer and UBSan
 	$(call SANITIZE,asan,address$(comma)undefined)
 	KVC2_WALK=quick KVC2_EXTENSIONS=build/asan ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
-		LD_PRELOAD="$(call PRELOAD,libasan.so)" $(PYTHON) -m pytest -q -p tests.sanitized \
+		LD_PRELOAD="$(call PRELOAD,libasan.so)" $(PYTHON) -m pytest -q -p tests.csrc.sanitized \
 		-k "not instruction_set" -m "not slow" $(CORE_TESTS)
 
 tsan: $(READY)  ## the same under ThreadSanitizer
 	$(call SANITIZE,tsan,thread)
 	KVC2_WALK=quick KVC2_EXTENSIONS=build/tsan TSAN_OPTIONS=halt_on_error=1 \
-		LD_PRELOAD="$(call PRELOAD,libtsan.so)" $(PYTHON) -m pytest -q -p tests.sanitized \
+		LD_PRELOAD="$(call PRELOAD,libtsan.so)" $(PYTHON) -m pytest -q -p tests.csrc.sanitized \
 		-k "not instruction_set" -m "not slow" $(CORE_TESTS)
 
 proto: $(READY)  ## generate kvc2/v1 from proto/

@@ -25,8 +25,8 @@ from pathlib import Path
 
 from benchmarks import report
 from benchmarks.processes import Daemon, Engine, ProcessError, free_port
-from kvc2.address import Address
 from kvc2.client.channel import Channel
+from kvc2.host.address import Address
 
 CALLS = 100  # in a repeat; a sample is their median
 STREAM_TOKENS = 64

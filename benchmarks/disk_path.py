@@ -14,13 +14,13 @@ import numpy as np
 
 from kvc2 import _core
 from kvc2.arena import Arena
-from kvc2.batches import Batches, store_pages
 from kvc2.config import DiskConfig, ServeConfig
 from kvc2.layout import ALIGNMENT, HEADER_BYTES, slab_shape
 from kvc2.metrics import Metrics
-from kvc2.mover import Mover
+from kvc2.moving.batches import Batches, store_pages
+from kvc2.moving.mover import Mover
 from kvc2.tiers.base import PageShape
-from kvc2.tiers.disk import DiskTier
+from kvc2.tiers.disk.tier import DiskTier
 from kvc2.tiers.pools import Pools
 
 PAGE_SIZE = 16

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import report
-from kvc2 import _core, errors, replay, traces
+from kvc2 import _core, errors
+from kvc2.commands import replay, traces
 
 OCTAVES_MAX = 20  # twelve days: nothing here waits longer
 

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks import report
-from kvc2 import replay, traces
+from kvc2.commands import replay, traces
 
 ENDINGS = (".kvt.npz", ".jsonl", ".jsonl.zst")
 

@@ -29,7 +29,7 @@ def flag(folder: Path) -> Path:
 
 
 async def serve(folder: Path) -> None:
-    from kvc2.loading import Loader
+    from kvc2.moving.loading import Loader
     from kvc2.server import Daemon
 
     windowed = Loader._load_bytes

@@ -32,11 +32,11 @@ from kvc2.arena import Arena
 from kvc2.config import DiskConfig, ServeConfig
 from kvc2.layout import layer_major
 from kvc2.metrics import Metrics
-from kvc2.mover import Mover
-from kvc2.slabs import Slabs
+from kvc2.moving.mover import Mover
+from kvc2.moving.slabs import Slabs
 from kvc2.tiers.base import PageShape
-from kvc2.tiers.batch import Batch
-from kvc2.tiers.disk import DiskTier
+from kvc2.tiers.disk.batch import Batch
+from kvc2.tiers.disk.tier import DiskTier
 from kvc2.tiers.pools import LayoutPools, Pools
 
 U32 = NDArray[np.uint32]

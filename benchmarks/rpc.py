@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from benchmarks import clients, empty_server, report
 from benchmarks.processes import Daemon
 from engine import demo_model
-from kvc2.address import Address
 from kvc2.client import Client, Detached, LeaseCommit, NamespaceHandle, PoolMemory
 from kvc2.client.channel import Channel
 from kvc2.errors import Kvc2Error
+from kvc2.host.address import Address
 from kvc2.layout import Layout, Segment
 from kvc2.namespace import Identity
 from kvc2.v1 import cache_pb2

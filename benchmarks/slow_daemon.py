@@ -24,13 +24,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kvc2.cache import Cache
+from kvc2.answers import AcquireResult
+from kvc2.cache.cache import Cache
+from kvc2.cache.sessions import Session
 from kvc2.config import CpuConfig, DiskConfig, ServeConfig
 from kvc2.metrics import Metrics
-from kvc2.results import AcquireResult
 from kvc2.server import Daemon
-from kvc2.sessions import Session
-from kvc2.tiers.slab_file import Files
+from kvc2.tiers.disk.slab_file import Files
 
 GB = 1_000_000_000
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from benchmarks import report
 from benchmarks.hit_rate import files
-from kvc2 import _core, replay, traces
+from kvc2 import _core
+from kvc2.commands import replay, traces
 
 TOKEN_BYTES = 131_072  # of a dense 8 B model: 32 layers, 8 KV heads of 128, bf16
 TIERS = ("gpu", "cpu", "disk")

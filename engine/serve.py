@@ -37,8 +37,8 @@ from engine.scheduler import Scheduler, SchedulerConfig
 from engine.settings import EngineConfig, read_api_keys
 from engine.weights import Checkpoint
 from engine.worker import Worker
-from kvc2 import machine
 from kvc2.errors import InvalidConfig
+from kvc2.host import machine
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from kvc2 import flags
-from kvc2.address import Address
 from kvc2.errors import InvalidConfig
 from kvc2.flags import Flag, Values, above, at_least, between, check, power_of_two, refused_as
+from kvc2.host.address import Address
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 PAGE_SIZE_MAX = 512

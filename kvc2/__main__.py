@@ -1,5 +1,5 @@
 """`python -m kvc2` is `kvc2`."""
 
-from kvc2.cli import main
+from kvc2.commands.cli import main
 
 main()

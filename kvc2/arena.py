@@ -29,9 +29,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kvc2 import errors, numa
-from kvc2.machine import available_memory_bytes
-from kvc2.priority import step_back
+from kvc2 import errors
+from kvc2.host import numa
+from kvc2.host.machine import available_memory_bytes
+from kvc2.host.priority import step_back
 
 LOG = logging.getLogger(__name__)
 

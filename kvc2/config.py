@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from kvc2 import errors, machine
-from kvc2.address import SOCKET_PATH_BYTES_MAX, Address
+from kvc2 import errors
 from kvc2.flags import (
     Flag,
     at_least,
@@ -24,7 +23,9 @@ from kvc2.flags import (
     power_of_two,
     refused_as,
 )
-from kvc2.machine import GB as GB
+from kvc2.host import machine
+from kvc2.host.address import SOCKET_PATH_BYTES_MAX, Address
+from kvc2.host.machine import GB as GB
 
 ALIGNMENT = 4096
 ARENA_SHARE = 0.25  # of available memory: the machine is also there for others

@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 
 from kvc2 import errors
-from kvc2.paths import user_path
+from kvc2.host.paths import user_path
 
 Values = dict[str, Any]  # field -> value, or section -> {field -> value}
 Config = TypeVar("Config")

@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks import report, tier_hits
 from benchmarks.equality import bf16_step, compare
-from kvc2 import replay
-from tests.test_replay import random_trace
+from kvc2.commands import replay
+from tests.kvc2.commands.test_replay import random_trace
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from typing import Any
 import grpc
 
 from kvc2 import errors
-from kvc2.address import Address
 from kvc2.client import channel, results
+from kvc2.host.address import Address
 from kvc2.v1 import cache_pb2
 
 MARGIN_S = 10.0  # on top of a deadline that the daemon keeps itself

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 
 from kvc2 import errors
-from kvc2.address import Address
+from kvc2.host.address import Address
 from kvc2.v1 import cache_pb2
 
 MESSAGE_BYTES_MAX = 256 << 20  # the daemon's own limit is lower, and it says so by name

@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvc2 import errors
-from kvc2.address import Address
 from kvc2.client import channel, results
 from kvc2.client.memory import PoolMemory
 from kvc2.client.session import (
@@ -32,6 +31,7 @@ from kvc2.client.session import (
     Silence,
     process_is_dead,
 )
+from kvc2.host.address import Address
 from kvc2.layout import Layout
 from kvc2.v1 import cache_pb2
 

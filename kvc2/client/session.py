@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvc2 import _core, errors
-from kvc2.address import Address
 from kvc2.client import results
 from kvc2.client.channel import Channel, absence_of, code, translated
 from kvc2.client.memory import OverSignal, PoolMemory, Progress
+from kvc2.host.address import Address
 from kvc2.layout import Layout
 from kvc2.v1 import cache_pb2
 

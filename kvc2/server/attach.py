@@ -16,13 +16,13 @@ from typing import Any
 import grpc
 
 from kvc2 import errors, events
-from kvc2.cache import Cache
+from kvc2.cache.cache import Cache
+from kvc2.cache.sessions import EXPIRY_S, HEARTBEAT_INTERVAL_S, Session, SessionTable
 from kvc2.config import ServeConfig
 from kvc2.layout import Layout
 from kvc2.metrics import Metrics
 from kvc2.server import checks
 from kvc2.server.side import NONCE_BYTES, Handover
-from kvc2.sessions import EXPIRY_S, HEARTBEAT_INTERVAL_S, Session, SessionTable
 from kvc2.v1 import cache_pb2
 
 EXPIRY_CHECK_S = 0.25

@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 
 from kvc2 import errors
-from kvc2.cache import Cache
+from kvc2.answers import Explained, FlushResult, Hints, TenantUse, Terms, TierCounts, shorter
+from kvc2.cache.cache import Cache
+from kvc2.cache.sessions import Session
 from kvc2.config import DEFAULT_TENANT, ServeConfig, listen_address
 from kvc2.metrics import Metrics
 from kvc2.namespace import check_layout, check_weights_digest, decode
-from kvc2.results import Explained, FlushResult, Hints, TenantUse, Terms, TierCounts, shorter
 from kvc2.server import checks
 from kvc2.server.attach import Attachments
 from kvc2.server.tenants import Tenants
-from kvc2.sessions import Session
 from kvc2.v1 import cache_pb2
 
 # request_id, first block, tokens, pages

@@ -13,9 +13,9 @@ from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
 from kvc2 import errors
+from kvc2.answers import Hints
+from kvc2.cache.sessions import Session
 from kvc2.config import LimitsConfig
-from kvc2.results import Hints
-from kvc2.sessions import Session
 from kvc2.v1 import cache_pb2
 
 REQUEST_ID_BYTES_MAX = 128

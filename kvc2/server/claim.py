@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from kvc2 import errors
-from kvc2.address import SOCKET_PATH_BYTES_MAX
 from kvc2.config import SIDE_ENDING, default_listen, listen_address
+from kvc2.host.address import SOCKET_PATH_BYTES_MAX
 
 LOCK_ENDING = ".lock"
 

@@ -17,18 +17,18 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from kvc2 import errors, events
-from kvc2.cache import Cache
+from kvc2.answers import SIZES, FlushResult
+from kvc2.cache.cache import Cache
+from kvc2.cache.sessions import SessionTable
 from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics, TierSample
 from kvc2.periodic import periodically
-from kvc2.results import SIZES, FlushResult
 from kvc2.server import wiring
 from kvc2.server.attach import EXPIRY_CHECK_S, Attachments
 from kvc2.server.calls import CacheCalls, flush_response
 from kvc2.server.claim import Claim
 from kvc2.server.scrapes import Scrapes
 from kvc2.server.side import SideSocket
-from kvc2.sessions import SessionTable
 from kvc2.v1 import cache_pb2
 
 STOP_GRACE_S = 0.5  # for calls under way when the last flush has ended

@@ -15,8 +15,8 @@ from typing import Protocol
 import numpy as np
 
 from kvc2 import _core
+from kvc2.host.priority import step_back
 from kvc2.layout import Layout
-from kvc2.priority import step_back
 from kvc2.tiers.base import U8, U32, U64, PageStore, payload_offsets
 
 PROGRESS_STEP = 1 << 16  # progress word = sequence * PROGRESS_STEP + layers done

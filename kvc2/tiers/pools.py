@@ -18,11 +18,11 @@ from kvc2 import _core, errors
 from kvc2.arena import Arena
 from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics
-from kvc2.tiers import restart
 from kvc2.tiers.base import TIER_NUMBERS, PageShape
 from kvc2.tiers.cpu import CpuPool
-from kvc2.tiers.disk import DiskTier
-from kvc2.tiers.disk_pool import DiskPool
+from kvc2.tiers.disk import restart
+from kvc2.tiers.disk.pool import DiskPool
+from kvc2.tiers.disk.tier import DiskTier
 
 
 @dataclass(eq=False)

@@ -95,7 +95,7 @@ void every_xxh3_consumes_alike() {
 }
 
 // The specification gives no vectors; this is XXH128 of no bytes as the xxHash project prints it.
-// tests/test_block.py compares all lengths with that project's own code.
+// tests/csrc/test_block.py compares all lengths with that project's own code.
 void xxh3_of_nothing_is_known() {
   EXPECT(hex(xxh3_128(nullptr, 0)) == "99aa06d3014798d86001c324468d497f");
 }

@@ -18,10 +18,18 @@ def bug(name: str, file: str, before: str, after: str) -> Bug:
     return Bug(name, file, ((before, after),))
 
 
-BEHIND, MOVER, CACHE = "kvc2/behind.py", "kvc2/mover.py", "kvc2/cache.py"
-DISK, SLAB, CATALOGUE = "kvc2/tiers/disk.py", "kvc2/tiers/slab_file.py", "kvc2/tiers/catalogue.py"
-POOL, BATCH, BATCHES = "kvc2/tiers/disk_pool.py", "kvc2/tiers/batch.py", "kvc2/batches.py"
-BESIDE, REBUILD = "kvc2/tiers/beside.py", "kvc2/tiers/rebuild.py"
+BEHIND, MOVER, CACHE = "kvc2/moving/behind.py", "kvc2/moving/mover.py", "kvc2/cache/cache.py"
+DISK, SLAB, CATALOGUE = (
+    "kvc2/tiers/disk/tier.py",
+    "kvc2/tiers/disk/slab_file.py",
+    "kvc2/tiers/disk/catalogue.py",
+)
+POOL, BATCH, BATCHES = (
+    "kvc2/tiers/disk/pool.py",
+    "kvc2/tiers/disk/batch.py",
+    "kvc2/moving/batches.py",
+)
+BESIDE, REBUILD = "kvc2/tiers/disk/beside.py", "kvc2/tiers/disk/rebuild.py"
 VERIFIED = "        status[came == 0] = READ_FAILED\n"
 COMMITTED = "            self.catalogue.commit(change)\n            return Outcome(written, True)\n"
 SYNCED = "                self._writers.sync(batch.pool.slabs, batch.pages)\n"
@@ -292,17 +300,17 @@ REBUILDS = (
     ),
     bug(
         "generations not synced",
-        "kvc2/tiers/live.py",
+        "kvc2/tiers/disk/live.py",
         "                self._files.sync(self._fd)\n",
         "",
     ),
     bug(
         "what can't be written of them stays",
-        "kvc2/tiers/live.py",
+        "kvc2/tiers/disk/live.py",
         "            self._files.unlink(self.path)\n",
         "",
     ),
-    bug("namespaces not synced", "kvc2/tiers/spaces_file.py", "        files.sync(fd)\n", ""),
+    bug("namespaces not synced", "kvc2/tiers/disk/spaces_file.py", "        files.sync(fd)\n", ""),
     bug(
         "a rebuild counts starts anew",
         REBUILD,

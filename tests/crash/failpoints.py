@@ -18,20 +18,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import kvc2.behind
-import kvc2.cli
+import kvc2.commands.cli
+import kvc2.moving.behind
 import kvc2.server
-from kvc2.behind import Behind
-from kvc2.mover import Mover
-from kvc2.tiers import catalogue, spaces_file
-from kvc2.tiers.beside import Beside
-from kvc2.tiers.catalogue import Catalogue
-from kvc2.tiers.disk import DiskTier
-from kvc2.tiers.disk_pool import DiskPool
+from kvc2.moving.behind import Behind
+from kvc2.moving.mover import Mover
+from kvc2.tiers.disk import catalogue, spaces_file
+from kvc2.tiers.disk.beside import Beside
+from kvc2.tiers.disk.catalogue import Catalogue
+from kvc2.tiers.disk.live import LiveTable
+from kvc2.tiers.disk.pool import DiskPool
+from kvc2.tiers.disk.slab_file import Files, SlabFiles
+from kvc2.tiers.disk.tier import DiskTier
 from kvc2.tiers.gpu import SharedMemoryPool
-from kvc2.tiers.live import LiveTable
 from kvc2.tiers.pools import Pools
-from kvc2.tiers.slab_file import Files, SlabFiles
 
 BATCH_PAGES = 3  # so small that two batches are under way whenever more than a prompt waits
 BEFORE, AFTER = True, False
@@ -150,11 +150,11 @@ def serve(argv: list[str], log: str, failpoint: str | None, count: int) -> None:
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     os.dup2(2, 1)
-    kvc2.behind.store_pages = lambda *_: BATCH_PAGES
+    kvc2.moving.behind.store_pages = lambda *_: BATCH_PAGES
     if failpoint is not None:
         plant(failpoint, count)
     sys.argv = ["kvc2", *argv]
-    kvc2.cli.main()
+    kvc2.commands.cli.main()
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvc2.tiers.check import OF_STATUS, check
+from kvc2.tiers.disk.check import OF_STATUS, check
 
 
 def spoiled_blocks(folder: Path) -> dict[str, int]:

@@ -22,16 +22,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kvc2 import _core
+from tests import ROOT
 from tests.crash.bugs import BUGS, Bug
 
-HOUSE = Path(__file__).parent.parent.parent
+HOUSE = ROOT
 FOLDERS = ("kvc2", "tests")
 TESTS = (  # the quick ones first
     (
-        "tests/test_batches.py",
-        "tests/test_disk.py",
-        "tests/test_lives.py",
-        "tests/test_slabs.py",
+        "tests/kvc2/moving/test_batches.py",
+        "tests/kvc2/tiers/test_disk.py",
+        "tests/kvc2/cache/test_lives.py",
+        "tests/kvc2/moving/test_slabs.py",
         "tests/faults",
     ),
     ("tests/crash/test_power_cuts.py",),

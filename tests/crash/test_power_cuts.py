@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.caches import faults, folder_in_memory, on_disk, running
 from tests.crash.order import spoiled_blocks
 from tests.crash.power import Medium, gone, journal, owed
 from tests.crash.writer import SIZES, digests, engines, prompt_of
-from tests.stand_in import PAGE_SIZE
+from tests.doubles.caches import faults, folder_in_memory, on_disk, running
+from tests.doubles.stand_in import PAGE_SIZE
 
 HERE = Path(__file__).parent
 LOST = 0.3  # of the images lose their catalogue too: it is rebuilt

@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvc2 import errors
-from kvc2.address import Address
 from kvc2.client import Admin, LeaseCommit
 from kvc2.client.channel import Channel, probe
-from tests.engines import LAYERS, PAGE_SIZE, TinyEngine, identity, layout
+from kvc2.host.address import Address
+from tests.doubles.engines import LAYERS, PAGE_SIZE, TinyEngine, identity, layout
 
 U32 = NDArray[np.uint32]
 START_S = 30.0

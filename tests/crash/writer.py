@@ -23,16 +23,17 @@ from unittest.mock import patch
 
 import numpy as np
 
-from kvc2 import _core, behind
-from kvc2.behind import Behind
-from kvc2.cache import Cache
-from kvc2.mover import Mover
-from kvc2.tiers.catalogue import Change
-from kvc2.tiers.disk import Outcome
-from kvc2.tiers.disk_pool import DiskPool
+from kvc2 import _core
+from kvc2.cache.cache import Cache
+from kvc2.moving import behind
+from kvc2.moving.behind import Behind
+from kvc2.moving.mover import Mover
+from kvc2.tiers.disk.catalogue import Change
+from kvc2.tiers.disk.pool import DiskPool
+from kvc2.tiers.disk.tier import Outcome
 from kvc2.tiers.pools import LayoutPools
-from tests.caches import running
-from tests.stand_in import PAGE_SIZE, StandIn, prompt
+from tests.doubles.caches import running
+from tests.doubles.stand_in import PAGE_SIZE, StandIn, prompt
 
 SIZES: dict[str, Any] = {
     "cpu_bytes": 1 << 20,

@@ -20,8 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvc2.metrics import FAULTS
-from tests.caches import faults, running
-from tests.stand_in import StandIn, prompt
+from tests.doubles.caches import faults, running
+from tests.doubles.stand_in import StandIn, prompt
 
 PROMPTS = 12
 BLOCKS = 10

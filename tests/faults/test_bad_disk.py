@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from kvc2.tiers.slab_file import Files
-from tests.caches import MIB, faults, folder_in_memory, running
-from tests.stand_in import PAGE_SIZE, StandIn, prompt
+from kvc2.tiers.disk.slab_file import Files
+from tests.doubles.caches import MIB, faults, folder_in_memory, running
+from tests.doubles.stand_in import PAGE_SIZE, StandIn, prompt
 
 BLOCKS = 8
 FAILING = 0.01  # of operations

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from kvc2 import _core, errors
-from kvc2.tiers import live
-from kvc2.tiers.catalogue import Catalogue, Change
-from kvc2.tiers.slab_file import Files
-from tests.caches import faults, is_slab, on_disk, running
+from kvc2.tiers.disk import live
+from kvc2.tiers.disk.catalogue import Catalogue, Change
+from kvc2.tiers.disk.slab_file import Files
+from tests.doubles.caches import faults, is_slab, on_disk, running
+from tests.doubles.stand_in import StandIn, prompt
 from tests.faults.test_disk_faults import (
     BLOCKS,
     flip,
@@ -24,7 +25,6 @@ from tests.faults.test_disk_faults import (
     stored,
 )
 from tests.faults.test_rebuild import Harm, no_catalogue
-from tests.stand_in import StandIn, prompt
 
 
 def test_generations_are_durable_before_the_records(

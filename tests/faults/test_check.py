@@ -15,12 +15,14 @@ import lmdb
 import pytest
 from typer.testing import CliRunner
 
-from kvc2 import check_command, cli
-from kvc2.tiers.catalogue import record_type
-from kvc2.tiers.check import DAMAGE, Report, check
-from kvc2.tiers.repair import repair
-from kvc2.tiers.slab_file import Files
-from tests.caches import MIB, faults, running
+from kvc2.commands import check as check_command
+from kvc2.commands import cli
+from kvc2.tiers.disk.catalogue import record_type
+from kvc2.tiers.disk.check import DAMAGE, Report, check
+from kvc2.tiers.disk.repair import repair
+from kvc2.tiers.disk.slab_file import Files
+from tests.doubles.caches import MIB, faults, running
+from tests.doubles.stand_in import NAMESPACE, PAGE_SIZE, StandIn, prompt
 from tests.faults.test_disk_faults import (
     BLOCKS,
     PAGE_BYTES,
@@ -35,7 +37,6 @@ from tests.faults.test_disk_faults import (
     truncate,
     truncate_catalogue,
 )
-from tests.stand_in import NAMESPACE, PAGE_SIZE, StandIn, prompt
 
 OTHER = 4  # blocks of a second prompt, which nothing happens to
 Harm = Callable[[Path], None]
@@ -226,7 +227,7 @@ def test_what_can_not_be_read_is_damage(tmp_path: Path) -> None:
 
 
 def test_many_parts_are_verified_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvc2.tiers.check.PART_BYTES", 2 * PAGE_BYTES)
+    monkeypatch.setattr("kvc2.tiers.disk.check.PART_BYTES", 2 * PAGE_BYTES)
     told: list[tuple[int, int]] = []
 
     async def run() -> None:

@@ -20,10 +20,10 @@ from kvc2.config import DiskConfig
 from kvc2.layout import layer_major
 from kvc2.metrics import Metrics
 from kvc2.tiers.base import PageShape, RecordsPart
-from kvc2.tiers.batch import Batch
-from kvc2.tiers.disk import DiskTier
-from kvc2.tiers.disk_pool import DiskPool
-from tests.caches import folder_in_memory
+from kvc2.tiers.disk.batch import Batch
+from kvc2.tiers.disk.pool import DiskPool
+from kvc2.tiers.disk.tier import DiskTier
+from tests.doubles.caches import folder_in_memory
 
 BLOCKS = 64
 PAGE_SIZE = 4

@@ -13,11 +13,11 @@ import lmdb
 import pytest
 
 from kvc2 import errors
-from kvc2.tiers.catalogue import LAYOUT
-from kvc2.tiers.check import check
-from kvc2.tiers.slab_file import Files
-from tests.caches import MIB, faults, running
-from tests.stand_in import PAGE_SIZE, StandIn, prompt
+from kvc2.tiers.disk.catalogue import LAYOUT
+from kvc2.tiers.disk.check import check
+from kvc2.tiers.disk.slab_file import Files
+from tests.doubles.caches import MIB, faults, running
+from tests.doubles.stand_in import PAGE_SIZE, StandIn, prompt
 
 BLOCKS = 8
 PAGE_BYTES = 8192  # of the stand-in's default layout

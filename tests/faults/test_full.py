@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from kvc2 import errors
-from tests.caches import MIB, faults, running
-from tests.stand_in import PAGE_SIZE, StandIn, prompt
+from tests.doubles.caches import MIB, faults, running
+from tests.doubles.stand_in import PAGE_SIZE, StandIn, prompt
 
 BLOCKS = 8
 SIZES = {"slab_bytes": 1 << 18, "disk_bytes": 64 * MIB, "cpu_bytes": 8 * MIB}
@@ -63,7 +63,7 @@ def slabs_in(folder: Path) -> int:
 def test_a_disk_that_somebody_else_fills(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It serves on in the room that it has: what is new takes the place of what is old, and is
     durable. A daemon can start; when there is room again more is kept."""
-    monkeypatch.setattr("kvc2.behind.FULL_RETRY_S", 0.0)
+    monkeypatch.setattr("kvc2.moving.behind.FULL_RETRY_S", 0.0)
 
     async def run() -> None:
         disk, known, more = small / "disk", range(4), range(100, 140)
@@ -123,7 +123,7 @@ def test_a_place_that_can_hold_no_directory_is_refused_with_a_word() -> None:
 def test_a_catalogue_whose_map_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if records took more room than was thought: the map is bounded, so `disk.size_gb` is. What
     is durable stays, nothing else is said to be, and evictions make room again."""
-    monkeypatch.setattr("kvc2.tiers.disk.room_bytes", lambda shape: 0)
+    monkeypatch.setattr("kvc2.tiers.disk.tier.room_bytes", lambda shape: 0)
     size = 512  # tokens a block: the largest records
 
     async def run() -> None:

@@ -9,9 +9,9 @@ import grpc
 import pytest
 
 from kvc2.v1 import cache_pb2 as pb
-from tests.daemons import ServedDaemon, serve_config
-from tests.engines import PAGE_SIZE
-from tests.wires import Wire, status_of, u32
+from tests.doubles.daemons import ServedDaemon, serve_config
+from tests.doubles.engines import PAGE_SIZE
+from tests.doubles.wires import Wire, status_of, u32
 
 
 def test_a_failed_promotion_ends_the_stream_with_a_word(tmp_path: Path) -> None:

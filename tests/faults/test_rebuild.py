@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from kvc2.behind import Behind
-from kvc2.cache import Cache
-from kvc2.tiers import rebuild
-from kvc2.tiers.catalogue import Catalogue, Change, Full
-from tests.caches import MIB, faults, on_disk, running
+from kvc2.cache.cache import Cache
+from kvc2.moving.behind import Behind
+from kvc2.tiers.disk import rebuild
+from kvc2.tiers.disk.catalogue import Catalogue, Change, Full
+from tests.doubles.caches import MIB, faults, on_disk, running
+from tests.doubles.stand_in import NAMESPACE, PAGE_SIZE, StandIn, prompt
 from tests.faults.test_disk_faults import (
     BLOCKS,
     PAGE_BYTES,
@@ -25,7 +26,6 @@ from tests.faults.test_disk_faults import (
     stored,
     truncate_catalogue,
 )
-from tests.stand_in import NAMESPACE, PAGE_SIZE, StandIn, prompt
 
 Harm = Callable[[Path], None]
 SMALL = {"cpu_bytes": 1 * MIB, "disk_bytes": 6 * MIB, "slab_bytes": 1 << 18}

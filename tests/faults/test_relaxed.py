@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from kvc2.config import Durability
-from kvc2.tiers.slab_file import Files
-from tests.caches import faults, is_slab, running
-from tests.stand_in import PAGE_SIZE, StandIn, prompt
+from kvc2.tiers.disk.slab_file import Files
+from tests.doubles.caches import faults, is_slab, running
+from tests.doubles.stand_in import PAGE_SIZE, StandIn, prompt
 
 BLOCKS = 8
 

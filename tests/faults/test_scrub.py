@@ -11,16 +11,18 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kvc2 import cli, errors
-from kvc2.cache import Cache
+from kvc2 import errors
+from kvc2.cache.cache import Cache
 from kvc2.client import Admin
+from kvc2.commands import cli
 from kvc2.config import CpuConfig, DiskConfig, ServeConfig
 from kvc2.metrics import Metrics
-from kvc2.scrub import AGAIN_S, MB
-from kvc2.tiers.check import check
-from tests.caches import MIB, faults, running
-from tests.daemons import ServedDaemon, serve_config
-from tests.engines import TinyEngine, identity
+from kvc2.moving.scrub import AGAIN_S, MB
+from kvc2.tiers.disk.check import check
+from tests.doubles.caches import MIB, faults, running
+from tests.doubles.daemons import ServedDaemon, serve_config
+from tests.doubles.engines import TinyEngine, identity
+from tests.doubles.stand_in import PAGE_SIZE, StandIn, prompt
 from tests.faults.test_disk_faults import (
     BLOCKS,
     Faulty,
@@ -31,12 +33,11 @@ from tests.faults.test_disk_faults import (
     swap_pages,
     truncate,
 )
-from tests.stand_in import PAGE_SIZE, StandIn, prompt
-from tests.test_life_calls import BLOCKS as COMMITTED
-from tests.test_life_calls import commit
-from tests.test_load_or_recompute import BLOCKS as LONG
-from tests.test_load_or_recompute import BREAK_EVEN, FAST, PROMPTS, House, in_house
-from tests.test_load_or_recompute import TOKENS as LONG_TOKENS
+from tests.kvc2.cache.test_life_calls import BLOCKS as COMMITTED
+from tests.kvc2.cache.test_life_calls import commit
+from tests.kvc2.moving.test_load_or_recompute import BLOCKS as LONG
+from tests.kvc2.moving.test_load_or_recompute import BREAK_EVEN, FAST, PROMPTS, House, in_house
+from tests.kvc2.moving.test_load_or_recompute import TOKENS as LONG_TOKENS
 
 PAGE_BYTES = 20480  # of the house's engine
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from kvc2.tiers.catalogue import Change
-from kvc2.tiers.check import check
-from kvc2.tiers.slab_file import Files
-from tests.caches import faults, running
-from tests.stand_in import PAGE_SIZE, StandIn, prompt
+from kvc2.tiers.disk.catalogue import Change
+from kvc2.tiers.disk.check import check
+from kvc2.tiers.disk.slab_file import Files
+from tests.doubles.caches import faults, running
+from tests.doubles.stand_in import PAGE_SIZE, StandIn, prompt
 
 BLOCKS = 8
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from kvc2.address import Address
 from kvc2.client import Admin
 from kvc2.client.channel import Channel, probe
+from kvc2.host.address import Address
 
 START_S = 20.0
 STOP_S = 20.0

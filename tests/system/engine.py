@@ -16,8 +16,8 @@ from typing import Any
 import httpx
 from openai import OpenAI
 
-from tests.byte_tokenizer import VOCAB_SIZE, add_tokenizer
-from tests.checkpoints import make_mixtral
+from tests.doubles.byte_tokenizer import VOCAB_SIZE, add_tokenizer
+from tests.doubles.checkpoints import make_mixtral
 
 START_S = 60.0
 

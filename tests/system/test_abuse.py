@@ -17,13 +17,13 @@ import pytest
 
 from kvc2.layout import layer_major
 from kvc2.v1 import cache_pb2 as pb
-from tests.engines import LAYERS, PAGE_SIZE
+from tests.doubles.engines import LAYERS, PAGE_SIZE
+from tests.doubles.wires import Wire, hello, memfd
+from tests.kvc2.server.test_garbage import GARBAGE, raw_status
 from tests.system.daemon import DaemonProcess
 from tests.system.test_daemon_process import wait_until
-from tests.test_garbage import GARBAGE, raw_status
-from tests.wires import Wire, hello, memfd
 
-WITHOUT_COLLECTOR = ("-c", "import gc; gc.disable(); from kvc2.cli import main; main()")
+WITHOUT_COLLECTOR = ("-c", "import gc; gc.disable(); from kvc2.commands.cli import main; main()")
 PAGES = 1024
 SEGMENT_BYTES = 1024
 POOL_BYTES = 2 * LAYERS * PAGES * SEGMENT_BYTES  # 4 MiB: 200 of them would be seen

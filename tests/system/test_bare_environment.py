@@ -132,7 +132,7 @@ def test_a_demo_model_without_a_home_needs_a_directory(tmp_path: Path) -> None:
         pytest.skip(f"no user namespaces here: {tried.stderr.strip()}")
     ended = subprocess.run(command, env=PATH, capture_output=True, text=True, timeout=START_S)
     assert ended.returncode == 2
-    assert ended.stderr.startswith("kvc2-engine: directory = None: this user has no home")
+    assert ended.stderr.startswith("kvc2-engine: directory: this user has no home")
 
 
 def test_a_taken_port_is_refused_with_its_name(tmp_path: Path) -> None:

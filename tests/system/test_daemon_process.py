@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from kvc2.cache.sessions import EXPIRY_S
 from kvc2.client import Admin
-from kvc2.sessions import EXPIRY_S
 from tests.system.daemon import SMALL, DaemonProcess, EngineProcess
 
 

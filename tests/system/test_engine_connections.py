@@ -8,8 +8,8 @@ import socket
 import time
 from pathlib import Path
 
+from tests.engine.test_http_server import rest
 from tests.system.engine import EngineProcess, small_model
-from tests.test_http_server import rest
 
 SPARE_DESCRIPTORS = 4
 CLIENTS = 60

@@ -22,11 +22,11 @@ import pytest
 
 from kvc2.client import LeaseCommit
 from kvc2.server.wiring import SERVICES
-from tests.engines import PAGE_SIZE, SEGMENT_BYTES, TinyEngine, identity
-from tests.mutations import Mutator, first_messages, valid
+from tests.doubles.engines import PAGE_SIZE, SEGMENT_BYTES, TinyEngine, identity
+from tests.doubles.mutations import Mutator, first_messages, valid
+from tests.kvc2.server.test_garbage import GARBAGE
 from tests.system.daemon import DaemonProcess
 from tests.system.test_abuse import settled
-from tests.test_garbage import GARBAGE
 
 ANSWER_S = 30.0  # a call that takes longer hangs
 AT_ONCE = 32

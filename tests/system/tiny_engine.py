@@ -15,7 +15,7 @@ import numpy as np
 
 from kvc2 import errors
 from kvc2.client import LeaseCommit
-from tests.engines import PAGE_SIZE, SEGMENT_BYTES, TinyEngine, identity
+from tests.doubles.engines import PAGE_SIZE, SEGMENT_BYTES, TinyEngine, identity
 
 
 class Commands:

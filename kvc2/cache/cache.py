@@ -1,0 +1,495 @@
+"""The cache as the server calls it: asks the index for plans and has them carried out.
+
+All methods run on the event loop's thread. Index calls are inline; bytes move on the mover's
+threads. Not here: the wire and its checks (server/), which block goes where (csrc/index), how
+bytes move (mover.py), what goes to slower tiers and when (behind.py), what is asked of all that is
+cached at once (whole.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvc2 import _core, errors
+from kvc2.answers import (
+    AcquireResult,
+    CacheStats,
+    EvictResult,
+    Explained,
+    FlushResult,
+    Hints,
+    InvalidateResult,
+    MatchResult,
+    Terms,
+)
+from kvc2.arena import Arena
+from kvc2.cache.counts import Counts
+from kvc2.cache.explain import Explainer
+from kvc2.cache.namespaces import Spaces
+from kvc2.cache.pins import Pins
+from kvc2.cache.prefetch import Prefetcher
+from kvc2.cache.quotas import TenantQuotas
+from kvc2.cache.sessions import Session
+from kvc2.cache.whole import ALL, Whole
+from kvc2.config import ServeConfig
+from kvc2.host import numa
+from kvc2.metrics import Metrics
+from kvc2.moving.behind import Behind
+from kvc2.moving.loading import Loader
+from kvc2.moving.mover import GpuPool, Mover
+from kvc2.moving.scrub import Scrubber
+from kvc2.periodic import periodically
+from kvc2.tiers.base import TIER_NUMBERS, PageShape
+from kvc2.tiers.disk.recency import Clocks
+from kvc2.tiers.disk.slab_file import Files, raise_file_limit
+from kvc2.tiers.disk.tier import DiskTier
+from kvc2.tiers.gpu import Copier, GpuMemory, SharedMemoryPool
+from kvc2.tiers.pools import Pools
+
+U8 = NDArray[np.uint8]
+U32 = NDArray[np.uint32]
+
+RESCUE_S = 2.0  # for a dead engine's uncopied blocks
+TICK_S = 1.0  # while no call comes: what has expired gives its pages up
+NO_HINTS = Hints()
+
+
+@dataclass(eq=False)
+class SessionPool:
+    """What the cache keeps of a session, in Session.pool. `replies` and `namespaces` are those of
+    open leases; `settling` ends the acquires under way when it is done."""
+
+    gpu: GpuPool
+    replies: dict[bytes, asyncio.Future[AcquireResult]] = field(default_factory=dict)
+    namespaces: dict[bytes, int] = field(default_factory=dict)
+    settling: dict[bytes, asyncio.Future[None]] = field(default_factory=dict)
+
+
+class Cache:
+    """`files` is where tests put faults of the disk; `wall` is read for times that outlive this
+    run, and for nothing else: it may be set at any moment."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        files: Files | None = None,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._config = config
+        self._metrics = metrics
+        self._clock = clock
+        self._files = files
+        self._started_at = clock()
+        self._clocks = Clocks(wall, self._second)
+        self._gpus: dict[int, GpuPool] = {}
+        self._sessions: dict[int, Session] = {}
+        self._arena: Arena | None = None
+        self._disk: DiskTier | None = None
+        self._pools: Pools | None = None
+        self._behind: Behind | None = None
+
+    async def start(self) -> None:
+        """Open the tiers, restore what the disk holds, start the threads. Raises StartRefused."""
+        raise_file_limit()
+        config, memory = self._config, np.empty(0, np.uint8)
+        if not config.gpu_only:
+            nodes = numa.wanted(config.cpu.numa)
+            self._arena = Arena(config.cpu.memory_bytes, config.slab_bytes, nodes=nodes)
+            memory = self._arena.memory
+            if config.disk.path is not None:
+                self._disk = DiskTier(
+                    config.disk,
+                    memory,
+                    self._metrics,
+                    files=self._files,
+                    clocks=self._clocks,
+                )
+        starts = 0 if self._disk is None else self._disk.catalogue.start_count
+        stamp = 0 if self._disk is None else self._disk.last_stamp()
+        self.index = _core.Index(
+            first_generation=(starts << 32) + 1,
+            first_stamp=stamp + 1,
+            policy=config.eviction_policy,
+            dead_blocks=config.limits.max_dead_blocks,
+        )
+        self._mover = Mover(
+            self.index, self._metrics, memory, self._disk, self._transfer_ended, clock=self._clock
+        )
+        always = config.load_policy == "always"
+        self._loader = Loader(self.index, self._mover, self._metrics, always=always)
+        spaces_max = config.limits.max_known_namespaces
+        self.spaces = Spaces(self.index, self._mover, self._disk, spaces_max, self.tick)
+        self._ticking = asyncio.create_task(periodically(TICK_S, self.tick, self._metrics))
+        self.counts = Counts(self.index, self._gpus, self._sessions, self._arena, self._disk)
+        self.quotas = TenantQuotas(self.index, config)
+        self.spaces.held = lambda: {n for s in self._sessions.values() for n in s.namespaces}
+        self.pins = Pins(self.index, self.spaces, self.counts, config)
+        self.prefetcher = Prefetcher(
+            self.index, self.spaces, self.pins, loader=self._loader, mover=self._mover
+        )
+        self.scrubber = Scrubber(self.index, loader=self._loader, mover=self._mover)
+        self.explainer = Explainer(
+            self.index, self.spaces, self.counts, policy=config.eviction_policy, tick=self.tick
+        )
+        self.spaces.on_gone += [self.pins.gone, self.explainer.gone]
+        if self._arena is not None:
+            self._start_slower_tiers(self._arena)
+        self.tick()  # what expired while nobody ran is dead
+        loader, behind = self._loader, self._behind
+        self._whole = Whole(
+            self.index, self.spaces, self.counts, loader=loader, behind=behind, config=config
+        )
+
+    def _start_slower_tiers(self, arena: Arena) -> None:
+        """Pools over cpu and disk, what the disk holds restored; copying behind begins."""
+        config = self._config
+        threads = config.copy_threads
+        self._copiers = Copier(threads), Copier(threads, behind=True)
+        self._pools = Pools(self.index, arena, self._disk, self._metrics, config)
+        if self._disk is not None:
+            self.spaces.adopt(self._pools.restore())
+        self._loader.pools = self.counts.pools = self._pools
+        self.prefetcher.pools = self.scrubber.pools = self._pools
+        if self._disk is not None and config.disk.scrub_mb_per_s:
+            self.scrubber.keep(config.disk.scrub_mb_per_s)
+        self._pools.on_served = self._loader.changed
+        self._behind = Behind(
+            self.index, self._mover, self._pools, self._gpus, config=config, metrics=self._metrics
+        )
+        self._behind.start()
+        loop = asyncio.get_running_loop()
+        arena.start(lambda: _call(loop, partial(self._arena_grew, arena.short_bytes)))
+
+    async def stop(self, deadline_s: float) -> FlushResult:
+        """Flush, then close sessions, threads and tiers."""
+        await self.prefetcher.stop()
+        await self.scrubber.stop()
+        result = await self.flush(deadline_s)
+        for session in list(self._sessions.values()):
+            await self.close_session(session)
+        self._ticking.cancel()
+        if self._behind is not None:
+            await self._behind.stop()
+            if self._disk is not None:
+                await self._behind.save_recency()
+        await asyncio.to_thread(self._mover.close)
+        if self._disk is not None:
+            self._disk.close()
+        if self._arena is not None:
+            await asyncio.to_thread(self._arena.close)
+        return result
+
+    def _arena_grew(self, short_bytes: int) -> None:
+        if short_bytes:
+            self._metrics.fault("arena_short")
+        self._loader.changed()
+        self._wake()
+
+    def _transfer_ended(self) -> None:
+        self._loader.changed()
+        self._wake()
+
+    def tick(self) -> int:
+        """Tell the index the time, seconds since the start from 1: what has expired is dead."""
+        now = self._second()
+        if self.index.advance(now):
+            self._wake()
+            for gpu in self._gpus.values() if self._behind is None else []:
+                self.index.reap(gpu.id, ALL)  # nobody else does
+        return now
+
+    def _second(self) -> int:
+        return int(self._clock() - self._started_at) + 1
+
+    def _wake(self) -> None:
+        if self._behind is not None:
+            self._behind.wake()
+
+    # ---- sessions ----
+
+    def open_session(
+        self,
+        session: Session,
+        *,
+        memory: mmap.mmap,
+        progress: mmap.mmap,
+        event_fd: int,
+        kept_pages: U32,
+    ) -> None:
+        """A gpu pool for the session, over the cpu and disk pools of its layout. No view of
+        the engine's `memory` is left after close_session, nor when this raises a Kvc2Error."""
+        layout = session.layout
+        layout.check_fits(session.num_pages, len(memory))
+        pools, store = None, None
+        if self._pools is not None:
+            pools = self._pools.of(PageShape.of(layout, self._config.slab_bytes))
+        pool = self.index.add_pool(
+            page_size=layout.page_size,
+            pages_per_slab=session.num_pages,
+            below=None if pools is None else pools.cpu_id,
+            durable=False,
+            tier=TIER_NUMBERS["gpu"],
+            page_bytes=layout.payload_bytes,
+        )
+        self.index.add_slab(pool)
+        if kept_pages.size and not self.index.keep(pool, _u32(kept_pages)):
+            self.index.close_pool(pool)
+            self.index.remove_pool(pool)
+            raise errors.InvalidRequest("hello.kept_pages", kept_pages.size, "each page once")
+        if self._arena is not None:
+            mapped = GpuMemory(layout, memory, progress, event_fd)
+            store = SharedMemoryPool(mapped, self._arena.memory, *self._copiers)
+        queue = ThreadPoolExecutor(1, f"kvc2-promote-{session.epoch}")
+        session.pool = SessionPool(GpuPool(pool, pools, store, queue, session.give_up))
+        self._gpus[session.epoch] = session.pool.gpu
+        self._sessions[session.epoch] = session
+
+    async def close_session(
+        self, session: Session, at_rest: Callable[[], Awaitable[bool]] | None = None
+    ) -> None:
+        """Leases are gone at once. `at_rest` finds out whether the pool's pages can't change any
+        more, since its engine is dead or has said so: then what no other tier holds is copied
+        first, for at most 2 s. Else (None) it may write to them: nothing is read any more."""
+        if self._sessions.pop(session.epoch, None) is None:
+            return
+        pool: SessionPool = session.pool
+        gpu = pool.gpu
+        session.leases.clear()
+        self.index.close_pool(gpu.id)
+        for settling in pool.settling.values():
+            _finish(settling)
+        gpu.queue.shutdown(wait=False, cancel_futures=True)
+        gpu.at_rest = asyncio.ensure_future((at_rest or _may_change)())
+        if await gpu.at_rest and self._behind is not None:
+            await self._behind.rescue(gpu, RESCUE_S)
+        if gpu.pools is not None and (left := self.index.undemoted(gpu.id)):
+            self._metrics.fault("undemoted_lost", left)
+        await asyncio.to_thread(gpu.queue.shutdown, True)
+        async with gpu.demoting:  # a batch under way still reads this memory
+            gpu.closed = True
+            if gpu.store is not None:
+                gpu.store.close()
+        self.counts.forget(gpu)
+        self.index.remove_pool(gpu.id)
+        del self._gpus[session.epoch]
+        session.pool = None
+        with suppress(KeyError):  # it may never have told its rate
+            self._metrics.prefill_rate.remove(str(session.epoch))
+        self._wake()
+
+    def open_namespace(
+        self,
+        session: Session,
+        namespace: bytes,
+        identity: bytes,
+        ttl_s: int = 0,
+        tenant: str = "",
+    ) -> int:
+        """Its number here; the identity goes to the catalogue with the next batch. Raises
+        LimitReached: what the index knows stays known."""
+        page_size = session.layout.page_size
+        owner = self.quotas.number(tenant)
+        number = self.spaces.open(namespace, page_size, identity, ttl_s=ttl_s, tenant=owner)
+        self.pins.opened(number, _pool(session).gpu.pools)
+        if self._disk is not None and not self._disk.catalogue.add_namespace(
+            namespace, page_size, identity
+        ):
+            self._metrics.fault("catalogue_error")
+        return number
+
+    def leased_namespaces(self, session: Session) -> set[int]:
+        """Numbers of those that have open leases in the session."""
+        return set(_pool(session).namespaces.values())
+
+    # ---- requests ----
+
+    def match(self, session: Session, namespace_id: int, tokens: U32) -> MatchResult:
+        """The longest cached prefix of less than all tokens. Changes nothing."""
+        self.tick()
+        space, pool = self.spaces[namespace_id], _pool(session).gpu.id
+        found = self.index.match(space, pool, _u32(tokens[:-1]))
+        size = session.layout.page_size
+        return MatchResult(found.blocks * size, _tokens_by_tier(found.tiers, size))
+
+    def explain(self, session: Session | None, namespace_id: int, tokens: U32) -> Explained:
+        """What an acquire of these tokens would find, in this session or in any, and why not more.
+        Changes nothing."""
+        pool = None if session is None else _pool(session).gpu.id
+        return self.explainer.of_tokens(namespace_id, tokens, pool)
+
+    async def acquire(
+        self,
+        session: Session,
+        namespace_id: int,
+        request_id: bytes,
+        tokens: U32,
+        terms: Terms,
+    ) -> AcquireResult:
+        """Open a lease on the longest prefix that comes sooner than it could be computed at
+        session.prefill_rate; awaits only what comes from disk, till its deadline. While the lease
+        is open the same request_id gets the same answer. Raises SessionOver."""
+        pool = _pool(session)
+        if request_id in pool.replies:
+            return await asyncio.shield(pool.replies[request_id])
+        self.tick()
+        blocks, grant_pages = (len(tokens) - 1) // session.layout.page_size, terms.grant_pages
+        space, hints = self.spaces[namespace_id], self.spaces.hints(namespace_id, terms.hints)
+        opened = self.index.acquire(space, pool.gpu.id, _u32(tokens), blocks, hints)
+        self.explainer.keep(
+            session.epoch, namespace_id, request_id, len(tokens), opened.explanation
+        )
+        session.leases[request_id] = opened.id
+        pool.namespaces[request_id] = namespace_id
+        reply: asyncio.Future[AcquireResult] = asyncio.get_running_loop().create_future()
+        pool.replies[request_id] = reply
+        released: asyncio.Future[None] | None = None
+        try:
+            errand = self._loader.begin(pool.gpu, opened.id, session.prefill_rate, terms.deadline_s)
+            if errand is not None:
+                released = pool.settling[request_id] = asyncio.get_running_loop().create_future()
+                await self._loader.settle(errand, released)
+        except BaseException:
+            grant_pages = 0  # nobody hears of them: they would be lost until the session's end
+            raise
+        finally:
+            if pool.settling.get(request_id) is released:  # not that of a later acquire
+                pool.settling.pop(request_id, None)
+            # also when the caller went away: it may ask again under this request_id
+            if session.leases.get(request_id) == opened.id:
+                reply.set_result(self._answer(session, opened.id, namespace_id, grant_pages))
+            elif not reply.done():
+                reply.set_result(_nothing())
+        if session.pool is None or pool.gpu.broken:
+            raise errors.SessionOver(f"session {session.epoch} has ended")
+        return reply.result()
+
+    def _answer(
+        self, session: Session, lease: int, namespace_id: int, grant_pages: int
+    ) -> AcquireResult:
+        pool, size = _pool(session), session.layout.page_size
+        view = self.index.lease(lease)
+        held = view.pages.size
+        return AcquireResult(
+            matched_tokens=held * size,
+            tiers=_tokens_by_tier(view.tiers, size),
+            prefix_pages=view.pages,
+            transfer=pool.gpu.pending.get(view.transfer, 0),
+            granted_pages=self.grant(session, grant_pages, namespace_id),
+            computing_tokens=view.computing * size if held == view.matched else 0,
+        )
+
+    def commit(
+        self, session: Session, request_id: bytes, first_block: int, tokens: U32, pages: U32
+    ) -> U8:
+        """[k] of ADOPTED, DUPLICATE, REFUSED. Raises NotFound for an unknown lease."""
+        lease = session.leases.get(request_id)
+        if lease is None:
+            raise errors.NotFound("request_id", request_id, "an open lease of this session")
+        result = self.index.commit(lease, first_block, _u32(tokens), _u32(pages))
+        self.index.trim(_pool(session).gpu.id)
+        self._wake()
+        return result
+
+    def release(self, session: Session, request_id: bytes, said: Hints = NO_HINTS) -> None:
+        """Close a lease; an acquire of it that is under way answers with nothing. What is said here
+        stands in the place of what acquire was told."""
+        pool = _pool(session)
+        lease = session.leases.pop(request_id, None)
+        if lease is None:
+            return
+        self.tick()
+        namespace_id = pool.namespaces.pop(request_id)
+        if said == NO_HINTS:
+            self.index.release(lease)
+        else:
+            self.index.release(lease, self.spaces.hints(namespace_id, said))
+        self.index.trim(pool.gpu.id)  # what was pinned is to be had
+        self._wake()  # what it pinned may be dead
+        pool.replies.pop(request_id, None)
+        if request_id in pool.settling:
+            _finish(pool.settling[request_id])
+
+    def grant(self, session: Session, pages: int, namespace_id: int | None = None) -> U32:
+        """Up to `pages` pages to fill, evicting as needed; for a namespace, if it is known."""
+        if not pages:
+            return np.empty(0, np.uint32)
+        space = None if namespace_id is None else self.spaces[namespace_id]
+        granted = self.index.grant(_pool(session).gpu.id, pages, space)
+        self._wake()  # fewer are free now
+        return granted
+
+    def give_back(self, session: Session, pages: U32) -> None:
+        """Granted pages come back unused. Raises InvalidRequest when one was not granted."""
+        if not self.index.give_back(_pool(session).gpu.id, _u32(pages)):
+            raise errors.InvalidRequest("returned_pages", pages.size, "pages granted and not used")
+
+    # ---- the whole (whole.py) ----
+
+    async def invalidate(self, names: list[bytes]) -> InvalidateResult:
+        """What is cached under these namespaces is dead. Raises NotFound and LimitReached."""
+        return await self._whole.invalidate(names)
+
+    async def wait_durable(self, session: Session, requests: list[bytes], wait_s: float) -> bool:
+        """Whether all that these open leases have pages of is on disk, within that time."""
+        held = [session.leases[each] for each in requests]
+        return await self._whole.wait_durable(_pool(session).gpu, held, wait_s)
+
+    async def flush(self, deadline_s: float) -> FlushResult:
+        """Copy what is committed to the disk, within the deadline; what is not there, and why."""
+        return await self._whole.flush(deadline_s)
+
+    async def evict(self, tier: str, blocks: int) -> EvictResult:
+        """Drop up to `blocks` unpinned blocks (0: all) from gpu, cpu or disk."""
+        return await self._whole.evict(tier, blocks)
+
+    def stats(self) -> CacheStats:
+        """Sizes and counts. Changes nothing."""
+        return self.counts.stats()
+
+
+def _pool(session: Session) -> SessionPool:
+    pool = session.pool
+    if not isinstance(pool, SessionPool):
+        raise errors.SessionOver(f"session {session.epoch} has no pool: it is over or not ready")
+    return pool
+
+
+def _u32(array: NDArray[np.integer]) -> U32:
+    return np.ascontiguousarray(array, np.uint32)
+
+
+def _tokens_by_tier(blocks: tuple[int, ...], page_size: int) -> tuple[int, ...]:
+    return tuple(count * page_size for count in (*blocks, 0, 0, 0)[:4])
+
+
+def _nothing() -> AcquireResult:
+    """The answer to an acquire that was released meanwhile."""
+    empty = np.empty(0, np.uint32)
+    return AcquireResult(0, (0, 0, 0, 0), empty, 0, empty, 0)
+
+
+def _call(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
+    """From another thread."""
+    loop.call_soon_threadsafe(work)
+
+
+async def _may_change() -> bool:
+    return False
+
+
+def _finish(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,177 @@
+"""Sizes and counts of the tiers and of each session's pool, as stats and /metrics show them.
+
+Not here: counters of what calls and transfers did (metrics.py). All on the event loop's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from kvc2 import _core
+from kvc2.answers import SIZES, CacheStats, LayoutSlabs, TierCounts
+from kvc2.arena import Arena
+from kvc2.cache.sessions import Session
+from kvc2.moving.mover import GpuPool
+from kvc2.tiers.base import PageShape
+from kvc2.tiers.disk.tier import DiskTier
+from kvc2.tiers.pools import Pools
+
+
+class Counts:
+    """`gpus` and `sessions` are the cache's own tables, by epoch; `pools` is None where there is
+    only the gpu tier. Nothing here changes the cache."""
+
+    def __init__(
+        self,
+        index: _core.Index,
+        gpus: Mapping[int, GpuPool],
+        sessions: Mapping[int, Session],
+        arena: Arena | None,
+        disk: DiskTier | None,
+    ) -> None:
+        self._index = index
+        self._gpus = gpus
+        self._sessions = sessions
+        self._arena = arena
+        self._disk = disk
+        self.pools: Pools | None = None
+        self._forgotten = (0, 0)  # evicted, last copies: of sessions that are over
+
+    def stats(self) -> CacheStats:
+        counts = self._index.counts()
+        tiers = ["gpu"] + ["cpu"] * (self._arena is not None) + ["disk"] * (self._disk is not None)
+        return CacheStats(
+            tiers=[self.tier(tier) for tier in tiers],
+            pools=[self._session(epoch) for epoch in self._sessions],
+            blocks=counts.blocks,
+            holes=counts.holes,
+            leases=counts.leases,
+            namespaces=counts.namespaces,
+            metadata_bytes=counts.metadata_bytes,
+            hit_rate_unlimited=self._hit_rates([_core.NO_LIMIT])[0],
+            slabs=self._slabs(),
+        )
+
+    def _slabs(self) -> list[LayoutSlabs]:
+        layouts = [] if self.pools is None else list(self.pools.layouts.values())
+        rows = [("cpu", each.shape, each.cpu_id) for each in layouts]
+        for each in layouts:  # on disk the same pages may lie in slabs of another size
+            if each.disk is not None and each.disk_id is not None:
+                rows.append(("disk", each.disk.shape, each.disk_id))
+        return [self._layout(*row) for row in rows]
+
+    def _layout(self, tier: str, shape: PageShape, pool: int) -> LayoutSlabs:
+        counts = self._index.pool_counts(pool)
+        sessions = self._sessions.values()
+        return LayoutSlabs(
+            layout=shape.layout_digest,
+            tier=tier,
+            engines=[
+                each.engine_name for each in sessions if each.layout.digest == shape.layout_digest
+            ],
+            page_size=shape.page_size,
+            page_bytes=shape.page_bytes,
+            slab_bytes=shape.slab_bytes,
+            slabs=counts.slabs,
+            pages=counts.pages,
+            resident_pages=counts.resident,
+        )
+
+    def tier(self, tier: str) -> TierCounts:
+        """All pools of a tier together."""
+        sizes = {
+            "gpu": sum(_pool_bytes(each) for each in self._sessions.values()),
+            "cpu": 0 if self._arena is None else self._arena.capacity_bytes,
+            "disk": 0 if self._disk is None else self._disk.size_bytes,
+        }
+        found = [self._index.pool_counts(each) for each in self.pool_ids(tier)]
+        evicted, last_copies = self._evicted(tier)
+        return TierCounts(
+            tier=tier,
+            capacity_bytes=sizes[tier],
+            pages=sum(each.pages for each in found),
+            free=sum(each.free for each in found),
+            private=sum(each.private for each in found),
+            resident=sum(each.resident for each in found),
+            in_flight=sum(each.in_flight for each in found),
+            pinned=sum(each.pinned for each in found),
+            evicted=evicted,
+            last_copies=last_copies,
+            hit_rates=self._hit_rates_at(tier, sizes[tier]),
+        )
+
+    def _hit_rates_at(self, tier: str, capacity_bytes: int) -> tuple[float, ...]:
+        """Of the tier and all faster ones, at SIZES times its capacity: as if it alone were that
+        large and evicted the least recently used leaf. Pools of several layouts count as one."""
+        tokens, held_bytes = 0, 0
+        for page_size, page_bytes, pages in self._shapes(tier):
+            tokens += pages * page_size
+            held_bytes += pages * page_bytes
+        if not held_bytes:
+            return ()
+        capacity = capacity_bytes * tokens / held_bytes
+        return self._hit_rates([round(size * capacity) for size in SIZES])
+
+    def _shapes(self, tier: str) -> list[tuple[int, int, int]]:
+        """(tokens of a page, its bytes, pages) of each pool that has pages."""
+        if tier == "gpu":
+            layouts = [(each.layout, each.num_pages) for each in self._sessions.values()]
+            return [(each.page_size, each.payload_bytes, pages) for each, pages in layouts]
+        found = []
+        for each in [] if self.pools is None else self.pools.layouts.values():
+            pool = each.cpu_id if tier == "cpu" else each.disk_id
+            if pool is not None:
+                pages = self._index.pool_counts(pool).pages
+                found.append((each.shape.page_size, each.shape.page_bytes, pages))
+        return found
+
+    def _hit_rates(self, tokens: list[int]) -> tuple[float, ...]:
+        return tuple(self._index.hit_rates(np.array(tokens, np.uint64)).tolist())
+
+    def _evicted(self, tier: str) -> tuple[int, int]:
+        """Since the start, from sessions too that are over or ending."""
+        gpu = tier == "gpu"
+        ids = [each.id for each in self._gpus.values()] if gpu else self.pool_ids(tier)
+        found = [self._index.pool_counts(each) for each in ids]
+        before = self._forgotten if gpu else (0, 0)
+        return (
+            before[0] + sum(each.evicted for each in found),
+            before[1] + sum(each.last_copies for each in found),
+        )
+
+    def pool_ids(self, tier: str) -> list[int]:
+        """The index's ids of a tier's pools; of gpu those of sessions that are not ending."""
+        if tier == "gpu":
+            return [gpu.id for gpu in self._gpus.values() if gpu.at_rest is None]
+        layouts = [] if self.pools is None else list(self.pools.layouts.values())
+        if tier == "cpu":
+            return [each.cpu_id for each in layouts]
+        return [each.disk_id for each in layouts if each.disk_id is not None]
+
+    def forget(self, gpu: GpuPool) -> None:
+        """The pool is about to be removed; what it has evicted stays counted."""
+        counts = self._index.pool_counts(gpu.id)
+        evicted, last_copies = self._forgotten
+        self._forgotten = evicted + counts.evicted, last_copies + counts.last_copies
+
+    def _session(self, epoch: int) -> TierCounts:
+        counts = self._index.pool_counts(self._gpus[epoch].id)
+        return TierCounts(
+            tier="gpu",
+            capacity_bytes=_pool_bytes(self._sessions[epoch]),
+            pages=counts.pages,
+            free=counts.free,
+            private=counts.private,
+            resident=counts.resident,
+            in_flight=counts.in_flight,
+            pinned=counts.pinned,
+            evicted=counts.evicted,
+            last_copies=counts.last_copies,
+            session_epoch=epoch,
+        )
+
+
+def _pool_bytes(session: Session) -> int:
+    return session.num_pages * session.layout.payload_bytes

@@ -1,0 +1,201 @@
+"""Why a prompt hit or missed: asks the index, and says it in words that a user knows.
+
+The index tells causes, pools and seconds; here they become tiers, a policy and how long ago, the
+namespaces of the same tenant are asked whether they have the prompt, and the last requests' answers
+are kept. Nothing here changes the cache. The dead and the requests that are kept do not survive a
+restart: `uptime_s` says since when anything is known. One thread (the event loop's) uses this.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvc2 import _core, errors
+from kvc2.answers import Elsewhere, Explained
+from kvc2.cache.counts import Counts
+from kvc2.cache.namespaces import Spaces
+
+U32 = NDArray[np.uint32]
+
+RECENT_MAX = 1024  # requests whose answers are kept: under 1 KB each
+OTHERS_MAX = 16  # namespaces of a tenant that are asked, those opened last first
+SHOWN_MAX = 80  # letters of an identity's field
+UNSEEN = (_core.Why.NEVER_SEEN, _core.Why.DIVERGED)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request's answer as its acquire found it."""
+
+    second: int
+    epoch: int
+    number: int
+    tokens: int
+    found: _core.Explanation
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Whose a namespace is: what one of these has is told to nobody else."""
+
+    tenant: str
+    salt: bytes
+
+
+class Explainer:
+    """`tick` tells the index the time, and answers it: seconds since the start."""
+
+    def __init__(
+        self,
+        index: _core.Index,
+        spaces: Spaces,
+        counts: Counts,
+        *,
+        policy: str,
+        tick: Callable[[], int],
+    ) -> None:
+        self._index = index
+        self._spaces = spaces
+        self._counts = counts
+        self._policy = policy
+        self._now = tick
+        self._recent: OrderedDict[bytes, Asked] = OrderedDict()
+        self._owners: OrderedDict[int, Owner] = OrderedDict()  # by number, opened last at the end
+
+    def opened(self, number: int, tenant: str, salt: bytes) -> None:
+        """A session has this namespace open."""
+        self._owners[number] = Owner(tenant, salt)
+        self._owners.move_to_end(number)
+
+    def gone(self, number: int) -> None:
+        """It has no block, and no session has it open."""
+        self._owners.pop(number, None)
+
+    def keep(
+        self, epoch: int, number: int, request_id: bytes, tokens: int, found: _core.Explanation
+    ) -> None:
+        """What an acquire found, for who asks later; the oldest one is dropped for it."""
+        self._recent[request_id] = Asked(self._now(), epoch, number, tokens, found)
+        self._recent.move_to_end(request_id)
+        if len(self._recent) > RECENT_MAX:
+            self._recent.popitem(last=False)
+
+    def of_request(self, request_id: bytes, epoch: int | None) -> Explained:
+        """A recent request's answer; one of a session (None: of any). Raises NotFound."""
+        asked = self._recent.get(request_id)
+        if asked is None or epoch not in (None, asked.epoch) or asked.number not in self._spaces:
+            raise errors.NotFound("request_id", request_id, f"one of the last {RECENT_MAX}")
+        answer = self._told(asked.number, asked.tokens, asked.found, ("gpu", "cpu", "disk"))
+        return replace(answer, asked_s_ago=float(self._now() - asked.second))
+
+    def of_tokens(self, number: int, tokens: U32, session_pool: int | None) -> Explained:
+        """What an acquire of these tokens would find now: in the session of that gpu pool, or
+        (None) in any session."""
+        whole = np.ascontiguousarray(tokens[:-1], np.uint32)
+        page_size = self._spaces.page_size(number)
+        tiers, pools = self._pools(page_size, session_pool)
+        space = self._spaces[number]
+        found = self._index.explain(space, pools, whole) if pools else None
+        if found is None:
+            return Explained(page_size, len(tokens), why="never_seen", uptime_s=float(self._now()))
+        answer = self._told(number, len(tokens), found, tiers)
+        if found.why not in UNSEEN:
+            return answer
+        earlier = self._spaces.earlier(number)
+        if earlier is not None:
+            before = self._index.explain(earlier, pools, whole)
+            if before.death is not None:
+                return self._buried(answer, before.death)
+        other = self._elsewhere(number, whole, answer.hit_blocks * page_size)
+        return answer if other is None else replace(answer, why="other_namespace", other=other)
+
+    def number(self, name: bytes) -> int:
+        """Of the namespace of this name; empty: of the only one. Raises NotFound."""
+        if name:
+            return self._spaces.number(name)
+        if len(self._owners) != 1:
+            names = [self._spaces.name(each).hex() for each in reversed(self._owners)]
+            known = ", ".join(names[:OTHERS_MAX]) or "none is open"
+            raise errors.NotFound("namespace", "", f"one of these: {known}")
+        return next(iter(self._owners))
+
+    def _pools(self, page_size: int, session_pool: int | None) -> tuple[list[str], list[int]]:
+        """Pools of pages of this size with their tiers, fastest first."""
+        found: list[tuple[str, int]] = []
+        for tier in ("gpu", "cpu", "disk"):
+            for pool in self._counts.pool_ids(tier):
+                own = session_pool is None or tier != "gpu" or pool == session_pool
+                if own and self._index.page_size(pool) == page_size:
+                    found.append((tier, pool))
+        found = found[:255]  # what the index takes
+        return [tier for tier, _ in found], [pool for _, pool in found]
+
+    def _tier_of(self, pool: int) -> str:
+        for tier in ("cpu", "disk"):
+            if pool in self._counts.pool_ids(tier):
+                return tier
+        return "gpu"  # of a session, which may be over
+
+    def _told(
+        self, number: int, tokens: int, found: _core.Explanation, tiers: Sequence[str]
+    ) -> Explained:
+        counts = self._index.counts()
+        sibling = found.sibling
+        answer = Explained(
+            page_size=self._spaces.page_size(number),
+            tokens=tokens,
+            hit_blocks=found.blocks,
+            runs=[(tiers[tier], blocks) for tier, blocks in found.runs.tolist()],
+            why=found.why.name.lower(),
+            sibling_equal=0 if sibling is None else sibling.common,
+            sibling=np.empty(0, np.uint32) if sibling is None else sibling.tokens,
+            namespace=self._spaces.name(number),
+            uptime_s=float(self._now()),
+            dead_known=counts.dead_known,
+            dead_forgotten=counts.deaths - counts.dead_known,
+        )
+        return answer if found.death is None else self._buried(answer, found.death)
+
+    def _buried(self, answer: Explained, death: _core.Obituary) -> Explained:
+        """The answer of a block that died so, or of a hole."""
+        cause = death.cause.name.lower()
+        return replace(
+            answer,
+            why="hole" if answer.why == "hole" else cause,
+            cause=cause,
+            tier=self._tier_of(death.pool),
+            policy=self._policy if death.cause == _core.Cause.EVICTED else "",
+            died_s_ago=float(max(0, self._now() - death.when)),
+        )
+
+    def _elsewhere(self, number: int, tokens: U32, hit: int) -> Elsewhere | None:
+        """The namespace of the same owner that has more of these tokens than `hit`, if one has."""
+        owner = self._owners.get(number)
+        same = [n for n, each in reversed(self._owners.items()) if each == owner and n != number]
+        best: Elsewhere | None = None
+        for other in same[:OTHERS_MAX] if owner is not None else []:
+            page_size = self._spaces.page_size(other)
+            _, pools = self._pools(page_size, None)
+            if not pools:
+                continue
+            blocks = self._index.explain(self._spaces[other], pools, tokens).blocks
+            if blocks * page_size > max(hit, 0 if best is None else best.hit_tokens):
+                fields = differing(self._spaces.identity(number), self._spaces.identity(other))
+                best = Elsewhere(self._spaces.name(other), blocks * page_size, fields)
+        return best
+
+
+def differing(ours: bytes, theirs: bytes) -> list[tuple[str, str, str]]:
+    """(field, ours, theirs) of two identities that differ."""
+    one, two = json.loads(ours), json.loads(theirs)
+    return [
+        (name, str(one.get(name))[:SHOWN_MAX], str(two.get(name))[:SHOWN_MAX])
+        for name in sorted(one.keys() | two.keys())
+        if one.get(name) != two.get(name)
+    ]

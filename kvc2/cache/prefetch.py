@@ -1,0 +1,185 @@
+"""Brings prefixes to a faster tier before a request asks for them.
+
+One transfer at a time, in prefix order, and only while none is under way that somebody waits for:
+what a request can meet is one part of PART_S in its queue. Nothing is leased: what came is evicted
+by the usual rules. Not here: which blocks (csrc/index, prefetch), how bytes move (mover.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvc2 import _core, errors
+from kvc2.answers import U32, PrefetchResult
+from kvc2.arena import Arena
+from kvc2.cache.namespaces import Spaces
+from kvc2.cache.pins import Pins
+from kvc2.cache.sessions import Session
+from kvc2.moving import pace
+from kvc2.moving.loading import ARENA_SHARE, Loader
+from kvc2.moving.mover import GpuPool, Mover
+from kvc2.tiers.pools import LayoutPools, Pools
+
+LOG = logging.getLogger(__name__)
+
+AT_ONCE_MAX = 16  # prefetches that are not over
+PART_S = 0.02  # of one transfer: what a request behind it may have to wait ...
+PART_BYTES_MAX = 16 << 20  # ... on a fast tier, too
+
+
+@dataclass(eq=False)
+class Wish:
+    """A prefix that shall come to `pool`: that of a session (`gpu`), or of the cpu tier."""
+
+    number: int  # of the namespace
+    tokens: U32
+    pool: int
+    pools: LayoutPools
+    gpu: GpuPool | None = None
+
+
+class Prefetcher:
+    """All on the event loop. `pools` is None where there is only the gpu tier."""
+
+    def __init__(
+        self, index: _core.Index, spaces: Spaces, pins: Pins, *, loader: Loader, mover: Mover
+    ) -> None:
+        self._index = index
+        self._spaces = spaces
+        self._pins = pins
+        self._loader = loader
+        self._mover = mover
+        self._under_way: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Lock()
+        self.pools: Pools | None = None
+
+    async def prefetch(
+        self, session: Session | None, number: int, tokens: U32, *, tier: str, deadline_s: float
+    ) -> PrefetchResult:
+        """Bring the longest cached prefix of the full blocks of `tokens` to cpu or to the session's
+        gpu pool, and answer when it is there or the time is over; then it goes on by itself. Raises
+        InvalidRequest, and LimitReached when too many are under way."""
+        wish = self._wish(session, number, tokens, tier)
+        if len(self._under_way) >= AT_ONCE_MAX:
+            raise errors.LimitReached("prefetches", AT_ONCE_MAX, "are under way")
+        task = asyncio.create_task(self._bring(wish))
+        self._under_way.add(task)
+        task.add_done_callback(self._over)
+        await asyncio.wait([task], timeout=deadline_s)
+        return self._result(wish, tier, over=task.done())
+
+    async def stop(self) -> None:
+        """What is not begun is given up."""
+        for task in self._under_way:
+            task.cancel()
+        await asyncio.gather(*self._under_way, return_exceptions=True)
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self._under_way.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            LOG.error("prefetch failed: %r", error)
+
+    def _wish(self, session: Session | None, number: int, tokens: U32, tier: str) -> Wish:
+        if tier == "disk":
+            raise errors.InvalidRequest("tier", tier, "cpu, or gpu in a session")
+        pool = self._pins.pool(session, number, tier)
+        pools = self._pins.layout(number)
+        if pools is None or self.pools is None:
+            raise errors.InvalidRequest("tier", tier, "a tier with a slower one below it")
+        gpu = session.pool.gpu if tier == "gpu" and session is not None else None
+        return Wish(number, np.ascontiguousarray(tokens, np.uint32), pool, pools, gpu)
+
+    def _result(self, wish: Wish, tier: str, *, over: bool) -> PrefetchResult:
+        size = wish.pools.shape.page_size
+        tiers: tuple[int, ...] = (0, 0, 0, 0)
+        if self._alive(wish):
+            found = self._match(wish)
+            blocks = (*found, 0, 0, 0) if tier == "gpu" else (0, *found, 0, 0)
+            tiers = tuple(count * size for count in blocks[:4])
+        there = tiers[0 if tier == "gpu" else 1]
+        return PrefetchResult(tiers, 0 if over else sum(tiers) - there)
+
+    # ---- what moves ----
+
+    async def _bring(self, wish: Wish) -> None:
+        """Each block moves once from tier to tier, unless others evict it as fast as it comes: then
+        it is given up on."""
+        left, touches = 2 * (len(wish.tokens) // wish.pools.shape.page_size), True
+        while left > 0:
+            async with self._turn:
+                await self._loader.until_idle()
+                if not self._alive(wish):
+                    return
+                growing = not self._arena.populated  # asked first: `changed` tells what comes after
+                step = self._next(wish, touches=touches, growing=growing)
+                touches = False
+                if isinstance(step, _core.Transfer):
+                    left -= step.target_pages.size
+                    await asyncio.wait([self._begin(wish, step)])
+                    continue
+            if step is not None:
+                left -= 1
+                await self._mover.ended(step.transfer)
+            elif self._room_is_coming(wish, growing=growing):
+                await self._loader.until_changed()
+            else:
+                return
+
+    def _alive(self, wish: Wish) -> bool:
+        over = wish.gpu is not None and (wish.gpu.broken or wish.gpu.at_rest is not None)
+        return not over and wish.number in self._spaces
+
+    def _match(self, wish: Wish) -> tuple[int, ...]:
+        """Blocks of the prefix by tier, from the one that it shall come to."""
+        return self._index.match(self._spaces[wish.number], wish.pool, wish.tokens).tiers
+
+    @property
+    def _arena(self) -> Arena:
+        assert self.pools is not None
+        return self.pools.arena
+
+    def _on_disk(self, wish: Wish) -> int:
+        """Blocks of the prefix."""
+        return 0 if wish.pools.disk is None else self._match(wish)[-1]
+
+    def _next(
+        self, wish: Wish, *, touches: bool, growing: bool
+    ) -> _core.Transfer | _core.Wait | None:
+        assert self.pools is not None
+        page_bytes = wish.pools.shape.page_bytes
+        most = self._arena.capacity_bytes // ARENA_SHARE // page_bytes
+        pages = max(1, min(self._part_bytes(wish) // page_bytes, most))
+        if on_disk := self._on_disk(wish):
+            self.pools.make_room(wish.pools, min(pages, on_disk))
+            if growing:  # nothing is evicted for want of memory that comes
+                pages = min(pages, self._index.pool_counts(wish.pools.cpu_id).free)
+        space = self._spaces[wish.number]
+        return self._index.prefetch(space, wish.pool, wish.tokens, pages, touches=touches)
+
+    def _part_bytes(self, wish: Wish) -> int:
+        """What comes in PART_S from the slowest tier on the way whose speed is known."""
+        meters = self._mover.meters
+        known = [meters[each].estimate for each in ("cpu", "disk")[wish.gpu is None :]]
+        speeds = [each.bandwidth_bytes_per_s for each in known if each is not None]
+        if not speeds:
+            return pace.PROBE_BYTES
+        return round(min(PART_BYTES_MAX, min(speeds) * PART_S))
+
+    def _begin(
+        self, wish: Wish, step: _core.Transfer
+    ) -> asyncio.Future[int] | asyncio.Future[None]:
+        if wish.gpu is None or step.target != wish.pool:
+            return self._mover.load(wish.pools, step)
+        self._mover.promote(wish.gpu, step)
+        return self._mover.ended(step.id)
+
+    def _room_is_coming(self, wish: Wish, *, growing: bool) -> bool:
+        """Memory is, for what the disk has."""
+        assert self.pools is not None
+        if not self._on_disk(wish):
+            return False
+        return growing or (not wish.pools.cpu.slabs() and self.pools.is_wanted(wish.pools))

@@ -1,0 +1,124 @@
+"""What is asked of all that is cached at once: invalidate, wait_durable, flush, evict.
+
+On the event loop's thread, as all of the cache. Not here: what one request asks (cache.py), which
+blocks (csrc/index), what is copied behind and when (behind.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+
+from kvc2 import _core
+from kvc2.answers import EvictResult, FlushResult, InvalidateResult
+from kvc2.cache.counts import Counts
+from kvc2.cache.namespaces import Spaces
+from kvc2.config import ServeConfig
+from kvc2.moving.behind import Behind
+from kvc2.moving.loading import Loader
+from kvc2.moving.mover import GpuPool
+
+EVICT_DRAIN_S = 2.0
+ALL = 0xFFFFFFFF
+
+
+class Whole:
+    """`behind` is None where there is only the gpu tier."""
+
+    def __init__(
+        self,
+        index: _core.Index,
+        spaces: Spaces,
+        counts: Counts,
+        *,
+        loader: Loader,
+        behind: Behind | None,
+        config: ServeConfig,
+    ) -> None:
+        self._index = index
+        self._spaces = spaces
+        self._counts = counts
+        self._loader = loader
+        self._behind = behind
+        self._has_disk = behind is not None and config.disk.path is not None
+        self._policy = config.write_policy
+
+    async def invalidate(self, names: list[bytes]) -> InvalidateResult:
+        """What is cached under these namespaces is dead, in every tier, before this awaits; its
+        pages are freed as pins end. Who has them open goes on, matches nothing and commits anew;
+        what their open leases commit is refused. Raises NotFound and LimitReached."""
+        blocks = self._spaces.retire(names)
+        if self._behind is not None:
+            self._behind.reap()
+        for pool in self._counts.pool_ids("gpu") if self._behind is None else []:
+            self._index.reap(pool, ALL)
+        self._wake()
+        return InvalidateResult(len(names), blocks, await self._spaces.write_eras())
+
+    async def wait_durable(self, gpu: GpuPool, leases: Sequence[int], deadline_s: float) -> bool:
+        """Whether all that these leases have pages of is on disk, within the deadline. Where there
+        is no disk it waits under write_policy through alone, for the copies in memory."""
+        through = self._policy == "through"
+        if self._behind is None or (not self._has_disk and not through):
+            return False
+        await self._behind.drained(deadline_s)
+        disk = gpu.pools.disk_id if gpu.pools is not None else None
+        if disk is None or not all(self._is_in(disk, lease) for lease in leases):
+            return False
+        return await self._behind.synced()
+
+    def _is_in(self, disk: int, lease: int) -> bool:
+        try:
+            return self._index.held_in(lease, disk) == self._index.lease(lease).pages.size
+        except KeyError:  # it was released while this waited: nothing keeps its blocks
+            return False
+
+    async def flush(self, deadline_s: float) -> FlushResult:
+        """Copy what is committed towards the disk until all of it is there or the time is over."""
+        if self._behind is None or not self._has_disk:
+            blocks = self._index.counts().blocks
+            return FlushResult(0, {"no_disk": blocks} if blocks else {})
+        drained = await self._behind.drained(deadline_s)
+        reason = "disk_full"
+        if not await self._behind.synced():
+            return FlushResult(0, {"error": self._counts.tier("disk").resident})
+        if self._behind.failing:
+            reason = "error"
+        elif not drained:
+            reason = "deadline"
+        found = {reason: self._behind.undemoted(), "not_admitted": self._behind.not_admitted()}
+        durable = self._counts.tier("disk").resident
+        return FlushResult(durable, {why: count for why, count in found.items() if count})
+
+    async def evict(self, tier: str, blocks: int) -> EvictResult:
+        """Drop up to `blocks` unpinned blocks (0: all) from gpu, cpu or disk; what slower tiers
+        don't hold yet is copied there first, within 2 s. What was evicted from the disk is gone
+        there too, unless its commit fails or takes longer than 2 s."""
+        if self._behind is not None and tier != "disk":
+            await self._behind.drained(EVICT_DRAIN_S)
+        with suppress(TimeoutError):  # what is on its way is pinned
+            async with asyncio.timeout(EVICT_DRAIN_S):
+                await self._loader.until_idle()
+        wanted, evicted, last_copies = blocks or ALL, 0, 0
+        for pool in self._counts.pool_ids(tier):
+            found = self._index.evict(pool, wanted - evicted)
+            evicted += found.pages.size
+            last_copies += found.last_copies
+            if tier == "disk":
+                self._drop_records(pool, found)
+        self._wake()
+        if self._behind is not None and tier == "disk":
+            await self._behind.drained(EVICT_DRAIN_S)
+        return EvictResult(evicted, last_copies)
+
+    def _drop_records(self, pool: int, found: _core.Evicted) -> None:
+        assert self._behind is not None
+        assert self._counts.pools is not None
+        layouts = self._counts.pools.layouts.values()
+        pools = next(each for each in layouts if each.disk_id == pool)
+        self._behind.drop(pools, found)
+
+    def _wake(self) -> None:
+        if self._behind is not None:
+            self._behind.wake()

@@ -1,0 +1,83 @@
+"""What a restart makes of a catalogue: namespaces, slabs and residency in an index.
+
+A daemon's start and an offline check go the same way: what this takes is there, what it refuses is
+not. Not here: deleting what was refused (pools.py, check.py), the bytes of pages.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvc2 import _core
+from kvc2.namespace import of_era
+from kvc2.tiers.base import TIER_NUMBERS, U8, U32, PageShape
+from kvc2.tiers.disk.catalogue import Catalogue, Stored
+
+NO_LIFETIMES = np.empty((0, 2), np.uint32)
+
+
+def open_spaces(index: _core.Index, catalogue: Catalogue) -> dict[bytes, int]:
+    """Make the catalogue's namespaces known; their ids by their names, each of its era."""
+    spaces = {}
+    for name, (page_size, _) in catalogue.namespaces.items():
+        known = of_era(name, catalogue.eras.get(name, 0))
+        spaces[known] = index.open_namespace(known, page_size)
+    return spaces
+
+
+def add_slabs(index: _core.Index, pool: int, numbers: list[int]) -> None:
+    """Give a pool that has none the slabs of these numbers."""
+    for _ in range(max(numbers, default=-1) + 1):
+        index.add_slab(pool)
+    for gap in set(range(max(numbers, default=-1) + 1)) - set(numbers):
+        index.take_slab(pool, gap)
+
+
+def restore(
+    index: _core.Index, pool: int, stored: Stored, stamps: U32, lifetimes: U32 = NO_LIFETIMES
+) -> U8:
+    """[n] of RESTORED, ORPHAN, FORGED, CONFLICT. stamps [pages] and lifetimes [pages, 2]: as they
+    were written aside."""
+    rows = stored.records
+    return index.restore(
+        pool,
+        np.ascontiguousarray(rows["digest"]),
+        np.ascontiguousarray(rows["parent"]),
+        np.ascontiguousarray(rows["tokens"].astype(np.uint32)),
+        stored.pages,
+        np.ascontiguousarray(rows["generation"].astype(np.uint64)),
+        _stamps_of(stamps, stored.pages),
+        _expiries_of(lifetimes, stored),
+    )
+
+
+def disk_pool(index: _core.Index, shape: PageShape, *, second_access: bool = False) -> int:
+    """A durable pool for pages of this shape; second_access: as disk.admission says."""
+    return index.add_pool(
+        page_size=shape.page_size,
+        pages_per_slab=shape.pages_per_slab,
+        below=None,
+        durable=True,
+        tier=TIER_NUMBERS["disk"],
+        page_bytes=shape.page_bytes,
+        second_access=second_access,
+    )
+
+
+def _expiries_of(lifetimes: U32, stored: Stored) -> U32:
+    """[n] when each block expires, 0: never. What was written aside of a page is of its block only
+    while the page has that generation."""
+    expires = np.zeros(stored.pages.size, np.uint32)
+    known = np.flatnonzero(stored.pages < len(lifetimes))
+    rows = lifetimes[stored.pages[known]]
+    same = rows[:, 1] == stored.records["generation"][known].astype(np.uint32)
+    expires[known[same]] = rows[same, 0]
+    return expires
+
+
+def _stamps_of(aside: U32, pages: U32) -> U32:
+    """[n] the stamp of each page; 1, the oldest there is, where none was written aside."""
+    stamps = np.ones(pages.size, np.uint32)
+    known = pages < aside.size
+    stamps[known] = np.maximum(aside[pages[known]], 1)
+    return stamps

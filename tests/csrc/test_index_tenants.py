@@ -1,0 +1,95 @@
+"""Whose blocks go for a tenant's page, and what ends with a namespace: one law each. Random walks:
+test_index_machine.py."""
+
+import numpy as np
+
+from kvc2 import _core
+from tests.oracles.machines import u32
+
+ROOM = 6  # pages of the pool
+
+
+class Pool:
+    """Six pages of one token each; namespace 0 is nobody's, namespace 1 of a tenant with a quota
+    of two blocks."""
+
+    def __init__(self) -> None:
+        self.index = _core.Index()
+        self.pool = self.index.add_pool(page_size=1, pages_per_slab=ROOM, below=None, durable=False)
+        self.index.add_slab(self.pool)
+        self.index.set_quota(1, 0, max_blocks=2)
+        for name in range(2):
+            assert self.index.open_namespace(bytes([name]) * 32, 1) == name
+        self.index.set_tenant(1, 1)
+
+    def commit(self, space: int, *blocks: int) -> None:
+        for block in blocks:
+            lease = self.index.acquire(space, self.pool, u32([block]), 1)
+            self.index.commit(lease.id, 0, u32([block]), self.index.grant(self.pool, 1))
+            self.index.release(lease.id)
+
+    def held(self, space: int, blocks: range) -> int:
+        path = [self.index.match(space, self.pool, u32([block])).blocks for block in blocks]
+        return int(np.sum(path))
+
+
+def test_who_is_over_its_quota_pays_before_older_blocks() -> None:
+    at = Pool()
+    at.commit(0, 1, 2, 3)
+    at.commit(1, 1, 2, 3)
+    assert at.index.grant(at.pool, 1, 0).size == 1
+    assert (at.held(0, range(1, 4)), at.held(1, range(1, 4))) == (3, 2)
+
+
+def test_who_has_no_room_left_pays_for_what_it_asks() -> None:
+    at = Pool()
+    at.commit(0, 1, 2, 3, 4)
+    at.commit(1, 1, 2)
+    assert at.index.grant(at.pool, 1, 1).size == 1
+    assert (at.held(0, range(1, 5)), at.held(1, range(1, 3))) == (4, 1)
+
+
+def test_pages_that_a_grant_has_taken_count_in_its_room() -> None:
+    at = Pool()
+    at.commit(0, 1, 2, 3, 4, 5)
+    at.commit(1, 1)
+    assert at.index.grant(at.pool, 2, 1).size == 2
+    assert (at.held(0, range(1, 6)), at.held(1, range(1, 2))) == (4, 0)
+
+
+def test_pins_end_with_their_namespace() -> None:
+    at = Pool()
+    at.commit(0, 1)
+    for hard in (True, False):
+        assert at.index.pin(0, at.pool, u32([int(hard)]), hard=hard, max_blocks=ROOM)
+    at.index.retire(0)
+    assert [at.index.pinned_blocks(at.pool, hard=hard) for hard in (True, False)] == [0, 0]
+    at.index.check()
+
+
+def test_second_uses_are_known_after_a_branch_has_gone() -> None:
+    """Two runs that become one again: what the lower one's blocks were used twice counts on."""
+    index = _core.Index()
+    disk = index.add_pool(
+        page_size=1, pages_per_slab=8, below=None, durable=True, second_access=True
+    )
+    gpu = index.add_pool(page_size=1, pages_per_slab=8, below=disk, durable=False)
+    index.add_slab(gpu)
+    space = index.open_namespace(bytes(32), 1)
+
+    def use(path: list[int], hints: _core.Hints | None = None) -> None:
+        lease = index.acquire(space, gpu, u32(path), len(path))
+        rest = path[lease.matched :]
+        index.commit(lease.id, lease.matched, u32(rest), index.grant(gpu, len(rest)))
+        index.release(lease.id, hints or _core.Hints())
+
+    use([1, 2, 3, 4])
+    use([1, 2, 3, 4])
+    assert index.not_admitted(disk) == 0
+    use([1, 2, 9], _core.Hints(session_end=True))
+    assert index.not_admitted(disk) == 1
+    index.evict(gpu, 1)
+    nodes = index.counts().nodes
+    use([1, 2, 3])
+    assert index.counts().nodes < nodes
+    assert index.not_admitted(disk) == 0

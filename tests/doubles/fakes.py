@@ -1,0 +1,241 @@
+"""A cache in memory with the signatures of kvc2.cache.Cache: obviously right, one tier, no bytes.
+
+The server's tests run over it and over the real one. It keeps what was committed by (namespace,
+tokens so far) and hands out pages from a set; eviction, transfers and time are not its concern.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvc2 import errors
+from kvc2.answers import Hints, LayoutSlabs, TenantUse, Terms
+from kvc2.cache.sessions import Session
+from kvc2.config import ServeConfig
+from kvc2.metrics import Metrics
+
+U32 = NDArray[np.uint32]
+
+
+@dataclass
+class FakeMatch:
+    matched_tokens: int
+    tiers: tuple[int, ...]
+
+
+@dataclass
+class FakeAcquire:
+    matched_tokens: int
+    tiers: tuple[int, ...]
+    prefix_pages: U32
+    granted_pages: U32
+    transfer: int = 0
+    computing_tokens: int = 0
+
+
+@dataclass
+class FakeFlush:
+    durable_blocks: int = 0
+    not_durable: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class FakeEvict:
+    evicted: int
+    last_copies: int
+
+
+@dataclass
+class FakeCounts:
+    tier: str
+    capacity_bytes: int
+    pages: int
+    free: int
+    private: int
+    resident: int
+    in_flight: int = 0
+    pinned: int = 0
+    evicted: int = 0
+    last_copies: int = 0
+    session_epoch: int = 0
+    hit_rates: tuple[float, ...] = ()
+
+
+@dataclass
+class FakeStats:
+    tiers: list[FakeCounts]
+    pools: list[FakeCounts]
+    blocks: int
+    holes: int = 0
+    namespaces: int = 0
+    metadata_bytes: int = 0
+    hit_rate_unlimited: float = 0.0
+    slabs: tuple[LayoutSlabs, ...] = ()
+
+
+@dataclass
+class Pool:
+    free: set[int]
+    private: set[int]
+    resident: dict[tuple[bytes, bytes], int]
+    progress: mmap.mmap
+    event_fd: int
+
+
+class FakeExplainer:
+    def opened(self, number: int, tenant: str, salt: bytes) -> None: ...
+
+
+class FakeQuotas:
+    def uses(self) -> list[TenantUse]:
+        return []
+
+
+class FakeCache:
+    def __init__(self, config: ServeConfig, metrics: Metrics) -> None:
+        self.explainer = FakeExplainer()
+        self.quotas = FakeQuotas()
+        self.sessions: list[Session] = []
+        self.closed: list[tuple[int, bool]] = []
+        self.namespaces: list[bytes] = []
+        self.fail: BaseException | None = None
+
+    async def start(self) -> None: ...
+
+    def leased_namespaces(self, session: Session) -> set[int]:
+        return set(session.leases.values())
+
+    async def stop(self, deadline_s: float) -> FakeFlush:
+        return FakeFlush()
+
+    def open_session(
+        self, session: Session, *, memory: Any, progress: Any, event_fd: int, kept_pages: U32
+    ) -> None:
+        kept = set(kept_pages.tolist())
+        free = set(range(session.num_pages)) - kept
+        session.pool = Pool(free, kept, {}, progress, event_fd)
+        self.sessions.append(session)
+
+    async def close_session(
+        self, session: Session, at_rest: Callable[[], Awaitable[bool]] | None = None
+    ) -> None:
+        session.leases.clear()
+        self.sessions.remove(session)
+        self.closed.append((session.epoch, at_rest is not None and await at_rest()))
+
+    def open_namespace(
+        self,
+        session: Session,
+        namespace: bytes,
+        identity: bytes,
+        ttl_s: int = 0,
+        tenant: str = "",
+    ) -> int:
+        if namespace not in self.namespaces:
+            self.namespaces.append(namespace)
+        return self.namespaces.index(namespace)
+
+    def _prefix(self, session: Session, number: int, tokens: U32) -> list[int]:
+        size, pages = session.layout.page_size, []
+        for end in range(size, (len(tokens) - 1) // size * size + 1, size):
+            key = (self.namespaces[number], tokens[:end].tobytes())
+            if key not in session.pool.resident:
+                break
+            pages.append(session.pool.resident[key])
+        return pages
+
+    def match(self, session: Session, namespace_id: int, tokens: U32) -> FakeMatch:
+        count = len(self._prefix(session, namespace_id, tokens)) * session.layout.page_size
+        return FakeMatch(count, (count, 0, 0, 0))
+
+    async def acquire(
+        self,
+        session: Session,
+        namespace_id: int,
+        request_id: bytes,
+        tokens: U32,
+        terms: Terms,
+    ) -> FakeAcquire:
+        if self.fail is not None:
+            raise self.fail
+        pages = self._prefix(session, namespace_id, tokens)
+        session.leases[request_id] = namespace_id
+        session.pool.__dict__.setdefault("tokens", {})[request_id] = tokens.copy()
+        count = len(pages) * session.layout.page_size
+        return FakeAcquire(
+            count,
+            (count, 0, 0, 0),
+            np.array(pages, np.uint32),
+            self.grant(session, terms.grant_pages),
+        )
+
+    def grant(self, session: Session, pages: int) -> U32:
+        taken = sorted(session.pool.free)[:pages]
+        session.pool.free -= set(taken)
+        session.pool.private |= set(taken)
+        return np.array(taken, np.uint32)
+
+    def commit(
+        self, session: Session, request_id: bytes, first_block: int, tokens: U32, pages: U32
+    ) -> NDArray[np.uint8]:
+        size = session.layout.page_size
+        number = session.leases[request_id]
+        whole = session.pool.__dict__["tokens"][request_id][: first_block * size]
+        results = []
+        for index, page in enumerate(pages.tolist()):
+            whole = np.concatenate([whole, tokens[index * size : (index + 1) * size]])
+            key = (self.namespaces[number], whole.astype("<u4").tobytes())
+            if page not in session.pool.private:
+                results.append(0 if session.pool.resident.get(key) == page else 2)
+            elif key in session.pool.resident:
+                results.append(1)
+            else:
+                session.pool.resident[key] = page
+                session.pool.private.remove(page)
+                results.append(0)
+        return np.array(results, np.uint8)
+
+    def release(self, session: Session, request_id: bytes, said: Hints | None = None) -> None:
+        session.leases.pop(request_id, None)
+
+    def give_back(self, session: Session, pages: U32) -> None:
+        if not set(pages.tolist()) <= session.pool.private:
+            raise errors.InvalidRequest("returned_pages", pages.tolist(), "pages granted")
+        session.pool.private -= set(pages.tolist())
+        session.pool.free |= set(pages.tolist())
+
+    async def wait_durable(self, session: Session, requests: list[bytes], wait_s: float) -> bool:
+        return False
+
+    async def flush(self, deadline_s: float) -> FakeFlush:
+        blocks = sum(len(each.pool.resident) for each in self.sessions)
+        return FakeFlush(0, {"no_disk": blocks} if blocks else {})
+
+    async def evict(self, tier: str, blocks: int) -> FakeEvict:
+        count = 0
+        for each in self.sessions if tier == "gpu" else []:
+            count += len(each.pool.resident)
+            each.pool.free |= set(each.pool.resident.values())
+            each.pool.resident.clear()
+        return FakeEvict(count, count)
+
+    def stats(self) -> FakeStats:
+        pools = [
+            FakeCounts(
+                "gpu",
+                each.num_pages * each.layout.payload_bytes,
+                each.num_pages,
+                len(each.pool.free),
+                len(each.pool.private),
+                len(each.pool.resident),
+                session_epoch=each.epoch,
+            )
+            for each in self.sessions
+        ]
+        return FakeStats(pools[:1], pools, sum(each.resident for each in pools))

@@ -1,0 +1,181 @@
+"""Settings from a file and flags, checked once; text as it comes; the command's exit codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from engine import demo_model
+from engine.cli import app
+from engine.settings import EngineConfig, load, read_api_keys
+from engine.text import IncrementalText
+from kvc2.client import Admin
+from kvc2.errors import InvalidConfig, InvalidRequest
+from kvc2.host.address import Address
+from tests.doubles.engines import TinyEngine
+
+KTRANSFORMERS = """
+log: {dir: logs, level: DEBUG}
+server: {ip: 0.0.0.0, port: 10002}
+user: {secret_key: x}
+model: {type: balance_serve}
+attn:
+  page_size: 256
+  chunk_size: 512
+kvc2:
+  gpu_only: true
+  utilization_percentage: 1.0
+  cpu_memory_size_GB: 500
+"""
+
+
+def test_a_ktransformers_file_loads_unchanged(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(KTRANSFORMERS)
+    config = load(tmp_path / "config.yaml", {"model": Path("m")})
+    assert (config.page_size, config.chunk_size, config.port) == (256, 512, 30000)
+
+
+def test_flags_go_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("model: /m\nmax_running: 3\nport: 1\nkvc2: unix:/x\n")
+    config = load(tmp_path / "c.yaml", {"port": 2})
+    assert (config.max_running, config.port, config.kvc2) == (3, 2, "unix:/x")
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"dtype": "int8"}, "dtype"),
+        ({"page_size": 24}, "page_size"),
+        ({"chunk_size": 40}, "chunk_size"),
+        ({"max_running": 0}, "max_running"),
+        ({"max_queued": 0}, "max_queued"),
+        ({"threads": -1}, "threads"),
+        ({"num_pages": 1}, "num_pages"),
+        ({"port": 65536}, "port"),
+        ({"kv_memory_gb": 0.0}, "kv_memory_gb"),
+        ({"max_body_mb": float("inf")}, "max_body_mb"),
+        ({"load_timeout_s": -1.0}, "load_timeout_s"),
+        ({"token_budget": 256}, "token_budget"),
+        ({"host": "0.0.0.0"}, "host"),
+    ],
+)
+def test_a_bad_setting_is_named(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidConfig) as refused:
+        EngineConfig(model=Path("m"), **fields)
+    assert refused.value.field == named
+
+
+NO_ADDRESSES = ["/run/kvc2.sock", "unix:", "host", "host:", ":5", "host:http", "host:0", "h:65536"]
+
+
+@pytest.mark.parametrize("address", NO_ADDRESSES)
+def test_what_is_no_address_of_a_daemon_is_told_at_once(address: str) -> None:
+    with pytest.raises(InvalidConfig, match=r"kvc2 = .*unix:PATH or HOST:PORT") as refused:
+        EngineConfig(model=Path("m"), kvc2=address)
+    assert (refused.value.field, refused.value.value) == ("kvc2", address)
+    for ask in (Address.of_daemon, Admin, TinyEngine):  # the last one is a whole client
+        with pytest.raises(InvalidRequest, match="address"):
+            ask(address)
+
+
+@pytest.mark.parametrize("address", ["unix:/x", "unix:x", "localhost:5", "127.0.0.1:1", "[::1]:9"])
+def test_an_address_is_one_to_the_engine_and_to_the_client(address: str) -> None:
+    assert EngineConfig(model=Path("m"), kvc2=address).kvc2 == address
+    assert str(Address.of_daemon(address).path or "TCP") in ("/x", str(Path("x").absolute()), "TCP")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("max_runing: 3", "max_runing: unknown key; did you mean max_running"),
+        ("attn: {page_size: many}", "attn.page_size = 'many'"),
+        ("attn: {page_sise: 16}", "attn.page_sise: unknown key; did you mean page_size"),
+        ("attn: 5", "attn"),
+        ("port: many", "port"),
+        ("- a", "config"),
+        ("a: [", "config"),
+    ],
+)
+def test_a_bad_file_is_told_with_the_nearest_name(tmp_path: Path, text: str, named: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(InvalidConfig, match=named):
+        load(tmp_path / "c.yaml", {"model": Path("m")})
+
+
+def test_keys_are_read_and_never_shown(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text("secret-a: team-a\nsecret-b: team-b\n")
+    assert read_api_keys(path) == {"secret-a": "team-a", "secret-b": "team-b"}
+    path.write_text("secret-a: 5\n")
+    with pytest.raises(InvalidConfig) as refused:
+        read_api_keys(path)
+    assert "secret" not in str(refused.value)
+
+
+def test_help_names_every_setting_and_an_example() -> None:
+    text = CliRunner().invoke(app, ["serve", "--help"]).output
+    assert "Example: kvc2-engine serve --model ~/models/mixtral --kvc2" in text
+    for name in EngineConfig.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in text
+    assert CliRunner().invoke(app, ["serve", "--no-such-flag"]).exit_code == 2
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_demo_model_has_a_place_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, named: bool
+) -> None:
+    built: list[Path] = []
+
+    def build(directory: Path, **_: Any) -> Path:
+        built.append(directory)
+        return directory
+
+    monkeypatch.setattr(demo_model, "build", build)
+    monkeypatch.setattr(demo_model, "default_directory", lambda: tmp_path / "default")
+    wanted = tmp_path / ("named" if named else "default")
+    result = CliRunner().invoke(app, ["make-demo-model", *([str(wanted)] if named else [])])
+    assert (result.exit_code, built) == (0, [wanted])
+    assert str(wanted) in result.output
+
+
+def decode_utf8(token_ids: Any) -> str:
+    return bytes(token_ids).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("text", ["plain", "Grüße 🎉 ok", "日本語", "\ud7ff end"])
+def test_characters_come_whole_and_once(text: str) -> None:
+    stream = IncrementalText(decode_utf8)
+    pieces = [stream.push(byte).text for byte in text.encode()]
+    assert "".join(pieces) + stream.flush() == text
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_bytes_that_are_no_text_come_out_in_the_end() -> None:
+    stream = IncrementalText(decode_utf8)
+    text = "".join(stream.push(byte).text for byte in b"a\xffb\xe4") + stream.flush()
+    assert text == "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "shown"),
+    [
+        ("one two three", ["two"], "one "),
+        ("one two three", ["three", "two"], "one "),
+        ("aaab", ["aab"], "a"),
+        ("ends with sto", ["stop"], "ends with sto"),
+    ],
+)
+def test_text_ends_before_the_first_stop_string(text: str, stop: list[str], shown: str) -> None:
+    stream = IncrementalText(decode_utf8, stop)
+    out = ""
+    for byte in text.encode():
+        piece = stream.push(byte)
+        out += piece.text
+        if piece.stopped:
+            break
+    else:
+        out += stream.flush()
+    assert out == shown

@@ -1,0 +1,274 @@
+"""The wire against malformed, oversized and forged input: refused with the field named."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from kvc2.v1 import cache_pb2 as pb
+from tests.doubles.daemons import ServedDaemon, serve_config
+from tests.doubles.engines import POOL_BYTES, identity, layout
+from tests.doubles.fakes import FakeCache
+from tests.doubles.wires import SEALS, Wire, hello, memfd, u32
+
+
+@pytest.fixture(scope="module", params=["fake", "real"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[ServedDaemon]:
+    cache = FakeCache if request.param == "fake" else None
+    with ServedDaemon(serve_config(tmp_path_factory.mktemp("daemon")), cache=cache) as daemon:
+        yield daemon
+
+
+@pytest.fixture(scope="module")
+def wire(served: ServedDaemon) -> Iterator[Wire]:
+    with Wire(served.address) as opened:
+        yield opened.open()
+
+
+def acquire(wire: Wire, **changes: Any) -> pb.AcquireRequest:
+    values: dict[str, Any] = {
+        "session": wire.head,
+        "namespace_id": wire.namespace_id,
+        "request_id": b"r",
+        "tokens": u32(*range(40)),
+    }
+    return pb.AcquireRequest(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "field"),
+    [
+        ({"request_id": b""}, "INVALID_ARGUMENT", "request_id"),
+        ({"request_id": b"x" * 129}, "INVALID_ARGUMENT", "request_id"),
+        ({"tokens": b""}, "INVALID_ARGUMENT", "tokens"),
+        ({"tokens": b"12345"}, "INVALID_ARGUMENT", "tokens"),
+        ({"tokens": bytes(4 * ((1 << 17) + 1))}, "INVALID_ARGUMENT", "tokens"),
+        ({"grant_pages": 1 << 31}, "INVALID_ARGUMENT", "grant_pages"),
+        ({"deadline_ms": 1 << 31}, "INVALID_ARGUMENT", "deadline_ms"),
+        ({"namespace_id": 999}, "NOT_FOUND", "namespace_id"),
+        ({"key_mode": 1}, "UNIMPLEMENTED", "key_mode"),
+        ({"extras": b"x"}, "UNIMPLEMENTED", "extras"),
+        ({"session": pb.SessionRef()}, "FAILED_PRECONDITION", "attach again"),
+        ({"tokens": bytes(64 << 20)}, "RESOURCE_EXHAUSTED", "message"),
+    ],
+)
+def test_acquire_names_what_it_refuses(
+    wire: Wire, changes: dict[str, Any], status: str, field: str
+) -> None:
+    code, words = wire.refusal("Acquire", acquire(wire, **changes))
+    assert (code, field in words) == (status, True), words
+
+
+def test_other_epochs_and_secrets_are_fenced(wire: Wire) -> None:
+    for secret, epoch in (
+        (wire.head.secret, wire.head.session_epoch + 1),
+        (b"\0" * 16, wire.head.session_epoch),
+        (wire.head.secret + b"x", wire.head.session_epoch),
+    ):
+        head = pb.SessionRef(secret=secret, session_epoch=epoch)
+        requests = {
+            "OpenNamespace": pb.OpenNamespaceRequest(session=head),
+            "Match": pb.MatchRequest(session=head),
+            "Acquire": pb.AcquireRequest(session=head),
+            "Grant": pb.GrantRequest(session=head),
+            "Commit": pb.CommitRequest(session=head),
+            "Release": pb.ReleaseRequest(session=head),
+        }
+        for rpc, request in requests.items():
+            assert wire.refusal(rpc, request)[0] == "FAILED_PRECONDITION", rpc
+
+
+def lease_commit(**changes: Any) -> pb.LeaseCommit:
+    values: dict[str, Any] = {"request_id": b"c", "tokens": u32(*range(16)), "pages": u32(1)}
+    return pb.LeaseCommit(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("rpc", "values", "status", "field"),
+    [
+        ("OpenNamespace", {"identity": b"{}"}, "INVALID_ARGUMENT", "identity."),
+        ("OpenNamespace", {"identity": bytes(70_000)}, "INVALID_ARGUMENT", "identity"),
+        ("OpenNamespace", {"tenant": "t" * 65}, "INVALID_ARGUMENT", "tenant"),
+        (
+            "OpenNamespace",
+            {"identity": identity().encode(), "tenant": "nobody"},
+            "NOT_FOUND",
+            "tenant",
+        ),
+        (
+            "OpenNamespace",
+            {"identity": identity().encode(), "salt": bytes(257)},
+            "INVALID_ARGUMENT",
+            "salt",
+        ),
+        (
+            "OpenNamespace",
+            {"identity": identity(layers=3).encode()},
+            "INVALID_ARGUMENT",
+            "identity.layers",
+        ),
+        ("Match", {"namespace_id": 999, "tokens": u32(1)}, "NOT_FOUND", "namespace_id"),
+        ("Match", {"namespace_id": 1, "tokens": b"123"}, "INVALID_ARGUMENT", "tokens"),
+        ("Grant", {"pages": 1 << 20}, "INVALID_ARGUMENT", "pages"),
+        (
+            "Commit",
+            {"leases": [lease_commit(request_id=b"?")]},
+            "NOT_FOUND",
+            "leases[0].request_id",
+        ),
+        ("Commit", {"leases": [lease_commit(request_id=b"")]}, "INVALID_ARGUMENT", "request_id"),
+        (
+            "Commit",
+            {"leases": [lease_commit(pages=u32(64))]},
+            "INVALID_ARGUMENT",
+            "leases[0].pages",
+        ),
+        (
+            "Commit",
+            {"leases": [lease_commit(pages=u32(1, 1), tokens=u32(*range(32)))]},
+            "INVALID_ARGUMENT",
+            "each page once",
+        ),
+        (
+            "Commit",
+            {"leases": [lease_commit(), lease_commit(tokens=u32(*range(15)))]},
+            "INVALID_ARGUMENT",
+            "leases[1].tokens",
+        ),
+        (
+            "Commit",
+            {"leases": [lease_commit(first_block=1 << 31)]},
+            "INVALID_ARGUMENT",
+            "leases[0].first_block",
+        ),
+        ("Commit", {"leases": [lease_commit()] * 1025}, "INVALID_ARGUMENT", "leases"),
+        ("Commit", {"prefill_tokens_per_s": -1.0}, "INVALID_ARGUMENT", "prefill_tokens_per_s"),
+        ("Commit", {"prefill_tokens_per_s": math.nan}, "INVALID_ARGUMENT", "prefill_tokens_per_s"),
+        ("Commit", {"prefill_tokens_per_s": math.inf}, "INVALID_ARGUMENT", "prefill_tokens_per_s"),
+        ("Release", {"request_ids": [b"x"] * 1025}, "INVALID_ARGUMENT", "request_ids"),
+        ("Release", {"request_ids": [b"a", b""]}, "INVALID_ARGUMENT", "request_ids[1]"),
+        ("Release", {"returned_pages": b"1"}, "INVALID_ARGUMENT", "returned_pages"),
+        ("Release", {"returned_pages": u32(64)}, "INVALID_ARGUMENT", "returned_pages"),
+        ("Release", {"returned_pages": u32(60)}, "INVALID_ARGUMENT", "returned_pages"),
+    ],
+)
+def test_calls_of_a_session_name_what_they_refuse(
+    wire: Wire, rpc: str, values: dict[str, Any], status: str, field: str
+) -> None:
+    wire.call("Acquire", acquire(wire, request_id=b"c"))
+    request = getattr(pb, f"{rpc}Request")(session=wire.head, **values)
+    code, words = wire.refusal(rpc, request)
+    assert (code, field in words) == (status, True), words
+
+
+def test_calls_without_a_session_name_what_they_refuse(wire: Wire) -> None:
+    assert wire.refusal("Evict", pb.EvictRequest(tier="tape"))[1].startswith("tier = 'tape'")
+    for changes, field in [
+        ({}, "weights_digest"),
+        ({"weights_digest": "12"}, "weights_digest"),
+        ({"namespace": b"12"}, "namespace"),
+    ]:
+        code, words = wire.refusal("Invalidate", pb.InvalidateRequest(**changes))
+        assert (code, words.split()[0].rstrip(":")) == ("INVALID_ARGUMENT", field)
+    code, words = wire.refusal("Evict", pb.EvictRequest(tier="gpu", blocks=1 << 32))
+    assert (code, "blocks" in words) == ("INVALID_ARGUMENT", True)
+    for rpc in ("Flush", "Drain"):
+        request = getattr(pb, f"{rpc}Request")(deadline_ms=1 << 31)
+        assert "deadline_ms" in wire.refusal(rpc, request)[1]
+    status, words = wire.refusal("Read", pb.ReadRequest())
+    assert (status, "Read" in words) == ("UNIMPLEMENTED", True)
+
+
+def test_a_refused_commit_changes_nothing(wire: Wire) -> None:
+    wire.call("Acquire", acquire(wire, request_id=b"whole"))
+    page = wire.call("Grant", pb.GrantRequest(session=wire.head, pages=1)).granted_pages
+    good = lease_commit(request_id=b"whole", pages=page, tokens=u32(*range(900, 916)))
+    bad = lease_commit(request_id=b"nobody")
+    request = pb.CommitRequest(session=wire.head, leases=[good, bad])
+    assert wire.refusal("Commit", request)[0] == "NOT_FOUND"
+    returned = pb.ReleaseRequest(session=wire.head, returned_pages=page)
+    wire.call("Release", returned)  # still private, so it can be given back
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"wire_version": 2}, "hello.wire_version"),
+        ({"engine_name": "n" * 129}, "hello.engine_name"),
+        ({"num_pages": 0}, "hello.num_pages"),
+        ({"num_pages": 1 << 31}, "hello.num_pages"),
+        ({"num_pages": 65}, "layout.segments"),
+        ({"memory_bytes": 0}, "hello.memory_bytes"),
+        ({"memory_bytes": 1 << 60}, "hello.memory_bytes"),
+        ({"memory_bytes": POOL_BYTES - 1}, "layout.segments[3]"),
+        ({"layout": pb.Layout()}, "layout.page_size"),
+        ({"layout": pb.Layout(page_size=16, layout_version=1, parts=1)}, "layout.segments"),
+    ],
+)
+def test_a_forged_hello_is_refused_by_name(
+    served: ServedDaemon, changes: dict[str, Any], field: str
+) -> None:
+    with Wire(served.address) as wire:
+        status, words = wire.stream_refusal(hello(**changes))
+    assert (status, field in words) == ("INVALID_ARGUMENT", True), words
+
+
+def test_reserved_parts_of_a_layout_are_refused_by_name(served: ServedDaemon) -> None:
+    for field in ("component", "part", "parts"):
+        forged = layout().to_proto()
+        setattr(forged, field, 3)
+        with Wire(served.address) as wire:
+            status, words = wire.stream_refusal(hello(layout=forged))
+        assert (status, f"layout.{field}" in words) == ("UNIMPLEMENTED", True), words
+
+
+def test_the_first_message_must_be_hello(served: ServedDaemon) -> None:
+    with Wire(served.address) as wire:
+        status, words = wire.stream_refusal(pb.AttachRequest(heartbeat=pb.Heartbeat()))
+    assert (status, "hello" in words) == ("INVALID_ARGUMENT", True)
+
+
+@pytest.mark.parametrize(
+    ("size", "seals", "words"),
+    [
+        (POOL_BYTES, 0, "sealed"),
+        (POOL_BYTES, SEALS & ~0x2, "sealed"),  # it could still shrink
+        (POOL_BYTES - 4096, SEALS, "memory_bytes"),
+        (POOL_BYTES, SEALS | 0x10, "writable"),
+    ],
+)
+def test_only_a_sealed_memfd_of_the_declared_size_is_mapped(
+    served: ServedDaemon, size: int, seals: int, words: str
+) -> None:
+    with Wire(served.address) as wire:
+        attached = wire.attach()
+        answer = wire.side(attached, attached.nonce, [memfd(size, seals)])
+    assert answer.startswith(b"error: ")
+    assert words in answer.decode()
+
+
+def test_the_side_socket_takes_one_nonce_once_and_one_descriptor(served: ServedDaemon) -> None:
+    with Wire(served.address) as wire:
+        attached = wire.attach()
+        assert b"nonce" in wire.side(attached, bytes(16), [memfd()])
+        assert b"nonce" in wire.side(attached, b"", [])
+        assert b"0 descriptors" in wire.side(attached, attached.nonce, [])
+        assert b"nonce" in wire.side(attached, attached.nonce, [memfd()])
+    with Wire(served.address) as wire:
+        attached = wire.attach()
+        null = os.open("/dev/null", os.O_RDWR)
+        assert b"memfd" in wire.side(attached, attached.nonce, [null])
+    with Wire(served.address) as wire:
+        attached = wire.attach()
+        assert b"2 descriptors" in wire.side(attached, attached.nonce, [memfd(), memfd()])
+
+
+def test_kept_pages_are_checked_before_the_session_is_ready(served: ServedDaemon) -> None:
+    for kept in (u32(64), u32(1, 1), b"1"):
+        with Wire(served.address) as wire:
+            attached = wire.attach(hello(kept_pages=kept))
+            assert b"hello.kept_pages" in wire.side(attached, attached.nonce, [memfd()])

@@ -1,0 +1,469 @@
+"""Naive oracles: obviously right, no cleverness, for small states only.
+
+`IndexModel` is what csrc/index must equal. A block is its whole path (namespace, block, ...), so
+there is no tree, no split and no count to keep: every question scans everything. It decides
+evictions itself; only the choice among free pages is the index's, so a call that takes pages is
+told which ones (`picks`) and checks that they were free to take. Under a policy other than `lru`,
+and where lru finds several blocks equally old, it is told the victims too, and checks that they
+were legal ones.
+"""
+
+import itertools
+from collections import deque
+from dataclasses import replace
+
+from kvc2._core import Cause
+from tests.oracles.model_parts import (
+    ADOPTED,
+    DUPLICATE,
+    FREE,
+    IN_FLIGHT,
+    NO_HINTS,
+    PRIVATE,
+    REFUSED,
+    RESIDENT,
+    Death,
+    Held,
+    Hints,
+    LeaseModel,
+    Path,
+    TransferModel,
+)
+from tests.oracles.quota_models import QuotasModel
+
+
+class IndexModel(QuotasModel):
+    def __init__(self, policy: str = "lru") -> None:
+        super().__init__()
+        self.policy = policy
+        self.gone: dict[int, list[int]] = {}  # by pool: what the index evicted in this call
+        self.leases: dict[int, LeaseModel] = {}
+        self.transfers: dict[int, TransferModel] = {}
+        self.clock = 1
+        self.deaths: list[Death] = []  # all of them, oldest first
+
+    # questions
+    def chain(self, pool: int) -> list[int]:
+        below = self.pools[pool].below
+        return [pool] if below is None else [pool, *self.chain(below)]
+
+    def anywhere(self, path: Path) -> bool:
+        return any(pool.present(path) for pool in self.pools.values())
+
+    def under(self, path: Path, pool: int | None = None) -> list[Path]:
+        """Blocks below `path` with a page in `pool` (None: in any)."""
+        pools = self.pools.values() if pool is None else [self.pools[pool]]
+        deeper = [p for each in pools for p in each.blocks if len(p) > len(path)]
+        return [p for p in deeper if p[: len(path)] == path]
+
+    def pins(self, pool: int, page: int) -> int:
+        count = 0
+        for lease in self.leases.values():
+            for held in lease.held + lease.stray:
+                anchored = lease.pool == pool and held.anchored
+                count += anchored and self.pools[pool].blocks[held.path] == page
+        for transfer in self.transfers.values():
+            count += transfer.source == pool and page in transfer.source_pages
+            arrives = transfer.target == pool and not transfer.is_move
+            count += arrives and page in transfer.target_pages
+        return count
+
+    def arriving(self, pool: int, path: Path) -> bool:
+        return self.pools[pool].present(path) and not self.pools[pool].resident(path)
+
+    def is_held(self, pool: int, page: int) -> bool:
+        leases = [lease for lease in self.leases.values() if lease.pool == pool]
+        moves = [t for t in self.transfers.values() if t.is_move and t.target == pool]
+        return any(page in move.target_pages for move in moves) or any(
+            h.duplicate and h.page == page for le in leases for h in le.held + le.stray
+        )
+
+    def held_below(self, path: Path, pool: int) -> bool:
+        return any(self.pools[p].resident(path) for p in self.chain(pool)[1:])
+
+    def last_copy(self, path: Path, pool: int) -> bool:
+        return not any(p.resident(path) for i, p in self.pools.items() if i != pool)
+
+    def evictable(self, path: Path, pool: int) -> bool:
+        at = self.pools[pool]
+        if not at.resident(path) or self.pins(pool, at.blocks[path]) or self.under(path, pool):
+            return False
+        if self.pinned(path, pool, hard=True) and not self.dead(path):
+            return False
+        return not self.last_copy(path, pool) or not self.under(path)
+
+    def tiers(self, namespace: int, pools: list[int], blocks: list[tuple[int, ...]]) -> list[int]:
+        """The first of `pools` that has it, by matched block."""
+        tiers = []
+        for i in range(len(blocks)):
+            path = (namespace, *blocks[: i + 1])
+            holders = [t for t, p in enumerate(pools) if self.pools[p].resident(path)]
+            if not holders or self.dead(path):
+                break
+            tiers.append(holders[0])
+        return tiers
+
+    def holes(self) -> int:
+        prefixes = {
+            p[:n] for pool in self.pools.values() for p in pool.blocks for n in range(2, len(p))
+        }
+        return sum(not self.anywhere(path) for path in prefixes)
+
+    def depends(self, lease: LeaseModel) -> int:
+        pages = [self.pools[lease.pool].blocks[held.path] for held in lease.held]
+        return max(
+            (i for i, t in self.transfers.items() if t.target == lease.pool
+             and not t.is_move and set(t.target_pages) & set(pages)),
+            default=0,
+        )  # fmt: skip
+
+    # changes
+    def drop(self, path: Path, pool: int, cause: Cause) -> int:
+        at = self.pools[pool]
+        page = at.blocks.pop(path)
+        at.free(page)
+        if not self.anywhere(path):
+            ended = cause == Cause.EVICTED and self.dead(path)
+            cause = self.cause_of_end(path) if ended else cause
+            self.deaths.append(Death(path, cause, pool, self.now))
+        self.forget()
+        return page
+
+    def forget(self) -> None:
+        """Neither a block nor a hole: its stamp is gone too."""
+        gone = [p for p in self.stamps if not self.anywhere(p) and not self.under(p)]
+        for path in gone:
+            del self.stamps[path]
+            self.lives.pop(path, None)
+
+    def victim(
+        self,
+        pool: int,
+        spared: Path | None = None,
+        wanted: int | None = None,
+        *,
+        of: int | None = None,
+    ) -> Path | None:
+        """Of the longest unused, and under other policies of all, one of `gone`: in its order, or,
+        where that is not known, before the page that was `wanted` only those of closed slabs."""
+        candidates = [p for p in self.candidates(pool) if p != spared]
+        candidates = [p for p in candidates if of is None or self.tenant(p) == of]
+        first = min((self.precedence(p, pool) for p in candidates), default=None)
+        legal = [p for p in candidates if self.precedence(p, pool) == first]
+        legal = self.longest_unused(legal) if self.policy == "lru" else legal
+        at = self.pools[pool]
+        blocks = {at.blocks[path]: path for path in legal}
+        gone = [page for page in self.gone.get(pool, ()) if page in blocks]
+        if wanted is not None:
+            gone.sort(key=lambda page: (page // at.per_slab not in at.shut, page != wanted))
+        unsaid = legal[:1] if self.policy == "lru" else []
+        return next(iter([blocks[page] for page in gone] or unsaid), None)
+
+    def candidates(self, pool: int) -> list[Path]:
+        return [path for path in self.pools[pool].blocks if self.evictable(path, pool)]
+
+    def precedence(self, path: Path, pool: int) -> tuple[bool, bool, int]:
+        """What goes before what under any policy."""
+        if not self.dead(path) and self.pinned(path, pool, hard=False):
+            return True, True, 99
+        standing = 0 if self.dead(path) else self.life(path).standing(self.now)
+        return not self.dead(path), not self.held_below(path, pool), standing
+
+    def take(
+        self,
+        pool: int,
+        picks: deque[int],
+        state: str,
+        spared: Path | None = None,
+        *,
+        asks: tuple[int, int] = (0, 0),
+    ) -> int | None:
+        """`asks`: the tenant that it is for, and the private pages that this has taken."""
+        at = self.pools[pool]
+        while not at.free_pages():
+            wanted = picks[0] if picks else None
+            payers = [] if at.durable else self.payers(pool, *asks)
+            found = (self.victim(pool, spared, wanted, of=payer) for payer in payers)
+            path = next(filter(None, found), None)
+            if path is None:
+                return None
+            self.evict_one(path, pool)
+        assert picks, f"pool {pool} had room for one more page"
+        page = picks.popleft()
+        assert at.state.get(page) == FREE, f"page {page} of pool {pool} was {at.state.get(page)}"
+        at.state[page] = state
+        return page
+
+    def grant(self, pool: int, count: int, picks: list[int], tenant: int = 0) -> None:
+        source = deque(picks)
+        for taken in range(0 if self.pools[pool].closed else count):
+            if self.take(pool, source, PRIVATE, asks=(tenant, taken)) is None:
+                break
+        assert not source, "more pages than there are"
+
+    def enqueue(self, pool: int, page: int) -> None:
+        at = self.pools[pool]
+        if at.below is not None and page not in at.queue:
+            at.queue.append(page)
+
+    def acquire(
+        self,
+        lease: int,
+        namespace: int,
+        pool: int,
+        blocks: list[tuple[int, ...]],
+        limit: int,
+        hints: Hints = NO_HINTS,
+    ) -> None:
+        self.clock += 1
+        found = self.tiers(namespace, self.chain(pool), blocks[:limit])
+        opened = LeaseModel(namespace, pool, self.clock, (namespace, *blocks), found, 0, hints)
+        opened.computing = self.computed_by_others(opened)
+        matched = [opened.path[: i + 2] for i in range(len(found))]
+        for path in matched:
+            self.stamps[path] = self.clock
+        self.say(hints, matched, fresh=[])
+        chain = self.chain(pool)
+        for upper, lower in itertools.pairwise(chain):
+            for path in matched:
+                if self.pools[upper].resident(path) and not self.pools[lower].present(path):
+                    self.enqueue(upper, self.pools[upper].blocks[path])
+        self.hold_more(opened)
+        opened.known_from = len(opened.held)
+        self.leases[lease] = opened
+
+    def computed_by_others(self, lease: LeaseModel) -> int:
+        """Blocks right after what the lease has found."""
+        others = [other for other in self.leases.values() if other is not lease]
+        computed = {path for other in others for path in other.computes()}
+        wanted = [lease.path[: i + 2] for i in range(len(lease.found), len(lease.path) - 1)]
+        return len(list(itertools.takewhile(computed.__contains__, wanted)))
+
+    def shorten(self, lease_id: int, blocks: int) -> None:
+        lease = self.leases[lease_id]
+        end = max(len(lease.held), blocks)
+        committed = any(held.tier is None for held in lease.held + lease.stray)
+        if end >= len(lease.found) or len(lease.held) < lease.known_from or committed:
+            return
+        del lease.found[end:]
+        lease.committed = 0
+        lease.computing = self.computed_by_others(lease)
+
+    def hold_more(self, lease: LeaseModel) -> None:
+        """Pages in the lease's pool that follow what it holds."""
+        while (path := self.next_path(lease)) and self.pools[lease.pool].present(path):
+            page = self.pools[lease.pool].blocks[path]
+            lease.held.append(Held(path, page, lease.found[len(lease.held)]))
+
+    def next_path(self, lease: LeaseModel, block: int | None = None) -> Path | None:
+        """The matched block, hanging on what the lease holds, if it is (still) there."""
+        held = len(lease.held)
+        block = held if block is None else block
+        if not lease.known_from <= block < len(lease.found):
+            return None
+        before = lease.held[-1].path if lease.held else lease.path[:1]
+        path = (*before, *lease.path[held + 1 : block + 2])
+        return path if path in self.stamps and not self.dead(path) else None
+
+    def commit(
+        self, lease_id: int, first: int, blocks: list[tuple[int, ...]], pages: list[int]
+    ) -> list[int]:
+        lease = self.leases[lease_id]
+        if lease.namespace in self.retired:
+            return [REFUSED] * len(pages)
+        answers: list[int] = []
+        known = set(self.stamps)
+        for i, (block, page) in enumerate(zip(blocks, pages, strict=True)):
+            refused = REFUSED in answers
+            answers.append(REFUSED if refused else self.commit_one(lease, first + i, block, page))
+        lease.committed = max(lease.committed, len(lease.held))
+        held = [each.path for each in lease.held]
+        self.say(lease.hints, held, fresh=[path for path in held if path not in known])
+        return answers
+
+    def commit_one(self, lease: LeaseModel, block: int, tokens: tuple[int, ...], page: int) -> int:
+        at = self.pools[lease.pool]
+        if block < len(lease.held):
+            held = lease.held[block]
+            if held.page != page or held.path[-1] != tokens:
+                return REFUSED
+            return DUPLICATE if held.duplicate else ADOPTED
+        free_to_use = at.state.get(page) == PRIVATE and not self.is_held(lease.pool, page)
+        if block > len(lease.held) or not free_to_use:
+            return REFUSED
+        before = lease.held[-1].path if lease.held else (lease.namespace,)
+        path = (*before, tokens)
+        self.stamps[path] = max(self.stamps.get(path, 0), lease.stamp)
+        duplicate = at.present(path)
+        if not duplicate:
+            at.state[page] = RESIDENT
+            at.blocks[path] = page
+            self.enqueue(lease.pool, page)
+        lease.held.append(Held(path, page, None, duplicate))
+        return DUPLICATE if duplicate else ADOPTED
+
+    def release(self, lease_id: int, hints: Hints = NO_HINTS) -> None:
+        lease = self.leases[lease_id]
+        lease.hints = lease.hints if hints == NO_HINTS else hints
+        held = [each.path for each in lease.held]
+        self.say(lease.hints, held, fresh=[])
+        for path in reversed(held if lease.hints.end else []):
+            below = [p for p in self.stamps if len(p) > len(path) and p[: len(path)] == path]
+            if self.stamps[path] != lease.stamp or not set(below) <= set(held):
+                break
+            self.lives[path] = replace(self.life(path), ended=True)
+        self.close(lease_id)
+
+    def close(self, lease_id: int) -> None:
+        lease = self.leases.pop(lease_id)
+        for held in lease.held + lease.stray:
+            if held.duplicate:
+                self.pools[lease.pool].free(held.page)
+
+    def add(self, plan: TransferModel, path: Path, picks: deque[int]) -> bool:
+        asks = (self.tenant(path), 0)
+        page = self.take(plan.target, picks, IN_FLIGHT, spared=path[:-1], asks=asks)
+        if page is None:
+            return False
+        self.pools[plan.target].blocks[path] = page
+        plan.paths.append(path)
+        plan.source_pages.append(self.pools[plan.source].blocks[path])
+        plan.target_pages.append(page)
+        self.transfers[-1] = plan  # pins while the plan is made
+        return True
+
+    def start(self, plan: TransferModel, transfer: int | None) -> TransferModel | None:
+        self.transfers.pop(-1, None)
+        assert (transfer is not None) == bool(plan.paths)
+        if transfer is not None:
+            self.transfers[transfer] = plan
+        return plan if plan.paths else None
+
+    def promote(
+        self, lease_id: int, transfer: int | None, picks: list[int]
+    ) -> TransferModel | None:
+        lease = self.leases[lease_id]
+        self.hold_more(lease)
+        below = self.pools[lease.pool].below
+        plan = TransferModel(-1 if below is None else below, lease.pool, [], [], [])
+        source = deque(picks)
+        while below is not None and (path := self.next_path(lease)):
+            if self.pools[lease.pool].present(path) or not self.pools[below].resident(path):
+                break
+            if not self.add(plan, path, source):
+                break
+            lease.held.append(Held(path, plan.target_pages[-1], lease.found[len(lease.held)]))
+        return self.start(plan, transfer)
+
+    def next_load(
+        self, lease_id: int, count: int, transfer: int | None, picks: list[int]
+    ) -> TransferModel | int | None:
+        """A transfer, or the id of the one to wait for."""
+        lease = self.leases[lease_id]
+        chain = self.chain(lease.pool)
+        plan = TransferModel(chain[-1], chain[-2], [], [], [])
+        source = deque(picks)
+        memory = [self.pools[p] for p in chain[:-1]]
+        for block in range(len(lease.held), len(lease.found)):
+            path = self.next_path(lease, block)
+            if path is None or len(plan.paths) == count:
+                break
+            if memory[0].present(path) or any(p.resident(path) for p in memory):
+                if plan.paths:
+                    break
+                continue
+            coming = [p for p in chain[:-1] if self.pools[p].present(path)]
+            if coming and not plan.paths:
+                page = self.pools[coming[0]].blocks[path]
+                return next(
+                    i for i, t in self.transfers.items()
+                    if t.target == coming[0] and page in t.target_pages
+                )  # fmt: skip
+            if (
+                coming
+                or not self.pools[chain[-1]].resident(path)
+                or not self.add(plan, path, source)
+            ):
+                break
+        return self.start(plan, transfer)
+
+    def complete(self, transfer_id: int, done: int) -> None:
+        transfer = self.transfers.pop(transfer_id)
+        done = 0 if transfer.failed else done
+        at = self.pools.get(transfer.target)
+        if at is None:
+            return
+        for path, page in list(zip(transfer.paths, transfer.target_pages, strict=True))[:done]:
+            at.state[page] = RESIDENT
+            if at.below is not None and not self.pools[at.below].present(path):
+                self.enqueue(transfer.target, page)
+        failed = transfer.paths[done:]
+        for lease in self.leases.values():
+            hit = [i for i, h in enumerate(lease.held) if h.path in failed]
+            if lease.pool == transfer.target and hit:
+                lease.stray += lease.held[hit[0] :]
+                del lease.held[hit[0] :]
+            for held in lease.stray if lease.pool == transfer.target else []:
+                held.anchored = held.anchored and held.path not in failed
+        for path in reversed(failed):
+            self.drop(path, transfer.target, Cause.TRANSFER_FAILED)
+        source = self.pools.get(transfer.source)
+        if source is not None and source.below == transfer.target:
+            for page in transfer.source_pages[done:]:
+                self.enqueue(transfer.source, page)
+
+    def evict_one(self, path: Path, pool: int, cause: Cause = Cause.EVICTED) -> int:
+        self.pools[pool].evicted += 1
+        self.pools[pool].last_copies += self.last_copy(path, pool)
+        return self.drop(path, pool, cause)
+
+    def evict(self, pool: int, count: int) -> list[Path]:
+        evicted: list[Path] = []
+        while len(evicted) < count and (path := self.victim(pool)):
+            self.evict_one(path, pool)
+            evicted.append(path)
+        return evicted
+
+    def keep_free(self, pool: int, count: int) -> list[Path]:
+        evicted: list[Path] = []
+        at = self.pools[pool]
+        while len(at.free_pages()) < count and (path := self.victim(pool)):
+            if not self.held_below(path, pool):
+                break
+            self.evict_one(path, pool)
+            evicted.append(path)
+        return evicted
+
+    def reap(self, pool: int, count: int) -> list[Path]:
+        evicted: list[Path] = []
+        while len(evicted) < count and (path := self.victim(pool)) and self.dead(path):
+            self.evict_one(path, pool)
+            evicted.append(path)
+        return evicted
+
+    def lost(self, pool: int, pages: list[int]) -> list[int]:
+        at = self.pools[pool]
+        gone = []
+        for page in pages:
+            if at.state.get(page) == RESIDENT and not self.pins(pool, page):
+                self.drop(at.owner(page), pool, Cause.LOST)
+                gone.append(page)
+        return gone
+
+    def close_pool(self, pool: int) -> None:
+        self.pools[pool].closed = True
+        for lease in [i for i, le in self.leases.items() if le.pool == pool]:
+            self.close(lease)
+        for page, state in list(self.pools[pool].state.items()):
+            if state == PRIVATE and not self.is_held(pool, page):
+                self.pools[pool].free(page)
+
+    def remove_pool(self, pool: int) -> None:
+        by_page = sorted(self.pools[pool].blocks, key=self.pools[pool].blocks.__getitem__)
+        self.prefix_pins = {at: hard for at, hard in self.prefix_pins.items() if at[0] != pool}
+        for path in by_page:
+            self.drop(path, pool, Cause.SESSION_ENDED)
+        del self.pools[pool]
+        for transfer in self.transfers.values():
+            transfer.failed |= pool in (transfer.source, transfer.target)
+        self.forget()
