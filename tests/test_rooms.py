@@ -56,7 +56,7 @@ FLOORS = {
         behind, scrub
         loading, slabs
         mover
-        batches, pace
+        batches, gpu_pools, pace
     """,
     "kvc2/tiers": """
         pools

@@ -14,7 +14,6 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -39,14 +38,15 @@ from kvc2.cache.namespaces import Spaces
 from kvc2.cache.pins import Pins
 from kvc2.cache.prefetch import Prefetcher
 from kvc2.cache.quotas import TenantQuotas
-from kvc2.cache.sessions import Session
+from kvc2.cache.sessions import OpenLease, Session
 from kvc2.cache.whole import ALL, Whole
 from kvc2.config import ServeConfig
 from kvc2.host import numa
 from kvc2.metrics import Metrics
 from kvc2.moving.behind import Behind
+from kvc2.moving.gpu_pools import GpuPool
 from kvc2.moving.loading import Loader
-from kvc2.moving.mover import GpuPool, Mover
+from kvc2.moving.mover import Mover
 from kvc2.moving.scrub import Scrubber
 from kvc2.periodic import periodically
 from kvc2.tiers.base import TIER_NUMBERS, PageShape
@@ -62,17 +62,6 @@ U32 = NDArray[np.uint32]
 RESCUE_S = 2.0  # for a dead engine's uncopied blocks
 TICK_S = 1.0  # while no call comes: what has expired gives its pages up
 NO_HINTS = Hints()
-
-
-@dataclass(eq=False)
-class SessionPool:
-    """What the cache keeps of a session, in Session.pool. `replies` and `namespaces` are those of
-    open leases; `settling` ends the acquires under way when it is done."""
-
-    gpu: GpuPool
-    replies: dict[bytes, asyncio.Future[AcquireResult]] = field(default_factory=dict)
-    namespaces: dict[bytes, int] = field(default_factory=dict)
-    settling: dict[bytes, asyncio.Future[None]] = field(default_factory=dict)
 
 
 class Cache:
@@ -253,8 +242,8 @@ class Cache:
             mapped = GpuMemory(layout, memory, progress, event_fd)
             store = SharedMemoryPool(mapped, self._arena.memory, *self._copiers)
         queue = ThreadPoolExecutor(1, f"kvc2-promote-{session.epoch}")
-        session.pool = SessionPool(GpuPool(pool, pools, store, queue, session.give_up))
-        self._gpus[session.epoch] = session.pool.gpu
+        session.pool = GpuPool(pool, pools, store, queue, session.life, session.give_up)
+        self._gpus[session.epoch] = session.pool
         self._sessions[session.epoch] = session
 
     async def close_session(
@@ -265,21 +254,19 @@ class Cache:
         first, for at most 2 s. Else (None) it may write to them: nothing is read any more."""
         if self._sessions.pop(session.epoch, None) is None:
             return
-        pool: SessionPool = session.pool
-        gpu = pool.gpu
-        session.leases.clear()
+        gpu = session.mapped_pool()
+        if not session.life.over:
+            session.life.become("silent")
         self.index.close_pool(gpu.id)
-        for settling in pool.settling.values():
-            _finish(settling)
+        session.end_leases()
         gpu.queue.shutdown(wait=False, cancel_futures=True)
-        gpu.at_rest = asyncio.ensure_future((at_rest or _may_change)())
-        if await gpu.at_rest and self._behind is not None:
+        if await gpu.settle(at_rest or _may_change) and self._behind is not None:
             await self._behind.rescue(gpu, RESCUE_S)
         if gpu.pools is not None and (left := self.index.undemoted(gpu.id)):
             self._metrics.fault("undemoted_lost", left)
         await asyncio.to_thread(gpu.queue.shutdown, True)
         async with gpu.demoting:  # a batch under way still reads this memory
-            gpu.closed = True
+            session.life.become("closed")
             if gpu.store is not None:
                 gpu.store.close()
         self.counts.forget(gpu)
@@ -303,7 +290,7 @@ class Cache:
         page_size = session.layout.page_size
         owner = self.quotas.number(tenant)
         number = self.spaces.open(namespace, page_size, identity, ttl_s=ttl_s, tenant=owner)
-        self.pins.opened(number, _pool(session).gpu.pools)
+        self.pins.opened(number, session.mapped_pool().pools)
         if self._disk is not None and not self._disk.catalogue.add_namespace(
             namespace, page_size, identity
         ):
@@ -312,14 +299,14 @@ class Cache:
 
     def leased_namespaces(self, session: Session) -> set[int]:
         """Numbers of those that have open leases in the session."""
-        return set(_pool(session).namespaces.values())
+        return {each.namespace_id for each in session.leases.values()}
 
     # ---- requests ----
 
     def match(self, session: Session, namespace_id: int, tokens: U32) -> MatchResult:
         """The longest cached prefix of less than all tokens. Changes nothing."""
         self.tick()
-        space, pool = self.spaces[namespace_id], _pool(session).gpu.id
+        space, pool = self.spaces[namespace_id], session.mapped_pool().id
         found = self.index.match(space, pool, _u32(tokens[:-1]))
         size = session.layout.page_size
         return MatchResult(found.blocks * size, _tokens_by_tier(found.tiers, size))
@@ -327,7 +314,7 @@ class Cache:
     def explain(self, session: Session | None, namespace_id: int, tokens: U32) -> Explained:
         """What an acquire of these tokens would find, in this session or in any, and why not more.
         Changes nothing."""
-        pool = None if session is None else _pool(session).gpu.id
+        pool = None if session is None else session.mapped_pool().id
         return self.explainer.of_tokens(namespace_id, tokens, pool)
 
     async def acquire(
@@ -341,53 +328,43 @@ class Cache:
         """Open a lease on the longest prefix that comes sooner than it could be computed at
         session.prefill_rate; awaits only what comes from disk, till its deadline. While the lease
         is open the same request_id gets the same answer. Raises SessionOver."""
-        pool = _pool(session)
-        if request_id in pool.replies:
-            return await asyncio.shield(pool.replies[request_id])
+        gpu = session.mapped_pool()
+        if (known := session.leases.get(request_id)) is not None:
+            return await asyncio.shield(known.reply)
         self.tick()
         blocks, grant_pages = (len(tokens) - 1) // session.layout.page_size, terms.grant_pages
         space, hints = self.spaces[namespace_id], self.spaces.hints(namespace_id, terms.hints)
-        opened = self.index.acquire(space, pool.gpu.id, _u32(tokens), blocks, hints)
+        opened = self.index.acquire(space, gpu.id, _u32(tokens), blocks, hints)
         self.explainer.keep(
             session.epoch, namespace_id, request_id, len(tokens), opened.explanation
         )
-        session.leases[request_id] = opened.id
-        pool.namespaces[request_id] = namespace_id
-        reply: asyncio.Future[AcquireResult] = asyncio.get_running_loop().create_future()
-        pool.replies[request_id] = reply
-        released: asyncio.Future[None] | None = None
+        lease = session.leases[request_id] = OpenLease(request_id, opened.id, namespace_id)
         try:
-            errand = self._loader.begin(pool.gpu, opened.id, session.prefill_rate, terms.deadline_s)
+            errand = self._loader.begin(gpu, lease.id, session.prefill_rate, terms.deadline_s)
             if errand is not None:
-                released = pool.settling[request_id] = asyncio.get_running_loop().create_future()
-                await self._loader.settle(errand, released)
+                await self._loader.settle(errand, lease.ended)
         except BaseException:
             grant_pages = 0  # nobody hears of them: they would be lost until the session's end
             raise
         finally:
-            if pool.settling.get(request_id) is released:  # not that of a later acquire
-                pool.settling.pop(request_id, None)
             # also when the caller went away: it may ask again under this request_id
-            if session.leases.get(request_id) == opened.id:
-                reply.set_result(self._answer(session, opened.id, namespace_id, grant_pages))
-            elif not reply.done():
-                reply.set_result(_nothing())
-        if session.pool is None or pool.gpu.broken:
-            raise errors.SessionOver(f"session {session.epoch} has ended")
-        return reply.result()
+            answer = self._answer(session, lease, grant_pages) if lease.is_open else _nothing()
+            lease.reply.set_result(answer)
+        if session.state != "ready":
+            raise errors.SessionOver(f"session {session.epoch} is {session.state}")
+        return answer
 
-    def _answer(
-        self, session: Session, lease: int, namespace_id: int, grant_pages: int
-    ) -> AcquireResult:
-        pool, size = _pool(session), session.layout.page_size
-        view = self.index.lease(lease)
+    def _answer(self, session: Session, lease: OpenLease, grant_pages: int) -> AcquireResult:
+        """What an open lease holds now, and pages to compute the rest into."""
+        gpu, size = session.mapped_pool(), session.layout.page_size
+        view = self.index.lease(lease.id)
         held = view.pages.size
         return AcquireResult(
             matched_tokens=held * size,
             tiers=_tokens_by_tier(view.tiers, size),
             prefix_pages=view.pages,
-            transfer=pool.gpu.pending.get(view.transfer, 0),
-            granted_pages=self.grant(session, grant_pages, namespace_id),
+            transfer=gpu.pending.get(view.transfer, 0),
+            granted_pages=self.grant(session, grant_pages, lease.namespace_id),
             computing_tokens=view.computing * size if held == view.matched else 0,
         )
 
@@ -395,45 +372,38 @@ class Cache:
         self, session: Session, request_id: bytes, first_block: int, tokens: U32, pages: U32
     ) -> U8:
         """[k] of ADOPTED, DUPLICATE, REFUSED. Raises NotFound for an unknown lease."""
-        lease = session.leases.get(request_id)
-        if lease is None:
-            raise errors.NotFound("request_id", request_id, "an open lease of this session")
-        result = self.index.commit(lease, first_block, _u32(tokens), _u32(pages))
-        self.index.trim(_pool(session).gpu.id)
+        lease = session.lease(request_id)
+        result = self.index.commit(lease.id, first_block, _u32(tokens), _u32(pages))
+        self.index.trim(session.mapped_pool().id)
         self._wake()
         return result
 
     def release(self, session: Session, request_id: bytes, said: Hints = NO_HINTS) -> None:
         """Close a lease; an acquire of it that is under way answers with nothing. What is said here
         stands in the place of what acquire was told."""
-        pool = _pool(session)
-        lease = session.leases.pop(request_id, None)
+        gpu, lease = session.mapped_pool(), session.end_lease(request_id)
         if lease is None:
             return
         self.tick()
-        namespace_id = pool.namespaces.pop(request_id)
         if said == NO_HINTS:
-            self.index.release(lease)
+            self.index.release(lease.id)
         else:
-            self.index.release(lease, self.spaces.hints(namespace_id, said))
-        self.index.trim(pool.gpu.id)  # what was pinned is to be had
+            self.index.release(lease.id, self.spaces.hints(lease.namespace_id, said))
+        self.index.trim(gpu.id)  # what was pinned is to be had
         self._wake()  # what it pinned may be dead
-        pool.replies.pop(request_id, None)
-        if request_id in pool.settling:
-            _finish(pool.settling[request_id])
 
     def grant(self, session: Session, pages: int, namespace_id: int | None = None) -> U32:
         """Up to `pages` pages to fill, evicting as needed; for a namespace, if it is known."""
         if not pages:
             return np.empty(0, np.uint32)
         space = None if namespace_id is None else self.spaces[namespace_id]
-        granted = self.index.grant(_pool(session).gpu.id, pages, space)
+        granted = self.index.grant(session.mapped_pool().id, pages, space)
         self._wake()  # fewer are free now
         return granted
 
     def give_back(self, session: Session, pages: U32) -> None:
         """Granted pages come back unused. Raises InvalidRequest when one was not granted."""
-        if not self.index.give_back(_pool(session).gpu.id, _u32(pages)):
+        if not self.index.give_back(session.mapped_pool().id, _u32(pages)):
             raise errors.InvalidRequest("returned_pages", pages.size, "pages granted and not used")
 
     # ---- the whole (whole.py) ----
@@ -444,8 +414,8 @@ class Cache:
 
     async def wait_durable(self, session: Session, requests: list[bytes], wait_s: float) -> bool:
         """Whether all that these open leases have pages of is on disk, within that time."""
-        held = [session.leases[each] for each in requests]
-        return await self._whole.wait_durable(_pool(session).gpu, held, wait_s)
+        held = [session.leases[each].id for each in requests]
+        return await self._whole.wait_durable(session.mapped_pool(), held, wait_s)
 
     async def flush(self, deadline_s: float) -> FlushResult:
         """Copy what is committed to the disk, within the deadline; what is not there, and why."""
@@ -458,13 +428,6 @@ class Cache:
     def stats(self) -> CacheStats:
         """Sizes and counts. Changes nothing."""
         return self.counts.stats()
-
-
-def _pool(session: Session) -> SessionPool:
-    pool = session.pool
-    if not isinstance(pool, SessionPool):
-        raise errors.SessionOver(f"session {session.epoch} has no pool: it is over or not ready")
-    return pool
 
 
 def _u32(array: NDArray[np.integer]) -> U32:
@@ -488,8 +451,3 @@ def _call(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
 
 async def _may_change() -> bool:
     return False
-
-
-def _finish(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)

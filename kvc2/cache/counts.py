@@ -13,7 +13,7 @@ from kvc2 import _core
 from kvc2.answers import SIZES, CacheStats, LayoutSlabs, TierCounts
 from kvc2.arena import Arena
 from kvc2.cache.sessions import Session
-from kvc2.moving.mover import GpuPool
+from kvc2.moving.gpu_pools import GpuPool
 from kvc2.tiers.base import PageShape
 from kvc2.tiers.disk.tier import DiskTier
 from kvc2.tiers.pools import Pools
@@ -144,7 +144,7 @@ class Counts:
     def pool_ids(self, tier: str) -> list[int]:
         """The index's ids of a tier's pools; of gpu those of sessions that are not ending."""
         if tier == "gpu":
-            return [gpu.id for gpu in self._gpus.values() if gpu.at_rest is None]
+            return [gpu.id for gpu in self._gpus.values() if not gpu.life.over]
         layouts = [] if self.pools is None else list(self.pools.layouts.values())
         if tier == "cpu":
             return [each.cpu_id for each in layouts]

@@ -88,7 +88,7 @@ class Pins:
         if tier == "gpu":
             if session is None or session.pool is None:
                 raise errors.InvalidRequest("tier", tier, "cpu or disk, outside of a session")
-            return int(session.pool.gpu.id)
+            return session.pool.id
         pools = self._layouts.get(number)
         pool = None if pools is None else pools.cpu_id if tier == "cpu" else pools.disk_id
         if pool is None:

@@ -20,8 +20,9 @@ from kvc2.cache.namespaces import Spaces
 from kvc2.cache.pins import Pins
 from kvc2.cache.sessions import Session
 from kvc2.moving import pace
+from kvc2.moving.gpu_pools import GpuPool
 from kvc2.moving.loading import ARENA_SHARE, Loader
-from kvc2.moving.mover import GpuPool, Mover
+from kvc2.moving.mover import Mover
 from kvc2.tiers.pools import LayoutPools, Pools
 
 LOG = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class Prefetcher:
         pools = self._pins.layout(number)
         if pools is None or self.pools is None:
             raise errors.InvalidRequest("tier", tier, "a tier with a slower one below it")
-        gpu = session.pool.gpu if tier == "gpu" and session is not None else None
+        gpu = session.pool if tier == "gpu" and session is not None else None
         return Wish(number, np.ascontiguousarray(tokens, np.uint32), pool, pools, gpu)
 
     def _result(self, wish: Wish, tier: str, *, over: bool) -> PrefetchResult:
@@ -130,7 +131,7 @@ class Prefetcher:
                 return
 
     def _alive(self, wish: Wish) -> bool:
-        over = wish.gpu is not None and (wish.gpu.broken or wish.gpu.at_rest is not None)
+        over = wish.gpu is not None and wish.gpu.life.state != "ready"
         return not over and wish.number in self._spaces
 
     def _match(self, wish: Wish) -> tuple[int, ...]:

@@ -1,24 +1,29 @@
-"""Sessions: who is attached, under which epoch, and until when.
+"""Sessions: who is attached, under which epoch, until when, and the leases that are open.
 
 A session is one engine's attachment. Its epoch rises with each and is never reused in one run of
 the daemon, so a completion of an earlier one can't be taken for a later one's. Its secret is told
-to its engine alone: Stats tells epochs to whoever asks, and over TCP any local user may call. Not
-here: the stream and the side socket (server/) and what a session's end does to pages (cache.py).
+to its engine alone: Stats tells epochs to whoever asks, and over TCP any local user may call.
 
-    joining -> ready [join: its pool is mapped]   joining, ready -> over [end]
+A session's states and the transitions between them: moving/gpu_pools.py. Not here: the stream and
+the side socket (server/), and what a session's end does to pages (cache.py).
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TypeVar
 
 from kvc2 import errors
+from kvc2.answers import AcquireResult
 from kvc2.layout import Layout
+from kvc2.moving.gpu_pools import GpuPool, SessionLife, SessionState
 from kvc2.shares import SharedTable
+
+T = TypeVar("T")
 
 HEARTBEAT_INTERVAL_S = 1.0
 EXPIRY_S = 3.0  # three heartbeats
@@ -26,17 +31,45 @@ JOIN_S = 10.0  # for the side socket; an earlier session of the engine may have 
 INSTANCE_BYTES = 16
 SECRET_BYTES = 16
 
-SessionState = Literal["joining", "ready", "over"]
+
+def _future() -> asyncio.Future[T]:
+    return asyncio.get_running_loop().create_future()
+
+
+@dataclass(eq=False)
+class OpenLease:
+    """What one request holds, from its acquire until its release or its session's end.
+
+    Laws:
+    1. A lease is in its session's `leases` exactly while it is open. `end` takes it out.
+    2. While it is open, the index has the lease `id`, and an acquire of the same request_id gets
+       this lease's `reply`. Once it has ended, such an acquire opens another lease.
+    3. The acquire that opened it, and no one else, sets `reply`, once: to the lease's pages, or to
+       nothing if the lease has ended meanwhile.
+    4. `ended` is done when the lease isn't open any more. The acquire that opened it then stops
+       waiting for slower tiers.
+    """
+
+    request_id: bytes
+    id: int  # the index's
+    namespace_id: int
+    reply: asyncio.Future[AcquireResult] = field(default_factory=_future)
+    ended: asyncio.Future[None] = field(default_factory=_future)
+
+    @property
+    def is_open(self) -> bool:
+        return not self.ended.done()
 
 
 @dataclass(eq=False)
 class Session:
     """One attachment. The table makes it, the server fills `pid`, `uid` and `give_up`, and the
-    cache keeps what it needs of its own in `pool` (set by Cache.open_session) and `leases`.
+    cache fills `pool` and `leases`.
 
-    `give_up` ends the attachment when the pool can't be filled any more; the engine attaches again.
-    `leases` maps request_id to the index's lease id; `namespaces` the ids that this session has
-    open, of each tenant, to their 32 bytes.
+    `pool` is there from Cache.open_session until the end of Cache.close_session. `give_up` ends the
+    attachment when the pool can't be filled any more; the engine attaches again. `leases` are the
+    open ones by request_id. `namespaces` maps the ids that this session has open, of each tenant,
+    to their 32 bytes.
     """
 
     epoch: int
@@ -45,15 +78,44 @@ class Session:
     num_pages: int
     attached_at: float
     last_heartbeat: float
-    state: SessionState = "joining"
+    life: SessionLife = field(default_factory=SessionLife)
     pid: int = 0
     uid: int = -1
-    pool: Any = None
+    pool: GpuPool | None = None
     give_up: Callable[[], None] = field(default=lambda: None, repr=False)
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(SECRET_BYTES), repr=False)
-    leases: dict[bytes, int] = field(default_factory=dict)
+    leases: dict[bytes, OpenLease] = field(default_factory=dict)
     namespaces: SharedTable[str, int, bytes] = field(default_factory=SharedTable)
     prefill_rate: float = 0.0  # tokens/s, as its engine measured last; 0: not known
+
+    @property
+    def state(self) -> SessionState:
+        return self.life.state
+
+    def mapped_pool(self) -> GpuPool:
+        """Raises SessionOver when the session has no pool yet, or has none any more."""
+        if self.pool is None:
+            raise errors.SessionOver(f"session {self.epoch} has no pool: it is {self.state}")
+        return self.pool
+
+    def lease(self, request_id: bytes) -> OpenLease:
+        """Raises NotFound."""
+        lease = self.leases.get(request_id)
+        if lease is None:
+            raise errors.NotFound("request_id", request_id, "an open lease of this session")
+        return lease
+
+    def end_lease(self, request_id: bytes) -> OpenLease | None:
+        """The lease that was open until now, if one was. The caller tells the index."""
+        lease = self.leases.pop(request_id, None)
+        if lease is not None:
+            lease.ended.set_result(None)
+        return lease
+
+    def end_leases(self) -> None:
+        """All of them; the index ends its own with the pool."""
+        for request_id in list(self.leases):
+            self.end_lease(request_id)
 
 
 class SessionTable:
@@ -82,31 +144,31 @@ class SessionTable:
         """Its pool is mapped: calls may begin."""
         if session.state != "joining":
             raise errors.SessionOver(f"session {session.epoch} is {session.state}")
-        session.state = "ready"
+        session.life.become("ready")
         session.last_heartbeat = self._clock()
 
     def end(self, session: Session) -> bool:
-        """Fence it off: no call of it is served again. False when it was over already."""
-        if session.state == "over":
+        """Fence it off: no call of it is served again. False when it was already."""
+        if session.life.over:
             return False
-        session.state = "over"
+        session.life.become("closed" if session.state == "joining" else "silent")
         del self._open[session.epoch]
         return True
 
     def heartbeat(self, session: Session) -> None:
         """Raises SessionOver: a thawed engine learns here that it was given up."""
-        if session.state == "over":
+        if session.life.over:
             raise errors.SessionOver(f"session {session.epoch} has ended")
         session.last_heartbeat = self._clock()
 
     def of_call(self, secret: bytes, epoch: int) -> Session:
-        """The ready session that a call names. Raises SessionOver for every other."""
+        """The session that a call names. Raises SessionOver for one that is over or joining."""
         session = self._open.get(epoch)
         if session is None or not hmac.compare_digest(secret, session.secret):
             raise errors.SessionOver(
                 f"session {epoch} is over or of another run of the daemon: attach again"
             )
-        if session.state != "ready":
+        if session.state == "joining":
             raise errors.SessionOver(f"session {epoch} has not joined its side socket yet")
         return session
 
@@ -116,8 +178,11 @@ class SessionTable:
         return [
             each
             for each in self._open.values()
-            if (each.state == "joining" and now - each.attached_at >= JOIN_S)
-            or (each.state == "ready" and now - each.last_heartbeat >= EXPIRY_S)
+            if (
+                now - each.attached_at >= JOIN_S
+                if each.state == "joining"
+                else now - each.last_heartbeat >= EXPIRY_S
+            )
         ]
 
     def seconds_open(self, session: Session) -> float:

@@ -16,8 +16,8 @@ from kvc2.cache.counts import Counts
 from kvc2.cache.namespaces import Spaces
 from kvc2.config import ServeConfig
 from kvc2.moving.behind import Behind
+from kvc2.moving.gpu_pools import GpuPool
 from kvc2.moving.loading import Loader
-from kvc2.moving.mover import GpuPool
 
 EVICT_DRAIN_S = 2.0
 ALL = 0xFFFFFFFF

@@ -22,7 +22,8 @@ from kvc2 import _core
 from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics
 from kvc2.moving.batches import STORE_BYTES, Batches, store_pages
-from kvc2.moving.mover import GpuPool, Mover
+from kvc2.moving.gpu_pools import GpuPool
+from kvc2.moving.mover import Mover
 from kvc2.moving.slabs import Slabs, cheapest
 from kvc2.periodic import periodically
 from kvc2.tiers.disk.tier import DiskTier
@@ -244,7 +245,7 @@ class Behind:
                 moved |= await self._demote(gpu)
                 if gpu.pools is not None:
                     self._index.trim(gpu.pools.cpu_id)
-                if gpu.at_rest is None:
+                if not gpu.life.over:
                     self._keep_free(gpu.id)
 
     async def _demote(self, gpu: GpuPool, *, rescue: bool = False) -> bool:
@@ -252,9 +253,9 @@ class Behind:
         if not rescue:
             await self._yield()
         async with gpu.demoting:
-            if gpu.closed or gpu.pools is None or not self._index.undemoted(gpu.id):
+            if gpu.life.state == "closed" or gpu.pools is None or not self._index.undemoted(gpu.id):
                 return False
-            if not rescue and (gpu.at_rest is not None or not self._wanted(gpu.id)):
+            if not rescue and (gpu.life.over or not self._wanted(gpu.id)):
                 return False
             if not rescue and self._must_wait("gpu"):
                 return False
@@ -270,7 +271,7 @@ class Behind:
                 return False
             good = await asyncio.shield(self._mover.demote(gpu, transfer))
             # a copy that the session's end made worthless says nothing of the next one
-            self._ended("gpu", good=good or gpu.at_rest is not None)
+            self._ended("gpu", good=good or gpu.life.over)
             self.wake()
             return good
 

@@ -16,7 +16,8 @@ from functools import partial
 from kvc2 import _core, errors
 from kvc2.metrics import Metrics
 from kvc2.moving import pace
-from kvc2.moving.mover import GpuPool, Mover
+from kvc2.moving.gpu_pools import GpuPool
+from kvc2.moving.mover import Mover
 from kvc2.tiers.pools import LayoutPools, Pools
 
 LOAD_BYTES = 64 << 20  # of one transfer from disk: 50 ms of reading, in parts on a few threads ...
@@ -217,8 +218,8 @@ class Loader:
 
     def _promote(self, gpu: GpuPool, lease: int) -> None:
         """cpu -> gpu as far as pages go."""
-        if gpu.broken:
-            raise errors.SessionOver("a transfer into the session's pool has failed: attach again")
+        if gpu.life.state != "ready":
+            raise errors.SessionOver(f"the session is {gpu.life.state}: attach again")
         transfer = self._index.promote(lease)
         if transfer is not None:
             self._mover.promote(gpu, transfer)

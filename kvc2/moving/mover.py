@@ -19,7 +19,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -27,12 +27,12 @@ import numpy as np
 from kvc2 import _core
 from kvc2.host.priority import step_back
 from kvc2.metrics import Metrics
+from kvc2.moving.gpu_pools import GpuPool
 from kvc2.moving.pace import Meter
 from kvc2.tiers.base import U8, U32, joined, part_of
 from kvc2.tiers.disk.batch import Batch, Writing
 from kvc2.tiers.disk.pool import READ_FAILED
 from kvc2.tiers.disk.tier import FAULT_OF_STATUS, DiskTier, Outcome
-from kvc2.tiers.gpu import GpuExecutor
 from kvc2.tiers.pools import LayoutPools
 
 LOG = logging.getLogger(__name__)
@@ -50,29 +50,6 @@ class Timed(Generic[T]):
     result: T
     began: float
     ended: float
-
-
-@dataclass(eq=False)
-class GpuPool:
-    """A session's pool: its executor, the thread that fills it, and its transfers by number.
-
-    `pending` maps the index's transfer ids to this session's sequence numbers until they are done.
-    `broken`: a promotion failed half-way, so that no later progress may be told, and `give_up` has
-    asked for the session's end: its engine can't wait for what never comes. `at_rest` is there
-    when the session is over: whether its pages can't change any more.
-    """
-
-    id: int
-    pools: LayoutPools | None  # None: gpu_only, nothing below
-    store: GpuExecutor | None
-    queue: ThreadPoolExecutor
-    give_up: Callable[[], None] = lambda: None
-    sequence: int = 0
-    pending: dict[int, int] = field(default_factory=dict)
-    demoting: asyncio.Lock = field(default_factory=asyncio.Lock)
-    broken: bool = False
-    at_rest: asyncio.Future[bool] | None = None
-    closed: bool = False
 
 
 class Mover:
@@ -160,9 +137,7 @@ class Mover:
             good = 0
         elif error := running.exception():
             LOG.error("promotion failed: %r", error)
-            gpu.broken = True
-            gpu.queue.shutdown(wait=False, cancel_futures=True)
-            gpu.give_up()
+            gpu.fail()
             good = 0
         elif gpu.pools is not None:
             self._measure("cpu", good * gpu.pools.shape.payload_bytes, begun, [running.result()])
@@ -293,8 +268,8 @@ class Mover:
             came = await running
             bad = np.flatnonzero(came == 0)
             good = int(bad[0]) if bad.size else came.size
-            if gpu.at_rest is not None and not await gpu.at_rest:
-                good = 0  # the session ended meanwhile: its engine may have written while we read
+            if not await gpu.holds():
+                good = 0
         except Exception as error:
             LOG.error("demotion failed: %r", error)
         finally:

@@ -11,7 +11,7 @@ import functools
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 
@@ -35,22 +35,25 @@ FIRST_GRANT_SHARE = 8  # of the pool, at most FIRST_GRANT_PAGES: the rest is bet
 FIRST_GRANT_PAGES = 256
 
 Context = grpc.aio.ServicerContext[Any, Any]
+# why a session ends: in order (the engine or the daemon says so), no heartbeat, a dead process, a
+# broken stream, a message that is not allowed, a promotion that failed
+Ending = Literal["detached", "drained", "expired", "died", "broken", "misused", "failed"]
 
 
 @dataclass(eq=False)
 class _Attachment:
-    """A session's stream and hand-over. `ended` carries why: a crash or in order."""
+    """A session's stream and hand-over. `ended` is done when the session shall end: it says why."""
 
     session: Session
     hello: cache_pb2.Hello
     nonce: bytes
     context: Context
-    ended: asyncio.Future[str]
+    ended: asyncio.Future[Ending]
     misuse: tuple[str, object, str] | None = None  # of InvalidRequest, raised by the stream
     handover: Handover | None = None
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    def end(self, reason: str) -> None:
+    def end(self, reason: Ending) -> None:
         if not self.ended.done():
             self.ended.set_result(reason)
 
@@ -91,7 +94,7 @@ class Attachments:
         hello = await self._read_hello(context)
         layout = self._check_hello(hello)
         session = self.table.open(hello.engine_name, layout, hello.num_pages)
-        ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        ended: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         nonce = secrets.token_bytes(NONCE_BYTES)
         attachment = _Attachment(session, hello, nonce, context, ended)
         # by its number: a session that held its attachment would outlive both
@@ -236,7 +239,7 @@ class Attachments:
         return functools.partial(self._beat, session)
 
     def _beat(self, session: Session) -> None:
-        if session.state != "over":  # its engine may not know yet
+        if not session.life.over:  # its engine may not know yet
             self.table.heartbeat(session)
 
     # ---- the end
@@ -248,7 +251,7 @@ class Attachments:
     def _close(self, attachment: _Attachment) -> asyncio.Task[None] | None:
         """Fence the session off at once; its pages follow in the task, if it had any."""
         session = attachment.session
-        joined = session.state == "ready"
+        joined = session.state != "joining"
         if not self.table.end(session):
             return None
         del self._open[session.epoch]
@@ -265,7 +268,7 @@ class Attachments:
         task.add_done_callback(self._closing.pop)
         return task
 
-    async def _close_pages(self, attachment: _Attachment, reason: str) -> None:
+    async def _close_pages(self, attachment: _Attachment, reason: Ending) -> None:
         handover = attachment.handover
         assert handover is not None  # it has joined
         if handover.pidfd >= 0:

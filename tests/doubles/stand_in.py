@@ -92,6 +92,7 @@ class StandIn:
             event_fd=self.event_fd,
             kept_pages=np.empty(0, np.uint32),
         )
+        self.session.life.become("ready")
         self.number = self.cache.open_namespace(self.session, self.namespace, self.identity)
 
     async def close(self, *, at_rest: bool = False) -> None:

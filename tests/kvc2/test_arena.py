@@ -154,7 +154,7 @@ def test_nothing_is_evicted_for_want_of_the_arena_that_is_still_coming(
             assert behind is not None
             for seed in range(8):
                 await engine.ask(prompt(seed, 25))
-            cpu = engine.session.pool.gpu.pools.cpu_id
+            cpu = engine.session.pool.pools.cpu_id
             while not cache.index.pool_counts(cpu).resident or len(behind._idle) < 2:
                 behind._settled.clear()
                 await behind._settled.wait()

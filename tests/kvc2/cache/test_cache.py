@@ -377,13 +377,13 @@ def test_a_second_acquire_of_a_released_request_can_be_released_too(tmp_path: Pa
             cache.release(engine.session, b"same")
             second = asyncio.ensure_future(cache.acquire(*ask))
             await asyncio.sleep(0)
-            settling = engine.session.pool.settling[b"same"]
+            later = engine.session.leases[b"same"]
             await first
-            assert engine.session.pool.settling[b"same"] is settling
+            assert engine.session.leases[b"same"] is later
             cache.release(engine.session, b"same")
-            assert settling.done()
+            assert later.ended.done()
             await second
-            assert not engine.session.pool.settling
+            assert not engine.session.leases
             assert cache.index.counts().leases == 0
 
     asyncio.run(run())

@@ -195,6 +195,6 @@ def test_without_a_disk_or_an_arena_it_is_gone_too() -> None:
                 await cache.flush(10)
                 assert sum(resident(cache).values()) == 0
                 assert (await engine.ask(tokens)).matched_tokens == 0
-                assert np.sum(cache.index.stamps(engine.session.pool.gpu.id) > 0) == 4
+                assert np.sum(cache.index.stamps(engine.session.pool.id) > 0) == 4
 
     asyncio.run(run())

@@ -15,7 +15,7 @@ from kvc2.answers import PrefetchResult
 from kvc2.arena import Arena
 from kvc2.cache.cache import Cache
 from kvc2.moving.behind import Behind
-from kvc2.moving.mover import GpuPool
+from kvc2.moving.gpu_pools import GpuPool
 from kvc2.tiers.pools import LayoutPools, Pools
 from tests.doubles.caches import faults, running
 from tests.doubles.stand_in import PAGE_SIZE, StandIn, prompt

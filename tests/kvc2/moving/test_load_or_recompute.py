@@ -211,7 +211,7 @@ def test_what_was_given_up_on_comes_behind_and_is_not_read_again(tmp_path: Path)
 def test_what_came_for_a_request_is_its_own_before_others_can_evict_it(tmp_path: Path) -> None:
     async def work(house: House) -> None:
         loop, mover = asyncio.get_running_loop(), house.cache._mover
-        cpu, told = house.engine.session.pool.gpu.pools.cpu_id, mover._on_done
+        cpu, told = house.engine.session.pool.pools.cpu_id, mover._on_done
 
         def others_run() -> None:
             loop.call_soon(house.cache.index.evict, cpu, BLOCKS)
@@ -229,7 +229,7 @@ def test_a_load_of_which_a_request_can_have_nothing_is_its_last(tmp_path: Path) 
 
     async def work(house: House) -> None:
         assert house.cache.grant(house.engine.session, 2 * BLOCKS).size == 2 * BLOCKS
-        cpu, next_load = house.engine.session.pool.gpu.pools.cpu_id, Loader._next_load
+        cpu, next_load = house.engine.session.pool.pools.cpu_id, Loader._next_load
         looks = 0
 
         def evicted(loader: Loader, errand: Errand, bytes_max: int) -> None:
@@ -262,7 +262,7 @@ def test_what_comes_for_a_request_that_was_answered_changes_nothing(tmp_path: Pa
         caller.cancel()
         await asyncio.wait([caller])
         await house.came()
-        held = cache.index.lease(session.leases[b"1"]).pages
+        held = cache.index.lease(session.leases[b"1"].id).pages
         assert (await acquire()).prefix_pages.size == held.size == 0
 
     in_house(tmp_path, SLOW, work)
