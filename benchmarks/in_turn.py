@@ -30,7 +30,7 @@ def flag(folder: Path) -> Path:
 
 async def serve(folder: Path) -> None:
     from kvc2.moving.loading import Loader
-    from kvc2.server import Daemon
+    from kvc2.server import running
 
     windowed = Loader._load_bytes
 
@@ -43,7 +43,7 @@ async def serve(folder: Path) -> None:
         cpu=CpuConfig.of_bytes(1 * GB),
         disk=DiskConfig.of_bytes(folder / "disk", 4 * GB),
     )
-    async with Daemon(config) as daemon:
+    async with running(config) as daemon:
         daemon.stop_on_signals()
         await daemon.stopped.wait()
 

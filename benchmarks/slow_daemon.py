@@ -21,15 +21,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kvc2.answers import AcquireResult
+from kvc2.cache.assemble import assemble
 from kvc2.cache.cache import Cache
 from kvc2.cache.sessions import Session
 from kvc2.config import CpuConfig, DiskConfig, ServeConfig
 from kvc2.metrics import Metrics
-from kvc2.server import Daemon
+from kvc2.server import running
 from kvc2.tiers.disk.slab_file import Files
 
 GB = 1_000_000_000
@@ -93,19 +95,22 @@ class SlowFiles(Files):
             time.sleep(max(0.0, begun + took_s - time.monotonic()))
 
 
-class SlowCache(Cache):
-    def __init__(self, config: ServeConfig, metrics: Metrics, folder: Path) -> None:
-        super().__init__(config, metrics, files=SlowFiles(folder))
-        self._folder = folder
+async def slow_cache(config: ServeConfig, metrics: Metrics, folder: Path) -> Cache:
+    """A cache on slow files, whose acquires may be made regardless of what computing takes."""
+    cache = await assemble(config, metrics, files=SlowFiles(folder))
+    acquire = cache.acquire
 
-    async def acquire(self, session: Session, *more: Any, **named: Any) -> AcquireResult:
+    async def regardless(session: Session, *more: Any, **named: Any) -> AcquireResult:
         told = session.prefill_rate
-        if Mode.read(self._folder).regardless:
+        if Mode.read(folder).regardless:
             session.prefill_rate = 0.0  # until the next commit: as of an engine that tells none
         try:
-            return await super().acquire(session, *more, **named)
+            return await acquire(session, *more, **named)
         finally:
             session.prefill_rate = session.prefill_rate or told
+
+    cache.acquire = regardless  # type: ignore[method-assign]
+    return cache
 
 
 async def serve(folder: Path, cpu_gb: float) -> None:
@@ -115,7 +120,7 @@ async def serve(folder: Path, cpu_gb: float) -> None:
         cpu=CpuConfig.of_bytes(int(cpu_gb * GB)),
         disk=DiskConfig.of_bytes(folder / "disk", 4 * GB),
     )
-    async with Daemon(config, cache=lambda *own: SlowCache(*own, folder)) as daemon:
+    async with running(config, open_cache=partial(slow_cache, folder=folder)) as daemon:
         daemon.stop_on_signals()
         await daemon.stopped.wait()
 

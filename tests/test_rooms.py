@@ -46,17 +46,18 @@ FLOORS = {
         channel, memory, results
     """,
     "kvc2/cache": """
+        assemble
         cache
         prefetch
         explain, pins, whole
         counts
-        namespaces, quotas, sessions
+        namespaces, quotas, sessions, ticker
     """,
     "kvc2/moving": """
         behind, scrub
         loading, slabs
         mover
-        batches, gpu_pools, pace
+        batches, changes, gpu_pools, pace
     """,
     "kvc2/tiers": """
         pools

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import mmap
-import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,19 +38,17 @@ from kvc2.cache.pins import Pins
 from kvc2.cache.prefetch import Prefetcher
 from kvc2.cache.quotas import TenantQuotas
 from kvc2.cache.sessions import OpenLease, Session
-from kvc2.cache.whole import ALL, Whole
+from kvc2.cache.ticker import Ticker
+from kvc2.cache.whole import Whole
 from kvc2.config import ServeConfig
-from kvc2.host import numa
 from kvc2.metrics import Metrics
 from kvc2.moving.behind import Behind
+from kvc2.moving.changes import Changes
 from kvc2.moving.gpu_pools import GpuPool
 from kvc2.moving.loading import Loader
 from kvc2.moving.mover import Mover
 from kvc2.moving.scrub import Scrubber
-from kvc2.periodic import periodically
 from kvc2.tiers.base import TIER_NUMBERS, PageShape
-from kvc2.tiers.disk.recency import Clocks
-from kvc2.tiers.disk.slab_file import Files, raise_file_limit
 from kvc2.tiers.disk.tier import DiskTier
 from kvc2.tiers.gpu import Copier, GpuMemory, SharedMemoryPool
 from kvc2.tiers.pools import Pools
@@ -60,107 +57,53 @@ U8 = NDArray[np.uint8]
 U32 = NDArray[np.uint32]
 
 RESCUE_S = 2.0  # for a dead engine's uncopied blocks
-TICK_S = 1.0  # while no call comes: what has expired gives its pages up
 NO_HINTS = Hints()
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a cache is made of (assemble.py). `arena`, `pools` and `behind` are None where there is
+    only the gpu tier, `disk` where there is no disk. `gpus` and `sessions`: the open ones by epoch.
+    `copiers`: for copies that somebody waits for, and for those behind."""
+
+    config: ServeConfig
+    metrics: Metrics
+    index: _core.Index
+    ticker: Ticker
+    arena: Arena | None
+    disk: DiskTier | None
+    pools: Pools | None
+    mover: Mover
+    loader: Loader
+    behind: Behind | None
+    spaces: Spaces
+    counts: Counts
+    quotas: TenantQuotas
+    pins: Pins
+    prefetcher: Prefetcher
+    scrubber: Scrubber
+    explainer: Explainer
+    whole: Whole
+    gpus: dict[int, GpuPool]
+    sessions: dict[int, Session]
+    copiers: tuple[Copier, Copier]
+    ticking: asyncio.Task[None]
+    woken: Changes
+
+
 class Cache:
-    """`files` is where tests put faults of the disk; `wall` is read for times that outlive this
-    run, and for nothing else: it may be set at any moment."""
+    """Assembled whole by assemble.py; `stop` ends it."""
 
-    def __init__(
-        self,
-        config: ServeConfig,
-        metrics: Metrics,
-        clock: Callable[[], float] = time.monotonic,
-        *,
-        files: Files | None = None,
-        wall: Callable[[], float] = time.time,
-    ) -> None:
-        self._config = config
-        self._metrics = metrics
-        self._clock = clock
-        self._files = files
-        self._started_at = clock()
-        self._clocks = Clocks(wall, self._second)
-        self._gpus: dict[int, GpuPool] = {}
-        self._sessions: dict[int, Session] = {}
-        self._arena: Arena | None = None
-        self._disk: DiskTier | None = None
-        self._pools: Pools | None = None
-        self._behind: Behind | None = None
-
-    async def start(self) -> None:
-        """Open the tiers, restore what the disk holds, start the threads. Raises StartRefused."""
-        raise_file_limit()
-        config, memory = self._config, np.empty(0, np.uint8)
-        if not config.gpu_only:
-            nodes = numa.wanted(config.cpu.numa)
-            self._arena = Arena(config.cpu.memory_bytes, config.slab_bytes, nodes=nodes)
-            memory = self._arena.memory
-            if config.disk.path is not None:
-                self._disk = DiskTier(
-                    config.disk,
-                    memory,
-                    self._metrics,
-                    files=self._files,
-                    clocks=self._clocks,
-                )
-        starts = 0 if self._disk is None else self._disk.catalogue.start_count
-        stamp = 0 if self._disk is None else self._disk.last_stamp()
-        self.index = _core.Index(
-            first_generation=(starts << 32) + 1,
-            first_stamp=stamp + 1,
-            policy=config.eviction_policy,
-            dead_blocks=config.limits.max_dead_blocks,
-        )
-        self._mover = Mover(
-            self.index, self._metrics, memory, self._disk, self._transfer_ended, clock=self._clock
-        )
-        always = config.load_policy == "always"
-        self._loader = Loader(self.index, self._mover, self._metrics, always=always)
-        spaces_max = config.limits.max_known_namespaces
-        self.spaces = Spaces(self.index, self._mover, self._disk, spaces_max, self.tick)
-        self._ticking = asyncio.create_task(periodically(TICK_S, self.tick, self._metrics))
-        self.counts = Counts(self.index, self._gpus, self._sessions, self._arena, self._disk)
-        self.quotas = TenantQuotas(self.index, config)
-        self.spaces.held = lambda: {n for s in self._sessions.values() for n in s.namespaces}
-        self.pins = Pins(self.index, self.spaces, self.counts, config)
-        self.prefetcher = Prefetcher(
-            self.index, self.spaces, self.pins, loader=self._loader, mover=self._mover
-        )
-        self.scrubber = Scrubber(self.index, loader=self._loader, mover=self._mover)
-        self.explainer = Explainer(
-            self.index, self.spaces, self.counts, policy=config.eviction_policy, tick=self.tick
-        )
-        self.spaces.on_gone += [self.pins.gone, self.explainer.gone]
-        if self._arena is not None:
-            self._start_slower_tiers(self._arena)
-        self.tick()  # what expired while nobody ran is dead
-        loader, behind = self._loader, self._behind
-        self._whole = Whole(
-            self.index, self.spaces, self.counts, loader=loader, behind=behind, config=config
-        )
-
-    def _start_slower_tiers(self, arena: Arena) -> None:
-        """Pools over cpu and disk, what the disk holds restored; copying behind begins."""
-        config = self._config
-        threads = config.copy_threads
-        self._copiers = Copier(threads), Copier(threads, behind=True)
-        self._pools = Pools(self.index, arena, self._disk, self._metrics, config)
-        if self._disk is not None:
-            self.spaces.adopt(self._pools.restore())
-        self._loader.pools = self.counts.pools = self._pools
-        self.prefetcher.pools = self.scrubber.pools = self._pools
-        if self._disk is not None and config.disk.scrub_mb_per_s:
-            self.scrubber.keep(config.disk.scrub_mb_per_s)
-        self._pools.on_served = self._loader.changed
-        self._behind = Behind(
-            self.index, self._mover, self._pools, self._gpus, config=config, metrics=self._metrics
-        )
-        self._behind.start()
-        loop = asyncio.get_running_loop()
-        arena.start(lambda: _call(loop, partial(self._arena_grew, arena.short_bytes)))
+    def __init__(self, parts: Parts) -> None:
+        self.index, self.spaces, self.counts = parts.index, parts.spaces, parts.counts
+        self.quotas, self.pins, self.explainer = parts.quotas, parts.pins, parts.explainer
+        self.prefetcher, self.scrubber = parts.prefetcher, parts.scrubber
+        self._config, self._metrics = parts.config, parts.metrics
+        self._arena, self._disk, self._pools = parts.arena, parts.disk, parts.pools
+        self._mover, self._loader, self._behind = parts.mover, parts.loader, parts.behind
+        self._gpus, self._sessions, self._copiers = parts.gpus, parts.sessions, parts.copiers
+        self._whole, self._ticking, self._wake = parts.whole, parts.ticking, parts.woken
+        self.tick = parts.ticker.tick
 
     async def stop(self, deadline_s: float) -> FlushResult:
         """Flush, then close sessions, threads and tiers."""
@@ -180,32 +123,6 @@ class Cache:
         if self._arena is not None:
             await asyncio.to_thread(self._arena.close)
         return result
-
-    def _arena_grew(self, short_bytes: int) -> None:
-        if short_bytes:
-            self._metrics.fault("arena_short")
-        self._loader.changed()
-        self._wake()
-
-    def _transfer_ended(self) -> None:
-        self._loader.changed()
-        self._wake()
-
-    def tick(self) -> int:
-        """Tell the index the time, seconds since the start from 1: what has expired is dead."""
-        now = self._second()
-        if self.index.advance(now):
-            self._wake()
-            for gpu in self._gpus.values() if self._behind is None else []:
-                self.index.reap(gpu.id, ALL)  # nobody else does
-        return now
-
-    def _second(self) -> int:
-        return int(self._clock() - self._started_at) + 1
-
-    def _wake(self) -> None:
-        if self._behind is not None:
-            self._behind.wake()
 
     # ---- sessions ----
 
@@ -442,11 +359,6 @@ def _nothing() -> AcquireResult:
     """The answer to an acquire that was released meanwhile."""
     empty = np.empty(0, np.uint32)
     return AcquireResult(0, (0, 0, 0, 0), empty, 0, empty, 0)
-
-
-def _call(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
-    """From another thread."""
-    loop.call_soon_threadsafe(work)
 
 
 async def _may_change() -> bool:

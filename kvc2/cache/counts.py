@@ -20,23 +20,22 @@ from kvc2.tiers.pools import Pools
 
 
 class Counts:
-    """`gpus` and `sessions` are the cache's own tables, by epoch; `pools` is None where there is
-    only the gpu tier. Nothing here changes the cache."""
+    """`open_now` are the cache's own tables of pools and sessions, by epoch. `pools` is None where
+    there is only the gpu tier. Nothing here changes the cache."""
 
     def __init__(
         self,
         index: _core.Index,
-        gpus: Mapping[int, GpuPool],
-        sessions: Mapping[int, Session],
+        open_now: tuple[Mapping[int, GpuPool], Mapping[int, Session]],
         arena: Arena | None,
         disk: DiskTier | None,
+        pools: Pools | None,
     ) -> None:
         self._index = index
-        self._gpus = gpus
-        self._sessions = sessions
+        self._gpus, self._sessions = open_now
         self._arena = arena
         self._disk = disk
-        self.pools: Pools | None = None
+        self.pools = pools
         self._forgotten = (0, 0)  # evicted, last copies: of sessions that are over
 
     def stats(self) -> CacheStats:

@@ -47,7 +47,14 @@ class Prefetcher:
     """All on the event loop. `pools` is None where there is only the gpu tier."""
 
     def __init__(
-        self, index: _core.Index, spaces: Spaces, pins: Pins, *, loader: Loader, mover: Mover
+        self,
+        index: _core.Index,
+        spaces: Spaces,
+        pins: Pins,
+        pools: Pools | None,
+        *,
+        loader: Loader,
+        mover: Mover,
     ) -> None:
         self._index = index
         self._spaces = spaces
@@ -56,7 +63,7 @@ class Prefetcher:
         self._mover = mover
         self._under_way: set[asyncio.Task[None]] = set()
         self._turn = asyncio.Lock()
-        self.pools: Pools | None = None
+        self.pools = pools
 
     async def prefetch(
         self, session: Session | None, number: int, tokens: U32, *, tier: str, deadline_s: float

@@ -56,14 +56,22 @@ class Loader:
     an engine would compute sooner."""
 
     def __init__(
-        self, index: _core.Index, mover: Mover, metrics: Metrics, *, always: bool = False
+        self,
+        index: _core.Index,
+        mover: Mover,
+        metrics: Metrics,
+        pools: Pools | None,
+        *,
+        always: bool = False,
     ) -> None:
         self._always = always
         self._index = index
         self._mover = mover
         self._metrics = metrics
         self._waiters: list[asyncio.Future[None]] = []
-        self.pools: Pools | None = None
+        self.pools = pools
+        if pools is not None:
+            pools.on_served = self.changed
 
     def changed(self) -> None:
         """A transfer has ended or the arena has grown."""

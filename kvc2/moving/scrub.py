@@ -42,7 +42,9 @@ MB = 1_000_000
 class Scrubber:
     """`pools` is None where there is only the gpu tier."""
 
-    def __init__(self, index: _core.Index, *, loader: Loader, mover: Mover) -> None:
+    def __init__(
+        self, index: _core.Index, pools: Pools | None, *, loader: Loader, mover: Mover
+    ) -> None:
         self._index = index
         self._loader = loader
         self._mover = mover
@@ -51,7 +53,7 @@ class Scrubber:
         self._rate = 0.0  # bytes/s
         self._begun = self._ended = 0.0
         self._total = self._blocks = self._bytes = self._bad = self._passes = 0
-        self.pools: Pools | None = None
+        self.pools = pools
 
     def start(self, mb_per_s: int) -> None:
         """Begin a pass, or go on with the one under way at this rate; 0: RATE_MB_PER_S. Raises

@@ -10,7 +10,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
 
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from kvc2 import errors, events
 from kvc2.answers import SIZES, FlushResult
+from kvc2.cache.assemble import assemble
 from kvc2.cache.cache import Cache
 from kvc2.cache.sessions import SessionTable
 from kvc2.config import ServeConfig
@@ -35,25 +36,57 @@ STOP_GRACE_S = 0.5  # for calls under way when the last flush has ended
 SCRAPE_S = 1.0
 
 
+@contextlib.asynccontextmanager
+async def running(
+    config: ServeConfig,
+    *,
+    open_cache: Callable[[ServeConfig, Metrics], Awaitable[Cache]] = assemble,
+    clock: Callable[[], float] = time.monotonic,
+) -> AsyncIterator[Daemon]:
+    """A daemon that serves until the body ends. Raises StartRefused and InvalidConfig. `open_cache`
+    and `clock` are where tests put theirs."""
+    started = time.monotonic()
+    async with contextlib.AsyncExitStack() as stack:
+        claim = Claim(config.listen)
+        stack.callback(claim.close)
+        metrics = Metrics()
+        cache = await open_cache(config, metrics)
+        table = SessionTable(max_sessions=config.limits.max_sessions, clock=clock)
+        daemon = Daemon(config, metrics, cache, claim, table)
+        stack.push_async_callback(daemon.stop_cache)
+        await stack.enter_async_context(daemon)
+        # of a unix path gRPC says port 1
+        port = {} if claim.path is not None else {"port": daemon.port}
+        events.event(
+            "serving",
+            listen=config.listen,
+            **port,
+            arena_bytes=0 if config.gpu_only else config.cpu.memory_bytes,
+            disk=config.disk.path,
+            seconds=round(time.monotonic() - started, 3),
+        )
+        yield daemon
+
+
 class Daemon:
-    """`async with Daemon(config) as daemon: await daemon.stopped.wait()`. Raises StartRefused and
-    InvalidConfig from its start. `cache` is for tests; None: the real one."""
+    """One over an open cache; `running` makes it. `stopped` is set when it was told to stop."""
 
     def __init__(
         self,
         config: ServeConfig,
-        *,
-        cache: Callable[[ServeConfig, Metrics], Cache] = Cache,
-        clock: Callable[[], float] = time.monotonic,
+        metrics: Metrics,
+        cache: Cache,
+        claim: Claim,
+        table: SessionTable,
     ) -> None:
         self.config = config
-        self.metrics = Metrics()
-        self.cache = cache(config, self.metrics)
+        self.metrics = metrics
+        self.cache = cache
         self.stopped = asyncio.Event()
         self.port = 0
-        self._claim = Claim(config.listen)
-        table = SessionTable(max_sessions=config.limits.max_sessions, clock=clock)
-        self.attachments = Attachments(config, self.cache, table, self.metrics)
+        self._claim = claim
+        self.attachments = Attachments(config, cache, table, metrics)
+        self.calls = CacheCalls(config, cache, self.attachments, metrics, self._drain_call)
         self._flushed: asyncio.Task[FlushResult] | None = None
         self._deadline = 0.0
         self._server = wiring.open_server(config.limits)
@@ -62,11 +95,7 @@ class Daemon:
 
     async def __aenter__(self) -> Daemon:
         """Open in order. What was opened is closed again, last first, here and in __aexit__."""
-        started = time.monotonic()
         async with contextlib.AsyncExitStack() as stack:
-            stack.callback(self._claim.close)
-            await self.cache.start()
-            stack.push_async_callback(self._stop_cache)
             self._register()
             await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
             self._bind()
@@ -81,16 +110,6 @@ class Daemon:
             stack.callback(expiry.cancel)
             await self._set_health(health_pb2.HealthCheckResponse.SERVING)
             self._opened = stack.pop_all()
-        # of a unix path gRPC says port 1
-        port = {} if self._claim.path is not None else {"port": self.port}
-        events.event(
-            "serving",
-            listen=self.config.listen,
-            **port,
-            arena_bytes=0 if self.config.gpu_only else self.config.cpu.memory_bytes,
-            disk=self.config.disk.path,
-            seconds=round(time.monotonic() - started, 3),
-        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -98,15 +117,13 @@ class Daemon:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._opened.aclose()
 
-    async def _stop_cache(self) -> None:
+    async def stop_cache(self) -> None:
+        """Flush within what is left of the time to drain, and close the cache."""
         flushed = await self.cache.stop(max(0.0, self._deadline - time.monotonic()))
         not_durable = sum(flushed.not_durable.values())
         events.event("stopped", durable=flushed.durable_blocks, not_durable=not_durable)
 
     def _register(self) -> None:
-        self.calls = CacheCalls(
-            self.config, self.cache, self.attachments, self.metrics, self._drain_call
-        )
         wiring.register(self._server, self.calls, self.attachments, self.metrics)
         library = wiring.LibraryServices(self._server, self.metrics)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, library)
@@ -201,6 +218,6 @@ def tier_samples(cache: Cache) -> list[TierSample]:
 
 async def serve(config: ServeConfig) -> None:
     """Run a daemon until it is told to stop. Raises StartRefused and InvalidConfig."""
-    async with Daemon(config) as daemon:
+    async with running(config) as daemon:
         daemon.stop_on_signals()
         await daemon.stopped.wait()

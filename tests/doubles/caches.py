@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+from kvc2.cache.assemble import assemble
 from kvc2.cache.cache import Cache
 from kvc2.config import Admission, CpuConfig, DiskConfig, Durability, ServeConfig
 from kvc2.metrics import Metrics
@@ -40,8 +41,7 @@ async def running(
         copy_threads=2,
         **more,  # type: ignore[arg-type]
     )
-    cache = Cache(config, Metrics(), clock, files=files, wall=wall)
-    await cache.start()
+    cache = await assemble(config, Metrics(), clock, files=files, wall=wall)
     try:
         yield cache
     finally:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvc2.config import CpuConfig, DiskConfig, LimitsConfig, ServeConfig
-from kvc2.server import Daemon
+from kvc2.server import running
 from tests.doubles.fakes import FakeCache
 
 
@@ -35,12 +35,12 @@ class ServedDaemon:
         self,
         config: ServeConfig,
         *,
-        cache: Callable[..., Any] | None = FakeCache,
+        cache: Callable[..., Any] | None = FakeCache.opened,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.config = config
         self.address = config.listen
-        self._options: dict[str, Any] = {} if cache is None else {"cache": cache}
+        self._options: dict[str, Any] = {} if cache is None else {"open_cache": cache}
         if clock is not None:
             self._options["clock"] = clock
         self._started = threading.Event()
@@ -49,7 +49,7 @@ class ServedDaemon:
 
     async def _serve(self) -> None:
         try:
-            async with Daemon(self.config, **self._options) as daemon:
+            async with running(self.config, **self._options) as daemon:
                 self.daemon = daemon
                 self.loop = asyncio.get_running_loop()
                 self._started.set()

@@ -106,7 +106,9 @@ class FakeCache:
         self.namespaces: list[bytes] = []
         self.fail: BaseException | None = None
 
-    async def start(self) -> None: ...
+    @classmethod
+    async def opened(cls, config: ServeConfig, metrics: Metrics) -> FakeCache:
+        return cls(config, metrics)
 
     def leased_namespaces(self, session: Session) -> set[int]:
         return set(session.leases.values())

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvc2 import errors
+from kvc2.cache.assemble import assemble
 from kvc2.cache.cache import Cache
 from kvc2.client import Admin
 from kvc2.commands import cli
@@ -249,8 +250,7 @@ def test_a_configured_scrub_begins_with_the_daemon(tmp_path: Path) -> None:
         flip_payload(tmp_path)
         disk = DiskConfig(path=tmp_path, size_gb=0.1, scrub_mb_per_s=1000)
         config = ServeConfig(cpu=CpuConfig.of_bytes(4 * MIB), disk=disk, slab_bytes=MIB)
-        cache = Cache(config, Metrics())
-        await cache.start()
+        cache = await assemble(config, Metrics())
         try:
             while cache.scrubber.progress().passes == 0:
                 await asyncio.sleep(0.001)

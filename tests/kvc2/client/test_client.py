@@ -25,7 +25,7 @@ TOKENS = np.arange(100, dtype=np.uint32)
 
 @pytest.fixture(params=["fake", "real"])
 def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ServedDaemon]:
-    cache = FakeCache if request.param == "fake" else None
+    cache = FakeCache.opened if request.param == "fake" else None
     with ServedDaemon(serve_config(tmp_path), cache=cache) as daemon:
         yield daemon
 

@@ -18,7 +18,7 @@ from tests.doubles.wires import SEALS, Wire, hello, memfd, u32
 
 @pytest.fixture(scope="module", params=["fake", "real"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[ServedDaemon]:
-    cache = FakeCache if request.param == "fake" else None
+    cache = FakeCache.opened if request.param == "fake" else None
     with ServedDaemon(serve_config(tmp_path_factory.mktemp("daemon")), cache=cache) as daemon:
         yield daemon
 

@@ -1,0 +1,191 @@
+"""Puts a cache together: opens the tiers, restores what the disk holds, connects the parts.
+
+Not responsible for what a part does, nor for closing them (Cache.stop).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvc2 import _core
+from kvc2.arena import Arena
+from kvc2.cache.cache import Cache, Parts
+from kvc2.cache.counts import Counts
+from kvc2.cache.explain import Explainer
+from kvc2.cache.namespaces import Spaces
+from kvc2.cache.pins import Pins
+from kvc2.cache.prefetch import Prefetcher
+from kvc2.cache.quotas import TenantQuotas
+from kvc2.cache.sessions import Session
+from kvc2.cache.ticker import TICK_S, Seconds, Ticker
+from kvc2.cache.whole import ALL, Whole
+from kvc2.config import ServeConfig
+from kvc2.host import numa
+from kvc2.metrics import Metrics
+from kvc2.moving.behind import Behind
+from kvc2.moving.changes import Changes
+from kvc2.moving.gpu_pools import GpuPool
+from kvc2.moving.loading import Loader
+from kvc2.moving.mover import Mover
+from kvc2.moving.scrub import Scrubber
+from kvc2.periodic import periodically
+from kvc2.tiers.base import U8
+from kvc2.tiers.disk.recency import Clocks
+from kvc2.tiers.disk.slab_file import Files, raise_file_limit
+from kvc2.tiers.disk.tier import DiskTier
+from kvc2.tiers.gpu import Copier
+from kvc2.tiers.pools import Pools
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where pages below the gpu tier lie: nowhere (gpu_only), in the arena, and on disk."""
+
+    arena: Arena | None
+    disk: DiskTier | None
+
+    @property
+    def bytes(self) -> U8:
+        return np.empty(0, np.uint8) if self.arena is None else self.arena.memory
+
+    def pools(self, index: _core.Index, metrics: Metrics, config: ServeConfig) -> Pools | None:
+        return None if self.arena is None else Pools(index, self.arena, self.disk, metrics, config)
+
+
+async def assemble(
+    config: ServeConfig,
+    metrics: Metrics,
+    clock: Callable[[], float] = time.monotonic,
+    *,
+    files: Files | None = None,
+    wall: Callable[[], float] = time.time,
+) -> Cache:
+    """A whole cache, its threads and tasks running. `clock` is monotonic seconds. `wall` is read
+    for times that outlive this run, and for nothing else: it may be set at any moment. `files` is
+    where tests put faults of the disk. Raises StartRefused."""
+    seconds = Seconds(clock)
+    memory = _memory(config, metrics, files, Clocks(wall, seconds))
+    index = _index(config, memory.disk)
+    pools = memory.pools(index, metrics, config)
+    gpus: dict[int, GpuPool] = {}
+    sessions: dict[int, Session] = {}
+    changes = CacheChanges(Changes(), Changes(), Changes())
+    ticker = Ticker(index, seconds, changes.expired)
+    mover = Mover(index, metrics, memory.bytes, memory.disk, changes.ended, clock=clock)
+    loader = Loader(index, mover, metrics, pools, always=config.load_policy == "always")
+    spaces = Spaces(index, mover, memory.disk, config.limits.max_known_namespaces, ticker.tick)
+    spaces.held = lambda: {number for each in sessions.values() for number in each.namespaces}
+    if pools is not None and memory.disk is not None:
+        spaces.adopt(pools.restore())
+    counts = Counts(index, (gpus, sessions), memory.arena, memory.disk, pools)
+    pins = Pins(index, spaces, counts, config)
+    explainer = Explainer(index, spaces, counts, policy=config.eviction_policy, tick=ticker.tick)
+    spaces.on_gone += [pins.gone, explainer.gone]
+    behind = None
+    if pools is not None:
+        behind = Behind(index, mover, pools, gpus, config=config, metrics=metrics)
+    changes.connect(loader, behind, lambda: _reap(index, gpus))
+    parts = Parts(
+        config=config,
+        metrics=metrics,
+        index=index,
+        ticker=ticker,
+        arena=memory.arena,
+        disk=memory.disk,
+        pools=pools,
+        mover=mover,
+        loader=loader,
+        behind=behind,
+        spaces=spaces,
+        counts=counts,
+        quotas=TenantQuotas(index, config),
+        pins=pins,
+        prefetcher=Prefetcher(index, spaces, pins, pools, loader=loader, mover=mover),
+        scrubber=Scrubber(index, pools, loader=loader, mover=mover),
+        explainer=explainer,
+        whole=Whole(index, spaces, counts, loader=loader, behind=behind, config=config),
+        gpus=gpus,
+        sessions=sessions,
+        copiers=(Copier(config.copy_threads), Copier(config.copy_threads, behind=True)),
+        ticking=asyncio.create_task(periodically(TICK_S, ticker.tick, metrics)),
+        woken=changes.woken,
+    )
+    _begin(parts, changes)
+    return Cache(parts)
+
+
+@dataclass(frozen=True)
+class CacheChanges:
+    """ended: a transfer has, or the arena has grown. expired: blocks have died of age. woken: there
+    may be something to copy behind, or room for it."""
+
+    ended: Changes
+    expired: Changes
+    woken: Changes
+
+    def connect(self, loader: Loader, behind: Behind | None, reap: Callable[[], None]) -> None:
+        self.ended.listen(loader.changed)
+        self.ended.listen(self.woken)
+        self.expired.listen(self.woken)
+        if behind is None:
+            self.expired.listen(reap)  # nobody else does
+        else:
+            self.woken.listen(behind.wake)
+
+
+def _memory(config: ServeConfig, metrics: Metrics, files: Files | None, clocks: Clocks) -> Memory:
+    raise_file_limit()
+    if config.gpu_only:
+        return Memory(None, None)
+    nodes = numa.wanted(config.cpu.numa)
+    arena = Arena(config.cpu.memory_bytes, config.slab_bytes, nodes=nodes)
+    if config.disk.path is None:
+        return Memory(arena, None)
+    disk = DiskTier(config.disk, arena.memory, metrics, files=files, clocks=clocks)
+    return Memory(arena, disk)
+
+
+def _index(config: ServeConfig, disk: DiskTier | None) -> _core.Index:
+    """Its generations and stamps go on where those on disk end."""
+    starts = 0 if disk is None else disk.catalogue.start_count
+    stamp = 0 if disk is None else disk.last_stamp()
+    return _core.Index(
+        first_generation=(starts << 32) + 1,
+        first_stamp=stamp + 1,
+        policy=config.eviction_policy,
+        dead_blocks=config.limits.max_dead_blocks,
+    )
+
+
+def _reap(index: _core.Index, gpus: dict[int, GpuPool]) -> None:
+    for gpu in gpus.values():
+        index.reap(gpu.id, ALL)
+
+
+def _begin(parts: Parts, changes: CacheChanges) -> None:
+    """What goes on by itself from now on."""
+    parts.ticker.tick()  # what expired while nobody ran is dead
+    config, arena = parts.config, parts.arena
+    if parts.disk is not None and config.disk.scrub_mb_per_s:
+        parts.scrubber.keep(config.disk.scrub_mb_per_s)
+    if parts.behind is not None:
+        parts.behind.start()
+    if arena is None:
+        return
+
+    def grew() -> None:
+        if arena.short_bytes:
+            parts.metrics.fault("arena_short")
+        changes.ended()
+
+    loop = asyncio.get_running_loop()
+    arena.start(lambda: _from_thread(loop, grew))
+
+
+def _from_thread(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    loop.call_soon_threadsafe(call)
