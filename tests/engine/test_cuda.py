@@ -116,7 +116,7 @@ def test_a_model_on_the_device_stays_as_near_to_float32_as_transformers_does(
     make: Callable[..., Path],
     chunk: int,
 ) -> None:
-    """The rule of test_engine_forward: our error is at most 1.5 x theirs in bf16, on average."""
+    """The rule of test_forward: our error is at most 1.5 x theirs in bf16, on average."""
     model_dir = make(
         tmp_path / "model", torch.bfloat16, num_local_experts=4, num_experts_per_tok=4, head_dim=64
     )
