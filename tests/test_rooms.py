@@ -114,9 +114,13 @@ FLOORS = {
 CPP_FLOORS = """
     bindings
     index, block, copy, experts, attention
-    index/radix_tree, index/residency, index/eviction
-    index/explanation, index/page_pool, index/prefix_pins, index/key_table, index/reuse_curve
-    index/quotas
+    index/leases, index/loads
+    index/transfers, index/prefetch
+    index/explain, index/claims
+    index/evictor, index/match, index/records
+    index/radix_tree, index/residency, index/lives_of_nodes, index/eviction
+    index/explanation, index/pools, index/prefix_pins, index/key_table, index/reuse_curve
+    index/quotas, index/page_pool
     index/obituaries
     index/block_key, index/life
     base

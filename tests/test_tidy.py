@@ -17,6 +17,7 @@ import pytest
 from tests import ROOT
 from tests.house import cpp_files, identify, imported_modules, python_files
 
+CPP_COLUMNS_MAX = 100  # as .clang-format says
 FILE_LINES_MAX = 500  # a longer file holds more than one concept
 PYTHON_FUNCTION_LINES_MAX = 60
 CPP_FUNCTION_LINES_MAX = 70
@@ -40,6 +41,18 @@ def test_files_hold_one_concept() -> None:
         if (count := len(path.read_text().splitlines())) > FILE_LINES_MAX
     ]
     assert not long, "\n".join(long)
+
+
+def test_no_line_of_cpp_is_too_wide() -> None:
+    """The formatter keeps code narrow but leaves comments alone, since it tears numbered laws and
+    tables apart."""
+    wide = [
+        f"{identify(path)}:{number}"
+        for path in cpp_files()
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > CPP_COLUMNS_MAX
+    ]
+    assert not wide, "\n".join(wide)
 
 
 def python_functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

@@ -1,153 +1,49 @@
-// Index: what a request does. Match, acquire, commit, release.
-#include <algorithm>
-#include <utility>
+// Lives of leases: open, shorten, commit, lose, release.
+#include "index/leases.h"
 
-#include "base/check.h"
-#include "index/index.h"
+#include <algorithm>
+#include <unordered_set>
+#include <utility>
 
 namespace kvc2 {
 
-constexpr uint32_t kSiblingsOfAcquire = 16;  // every request pays for them: 1 us
-
-uint32_t Index::open_namespace(const Digest& name, uint32_t page_size) {
-  const Lock lock(mutex_);
-  if (page_size == 0 || page_size > kMaxPageSize)
-    throw std::invalid_argument("page_size: 1 to 512");
-  const auto [at, fresh] = space_ids_.try_emplace(root_key(name), 0);
-  if (fresh) return at->second = tree_.add_space(name, page_size);
-  if (tree_.spaces[at->second].name != name)
-    throw std::invalid_argument("namespace: key collision");
-  if (tree_.spaces[at->second].page_size != page_size) {
-    throw std::invalid_argument("page_size: the namespace was opened with " +
-                                std::to_string(tree_.spaces[at->second].page_size));
-  }
-  return at->second;
-}
-
-bool Index::close_namespace(uint32_t space) {
-  const Lock lock(mutex_);
-  const Digest name = open_space(space).name;
-  const auto uses = [&](const auto& each) { return each.second.space == space; };
-  if (tree_.pins.of_space(space) || std::ranges::any_of(leases_, uses)) return false;
-  if (!tree_.close_space(space)) return false;
-  space_ids_.erase(root_key(name));
-  return true;
-}
-
-const Space& Index::open_space(uint32_t space) const {
-  if (space >= tree_.spaces.size() || tree_.spaces[space].closed) {
-    throw UnknownId("namespace " + std::to_string(space));
-  }
-  return tree_.spaces[space];
-}
-
-void Index::check_space(uint32_t space, PoolId id) const {
-  open_space(space);
-  if (tree_.spaces[space].page_size != pool(id).shape.page_size) {
-    throw std::invalid_argument("pool: its page_size is not the namespace's");
-  }
-}
-
-const Index::Lease& Index::open_lease(LeaseId id) const {
-  const auto found = leases_.find(id);
-  if (found == leases_.end()) throw UnknownId("lease " + std::to_string(id));
+template <typename Map>
+static auto& found_in(Map& leases, LeaseId id) {
+  const auto found = leases.find(id);
+  if (found == leases.end()) throw UnknownId("lease " + std::to_string(id));
   return found->second;
 }
 
-// Appends the fastest pool that holds each leading block of the run; stops at one that none holds.
-uint32_t Index::tiers_of(const Run& run, std::span<const PoolId> chain,
-                         std::vector<uint8_t>& tiers) const {
-  uint32_t end = 0;  // of the blocks whose tier is known
-  while (end < run.blocks) {
-    Run rest{run.node, run.offset + end, run.blocks - end};
-    uint8_t tier = 0;
-    uint32_t blocks = tree_.resident_blocks(rest, chain[0]);
-    while (blocks == 0 && ++tier < chain.size()) {
-      // a faster pool that holds later ones has its say about each
-      if (!tree_.pages(rest, chain[tier - 1]).empty()) rest.blocks = 1;
-      blocks = tree_.resident_blocks(rest, chain[tier]);
-    }
-    if (blocks == 0) break;
-    tiers.insert(tiers.end(), blocks, tier);
-    end += blocks;
-  }
-  return end;
-}
+Leases::Lease& Leases::get(LeaseId id) { return found_in(leases_, id); }
 
-// The leading blocks of a path of the tree.
-Index::Found Index::find(uint32_t space, std::span<const PoolId> pools,
-                         const std::vector<Run>& path) const {
-  const bool retired = tree_.spaces[space].retired;
-  Found found{.space = space, .last = {tree_.spaces[space].root, kBeforeFirst}};
-  for (Run run : path) {
-    const Run living{run.node, run.offset, retired ? 0 : tree_.living_blocks(run)};
-    const uint32_t matched = tiers_of(living, pools, found.tiers);
-    const uint32_t blocks = std::exchange(run.blocks, matched);
-    if (run.blocks > 0) {
-      found.last = {run.node, run.offset + run.blocks - 1};
-      found.path.push_back(run);
-    }
-    if (run.blocks < blocks) {
-      found.passed = Place{run.node, run.offset + run.blocks};
-      break;
-    }
-  }
-  return found;
-}
+const Leases::Lease& Leases::get(LeaseId id) const { return found_in(leases_, id); }
 
-Match Index::match(uint32_t space, PoolId head, Tokens tokens) const {
-  const Lock lock(mutex_);
-  check_space(space, head);
-  const std::vector<PoolId> pools = chain(head);
-  const std::vector<uint8_t> tiers = find(space, pools, tree_.find(space, tokens)).tiers;
-  Match match{static_cast<uint32_t>(tiers.size()), std::vector<uint32_t>(pools.size(), 0)};
-  for (const uint8_t tier : tiers) ++match.tiers[tier];
-  return match;
-}
-
-uint32_t Index::tick() {
-  if (stamp_ >= 0xFFFFFFFE) {  // a restored stamp may be the very last
-    tree_.halve_stamps();
-    for (auto& [id, lease] : leases_) lease.stamp /= 2;
-    stamp_ = 0x7FFFFFFF;
-  }
-  return ++stamp_;
-}
-
-LeaseView Index::acquire(uint32_t space, PoolId head, Tokens tokens, uint32_t max_blocks,
-                         const Hints& hints) {
-  const Lock lock(mutex_);
-  check_space(space, head);
-  if (pool(head).closed)
-    throw std::invalid_argument("pool: " + std::to_string(head) + " is closed");
-  const size_t size = tree_.spaces[space].page_size;
-  const size_t limit = std::min<size_t>(tokens.size() / size, max_blocks);
-  const std::vector<PoolId> pools = chain(head);
-  Lease lease{.space = space, .pool = head, .stamp = tick(), .hints = hints};
-  Found found = find(space, pools, tree_.join(tree_.find(space, tokens.first(limit * size))));
-  Explanation why = explanation(found, tokens.first(limit * size), kSiblingsOfAcquire);
-  lease.found = std::move(found.tiers);
-  lease.matched = static_cast<uint32_t>(lease.found.size());
+LeaseView Leases::open(const Request& request, Found&& found) {
+  const size_t size = tree_.spaces[found.space].page_size;
+  Lease lease{.space = found.space,
+              .pool = request.pools[0],
+              .stamp = request.stamp,
+              .hints = request.hints,
+              .matched = static_cast<uint32_t>(found.tiers.size()),
+              .found = std::move(found.tiers)};
   hold_leading(lease, found.path);
   for (const Run& run : found.path) {
     tree_.touch(run, lease.stamp);
-    tree_.use_again(run);
-    requeue(run, pools);
+    tree_.mark_reused(run);
+    requeue(run, request.pools);
   }
-  tree_.say(found.last, hints.life(tree_.now()), kNoneFresh);
+  tree_.say(found.last, lease.hints.life(tree_.now()), kNoneFresh);
   lease.tokens_from = static_cast<uint32_t>(lease.held.size());
-  const Tokens rest = tokens.first(lease.matched * size).subspan(lease.tokens_from * size);
+  const Tokens rest = request.tokens.first(lease.matched * size).subspan(lease.tokens_from * size);
   lease.tokens.assign(rest.begin(), rest.end());
-  register_computing(lease, keys_after(lease, tokens, found.path));
-  learn(lease, found.path, limit, tokens.size());
-  const LeaseId id = ++last_lease_;
-  LeaseView opened = view(id, leases_.emplace(id, std::move(lease)).first->second);
-  opened.explanation = std::move(why);
-  return opened;
+  register_computing(lease, keys_after(lease, found.path, request.tokens));
+  learn(lease, found.path, request);
+  const LeaseId id = ++last_;
+  return view_of(id, leases_.emplace(id, std::move(lease)).first->second);
 }
 
-// The caller refreshes the nodes.
-void Index::hold_leading(Lease& lease, const std::vector<Run>& path) {
+// Pins what the lease's pool has of the path without a gap. The caller refreshes the nodes.
+void Leases::hold_leading(Lease& lease, const std::vector<Run>& path) {
   for (const Run& run : path) {
     if (hold(lease, run) < run.blocks) return;
   }
@@ -155,43 +51,35 @@ void Index::hold_leading(Lease& lease, const std::vector<Run>& path) {
 
 // Pins the pages that the lease's pool has of the run from its first block on; how many. The caller
 // refreshes the node.
-uint32_t Index::hold(Lease& lease, const Run& run) {
-  PagePool& from = pool(lease.pool);
+uint32_t Leases::hold(Lease& lease, const Run& run) {
+  PagePool& from = pools_.at(lease.pool);
   uint32_t held = 0;
   for (const PageId page : tree_.pages(run, lease.pool)) {
     if (page == kNoPage) break;
     from.pin(page);
-    if (const auto transfer = transfer_into(lease.pool, page)) lease.depends.push_back(*transfer);
+    if (const auto transfer = transfers_.into(lease.pool, page)) lease.depends.push_back(*transfer);
     lease.held.push_back({page, page, lease.found[lease.held.size()]});
     ++held;
   }
   return held;
 }
 
-// What was asked for, found or not.
-void Index::learn(const Lease& lease, const std::vector<Run>& path, size_t blocks,
-                  uint64_t tokens) {
+// The curve learns what was asked for, found or not.
+void Leases::learn(const Lease& lease, const std::vector<Run>& path, const Request& request) {
   std::vector<BlockKey> keys;
-  keys.reserve(blocks);
+  keys.reserve(request.blocks);
   for (const Run& run : path) {
     const auto from = tree_[run.node].keys.begin() + run.offset;
     keys.insert(keys.end(), from, from + run.blocks);
   }
-  const size_t rest = std::min(blocks - keys.size(), lease.unmatched.size());
+  const size_t rest = std::min(request.blocks - keys.size(), lease.unmatched.size());
   keys.insert(keys.end(), lease.unmatched.begin(), lease.unmatched.begin() + rest);
-  curve_.access(keys, tree_.spaces[lease.space].page_size, tokens);
+  curve_.access(keys, tree_.spaces[lease.space].page_size, request.tokens.size());
 }
 
-std::vector<double> Index::hit_rates(std::span<const uint64_t> capacities) {
-  catch_up();
-  const Lock lock(mutex_);
-  std::vector<double> rates;
-  for (const uint64_t capacity : capacities) rates.push_back(curve_.hit_rate(capacity));
-  return rates;
-}
-
-std::vector<BlockKey> Index::keys_after(const Lease& lease, Tokens tokens,
-                                        const std::vector<Run>& path) const {
+// Of the full blocks of the prompt after those of the path.
+std::vector<BlockKey> Leases::keys_after(const Lease& lease, const std::vector<Run>& path,
+                                         Tokens tokens) const {
   const Space& space = tree_.spaces[lease.space];
   BlockKey key = root_key(space.name);
   if (!path.empty())
@@ -201,7 +89,7 @@ std::vector<BlockKey> Index::keys_after(const Lease& lease, Tokens tokens,
 }
 
 // The blocks after `matched` are these, and the lease computes them.
-void Index::register_computing(Lease& lease, std::vector<BlockKey>&& keys) {
+void Leases::register_computing(Lease& lease, std::vector<BlockKey>&& keys) {
   lease.unmatched = std::move(keys);
   lease.computing_from = 0;
   lease.computing = 0;
@@ -215,7 +103,7 @@ void Index::register_computing(Lease& lease, std::vector<BlockKey>&& keys) {
 }
 
 // Blocks before `end` are no longer being computed by this lease.
-void Index::unregister_computing(Lease& lease, uint32_t end) {
+void Leases::unregister_computing(Lease& lease, uint32_t end) {
   while (lease.computing_from < lease.unmatched.size() &&
          lease.matched + lease.computing_from < end) {
     const BlockKey& block = lease.unmatched[lease.computing_from++];
@@ -229,21 +117,21 @@ void Index::unregister_computing(Lease& lease, uint32_t end) {
 }
 
 // What a pool of the chain holds and the pool below it lacks is considered for demotion again.
-void Index::requeue(const Run& run, std::span<const PoolId> chain) {
-  for (size_t tier = 0; tier + 1 < chain.size(); ++tier) {
-    if (tree_.holds_all(run, chain[tier + 1])) continue;
-    PagePool& from = pool(chain[tier]);
-    const std::span<const PageId> there = tree_.pages(run, chain[tier]);
+void Leases::requeue(const Run& run, std::span<const PoolId> pools) {
+  for (size_t tier = 0; tier + 1 < pools.size(); ++tier) {
+    if (tree_.holds_all(run, pools[tier + 1])) continue;
+    PagePool& from = pools_.at(pools[tier]);
+    const std::span<const PageId> there = tree_.pages(run, pools[tier]);
     for (uint32_t i = 0; i < there.size(); ++i) {
-      const bool lacking = tree_.page({run.node, run.offset + i}, chain[tier + 1]) == kNoPage;
+      const bool lacking = tree_.page({run.node, run.offset + i}, pools[tier + 1]) == kNoPage;
       if (lacking && from.is(there[i], PageState::kResident)) from.enqueue(there[i]);
     }
   }
 }
 
-LeaseView Index::view(LeaseId id, const Lease& lease) const {
-  LeaseView view{id, lease.matched,   {}, std::vector<uint32_t>(chain(lease.pool).size(), 0),
-                 0,  lease.computing, {}};
+LeaseView Leases::view_of(LeaseId id, const Lease& lease) const {
+  const size_t tiers = pools_.chain(lease.pool).size();
+  LeaseView view{id, lease.matched, {}, std::vector<uint32_t>(tiers, 0), 0, lease.computing, {}};
   for (const Held& held : lease.held) {
     view.pages.push_back(held.page);
     if (held.tier != kComputed) ++view.tiers[held.tier];
@@ -255,19 +143,15 @@ LeaseView Index::view(LeaseId id, const Lease& lease) const {
     ++view.ahead.back().blocks;
   }
   for (const TransferId transfer : lease.depends) {
-    if (transfers_.contains(transfer)) view.transfer = std::max(view.transfer, transfer);
+    if (transfers_.is_open(transfer)) view.transfer = std::max(view.transfer, transfer);
   }
   return view;
 }
 
-LeaseView Index::lease(LeaseId id) const {
-  const Lock lock(mutex_);
-  return view(id, open_lease(id));
-}
+LeaseView Leases::view(LeaseId id) const { return view_of(id, get(id)); }
 
-void Index::shorten(LeaseId id, uint32_t blocks) {
-  const Lock lock(mutex_);
-  auto& lease = const_cast<Lease&>(open_lease(id));
+void Leases::shorten(LeaseId id, uint32_t blocks) {
+  Lease& lease = get(id);
   const auto held = static_cast<uint32_t>(lease.held.size());
   const uint32_t end = std::max(held, blocks);
   const auto computed = [](const Held& each) { return each.tier == kComputed; };
@@ -283,7 +167,7 @@ void Index::shorten(LeaseId id, uint32_t blocks) {
   std::vector<BlockKey> keys = chain_keys(key, after, space.page_size);
   keys.erase(keys.begin(), keys.begin() + (end - held));
   keys.insert(keys.end(), lease.unmatched.begin(), lease.unmatched.end());
-  unregister_computing(lease, 0xFFFFFFFF);
+  unregister_computing(lease, kEveryBlock);
   lease.matched = end;
   lease.found.resize(end);
   lease.tokens.resize(size_t{end - lease.tokens_from} * space.page_size);
@@ -291,13 +175,13 @@ void Index::shorten(LeaseId id, uint32_t blocks) {
 }
 
 // The last block that the lease holds.
-Place Index::cursor(const Lease& lease) const {
+Place Leases::cursor(const Lease& lease) const {
   if (lease.held.empty()) return {tree_.spaces[lease.space].root, kBeforeFirst};
   return tree_.owner(lease.pool, lease.held.back().anchor);
 }
 
 // From `at` to the lease's `block`, if that was matched and is still in the tree.
-std::optional<Place> Index::step(const Lease& lease, Place at, uint32_t block) const {
+std::optional<Place> Leases::step(const Lease& lease, Place at, uint32_t block) const {
   if (block < lease.tokens_from || block >= lease.matched) return std::nullopt;
   const size_t size = tree_.spaces[lease.space].page_size;
   const auto next =
@@ -306,29 +190,9 @@ std::optional<Place> Index::step(const Lease& lease, Place at, uint32_t block) c
   return next;
 }
 
-// In slices; a lease that is released between two of them is unknown to the next.
-std::vector<CommitResult> Index::commit(LeaseId id, uint32_t first_block, Tokens tokens,
-                                        std::span<const PageId> pages) {
-  std::vector<CommitResult> results(pages.size(), CommitResult::kRefused);
-  size_t done = 0, blocks = 0;
-  do {
-    const Lock lock(mutex_);
-    auto& lease = const_cast<Lease&>(open_lease(id));
-    const size_t size = tree_.spaces[lease.space].page_size;
-    if (tokens.size() != pages.size() * size) {
-      throw std::invalid_argument("tokens: not page_size for each of pages");
-    }
-    blocks = std::min<size_t>(pages.size() - done, kSliceCommits);
-    const auto slice = std::span(results).subspan(done, blocks);
-    commit_slice(lease, uint64_t{first_block} + done, tokens.subspan(done * size, blocks * size),
-                 pages.subspan(done, blocks), slice);
-    done += blocks;
-  } while (done < pages.size() && results[done - 1] != CommitResult::kRefused);
-  return results;
-}
-
-void Index::commit_slice(Lease& lease, uint64_t first_block, Tokens tokens,
-                         std::span<const PageId> pages, std::span<CommitResult> results) {
+void Leases::commit(LeaseId id, uint64_t first_block, Tokens tokens, std::span<const PageId> pages,
+                    std::span<CommitResult> results) {
+  Lease& lease = get(id);
   const size_t size = tree_.spaces[lease.space].page_size;
   if (tree_.spaces[lease.space].retired) return;
   const size_t before = lease.held.size();
@@ -352,18 +216,23 @@ void Index::commit_slice(Lease& lease, uint64_t first_block, Tokens tokens,
       break;
     }
   }
-  // acquire has asked for all blocks of the prompt, but for a last one that it ends with
-  const size_t asked = lease.matched + lease.unmatched.size();
-  for (size_t i = std::max(before, asked - (asked > 0)); i < lease.held.size(); ++i) {
-    const Place held = tree_.owner(lease.pool, lease.held[i].anchor);
-    curve_.add(tree_[held.node].keys[held.offset], static_cast<uint32_t>(size));
-  }
+  learn_committed(lease, before);
   tree_.say(cursor(lease), lease.hints.life(tree_.now()), fresh);
   unregister_computing(lease, static_cast<uint32_t>(lease.held.size()));
 }
 
-CommitResult Index::commit_again(const Lease& lease, uint32_t block, Tokens tokens,
-                                 PageId page) const {
+// The curve learns the blocks that the lease holds from `from` on and had not asked for. It asked
+// for all blocks of the prompt, but for a last one that the prompt ends with.
+void Leases::learn_committed(const Lease& lease, size_t from) {
+  const size_t asked = lease.matched + lease.unmatched.size();
+  for (size_t i = std::max(from, asked - (asked > 0)); i < lease.held.size(); ++i) {
+    const Place held = tree_.owner(lease.pool, lease.held[i].anchor);
+    curve_.add(tree_[held.node].keys[held.offset], tree_.spaces[lease.space].page_size);
+  }
+}
+
+CommitResult Leases::commit_again(const Lease& lease, uint32_t block, Tokens tokens,
+                                  PageId page) const {
   const Held& held = lease.held[block];
   if (held.page != page) return CommitResult::kRefused;
   const Place at = tree_.owner(lease.pool, held.anchor);
@@ -372,14 +241,11 @@ CommitResult Index::commit_again(const Lease& lease, uint32_t block, Tokens toke
 }
 
 // The block after `at`, which moves on to it.
-CommitResult Index::commit_next(Lease& lease, Place& at, Tokens tokens, PageId page) {
-  PagePool& into = pool(lease.pool);
+CommitResult Leases::commit_next(Lease& lease, Place& at, Tokens tokens, PageId page) {
+  PagePool& into = pools_.at(lease.pool);
   if (!into.is(page, PageState::kPrivate) || into[page].held) return CommitResult::kRefused;
   const auto block = tree_.insert(at, tokens, lease.stamp);
-  if (!block) {
-    ++collisions_;
-    return CommitResult::kRefused;
-  }
+  if (!block) return CommitResult::kRefused;
   at = *block;
   if (tree_[at.node].uses[at.offset].stamp < lease.stamp) {
     tree_.touch({at.node, at.offset, 1}, lease.stamp);
@@ -391,7 +257,8 @@ CommitResult Index::commit_next(Lease& lease, Place& at, Tokens tokens, PageId p
     into.enqueue(page);
   } else {
     into[page].held = 1;
-    if (const auto transfer = transfer_into(lease.pool, there)) lease.depends.push_back(*transfer);
+    if (const auto transfer = transfers_.into(lease.pool, there))
+      lease.depends.push_back(*transfer);
   }
   const PageId anchor = there == kNoPage ? page : there;
   into.pin(anchor);
@@ -402,10 +269,10 @@ CommitResult Index::commit_next(Lease& lease, Place& at, Tokens tokens, PageId p
 
 // Blocks after the last one of `node`, which nothing hangs on; how many of them have a page that
 // may be committed.
-uint32_t Index::commit_rest(Lease& lease, NodeId node, Tokens tokens,
-                            std::span<const PageId> pages) {
+uint32_t Leases::commit_rest(Lease& lease, NodeId node, Tokens tokens,
+                             std::span<const PageId> pages) {
   constexpr size_t kAhead = 16;  // page ids are in no order, so that each is a wait for memory
-  PagePool& into = pool(lease.pool);
+  PagePool& into = pools_.at(lease.pool);
   uint32_t adopted = 0;
   for (const PageId page : pages) {
     if (adopted + kAhead < pages.size()) into.prefetch(pages[adopted + kAhead]);
@@ -423,36 +290,26 @@ uint32_t Index::commit_rest(Lease& lease, NodeId node, Tokens tokens,
   return adopted;
 }
 
-// Nobody waits for a release: what acquires have noted for the reuse curve is learnt here.
-void Index::release(LeaseId id, const Hints& hints) {
-  {
-    const Lock lock(mutex_);
-    auto& lease = const_cast<Lease&>(open_lease(id));
-    if (hints != Hints{}) lease.hints = hints;
-    const Place at = cursor(lease);
-    tree_.say(at, lease.hints.life(tree_.now()), kNoneFresh);
-    if (lease.hints.session_end) tree_.end_tail(at, lease.stamp);
-    close_lease(lease);
-    leases_.erase(id);
-  }
-  catch_up();
+void Leases::release(LeaseId id, const Hints& hints) {
+  Lease& lease = get(id);
+  if (hints != Hints{}) lease.hints = hints;
+  const Place at = cursor(lease);
+  tree_.say(at, lease.hints.life(tree_.now()), kNoneFresh);
+  if (lease.hints.session_end) tree_.end_tail(at, lease.stamp);
+  close(id);
 }
 
-void Index::catch_up() {
-  for (bool more = true; more;) {
-    const Lock lock(mutex_);
-    more = curve_.catch_up();
-  }
+void Leases::close(LeaseId id) {
+  const auto found = leases_.find(id);
+  if (found == leases_.end()) return;
+  let_go(found->second.pool, found->second.held);
+  let_go(found->second.pool, found->second.stray);
+  unregister_computing(found->second, kEveryBlock);
+  leases_.erase(found);
 }
 
-void Index::close_lease(Lease& lease) {
-  let_go(lease.pool, lease.held);
-  let_go(lease.pool, lease.stray);
-  unregister_computing(lease, 0xFFFFFFFF);
-}
-
-void Index::let_go(PoolId id, std::span<const Held> held) {
-  PagePool& from = pool(id);
+void Leases::let_go(PoolId id, std::span<const Held> held) {
+  PagePool& from = pools_.at(id);
   NodeId node = kNoNode;  // refreshed once for its run of pages
   for (const Held& each : held) {
     if (each.page != each.anchor) {
@@ -466,6 +323,61 @@ void Index::let_go(PoolId id, std::span<const Held> held) {
     node = owner;
   }
   if (node != kNoNode) tree_.refresh(node);
+}
+
+void Leases::lose(PoolId id, std::span<const PageId> pages) {
+  if (pages.empty()) return;
+  const std::unordered_set<PageId> failed(pages.begin(), pages.end());
+  for (auto& [lease_id, lease] : leases_) {
+    if (lease.pool == id) lose_from(lease, failed);
+  }
+}
+
+void Leases::lose_from(Lease& lease, const std::unordered_set<PageId>& failed) {
+  PagePool& target = pools_.at(lease.pool);
+  const auto end = std::ranges::find_if(
+      lease.held, [&](const Held& held) { return failed.contains(held.anchor); });
+  const bool broken = end != lease.held.end();
+  lease.stray.insert(lease.stray.end(), end, lease.held.end());
+  lease.held.erase(end, lease.held.end());
+  for (Held& held : lease.stray) {  // also of a transfer behind one that has failed before
+    if (!failed.contains(held.anchor)) continue;
+    target.unpin(held.anchor);
+    if (held.page == held.anchor) held.page = kNoPage;
+    held.anchor = kNoPage;
+  }
+  if (!broken) return;
+  lease.depends.clear();  // another transfer may fill nothing but what it does not hold now
+  for (const Held& held : lease.held) {
+    if (const auto transfer = transfers_.into(lease.pool, held.anchor)) {
+      lease.depends.push_back(*transfer);
+    }
+  }
+}
+
+uint32_t Leases::held_in(LeaseId id, PoolId of) const {
+  const Lease& lease = get(id);
+  return static_cast<uint32_t>(std::ranges::count_if(lease.held, [&](const Held& held) {
+    return tree_.resident(tree_.owner(lease.pool, held.anchor), of);
+  }));
+}
+
+uint32_t Leases::page_size(LeaseId id) const { return tree_.spaces[get(id).space].page_size; }
+
+std::vector<LeaseId> Leases::in_pool(PoolId pool) const {
+  std::vector<LeaseId> found;
+  for (const auto& [id, lease] : leases_) {
+    if (lease.pool == pool) found.push_back(id);
+  }
+  return found;
+}
+
+bool Leases::use_space(uint32_t space) const {
+  return std::ranges::any_of(leases_, [&](const auto& each) { return each.second.space == space; });
+}
+
+void Leases::halve_stamps() {
+  for (auto& [id, lease] : leases_) lease.stamp /= 2;
 }
 
 }  // namespace kvc2

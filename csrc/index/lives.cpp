@@ -27,7 +27,7 @@ void Index::expire_by(uint32_t space, uint32_t second) {
 std::vector<uint32_t> Index::lifetimes(PoolId id) const {
   std::vector<uint32_t> found;
   in_slices(id, [&] {
-    const PagePool& of = pool(id);
+    const PagePool& of = pools_.at(id);
     const auto page = static_cast<PageId>(found.size() / 2);
     if (page == of.size()) return false;
     const bool there = of.state(page) == PageState::kResident;
@@ -43,7 +43,7 @@ Evicted Index::reap(PoolId id, uint32_t pages) {
   in_slices(id, [&] {
     const auto victim = evicted.pages.size() < pages ? tree_.coldest(id) : std::nullopt;
     if (!victim || !tree_.dead(*victim)) return false;
-    evict_at(*victim, id, evicted);
+    evictor_.evict(*victim, id, evicted);
     return true;
   });
   return evicted;
@@ -85,7 +85,7 @@ bool Index::has_pins(uint32_t space) const {
 
 uint32_t Index::pinned_blocks(PoolId id, bool hard) const {
   const Lock lock(mutex_);
-  pool(id);
+  pools_.at(id);
   return tree_.pins.blocks(id, hard ? Pinned::kHard : Pinned::kSoft);
 }
 

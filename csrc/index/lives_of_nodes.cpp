@@ -7,8 +7,6 @@
 
 namespace kvc2 {
 
-static uint64_t end_of(const Life& life) { return life.expires == 0 ? ~uint64_t{0} : life.expires; }
-
 Life RadixTree::life(Place at) const {
   if (lives_.empty()) return {};
   const auto found = lives_.find(at.node);
@@ -184,26 +182,6 @@ uint32_t RadixTree::advance(uint32_t now) {
     refresh(id);
   }
   return nodes;
-}
-
-void RadixTree::check_lives(NodeId id) const {
-  const Node& node = nodes_[id];
-  const auto found = lives_.find(id);
-  if (node.parent != kNoNode && nodes_[node.parent].parent != kNoNode) {
-    const Life above = life({node.parent, nodes_[node.parent].blocks() - 1});
-    KVC2_CHECK(end_of(above) >= end_of(life({id, 0})), "I9: node %u outlives what is above it", id);
-  }
-  if (found == lives_.end()) return;
-  const std::vector<LifeRun>& runs = found->second.runs;
-  KVC2_CHECK(node.live && !runs.empty() && runs.back().end <= node.blocks(), "lives of node %u",
-             id);
-  for (uint32_t i = 0; i + 1 < node.blocks(); ++i) {
-    KVC2_CHECK(end_of(life({id, i})) >= end_of(life({id, i + 1})),
-               "I9: block %u of node %u expires before what is below it", i, id);
-  }
-  const uint32_t due = found->second.due;
-  KVC2_CHECK(due == next_expiry(runs) && (due == 0 || due_.contains({due, id})),
-             "I9: node %u is due at %u", id, due);
 }
 
 }  // namespace kvc2

@@ -207,39 +207,4 @@ void PagePool::unlink(PageId page) {
   if (--slab.free == 0) slabs_with_free_.erase(number);
 }
 
-void PagePool::check(PoolId self) const {
-  Counts seen;
-  std::vector<uint32_t> gone(slabs_.size(), 0);
-  for (PageId page = 0; page < pages_.size(); ++page) {
-    const PageState state = this->state(page);
-    const Slab& slab = slabs_[page / shape.pages_per_slab];
-    gone[page / shape.pages_per_slab] += slab.closed && state == PageState::kAbsent;
-    KVC2_CHECK(slab.closed ? slab.present && state != PageState::kFree
-                           : (state != PageState::kAbsent) == slab.present,
-               "pool %u page %u: state %d", self, page, int(state));
-    seen.pages += state != PageState::kAbsent;
-    seen.free += state == PageState::kFree;
-    seen.private_ += state == PageState::kPrivate;
-    seen.in_flight += state == PageState::kInFlight;
-    seen.resident += state == PageState::kResident;
-    seen.pinned += pages_[page].pins > 0;
-    KVC2_CHECK(!pages_[page].held || state == PageState::kPrivate, "pool %u page %u", self, page);
-    KVC2_CHECK(!pages_[page].pins || state >= PageState::kInFlight, "pool %u page %u", self, page);
-  }
-  const Counts& c = counts_;
-  KVC2_CHECK(seen.free == c.free && seen.private_ == c.private_ && seen.in_flight == c.in_flight &&
-                 seen.resident == c.resident && seen.pages == c.pages && seen.pinned == c.pinned,
-             "I5: pool %u counts free %u private %u in flight %u resident %u pinned %u", self,
-             c.free, c.private_, c.in_flight, c.resident, c.pinned);
-  uint32_t left = 0;
-  for (uint32_t slab = 0; slab < slabs_.size(); ++slab) {
-    KVC2_CHECK(slabs_[slab].gone == gone[slab], "I5: pool %u slab %u: %u gone", self, slab,
-               gone[slab]);
-    left += gone[slab];
-  }
-  KVC2_CHECK(
-      c.free + c.private_ + c.in_flight + c.resident + left == c.slabs * shape.pages_per_slab,
-      "I5: pool %u of %u slabs", self, c.slabs);
-}
-
 }  // namespace kvc2

@@ -1,10 +1,11 @@
-// Pages of one pool: who owns each, by number only; the bytes are elsewhere (kvc2/tiers).
+// The pages of one pool, and who owns each. A page is a number here; its bytes are elsewhere
+// (kvc2/tiers).
 //
 //   slab 0            slab 1 (taken)    slab 2
 //   [0 1 2 3 .. p-1]                    [2p 2p+1 .. 3p-1]        page = slab * pages_per_slab + i
 //
-// A page is in one state (design.md 6):
-//   from      -> to         [function]        who
+// A page is in one state:
+//   from      -> to         [function]        for whom
 //   absent    -> free       [add_slab]
 //   free      -> private    [allocate, take]  a session's grant
 //   free      -> in_flight  [allocate]        a transfer into this pool
@@ -17,9 +18,9 @@
 // Freeing a pinned page, or any arrow not drawn, is the caller's bug and ends the process.
 //
 // Each call is O(1) (those on a slab: O(its pages)), and a page costs 12 bytes here, 20 in a
-// durable pool. Pages come from the lowest slab that has any, so that high slabs empty first; none
-// comes from a closed slab, which is being emptied: what is freed there is gone until it is
-// reopened. Not thread-safe: the index holds its lock.
+// durable pool. A page is taken from the lowest slab that has a free one, so that high slabs empty
+// first. A closed slab is being emptied: no page is taken from it, and a page that is freed in it
+// is gone (absent) until the slab is reopened. Not thread-safe: the index holds its lock.
 #pragma once
 
 #include <cstdint>
@@ -37,6 +38,9 @@ using NodeId = uint32_t;
 constexpr PageId kNoPage = 0xFFFFFFFF;
 constexpr uint32_t kNoSlab = 0xFFFFFFFF;
 
+// One number for a page of any pool.
+constexpr uint64_t name_of(PoolId pool, PageId page) { return uint64_t{pool} << 32 | page; }
+
 enum class PageState : uint8_t { kAbsent, kFree, kPrivate, kInFlight, kResident };
 
 struct Page {
@@ -47,9 +51,9 @@ struct Page {
   uint32_t block = kNoPage;
   uint32_t pins : 25 = 0;      // leases and transfers that forbid its eviction (I4)
   uint32_t state : 4 = 0;      // PageState
-  uint32_t held : 1 = 0;       // private: of an open lease's duplicate, or what a move is filling
+  uint32_t held : 1 = 0;       // of a private page: an open lease's duplicate, or a move's target
   uint32_t queued : 1 = 0;     // is in `undemoted`
-  uint32_t sent_back : 1 = 0;  // is in the queue of that name
+  uint32_t sent_back : 1 = 0;  // is in `sent_back`
 };
 
 class PagePool {
@@ -61,11 +65,11 @@ class PagePool {
     bool durable;
     uint8_t tier = 0;            // pools of one tier share a tenant's quota
     uint64_t page_bytes = 1;     // as quotas count
-    bool second_access = false;  // only what an acquire has matched is demoted into it
+    bool second_access = false;  // takes only blocks that an acquire has matched
   };
   struct Counts {
     uint32_t slabs = 0, pages = 0, free = 0, private_ = 0, in_flight = 0, resident = 0, pinned = 0;
-    uint64_t evicted = 0, last_copies = 0;  // since the pool was made; what faults took is not in
+    uint64_t evicted = 0, last_copies = 0;  // since it was made; faults do not count
   };
 
   explicit PagePool(const Shape& of) : shape(of) {}
@@ -75,7 +79,8 @@ class PagePool {
   bool close_slab(uint32_t slab);   // false unless it is open and no page is private or pinned
   bool reopen_slab(uint32_t slab);  // false unless it is closed
   bool is_closed(uint32_t slab) const;
-  std::vector<uint32_t> slab_pages() const;  // not free, by slab; kNoSlab: none there, or closed
+  // By slab: pages that are not free; kNoSlab where there is no slab, or a closed one.
+  std::vector<uint32_t> slab_pages() const;
 
   std::optional<PageId> allocate(PageState to);
   void take(PageId page, PageState to);  // this free page
@@ -84,8 +89,9 @@ class PagePool {
   void pin(PageId page);
   void unpin(PageId page);
   void count_eviction(bool last_copy);
-  void enqueue(PageId page);    // to be demoted; once, and only where there is a pool below
-  void send_back(PageId page);  // to be demoted again, after all that is new
+  // To be demoted: once, and only where there is a pool below.
+  void enqueue(PageId page);
+  void send_back(PageId page);              // to be demoted again, after all that is new
   void dequeue(std::deque<PageId>& queue);  // the first of `undemoted` or of `sent_back`
   size_t waiting() const;                   // pages in either
 
@@ -104,11 +110,11 @@ class PagePool {
   void check(PoolId self) const;  // I5
 
   const Shape shape;
-  bool leaving = false;               // it is being removed: nobody knows it any more
+  bool leaving = false;               // it is being removed: no call knows it any more
   bool closed = false;                // its session ended: nothing is planned into it again
   std::vector<uint64_t> generations;  // by page; of a durable pool only
-  // Oldest first; what became of a page is seen when it is popped. `sent_back`: the pool below had
-  // the block and evicted it before the pool below that had it.
+  // Pages whose demotion is still to be considered, oldest first; one may have been freed since it
+  // was queued. `sent_back`: the pool below evicted the block before the next pool below had it.
   std::deque<PageId> undemoted, sent_back;
 
  private:

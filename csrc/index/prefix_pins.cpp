@@ -90,24 +90,4 @@ size_t PrefixPins::metadata_bytes() const {
   return bytes;
 }
 
-void PrefixPins::check() const {
-  for (const OfPool& of : pools_) {
-    OfPool again;
-    for (const auto& [last, pin] : of.pins) {
-      KVC2_CHECK(!pin.keys.empty() && pin.keys.back() == last, "a pin has another name");
-      count(again, pin);
-    }
-    KVC2_CHECK(
-        again.soft == of.soft && again.hard == of.hard && again.blocks.size() == of.blocks.size(),
-        "%u soft and %u hard blocks of pins, counted %u and %u", again.soft, again.hard, of.soft,
-        of.hard);
-    for (const auto& [key, counts] : again.blocks) {
-      const auto found = of.blocks.find(key);
-      KVC2_CHECK(found != of.blocks.end() && found->second.soft == counts.soft &&
-                     found->second.hard == counts.hard,
-                 "the pins of a block");
-    }
-  }
-}
-
 }  // namespace kvc2

@@ -1,8 +1,8 @@
-// What each tenant may take of each tier, and takes: bytes and blocks of the pages that its blocks
-// have in all pools of the tier, resident or in flight. A tenant without a quota there is not
-// counted. Being over a quota forbids nothing: `Index::trim` brings it back, by evicting the
-// tenant's own coldest. O(log quotas) a call, nothing where there are none. Not thread-safe: the
-// index holds its lock.
+// How much of each tier each tenant may take, and how much it takes: the bytes and the blocks of
+// the pages, resident or in flight, that its blocks have in all pools of the tier. A tenant that
+// has no quota in a tier is not counted there. A tenant may be over its quota; `Index::trim` then
+// evicts the tenant's own coldest blocks. O(log quotas) a call. Not thread-safe: the index holds
+// its lock.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace kvc2 {
 
-using TenantId = uint32_t;  // 0: nobody's quota counts
+using TenantId = uint32_t;  // 0: no tenant, and no quota
 
 struct Quota {
   uint64_t max_bytes = ~uint64_t{0}, max_blocks = ~uint64_t{0};
@@ -33,12 +33,12 @@ class Quotas {
     quota.max_blocks = max_blocks;
   }
   Quota* find(TenantId tenant, uint8_t tier) {
-    if (tenant == 0) return nullptr;
-    const auto found = quotas_.find({tier, tenant});
+    const auto found = tenant == 0 ? quotas_.end() : quotas_.find({tier, tenant});
     return found == quotas_.end() ? nullptr : &found->second;
   }
   const Quota* find(TenantId tenant, uint8_t tier) const {
-    return const_cast<Quotas*>(this)->find(tenant, tier);
+    const auto found = tenant == 0 ? quotas_.end() : quotas_.find({tier, tenant});
+    return found == quotas_.end() ? nullptr : &found->second;
   }
   bool empty() const { return quotas_.empty(); }
   std::vector<TenantId> over(uint8_t tier) const {  // in the order of their numbers

@@ -126,17 +126,27 @@ std::optional<Place> RadixTree::next(Place at, Tokens block) const {
   return Place{found, 0};
 }
 
+// Whether the block after `at` cannot have this key, since other tokens have it.
+bool RadixTree::collides(Place at, const BlockKey& key) const {
+  const Node& node = nodes_[at.node];
+  const uint32_t offset = at.offset + 1;
+  const bool branches = offset < node.blocks();
+  const auto taken = [&](const BlockKey& head) { return heads_.get(head) != kNoNode; };
+  if (taken(key) || (branches && node.keys[offset] == key)) return true;
+  return branches && taken(node.keys[offset]);  // the key that a split adds
+}
+
 std::optional<Place> RadixTree::insert(Place at, Tokens block, uint32_t stamp, bool restored) {
   if (const auto there = next(at, block)) return there;
   const Node& node = nodes_[at.node];
   const uint32_t offset = at.offset + 1;
   const BlockKey key =
       next_key(node.keys.empty() ? root_key(spaces[node.space].name) : node.keys[at.offset], block);
-  const bool branches = offset < node.blocks();
-  const auto taken = [&](const BlockKey& head) { return heads_.get(head) != kNoNode; };
-  if (taken(key) || (branches && node.keys[offset] == key)) return std::nullopt;
-  if (branches && taken(node.keys[offset])) return std::nullopt;  // a split adds this one
-  const NodeId above = branches ? split(at.node, offset) : at.node;
+  if (collides(at, key)) {
+    ++collisions;
+    return std::nullopt;
+  }
+  const NodeId above = offset < node.blocks() ? split(at.node, offset) : at.node;
   const bool extend = nodes_[above].parent != kNoNode && nodes_[above].first_child == kNoNode;
   NodeId into = above;
   if (!extend) {
@@ -214,9 +224,9 @@ void RadixTree::split_residency(Node& head, NodeId head_id, Node& tail, uint32_t
     Residency above{.pool = in.pool, .pages = cut_front(in.pages, at)};
     for (const PageId page : above.pages) {
       if (page == kNoPage) continue;
-      (*pools_[in.pool])[page].node = head_id;
+      pools_[in.pool][page].node = head_id;
       ++above.count;
-      above.arriving += pools_[in.pool]->state(page) == PageState::kInFlight;
+      above.arriving += pools_[in.pool].state(page) == PageState::kInFlight;
     }
     while (!above.pages.empty() && above.pages.back() == kNoPage) above.pages.pop_back();
     in.count -= above.count;
@@ -239,8 +249,8 @@ NodeId RadixTree::split(NodeId node, uint32_t at) {
   head.space = tail.space;
   head.first = tail.first;
   tail.first += at;
-  head.again = std::min(tail.again, at);
-  tail.again -= head.again;
+  head.reused_blocks = std::min(tail.reused_blocks, at);
+  tail.reused_blocks -= head.reused_blocks;
   head.tokens = cut_front(tail.tokens, size_t{at} * spaces[head.space].page_size);
   head.keys = cut_front(tail.keys, at);
   head.uses = cut_front(tail.uses, at);
@@ -296,7 +306,7 @@ void RadixTree::join(NodeId above, NodeId node) {
   heads_.erase(tail.keys[0]);
   heads_.put(head.keys[0], node);
   tail.first = head.first;
-  tail.again += head.again;
+  tail.reused_blocks += head.reused_blocks;
   put_front(tail.tokens, head.tokens);
   put_front(tail.keys, head.keys);
   put_front(tail.uses, head.uses);
@@ -316,7 +326,7 @@ void RadixTree::join_residency(NodeId above, NodeId node) {
     Residency& to = residency(nodes_[node], from.pool);
     set_rank(node, to, kNotEvictable);
     for (const PageId page : from.pages) {
-      if (page != kNoPage) (*pools_[from.pool])[page].node = node;
+      if (page != kNoPage) pools_[from.pool][page].node = node;
     }
     if (!to.pages.empty()) from.pages.resize(upper, kNoPage);
     put_front(to.pages, from.pages);
@@ -337,7 +347,7 @@ void RadixTree::remove_tail(Node& node) {
   node.keys.pop_back();
   node.uses.pop_back();
   if (node.digests.size() > left) node.digests.pop_back();
-  node.again = std::min(node.again, left);
+  node.reused_blocks = std::min(node.reused_blocks, left);
   --blocks;
   --holes;
 }

@@ -7,27 +7,26 @@
 //     root ── n7 [0 1 2 3] ── n9 [4]    root ── n8 [0 1] ┬─ n7 [2 3] ── n9 [4]
 //                                                        └─ n5 [2']
 //
-// When a branch is gone the two parts are one run again, the next time that a request acquires the
-// path (`join`): not at once, since callers hold places of nodes while they evict.
+// When the branch is gone, the next acquire of the path makes the two parts one run again (`join`).
+// An eviction does not join them, since its callers hold places of nodes meanwhile.
 //
-// Per node and pool a Residency counts what lies in the node and how many children have pages of
-// that pool in their subtrees, so that "is this page the leaf of its pool" is one look. It is
-// propagated upwards only when a subtree gains its first or loses its last page of a pool.
+// Per node and pool, a Residency counts the node's pages of that pool, and how many children have
+// such pages in their subtrees: whether a page is a leaf of its pool is one look. The counts of the
+// nodes above change only when a subtree gains its first page of a pool, or loses its last one.
 //
-// Laws kept here: I1 (children start with distinct keys, no node but a root is empty, keys form the
-// chain), I2 (a run never ends in a hole: `trim`), I3 (`rank_of` admits only what may go).
-// Costs: finding compares tokens and hashes once an edge; a block costs 20 bytes here beside its
-// tokens, 4 a pool that holds it, 32 once it has been named by a digest; a node about 200 bytes.
-// Why this shape: at ten million blocks a look at memory is 0.1 us, so what counts is how many
-// there are. A run keeps what a match needs (tokens, how many pages are there) in a few arrays of
-// its node, and no question that a match asks goes to a page: a path of 80 nodes is some hundred
-// looks, a node a block would be ten thousand. `python -m benchmarks.index_ops` prints the costs.
+// Laws of index.h that are kept here: I1, I2 (`trim`: a run never ends in a hole), I3 (`rank_of`
+// ranks only what may go).
+// Costs: finding compares tokens, and hashes once an edge. A block costs 20 bytes here beside its
+// tokens, 4 for each pool that holds it, 32 once a digest names it; a node costs about 200 bytes.
+// Why this shape: at ten million blocks, a look at memory takes 0.1 us, and the number of looks
+// decides. A node has what a match needs (tokens, how many pages are there) in a few arrays, and a
+// match never looks at a page: a path of 80 nodes takes some hundred looks, where a node for each
+// block would take ten thousand. `python -m benchmarks.index_ops` prints the costs.
 // Not thread-safe: the index holds its lock. Knows no lease and no transfer: they are pins to it.
 #pragma once
 
 #include <deque>
 #include <map>
-#include <memory>
 #include <optional>
 #include <set>
 #include <span>
@@ -38,13 +37,11 @@
 #include "index/eviction/policy.h"
 #include "index/key_table.h"
 #include "index/life.h"
-#include "index/page_pool.h"
+#include "index/pools.h"
 #include "index/prefix_pins.h"
 #include "index/quotas.h"
 
 namespace kvc2 {
-
-using Pools = std::vector<std::unique_ptr<PagePool>>;  // by id; null once removed
 
 constexpr NodeId kNoNode = 0xFFFFFFFF;
 constexpr uint32_t kBeforeFirst = 0xFFFFFFFF;  // + 1 == 0
@@ -66,16 +63,16 @@ struct Space {  // a namespace
   Digest name;
   uint32_t page_size;
   NodeId root;
-  bool retired = false;     // what is in it does not match, and goes (I8)
+  bool retired = false;     // its blocks are dead (I8)
   uint32_t retired_at = 0;  // a second of the caller's clock
   TenantId tenant = 0;
-  bool closed = false;  // there is none of this number now
+  bool closed = false;  // no namespace has this number now
 };
 
 struct Residency {  // one pool's pages in one node
   PoolId pool;
-  uint32_t count = 0;         // of them that are there
-  uint32_t arriving = 0;      // of those, in flight
+  uint32_t count = 0;         // pages that are there, resident or in flight
+  uint32_t arriving = 0;      // of those, pages in flight
   uint32_t children = 0;      // whose subtrees have pages of this pool
   std::vector<PageId> pages;  // by offset; ends with the last one there
   Rank rank = kNotEvictable;  // of the last page, in the pool's order
@@ -86,8 +83,8 @@ struct Residency {  // one pool's pages in one node
 struct Node {
   NodeId parent = kNoNode, first_child = kNoNode, next = kNoNode, previous = kNoNode;  // siblings
   uint32_t space = 0;
-  uint32_t first = 0;  // position of its first block on the path
-  uint32_t again = 0;  // of its blocks, leading ones that an acquire has matched
+  uint32_t first = 0;          // position of its first block on the path
+  uint32_t reused_blocks = 0;  // leading ones that an acquire has matched
   bool live = false;
   std::vector<uint32_t> tokens;
   std::vector<BlockKey> keys;
@@ -103,14 +100,14 @@ class RadixTree {
   RadixTree(Pools& pools, EvictionPolicy& policy) : pools_(pools), policy_(policy) {}
 
   // Structure.
-  uint32_t add_space(const Digest& name, uint32_t page_size);  // its number, maybe a closed one's
+  uint32_t add_space(const Digest& name, uint32_t page_size);  // its number: a closed one's, or new
   bool close_space(uint32_t space);                            // false: it has blocks
   size_t open_spaces() const { return spaces.size() - free_spaces_.size(); }
   uint32_t retire(uint32_t space);                             // the blocks in it
   std::vector<Run> find(uint32_t space, Tokens tokens) const;  // leading blocks, holes included
-  std::optional<Place> next(Place at,
-                            Tokens block) const;  // the block after `at` with these tokens
-  // Find or add; none: collision. A block that a restart found on disk teaches the policy nothing.
+  std::optional<Place> next(Place at, Tokens block) const;     // the one after `at`, if it is there
+  // Find or add; none: a collision, which is counted. A block that a restart found on disk teaches
+  // the policy nothing.
   std::optional<Place> insert(Place at, Tokens block, uint32_t stamp, bool restored = false);
   bool last(Place at) const;                               // nothing hangs on it
   Run append(NodeId node, Tokens tokens, uint32_t stamp);  // to a node without children
@@ -123,9 +120,11 @@ class RadixTree {
   bool resident(Place at, PoolId pool) const;
   std::span<const PageId> pages(const Run& run, PoolId pool) const;  // may end before the run
   uint32_t resident_blocks(const Run& run, PoolId pool) const;       // leading ones
-  bool holds_all(const Run& run, PoolId pool) const;  // may be false though it does, after a fault
-  bool anywhere(Place at) const;                      // present in any pool
+  // The pool has a page of each block. After a fault it may say no though the pool has them.
+  bool holds_all(const Run& run, PoolId pool) const;
+  bool anywhere(Place at) const;  // present in any pool
   bool resident_elsewhere(Place at, PoolId pool) const;
+  // The pool evicts it before all blocks of which it and faster pools have the only copies.
   bool spent(Place at, PoolId pool) const;
   bool resident_below(Place at, PoolId pool) const;  // in a slower pool of its chain
   void place(Place at, PoolId pool, PageId page);    // the caller refreshes the node
@@ -136,36 +135,38 @@ class RadixTree {
   Place owner(PoolId pool, PageId page) const;
 
   // Recency and eviction.
-  void touch(const Run& run, uint32_t stamp);
-  void use_again(const Run& run);   // an acquire has matched it, and all before it
-  bool used_again(Place at) const;  // since it came into the tree; so were all before it
-  void refresh(NodeId node);        // after a change of pins, stamps or residency in it
+  void touch(const Run& run, uint32_t stamp);  // a use by the acquire of this stamp
+  void mark_reused(const Run& run);          // an acquire has matched it, and all blocks before it
+  bool reused(Place at) const;               // since it came into the tree; so were all before it
+  bool admits(PoolId pool, Place at) const;  // a second_access pool takes only reused blocks
+  void refresh(NodeId node);                 // after a change of pins, stamps or residency in it
   Rank rank_of(NodeId node, const Residency& in) const;
-  bool dead(Place at) const;                     // it does not match any more
-  uint32_t living_blocks(const Run& run) const;  // before the first dead one
+  bool dead(Place at) const;                     // it matches no request any more (I8)
+  uint32_t living_blocks(const Run& run) const;  // those before the first that has expired
 
   // Lives (lives_of_nodes.cpp).
   Life life(Place at) const;
-  // For every block on the path to `at`: merged with what is known, or new from position `fresh`
-  // on.
+  // A request says this of every block on the path to `at`. From position `fresh` on the blocks are
+  // new and live just so; before it, `said` is merged with what is known.
   void say(Place at, const Life& said, uint32_t fresh);
-  // The blocks on the path to `at`, tail first, that nothing else hangs on, last used by `stamp`.
+  // Marks the end of the path to `at` as ended: the blocks that the acquire of this stamp was the
+  // last to use, and from which no other path branches.
   void end_tail(Place at, uint32_t stamp);
   void expire_by(uint32_t space, uint32_t second);  // all blocks of a namespace; walks it
-  uint32_t advance(uint32_t now);                   // nodes in which blocks expired or lapsed
+  uint32_t advance(uint32_t now);                   // in how many nodes blocks expired or lapsed
   uint32_t now() const { return now_; }
   std::optional<Place> coldest(PoolId pool);  // the next victim, as the policy chooses
   std::optional<Place> coldest_of(TenantId tenant, PoolId pool);  // among blocks of the tenant
   void set_tenant(uint32_t space, TenantId tenant);               // walks the namespace
   void forget_tenants(PoolId pool);                               // it has no pages any more
   std::optional<Place> oldest(PoolId pool) const;  // the longest unused of the first standing
-  std::optional<Place> evictable(NodeId node,
-                                 PoolId pool) const;  // its last page there, if it may go
+  // The block of the node's last page there, if that page may go.
+  std::optional<Place> evictable(NodeId node, PoolId pool) const;
   void halve_stamps();
 
   // Identity.
-  const Digest& digest(Place at);         // makes those on the path that are missing
-  const Digest& parent_digest(Place at);  // of a first block the namespace
+  const Digest& digest(Place at);         // makes the digests that are missing on its path
+  const Digest& parent_digest(Place at);  // of a first block: the name of the namespace
   Tokens tokens(Place at) const;
 
   const Node& operator[](NodeId node) const { return nodes_[node]; }
@@ -176,14 +177,16 @@ class RadixTree {
 
   std::vector<Space> spaces;
   PrefixPins pins;  // the caller refreshes the nodes
-  Quotas quotas;    // set before the tenant has blocks
+  Quotas quotas;    // a tenant's first quota is set before the tenant has blocks
   uint32_t live_nodes = 0;
   uint32_t blocks = 0;  // holes included
   uint32_t holes = 0;
+  uint64_t collisions = 0;  // blocks that `insert` has refused
 
  private:
   NodeId new_node();
   Tokens tokens_at(const Node& node, uint32_t offset) const;
+  bool collides(Place at, const BlockKey& key) const;
   NodeId child(NodeId node, const BlockKey& key, Tokens block) const;
   NodeId split(NodeId node, uint32_t at);
   void split_residency(Node& head, NodeId head_id, Node& tail, uint32_t at);
@@ -196,8 +199,8 @@ class RadixTree {
   Run append(NodeId node, std::span<const BlockKey> keys, Tokens tokens, uint32_t stamp,
              bool restored);
   void remove_tail(Node& node);
-  Residency* find_residency(Node& node, PoolId pool) const;
-  const Residency* find_residency(const Node& node, PoolId pool) const;
+  static Residency* find_residency(Node& node, PoolId pool);
+  static const Residency* find_residency(const Node& node, PoolId pool);
   Residency& residency(Node& node, PoolId pool) const;
   void drop_residency(NodeId node, PoolId pool);
   void propagate(NodeId node, PoolId pool, int change);
@@ -219,6 +222,7 @@ class RadixTree {
   void check_quotas() const;
   void check_counts() const;
   void check_residency(NodeId id, const Residency& in) const;
+  void check_evictable(NodeId id, const Residency& in) const;
 
   Pools& pools_;
   EvictionPolicy& policy_;

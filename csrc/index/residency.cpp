@@ -1,4 +1,4 @@
-// The tree's second half: which block has a page in which pool, and which of them may be evicted.
+// The tree's second part: which block has a page in which pool, and which pages may be evicted.
 #include <algorithm>
 
 #include "base/check.h"
@@ -6,15 +6,16 @@
 
 namespace kvc2 {
 
-const Residency* RadixTree::find_residency(const Node& node, PoolId pool) const {
-  for (const Residency& in : node.pools) {
-    if (in.pool == pool) return &in;
-  }
-  return nullptr;
+template <typename AnyNode>
+static auto* residency_of(AnyNode& node, PoolId pool) {
+  const auto found = std::ranges::find(node.pools, pool, &Residency::pool);
+  return found == node.pools.end() ? nullptr : &*found;
 }
 
-Residency* RadixTree::find_residency(Node& node, PoolId pool) const {
-  return const_cast<Residency*>(find_residency(std::as_const(node), pool));
+Residency* RadixTree::find_residency(Node& node, PoolId pool) { return residency_of(node, pool); }
+
+const Residency* RadixTree::find_residency(const Node& node, PoolId pool) {
+  return residency_of(node, pool);
 }
 
 Residency& RadixTree::residency(Node& node, PoolId pool) const {
@@ -66,14 +67,14 @@ uint32_t RadixTree::resident_blocks(const Run& run, PoolId pool) const {
     return static_cast<uint32_t>(there.size());
   }
   const auto end = std::ranges::find_if(there, [&](PageId page) {
-    return page == kNoPage || pools_[pool]->state(page) != PageState::kResident;
+    return page == kNoPage || pools_[pool].state(page) != PageState::kResident;
   });
   return static_cast<uint32_t>(end - there.begin());
 }
 
 bool RadixTree::resident(Place at, PoolId pool) const {
   const PageId found = page(at, pool);
-  return found != kNoPage && pools_[pool]->state(found) == PageState::kResident;
+  return found != kNoPage && pools_[pool].state(found) == PageState::kResident;
 }
 
 bool RadixTree::holds_all(const Run& run, PoolId pool) const {
@@ -94,13 +95,12 @@ bool RadixTree::resident_elsewhere(Place at, PoolId pool) const {
 }
 
 bool RadixTree::resident_below(Place at, PoolId pool) const {
-  for (auto below = pools_[pool]->shape.below; below; below = pools_[*below]->shape.below) {
+  for (auto below = pools_[pool].shape.below; below; below = pools_[*below].shape.below) {
     if (resident(at, *below)) return true;
   }
   return false;
 }
 
-// What is evicted before all that only this pool and faster ones have (rank_of).
 bool RadixTree::spent(Place at, PoolId pool) const {
   if (dead(at)) return true;
   const bool soft = pins.of(pool, nodes_[at.node].keys[at.offset]) == Pinned::kSoft;
@@ -108,7 +108,7 @@ bool RadixTree::spent(Place at, PoolId pool) const {
 }
 
 Place RadixTree::owner(PoolId pool, PageId page) const {
-  const Page& info = (*pools_[pool])[page];
+  const Page& info = pools_[pool][page];
   return {info.node, info.block - nodes_[info.node].first};
 }
 
@@ -135,10 +135,10 @@ void RadixTree::place(const Run& run, PoolId pool, std::span<const PageId> pages
       tell_marked({run.node, run.offset + i}, before);
     }
     page = pages[i];
-    Page& info = (*pools_[pool])[page];
+    Page& info = pools_[pool][page];
     info.node = run.node;
     info.block = node.first + run.offset + i;
-    in.arriving += pools_[pool]->state(page) == PageState::kInFlight;
+    in.arriving += pools_[pool].state(page) == PageState::kInFlight;
   }
   in.count += run.blocks;
   count_pages(run.node, pool, run.blocks);
@@ -155,7 +155,7 @@ PageId RadixTree::clear(Place at, PoolId pool) {
   in->pages[at.offset] = kNoPage;
   --in->count;
   count_pages(at.node, pool, -1);
-  in->arriving -= pools_[pool]->state(page) == PageState::kInFlight;
+  in->arriving -= pools_[pool].state(page) == PageState::kInFlight;
   if (policy_.counts_pages()) {
     const Node& node = nodes_[at.node];
     policy_.cleared(pool, node.keys[at.offset], node.uses[at.offset]);
@@ -171,8 +171,8 @@ PageId RadixTree::clear(Place at, PoolId pool) {
 
 void RadixTree::replace(Place at, PoolId pool, PageId page) {
   find_residency(nodes_[at.node], pool)->pages[at.offset] = page;
-  (*pools_[pool])[page].node = at.node;
-  (*pools_[pool])[page].block = nodes_[at.node].first + at.offset;
+  pools_[pool][page].node = at.node;
+  pools_[pool][page].block = nodes_[at.node].first + at.offset;
 }
 
 // The subtree of `node` gained its first (+1) or lost its last (-1) page of a pool.
@@ -188,12 +188,18 @@ void RadixTree::propagate(NodeId node, PoolId pool, int change) {
   }
 }
 
-void RadixTree::use_again(const Run& run) {
-  uint32_t& again = nodes_[run.node].again;
-  again = std::max(again, run.offset + run.blocks);
+void RadixTree::mark_reused(const Run& run) {
+  uint32_t& reused = nodes_[run.node].reused_blocks;
+  reused = std::max(reused, run.offset + run.blocks);
 }
 
-bool RadixTree::used_again(Place at) const { return at.offset < nodes_[at.node].again; }
+bool RadixTree::reused(Place at) const { return at.offset < nodes_[at.node].reused_blocks; }
+
+// An acquire that matches a block matches all blocks before it, so that no block is admitted
+// without those before it.
+bool RadixTree::admits(PoolId pool, Place at) const {
+  return !pools_[pool].shape.second_access || reused(at);
+}
 
 void RadixTree::touch(const Run& run, uint32_t stamp) {
   Node& node = nodes_[run.node];
@@ -205,13 +211,14 @@ void RadixTree::touch(const Run& run, uint32_t stamp) {
   refresh(run.node);
 }
 
-// I3: the leaf of its pool; a last copy only if it is a leaf of the union too. I4: no pins. I10:
-// the dead have no prefix pins; soft ones are the last, also of copies that a slower pool holds.
+// I3: a leaf of its pool; a last copy only if the block is a leaf of the union too. I4: no pins.
+// I8: the dead are first. I10: blocks pinned hard do not go; those pinned soft go last, though a
+// slower pool may hold a copy.
 Rank RadixTree::rank_of(NodeId id, const Residency& in) const {
   if (in.count == 0 || in.children > 0) return kNotEvictable;
   const Node& node = nodes_[id];
   const Place at{id, static_cast<uint32_t>(in.pages.size()) - 1};
-  const PagePool& pool = *pools_[in.pool];
+  const PagePool& pool = pools_[in.pool];
   const PageId page = in.pages.back();
   if (pool.state(page) != PageState::kResident || pool[page].pins > 0) return kNotEvictable;
   const bool held_below = resident_below(at, in.pool);
@@ -229,7 +236,7 @@ void RadixTree::refresh(NodeId node) {
   for (Residency& in : nodes_[node].pools) set_rank(node, in, rank_of(node, in));
 }
 
-// The mark of a block changed: so did the queue of its pages.
+// Where the block's mark has changed, the policy hears of each page: the mark says their queue.
 void RadixTree::tell_marked(Place at, const Use& before) {
   const Node& node = nodes_[at.node];
   if (node.uses[at.offset].mark == before.mark) return;
@@ -240,14 +247,14 @@ void RadixTree::tell_marked(Place at, const Use& before) {
 
 Quota* RadixTree::quota(NodeId node, PoolId pool) {
   if (quotas.empty()) return nullptr;
-  return quotas.find(spaces[nodes_[node].space].tenant, pools_[pool]->shape.tier);
+  return quotas.find(spaces[nodes_[node].space].tenant, pools_[pool].shape.tier);
 }
 
 void RadixTree::count_pages(NodeId node, PoolId pool, int64_t pages) {
   Quota* of = quota(node, pool);
   if (!of) return;
   of->blocks += static_cast<uint64_t>(pages);
-  of->bytes += static_cast<uint64_t>(pages) * pools_[pool]->shape.page_bytes;
+  of->bytes += static_cast<uint64_t>(pages) * pools_[pool].shape.page_bytes;
 }
 
 void RadixTree::set_tenant(uint32_t space, TenantId tenant) {
@@ -303,7 +310,8 @@ std::optional<Place> RadixTree::evictable(NodeId node, PoolId pool) const {
   return Place{node, static_cast<uint32_t>(in->pages.size()) - 1};
 }
 
-// When the 32-bit clock is about to overflow: old differences blur, the order stays.
+// When the 32-bit clock is about to overflow. Stamps that differed may be equal then; their order
+// stays.
 void RadixTree::halve_stamps() {
   for (NodeId id = 0; id < nodes_.size(); ++id) {
     for (Use& use : nodes_[id].uses) policy_.halve(use);

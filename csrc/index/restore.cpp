@@ -11,7 +11,7 @@ namespace kvc2 {
 // its page, since a split moves its place.
 std::deque<Index::Known> Index::known_parents(PoolId id) {
   std::deque<Known> known;
-  const PagePool& of = pool(id);
+  const PagePool& of = pools_.at(id);
   for (const Space& space : tree_.spaces) {
     if (space.closed || space.page_size != of.shape.page_size || space.retired) continue;
     known.push_back({space.name, kNoPage, space.root});
@@ -24,16 +24,13 @@ std::deque<Index::Known> Index::known_parents(PoolId id) {
 }
 
 RestoreResult Index::restore_one(PoolId id, const RestoreBatch& batch, size_t i, Place parent) {
-  PagePool& into = pool(id);
+  PagePool& into = pools_.at(id);
   const size_t size = into.shape.page_size;
   const PageId page = batch.pages[i];
   if (!into.is(page, PageState::kFree)) return RestoreResult::kConflict;
   const auto block =
       tree_.insert(parent, batch.tokens.subspan(i * size, size), batch.stamps[i], true);
-  if (!block) {
-    ++collisions_;
-    return RestoreResult::kConflict;
-  }
+  if (!block) return RestoreResult::kConflict;
   const Place at = *block;
   if (tree_.page(at, id) != kNoPage) return RestoreResult::kConflict;
   if (tree_[at.node].uses[at.offset].stamp < batch.stamps[i]) {
@@ -41,7 +38,7 @@ RestoreResult Index::restore_one(PoolId id, const RestoreBatch& batch, size_t i,
   }
   into.take(page, PageState::kResident);
   into.generations[page] = batch.generations[i];
-  generation_ = std::max(generation_, batch.generations[i] + 1);
+  transfers_.rise_above(batch.generations[i]);
   stamp_ = std::max(stamp_, batch.stamps[i]);
   tree_.place(at, id, page);
   tree_.refresh(at.node);
@@ -52,8 +49,8 @@ RestoreResult Index::restore_one(PoolId id, const RestoreBatch& batch, size_t i,
 
 std::vector<RestoreResult> Index::restore(PoolId id, const RestoreBatch& batch) {
   const Lock lock(mutex_);
-  if (!pool(id).shape.durable) throw std::invalid_argument("pool: not a durable one");
-  const size_t size = pool(id).shape.page_size;
+  if (!pools_.at(id).shape.durable) throw std::invalid_argument("pool: not a durable one");
+  const size_t size = pools_.at(id).shape.page_size;
   const size_t count = batch.digests.size();
   std::vector<RestoreResult> results(count, RestoreResult::kOrphan);
   std::unordered_map<Digest, std::vector<size_t>, NameHash> children;
@@ -80,6 +77,23 @@ std::vector<RestoreResult> Index::restore(PoolId id, const RestoreBatch& batch) 
     }
   }
   return results;
+}
+
+Residents Index::residents(PoolId id, PageId first, uint32_t count) {
+  Residents found;
+  PageId page = first;
+  in_slices(id, [&] {
+    const PagePool& of = pools_.at(id);
+    if (!of.shape.durable) throw std::invalid_argument("pool: not a durable one");
+    if (page >= of.size() || page - first >= count) return false;
+    if (of.is(page, PageState::kResident)) {
+      found.pages.push_back(page);
+      found.records.append(tree_, tree_.owner(id, page), of.generations[page]);
+    }
+    ++page;
+    return true;
+  });
+  return found;
 }
 
 }  // namespace kvc2

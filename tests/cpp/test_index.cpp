@@ -11,8 +11,8 @@ using namespace kvc2;
 // A split keeps the tail's node and moves the head's pages to a new one.
 static void a_split_moves_the_owners_before_the_branch() {
   Pools pools;
-  pools.push_back(std::make_unique<PagePool>(PagePool::Shape{1, 8, std::nullopt, false}));
-  pools[0]->add_slab();
+  pools.add(PagePool::Shape{1, 8, std::nullopt, false});
+  pools[0].add_slab();
   const auto policy = make_policy("lru", 0);
   RadixTree tree(pools, *policy);
   const uint32_t space = tree.add_space(Digest{}, 1);
@@ -21,16 +21,16 @@ static void a_split_moves_the_owners_before_the_branch() {
   std::vector<PageId> pages;
   for (size_t i = 0; i < path.size(); ++i) {
     at = *tree.insert(at, Tokens(path).subspan(i, 1), 1);
-    pages.push_back(*pools[0]->allocate(PageState::kPrivate));
-    pools[0]->move(pages.back(), PageState::kResident);
+    pages.push_back(*pools[0].allocate(PageState::kPrivate));
+    pools[0].move(pages.back(), PageState::kResident);
     tree.place(at, 0, pages.back());
     tree.refresh(at.node);
   }
   const NodeId tail = at.node;
   const std::vector<uint32_t> branch{9};
   const Place joined = *tree.insert(tree.owner(0, pages[1]), branch, 2);
-  pages.push_back(*pools[0]->allocate(PageState::kPrivate));
-  pools[0]->move(pages.back(), PageState::kResident);
+  pages.push_back(*pools[0].allocate(PageState::kPrivate));
+  pools[0].move(pages.back(), PageState::kResident);
   tree.place(joined, 0, pages.back());
   tree.refresh(joined.node);
   tree.check();

@@ -1,0 +1,99 @@
+#include "index/evictor.h"
+
+namespace kvc2 {
+
+std::optional<PageId> Evictor::allocate(PoolId id, PageState to, TenantId tenant, uint32_t taken) {
+  PagePool& from = pools_.at(id);
+  while (true) {  // what is evicted from a closed slab leaves no free page
+    if (const auto page = from.allocate(to)) return page;
+    const auto victim = from.shape.durable ? std::nullopt : victim_for(id, tenant, taken);
+    if (!victim) return std::nullopt;
+    count_eviction(*victim, id);
+    drop(*victim, id, Cause::kEvicted);
+  }
+}
+
+// Tenants over their quota pay first, then the tenant that asks, if its quota has no room left.
+std::optional<Place> Evictor::victim_for(PoolId id, TenantId tenant, uint32_t taken) {
+  if (const auto victim = victim_over_quota(id)) return victim;
+  const PagePool::Shape& shape = pools_.at(id).shape;
+  const Quota* own = tree_.quotas.find(tenant, shape.tier);
+  if (own && own->full(uint64_t{taken} + 1, shape.page_bytes)) {
+    if (const auto victim = tree_.coldest_of(tenant, id)) return victim;
+  }
+  return tree_.coldest(id);
+}
+
+std::optional<Place> Evictor::victim_over_quota(PoolId id) {
+  for (const TenantId tenant : tree_.quotas.over(pools_.at(id).shape.tier)) {
+    if (const auto victim = tree_.coldest_of(tenant, id)) return victim;
+  }
+  return std::nullopt;
+}
+
+void Evictor::evict(Place at, PoolId id, Evicted& evicted) {
+  count_eviction(at, id);
+  take(at, id, evicted, Cause::kEvicted);
+}
+
+void Evictor::take(Place at, PoolId id, Evicted& taken, Cause cause) {
+  taken.pages.push_back(tree_.page(at, id));
+  if (pools_.at(id).shape.durable) taken.digests.push_back(tree_.digest(at));
+  if (!tree_.resident_elsewhere(at, id)) ++taken.last_copies;
+  drop(at, id, cause);
+}
+
+void Evictor::drop(Place at, PoolId id, Cause cause) {
+  pools_.at(id).free(clear(at, id, cause));
+  tree_.refresh(at.node);
+  tree_.trim(at.node);
+}
+
+void Evictor::forget(Place at, PoolId id, Cause cause) {
+  clear(at, id, cause);
+  tree_.refresh(at.node);
+  tree_.trim(at.node);
+}
+
+// The page that the block had in the pool; it is still to be freed.
+PageId Evictor::clear(Place at, PoolId id, Cause cause) {
+  const PageId page = tree_.clear(at, id);
+  if (!tree_.anywhere(at)) bury(at, id, cause);
+  return page;
+}
+
+void Evictor::bury(Place at, PoolId last, Cause cause) {
+  if (cause == Cause::kEvicted && tree_.dead(at)) cause = cause_of_end(tree_, at);
+  obituaries_.record({.key = tree_[at.node].keys[at.offset],
+                      .when = tree_.now(),
+                      .pool = last,
+                      .cause = static_cast<uint32_t>(cause)});
+}
+
+// A block that is evicted before the pool below has it is sent back to the pools above.
+void Evictor::count_eviction(Place at, PoolId id) {
+  pools_.at(id).count_eviction(!tree_.resident_elsewhere(at, id));
+  const auto below = pools_.at(id).shape.below;
+  if (!below || tree_.resident_below(at, id) || !tree_.admits(*below, at)) return;
+  for (const Residency& in : tree_[at.node].pools) {
+    if (pools_[in.pool].shape.below == id && tree_.resident(at, in.pool)) {
+      pools_[in.pool].send_back(tree_.page(at, in.pool));
+    }
+  }
+}
+
+void Evictor::tell_size(PoolId id) {
+  if (id >= told_pages_.size()) told_pages_.resize(id + 1, 0);
+  const uint32_t pages = pools_.alive(id) ? pools_[id].counts().pages : 0;
+  uint32_t& told = told_pages_[id];
+  if (pages >= told / 2 && pages <= uint64_t{told} * 5 / 4) return;
+  told = pages;
+  policy_.resize(id, pages);
+}
+
+Cause cause_of_end(const RadixTree& tree, Place dead) {
+  const bool retired = tree.spaces[tree[dead.node].space].retired;
+  return retired ? Cause::kInvalidated : Cause::kExpired;
+}
+
+}  // namespace kvc2

@@ -1,0 +1,218 @@
+// Index: namespaces, and what requests and movers ask of leases and transfers.
+#include <algorithm>
+
+#include "index/index.h"
+
+namespace kvc2 {
+
+constexpr uint32_t kSiblingsOfAcquire = 16;  // every request pays for them: 1 us
+
+uint32_t Index::open_namespace(const Digest& name, uint32_t page_size) {
+  const Lock lock(mutex_);
+  if (page_size == 0 || page_size > kMaxPageSize)
+    throw std::invalid_argument("page_size: 1 to 512");
+  const auto [at, fresh] = space_ids_.try_emplace(root_key(name), 0);
+  if (fresh) return at->second = tree_.add_space(name, page_size);
+  if (tree_.spaces[at->second].name != name)
+    throw std::invalid_argument("namespace: key collision");
+  if (tree_.spaces[at->second].page_size != page_size) {
+    throw std::invalid_argument("page_size: the namespace was opened with " +
+                                std::to_string(tree_.spaces[at->second].page_size));
+  }
+  return at->second;
+}
+
+bool Index::close_namespace(uint32_t space) {
+  const Lock lock(mutex_);
+  const Digest name = open_space(space).name;
+  if (tree_.pins.of_space(space) || leases_.use_space(space)) return false;
+  if (!tree_.close_space(space)) return false;
+  space_ids_.erase(root_key(name));
+  return true;
+}
+
+const Space& Index::open_space(uint32_t space) const {
+  if (space >= tree_.spaces.size() || tree_.spaces[space].closed) {
+    throw UnknownId("namespace " + std::to_string(space));
+  }
+  return tree_.spaces[space];
+}
+
+void Index::check_space(uint32_t space, PoolId id) const {
+  open_space(space);
+  if (tree_.spaces[space].page_size != pools_.at(id).shape.page_size) {
+    throw std::invalid_argument("pool: its page_size is not the namespace's");
+  }
+}
+
+// The stamp of a new use. Where the 32-bit clock is about to overflow, all stamps are halved.
+uint32_t Index::tick() {
+  if (stamp_ >= 0xFFFFFFFE) {  // a restored stamp may be the very last
+    tree_.halve_stamps();
+    leases_.halve_stamps();
+    stamp_ = 0x7FFFFFFF;
+  }
+  return ++stamp_;
+}
+
+Match Index::match(uint32_t space, PoolId head, Tokens tokens) const {
+  const Lock lock(mutex_);
+  check_space(space, head);
+  const std::vector<PoolId> pools = pools_.chain(head);
+  const Found found = find_resident(tree_, space, pools, tree_.find(space, tokens));
+  Match match{static_cast<uint32_t>(found.tiers.size()), std::vector<uint32_t>(pools.size(), 0)};
+  for (const uint8_t tier : found.tiers) ++match.tiers[tier];
+  return match;
+}
+
+Explanation Index::explain(uint32_t space, std::span<const PoolId> pools, Tokens tokens) const {
+  const Lock lock(mutex_);
+  if (pools.empty() || pools.size() > 0xFF) throw std::invalid_argument("pools: 1 to 255 of them");
+  for (const PoolId each : pools) check_space(space, each);
+  const Found found = find_resident(tree_, space, pools, tree_.find(space, tokens));
+  return explanation_of(tree_, evictor_.obituaries(), found, tokens, kSiblingsMax);
+}
+
+LeaseView Index::acquire(uint32_t space, PoolId head, Tokens tokens, uint32_t max_blocks,
+                         const Hints& hints) {
+  const Lock lock(mutex_);
+  check_space(space, head);
+  if (pools_.at(head).closed) {
+    throw std::invalid_argument("pool: " + std::to_string(head) + " is closed");
+  }
+  const size_t size = tree_.spaces[space].page_size;
+  const size_t blocks = std::min<size_t>(tokens.size() / size, max_blocks);
+  const Tokens asked = tokens.first(blocks * size);
+  const std::vector<PoolId> pools = pools_.chain(head);
+  const uint32_t stamp = tick();
+  Found found = find_resident(tree_, space, pools, tree_.join(tree_.find(space, asked)));
+  Explanation why = explanation_of(tree_, evictor_.obituaries(), found, asked, kSiblingsOfAcquire);
+  LeaseView opened = leases_.open({pools, tokens, blocks, stamp, hints}, std::move(found));
+  opened.explanation = std::move(why);
+  return opened;
+}
+
+LeaseView Index::lease(LeaseId id) const {
+  const Lock lock(mutex_);
+  return leases_.view(id);
+}
+
+void Index::shorten(LeaseId id, uint32_t blocks) {
+  const Lock lock(mutex_);
+  leases_.shorten(id, blocks);
+}
+
+Load Index::next_load(LeaseId id, uint32_t max_pages) {
+  const Lock lock(mutex_);
+  return leases_.next_load(id, max_pages);
+}
+
+std::optional<Transfer> Index::promote(LeaseId id) {
+  const Lock lock(mutex_);
+  return leases_.promote(id);
+}
+
+// In slices; a lease that is released between two of them is unknown to the next.
+std::vector<CommitResult> Index::commit(LeaseId id, uint32_t first_block, Tokens tokens,
+                                        std::span<const PageId> pages) {
+  std::vector<CommitResult> results(pages.size(), CommitResult::kRefused);
+  size_t done = 0, blocks = 0;
+  do {
+    const Lock lock(mutex_);
+    const size_t size = leases_.page_size(id);
+    if (tokens.size() != pages.size() * size) {
+      throw std::invalid_argument("tokens: not page_size for each of pages");
+    }
+    blocks = std::min<size_t>(pages.size() - done, kSliceCommits);
+    leases_.commit(id, uint64_t{first_block} + done, tokens.subspan(done * size, blocks * size),
+                   pages.subspan(done, blocks), std::span(results).subspan(done, blocks));
+    done += blocks;
+  } while (done < pages.size() && results[done - 1] != CommitResult::kRefused);
+  return results;
+}
+
+// Nobody waits for a release: what acquires have noted for the reuse curve is learnt here.
+void Index::release(LeaseId id, const Hints& hints) {
+  {
+    const Lock lock(mutex_);
+    leases_.release(id, hints);
+  }
+  catch_up();
+}
+
+void Index::catch_up() {
+  for (bool more = true; more;) {
+    const Lock lock(mutex_);
+    more = curve_.catch_up();
+  }
+}
+
+std::vector<double> Index::hit_rates(std::span<const uint64_t> capacities) {
+  catch_up();
+  const Lock lock(mutex_);
+  std::vector<double> rates;
+  for (const uint64_t capacity : capacities) rates.push_back(curve_.hit_rate(capacity));
+  return rates;
+}
+
+uint32_t Index::held_in(LeaseId id, PoolId of) const {
+  const Lock lock(mutex_);
+  pools_.at(of);
+  return leases_.held_in(id, of);
+}
+
+Load Index::prefetch(uint32_t space, PoolId head, Tokens tokens, uint32_t max_pages, bool touches) {
+  const Lock lock(mutex_);
+  check_space(space, head);
+  const std::vector<PoolId> pools = pools_.chain(head);
+  const Found found = find_resident(tree_, space, pools, tree_.find(space, tokens));
+  if (touches) {
+    const uint32_t stamp = tick();
+    for (const Run& run : found.path) tree_.touch(run, stamp);
+  }
+  return transfers_.prefetch(found, pools, tokens, max_pages);
+}
+
+std::optional<Transfer> Index::plan_demote(PoolId id, uint32_t max_pages) {
+  const Lock lock(mutex_);
+  return transfers_.plan_demote(id, max_pages);
+}
+
+std::optional<Transfer> Index::plan_move(PoolId id, uint32_t slab, uint32_t max_pages) {
+  const Lock lock(mutex_);
+  return transfers_.plan_move(id, slab, max_pages);
+}
+
+// Leases let go of the pages that have not come before those pages are free.
+std::vector<PageId> Index::complete(TransferId id, uint32_t done) {
+  const Lock lock(mutex_);
+  const Transfers::Ended ended = transfers_.complete(id, done);
+  leases_.lose(ended.target, ended.failed);
+  transfers_.free_failed(ended);
+  return ended.left;
+}
+
+uint64_t Index::undemoted(PoolId id) const {
+  const Lock lock(mutex_);
+  return pools_.at(id).waiting();
+}
+
+// A block in several pools counts in the first of them.
+uint64_t Index::not_admitted(PoolId id) const {
+  uint64_t count = 0;
+  for (PoolId above = 0, pools = id + 1; above < pools; ++above) {
+    for (PageId page = 0, end = 1; page < end; page += kSlicePages) {
+      const Lock lock(mutex_);
+      if (!pools_.at(id).shape.second_access) return 0;
+      pools = pools_.size();
+      if (!pools_.is_above(above, id)) break;
+      end = pools_[above].size();  // the pool may grow between slices
+      for (PageId at = page; at < std::min(end, page + kSlicePages); ++at) {
+        count += transfers_.kept_out(id, above, at);
+      }
+    }
+  }
+  return count;
+}
+
+}  // namespace kvc2
