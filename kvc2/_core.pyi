@@ -39,8 +39,8 @@ class PoolCounts:
     resident: int
     in_flight: int
     pinned: int  # of the resident and in-flight ones
-    evicted: int  # since the pool was made, whatever asked for it; what faults took is not counted
-    last_copies: int  # of the evicted ones those that were in no other pool
+    evicted: int  # since the pool was made; pages that faults took are not counted
+    last_copies: int  # evicted pages whose block was in no other pool
 
 class IndexCounts:
     namespaces: int
@@ -52,17 +52,18 @@ class IndexCounts:
     metadata_bytes: int  # of the tree and the pools, beside the tokens
     collisions: int  # commits refused because a key stood for other tokens
     deaths: int  # of blocks whose last page went, since the start
-    dead_known: int  # of them, that are remembered
-    dead_bytes: int  # that this takes: 32 a block at most
+    dead_known: int  # deaths that are remembered
+    dead_bytes: int  # memory that they take: at most 32 bytes each
 
 class Hints:
     """What a request says of the blocks that it uses; 0 and False say nothing.
 
-    They match for `ttl_s` after their last use (the longest of all requests' counts, and one
-    without keeps them for ever). `priority`, 0 to 7, goes before recency; the highest counts. With
-    `session_end` what nobody else has used or goes on from is evicted first, unless it has a
-    priority. Until four times
-    `expect_return_within_s` have passed they go after others of their priority."""
+    ttl_s: the blocks match for so long after their last use. The longest time that a request gave
+    them holds; a request without ttl_s lets them match for ever. priority, 0 to 7: blocks of a
+    lower one are evicted first, whatever their recency; the highest that a request gave them holds.
+    session_end: blocks that no other request has used, and from which none goes on, are evicted
+    first, unless they have a priority. expect_return_within_s: until four times as long has passed
+    the blocks are evicted after others of their priority."""
 
     def __init__(
         self,
@@ -109,12 +110,13 @@ class Wait:
     transfer: int
 
 class Evicted:
-    """Pages that were resident and are free. In a durable pool the caller deletes these digests
-    before it plans the next transfer into that pool (reuse only what a committed delete freed)."""
+    """Pages that were resident and are free now. In a durable pool the caller deletes these digests
+    before it plans the next transfer into that pool: a page is reused only after its record is
+    gone for good."""
 
     pages: U32  # [n]
     digests: U8  # [n, 32] in a durable pool, [0, 32] elsewhere
-    last_copies: int  # how many of them were in no other pool
+    last_copies: int  # pages whose block was in no other pool
 
 class Lease:
     """The state of an open lease.
@@ -129,7 +131,7 @@ class Lease:
     tiers: tuple[int, ...]  # of `pages` found at acquire, by the tier they were found in
     transfer: int  # the last transfer its pages depend on; 0 when all are resident
     computing: int  # blocks right after `matched` that another open lease is computing now
-    ahead: U32  # [m, 2] (tier, blocks): runs of matched blocks after `pages`, as found
+    ahead: U32  # [m, 2] (tier, blocks): runs of matched blocks after `pages`, as acquire found them
     # of the blocks asked for, as acquire found it (16 siblings are looked at, not 4096); empty
     # from `lease`
     explanation: Explanation
@@ -139,11 +141,11 @@ class Why(enum.Enum):
 
     NOTHING = ...  # no full block is missing
     NEVER_SEEN = ...  # not in the tree, and not among the dead that are remembered
-    DIVERGED = ...  # the same, but resident blocks stand in its place: `sibling`
+    DIVERGED = ...  # as NEVER_SEEN, but resident blocks stand in its place: `sibling`
     HOLE = ...  # in the tree, above a block that has a page: a fault took it
     ELSEWHERE = ...  # resident, but in none of the pools asked for
-    ARRIVING = ...  # its only pages are still to be filled
-    DIED = ...  # it was here, or still is but matches no more: `death`
+    ARRIVING = ...  # its only pages are still being filled
+    DIED = ...  # it was in the tree, or is there still but matches no request any more: `death`
 
 class Cause(enum.Enum):
     """How a block's last page went. Compare with ==."""
@@ -151,7 +153,7 @@ class Cause(enum.Enum):
     EVICTED = ...  # for room, or because somebody asked for it
     LOST = ...  # a fault took its page
     SESSION_ENDED = ...  # it was in the pool of a session that is over, and nowhere else
-    TRANSFER_FAILED = ...  # its only page was still to be filled
+    TRANSFER_FAILED = ...  # its only page was being filled when the transfer failed
     INVALIDATED = ...  # its namespace is retired
     EXPIRED = ...  # its time to live was over
 
@@ -174,7 +176,7 @@ class Explanation:
     sibling: Sibling | None  # of DIVERGED; of DIED where there is one
 
 class Index:
-    """The tree, its pools and the leases on it; see csrc/index/index.h for laws I1-I7.
+    """The tree, its pools and the leases on it; csrc/index/index.h states its laws, I1-I12.
 
     It never moves a byte, waits, or reads a clock. Threads may share it: one lock inside.
     """
@@ -188,10 +190,10 @@ class Index:
         seed: int = 0,
         dead_blocks: int = 65536,
     ) -> None:
-        """Generations (of pages in durable pools) and stamps (recency) rise from the first two. The
-        policy, "lru", "arc", "s3fifo" or "hazard", chooses what every pool evicts, and decides the
-        same under the same seed. ValueError: another policy. The last `dead_blocks` deaths of
-        blocks are remembered, 32 bytes each."""
+        """Generations (of pages in durable pools) rise from first_generation, stamps (recency) from
+        first_stamp. The policy, "lru", "arc", "s3fifo" or "hazard", chooses what every pool evicts;
+        under the same seed it decides the same. ValueError: another policy. The last `dead_blocks`
+        deaths of blocks are remembered, 32 bytes each."""
 
     # pools and slabs
     def add_pool(
@@ -206,25 +208,25 @@ class Index:
         second_access: bool = False,
     ) -> int:
         """A pool without slabs. `below` is the next slower pool of its chain. Ids are never
-        reused. `tier` (0 to 255) and `page_bytes` are what quotas are counted in. second_access:
-        only what an acquire has matched is demoted into it."""
+        reused. Quotas count by `tier` (0 to 255), in blocks and in `page_bytes` for each.
+        second_access: only blocks that an acquire has matched are demoted into it."""
     def add_slab(self, pool: int) -> int:
         """One more slab, at the lowest free number s: pages [s * pages_per_slab, (s+1) * ...)."""
     def take_slab(self, pool: int, slab: int) -> bool:
         """Remove the slab, open or closed, if nothing is in it; False otherwise. Its number becomes
         free."""
     def close_slab(self, pool: int, slab: int) -> bool:
-        """Begin to empty a slab: no page of it is taken any more, its free pages no longer count as
-        the pool's, nor does what is freed in it later. False, and nothing changes, when there is
-        no open slab of that number, or a page of it is private, pinned or in flight."""
+        """Begin to empty a slab. No page of it is taken any more. Its free pages do not count as
+        the pool's, nor do pages that are freed in it later. False, and nothing changes, when there
+        is no open slab of that number, or a page of it is private, pinned or in flight."""
     def reopen_slab(self, pool: int, slab: int) -> bool:
-        """Think better of it: what was freed in a closed slab is free again. False: not closed."""
+        """Stop emptying the slab: pages that were freed in it are free again. False: not closed."""
     def slab_pages(self, pool: int) -> U32:
         """[slabs] by number the pages that are not free: what emptying it would evict or move;
         0xFFFFFFFF where there is no slab, or a closed one."""
     def victim_age(self, pool: int) -> int | None:
-        """How many acquires, of all pools, there have been since the block that the pool would
-        evict next, going by age alone, was last used; None when it could evict none."""
+        """The age, in acquires of all pools, of the block that the pool would evict next if it went
+        by age alone: acquires since that block was last used. None when it could evict none."""
     def pool_counts(self, pool: int) -> PoolCounts: ...
     def page_size(self, pool: int) -> int: ...
     def close_pool(self, pool: int) -> None:
@@ -239,10 +241,10 @@ class Index:
         """32 bytes -> its id in this index; the same id when opened again. ValueError if it was
         opened with another page_size."""
     def close_namespace(self, namespace: int) -> bool:
-        """It is unknown from now on, and its id may become another's: so nobody may go on with it.
-        False, and nothing changes, while it has blocks, open leases or pins."""
+        """Forget the namespace. Its id is unknown until another namespace gets it: the caller uses
+        the id no more. False, and nothing changes, while it has blocks, open leases or pins."""
     def has_pins(self, namespace: int) -> bool:
-        """Whether somebody has pinned a prefix of it (`pin`)."""
+        """Whether a prefix of the namespace is pinned (`pin`)."""
     def set_quota(
         self, tenant: int, tier: int, *, max_bytes: int = ..., max_blocks: int = ...
     ) -> None:
@@ -254,8 +256,9 @@ class Index:
     def quota_use(self, tenant: int, tier: int) -> tuple[int, int]:
         """Bytes and blocks that count in a tenant's quota; 0 where it has none."""
     def trim(self, pool: int) -> Evicted:
-        """Evict from the pool what those tenants can spare that are over their quota in its tier,
-        each its own coldest first. Until then nobody else's is evicted there for want of a page."""
+        """Evict blocks of the tenants that are over their quota in the pool's tier, the coldest of
+        each first, until none is or none of their blocks may go. While a tenant is over its quota,
+        no other's blocks are evicted there for want of a page."""
     def retire(self, namespace: int) -> int:
         """All blocks of the namespace are dead from now on, for ever: nothing of it matches or is
         committed, demoted or loaded, and `reap` frees its pages as pins end. Returns how many
@@ -263,47 +266,47 @@ class Index:
 
     # requests
     def match(self, namespace: int, pool: int, tokens: U32) -> Match:
-        """Longest cached prefix of full blocks along the chain of `pool`. Changes nothing. All full
-        blocks of `tokens` count: the caller cuts the last token off."""
+        """The longest cached prefix of full blocks along the chain of `pool`. Changes nothing. All
+        full blocks of `tokens` count; a caller that must compute the last token cuts it off."""
     def explain(self, namespace: int, pools: Sequence[int], tokens: U32) -> Explanation:
         """The leading full blocks that some of `pools` (at most 255, fastest first) hold, and why
         the next one is missing. A tier is a position in `pools`. Changes nothing."""
     def acquire(
         self, namespace: int, pool: int, tokens: U32, max_blocks: int, hints: Hints = ...
     ) -> Lease:
-        """Open a lease on at most max_blocks matched blocks: touches them, pins the leading ones
-        that are (or are arriving) in `pool`, registers the other full blocks of `tokens` as
+        """Open a lease on at most max_blocks matched blocks. Touches them, pins the leading ones
+        that are in `pool` or on their way there, and registers the other full blocks of `tokens` as
         being computed. `pool` is a session's: the head of a chain."""
     def next_load(self, lease: int, max_pages: int) -> Transfer | Wait | None:
-        """The next part of the leased prefix that must come from a durable pool into the one above
-        it, evicting there; None when nothing (more) can or need be loaded."""
+        """The next part of the leased prefix that must come from a durable pool into the pool above
+        it, evicting there; None when there is nothing left that can be loaded and must be."""
     def prefetch(
         self, namespace: int, pool: int, tokens: U32, max_pages: int, *, touches: bool
     ) -> Transfer | Wait | None:
-        """The next part of the longest prefix cached in the chain that starts at `pool` which must
-        come one pool nearer to it, in prefix order, evicting there; None when nothing (more) can or
-        need be brought. Without a lease: what came may be evicted again. touches: the prefix
-        counts as used now, but its expiry stays. Walks the path."""
+        """Bring the longest prefix that is cached in the chain of `pool` one pool nearer to `pool`:
+        its next part, in prefix order, evicting there; None when there is nothing left that can be
+        brought. No lease holds what has come: it may be evicted again. touches: the prefix counts
+        as used now, but its expiry stays. Walks the path."""
     def promote(self, lease: int) -> Transfer | None:
         """Move the run that follows the lease's pages and is resident in the pool below into the
         lease's pool, as far as free and evictable pages go. The lease has these pages at once and
         depends on the transfer. None when there is nothing to move or no room."""
     def lease(self, lease: int) -> Lease: ...
     def shorten(self, lease: int, blocks: int) -> None:
-        """The lease brings at most `blocks` of what it matched, or what it has pages for if that is
-        more; it computes the others, and is known to (`computing`). No change after its first
-        commit, or where a failed transfer has cost it pages that were there at acquire."""
+        """The lease brings at most `blocks` of the blocks that it matched, or those that it has
+        pages of, if these are more. It computes the others, and other leases see that
+        (`computing`). Nothing changes after its first commit, or when a failed transfer has cost it
+        pages that were there at acquire."""
     def held_in(self, lease: int, pool: int) -> int:
-        """How many of the blocks that a lease has pages of are resident in `pool` too."""
+        """Of the blocks that the lease has pages of, how many are resident in `pool` too."""
     def commit(self, lease: int, first_block: int, tokens: U32, pages: U32) -> U8:
         """[k] of ADOPTED, DUPLICATE, REFUSED for blocks [first_block, first_block + k) of the
-        lease, tokens [k * page_size], pages [k] private to the lease's pool. Idempotent: what
-        was adopted or duplicate with the same page and tokens is so again. After one REFUSED all
-        are."""
+        lease, tokens [k * page_size], pages [k] private to the lease's pool. The same call again
+        has the same answer, if page and tokens are the same. After one REFUSED all are refused."""
     def release(self, lease: int, hints: Hints = ...) -> None:
-        """Unpin; the pages of duplicates become free; blocks no longer count as being computed.
-        `hints`, unless they say nothing, stand in the place of acquire's. What they say holds for
-        the blocks that the lease has; ttl_s counts from here."""
+        """Close the lease: its pages are unpinned, the pages of duplicates are free, its blocks no
+        longer count as being computed. `hints` replace acquire's, unless they say nothing. They
+        hold for the blocks that the lease has; ttl_s counts from now."""
 
     # private pages of a session
     def grant(self, pool: int, pages: int, namespace: int | None = None) -> U32:
@@ -319,49 +322,52 @@ class Index:
 
     # behind
     def plan_demote(self, pool: int, max_pages: int) -> Transfer | None:
-        """Copy what was committed to (or completed in) `pool`, is not in the pool below it, nor
-        on its way there, parents first, oldest first. Evicts below unless that pool is durable:
-        then only its free pages are used. A block whose parent is not below is left out. After all
-        that comes what the pool below had and evicted before the next one had it, as long as
-        nothing is evicted for it that waits itself to go further down."""
+        """Copy blocks to the pool below: those that were committed to `pool`, or came there by a
+        transfer, and that the pool below neither has nor is getting; parents first, oldest first.
+        Evicts below, unless that pool is durable: then only its free pages are used. A block is
+        left out if its parent is not below. After all of these come the blocks that the pool below
+        had and evicted before the next pool had them, as long as that evicts no block that awaits
+        demotion itself."""
     def undemoted(self, pool: int) -> int:
         """Blocks that `plan_demote` has still to consider."""
     def not_admitted(self, pool: int) -> int:
-        """Blocks in memory that only a second use keeps from this durable pool. Walks the pools
-        above it."""
+        """Blocks in memory that are not demoted into this durable pool only since no acquire has
+        matched them. Walks the pools above it."""
     def plan_move(self, pool: int, slab: int, max_pages: int) -> Transfer | None:
-        """Move what a closed slab holds to free pages of the pool's other slabs (source and target
-        are one pool), evicting nothing; None when there is nothing that could be moved, or no
-        free page. The blocks stay resident where they are until it is complete. In a durable pool
-        they keep their generations: a page's bytes, header included, stay the same."""
+        """Move the blocks of a closed slab to free pages of the pool's other slabs (source and
+        target are one pool), evicting nothing; None when there is no block that could be moved, or
+        no free page. The blocks stay resident where they are until the move is complete. In a
+        durable pool they keep their generations: a page's bytes, header included, stay the same."""
     def complete(self, transfer: int, done: int) -> U32:
         """The first `done` blocks are resident in the target; the pages of the rest are free again.
-        What a demotion did not bring is `undemoted` again, behind what was so already. Of a move:
-        the pages that its blocks have left, which are gone; a block that was pinned since stays
-        where it was, and its target is free again."""
+        Blocks that a demotion did not bring are queued again, behind the others. Returns the pages
+        that blocks of a move have left, and that are gone; [0] for other transfers. A block that
+        was pinned during its move stays where it was, and its target page is free again."""
     def evict(self, pool: int, pages: int) -> Evicted:
-        """Up to `pages` leaves of the pool, least recently used first; before them those that a
-        slower pool also holds, and before all the dead. Never pinned ones, never a hole."""
+        """Evict up to `pages` leaves of the pool: the dead first, then those that a slower pool
+        also holds, then the others, each as the policy chooses. Never a pinned page, and never one
+        that would leave a hole."""
     def keep_free(self, pool: int, pages: int) -> Evicted:
-        """Evict, in the same order, until `pages` are free in the pool, but only copies that a
-        slower pool also holds: nothing is lost by it. Fewer are free when there are no more."""
+        """Evict, in the order of `evict`, until `pages` are free in the pool, but only copies that
+        a slower pool also holds. Fewer are free when there are no more such copies."""
     def pin(self, namespace: int, pool: int, tokens: U32, *, hard: bool, max_blocks: int) -> bool:
         """Keep the full blocks of `tokens` (at least one) in `pool`, whether they are there now or
-        come later: hard, they are never evicted from it; else they go last. The dead are not
-        kept. False, and nothing changes, if more than `max_blocks` blocks of the pool would be
-        pinned so, or the namespace is retired. The same prefix again replaces its pin. Walks the
-        path."""
+        come later. hard: they are never evicted from it; else they are evicted last. Dead blocks
+        are not kept. False, and nothing changes, if more than `max_blocks` blocks of the pool would
+        be pinned in this way, or the namespace is retired. Pinning the same prefix again replaces
+        its pin. Walks the path."""
     def unpin(self, namespace: int, pool: int, tokens: U32) -> int:
-        """End the pin of exactly these full blocks; how many, 0: there is none. Blocks that other
-        pins have stay pinned. Walks the path."""
+        """End the pin of exactly these full blocks. Returns how many blocks it had, 0: there is no
+        such pin. Blocks of other pins stay pinned. Walks the path."""
     def pinned_blocks(self, pool: int, *, hard: bool) -> int:
-        """Blocks with a pin of this kind, there or not."""
+        """Blocks with a pin of this kind, whether the pool has them or not."""
     def advance(self, now: int) -> int:
-        """It is second `now` (an earlier one than before changes nothing): what has expired is
-        dead, what was awaited too long is so no more. Returns in how many nodes either happened."""
+        """It is second `now`; an earlier one than before changes nothing. Blocks that have expired
+        are dead, and requests that are late are awaited no more. Returns in how many nodes of the
+        tree either happened."""
     def reap(self, pool: int, pages: int) -> Evicted:
-        """Up to `pages` of the pool's dead blocks that nothing pins; each pool has its own. A last
-        copy goes only when what lies below it has gone from all pools."""
+        """Evict up to `pages` pages of dead, unpinned blocks from this pool. A last copy goes only
+        when the blocks below it in the tree have gone from all pools."""
     def lost(self, pool: int, pages: U32) -> Evicted:
         """A fault took these pages: unpinned residents are dropped (this may leave holes);
         others are left alone."""
@@ -396,7 +402,7 @@ class Index:
         tokens would have had (NO_LIMIT: any size); learnt from a sample since the start."""
     def counts(self) -> IndexCounts: ...
     def check(self) -> None:
-        """Prove I1-I7; ends the process with the facts if one is broken."""
+        """Prove the laws I1-I12; ends the process with the facts if one is broken."""
 
 NO_LIMIT: Final[int]  # capacity of an unlimited cache
 
