@@ -1,6 +1,6 @@
-// The two names of a block. Its key, 128 bits, is the finger in memory; its digest, 256 bits, names
-// it on disk and remote. Both chain over everything before it, so that equal names mean equal
-// prefixes. Keys are not trusted alone: the tree compares tokens too.
+// The two names of a block: its key (128 bits) in memory, its digest (256 bits) on disk and remote.
+// Each name is a hash of the block's tokens and of the name before it, so that equal names mean
+// equal prefixes. Keys alone are not trusted: the tree compares tokens too.
 #pragma once
 
 #include <array>
@@ -17,7 +17,7 @@ using Tokens = std::span<const uint32_t>;
 
 constexpr uint32_t kMaxPageSize = 512;  // tokens of a block; the header's field has this bound
 
-struct NameHash {  // a name is already well mixed: its first eight bytes are the hash
+struct NameHash {  // a name is a hash already: its first eight bytes do
   template <size_t N>
   size_t operator()(const std::array<uint8_t, N>& name) const {
     uint64_t word;

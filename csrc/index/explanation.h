@@ -12,11 +12,11 @@ namespace kvc2 {
 enum class Why : uint8_t {
   kNothing,    // no full block is missing
   kNeverSeen,  // not in the tree, and not among the dead that are remembered
-  kDiverged,   // the same, but a resident block stands in its place: `sibling`
+  kDiverged,   // as kNeverSeen, but a resident block stands in its place: `sibling`
   kHole,       // in the tree, above a block that has a page: a fault took it
   kElsewhere,  // resident, but in none of the pools asked for
-  kArriving,   // its only pages are still to be filled
-  kDied,       // it was here, or still is but matches no more: `death`
+  kArriving,   // its only pages are still being filled
+  kDied,       // it was in the tree, or is there still but is dead: `death`
 };
 
 struct TierRun {  // consecutive blocks of one tier (a place in the chain, or among pools asked for)
@@ -31,15 +31,15 @@ struct Sibling {
 
 struct Miss {
   Why why = Why::kNothing;
-  std::optional<Obituary> death{};  // of kDied, and of a hole if it is remembered
+  std::optional<Obituary> death{};  // of kDied; of kHole if the death is remembered
   std::optional<Sibling> sibling{};
 };
 
 struct Explanation {
-  static constexpr size_t kRunsMax = 64;  // so that one that is kept is small
+  static constexpr size_t kRunsMax = 64;  // so that a kept explanation is small
 
-  uint32_t blocks = 0;          // leading ones that are there
-  std::vector<TierRun> runs{};  // of them, the first kRunsMax runs
+  uint32_t blocks = 0;          // leading blocks that are there
+  std::vector<TierRun> runs{};  // the first kRunsMax runs of these blocks
   Miss miss{};
 };
 

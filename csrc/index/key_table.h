@@ -1,8 +1,8 @@
 // A number for each of many block keys: an open-addressing hash table in 256 shards.
 //
-// Why not std::unordered_map: it allocates for each key, which is most of what an acquire that
-// misses 2,000 blocks costs, and when it grows it moves all keys in one call, for 100 ms at a few
-// million, while every other call waits for the index. Here a shard grows or shrinks alone and
+// Why not std::unordered_map: it allocates for each key, which is most of the time of an acquire
+// that misses 2,000 blocks. And when it grows, one call moves all keys: at a few million that is
+// 100 ms, in which every other call waits for the index. Here a shard grows or shrinks alone, and
 // moves 1/256 of the keys: 0.1 ms at two million.
 // A key costs 20 bytes at 1/4 to 3/4 of a shard, 36 on average, after growing alone. Each call is
 // O(1), on average two cells that lie side by side. Keys are compared whole.

@@ -1,8 +1,8 @@
-// What requests said of a block, beyond that they used it: facts that the order of eviction reads.
+// What requests said of a block, beyond that they used it. The order of eviction reads it.
 //
-// Every request that uses a block says its Life anew, for the whole prefix that it uses, so along a
-// path they never get longer: *a block expires no earlier than what lies below it* (I9), and what
-// has expired is always a tail. `merged` is how what is known and what a request says combine.
+// Each request says a Life for the whole prefix that it uses, and `merged` combines that with what
+// earlier requests said. So a block expires no earlier than the blocks below it (I9), and the
+// expired blocks of a path are its tail.
 // Times are seconds of the caller's clock, as Index::advance was told them; 0 is no time.
 #pragma once
 
@@ -12,12 +12,12 @@
 namespace kvc2 {
 
 constexpr uint8_t kPriorityMax = 7;
-// A request counts as on its way for so many times the wait that it announced: who is late by a
-// little is as likely to come as before, and giving up on it costs its whole path.
+// A request counts as on its way for this many times the wait that it announced: a request that is
+// a little late is as likely to come as before, and giving up on it costs its whole path.
 constexpr uint32_t kReturnSlack = 4;
 
 struct Life {
-  uint32_t expires = 0;  // from this second on it does not match and goes first; 0: never
+  uint32_t expires = 0;  // from this second on the block is dead (I8); 0: never
   uint32_t returns = 0;  // until this second a request that used it may be on its way back; 0: none
   uint8_t priority = 0;  // the highest that a request gave it, at most kPriorityMax
   bool ended = false;    // the last request that used it said that its session is over
@@ -49,7 +49,7 @@ struct LifeRun {
   Life life;
 };
 
-// A block that is used again: the longest expiry and the highest priority stay, the rest is news.
+// A block is used again: the later expiry and the higher priority hold; for the rest, what is said.
 inline Life merged(const Life& known, const Life& said) {
   const bool for_ever = known.expires == 0 || said.expires == 0;
   return {.expires = for_ever ? 0 : std::max(known.expires, said.expires),
@@ -58,12 +58,12 @@ inline Life merged(const Life& known, const Life& said) {
           .ended = said.ended};
 }
 
-// What goes before what, whatever the policy says within a standing; the lowest is evicted first,
-// and of a dead block every page before all others.
+// Which blocks are evicted before which others under every policy: the lowest standing goes first.
+// Within a standing the policy decides.
 enum Standing : uint8_t {
   kDead = 0,   // expired, or its namespace is retired
   kEnded = 1,  // of a session that is over
-  kPlain = 2,  // two of each priority: what nobody announced or has lapsed, then what is awaited
+  kPlain = 2,  // two for each priority: blocks that no request is awaited for, then the others
   kSoftPinned = kPlain + 2 * (kPriorityMax + 1),
 };
 

@@ -1,12 +1,12 @@
-// The last blocks that died, and why: a block dies when its last page goes, wherever that was.
+// The blocks that died last, and why. A block dies when its last page goes, in whatever pool.
 //
 //     ring   [.. k7 k8 k9 | k2 k3 ..]     the newest death overwrites the oldest
 //     cells  [  3     0   8  ..     ]     open addressing: key -> its place in the ring
 //
-// Bounded: `capacity` deaths of 24 bytes and two cells of 4 bytes for each, 32 bytes in all; the
-// ring grows up to that, the cells are there from the start. A block that died twice is found by
-// its last death. record and find are O(1) and allocate nothing once the ring is full.
-// Not responsible for what is alive: a block that came back is still found here.
+// Costs: 32 bytes a death, for at most `capacity` deaths: 24 in the ring, which grows up to that,
+// and two cells of 4, which are there from the start. record and find are O(1), and allocate
+// nothing once the ring is full. A block that died twice is found by its last death.
+// Knows nothing of the living: a block that came back is still found here.
 // Not thread-safe: the index holds its lock.
 #pragma once
 
@@ -22,14 +22,14 @@ enum class Cause : uint8_t {
   kEvicted,         // for room, or because somebody asked for it
   kLost,            // a fault took its page
   kSessionEnded,    // it was in the pool of a session that is over, and nowhere else
-  kTransferFailed,  // its only page was still to be filled
+  kTransferFailed,  // its only page was being filled when the transfer failed
   kInvalidated,     // its namespace is retired
   kExpired,         // its time to live was over
 };
 
 struct Obituary {
   BlockKey key;
-  uint32_t when;       // as Index::advance had told the time
+  uint32_t when;       // the second that Index::advance had told
   uint32_t pool : 24;  // that held its last page
   uint32_t cause : 8;  // Cause
 };

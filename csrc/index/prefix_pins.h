@@ -1,13 +1,13 @@
-// Prefixes that somebody asked to keep, by pool: soft (their blocks are evicted last) or hard
-// (never, within a limit). A pin is on the names of blocks, not on their pages: what is not there
-// yet, or was lost to a fault, is pinned when it comes.
+// Prefixes that somebody asked a pool to keep: soft (their blocks are evicted last) or hard (their
+// blocks are never evicted; the pool has a limit). A pin names blocks, not pages: a block that is
+// not there yet, or that a fault took, is pinned when it comes.
 //
 //     pin A = [b0 b1], hard     pin B = [b0 b1 b2], soft
 //     b0, b1: one hard, one soft     b2: one soft     -> without A, B's blocks stay soft
 //
-// A pin is known by its pool and its last block, so that the same one twice is one. Costs: about 70
-// bytes a block of a pin; a look is one hash, and none where a pool has no pins. Not thread-safe:
-// the index holds its lock.
+// A pin is known by its pool and its last block: pinning a prefix again replaces its pin. Costs:
+// about 70 bytes a block of a pin; `of` hashes once, or not at all where a pool has no pins. Not
+// thread-safe: the index holds its lock.
 #pragma once
 
 #include <cstdint>
@@ -23,13 +23,13 @@ enum class Pinned : uint8_t { kNot, kSoft, kHard };
 
 class PrefixPins {
  public:
-  // False, and nothing changes, if more than `most` blocks of the pool would be pinned in this way.
-  // `keys` is not empty. A pin of the same prefix is replaced.
+  // `keys`, at least one, name the blocks of the prefix. False, and nothing changes, if more than
+  // `most` blocks of the pool would be pinned in this way.
   bool pin(PoolId pool, uint32_t space, std::vector<BlockKey>&& keys, Pinned how, uint32_t most);
   uint32_t unpin(PoolId pool, const BlockKey& last);  // the blocks of that pin; 0: there is none
   void forget_pool(PoolId pool);
   void forget_space(uint32_t space);
-  bool of_space(uint32_t space) const;  // whether there is one
+  bool of_space(uint32_t space) const;  // whether a pin is on a prefix of this namespace
 
   Pinned of(PoolId pool, const BlockKey& block) const {
     if (pool >= pools_.size() || pools_[pool].blocks.empty()) return Pinned::kNot;

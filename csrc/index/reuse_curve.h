@@ -1,25 +1,25 @@
-// What a cache of another size would have hit, learnt from the accesses of this one.
+// What caches of other sizes would have hit, learnt from the accesses of this one.
 //
-// In one sentence: *a sample of the blocks in order of their last use; how many tokens lie before a
-// block when it comes back is the size of the smallest LRU cache that would still have had it.*
+// In one sentence: *a sample of the blocks, in order of their last use: when a block is used again,
+// the tokens of the blocks before it are the size of the smallest LRU cache that would have hit.*
 //
 //     last use   new ──────────────────────────────► old
 //     sample     [k0 k1 k2]  [k5 k6]  [k3]   [k8 k9]           a path is used tail first, so its
 //                 head ... tail                                head is newer than its tail
 //     k3 comes back: tokens of k0 k1 k2 k5 k6 k3 / rate        its distance
 //
-// A cache that evicts the least recently used leaf hits exactly the blocks of a path whose distance
-// is within its capacity, and distances rise along a path: so a hit needs no other rule than a
-// block's own distance (a leading run of blocks hits). Blocks are sampled by their key, not paths
-// by their head: a few roots carry most traffic, and a sample of roots is none (SHARDS, Waldspurger
-// et al., FAST'15, with a sample of fixed size: the rate falls as more distinct blocks are seen).
-// What the sample saw too little or too much of in all counts as hits of any capacity, since it is
-// a few hot blocks that are in it by chance or not (their SHARDS-adj).
+// A cache that evicts the least recently used leaf hits exactly the blocks whose distance is within
+// its capacity. Distances rise along a path, so these blocks are a leading run of it. Blocks are
+// sampled by their key: a sample of whole paths, by their head, would not do, since a few roots
+// carry most traffic. The method is SHARDS (Waldspurger et al., FAST'15) with a sample of fixed
+// size: the sampling rate falls as more distinct blocks are seen. A few hot blocks may be in the
+// sample, or not, by chance; so the difference between the accesses that the sample saw and those
+// that it should have seen counts as hits of every capacity (SHARDS-adj).
 //
-// Costs: an access is one comparison a block, and a note of the sampled ones. What they teach comes
-// later, in `catch_up`, for nobody waits for it: O(log kSampleMax) a sampled block (amortised: when
-// the order is full it is packed). At most kBytesMax of memory, whatever comes. Not known to it:
-// what a restart brought back, eviction that is not LRU, and what was never asked for here.
+// Costs: an access compares once a block, and notes the sampled blocks. `catch_up` learns from the
+// notes later, when nobody waits: O(log kSampleMax) a sampled block (amortised: when the order is
+// full it is packed). At most kBytesMax of memory. It does not know what a restart brought back, or
+// eviction that is not LRU.
 // Deterministic, not thread-safe: the index holds its lock.
 #pragma once
 
