@@ -144,7 +144,7 @@ async def measure(path: DiskPath, folder: Path, fio: Fio, repeats: int) -> Sampl
             path.forget(disk=False)
             await found.add(way, num_bytes, path.load)
         path.forget(disk=True)
-        await path.mover.store(path.pools)  # their records go
+        await path.mover.write(path.pools)  # their records go
         await found.add("plain write", TOTAL_BYTES, lambda: limit(lambda: plain.write(batch_bytes)))
         await found.add("plain read", TOTAL_BYTES, lambda: limit(plain.read))
         fio.add(found, batch_bytes)

@@ -17,7 +17,7 @@ from kvc2.arena import Arena
 from kvc2.config import DiskConfig, ServeConfig
 from kvc2.layout import ALIGNMENT, HEADER_BYTES, slab_shape
 from kvc2.metrics import Metrics
-from kvc2.moving.batches import Batches, store_pages
+from kvc2.moving.batches import Batches, pages_per_batch
 from kvc2.moving.mover import Mover
 from kvc2.tiers.base import PageShape
 from kvc2.tiers.disk.tier import DiskTier
@@ -56,7 +56,7 @@ class DiskPath:
         self._prompt = 0
         self._random = np.random.default_rng(0)
         self._grow_disk(DISK_BYTES // page_bytes - 2 * slab.pages_per_slab)
-        self.batch_pages = self._batch_pages()
+        self.batch_pages = pages_per_batch(self.index, self.pools)
 
     def _grow_disk(self, pages: int) -> None:
         assert self.pools.disk is not None
@@ -65,12 +65,6 @@ class DiskPath:
             if self.disk.grow(self.pools.disk) is None:
                 raise RuntimeError("no room for the benchmark's slabs")
             self.index.add_slab(self.pools.disk_id)
-
-    def _batch_pages(self) -> int:
-        """As behind.py has it."""
-        assert self.pools.disk_id is not None
-        counts = (self.index.pool_counts(each) for each in (self.pools.cpu_id, self.pools.disk_id))
-        return store_pages(*(each.pages for each in counts), self.pools.shape.page_bytes)
 
     def close(self) -> None:
         self.mover.close()
@@ -96,7 +90,8 @@ class DiskPath:
         return np.arange(first, first + self.blocks * PAGE_SIZE, dtype=np.uint32)
 
     async def store(self) -> None:
-        """All that was committed is durable: data synced, records committed. As behind.py does."""
+        """As disk_writer.py does: all that was committed is durable, data synced, records
+        committed."""
         batches = Batches()
         while transfers := self._plan():
             batches.begin(self._commit(transfers))
@@ -106,12 +101,12 @@ class DiskPath:
             await batches.first_ended()
 
     async def _commit(self, transfers: list[_core.Transfer]) -> bool:
-        if not (await self.mover.store(self.pools, transfers)).written:
+        if not (await self.mover.write(self.pools, transfers)).written:
             raise RuntimeError("a batch was not stored")
         return True
 
     def _plan(self) -> list[_core.Transfer]:
-        """As behind.py does."""
+        """As disk_writer.py does."""
         found, left = [], self.batch_pages
         while left > 0 and (transfer := self.index.plan_demote(self.pools.cpu_id, left)):
             found.append(transfer)

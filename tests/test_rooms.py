@@ -54,8 +54,10 @@ FLOORS = {
         namespaces, quotas, sessions, ticker
     """,
     "kvc2/moving": """
-        behind, scrub
-        loading, slabs
+        background, scrub
+        demotion, disk_writer
+        disk_slabs, free_pages, loading
+        slabs, turns
         mover
         batches, changes, gpu_pools, pace
     """,

@@ -27,7 +27,7 @@ from kvc2.cache.whole import ALL, Whole
 from kvc2.config import ServeConfig
 from kvc2.host import numa
 from kvc2.metrics import Metrics
-from kvc2.moving.behind import Behind
+from kvc2.moving.background import Background
 from kvc2.moving.changes import Changes
 from kvc2.moving.gpu_pools import GpuPool
 from kvc2.moving.loading import Loader
@@ -86,10 +86,10 @@ async def assemble(
     pins = Pins(index, spaces, counts, config)
     explainer = Explainer(index, spaces, counts, policy=config.eviction_policy, tick=ticker.tick)
     spaces.on_gone += [pins.gone, explainer.gone]
-    behind = None
+    background = None
     if pools is not None:
-        behind = Behind(index, mover, pools, gpus, config=config, metrics=metrics)
-    changes.connect(loader, behind, lambda: _reap(index, gpus))
+        background = Background(index, mover, pools, gpus, config=config, metrics=metrics)
+    changes.connect(loader, background, lambda: _reap(index, gpus))
     parts = Parts(
         config=config,
         metrics=metrics,
@@ -100,7 +100,7 @@ async def assemble(
         pools=pools,
         mover=mover,
         loader=loader,
-        behind=behind,
+        background=background,
         spaces=spaces,
         counts=counts,
         quotas=TenantQuotas(index, config),
@@ -108,7 +108,7 @@ async def assemble(
         prefetcher=Prefetcher(index, spaces, pins, pools, loader=loader, mover=mover),
         scrubber=Scrubber(index, pools, loader=loader, mover=mover),
         explainer=explainer,
-        whole=Whole(index, spaces, counts, loader=loader, behind=behind, config=config),
+        whole=Whole(index, spaces, counts, loader=loader, background=background, config=config),
         gpus=gpus,
         sessions=sessions,
         copiers=(Copier(config.copy_threads), Copier(config.copy_threads, behind=True)),
@@ -122,20 +122,22 @@ async def assemble(
 @dataclass(frozen=True)
 class CacheChanges:
     """ended: a transfer has, or the arena has grown. expired: blocks have died of age. woken: there
-    may be something to copy behind, or room for it."""
+    may be something to copy, or room for it."""
 
     ended: Changes
     expired: Changes
     woken: Changes
 
-    def connect(self, loader: Loader, behind: Behind | None, reap: Callable[[], None]) -> None:
+    def connect(
+        self, loader: Loader, background: Background | None, reap: Callable[[], None]
+    ) -> None:
         self.ended.listen(loader.changed)
         self.ended.listen(self.woken)
         self.expired.listen(self.woken)
-        if behind is None:
+        if background is None:
             self.expired.listen(reap)  # nobody else does
         else:
-            self.woken.listen(behind.wake)
+            self.woken.listen(background.wake)
 
 
 def _memory(config: ServeConfig, metrics: Metrics, files: Files | None, clocks: Clocks) -> Memory:
@@ -173,8 +175,8 @@ def _begin(parts: Parts, changes: CacheChanges) -> None:
     config, arena = parts.config, parts.arena
     if parts.disk is not None and config.disk.scrub_mb_per_s:
         parts.scrubber.keep(config.disk.scrub_mb_per_s)
-    if parts.behind is not None:
-        parts.behind.start()
+    if parts.background is not None:
+        parts.background.start()
     if arena is None:
         return
 

@@ -2,8 +2,8 @@
 
 All methods run on the event loop's thread. Index calls are inline; bytes move on the mover's
 threads. Not here: the wire and its checks (server/), which block goes where (csrc/index), how
-bytes move (mover.py), what goes to slower tiers and when (behind.py), what is asked of all that is
-cached at once (whole.py).
+bytes move (mover.py), what goes to slower tiers and when (background.py), what is asked of all that
+is cached at once (whole.py).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from kvc2.cache.ticker import Ticker
 from kvc2.cache.whole import Whole
 from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics
-from kvc2.moving.behind import Behind
+from kvc2.moving.background import Background
 from kvc2.moving.changes import Changes
 from kvc2.moving.gpu_pools import GpuPool
 from kvc2.moving.loading import Loader
@@ -75,7 +75,7 @@ class Parts:
     pools: Pools | None
     mover: Mover
     loader: Loader
-    behind: Behind | None
+    background: Background | None
     spaces: Spaces
     counts: Counts
     quotas: TenantQuotas
@@ -100,7 +100,7 @@ class Cache:
         self.prefetcher, self.scrubber = parts.prefetcher, parts.scrubber
         self._config, self._metrics = parts.config, parts.metrics
         self._arena, self._disk, self._pools = parts.arena, parts.disk, parts.pools
-        self._mover, self._loader, self._behind = parts.mover, parts.loader, parts.behind
+        self._mover, self._loader, self._background = parts.mover, parts.loader, parts.background
         self._gpus, self._sessions, self._copiers = parts.gpus, parts.sessions, parts.copiers
         self._whole, self._ticking, self._wake = parts.whole, parts.ticking, parts.woken
         self.tick = parts.ticker.tick
@@ -113,10 +113,10 @@ class Cache:
         for session in list(self._sessions.values()):
             await self.close_session(session)
         self._ticking.cancel()
-        if self._behind is not None:
-            await self._behind.stop()
+        if self._background is not None:
+            await self._background.stop()
             if self._disk is not None:
-                await self._behind.save_recency()
+                await self._background.writer.save_recency()
         await asyncio.to_thread(self._mover.close)
         if self._disk is not None:
             self._disk.close()
@@ -177,8 +177,8 @@ class Cache:
         self.index.close_pool(gpu.id)
         session.end_leases()
         gpu.queue.shutdown(wait=False, cancel_futures=True)
-        if await gpu.settle(at_rest or _may_change) and self._behind is not None:
-            await self._behind.rescue(gpu, RESCUE_S)
+        if await gpu.settle(at_rest or _may_change) and self._background is not None:
+            await self._background.rescue(gpu, RESCUE_S)
         if gpu.pools is not None and (left := self.index.undemoted(gpu.id)):
             self._metrics.fault("undemoted_lost", left)
         await asyncio.to_thread(gpu.queue.shutdown, True)

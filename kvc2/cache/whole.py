@@ -1,7 +1,7 @@
 """What is asked of all that is cached at once: invalidate, wait_durable, flush, evict.
 
 On the event loop's thread, as all of the cache. Not here: what one request asks (cache.py), which
-blocks (csrc/index), what is copied behind and when (behind.py).
+blocks (csrc/index), what is copied when nobody waits (background.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from kvc2.answers import EvictResult, FlushResult, InvalidateResult
 from kvc2.cache.counts import Counts
 from kvc2.cache.namespaces import Spaces
 from kvc2.config import ServeConfig
-from kvc2.moving.behind import Behind
+from kvc2.moving.background import Background
 from kvc2.moving.gpu_pools import GpuPool
 from kvc2.moving.loading import Loader
 
@@ -24,7 +24,7 @@ ALL = 0xFFFFFFFF
 
 
 class Whole:
-    """`behind` is None where there is only the gpu tier."""
+    """`background` is None where there is only the gpu tier."""
 
     def __init__(
         self,
@@ -33,15 +33,15 @@ class Whole:
         counts: Counts,
         *,
         loader: Loader,
-        behind: Behind | None,
+        background: Background | None,
         config: ServeConfig,
     ) -> None:
         self._index = index
         self._spaces = spaces
         self._counts = counts
         self._loader = loader
-        self._behind = behind
-        self._has_disk = behind is not None and config.disk.path is not None
+        self._background = background
+        self._has_disk = background is not None and config.disk.path is not None
         self._policy = config.write_policy
 
     async def invalidate(self, names: list[bytes]) -> InvalidateResult:
@@ -49,9 +49,9 @@ class Whole:
         pages are freed as pins end. Who has them open goes on, matches nothing and commits anew;
         what their open leases commit is refused. Raises NotFound and LimitReached."""
         blocks = self._spaces.retire(names)
-        if self._behind is not None:
-            self._behind.reap()
-        for pool in self._counts.pool_ids("gpu") if self._behind is None else []:
+        if self._background is not None:
+            self._background.free.reap()
+        for pool in self._counts.pool_ids("gpu") if self._background is None else []:
             self._index.reap(pool, ALL)
         self._wake()
         return InvalidateResult(len(names), blocks, await self._spaces.write_eras())
@@ -60,13 +60,13 @@ class Whole:
         """Whether all that these leases have pages of is on disk, within the deadline. Where there
         is no disk it waits under write_policy through alone, for the copies in memory."""
         through = self._policy == "through"
-        if self._behind is None or (not self._has_disk and not through):
+        if self._background is None or (not self._has_disk and not through):
             return False
-        await self._behind.drained(deadline_s)
+        await self._background.drained(deadline_s)
         disk = gpu.pools.disk_id if gpu.pools is not None else None
         if disk is None or not all(self._is_in(disk, lease) for lease in leases):
             return False
-        return await self._behind.synced()
+        return await self._background.synced()
 
     def _is_in(self, disk: int, lease: int) -> bool:
         try:
@@ -76,18 +76,21 @@ class Whole:
 
     async def flush(self, deadline_s: float) -> FlushResult:
         """Copy what is committed towards the disk until all of it is there or the time is over."""
-        if self._behind is None or not self._has_disk:
+        if self._background is None or not self._has_disk:
             blocks = self._index.counts().blocks
             return FlushResult(0, {"no_disk": blocks} if blocks else {})
-        drained = await self._behind.drained(deadline_s)
+        drained = await self._background.drained(deadline_s)
         reason = "disk_full"
-        if not await self._behind.synced():
+        if not await self._background.synced():
             return FlushResult(0, {"error": self._counts.tier("disk").resident})
-        if self._behind.failing:
+        if self._background.failing:
             reason = "error"
         elif not drained:
             reason = "deadline"
-        found = {reason: self._behind.undemoted(), "not_admitted": self._behind.not_admitted()}
+        found = {
+            reason: self._background.undemoted(),
+            "not_admitted": self._background.writer.not_admitted(),
+        }
         durable = self._counts.tier("disk").resident
         return FlushResult(durable, {why: count for why, count in found.items() if count})
 
@@ -95,8 +98,8 @@ class Whole:
         """Drop up to `blocks` unpinned blocks (0: all) from gpu, cpu or disk; what slower tiers
         don't hold yet is copied there first, within 2 s. What was evicted from the disk is gone
         there too, unless its commit fails or takes longer than 2 s."""
-        if self._behind is not None and tier != "disk":
-            await self._behind.drained(EVICT_DRAIN_S)
+        if self._background is not None and tier != "disk":
+            await self._background.drained(EVICT_DRAIN_S)
         with suppress(TimeoutError):  # what is on its way is pinned
             async with asyncio.timeout(EVICT_DRAIN_S):
                 await self._loader.until_idle()
@@ -108,17 +111,16 @@ class Whole:
             if tier == "disk":
                 self._drop_records(pool, found)
         self._wake()
-        if self._behind is not None and tier == "disk":
-            await self._behind.drained(EVICT_DRAIN_S)
+        if self._background is not None and tier == "disk":
+            await self._background.drained(EVICT_DRAIN_S)
         return EvictResult(evicted, last_copies)
 
     def _drop_records(self, pool: int, found: _core.Evicted) -> None:
-        assert self._behind is not None
         assert self._counts.pools is not None
         layouts = self._counts.pools.layouts.values()
         pools = next(each for each in layouts if each.disk_id == pool)
-        self._behind.drop(pools, found)
+        pools.drop_records(found)
 
     def _wake(self) -> None:
-        if self._behind is not None:
-            self._behind.wake()
+        if self._background is not None:
+            self._background.wake()

@@ -3,11 +3,11 @@
     promote  cpu -> gpu  one FIFO thread a session: its progress word rises with its transfers
     load     disk -> cpu a few threads; a transfer is cut into parts so that the disk has depth
     demote   gpu -> cpu  one thread
-    store    cpu -> disk one thread, the only one that writes the catalogue
+    write    cpu -> disk one thread, the only one that writes the catalogue
 
 Completions come back on the event loop, where `Index.complete` is called. What transfers towards
 faster tiers took is told to that tier's meter (pace.py). Not here: which transfers there should be
-(csrc/index) and when to ask for those behind (behind.py).
+(csrc/index) and when to ask for those that nobody waits for (background.py).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Mover:
         self._under_way: set[int] = set()
         self._waiters: dict[int, list[asyncio.Future[None]]] = {}
         # by pool: the batch begun last, while the index may take what fails yet for stored
-        self._storing: dict[int, Writing] = {}
+        self._writing: dict[int, Writing] = {}
         self.loading_bytes = 0
         self._calm = threading.Event()  # no load is under way: what is written need not yield
         self._calm.set()
@@ -276,7 +276,7 @@ class Mover:
             self._end(transfer, good, gpu.pools, ("gpu", "cpu"), begun)
         return good == transfer.target_pages.size
 
-    async def store(
+    async def write(
         self,
         pools: LayoutPools,
         transfers: Sequence[_core.Transfer] = (),
@@ -294,16 +294,16 @@ class Mover:
         try:
             if transfers:
                 batch = self._batch(pools, transfers, patience_s)
-                writing = disk.begin(batch, self._storing.get(pool.number))
-                self._storing[pool.number] = writing
+                writing = disk.begin(batch, self._writing.get(pool.number))
+                self._writing[pool.number] = writing
             outcome = await self.on_writer(lambda _: disk.store(pool, writing))
         except Exception as error:
-            LOG.error("store failed: %r", error)
+            LOG.error("write failed: %r", error)
         for each in transfers:
             good = each.target_pages.size if outcome.written else 0
             self._end(each, good, pools, ("cpu", "disk"), begun)
-        if writing is not None and self._storing.get(pool.number) is writing:
-            del self._storing[pool.number]
+        if writing is not None and self._writing.get(pool.number) is writing:
+            del self._writing[pool.number]
         return outcome
 
     def _batch(

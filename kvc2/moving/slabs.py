@@ -11,7 +11,7 @@ Nothing goes back and forth. A slab of n is an n-th of what a pool keeps, and so
 its next victim's age; both sides are judged by what they would be after the move, so that the same
 rule would not undo it. And a pool asks only when it has too few free pages for a batch: between two
 slabs that it gets it has stored a slab's worth of bytes, so slabs move no faster than they fill.
-Not here: a pool's growth while there is room (tiers/pools.py), the disk's order (behind.py).
+Not here: a pool's growth while there is room (tiers/pools.py), the disk's slabs (disk_slabs.py).
 """
 
 from __future__ import annotations
@@ -97,11 +97,11 @@ class Slabs:
         """A run of the arena that holds a slab of `needy` is free now, or there is none to get."""
         others = [each for each in self._pools.layouts.values() if each.cpu.slabs()]
         ids = {each.cpu_id: self._spare(each.cpu_id, self._high) for each in others}
-        givers = [
+        owners = [
             next(each for each in others if each.cpu_id == number)
-            for number in self.givers(needy.cpu_id, ids)
+            for number in givers(self._index, needy.cpu_id, ids)
         ]
-        for group in [*([each] for each in givers), givers]:  # each alone, then all together
+        for group in [*([each] for each in owners), owners]:  # each alone, then all together
             slabs = self._slabs_of(group)
             for run in slabs.cheapest_runs(self._pools.arena, needy.shape.slab_bytes):
                 parts = [(owner, slabs.of(owner, run)) for owner in group]
@@ -123,23 +123,6 @@ class Slabs:
             found.append(rows)
         rows = np.concatenate(found) if found else np.empty(0, SLAB_ROW)
         return ArenaSlabs(rows[np.argsort(rows["base"])])
-
-    def givers(self, needy: int, spare: dict[int, int]) -> list[int]:
-        """Pools that should give a slab to `needy`, whoever should most first. `spare`: pages that
-        each has free and has no use for."""
-        slabs, own = self._index.pool_counts(needy).slabs, self._index.victim_age(needy)
-        if slabs and own is None:
-            return []  # all of it is in use this very moment
-        older_than = (own or 0) * (1 + 1 / slabs) if slabs else -1.0
-        ages = {each: self._age_after(each) for each in spare if each != needy}
-        free = {each: spare[each] // self._slab_pages(each) for each in ages}
-        found = [each for each in ages if free[each] > 0 or ages[each] > older_than]
-        return sorted(found, key=lambda each: (free[each], ages[each]), reverse=True)
-
-    def _age_after(self, pool: int) -> float:
-        """About how old its next victim would be with a slab less; the last one counts as half."""
-        age = self._index.victim_age(pool) or 0
-        return age * (1 - 1 / max(2, self._index.pool_counts(pool).slabs))
 
     def _close(self, parts: list[tuple[LayoutPools, list[int]]]) -> bool:
         """Close these slabs, or none of them: something in them is in use."""
@@ -177,12 +160,32 @@ class Slabs:
         counts = self._index.pool_counts(pool)
         return max(0, counts.free - math.ceil(counts.pages * share))
 
-    def _slab_pages(self, pool: int) -> int:
-        counts = self._index.pool_counts(pool)
-        return max(1, counts.pages // max(1, counts.slabs))
-
 
 def cheapest(costs: U32) -> list[int]:
     """Numbers of the slabs that can go, the emptiest first."""
     order = costs.argsort(kind="stable")[:TRIES]
     return [int(each) for each in order if costs[each] != NO_SLAB_COST]
+
+
+def givers(index: _core.Index, needy: int, spare: dict[int, int]) -> list[int]:
+    """Pools that should give a slab to `needy`, whoever should most first. `spare`: pages that
+    each has free and has no use for."""
+    slabs, own = index.pool_counts(needy).slabs, index.victim_age(needy)
+    if slabs and own is None:
+        return []  # all of it is in use this very moment
+    older_than = (own or 0) * (1 + 1 / slabs) if slabs else -1.0
+    ages = {each: _age_after(index, each) for each in spare if each != needy}
+    free = {each: spare[each] // _slab_pages(index, each) for each in ages}
+    found = [each for each in ages if free[each] > 0 or ages[each] > older_than]
+    return sorted(found, key=lambda each: (free[each], ages[each]), reverse=True)
+
+
+def _age_after(index: _core.Index, pool: int) -> float:
+    """About how old its next victim would be with a slab less; the last one counts as half."""
+    age = index.victim_age(pool) or 0
+    return age * (1 - 1 / max(2, index.pool_counts(pool).slabs))
+
+
+def _slab_pages(index: _core.Index, pool: int) -> int:
+    counts = index.pool_counts(pool)
+    return max(1, counts.pages // max(1, counts.slabs))

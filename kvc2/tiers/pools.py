@@ -2,7 +2,7 @@
 
 All sessions and namespaces of one layout share its pools. A cpu pool grows by a slab before
 anything is evicted from it. Not here: moving pages (mover.py), slabs that go from one layout to
-another (slabs.py), and the disk's slabs, which cost I/O (behind.py).
+another (slabs.py), and the disk's slabs, which cost I/O (disk_slabs.py).
 
 One thread (the event loop's) uses this.
 """
@@ -34,6 +34,11 @@ class LayoutPools:
     cpu: CpuPool
     disk_id: int | None
     disk: DiskPool | None
+
+    def drop_records(self, evicted: _core.Evicted) -> None:
+        """Of pages that the index has freed on the disk: they go with the next commit."""
+        assert self.disk is not None
+        self.disk.drop(evicted.pages)
 
 
 class Pools:

@@ -18,7 +18,9 @@ def bug(name: str, file: str, before: str, after: str) -> Bug:
     return Bug(name, file, ((before, after),))
 
 
-BEHIND, MOVER, CACHE = "kvc2/moving/behind.py", "kvc2/moving/mover.py", "kvc2/cache/cache.py"
+WRITER, DISK_SLABS = "kvc2/moving/disk_writer.py", "kvc2/moving/disk_slabs.py"
+BACKGROUND, MOVER = "kvc2/moving/background.py", "kvc2/moving/mover.py"
+ASSEMBLE = "kvc2/cache/assemble.py"
 DISK, SLAB, CATALOGUE = (
     "kvc2/tiers/disk/tier.py",
     "kvc2/tiers/disk/slab_file.py",
@@ -161,9 +163,9 @@ REUSE = (
     ),
     bug(
         "generations begin again at each start",
-        CACHE,
-        "            first_generation=(starts << 32) + 1,\n",
-        "            first_generation=1,\n",
+        ASSEMBLE,
+        "        first_generation=(starts << 32) + 1,\n",
+        "        first_generation=1,\n",
     ),
     bug(
         "an invalidated namespace comes back",
@@ -199,10 +201,10 @@ OVERLAP = (
     ),
     bug(
         "reuse before a batch under way takes the delete",
-        BEHIND,
+        WRITER,
         "        if self._batches.full or (self._batches and not disk.settled):\n",
         "        if not self._batches.full and self._batches and not disk.settled:\n"
-        "            transfers = self._plan(pools, self._batch_pages(pools))\n"
+        "            transfers = self._plan(pools, pages_per_batch(self._index, pools))\n"
         "            if transfers:\n"
         "                self._batches.begin(self._commit(pools, transfers))\n"
         "        if self._batches.full or (self._batches and not disk.settled):\n",
@@ -248,7 +250,7 @@ OVERLAP = (
     ),
     bug(
         "a stop leaves a batch under way",
-        BEHIND,
+        WRITER,
         "            await self._batches.all_ended()\n",
         "            pass\n",
     ),
@@ -331,7 +333,7 @@ FAILING_DISKS = (
     bug("sync again what failed to sync", SLAB, "                self.retired.add(number)\n", ""),
     bug(
         "write into a retired slab",
-        BEHIND,
+        DISK_SLABS,
         "        for number in sorted(disk.slabs.retired - disk.closed):\n",
         "        for number in ():\n",
     ),
@@ -343,9 +345,9 @@ FAILING_DISKS = (
     ),
     bug(
         "a refused slab is not asked for again",
-        BEHIND,
-        "            self._full_until = 0.0  #",
-        "            #",
+        BACKGROUND,
+        "                self.writer.slabs.ask_again()  #",
+        "                #",
     ),
     bug(
         "keep a dead reader's pages",

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import kvc2.commands.cli
-import kvc2.moving.behind
+import kvc2.moving.batches
 import kvc2.server
-from kvc2.moving.behind import Behind
+from kvc2.moving.disk_writer import DiskWriter
 from kvc2.moving.mover import Mover
 from kvc2.tiers.disk import catalogue, spaces_file
 from kvc2.tiers.disk.beside import Beside
@@ -31,7 +31,7 @@ from kvc2.tiers.disk.pool import DiskPool
 from kvc2.tiers.disk.slab_file import Files, SlabFiles
 from kvc2.tiers.disk.tier import DiskTier
 from kvc2.tiers.gpu import SharedMemoryPool
-from kvc2.tiers.pools import Pools
+from kvc2.tiers.pools import LayoutPools, Pools
 
 BATCH_PAGES = 3  # so small that two batches are under way whenever more than a prompt waits
 BEFORE, AFTER = True, False
@@ -47,7 +47,7 @@ FAILPOINTS: dict[str, tuple[Any, str, bool]] = {
     "demoting": (Mover, "demote", BEFORE),
     "gathered": (SharedMemoryPool, "read", AFTER),
     # cpu -> disk
-    "batch_planned": (Behind, "_commit", BEFORE),
+    "batch_planned": (DiskWriter, "_commit", BEFORE),
     "batch_begun": (DiskTier, "begin", AFTER),
     "headers_encoded": (SlabFiles, "write", BEFORE),
     "run_written": (Files, "write", AFTER),
@@ -68,8 +68,8 @@ FAILPOINTS: dict[str, tuple[Any, str, bool]] = {
     "ending": (Mover, "_end", BEFORE),
     "ended": (Mover, "_end", AFTER),
     # what was evicted
-    "dropping": (Behind, "drop", BEFORE),
-    "dropped": (Behind, "drop", AFTER),
+    "dropping": (LayoutPools, "drop_records", BEFORE),
+    "dropped": (LayoutPools, "drop_records", AFTER),
     "deleting": (catalogue, "_delete", BEFORE),
     "deleted_not_committed": (catalogue, "_delete", AFTER),
     # a flush, and the end
@@ -150,7 +150,7 @@ def serve(argv: list[str], log: str, failpoint: str | None, count: int) -> None:
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     os.dup2(2, 1)
-    kvc2.moving.behind.store_pages = lambda *_: BATCH_PAGES
+    kvc2.moving.batches.batch_pages = lambda *_: BATCH_PAGES
     if failpoint is not None:
         plant(failpoint, count)
     sys.argv = ["kvc2", *argv]

@@ -25,8 +25,7 @@ import numpy as np
 
 from kvc2 import _core
 from kvc2.cache.cache import Cache
-from kvc2.moving import behind
-from kvc2.moving.behind import Behind
+from kvc2.moving import batches
 from kvc2.moving.mover import Mover
 from kvc2.tiers.disk.catalogue import Change
 from kvc2.tiers.disk.pool import DiskPool
@@ -97,9 +96,10 @@ class Ledger:
 def followed(ledger: Ledger) -> Iterator[None]:
     """The ledger hears of each batch after it, of each eviction before it, and of what is gone
     before a page of it may be used again."""
-    store, drop, take, ended = Mover.store, Behind.drop, DiskPool.take, DiskPool.ended
+    write, drop = Mover.write, LayoutPools.drop_records
+    take, ended = DiskPool.take, DiskPool.ended
 
-    async def told_store(
+    async def told_write(
         self: Mover,
         pools: LayoutPools,
         transfers: Sequence[_core.Transfer] = (),
@@ -109,20 +109,20 @@ def followed(ledger: Ledger) -> Iterator[None]:
         for transfer in transfers:
             assert transfer.records is not None
             ledger.note(back=texts(transfer.records.digests))
-        outcome = await store(self, pools, transfers, patience_s=patience_s)
+        outcome = await write(self, pools, transfers, patience_s=patience_s)
         for transfer in transfers if outcome.written else ():
             assert transfer.records is not None
             ledger.stored.update(texts(transfer.records.digests))
         return outcome
 
-    def told_drop(self: Behind, pools: LayoutPools, evicted: _core.Evicted) -> None:
+    def told_drop(self: LayoutPools, evicted: _core.Evicted) -> None:
         with ledger.lock:
             if evicted.pages.size:
-                assert pools.disk is not None
+                assert self.disk is not None
                 found = texts(evicted.digests)
                 ledger.dropping(found)
-                ledger.leaving.setdefault(pools.disk.number, []).extend(found)
-            drop(self, pools, evicted)
+                ledger.leaving.setdefault(self.disk.number, []).extend(found)
+            drop(self, evicted)
 
     def told_take(self: DiskPool) -> Change:
         with ledger.lock:
@@ -139,11 +139,11 @@ def followed(ledger: Ledger) -> Iterator[None]:
             ended(self, committed=committed)
 
     with (
-        patch.object(Mover, "store", told_store),
-        patch.object(Behind, "drop", told_drop),
+        patch.object(Mover, "write", told_write),
+        patch.object(LayoutPools, "drop_records", told_drop),
         patch.object(DiskPool, "take", told_take),
         patch.object(DiskPool, "ended", told_ended),
-        patch.object(behind, "store_pages", lambda *_: BATCH_PAGES),
+        patch.object(batches, "batch_pages", lambda *_: BATCH_PAGES),
     ):
         yield
 

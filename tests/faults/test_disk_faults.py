@@ -224,7 +224,7 @@ def test_a_full_file_system_stops_writes_and_nothing_else(tmp_path: Path) -> Non
             assert faults(cache, "disk_full") >= 1
             assert (await engine.ask(prompt(1, BLOCKS))).matched_tokens == BLOCKS * PAGE_SIZE
             files.full = False
-            cache._behind._full_until = 0.0  # type: ignore[union-attr]
+            cache._background.writer.slabs.ask_again()  # type: ignore[union-attr]
             assert (await cache.flush(10)).durable_blocks == BLOCKS
 
     asyncio.run(run())
@@ -247,10 +247,10 @@ def test_a_full_file_system_costs_other_layouts_one_slab_at_most(tmp_path: Path)
             for seed in range(4):
                 await other.ask(prompt(100 + seed, 8))
                 await cache.flush(0.2)
-                cache._behind._full_until = 0.0  # type: ignore[union-attr]
+                cache._background.writer.slabs.ask_again()  # type: ignore[union-attr]
             assert len(pools.disk.slabs.numbers()) == held - 1
             files.full = False
-            cache._behind._full_until = 0.0  # type: ignore[union-attr]
+            cache._background.writer.slabs.ask_again()  # type: ignore[union-attr]
             assert (await cache.flush(10)).not_durable == {}
 
     asyncio.run(run())

@@ -63,7 +63,7 @@ def slabs_in(folder: Path) -> int:
 def test_a_disk_that_somebody_else_fills(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It serves on in the room that it has: what is new takes the place of what is old, and is
     durable. A daemon can start; when there is room again more is kept."""
-    monkeypatch.setattr("kvc2.moving.behind.FULL_RETRY_S", 0.0)
+    monkeypatch.setattr("kvc2.moving.disk_slabs.FULL_RETRY_S", 0.0)
 
     async def run() -> None:
         disk, known, more = small / "disk", range(4), range(100, 140)

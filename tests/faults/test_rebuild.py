@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvc2.cache.cache import Cache
-from kvc2.moving.behind import Behind
+from kvc2.moving.disk_writer import DiskWriter
 from kvc2.tiers.disk import rebuild
 from kvc2.tiers.disk.catalogue import Catalogue, Change, Full
 from tests.doubles.caches import MIB, faults, on_disk, running
@@ -147,7 +147,7 @@ def test_what_was_invalidated_does_not_come_back(
             await engine.ask(prompt(1, BLOCKS))
             await other.ask(prompt(1, BLOCKS))
             assert (await cache.flush(10)).durable_blocks == 2 * BLOCKS
-            monkeypatch.setattr(Behind, "_reap_disk", lambda self, pools: False)
+            monkeypatch.setattr(DiskWriter, "_reap", lambda self, pools: False)
             assert (await cache.invalidate([NAMESPACE])).durable
             shutil.copytree(live, cut)
             monkeypatch.undo()
@@ -225,7 +225,7 @@ def test_relaxed_what_never_came_to_the_disk_is_no_block(tmp_path: Path, came: b
         live, cut = tmp_path / "live", tmp_path / "cut"
         async with running(live, durability="relaxed") as cache:
             await StandIn(cache, 32).ask(prompt(1, BLOCKS))
-            assert await cache._behind.drained(10)  # type: ignore[union-attr]
+            assert await cache._background.drained(10)  # type: ignore[union-attr]
             shutil.copytree(live, cut)
         if not came:
             slab(cut).write_bytes(bytes(slab(cut).stat().st_size))

@@ -14,7 +14,7 @@ import pytest
 
 from kvc2 import errors
 from kvc2.arena import HUGE_PAGE_BYTES, Arena
-from kvc2.moving.behind import Behind
+from kvc2.moving.background import Background
 from tests.doubles.caches import running
 from tests.doubles.stand_in import StandIn, prompt
 
@@ -113,7 +113,7 @@ def test_a_flush_waits_for_the_arena_that_comes_while_it_is_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There was no memory when the copying was tried, and all of it is there when a flush asks."""
-    asked, coming = threading.Event(), Behind._room_is_coming
+    asked, coming = threading.Event(), Background._room_is_coming
 
     def available_bytes() -> int:
         assert asked.wait(60)
@@ -122,13 +122,13 @@ def test_a_flush_waits_for_the_arena_that_comes_while_it_is_looked_at(
     async def run() -> None:
         async with running(tmp_path) as cache:
 
-            def meanwhile(behind: Behind) -> bool:
+            def meanwhile(background: Background) -> bool:
                 asked.set()
                 assert cache._arena is not None
                 assert cache._arena.wait_populated(60)
-                return coming(behind)
+                return coming(background)
 
-            monkeypatch.setattr(Behind, "_room_is_coming", meanwhile)
+            monkeypatch.setattr(Background, "_room_is_coming", meanwhile)
             await StandIn(cache, 32).ask(prompt(1, 8))
             found = await cache.flush(60)
             assert (found.durable_blocks, found.not_durable) == (8, {})
@@ -150,14 +150,14 @@ def test_nothing_is_evicted_for_want_of_the_arena_that_is_still_coming(
 
     async def run() -> None:
         async with running(tmp_path) as cache:
-            engine, behind = StandIn(cache, 256), cache._behind
-            assert behind is not None
+            engine, background = StandIn(cache, 256), cache._background
+            assert background is not None
             for seed in range(8):
                 await engine.ask(prompt(seed, 25))
             cpu = engine.session.pool.pools.cpu_id
-            while not cache.index.pool_counts(cpu).resident or len(behind._idle) < 2:
-                behind._settled.clear()
-                await behind._settled.wait()
+            while not cache.index.pool_counts(cpu).resident or not background._idle:
+                background._fell_idle.clear()
+                await background._fell_idle.wait()
             go_on.set()
             found = await cache.flush(60)
             assert (found.durable_blocks, found.not_durable) == (200, {})

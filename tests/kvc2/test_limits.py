@@ -131,8 +131,8 @@ def known_namespaces(folder: Path) -> None:
                 worked.append(await salt(number))
                 clock.now += 1
                 cache.tick()
-                if cache._behind is not None:
-                    await cache._behind.drained(10)  # what ended leaves all tiers
+                if cache._background is not None:
+                    await cache._background.drained(10)  # what ended leaves all tiers
                 cache.index.check()
             assert set(worked) == {-1, 8}
             assert words == {

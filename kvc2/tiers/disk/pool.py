@@ -2,7 +2,7 @@
 
 A page that the index has freed, or moved a block from, still has its record: the next transaction
 takes that along, and until it is durable nothing is planned into the pool (`settled`). Not here:
-the transaction (disk.py), which blocks go to disk (behind.py).
+the transaction (disk.py), which blocks go to disk (disk_writer.py).
 """
 
 from __future__ import annotations

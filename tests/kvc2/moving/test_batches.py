@@ -34,8 +34,8 @@ LIMIT_S = 20.0  # for what comes at once, or never
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvc2.moving.behind.store_pages", lambda *_: BATCH_PAGES)
-    monkeypatch.setattr("kvc2.moving.behind.RETRY_S", 0.0)
+    monkeypatch.setattr("kvc2.moving.batches.batch_pages", lambda *_: BATCH_PAGES)
+    monkeypatch.setattr("kvc2.moving.turns.RETRY_S", 0.0)
 
 
 def pages_of(change: Change) -> list[int]:
@@ -185,7 +185,7 @@ def test_what_is_written_first_is_not_committed_before_what_was_begun_before_it(
 
 
 def test_two_batches_are_under_way_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    under_way, most, store = 0, 0, Mover.store
+    under_way, most, write = 0, 0, Mover.write
 
     async def counted(
         self: Mover,
@@ -197,7 +197,7 @@ def test_two_batches_are_under_way_at_most(tmp_path: Path, monkeypatch: pytest.M
         nonlocal under_way, most
         under_way += 1
         most = max(most, under_way)
-        outcome = await store(self, pools, transfers, patience_s=patience_s)
+        outcome = await write(self, pools, transfers, patience_s=patience_s)
         under_way -= 1
         return outcome
 
@@ -209,7 +209,7 @@ def test_two_batches_are_under_way_at_most(tmp_path: Path, monkeypatch: pytest.M
                     await each.ask(prompt(seed, BLOCKS))
             await cache.flush(60)
 
-    monkeypatch.setattr(Mover, "store", counted)
+    monkeypatch.setattr(Mover, "write", counted)
     asyncio.run(run())
     assert (under_way, most) == (0, 2)
 
@@ -227,11 +227,10 @@ def test_no_page_is_planned_into_while_its_delete_is_being_committed(
     cache: Cache
 
     async def evict() -> None:
-        assert cache._behind is not None
         assert cache._pools is not None
         (pools,) = cache._pools.layouts.values()
         assert pools.disk_id is not None
-        cache._behind.drop(pools, cache.index.evict(pools.disk_id, 3))
+        pools.drop_records(cache.index.evict(pools.disk_id, 3))
 
     def with_evictions(self: Catalogue, change: Change) -> None:
         if change.inserts:
@@ -348,10 +347,10 @@ def test_a_stop_waits_for_both(tmp_path: Path) -> None:
     async def run() -> None:
         async with running(tmp_path, files=files) as cache:
             await StandIn(cache, 32).ask(prompt(1, BLOCKS))
-            assert cache._behind is not None
-            while len(cache._behind._batches) < 2:
+            assert cache._background is not None
+            while len(cache._background.writer._batches) < 2:
                 await asyncio.sleep(0)
-            stopping = asyncio.create_task(cache._behind.stop())
+            stopping = asyncio.create_task(cache._background.stop())
             for _ in range(20):
                 await asyncio.sleep(0)
             assert not stopping.done()
@@ -359,7 +358,7 @@ def test_a_stop_waits_for_both(tmp_path: Path) -> None:
             await stopping
             assert cache.index.counts().transfers == 0
             assert records(cache) == 2 * BATCH_PAGES
-            cache._behind.start()  # for the flush at the end
+            cache._background.start()  # for the flush at the end
 
     asyncio.run(run())
 

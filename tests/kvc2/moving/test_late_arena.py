@@ -14,7 +14,7 @@ import pytest
 from kvc2.answers import PrefetchResult
 from kvc2.arena import Arena
 from kvc2.cache.cache import Cache
-from kvc2.moving.behind import Behind
+from kvc2.moving.demotion import Demotion
 from kvc2.moving.gpu_pools import GpuPool
 from kvc2.tiers.pools import LayoutPools, Pools
 from tests.doubles.caches import faults, running
@@ -158,17 +158,23 @@ def test_a_hit_on_disk_waits_for_more_than_the_first_slab(
 
 
 def after_a_vain_demotion(monkeypatch: pytest.MonkeyPatch) -> Late:
-    arena, demote = Late(monkeypatch), Behind._demote
+    arena, demote, rescue = Late(monkeypatch), Demotion._demote, Demotion.rescue
 
-    async def vain(self: Behind, gpu: GpuPool, *, rescue: bool = False) -> bool:
-        moved = await demote(self, gpu, rescue=rescue)
+    async def demote_in_vain(self: Demotion, gpu: GpuPool) -> bool:
+        moved = await demote(self, gpu)
         if not moved and self._index.undemoted(gpu.id):
             arena.now()
-            if rescue:
-                arena.tell()
         return moved
 
-    monkeypatch.setattr(Behind, "_demote", vain)
+    async def rescue_in_vain(self: Demotion, gpu: GpuPool) -> bool:
+        moved = await rescue(self, gpu)
+        if not moved and self._index.undemoted(gpu.id):
+            arena.now()
+            arena.tell()
+        return moved
+
+    monkeypatch.setattr(Demotion, "_demote", demote_in_vain)
+    monkeypatch.setattr(Demotion, "rescue", rescue_in_vain)
     return arena
 
 
@@ -177,11 +183,11 @@ def test_what_a_dead_engine_committed_is_saved(
 ) -> None:
     """Nothing of it was copied before."""
 
-    async def nothing(self: Behind) -> None:
+    async def nothing(self: Demotion) -> None:
         pass
 
     async def run() -> None:
-        monkeypatch.setattr(Behind, "_demote_all", nothing)
+        monkeypatch.setattr(Demotion, "work", nothing)
         after_a_vain_demotion(monkeypatch)
         async with running(tmp_path) as cache:
             engine = StandIn(cache, 32)

@@ -176,7 +176,7 @@ def test_what_only_the_disk_holds_is_loaded_though_another_model_fills_the_arena
 def test_a_commit_that_fails_while_slabs_move_loses_nothing_and_serves_no_wrong_byte(
     tmp_path: Path, failing: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvc2.moving.behind.RETRY_S", 0.0)
+    monkeypatch.setattr("kvc2.moving.turns.RETRY_S", 0.0)
 
     async def run() -> None:
         async with running(tmp_path, cpu_bytes=3 * MIB, disk_bytes=DISK_BYTES) as cache:
@@ -223,7 +223,7 @@ class FailingWrites(Files):
 def test_a_write_that_fails_while_slabs_move_costs_no_block_its_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvc2.moving.behind.RETRY_S", 0.0)
+    monkeypatch.setattr("kvc2.moving.turns.RETRY_S", 0.0)
 
     async def run() -> None:
         sizes = {"cpu_bytes": 3 * MIB, "disk_bytes": DISK_BYTES}

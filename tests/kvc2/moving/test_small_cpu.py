@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvc2.cache.cache import Cache
-from kvc2.moving.behind import Behind
+from kvc2.moving.disk_writer import DiskWriter
 from kvc2.tiers.pools import LayoutPools
 from tests.doubles.caches import MIB, faults, running
 from tests.doubles.stand_in import StandIn, prompt
@@ -22,12 +22,12 @@ class Gate:
     """Lets nothing through to the disk until it is opened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.is_open, store = False, Behind._store
+        self.is_open, step = False, DiskWriter._step
 
-        async def stored(behind: Behind, pools: LayoutPools) -> bool:
-            return self.is_open and await store(behind, pools)
+        async def gated(writer: DiskWriter, pools: LayoutPools) -> bool:
+            return self.is_open and await step(writer, pools)
 
-        monkeypatch.setattr(Behind, "_store", stored)
+        monkeypatch.setattr(DiskWriter, "_step", gated)
 
 
 @asynccontextmanager
@@ -38,7 +38,7 @@ async def overflowing(path: Path) -> AsyncIterator[tuple[Cache, StandIn]]:
         engine = StandIn(cache, 256)
         for seed in range(PROMPTS):
             await engine.ask(prompt(seed, BLOCKS))
-        assert await cache._behind.drained(10)  # type: ignore[union-attr]
+        assert await cache._background.drained(10)  # type: ignore[union-attr]
         cpu = cache.counts.tier("cpu")
         assert cpu.resident + cpu.evicted == PROMPTS * BLOCKS
         assert cpu.evicted > PROMPTS

@@ -16,7 +16,7 @@ import pytest
 
 from kvc2 import _core
 from kvc2.layout import layer_major
-from kvc2.moving.batches import store_pages
+from kvc2.moving.batches import batch_pages
 from kvc2.tiers.base import PageShape
 from kvc2.tiers.disk.batch import Batch, Writing
 from kvc2.tiers.disk.catalogue import SLACK_BYTES_MIN, Catalogue, Change, Full
@@ -168,7 +168,7 @@ def test_while_a_load_is_under_way_writes_are_told_so(tmp_path: Path) -> None:
 def test_a_batch_is_large_only_where_that_is_little_of_both_tiers(
     cpu: int, disk: int, pages: int
 ) -> None:
-    assert store_pages(cpu, disk, MIB) == pages
+    assert batch_pages(cpu, disk, MIB) == pages
 
 
 def test_an_eviction_is_answered_when_its_deletes_are_committed(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_an_eviction_is_answered_when_its_deletes_are_committed(tmp_path: Path) 
 def test_a_page_is_planned_only_after_its_delete_is_committed(
     tmp_path: Path, failing: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvc2.moving.behind.RETRY_S", 0.0)
+    monkeypatch.setattr("kvc2.moving.turns.RETRY_S", 0.0)
     recorded: set[int] = set()  # pages with a committed record
     reused = commits = 0
 
@@ -199,7 +199,7 @@ def test_a_page_is_planned_only_after_its_delete_is_committed(
         async with running(tmp_path, cpu_bytes=2 * MIB, disk_bytes=4 * MIB) as cache:
             disk, mover = cache._disk, cache._mover
             assert disk is not None
-            commit, store = disk.catalogue.commit, mover.store
+            commit, write = disk.catalogue.commit, mover.write
             ever: set[int] = set()
 
             def sometimes(change: Change) -> None:
@@ -222,10 +222,10 @@ def test_a_page_is_planned_only_after_its_delete_is_committed(
                     assert not planned & recorded
                     reused += len(planned & ever)
                     ever.update(planned)
-                return await store(pools, transfers, patience_s=patience_s)
+                return await write(pools, transfers, patience_s=patience_s)
 
             monkeypatch.setattr(disk.catalogue, "commit", sometimes)
-            monkeypatch.setattr(mover, "store", judged)
+            monkeypatch.setattr(mover, "write", judged)
             engine = StandIn(cache, 64)
             for seed in range(30):
                 await engine.ask(prompt(seed, 32))
