@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kvc2.answers import AcquireResult
+from kvc2.answers import Acquired
 from kvc2.cache.assemble import assemble
 from kvc2.cache.cache import Cache
 from kvc2.cache.sessions import Session
@@ -100,7 +100,7 @@ async def slow_cache(config: ServeConfig, metrics: Metrics, folder: Path) -> Cac
     cache = await assemble(config, metrics, files=SlowFiles(folder))
     acquire = cache.acquire
 
-    async def regardless(session: Session, *more: Any, **named: Any) -> AcquireResult:
+    async def regardless(session: Session, *more: Any, **named: Any) -> Acquired:
         told = session.prefill_rate
         if Mode.read(folder).regardless:
             session.prefill_rate = 0.0  # until the next commit: as of an engine that tells none

@@ -25,8 +25,9 @@ from engine.attachment import Attachment
 from engine.metrics import EngineMetrics
 from engine.pages import PageBook
 from engine.prefix_calls import CacheClient, ask_why, hints_of, told
-from engine.request import NO_HINTS, U32, Caller, Explanation, Hints, TierTokens
+from engine.request import U32, Caller, Explanation
 from kvc2 import errors
+from kvc2.answers import NO_HINTS, Hints, TierTokens
 from kvc2.client import Client, LeaseCommit
 from kvc2.client import PoolMemory as PoolMemory
 from kvc2.layout import layer_major
@@ -298,13 +299,12 @@ class Prefix:
             return Lease(request_id)
         pages = found.prefix_pages
         blocks = len(pages)
-        tiers = TierTokens(found.tiers.gpu, found.tiers.cpu, found.tiers.disk, found.tiers.remote)
         lease = Lease(
             request_id,
             session,
             [int(page) for page in pages],
             matched_tokens=blocks * self.config.page_size,
-            tiers=tiers,
+            tiers=found.tiers,
             computing_tokens=found.computing_tokens,
             transfer=found.transfer,
             sent=blocks,
@@ -367,7 +367,7 @@ class Prefix:
                 prefill_tokens_per_s=self.prefill_rate,
             )
             results = [list(each) for each in answer.results]
-            self.book.granted(session, answer.granted)
+            self.book.granted(session, answer.granted_pages)
         except (errors.Detached, errors.Unreachable) as error:
             # whether it took effect is not known: the pages stay unsure (see pages.py)
             for lease, _ in batch:
@@ -408,7 +408,7 @@ class Prefix:
                 grant_pages=self._wanted(0),
                 hints=said if any(ended) else (),
             )
-            self.book.granted(session, answer.granted)
+            self.book.granted(session, answer.granted_pages)
         except errors.Kvc2Error as error:
             self._fault("release", error)
 

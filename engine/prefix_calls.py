@@ -7,13 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
-from engine import request
-from engine.request import U32, Explanation, TierTokens
+from engine.request import U32, Explanation
 from kvc2 import errors
-from kvc2.client import Acquired, Committed, Explained, Hints, LeaseCommit, Matched, Released
+from kvc2.answers import (
+    Acquired,
+    Committed,
+    Explained,
+    Hints,
+    LeaseCommit,
+    Matched,
+    Released,
+    TierTokens,
+)
 
 
 class CacheClient(Protocol):
@@ -62,10 +70,10 @@ class CacheClient(Protocol):
     def close(self) -> None: ...
 
 
-def hints_of(said: request.Hints, *, ended: bool) -> Hints:
+def hints_of(said: Hints, *, ended: bool) -> Hints:
     """For the wire. A lease that is given back to be asked for again has not `ended`, and so its
     session has not either."""
-    return replace(Hints(**asdict(said)), session_end=ended and said.session_end)
+    return replace(said, session_end=ended and said.session_end)
 
 
 def explanation_of(found: Explained, matched_tokens: int) -> Explanation:

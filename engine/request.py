@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.errors import ContextLengthError, InvalidRequestError
+from kvc2.answers import NO_HINTS, Hints, TierTokens
 
 U32 = NDArray[np.uint32]
 SEED_LIMIT = 1 << 63
@@ -59,23 +60,6 @@ class Caller:
 
 
 @dataclass(frozen=True)
-class Hints:
-    """What a request says of the blocks that it uses, for the daemon; 0 and False say nothing.
-
-    session_end: nobody goes on from its answer. expect_return_within_s: somebody will, so soon.
-    priority: 0 to 7, the highest is evicted last. ttl_s: its blocks match nobody so long after
-    their last use."""
-
-    session_end: bool = False
-    expect_return_within_s: int = 0
-    priority: int = 0
-    ttl_s: int = 0
-
-
-NO_HINTS = Hints()
-
-
-@dataclass(frozen=True)
 class Piece:
     """Text that a token made certain; `stopped`: a stop string was met and cut off."""
 
@@ -91,16 +75,6 @@ class TextStream(Protocol):
 
     def flush(self) -> str:
         """What is still held back, at the end. Changes the stream: call it once."""
-
-
-@dataclass(frozen=True)
-class TierTokens:
-    """Tokens of a matched prefix by the tier that held them."""
-
-    gpu: int = 0
-    cpu: int = 0
-    disk: int = 0
-    remote: int = 0
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from engine.prefix import Lease
-from engine.request import U32, Explanation, Request, RequestStats, TierTokens
+from engine.request import U32, Explanation, Request, RequestStats
+from kvc2.answers import TierTokens
 
 
 @dataclass

@@ -1,24 +1,39 @@
-"""What the cache is asked and answers: plain values, as the server has them on the wire."""
+"""What the daemon is asked and answers: one plain value for each message, for server and client.
+
+A value has the names of its message's fields, and wire.py turns one into the other. Arrays that
+come from a message are read-only views of it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+U8 = NDArray[np.uint8]
 U32 = NDArray[np.uint32]
+NO_PAGES: U32 = np.zeros(0, dtype=np.uint32)
 SIZES = (0.5, 1.0, 2.0, 4.0)  # of a tier, for which its hit rate is estimated
 
 
 @dataclass(frozen=True)
 class Hints:
-    """What a request says of its blocks; 0 and False say nothing. See cache.proto, Hints."""
+    """What a request says of the blocks that it uses; 0 and False say nothing.
+
+    session_end: nobody goes on from it. expect_return_within_s: a request that does is expected,
+    and until four times that they are evicted after others of their priority.
+    priority: 0 to 7, goes before recency. ttl_s: they match nobody so long after their last use."""
 
     session_end: bool = False
     expect_return_within_s: int = 0
     priority: int = 0
     ttl_s: int = 0
+
+
+NO_HINTS = Hints()
 
 
 def shorter(ttl_s: int, other_s: int) -> int:
@@ -32,23 +47,40 @@ class Terms:
 
     grant_pages: int
     deadline_s: float
-    hints: Hints = Hints()
+    hints: Hints = NO_HINTS
 
 
 @dataclass(frozen=True)
-class MatchResult:
-    """tiers: tokens by the fastest tier that holds them (gpu, cpu, disk, remote)."""
+class TierTokens:
+    """Tokens by the fastest tier that holds them, or by the tier that they were found in."""
 
-    matched_tokens: int
-    tiers: tuple[int, ...]
+    gpu: int = 0
+    cpu: int = 0
+    disk: int = 0
+    remote: int = 0
+
+    def __iter__(self) -> Iterator[int]:
+        """From the fastest tier on."""
+        return iter((self.gpu, self.cpu, self.disk, self.remote))
 
 
 @dataclass(frozen=True)
-class AcquireResult:
-    """`transfer` is the session's sequence number that the prefix depends on; 0: all is there."""
+class Matched:
+    """matched_tokens: a multiple of page_size, less than the tokens given."""
 
     matched_tokens: int
-    tiers: tuple[int, ...]
+    tiers: TierTokens
+
+
+@dataclass(frozen=True)
+class Acquired:
+    """A lease. prefix_pages [matched_tokens / page_size] lie in the session's pool, in order; layer
+    i of them may be read when Client.wait_layer(transfer, i) is true, at once when transfer is 0.
+    granted_pages: new private pages, maybe fewer than asked for. computing_tokens: tokens right
+    after the prefix that another lease is computing now."""
+
+    matched_tokens: int
+    tiers: TierTokens
     prefix_pages: U32
     transfer: int
     granted_pages: U32
@@ -56,52 +88,94 @@ class AcquireResult:
 
 
 @dataclass(frozen=True)
-class Elsewhere:
-    """A namespace of the same tenant and salt that has more of the prompt; `fields` are those of
-    the identity that differ: name, ours, theirs."""
+class LeaseCommit:
+    """Filled pages of one lease: tokens [k * page_size] of blocks [first_block, first_block + k),
+    pages [k]."""
 
-    namespace: bytes
+    request_id: bytes
+    first_block: int
+    tokens: U32
+    pages: U32
+
+
+@dataclass(frozen=True)
+class Committed:
+    """results: of each lease [k] of 0 adopted, 1 duplicate, 2 refused. durable: all adopted blocks
+    are on disk; False unless asked for."""
+
+    results: list[U8]
+    granted_pages: U32
+    durable: bool
+
+
+@dataclass(frozen=True)
+class Released:
+    granted_pages: U32
+
+
+class TierBlocks(NamedTuple):
+    tier: str
+    blocks: int
+
+
+class DifferingField(NamedTuple):
+    """A field of the identity in which two namespaces differ."""
+
+    name: str
+    ours: str
+    theirs: str
+
+
+@dataclass(frozen=True)
+class OtherNamespace:
+    """One of the same tenant and salt that has more of the prompt, and how its identity differs.
+    namespace: hexadecimal."""
+
+    namespace: str
     hit_tokens: int
-    fields: list[tuple[str, str, str]]
+    fields: tuple[DifferingField, ...]
 
 
 @dataclass(frozen=True)
 class Explained:
-    """Which leading blocks hit (`runs` of them by tier, at most 64), and `why` the next one did
-    not, in the words of kvc2.v1.ExplainResponse. `cause`, `tier`, `policy`, `died_s_ago`: of a
-    block that died. `sibling`: tokens of the block in its place, `sibling_equal` of them equal."""
+    """Which leading blocks of a prompt hit (`runs` of them by tier, at most 64), and `why` the next
+    one did not, in the words of kvc2.v1.ExplainResponse. `cause`, `tier`, `policy`, `died_s_ago`:
+    of a block that died. `sibling`: tokens of the block in its place, `sibling_equal` of them
+    equal. namespace: hexadecimal. asked_s_ago: of a request that is over."""
 
     page_size: int
     tokens: int
     hit_blocks: int = 0
-    runs: list[tuple[str, int]] = field(default_factory=list)
+    runs: tuple[TierBlocks, ...] = ()
     why: str = "nothing"
     cause: str = ""
     tier: str = ""
     policy: str = ""
     died_s_ago: float = 0.0
+    sibling: U32 = field(default_factory=lambda: NO_PAGES)
     sibling_equal: int = 0
-    sibling: U32 = field(default_factory=lambda: np.empty(0, np.uint32))
-    other: Elsewhere | None = None
-    namespace: bytes = b""
-    asked_s_ago: float = 0.0  # of a request that is over
+    other: OtherNamespace | None = None
+    namespace: str = ""
+    asked_s_ago: float = 0.0
     uptime_s: float = 0.0
     dead_known: int = 0
     dead_forgotten: int = 0
 
 
 @dataclass(frozen=True)
-class FlushResult:
+class Flushed:
     """Blocks on disk, and blocks that are not by reason: no_disk, disk_full, error, deadline,
     not_admitted."""
 
     durable_blocks: int
-    not_durable: dict[str, int]
+    not_durable_blocks: dict[str, int]
 
 
 @dataclass(frozen=True)
-class EvictResult:
-    evicted: int
+class Evicted:
+    """last_copies: of the evicted blocks those that no tier holds any more."""
+
+    evicted_blocks: int
     last_copies: int
 
 
@@ -118,26 +192,28 @@ class TenantUse:
 
 
 @dataclass(frozen=True)
-class PinResult:
+class PrefixPinned:
     """In blocks: of the prompt, of them in the tier now, of all pins of this kind in its pool."""
 
     blocks: int
-    resident: int
-    pinned: int
+    resident_blocks: int
+    pinned_blocks: int
 
 
 @dataclass(frozen=True)
-class PrefetchResult:
-    """Cached tokens by the fastest tier that holds them, and those that are still on their way."""
+class Prefetched:
+    """Tokens of the cached prefix by the tier they are in now; `coming_tokens` of them are still on
+    their way to a faster one."""
 
-    tiers: tuple[int, ...]
-    coming: int
+    tiers: TierTokens
+    coming_tokens: int
 
 
 @dataclass(frozen=True)
-class ScrubResult:
-    """Of a pass over the disk's blocks; `passes` that came to their end since the start. Blocks
-    that came or went meanwhile make verified_blocks another number than total_blocks."""
+class Scrubbed:
+    """A pass over the disk's blocks: the one under way, or the last one; `passes` that came to
+    their end since the start. Blocks that came or went meanwhile make verified_blocks another
+    number than total_blocks."""
 
     running: bool
     mb_per_s: int
@@ -150,8 +226,8 @@ class ScrubResult:
 
 
 @dataclass(frozen=True)
-class InvalidateResult:
-    """`blocks` of `namespaces` are dead; `durable`: also to a restart."""
+class Invalidated:
+    """`blocks` of `namespaces` are dead; durable: a restart knows it."""
 
     namespaces: int
     blocks: int
@@ -159,18 +235,25 @@ class InvalidateResult:
 
 
 @dataclass(frozen=True)
-class TierCounts:
-    """Pages by owner of a tier, or of one session's pool (session_epoch). `evicted` since the
-    start, of these `last_copies` were in no other pool."""
+class TierStats:
+    """Pages of a tier, or of one session's pool, by owner: pages == free + private + resident +
+    in_flight; pinned ones are resident or in flight."""
 
-    tier: str
-    capacity_bytes: int
+    tier: str = ""
+    capacity_bytes: int = 0
     pages: int = 0
-    free: int = 0
-    private: int = 0
-    resident: int = 0
-    in_flight: int = 0
-    pinned: int = 0
+    free_pages: int = 0
+    private_pages: int = 0
+    resident_pages: int = 0
+    in_flight_pages: int = 0
+    pinned_pages: int = 0
+
+
+@dataclass(frozen=True)
+class TierCounts(TierStats):
+    """What the cache counts besides. `evicted` since the start, of these `last_copies` were in no
+    other pool. session_epoch: of a session's pool."""
+
     evicted: int = 0
     last_copies: int = 0
     session_epoch: int = 0
@@ -178,12 +261,35 @@ class TierCounts:
 
 
 @dataclass(frozen=True)
-class LayoutSlabs:
-    """What one layout holds of the arena (tier cpu) or of the disk; `engines` that have it now."""
+class HitRates:
+    """Shares of all prompts' tokens found in a tier or a faster one. `estimated`: had the tier been
+    SIZES times as large; empty when it has no pages."""
 
-    layout: bytes
+    real: float
+    estimated: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SessionStats:
+    """pool: all zero until the session has one. prefill_tokens_per_s: 0 when it is not known."""
+
+    session_epoch: int
+    engine_name: str
+    pid: int
+    leases: int
+    seconds: float
+    pool: TierStats
+    prefill_tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class LayoutSlabs:
+    """What one layout (its digest, hexadecimal) holds of the arena (tier cpu) or of the disk;
+    `engines` that have it now."""
+
+    layout: str
     tier: str
-    engines: list[str]
+    engines: tuple[str, ...]
     page_size: int
     page_bytes: int
     slab_bytes: int
@@ -193,13 +299,36 @@ class LayoutSlabs:
 
 
 @dataclass(frozen=True)
-class CacheStats:
-    tiers: list[TierCounts]
-    pools: list[TierCounts]  # of sessions
+class DaemonStats:
+    """counters: every counter of /metrics by name, without kvc2_. instance: hexadecimal."""
+
+    version: str
+    instance: str
+    uptime_s: float
+    tiers: tuple[TierStats, ...]
+    sessions: tuple[SessionStats, ...]
     blocks: int
     holes: int
     leases: int
     namespaces: int
     metadata_bytes: int
+    counters: dict[str, float]
+    hit_rates: dict[str, HitRates]  # by tier
     hit_rate_unlimited: float  # estimated: of a cache that forgets nothing
-    slabs: list[LayoutSlabs]  # of cpu, then of disk
+    tenants: tuple[TenantUse, ...]  # of the configuration, by tier
+    slabs: tuple[LayoutSlabs, ...]  # by tier and layout
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What the cache itself knows of DaemonStats; `pools` of sessions."""
+
+    tiers: tuple[TierCounts, ...]
+    pools: tuple[TierCounts, ...]
+    blocks: int
+    holes: int
+    leases: int
+    namespaces: int
+    metadata_bytes: int
+    hit_rate_unlimited: float
+    slabs: tuple[LayoutSlabs, ...]

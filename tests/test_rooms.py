@@ -25,7 +25,7 @@ FLOORS = {
         config
         arena, client, flags, namespace
         host, layout, periodic
-        answers, errors, events, metrics, shares, v1
+        answers, errors, events, metrics, shares, v1, wire
     """,
     "kvc2/commands": """
         cli
@@ -43,7 +43,7 @@ FLOORS = {
     "kvc2/client": """
         client
         admin, session
-        channel, memory, results
+        channel, memory
     """,
     "kvc2/cache": """
         assemble
@@ -128,12 +128,12 @@ CPP_FLOORS = """
     base
 """
 # The client is what an engine carries: it must not pull in the daemon. Of _core it takes Beat.
-CLIENT_SEES = ("_core", "v1", "layout", "errors", "host.address", "client")
+CLIENT_SEES = ("_core", "v1", "layout", "answers", "wire", "errors", "host.address", "client")
 # Only the bridge talks to the daemon's client; what KV depends on is named in the daemon's terms,
 # and paths and the daemon's address are read as the daemon reads them.
 BRIDGE = ("engine/prefix", "engine/attachment", "engine/identity", "engine/settings")
 # What daemon and engine say in one way, and what talks to nobody.
-SHARED = ("kvc2.host", "kvc2.shares", "kvc2.errors", "kvc2.flags")
+SHARED = ("kvc2.answers", "kvc2.host", "kvc2.shares", "kvc2.errors", "kvc2.flags")
 
 
 def floors(text: str) -> dict[str, int]:

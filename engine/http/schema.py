@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from engine.request import Hints
+from kvc2.answers import Hints
 
 STOP_STRINGS_MAX = 16
 STOP_CHARACTERS_MAX = 1024

@@ -20,15 +20,18 @@ from numpy.typing import NDArray
 
 from kvc2 import _core, errors
 from kvc2.answers import (
-    AcquireResult,
+    NO_HINTS,
+    NO_PAGES,
+    Acquired,
     CacheStats,
-    EvictResult,
+    Evicted,
     Explained,
-    FlushResult,
+    Flushed,
     Hints,
-    InvalidateResult,
-    MatchResult,
+    Invalidated,
+    Matched,
     Terms,
+    TierTokens,
 )
 from kvc2.arena import Arena
 from kvc2.cache.counts import Counts
@@ -57,7 +60,6 @@ U8 = NDArray[np.uint8]
 U32 = NDArray[np.uint32]
 
 RESCUE_S = 2.0  # for a dead engine's uncopied blocks
-NO_HINTS = Hints()
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Cache:
         self._whole, self._ticking, self._wake = parts.whole, parts.ticking, parts.woken
         self.tick = parts.ticker.tick
 
-    async def stop(self, deadline_s: float) -> FlushResult:
+    async def stop(self, deadline_s: float) -> Flushed:
         """Flush, then close sessions, threads and tiers."""
         await self.prefetcher.stop()
         await self.scrubber.stop()
@@ -220,13 +222,13 @@ class Cache:
 
     # ---- requests ----
 
-    def match(self, session: Session, namespace_id: int, tokens: U32) -> MatchResult:
+    def match(self, session: Session, namespace_id: int, tokens: U32) -> Matched:
         """The longest cached prefix of less than all tokens. Changes nothing."""
         self.tick()
         space, pool = self.spaces[namespace_id], session.mapped_pool().id
         found = self.index.match(space, pool, _u32(tokens[:-1]))
         size = session.layout.page_size
-        return MatchResult(found.blocks * size, _tokens_by_tier(found.tiers, size))
+        return Matched(found.blocks * size, _tokens_by_tier(found.tiers, size))
 
     def explain(self, session: Session | None, namespace_id: int, tokens: U32) -> Explained:
         """What an acquire of these tokens would find, in this session or in any, and why not more.
@@ -241,7 +243,7 @@ class Cache:
         request_id: bytes,
         tokens: U32,
         terms: Terms,
-    ) -> AcquireResult:
+    ) -> Acquired:
         """Open a lease on the longest prefix that comes sooner than it could be computed at
         session.prefill_rate; awaits only what comes from disk, till its deadline. While the lease
         is open the same request_id gets the same answer. Raises SessionOver."""
@@ -271,12 +273,12 @@ class Cache:
             raise errors.SessionOver(f"session {session.epoch} is {session.state}")
         return answer
 
-    def _answer(self, session: Session, lease: OpenLease, grant_pages: int) -> AcquireResult:
+    def _answer(self, session: Session, lease: OpenLease, grant_pages: int) -> Acquired:
         """What an open lease holds now, and pages to compute the rest into."""
         gpu, size = session.mapped_pool(), session.layout.page_size
         view = self.index.lease(lease.id)
         held = view.pages.size
-        return AcquireResult(
+        return Acquired(
             matched_tokens=held * size,
             tiers=_tokens_by_tier(view.tiers, size),
             prefix_pages=view.pages,
@@ -325,7 +327,7 @@ class Cache:
 
     # ---- the whole (whole.py) ----
 
-    async def invalidate(self, names: list[bytes]) -> InvalidateResult:
+    async def invalidate(self, names: list[bytes]) -> Invalidated:
         """What is cached under these namespaces is dead. Raises NotFound and LimitReached."""
         return await self._whole.invalidate(names)
 
@@ -334,11 +336,11 @@ class Cache:
         held = [session.leases[each].id for each in requests]
         return await self._whole.wait_durable(session.mapped_pool(), held, wait_s)
 
-    async def flush(self, deadline_s: float) -> FlushResult:
+    async def flush(self, deadline_s: float) -> Flushed:
         """Copy what is committed to the disk, within the deadline; what is not there, and why."""
         return await self._whole.flush(deadline_s)
 
-    async def evict(self, tier: str, blocks: int) -> EvictResult:
+    async def evict(self, tier: str, blocks: int) -> Evicted:
         """Drop up to `blocks` unpinned blocks (0: all) from gpu, cpu or disk."""
         return await self._whole.evict(tier, blocks)
 
@@ -351,14 +353,13 @@ def _u32(array: NDArray[np.integer]) -> U32:
     return np.ascontiguousarray(array, np.uint32)
 
 
-def _tokens_by_tier(blocks: tuple[int, ...], page_size: int) -> tuple[int, ...]:
-    return tuple(count * page_size for count in (*blocks, 0, 0, 0)[:4])
+def _tokens_by_tier(blocks: tuple[int, ...], page_size: int) -> TierTokens:
+    return TierTokens(*(count * page_size for count in blocks))
 
 
-def _nothing() -> AcquireResult:
+def _nothing() -> Acquired:
     """The answer to an acquire that was released meanwhile."""
-    empty = np.empty(0, np.uint32)
-    return AcquireResult(0, (0, 0, 0, 0), empty, 0, empty, 0)
+    return Acquired(0, TierTokens(), NO_PAGES, 0, NO_PAGES, 0)
 
 
 async def _may_change() -> bool:

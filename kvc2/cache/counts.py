@@ -42,8 +42,8 @@ class Counts:
         counts = self._index.counts()
         tiers = ["gpu"] + ["cpu"] * (self._arena is not None) + ["disk"] * (self._disk is not None)
         return CacheStats(
-            tiers=[self.tier(tier) for tier in tiers],
-            pools=[self._session(epoch) for epoch in self._sessions],
+            tiers=tuple(self.tier(tier) for tier in tiers),
+            pools=tuple(self._session(epoch) for epoch in self._sessions),
             blocks=counts.blocks,
             holes=counts.holes,
             leases=counts.leases,
@@ -53,23 +53,23 @@ class Counts:
             slabs=self._slabs(),
         )
 
-    def _slabs(self) -> list[LayoutSlabs]:
+    def _slabs(self) -> tuple[LayoutSlabs, ...]:
         layouts = [] if self.pools is None else list(self.pools.layouts.values())
         rows = [("cpu", each.shape, each.cpu_id) for each in layouts]
         for each in layouts:  # on disk the same pages may lie in slabs of another size
             if each.disk is not None and each.disk_id is not None:
                 rows.append(("disk", each.disk.shape, each.disk_id))
-        return [self._layout(*row) for row in rows]
+        return tuple(self._layout(*row) for row in rows)
 
     def _layout(self, tier: str, shape: PageShape, pool: int) -> LayoutSlabs:
         counts = self._index.pool_counts(pool)
         sessions = self._sessions.values()
         return LayoutSlabs(
-            layout=shape.layout_digest,
+            layout=shape.layout_digest.hex(),
             tier=tier,
-            engines=[
+            engines=tuple(
                 each.engine_name for each in sessions if each.layout.digest == shape.layout_digest
-            ],
+            ),
             page_size=shape.page_size,
             page_bytes=shape.page_bytes,
             slab_bytes=shape.slab_bytes,
@@ -91,11 +91,11 @@ class Counts:
             tier=tier,
             capacity_bytes=sizes[tier],
             pages=sum(each.pages for each in found),
-            free=sum(each.free for each in found),
-            private=sum(each.private for each in found),
-            resident=sum(each.resident for each in found),
-            in_flight=sum(each.in_flight for each in found),
-            pinned=sum(each.pinned for each in found),
+            free_pages=sum(each.free for each in found),
+            private_pages=sum(each.private for each in found),
+            resident_pages=sum(each.resident for each in found),
+            in_flight_pages=sum(each.in_flight for each in found),
+            pinned_pages=sum(each.pinned for each in found),
             evicted=evicted,
             last_copies=last_copies,
             hit_rates=self._hit_rates_at(tier, sizes[tier]),
@@ -161,11 +161,11 @@ class Counts:
             tier="gpu",
             capacity_bytes=_pool_bytes(self._sessions[epoch]),
             pages=counts.pages,
-            free=counts.free,
-            private=counts.private,
-            resident=counts.resident,
-            in_flight=counts.in_flight,
-            pinned=counts.pinned,
+            free_pages=counts.free,
+            private_pages=counts.private,
+            resident_pages=counts.resident,
+            in_flight_pages=counts.in_flight,
+            pinned_pages=counts.pinned,
             evicted=counts.evicted,
             last_copies=counts.last_copies,
             session_epoch=epoch,

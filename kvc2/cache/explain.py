@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvc2 import _core, errors
-from kvc2.answers import Elsewhere, Explained
+from kvc2.answers import NO_PAGES, DifferingField, Explained, OtherNamespace, TierBlocks
 from kvc2.cache.counts import Counts
 from kvc2.cache.namespaces import Spaces
 
@@ -151,11 +151,11 @@ class Explainer:
             page_size=self._spaces.page_size(number),
             tokens=tokens,
             hit_blocks=found.blocks,
-            runs=[(tiers[tier], blocks) for tier, blocks in found.runs.tolist()],
+            runs=tuple(TierBlocks(tiers[tier], blocks) for tier, blocks in found.runs.tolist()),
             why=found.why.name.lower(),
             sibling_equal=0 if sibling is None else sibling.common,
-            sibling=np.empty(0, np.uint32) if sibling is None else sibling.tokens,
-            namespace=self._spaces.name(number),
+            sibling=NO_PAGES if sibling is None else sibling.tokens,
+            namespace=self._spaces.name(number).hex(),
             uptime_s=float(self._now()),
             dead_known=counts.dead_known,
             dead_forgotten=counts.deaths - counts.dead_known,
@@ -174,11 +174,11 @@ class Explainer:
             died_s_ago=float(max(0, self._now() - death.when)),
         )
 
-    def _elsewhere(self, number: int, tokens: U32, hit: int) -> Elsewhere | None:
+    def _elsewhere(self, number: int, tokens: U32, hit: int) -> OtherNamespace | None:
         """The namespace of the same owner that has more of these tokens than `hit`, if one has."""
         owner = self._owners.get(number)
         same = [n for n, each in reversed(self._owners.items()) if each == owner and n != number]
-        best: Elsewhere | None = None
+        best: OtherNamespace | None = None
         for other in same[:OTHERS_MAX] if owner is not None else []:
             page_size = self._spaces.page_size(other)
             _, pools = self._pools(page_size, None)
@@ -187,15 +187,16 @@ class Explainer:
             blocks = self._index.explain(self._spaces[other], pools, tokens).blocks
             if blocks * page_size > max(hit, 0 if best is None else best.hit_tokens):
                 fields = differing(self._spaces.identity(number), self._spaces.identity(other))
-                best = Elsewhere(self._spaces.name(other), blocks * page_size, fields)
+                name = self._spaces.name(other).hex()
+                best = OtherNamespace(name, blocks * page_size, fields)
         return best
 
 
-def differing(ours: bytes, theirs: bytes) -> list[tuple[str, str, str]]:
-    """(field, ours, theirs) of two identities that differ."""
+def differing(ours: bytes, theirs: bytes) -> tuple[DifferingField, ...]:
+    """The fields of two identities that differ, by name."""
     one, two = json.loads(ours), json.loads(theirs)
-    return [
-        (name, str(one.get(name))[:SHOWN_MAX], str(two.get(name))[:SHOWN_MAX])
+    return tuple(
+        DifferingField(name, str(one.get(name))[:SHOWN_MAX], str(two.get(name))[:SHOWN_MAX])
         for name in sorted(one.keys() | two.keys())
         if one.get(name) != two.get(name)
-    ]
+    )

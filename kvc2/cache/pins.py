@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvc2 import _core, errors
-from kvc2.answers import U32, PinResult
+from kvc2.answers import U32, PrefixPinned
 from kvc2.cache.counts import Counts
 from kvc2.cache.namespaces import Spaces
 from kvc2.cache.sessions import Session
@@ -49,7 +49,7 @@ class Pins:
 
     def pin(
         self, session: Session | None, number: int, tokens: U32, *, tier: str, hard: bool
-    ) -> PinResult:
+    ) -> PrefixPinned:
         """Keep the full blocks of `tokens`. Raises InvalidRequest, and LimitReached when no more
         may be pinned: then nothing changes."""
         blocks = self._blocks(number, tokens)
@@ -63,7 +63,7 @@ class Pins:
                 f"% of the {tier} tier ({at.room} blocks of this layout) may be pinned so",
             )
         resident = self._index.match(space, at.pool, tokens).tiers[0]
-        return PinResult(blocks, resident, self._index.pinned_blocks(at.pool, hard=hard))
+        return PrefixPinned(blocks, resident, self._index.pinned_blocks(at.pool, hard=hard))
 
     def unpin(self, session: Session | None, number: int, tokens: U32, *, tier: str) -> int:
         """The blocks of the pin that has ended; 0: there was none. Raises InvalidRequest."""

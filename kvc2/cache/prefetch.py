@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvc2 import _core, errors
-from kvc2.answers import U32, PrefetchResult
+from kvc2.answers import U32, Prefetched, TierTokens
 from kvc2.arena import Arena
 from kvc2.cache.namespaces import Spaces
 from kvc2.cache.pins import Pins
@@ -67,7 +67,7 @@ class Prefetcher:
 
     async def prefetch(
         self, session: Session | None, number: int, tokens: U32, *, tier: str, deadline_s: float
-    ) -> PrefetchResult:
+    ) -> Prefetched:
         """Bring the longest cached prefix of the full blocks of `tokens` to cpu or to the session's
         gpu pool, and answer when it is there or the time is over; then it goes on by itself. Raises
         InvalidRequest, and LimitReached when too many are under way."""
@@ -101,15 +101,15 @@ class Prefetcher:
         gpu = session.pool if tier == "gpu" and session is not None else None
         return Wish(number, np.ascontiguousarray(tokens, np.uint32), pool, pools, gpu)
 
-    def _result(self, wish: Wish, tier: str, *, over: bool) -> PrefetchResult:
+    def _result(self, wish: Wish, tier: str, *, over: bool) -> Prefetched:
         size = wish.pools.shape.page_size
-        tiers: tuple[int, ...] = (0, 0, 0, 0)
+        tiers = TierTokens()
         if self._alive(wish):
             found = self._match(wish)
             blocks = (*found, 0, 0, 0) if tier == "gpu" else (0, *found, 0, 0)
-            tiers = tuple(count * size for count in blocks[:4])
-        there = tiers[0 if tier == "gpu" else 1]
-        return PrefetchResult(tiers, 0 if over else sum(tiers) - there)
+            tiers = TierTokens(*(count * size for count in blocks[:4]))
+        there = tiers.gpu if tier == "gpu" else tiers.cpu
+        return Prefetched(tiers, 0 if over else sum(tiers) - there)
 
     # ---- what moves ----
 

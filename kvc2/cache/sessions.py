@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from kvc2 import errors
-from kvc2.answers import AcquireResult
+from kvc2.answers import Acquired
 from kvc2.layout import Layout
 from kvc2.moving.gpu_pools import GpuPool, SessionLife, SessionState
 from kvc2.shares import SharedTable
@@ -53,7 +53,7 @@ class OpenLease:
     request_id: bytes
     id: int  # the index's
     namespace_id: int
-    reply: asyncio.Future[AcquireResult] = field(default_factory=_future)
+    reply: asyncio.Future[Acquired] = field(default_factory=_future)
     ended: asyncio.Future[None] = field(default_factory=_future)
 
     @property

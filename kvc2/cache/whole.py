@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from kvc2 import _core
-from kvc2.answers import EvictResult, FlushResult, InvalidateResult
+from kvc2.answers import Evicted, Flushed, Invalidated
 from kvc2.cache.counts import Counts
 from kvc2.cache.namespaces import Spaces
 from kvc2.config import ServeConfig
@@ -44,7 +44,7 @@ class Whole:
         self._has_disk = background is not None and config.disk.path is not None
         self._policy = config.write_policy
 
-    async def invalidate(self, names: list[bytes]) -> InvalidateResult:
+    async def invalidate(self, names: list[bytes]) -> Invalidated:
         """What is cached under these namespaces is dead, in every tier, before this awaits; its
         pages are freed as pins end. Who has them open goes on, matches nothing and commits anew;
         what their open leases commit is refused. Raises NotFound and LimitReached."""
@@ -54,7 +54,7 @@ class Whole:
         for pool in self._counts.pool_ids("gpu") if self._background is None else []:
             self._index.reap(pool, ALL)
         self._wake()
-        return InvalidateResult(len(names), blocks, await self._spaces.write_eras())
+        return Invalidated(len(names), blocks, await self._spaces.write_eras())
 
     async def wait_durable(self, gpu: GpuPool, leases: Sequence[int], deadline_s: float) -> bool:
         """Whether all that these leases have pages of is on disk, within the deadline. Where there
@@ -74,15 +74,15 @@ class Whole:
         except KeyError:  # it was released while this waited: nothing keeps its blocks
             return False
 
-    async def flush(self, deadline_s: float) -> FlushResult:
+    async def flush(self, deadline_s: float) -> Flushed:
         """Copy what is committed towards the disk until all of it is there or the time is over."""
         if self._background is None or not self._has_disk:
             blocks = self._index.counts().blocks
-            return FlushResult(0, {"no_disk": blocks} if blocks else {})
+            return Flushed(0, {"no_disk": blocks} if blocks else {})
         drained = await self._background.drained(deadline_s)
         reason = "disk_full"
         if not await self._background.synced():
-            return FlushResult(0, {"error": self._counts.tier("disk").resident})
+            return Flushed(0, {"error": self._counts.tier("disk").resident_pages})
         if self._background.failing:
             reason = "error"
         elif not drained:
@@ -91,10 +91,10 @@ class Whole:
             reason: self._background.undemoted(),
             "not_admitted": self._background.writer.not_admitted(),
         }
-        durable = self._counts.tier("disk").resident
-        return FlushResult(durable, {why: count for why, count in found.items() if count})
+        durable = self._counts.tier("disk").resident_pages
+        return Flushed(durable, {why: count for why, count in found.items() if count})
 
-    async def evict(self, tier: str, blocks: int) -> EvictResult:
+    async def evict(self, tier: str, blocks: int) -> Evicted:
         """Drop up to `blocks` unpinned blocks (0: all) from gpu, cpu or disk; what slower tiers
         don't hold yet is copied there first, within 2 s. What was evicted from the disk is gone
         there too, unless its commit fails or takes longer than 2 s."""
@@ -113,7 +113,7 @@ class Whole:
         self._wake()
         if self._background is not None and tier == "disk":
             await self._background.drained(EVICT_DRAIN_S)
-        return EvictResult(evicted, last_copies)
+        return Evicted(evicted, last_copies)
 
     def _drop_records(self, pool: int, found: _core.Evicted) -> None:
         assert self._counts.pools is not None

@@ -1,9 +1,6 @@
 """What an engine carries of kvc2: see README.md for what lies where."""
 
-from kvc2.client.admin import Admin
-from kvc2.client.client import Client
-from kvc2.client.memory import PoolMemory
-from kvc2.client.results import (
+from kvc2.answers import (
     Acquired,
     Committed,
     DaemonStats,
@@ -24,6 +21,9 @@ from kvc2.client.results import (
     TierStats,
     TierTokens,
 )
+from kvc2.client.admin import Admin
+from kvc2.client.client import Client
+from kvc2.client.memory import PoolMemory
 from kvc2.client.session import NamespaceHandle
 from kvc2.errors import Detached
 

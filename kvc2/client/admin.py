@@ -7,10 +7,11 @@ from typing import Any
 
 import grpc
 
-from kvc2 import errors
-from kvc2.client import channel, results
+from kvc2 import answers, errors
+from kvc2.client import channel
 from kvc2.host.address import Address
 from kvc2.v1 import cache_pb2
+from kvc2.wire import from_message, packed
 
 MARGIN_S = 10.0  # on top of a deadline that the daemon keeps itself
 
@@ -37,100 +38,97 @@ class Admin:
     def close(self) -> None:
         self._channel.close()
 
-    def stats(self) -> results.DaemonStats:
-        return results.daemon_stats(self._call("Stats", cache_pb2.StatsRequest()))
+    def stats(self) -> answers.DaemonStats:
+        return from_message(answers.DaemonStats, self._call("Stats", cache_pb2.StatsRequest()))
 
-    def flush(self, deadline_s: float = 30.0) -> results.Flushed:
+    def flush(self, deadline_s: float = 30.0) -> answers.Flushed:
         """Wait until all that is committed is durable, at most deadline_s."""
         request = cache_pb2.FlushRequest(deadline_ms=max(1, round(deadline_s * 1000)))
-        return results.flushed(self._call("Flush", request, deadline_s))
+        return from_message(answers.Flushed, self._call("Flush", request, deadline_s))
 
-    def evict(self, tier: str, blocks: int = 0) -> results.Evicted:
+    def evict(self, tier: str, blocks: int = 0) -> answers.Evicted:
         """Drop unpinned blocks from gpu, cpu or disk; blocks = 0: all of them."""
         answer = self._call("Evict", cache_pb2.EvictRequest(tier=tier, blocks=blocks), 60.0)
-        return results.Evicted(answer.evicted_blocks, answer.last_copies)
+        return from_message(answers.Evicted, answer)
 
     def explain(
-        self, *, request_id: bytes = b"", tokens: results.U32 | None = None, namespace: bytes = b""
-    ) -> results.Explained:
+        self, *, request_id: bytes = b"", tokens: answers.U32 | None = None, namespace: bytes = b""
+    ) -> answers.Explained:
         """Why a recent request hit or missed, or a prompt would now, in any session. Needs the unix
         socket. namespace: 32 bytes, for `tokens`; empty: the only one. Changes nothing."""
         if tokens is None:
             request = cache_pb2.ExplainRequest(request_id=request_id)
         else:
-            packed = results.packed(tokens)
-            request = cache_pb2.ExplainRequest(tokens=packed, namespace=namespace)
-        return results.explained(self._call("Explain", request))
+            request = cache_pb2.ExplainRequest(tokens=packed(tokens), namespace=namespace)
+        return from_message(answers.Explained, self._call("Explain", request))
 
     def invalidate(
         self, *, weights_digest: str = "", namespace: bytes = b""
-    ) -> results.Invalidated:
+    ) -> answers.Invalidated:
         """Kill all blocks computed with these weights (hexadecimal digest), or of one namespace
         (32 bytes). Give one of the two."""
         if namespace:
             request = cache_pb2.InvalidateRequest(namespace=namespace)
         else:
             request = cache_pb2.InvalidateRequest(weights_digest=weights_digest)
-        return results.invalidated(self._call("Invalidate", request))
+        return from_message(answers.Invalidated, self._call("Invalidate", request))
 
     def set_quota(
         self, tenant: str, tier: str, *, max_bytes: int = 0, max_blocks: int = 0
-    ) -> results.TenantUse:
+    ) -> answers.TenantUse:
         """What a declared tenant may take of gpu, cpu or disk until the daemon ends; 0: no limit.
         Answers what it takes now."""
         request = cache_pb2.SetQuotaRequest(
             tenant=tenant, tier=tier, max_bytes=max_bytes, max_blocks=max_blocks
         )
-        return results.tenant_use(self._call("SetQuota", request).use)
+        return from_message(answers.TenantUse, self._call("SetQuota", request).use)
 
     def pin(
-        self, tokens: results.U32, *, tier: str = "cpu", hard: bool, namespace: bytes = b""
-    ) -> results.PrefixPinned:
+        self, tokens: answers.U32, *, tier: str = "cpu", hard: bool, namespace: bytes = b""
+    ) -> answers.PrefixPinned:
         """Keep the full blocks of a prompt in cpu or disk, there or not: hard, they are never
         evicted; else last. namespace: 32 bytes; empty: the only one. Needs the unix socket."""
         request = cache_pb2.PinRequest(
-            tokens=results.packed(tokens), tier=tier, hard=hard, namespace=namespace
+            tokens=packed(tokens), tier=tier, hard=hard, namespace=namespace
         )
-        return results.prefix_pinned(self._call("Pin", request))
+        return from_message(answers.PrefixPinned, self._call("Pin", request))
 
-    def unpin(self, tokens: results.U32, *, tier: str = "cpu", namespace: bytes = b"") -> int:
+    def unpin(self, tokens: answers.U32, *, tier: str = "cpu", namespace: bytes = b"") -> int:
         """End the pin of exactly these blocks; how many, 0: there was none."""
-        request = cache_pb2.UnpinRequest(
-            tokens=results.packed(tokens), tier=tier, namespace=namespace
-        )
+        request = cache_pb2.UnpinRequest(tokens=packed(tokens), tier=tier, namespace=namespace)
         return int(self._call("Unpin", request).blocks)
 
     def prefetch(
         self,
-        tokens: results.U32,
+        tokens: answers.U32,
         *,
         tier: str = "cpu",
         namespace: bytes = b"",
         deadline_s: float = 0.0,
-    ) -> results.Prefetched:
+    ) -> answers.Prefetched:
         """Bring a prompt's longest cached prefix to the cpu tier; answers when it is there or the
         time is over (0: at once), and it goes on. Needs the unix socket."""
         request = cache_pb2.PrefetchRequest(
-            tokens=results.packed(tokens),
+            tokens=packed(tokens),
             tier=tier,
             namespace=namespace,
             deadline_ms=round(deadline_s * 1000),
         )
-        return results.prefetched(self._call("Prefetch", request, deadline_s))
+        return from_message(answers.Prefetched, self._call("Prefetch", request, deadline_s))
 
-    def scrub(self, mb_per_s: int | None = None, *, stop: bool = False) -> results.Scrubbed:
+    def scrub(self, mb_per_s: int | None = None, *, stop: bool = False) -> answers.Scrubbed:
         """Verify the disk's blocks in the background: begin a pass, or give the one under way this
         rate (0: the daemon's 100 MB/s); end it; or (None) only tell how it goes."""
         if stop:
             request = cache_pb2.ScrubRequest(stop=True)
         else:
             request = cache_pb2.ScrubRequest(start_mb_per_s=mb_per_s)
-        return results.scrubbed(self._call("Scrub", request))
+        return from_message(answers.Scrubbed, self._call("Scrub", request))
 
-    def drain(self, deadline_s: float = 30.0) -> results.Flushed:
+    def drain(self, deadline_s: float = 30.0) -> answers.Flushed:
         """Flush and end the daemon."""
         request = cache_pb2.DrainRequest(deadline_ms=max(1, round(deadline_s * 1000)))
-        return results.flushed(self._call("Drain", request, deadline_s).flushed)
+        return from_message(answers.Flushed, self._call("Drain", request, deadline_s).flushed)
 
     def _call(self, name: str, request: Any, wait_s: float = 0.0) -> Any:
         if (why := channel.absence(self._place)) is not None:

@@ -19,8 +19,8 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from kvc2 import errors
-from kvc2.client import channel, results
+from kvc2 import answers, errors
+from kvc2.client import channel
 from kvc2.client.memory import PoolMemory
 from kvc2.client.session import (
     DEATH_S,
@@ -34,6 +34,7 @@ from kvc2.client.session import (
 from kvc2.host.address import Address
 from kvc2.layout import Layout
 from kvc2.v1 import cache_pb2
+from kvc2.wire import from_message, packed, to_message, unpacked
 
 State = Literal["attached", "detached", "silent"]
 BACKOFF_S_MIN = 0.05
@@ -137,30 +138,31 @@ class Client:
             handle.opened = (session.key, number)
         return number
 
-    def match(self, namespace: NamespaceHandle, tokens: NDArray[np.uint32]) -> results.Matched:
+    def match(self, namespace: NamespaceHandle, tokens: NDArray[np.uint32]) -> answers.Matched:
         """The longest cached prefix. Changes nothing."""
         session = self._attached()
         request = cache_pb2.MatchRequest(
             session=session.head,
-            tokens=results.packed(tokens),
+            tokens=packed(tokens),
         )
         answer = self._call_in(session, namespace, "Match", request)
-        return results.Matched(answer.matched_tokens, results.tier_tokens(answer.tiers))
+        return from_message(answers.Matched, answer)
 
-    def explain(self, namespace: NamespaceHandle, tokens: NDArray[np.uint32]) -> results.Explained:
+    def explain(self, namespace: NamespaceHandle, tokens: NDArray[np.uint32]) -> answers.Explained:
         """What an acquire of these tokens would find now, and why not more. Changes nothing."""
         session = self._attached()
         request = cache_pb2.ExplainRequest(
             session=session.head,
-            tokens=results.packed(tokens),
+            tokens=packed(tokens),
         )
-        return results.explained(self._call_in(session, namespace, "Explain", request))
+        answer = self._call_in(session, namespace, "Explain", request)
+        return from_message(answers.Explained, answer)
 
-    def explain_request(self, request_id: bytes) -> results.Explained:
+    def explain_request(self, request_id: bytes) -> answers.Explained:
         """What a recent acquire of this session found, and why not more. Changes nothing."""
         session = self._attached()
         request = cache_pb2.ExplainRequest(session=session.head, request_id=request_id)
-        return results.explained(self._call(session, "Explain", request))
+        return from_message(answers.Explained, self._call(session, "Explain", request))
 
     def acquire(
         self,
@@ -170,17 +172,17 @@ class Client:
         *,
         grant_pages: int = 0,
         deadline_s: float | None = None,
-        hints: results.Hints = results.NO_HINTS,
-    ) -> results.Acquired:
+        hints: answers.Hints = answers.NO_HINTS,
+    ) -> answers.Acquired:
         """Open a lease on the longest cached prefix; waits at most deadline_s and a margin."""
         session = self._attached()
         request = cache_pb2.AcquireRequest(
             session=session.head,
             request_id=request_id,
-            tokens=results.packed(tokens),
+            tokens=packed(tokens),
             grant_pages=grant_pages,
             deadline_ms=0 if deadline_s is None else max(1, round(deadline_s * 1000)),
-            hints=results.hints(hints),
+            hints=to_message(hints, cache_pb2.Hints),
         )
         wait_s = ACQUIRE_DEADLINE_S if deadline_s is None else deadline_s
         try:
@@ -190,102 +192,84 @@ class Client:
         except errors.Detached:
             self._orphans.append(request_id)  # it may have been opened all the same
             raise
-        return results.Acquired(
-            matched_tokens=answer.matched_tokens,
-            tiers=results.tier_tokens(answer.tiers),
-            prefix_pages=results.pages(answer.prefix_pages),
-            transfer=answer.transfer,
-            granted_pages=results.pages(answer.granted_pages),
-            computing_tokens=answer.computing_tokens,
-        )
+        return from_message(answers.Acquired, answer)
 
     def commit(
         self,
-        commits: Sequence[results.LeaseCommit],
+        commits: Sequence[answers.LeaseCommit],
         *,
         grant_pages: int = 0,
         durable: bool = False,
         prefill_tokens_per_s: float = 0.0,
-    ) -> results.Committed:
+    ) -> answers.Committed:
         """Make filled pages visible. Call it after the device has finished writing them. The rate
         is what the engine has measured; 0: it doesn't know."""
         session = self._attached()
         request = cache_pb2.CommitRequest(
             session=session.head,
-            leases=[
-                cache_pb2.LeaseCommit(
-                    request_id=each.request_id,
-                    first_block=each.first_block,
-                    tokens=results.packed(each.tokens),
-                    pages=results.packed(each.pages),
-                )
-                for each in commits
-            ],
+            leases=[to_message(each, cache_pb2.LeaseCommit) for each in commits],
             grant_pages=grant_pages,
             durable=durable,
             prefill_tokens_per_s=prefill_tokens_per_s,
         )
         wait_s = DURABLE_S if durable else channel.CALL_S
         answer = self._call(session, "Commit", request, wait_s)
-        return results.Committed(
-            results=[np.frombuffer(each, dtype=np.uint8) for each in answer.results],
-            granted=results.pages(answer.granted_pages),
-            durable=answer.durable,
-        )
+        return from_message(answers.Committed, answer)
 
     def release(
         self,
         request_ids: Sequence[bytes],
         *,
-        returned: NDArray[np.uint32] = results.NO_PAGES,
+        returned: NDArray[np.uint32] = answers.NO_PAGES,
         grant_pages: int = 0,
-        hints: Sequence[results.Hints] = (),
-    ) -> results.Released:
+        hints: Sequence[answers.Hints] = (),
+    ) -> answers.Released:
         """Close leases. Call it after the device has finished reading their pages. `hints`: none,
         or one for each, in the place of acquire's where it says anything."""
         session = self._attached()
         request = cache_pb2.ReleaseRequest(
             session=session.head,
             request_ids=request_ids,
-            returned_pages=results.packed(returned),
-            hints=[results.hints(each) for each in hints],
+            returned_pages=packed(returned),
+            hints=[to_message(each, cache_pb2.Hints) for each in hints],
             grant_pages=grant_pages,
         )
-        answer = self._call(session, "Release", request)
-        return results.Released(results.pages(answer.granted_pages))
+        return from_message(answers.Released, self._call(session, "Release", request))
 
     def grant(self, pages: int) -> NDArray[np.uint32]:
         """More private pages to fill, maybe fewer than asked for. Not idempotent: never retried."""
         session = self._attached()
         request = cache_pb2.GrantRequest(session=session.head, pages=pages)
-        return results.pages(self._call(session, "Grant", request, retries=0).granted_pages)
+        return unpacked(self._call(session, "Grant", request, retries=0).granted_pages)
 
-    def invalidate(self, namespace: NamespaceHandle) -> results.Invalidated:
+    def invalidate(self, namespace: NamespaceHandle) -> answers.Invalidated:
         """Kill all blocks of a namespace, in every tier. The handle stays good, for new ones."""
         session = self._attached()
         request = cache_pb2.InvalidateRequest(session=session.head)
-        return results.invalidated(self._call_in(session, namespace, "Invalidate", request))
+        answer = self._call_in(session, namespace, "Invalidate", request)
+        return from_message(answers.Invalidated, answer)
 
     def pin(
-        self, namespace: NamespaceHandle, tokens: results.U32, *, tier: str = "cpu", hard: bool
-    ) -> results.PrefixPinned:
+        self, namespace: NamespaceHandle, tokens: answers.U32, *, tier: str = "cpu", hard: bool
+    ) -> answers.PrefixPinned:
         """Keep the full blocks of `tokens` in gpu (this session's), cpu or disk, there or not:
         hard, they are never evicted; else last. A pin of cpu or disk outlives the session."""
         session = self._attached()
         request = cache_pb2.PinRequest(
             session=session.head,
-            tokens=results.packed(tokens),
+            tokens=packed(tokens),
             tier=tier,
             hard=hard,
         )
-        return results.prefix_pinned(self._call_in(session, namespace, "Pin", request))
+        answer = self._call_in(session, namespace, "Pin", request)
+        return from_message(answers.PrefixPinned, answer)
 
-    def unpin(self, namespace: NamespaceHandle, tokens: results.U32, *, tier: str = "cpu") -> int:
+    def unpin(self, namespace: NamespaceHandle, tokens: answers.U32, *, tier: str = "cpu") -> int:
         """End the pin of exactly these blocks; how many, 0: there was none."""
         session = self._attached()
         request = cache_pb2.UnpinRequest(
             session=session.head,
-            tokens=results.packed(tokens),
+            tokens=packed(tokens),
             tier=tier,
         )
         return int(self._call_in(session, namespace, "Unpin", request).blocks)
@@ -293,22 +277,23 @@ class Client:
     def prefetch(
         self,
         namespace: NamespaceHandle,
-        tokens: results.U32,
+        tokens: answers.U32,
         *,
         tier: str = "cpu",
         deadline_s: float = 0.0,
-    ) -> results.Prefetched:
+    ) -> answers.Prefetched:
         """Bring the longest cached prefix of `tokens` to cpu or gpu (this session's), without a
         lease; answers when it is there or the time is over (0: at once), and it goes on."""
         session = self._attached()
         request = cache_pb2.PrefetchRequest(
             session=session.head,
-            tokens=results.packed(tokens),
+            tokens=packed(tokens),
             tier=tier,
             deadline_ms=round(deadline_s * 1000),
         )
         wait_s = deadline_s + channel.CALL_S
-        return results.prefetched(self._call_in(session, namespace, "Prefetch", request, wait_s))
+        answer = self._call_in(session, namespace, "Prefetch", request, wait_s)
+        return from_message(answers.Prefetched, answer)
 
     def wait_layer(self, transfer: int, layer: int, timeout_s: float) -> bool:
         """Wait until `layer` of a transfer is in the pool: no call, no spinning. False after

@@ -22,12 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvc2 import _core, errors
-from kvc2.client import results
 from kvc2.client.channel import Channel, absence_of, code, translated
 from kvc2.client.memory import OverSignal, PoolMemory, Progress
 from kvc2.host.address import Address
 from kvc2.layout import Layout
 from kvc2.v1 import cache_pb2
+from kvc2.wire import packed, unpacked
 
 WIRE_VERSION = 1
 ATTACHED_S = 3.0  # for the daemon's first answer
@@ -118,7 +118,7 @@ class Session:
             engine_name=offer.engine_name,
             layout=offer.layout.to_proto(),
             num_pages=offer.pool.num_bytes // offer.layout.payload_bytes,
-            kept_pages=results.packed(offer.kept_pages()),
+            kept_pages=packed(offer.kept_pages()),
             memory_bytes=offer.pool.num_bytes,
             wire_version=WIRE_VERSION,
         )
@@ -130,7 +130,7 @@ class Session:
         self.key = self.head.SerializeToString()
         self.heartbeat_s = max(0.05, attached.heartbeat_interval_ms / 1000)
         self._join(attached, offer.pool)
-        self.granted = results.pages(self._expect("ready", READY_S).ready.granted_pages)
+        self.granted = unpacked(self._expect("ready", READY_S).ready.granted_pages)
 
     def _expect(self, kind: str, timeout_s: float) -> cache_pb2.AttachResponse:
         message = self.receive(timeout_s)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from kvc2 import _core, errors
-from kvc2.answers import ScrubResult
+from kvc2.answers import Scrubbed
 from kvc2.moving import pace
 from kvc2.moving.loading import Loader
 from kvc2.moving.mover import Mover
@@ -82,10 +82,10 @@ class Scrubber:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
 
-    def progress(self) -> ScrubResult:
+    def progress(self) -> Scrubbed:
         """Of the pass under way, or of the last one."""
         now = asyncio.get_running_loop().time() if self._running else self._ended
-        return ScrubResult(
+        return Scrubbed(
             running=self._running,
             mb_per_s=round(self._rate / MB),
             total_blocks=self._total,

@@ -11,13 +11,29 @@ import functools
 import importlib.metadata
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvc2 import errors
-from kvc2.answers import Explained, FlushResult, Hints, TenantUse, Terms, TierCounts, shorter
+from kvc2.answers import (
+    NO_HINTS,
+    NO_PAGES,
+    U32,
+    Committed,
+    DaemonStats,
+    Explained,
+    Flushed,
+    HitRates,
+    LeaseCommit,
+    Released,
+    SessionStats,
+    Terms,
+    TierCounts,
+    TierStats,
+    shorter,
+)
 from kvc2.cache.cache import Cache
 from kvc2.cache.sessions import Session
 from kvc2.config import DEFAULT_TENANT, ServeConfig, listen_address
@@ -27,15 +43,13 @@ from kvc2.server import checks
 from kvc2.server.attach import Attachments
 from kvc2.server.tenants import Tenants
 from kvc2.v1 import cache_pb2
+from kvc2.wire import packed, to_message
 
-# request_id, first block, tokens, pages
-CheckedCommit = tuple[bytes, int, np.ndarray[Any, Any], np.ndarray[Any, Any]]
 RESULTS = ("adopted", "duplicate", "refused")
 DURABLE_WAITS_MAX = 64  # flushes and durable commits that wait at a time
-THROUGH_S = (
-    3.0  # write_policy through: a disk that is slower than this is not waited for; an engine
-)
-# takes a daemon that is 5 s late for silent
+# Under write_policy through, a disk that is slower than this is not waited for: an engine takes a
+# daemon that is 5 s late for silent.
+THROUGH_S = 3.0
 
 
 class CacheCalls:
@@ -47,7 +61,7 @@ class CacheCalls:
         cache: Cache,
         attachments: Attachments,
         metrics: Metrics,
-        drain: Callable[[float], Awaitable[cache_pb2.FlushResponse]],
+        drain: Callable[[float], Awaitable[Flushed]],
     ) -> None:
         self._config = config
         self._owner_is_known = listen_address(config.listen).path is not None
@@ -113,23 +127,23 @@ class CacheCalls:
         session = self._session(request.session)
         number = checks.namespace_id(session, request.namespace_id)
         tokens = checks.tokens("tokens", request.tokens, self._limits)
-        found = self._cache.match(session, number, tokens)
-        return cache_pb2.MatchResponse(
-            matched_tokens=found.matched_tokens, tiers=_tier_tokens(found.tiers)
-        )
+        return to_message(self._cache.match(session, number, tokens), cache_pb2.MatchResponse)
 
     async def Explain(self, request: cache_pb2.ExplainRequest) -> cache_pb2.ExplainResponse:
+        return to_message(self._explain(request), cache_pb2.ExplainResponse)
+
+    def _explain(self, request: cache_pb2.ExplainRequest) -> Explained:
         session = self._session_or_owner(request)
         if request.WhichOneof("what") == "request_id":
             request_id = checks.request_id("request_id", request.request_id)
             epoch = None if session is None else session.epoch
-            return explained(self._cache.explainer.of_request(request_id, epoch))
+            return self._cache.explainer.of_request(request_id, epoch)
         tokens = checks.tokens("tokens", request.tokens, self._limits)
         if session is None:
             number = self._cache.explainer.number(request.namespace)
         else:
             number = checks.namespace_id(session, request.namespace_id)
-        return explained(self._cache.explain(session, number, tokens))
+        return self._cache.explain(session, number, tokens)
 
     async def Acquire(self, request: cache_pb2.AcquireRequest) -> cache_pb2.AcquireResponse:
         session = self._session(request.session)
@@ -147,26 +161,20 @@ class CacheCalls:
         terms = Terms(grant, deadline_s, checks.hints("hints", request.hints))
         found = await self._cache.acquire(session, number, request_id, tokens, terms)
         self._metrics.prompt_tokens.inc(len(tokens))
-        for counter, count in zip(self._matched, found.tiers, strict=False):
+        for counter, count in zip(self._matched, found.tiers, strict=True):
             if count:
                 counter.inc(count)
-        return cache_pb2.AcquireResponse(
-            matched_tokens=found.matched_tokens,
-            tiers=_tier_tokens(found.tiers),
-            prefix_pages=found.prefix_pages.tobytes(),
-            transfer=found.transfer,
-            granted_pages=found.granted_pages.tobytes(),
-            computing_tokens=found.computing_tokens,
-        )
+        return to_message(found, cache_pb2.AcquireResponse)
 
     async def Grant(self, request: cache_pb2.GrantRequest) -> cache_pb2.GrantResponse:
         session = self._session(request.session)
-        return cache_pb2.GrantResponse(granted_pages=self._grant(session, "pages", request.pages))
+        granted = self._grant(session, "pages", request.pages)
+        return cache_pb2.GrantResponse(granted_pages=packed(granted))
 
-    def _grant(self, session: Session, field: str, count: int) -> bytes:
+    def _grant(self, session: Session, field: str, count: int) -> U32:
         if checks.grant(field, count, self._limits) == 0:
-            return b""
-        return self._cache.grant(session, count).tobytes()
+            return NO_PAGES
+        return self._cache.grant(session, count)
 
     async def Commit(self, request: cache_pb2.CommitRequest) -> cache_pb2.CommitResponse:
         session = self._session(request.session)
@@ -186,19 +194,19 @@ class CacheCalls:
             with self._waiting():
                 results = self._commit(session, commits)
                 wait_s = self._config.drain_timeout_s if request.durable else THROUGH_S
-                leases = [request_id for request_id, *_ in commits]
+                leases = [each.request_id for each in commits]
                 durable = await self._cache.wait_durable(session, leases, wait_s)
             self._session(request.session)  # waiting may have outlived the session
         else:
             results, durable = self._commit(session, commits), False
-        return cache_pb2.CommitResponse(
-            results=[result.tobytes() for result in results],
-            granted_pages=self._grant(session, "grant_pages", request.grant_pages),
-            durable=durable,
-        )
+        granted = self._grant(session, "grant_pages", request.grant_pages)
+        return to_message(Committed(results, granted, durable), cache_pb2.CommitResponse)
 
-    def _commit(self, session: Session, commits: list[CheckedCommit]) -> list[np.ndarray[Any, Any]]:
-        results = [self._cache.commit(session, *each) for each in commits]
+    def _commit(self, session: Session, commits: list[LeaseCommit]) -> list[NDArray[np.uint8]]:
+        results = [
+            self._cache.commit(session, each.request_id, each.first_block, each.tokens, each.pages)
+            for each in commits
+        ]
         for result in results:
             counts = np.bincount(result, minlength=len(RESULTS))
             for counter, count in zip(self._committed, counts, strict=False):
@@ -209,7 +217,7 @@ class CacheCalls:
 
     def _check_commit(
         self, session: Session, field: str, commit: cache_pb2.LeaseCommit
-    ) -> CheckedCommit:
+    ) -> LeaseCommit:
         request_id = checks.request_id(f"{field}.request_id", commit.request_id)
         if request_id not in session.leases:
             raise errors.NotFound(f"{field}.request_id", request_id, "an open lease")
@@ -225,7 +233,7 @@ class CacheCalls:
             raise errors.InvalidRequest(
                 f"{field}.first_block", commit.first_block, f"at most {most} blocks in all"
             )
-        return request_id, commit.first_block, tokens, pages
+        return LeaseCommit(request_id, commit.first_block, tokens, pages)
 
     def _waiting(self) -> _Counted:
         if self._durable_waits >= DURABLE_WAITS_MAX:
@@ -246,25 +254,24 @@ class CacheCalls:
                 "hints", f"{len(request.hints)} of them", f"one for each of {len(ids)} request_ids"
             )
         said = [checks.hints(f"hints[{i}]", each) for i, each in enumerate(request.hints)]
-        for each, hints in zip(ids, said or [Hints()] * len(ids), strict=True):
+        for each, hints in zip(ids, said or [NO_HINTS] * len(ids), strict=True):
             self._cache.release(session, each, hints)
         if len(returned):
             self._cache.give_back(session, returned)
-        return cache_pb2.ReleaseResponse(
-            granted_pages=self._grant(session, "grant_pages", request.grant_pages)
-        )
+        granted = self._grant(session, "grant_pages", request.grant_pages)
+        return to_message(Released(granted), cache_pb2.ReleaseResponse)
 
     async def Flush(self, request: cache_pb2.FlushRequest) -> cache_pb2.FlushResponse:
         deadline_s = checks.deadline_s(
             "deadline_ms", request.deadline_ms, self._config.drain_timeout_s
         )
         with self._waiting():
-            return flush_response(await self._cache.flush(deadline_s))
+            return to_message(await self._cache.flush(deadline_s), cache_pb2.FlushResponse)
 
     async def Evict(self, request: cache_pb2.EvictRequest) -> cache_pb2.EvictResponse:
         blocks = checks.evict_blocks(request.blocks)
         found = await self._cache.evict(checks.tier(request.tier), blocks)
-        return cache_pb2.EvictResponse(evicted_blocks=found.evicted, last_copies=found.last_copies)
+        return to_message(found, cache_pb2.EvictResponse)
 
     async def Invalidate(
         self, request: cache_pb2.InvalidateRequest
@@ -279,24 +286,19 @@ class CacheCalls:
         else:
             digest = check_weights_digest("weights_digest", request.weights_digest)
             names = self._cache.spaces.of_weights(digest)
-        found = await self._cache.invalidate(names)
-        return cache_pb2.InvalidateResponse(
-            namespaces=found.namespaces, blocks=found.blocks, durable=found.durable
-        )
+        return to_message(await self._cache.invalidate(names), cache_pb2.InvalidateResponse)
 
     async def SetQuota(self, request: cache_pb2.SetQuotaRequest) -> cache_pb2.SetQuotaResponse:
         tenant = checks.text("tenant", request.tenant, checks.TENANT_BYTES_MAX)
         tier = checks.tier(request.tier)
         found = self._cache.quotas.set(tenant, tier, request.max_bytes, request.max_blocks)
-        return cache_pb2.SetQuotaResponse(use=_tenant_use(found))
+        return cache_pb2.SetQuotaResponse(use=to_message(found, cache_pb2.TenantUse))
 
     async def Pin(self, request: cache_pb2.PinRequest) -> cache_pb2.PinResponse:
         session, number, tokens = self._prefix(request)
         tier = checks.tier(request.tier or "cpu")
         found = self._cache.pins.pin(session, number, tokens, tier=tier, hard=request.hard)
-        return cache_pb2.PinResponse(
-            blocks=found.blocks, resident_blocks=found.resident, pinned_blocks=found.pinned
-        )
+        return to_message(found, cache_pb2.PinResponse)
 
     async def Unpin(self, request: cache_pb2.UnpinRequest) -> cache_pb2.UnpinResponse:
         session, number, tokens = self._prefix(request)
@@ -313,9 +315,7 @@ class CacheCalls:
             tier=checks.tier(request.tier or "cpu"),
             deadline_s=checks.deadline_s("deadline_ms", request.deadline_ms, 0.0),
         )
-        return cache_pb2.PrefetchResponse(
-            tiers=_tier_tokens(found.tiers), coming_tokens=found.coming
-        )
+        return to_message(found, cache_pb2.PrefetchResponse)
 
     async def Scrub(self, request: cache_pb2.ScrubRequest) -> cache_pb2.ScrubResponse:
         scrubber = self._cache.scrubber
@@ -323,7 +323,7 @@ class CacheCalls:
             scrubber.start(request.start_mb_per_s)
         elif request.stop:
             await scrubber.stop()
-        return cache_pb2.ScrubResponse(**asdict(scrubber.progress()))
+        return to_message(scrubber.progress(), cache_pb2.ScrubResponse)
 
     def _prefix(
         self, request: cache_pb2.PinRequest | cache_pb2.UnpinRequest | cache_pb2.PrefetchRequest
@@ -341,12 +341,12 @@ class CacheCalls:
         self._metrics.leases.set(leases)
         pools = {each.session_epoch: each for each in stats.pools}
         counters = self._metrics.values()
-        return cache_pb2.StatsResponse(
+        answer = DaemonStats(
             version=_version(),
-            instance=self._table.instance,
+            instance=self._table.instance.hex(),
             uptime_s=time.monotonic() - self._started_at,
-            tiers=[_tier_stats(each) for each in stats.tiers],
-            sessions=[self._session_stats(each, pools) for each in self._table],
+            tiers=stats.tiers,
+            sessions=tuple(self._session_stats(each, pools) for each in self._table),
             blocks=stats.blocks,
             holes=stats.holes,
             leases=leases,
@@ -355,19 +355,19 @@ class CacheCalls:
             counters=counters,
             hit_rates=_hit_rates(stats.tiers, counters),
             hit_rate_unlimited=stats.hit_rate_unlimited,
-            tenants=[_tenant_use(each) for each in self._cache.quotas.uses()],
-            slabs=[cache_pb2.LayoutSlabs(**asdict(each)) for each in stats.slabs],
+            tenants=tuple(self._cache.quotas.uses()),
+            slabs=stats.slabs,
         )
+        return to_message(answer, cache_pb2.StatsResponse)
 
-    def _session_stats(self, session: Session, pools: dict[int, Any]) -> cache_pb2.SessionStats:
-        pool = pools.get(session.epoch)
-        return cache_pb2.SessionStats(
+    def _session_stats(self, session: Session, pools: dict[int, TierCounts]) -> SessionStats:
+        return SessionStats(
             session_epoch=session.epoch,
             engine_name=session.engine_name,
             pid=session.pid,
             leases=len(session.leases),
             seconds=self._table.seconds_open(session),
-            pool=_tier_stats(pool) if pool is not None else None,
+            pool=pools.get(session.epoch, TierStats()),
             prefill_tokens_per_s=session.prefill_rate,
         )
 
@@ -377,7 +377,7 @@ class CacheCalls:
         )
         # shielded: a client that goes away doesn't undo a drain that has begun
         flushed = await asyncio.shield(asyncio.ensure_future(self._drain(deadline_s)))
-        return cache_pb2.DrainResponse(flushed=flushed)
+        return cache_pb2.DrainResponse(flushed=to_message(flushed, cache_pb2.FlushResponse))
 
     async def Read(self, request: cache_pb2.ReadRequest) -> cache_pb2.ReadResponse:
         raise errors.Reserved("Read", None, "reserved: this version serves shared memory only")
@@ -404,68 +404,12 @@ def _version() -> str:
     return importlib.metadata.version("kvc2")
 
 
-def explained(found: Explained) -> cache_pb2.ExplainResponse:
-    answer = cache_pb2.ExplainResponse(
-        page_size=found.page_size,
-        tokens=found.tokens,
-        hit_blocks=found.hit_blocks,
-        runs=[cache_pb2.TierBlocks(tier=tier, blocks=blocks) for tier, blocks in found.runs],
-        why=found.why,
-        cause=found.cause,
-        tier=found.tier,
-        policy=found.policy,
-        died_s_ago=found.died_s_ago,
-        sibling=found.sibling.tobytes(),
-        sibling_equal=found.sibling_equal,
-        namespace=found.namespace,
-        asked_s_ago=found.asked_s_ago,
-        uptime_s=found.uptime_s,
-        dead_known=found.dead_known,
-        dead_forgotten=found.dead_forgotten,
-    )
-    if found.other is not None:
-        answer.other.namespace = found.other.namespace
-        answer.other.hit_tokens = found.other.hit_tokens
-        for name, ours, theirs in found.other.fields:
-            answer.other.fields.add(name=name, ours=ours, theirs=theirs)
-    return answer
-
-
-def flush_response(result: FlushResult) -> cache_pb2.FlushResponse:
-    return cache_pb2.FlushResponse(
-        durable_blocks=result.durable_blocks, not_durable_blocks=result.not_durable
-    )
-
-
-def _tenant_use(found: TenantUse) -> cache_pb2.TenantUse:
-    return cache_pb2.TenantUse(**asdict(found))
-
-
-def _tier_tokens(tiers: tuple[int, ...]) -> cache_pb2.TierTokens:
-    gpu, cpu, disk, remote = (*tiers, 0, 0, 0, 0)[:4]
-    return cache_pb2.TierTokens(gpu=gpu, cpu=cpu, disk=disk, remote=remote)
-
-
-def _hit_rates(
-    tiers: list[TierCounts], counters: dict[str, float]
-) -> dict[str, cache_pb2.HitRates]:
+def _hit_rates(tiers: tuple[TierCounts, ...], counters: dict[str, float]) -> dict[str, HitRates]:
     """Of each tier and those faster than it; the real ones from the counters."""
-    asked, found, rates = counters["prompt_tokens_total"], 0.0, {}
+    asked, found = counters["prompt_tokens_total"], 0.0
+    rates: dict[str, HitRates] = {}
     for each in tiers:
         found += counters[f"matched_tokens_total{{tier={each.tier}}}"]
         real = found / asked if asked else 0.0
-        rates[each.tier] = cache_pb2.HitRates(real=real, estimated=each.hit_rates)
+        rates[each.tier] = HitRates(real, each.hit_rates)
     return rates
-
-
-def _tier_stats(counts: TierCounts) -> cache_pb2.TierStats:
-    return cache_pb2.TierStats(
-        tier=counts.tier,
-        capacity_bytes=counts.capacity_bytes,
-        pages=counts.pages,
-        free_pages=counts.free,
-        private_pages=counts.private,
-        resident_pages=counts.resident,
-        in_flight_pages=counts.in_flight,
-        pinned_pages=counts.pinned,
-    )

@@ -17,6 +17,7 @@ from kvc2.answers import Hints
 from kvc2.cache.sessions import Session
 from kvc2.config import LimitsConfig
 from kvc2.v1 import cache_pb2
+from kvc2.wire import from_message
 
 REQUEST_ID_BYTES_MAX = 128
 ENGINE_NAME_BYTES_MAX = 128
@@ -132,7 +133,7 @@ def namespace(field: str, value: bytes) -> bytes:
 def hints(field: str, given: cache_pb2.Hints) -> Hints:
     if given.priority > PRIORITY_MAX:
         raise errors.InvalidRequest(f"{field}.priority", given.priority, f"0 to {PRIORITY_MAX}")
-    return Hints(given.session_end, given.expect_return_within_s, given.priority, given.ttl_s)
+    return from_message(Hints, given)
 
 
 def tier(value: str) -> str:

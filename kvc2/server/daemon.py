@@ -17,7 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from kvc2 import errors, events
-from kvc2.answers import SIZES, FlushResult
+from kvc2.answers import SIZES, Flushed
 from kvc2.cache.assemble import assemble
 from kvc2.cache.cache import Cache
 from kvc2.cache.sessions import SessionTable
@@ -26,11 +26,10 @@ from kvc2.metrics import Metrics, TierSample
 from kvc2.periodic import periodically
 from kvc2.server import wiring
 from kvc2.server.attach import EXPIRY_CHECK_S, Attachments
-from kvc2.server.calls import CacheCalls, flush_response
+from kvc2.server.calls import CacheCalls
 from kvc2.server.claim import Claim
 from kvc2.server.scrapes import Scrapes
 from kvc2.server.side import SideSocket
-from kvc2.v1 import cache_pb2
 
 STOP_GRACE_S = 0.5  # for calls under way when the last flush has ended
 SCRAPE_S = 1.0
@@ -87,7 +86,7 @@ class Daemon:
         self._claim = claim
         self.attachments = Attachments(config, cache, table, metrics)
         self.calls = CacheCalls(config, cache, self.attachments, metrics, self._drain_call)
-        self._flushed: asyncio.Task[FlushResult] | None = None
+        self._flushed: asyncio.Task[Flushed] | None = None
         self._deadline = 0.0
         self._server = wiring.open_server(config.limits)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in the stubs
@@ -120,7 +119,7 @@ class Daemon:
     async def stop_cache(self) -> None:
         """Flush within what is left of the time to drain, and close the cache."""
         flushed = await self.cache.stop(max(0.0, self._deadline - time.monotonic()))
-        not_durable = sum(flushed.not_durable.values())
+        not_durable = sum(flushed.not_durable_blocks.values())
         events.event("stopped", durable=flushed.durable_blocks, not_durable=not_durable)
 
     def _register(self) -> None:
@@ -170,24 +169,24 @@ class Daemon:
         for name in ("", *wiring.SERVICES):
             await self._health.set(name, status)
 
-    async def drain(self, deadline_s: float) -> FlushResult:
+    async def drain(self, deadline_s: float) -> Flushed:
         """Take nothing new, tell the sessions, flush. The first call's deadline counts."""
         if self._flushed is None:
             self._deadline = time.monotonic() + deadline_s
             self._flushed = asyncio.create_task(self._drain(deadline_s))
         return await asyncio.shield(self._flushed)
 
-    async def _drain(self, deadline_s: float) -> FlushResult:
+    async def _drain(self, deadline_s: float) -> Flushed:
         events.event("draining", deadline_s=deadline_s)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self.attachments.notify_drain()
         return await self.cache.flush(deadline_s)
 
-    async def _drain_call(self, deadline_s: float) -> cache_pb2.FlushResponse:
+    async def _drain_call(self, deadline_s: float) -> Flushed:
         flushed = await self.drain(deadline_s)
         # the answer leaves before the server does: stop() waits STOP_GRACE_S for calls under way
         asyncio.get_running_loop().call_soon(self.stopped.set)
-        return flush_response(flushed)
+        return flushed
 
     def stop_on_signals(self) -> None:
         """SIGTERM and SIGINT drain, within drain_timeout_s, and then set `stopped`."""
@@ -207,7 +206,7 @@ def tier_samples(cache: Cache) -> list[TierSample]:
     return [
         TierSample(
             each.tier,
-            {state: getattr(each, state) for state in states},
+            {state: getattr(each, f"{state}_pages") for state in states},
             each.evicted,
             each.last_copies,
             dict(zip(SIZES, each.hit_rates, strict=False)),  # none of a tier without pages

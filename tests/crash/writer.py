@@ -178,7 +178,7 @@ async def write(folder: Path, seed: int, steps: int) -> None:
                         again = seed * 100_000 + done
                         asked[number].append(again)
                     await sessions[number].ask(prompt_of(again))
-                    if chance.random() < 0.3 and (await cache.flush(20)).not_durable == {}:
+                    if chance.random() < 0.3 and (await cache.flush(20)).not_durable_blocks == {}:
                         acknowledge(ledger, asked, sessions)
                     if chance.random() < 0.05:
                         await cache.evict(chance.choice(["cpu", "disk"]), chance.randrange(1, 8))

@@ -8,75 +8,30 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvc2 import errors
-from kvc2.answers import Hints, LayoutSlabs, TenantUse, Terms
+from kvc2.answers import (
+    Acquired,
+    CacheStats,
+    Evicted,
+    Flushed,
+    Hints,
+    Matched,
+    TenantUse,
+    Terms,
+    TierCounts,
+    TierTokens,
+)
 from kvc2.cache.sessions import Session
 from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics
 
 U32 = NDArray[np.uint32]
-
-
-@dataclass
-class FakeMatch:
-    matched_tokens: int
-    tiers: tuple[int, ...]
-
-
-@dataclass
-class FakeAcquire:
-    matched_tokens: int
-    tiers: tuple[int, ...]
-    prefix_pages: U32
-    granted_pages: U32
-    transfer: int = 0
-    computing_tokens: int = 0
-
-
-@dataclass
-class FakeFlush:
-    durable_blocks: int = 0
-    not_durable: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass
-class FakeEvict:
-    evicted: int
-    last_copies: int
-
-
-@dataclass
-class FakeCounts:
-    tier: str
-    capacity_bytes: int
-    pages: int
-    free: int
-    private: int
-    resident: int
-    in_flight: int = 0
-    pinned: int = 0
-    evicted: int = 0
-    last_copies: int = 0
-    session_epoch: int = 0
-    hit_rates: tuple[float, ...] = ()
-
-
-@dataclass
-class FakeStats:
-    tiers: list[FakeCounts]
-    pools: list[FakeCounts]
-    blocks: int
-    holes: int = 0
-    namespaces: int = 0
-    metadata_bytes: int = 0
-    hit_rate_unlimited: float = 0.0
-    slabs: tuple[LayoutSlabs, ...] = ()
 
 
 @dataclass
@@ -113,8 +68,8 @@ class FakeCache:
     def leased_namespaces(self, session: Session) -> set[int]:
         return set(session.leases.values())
 
-    async def stop(self, deadline_s: float) -> FakeFlush:
-        return FakeFlush()
+    async def stop(self, deadline_s: float) -> Flushed:
+        return Flushed(0, {})
 
     def open_session(
         self, session: Session, *, memory: Any, progress: Any, event_fd: int, kept_pages: U32
@@ -152,9 +107,9 @@ class FakeCache:
             pages.append(session.pool.resident[key])
         return pages
 
-    def match(self, session: Session, namespace_id: int, tokens: U32) -> FakeMatch:
+    def match(self, session: Session, namespace_id: int, tokens: U32) -> Matched:
         count = len(self._prefix(session, namespace_id, tokens)) * session.layout.page_size
-        return FakeMatch(count, (count, 0, 0, 0))
+        return Matched(count, TierTokens(gpu=count))
 
     async def acquire(
         self,
@@ -163,18 +118,20 @@ class FakeCache:
         request_id: bytes,
         tokens: U32,
         terms: Terms,
-    ) -> FakeAcquire:
+    ) -> Acquired:
         if self.fail is not None:
             raise self.fail
         pages = self._prefix(session, namespace_id, tokens)
         session.leases[request_id] = namespace_id
         session.pool.__dict__.setdefault("tokens", {})[request_id] = tokens.copy()
         count = len(pages) * session.layout.page_size
-        return FakeAcquire(
+        return Acquired(
             count,
-            (count, 0, 0, 0),
+            TierTokens(gpu=count),
             np.array(pages, np.uint32),
-            self.grant(session, terms.grant_pages),
+            transfer=0,
+            granted_pages=self.grant(session, terms.grant_pages),
+            computing_tokens=0,
         )
 
     def grant(self, session: Session, pages: int) -> U32:
@@ -215,21 +172,21 @@ class FakeCache:
     async def wait_durable(self, session: Session, requests: list[bytes], wait_s: float) -> bool:
         return False
 
-    async def flush(self, deadline_s: float) -> FakeFlush:
+    async def flush(self, deadline_s: float) -> Flushed:
         blocks = sum(len(each.pool.resident) for each in self.sessions)
-        return FakeFlush(0, {"no_disk": blocks} if blocks else {})
+        return Flushed(0, {"no_disk": blocks} if blocks else {})
 
-    async def evict(self, tier: str, blocks: int) -> FakeEvict:
+    async def evict(self, tier: str, blocks: int) -> Evicted:
         count = 0
         for each in self.sessions if tier == "gpu" else []:
             count += len(each.pool.resident)
             each.pool.free |= set(each.pool.resident.values())
             each.pool.resident.clear()
-        return FakeEvict(count, count)
+        return Evicted(count, count)
 
-    def stats(self) -> FakeStats:
-        pools = [
-            FakeCounts(
+    def stats(self) -> CacheStats:
+        pools = tuple(
+            TierCounts(
                 "gpu",
                 each.num_pages * each.layout.payload_bytes,
                 each.num_pages,
@@ -239,5 +196,6 @@ class FakeCache:
                 session_epoch=each.epoch,
             )
             for each in self.sessions
-        ]
-        return FakeStats(pools[:1], pools, sum(each.resident for each in pools))
+        )
+        blocks = sum(each.resident_pages for each in pools)
+        return CacheStats(pools[:1], pools, blocks, 0, 0, 0, 0, 0.0, ())

@@ -7,14 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from engine.prefix import Prefix
 from kvc2 import errors
-from kvc2.client import Acquired, Committed, Explained, Hints, LeaseCommit, Matched, Released
+from kvc2.answers import (
+    Acquired,
+    Committed,
+    Explained,
+    Hints,
+    LeaseCommit,
+    Matched,
+    Released,
+    TierBlocks,
+    TierTokens,
+)
 
 PAGE_SIZE = 4
 NOTHING_SAID = Hints()
@@ -121,7 +130,7 @@ class SmallDaemon:
         computing = self._computing(request_id, namespace, path, len(pages))
         return Acquired(
             matched_tokens=len(pages) * PAGE_SIZE,
-            tiers=SimpleNamespace(**found, disk=0, remote=0),  # type: ignore[arg-type]
+            tiers=TierTokens(**found),
             prefix_pages=np.array(pages, np.uint32),
             transfer=len(self.transfers) if self.transfers else 0,
             granted_pages=self._grant(grant_pages),
@@ -142,7 +151,7 @@ class SmallDaemon:
             lease = self.leases[part.request_id]
             assert part.first_block == lease.blocks, "a commit doesn't continue its lease"
             results.append(np.array(self._commit(lease, part), np.uint8))
-        return Committed(results=results, granted=self._grant(grant_pages), durable=False)
+        return Committed(results=results, granted_pages=self._grant(grant_pages), durable=False)
 
     def release(
         self,
@@ -161,7 +170,7 @@ class SmallDaemon:
             if lease is not None:
                 self._move(lease.duplicates, self.private, self.free)
         self._move([int(p) for p in returned], self.private, self.free)
-        return Released(granted=self._grant(grant_pages))
+        return Released(granted_pages=self._grant(grant_pages))
 
     def grant(self, pages: int) -> Any:
         self._raise()
@@ -179,7 +188,7 @@ class SmallDaemon:
             if self._key(namespace, path, blocks) not in self.resident:
                 break
             blocks += 1
-        tiers: Any = SimpleNamespace()
+        tiers = TierTokens()
         return Matched(matched_tokens=blocks * PAGE_SIZE, tiers=tiers)
 
     def explain_request(self, request_id: bytes) -> Explained:
@@ -217,7 +226,7 @@ class SmallDaemon:
 
     def _explained(self, tokens: int, found: dict[str, int], *, missing: bool) -> Explained:
         why = "diverged" if len(self.sibling) else "never_seen"
-        runs = tuple((tier, count // PAGE_SIZE) for tier, count in found.items() if count)
+        runs = tuple(TierBlocks(tier, count // PAGE_SIZE) for tier, count in found.items() if count)
         return Explained(
             page_size=PAGE_SIZE,
             tokens=tokens,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvc2 import _core
-from kvc2.answers import AcquireResult, Hints, Terms
+from kvc2.answers import Acquired, Hints, Terms
 from kvc2.cache.cache import Cache
 from kvc2.cache.sessions import Session
 from kvc2.layout import Layout, layer_major
@@ -112,7 +112,7 @@ class StandIn:
         grant: int = 0,
         deadline_s: float = 20.0,
         hints: Hints = NO_HINTS,
-    ) -> tuple[bytes, AcquireResult]:
+    ) -> tuple[bytes, Acquired]:
         request = self.request_id()
         found = await self.cache.acquire(
             self.session, self.number, request, tokens, Terms(grant, deadline_s, hints)
@@ -158,14 +158,14 @@ class StandIn:
         ]
         return np.array(rows, np.uint8).reshape(len(rows), self.layout.payload_bytes)
 
-    def judge(self, tokens: U32, found: AcquireResult) -> NDArray[np.uint8]:
+    def judge(self, tokens: U32, found: Acquired) -> NDArray[np.uint8]:
         """[blocks, payload_bytes] the truth. AssertionError when a byte of the prefix is wrong."""
         truth = payloads(self.namespace, tokens, self.layout)
         held = found.prefix_pages.size
         assert (self.contents(found.prefix_pages) == truth[:held]).all(), "wrong bytes"
         return truth
 
-    async def ask(self, tokens: U32, hints: Hints = NO_HINTS) -> AcquireResult:
+    async def ask(self, tokens: U32, hints: Hints = NO_HINTS) -> Acquired:
         """A whole request: take the prefix and judge its bytes, compute and commit the rest,
         release. AssertionError when a byte is wrong."""
         request, found = await self.compute(tokens, hints)
@@ -179,7 +179,7 @@ class StandIn:
         self.cache.release(self.session, request)
         return durable
 
-    async def compute(self, tokens: U32, hints: Hints = NO_HINTS) -> tuple[bytes, AcquireResult]:
+    async def compute(self, tokens: U32, hints: Hints = NO_HINTS) -> tuple[bytes, Acquired]:
         """A request up to its release."""
         size = self.layout.page_size
         blocks = len(tokens) // size

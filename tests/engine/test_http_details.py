@@ -18,7 +18,8 @@ from engine.metrics import EngineMetrics
 from engine.pages import PageBook
 from engine.prefix import BridgeConfig, Daemon, Lease, PoolMemory, open_prefix
 from engine.prefix_calls import explanation_of
-from engine.request import Caller, Explanation, TierTokens
+from engine.request import Caller, Explanation
+from kvc2.answers import TierTokens
 from kvc2.client import Explained
 from tests.doubles.daemons import ServedDaemon, serve_config
 from tests.doubles.engine_doubles import House

@@ -14,7 +14,6 @@ from engine.metrics import EngineMetrics
 from engine.pages import PageBook
 from engine.prefix import BridgeConfig, Daemon, PoolMemory, open_prefix
 from engine.request import Caller
-from engine.request import Hints as Said
 from kvc2.client import Hints
 from tests.doubles.daemons import ServedDaemon, serve_config
 from tests.doubles.engine_doubles import House, expected_tokens
@@ -99,7 +98,7 @@ def test_a_lease_that_is_given_back_ends_no_session() -> None:
     house = build_house(6, low_water=0)  # too few pages for both: the younger one is set back
     for first in (0, 50):
         prompt = list(range(first, first + 9))
-        house.ask(prompt, max_tokens=8, hints=Said(session_end=True, priority=2))
+        house.ask(prompt, max_tokens=8, hints=Hints(session_end=True, priority=2))
     house.run()
     assert house.scheduler._metrics.preemptions._value.get() > 0
     assert [len(each.tokens) for each in house.asked] == [8, 8]
@@ -111,7 +110,7 @@ def test_a_lease_that_is_given_back_ends_no_session() -> None:
 
 def test_a_cancelled_request_ends_no_session() -> None:
     house = build_house(64)
-    asked = house.ask(range(9), max_tokens=8, hints=Said(session_end=True))
+    asked = house.ask(range(9), max_tokens=8, hints=Hints(session_end=True))
     house.step(3)
     house.scheduler.cancel(asked.request.request_id)
     assert said(house)[-1] == ("release", NOTHING_SAID)
@@ -144,7 +143,9 @@ def test_the_hints_arrive_in_the_daemon(tmp_path: Path, monkeypatch: pytest.Monk
         )
         assert prefix._client.wait_attached(WAIT_S)  # type: ignore[union-attr]
         tokens = np.arange(40, dtype=np.uint32)
-        lease = prefix.acquire(b"r", tokens, Caller(), hints=Said(True, 30, 7, 3600)).result(WAIT_S)
+        lease = prefix.acquire(b"r", tokens, Caller(), hints=Hints(True, 30, 7, 3600)).result(
+            WAIT_S
+        )
         lease.ended = True
         prefix.release([lease])
         prefix.close()

@@ -47,7 +47,7 @@ async def use(folder: Path) -> dict[str, int]:
         for seed in range(PROMPTS):
             await engines[seed % 2].ask(prompt(seed, BLOCKS))
         await engines[0].ask(prompt(1000, BLOCKS))
-        assert (await cache.flush(20)).not_durable == {}
+        assert (await cache.flush(20)).not_durable_blocks == {}
         await cache.evict("disk", 5)
         cache.index.check()
         return {kind: count for kind in FAULTS if (count := faults(cache, kind))}

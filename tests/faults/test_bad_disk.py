@@ -84,7 +84,7 @@ async def live_with_it(folder: Path, seed: int, rounds: int, *, in_step: bool) -
         files.sound = True
         await cache.flush(10)
         await engine.ask(prompt(rounds, BLOCKS))
-        assert (await cache.flush(10)).not_durable == {}
+        assert (await cache.flush(10)).not_durable_blocks == {}
         print(f"{files.failed} operations failed, {counted} faults counted")
     async with running(folder, **slabs) as cache:  # type: ignore[arg-type]
         engine = StandIn(cache, 64)
@@ -155,7 +155,7 @@ def test_memory_hits_wait_for_no_disk_that_hangs(tmp_path: Path, way: str) -> No
             finally:
                 files.gate.set()
             await hangs
-            assert (await cache.flush(10)).not_durable == {}
+            assert (await cache.flush(10)).not_durable_blocks == {}
             cache.index.check()
 
     asyncio.run(run())
@@ -202,7 +202,7 @@ def test_a_reader_of_the_catalogue_costs_room_until_it_is_gone(tmp_path: Path, e
                 reader.kill()
                 reader.communicate()
             await churn(engine, 2000)
-            assert (await cache.flush(10)).not_durable == {}
+            assert (await cache.flush(10)).not_durable_blocks == {}
             cache.index.check()
         async with running(tmp_path, **sizes) as cache:  # type: ignore[arg-type]
             found = await StandIn(cache, 64).ask(prompt(2079, BLOCKS))

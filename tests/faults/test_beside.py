@@ -43,7 +43,7 @@ def test_generations_are_durable_before_the_records(
         await stored(live_path)
         async with running(live_path) as cache:
             monkeypatch.setattr(Catalogue, "commit", copied)
-            assert (await cache.evict("disk", 3)).evicted == 3
+            assert (await cache.evict("disk", 3)).evicted_blocks == 3
             left = on_disk(cache)
             monkeypatch.undo()
         no_catalogue(cut)
@@ -73,15 +73,15 @@ def test_where_generations_can_not_be_written_nothing_comes_back(tmp_path: Path)
         await stored(live_path)
         async with running(live_path, files=files) as cache:
             files.failing = True
-            assert (await cache.evict("disk", 3)).evicted == 3
+            assert (await cache.evict("disk", 3)).evicted_blocks == 3
             engine = StandIn(cache, 32)
             await engine.ask(prompt(2, BLOCKS))
-            assert (await cache.flush(10)).not_durable == {}
+            assert (await cache.flush(10)).not_durable_blocks == {}
             assert faults(cache, "disk_write") >= 1
             shutil.copytree(live_path, first_cut)
             files.failing = False
             await engine.ask(prompt(3, BLOCKS))
-            assert (await cache.flush(10)).not_durable == {}
+            assert (await cache.flush(10)).not_durable_blocks == {}
             left = on_disk(cache)
             assert len(left) == 3 * BLOCKS - 3
             shutil.copytree(live_path, second_cut)

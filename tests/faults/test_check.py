@@ -191,7 +191,7 @@ def test_damage_is_found_and_mended_and_the_rest_is_served(
                 faults(cache, kind) == 0
                 for kind in ("corrupt_block", "foreign_block", "stale_page")
             )
-            assert (await cache.flush(10)).not_durable == {}
+            assert (await cache.flush(10)).not_durable_blocks == {}
         assert check(tmp_path).sound
 
     asyncio.run(run())

@@ -13,6 +13,7 @@ import lmdb
 import pytest
 
 from kvc2 import errors
+from kvc2.answers import TierTokens
 from kvc2.tiers.disk.catalogue import LAYOUT
 from kvc2.tiers.disk.check import check
 from kvc2.tiers.disk.slab_file import Files
@@ -96,11 +97,11 @@ def test_a_fault_is_a_miss(
             found = await engine.ask(prompt(1, BLOCKS))  # judges every byte
             assert found.matched_tokens == kept * PAGE_SIZE
             assert faults(cache, kind) >= 1
-            assert (await cache.flush(10)).not_durable == {}
+            assert (await cache.flush(10)).not_durable_blocks == {}
             cache.index.check()
         async with running(tmp_path) as cache:  # computed again, stored again
             found = await StandIn(cache, 32).ask(prompt(1, BLOCKS))
-            assert found.tiers == (0, 0, BLOCKS * PAGE_SIZE, 0)
+            assert found.tiers == TierTokens(disk=BLOCKS * PAGE_SIZE)
 
     asyncio.run(run())
 
@@ -173,7 +174,7 @@ def test_a_read_error_is_a_miss(tmp_path: Path) -> None:
             assert (await engine.ask(prompt(1, BLOCKS))).matched_tokens == 0
             assert faults(cache, "disk_read") == BLOCKS
             files.read_error = 0
-            assert (await cache.flush(10)).not_durable == {}
+            assert (await cache.flush(10)).not_durable_blocks == {}
             cache.index.check()
 
     asyncio.run(run())
@@ -194,13 +195,13 @@ def test_a_write_error_is_not_durable_and_nothing_else(
             assert faults(cache, kind) >= 1
             # asked again: still not there
             assert not await engine.ask_durably(prompt(1, BLOCKS))
-            assert (await cache.flush(10)).not_durable == {"error": BLOCKS}
+            assert (await cache.flush(10)).not_durable_blocks == {"error": BLOCKS}
             tried = faults(cache, "transfer_failed")
             await asyncio.sleep(0.3)
             assert faults(cache, "transfer_failed") - tried <= 1  # no hot loop
             files.write_error = 0
             assert await engine.ask_durably(prompt(1, BLOCKS))
-            assert cache.stats().tiers[2].resident == BLOCKS
+            assert cache.stats().tiers[2].resident_pages == BLOCKS
             assert (await engine.ask(prompt(1, BLOCKS))).matched_tokens == BLOCKS * PAGE_SIZE
             await engine.ask(prompt(2, BLOCKS))
             await cache.flush(10)
@@ -220,7 +221,7 @@ def test_a_full_file_system_stops_writes_and_nothing_else(tmp_path: Path) -> Non
         async with running(tmp_path, files=files) as cache:
             engine = StandIn(cache, 32)
             await engine.ask(prompt(1, BLOCKS))
-            assert (await cache.flush(10)).not_durable == {"disk_full": BLOCKS}
+            assert (await cache.flush(10)).not_durable_blocks == {"disk_full": BLOCKS}
             assert faults(cache, "disk_full") >= 1
             assert (await engine.ask(prompt(1, BLOCKS))).matched_tokens == BLOCKS * PAGE_SIZE
             files.full = False
@@ -251,7 +252,7 @@ def test_a_full_file_system_costs_other_layouts_one_slab_at_most(tmp_path: Path)
             assert len(pools.disk.slabs.numbers()) == held - 1
             files.full = False
             cache._background.writer.slabs.ask_again()  # type: ignore[union-attr]
-            assert (await cache.flush(10)).not_durable == {}
+            assert (await cache.flush(10)).not_durable_blocks == {}
 
     asyncio.run(run())
 

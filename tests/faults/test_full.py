@@ -71,7 +71,7 @@ def test_a_disk_that_somebody_else_fills(small: Path, monkeypatch: pytest.Monkey
             engine = StandIn(cache, 64)
             for seed in known:
                 await hits(engine, seed)
-            assert (await cache.flush(10)).not_durable == {}
+            assert (await cache.flush(10)).not_durable_blocks == {}
             slabs = slabs_in(disk)
             kept = (disk / "catalogue" / "data.mdb").stat().st_blocks * 512
             assert cache._disk is not None
@@ -133,7 +133,7 @@ def test_a_catalogue_whose_map_is_full(tmp_path: Path, monkeypatch: pytest.Monke
             kept = []
             for seed in range(200):
                 await engine.ask(prompt(seed, BLOCKS, size))
-                if (await cache.flush(10)).not_durable:
+                if (await cache.flush(10)).not_durable_blocks:
                     break
                 kept.append(seed)
             assert faults(cache, "disk_full") >= 1
@@ -151,7 +151,7 @@ def test_a_catalogue_whose_map_is_full(tmp_path: Path, monkeypatch: pytest.Monke
                 assert found.matched_tokens == BLOCKS * size
             await cache.evict("disk", 10 * BLOCKS)
             await engine.ask(prompt(2000, BLOCKS, size))
-            assert (await cache.flush(10)).not_durable == {}
+            assert (await cache.flush(10)).not_durable_blocks == {}
             cache.index.check()
 
     asyncio.run(run())
@@ -172,7 +172,7 @@ def test_memory_that_runs_short_is_a_smaller_tier(
             for seed in range(60):  # 480 blocks, and three slabs have room for 384
                 await engine.ask(prompt(seed, BLOCKS))
                 assert await hits(engine, seed) == BLOCKS
-                assert (await cache.flush(10)).not_durable == {}
+                assert (await cache.flush(10)).not_durable_blocks == {}
             assert faults(cache, "arena_short") == 1
             assert cache._arena.ready_bytes == 3 * MIB
             assert await hits(engine, 0) == BLOCKS  # it lies on disk

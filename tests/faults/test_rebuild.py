@@ -90,7 +90,7 @@ def test_what_was_evicted_does_not_come_back(tmp_path: Path) -> None:
             for seed in (1, 2, 3):
                 await engine.ask(prompt(seed, BLOCKS))
                 await cache.flush(10)
-            assert (await cache.evict("disk", 11)).evicted == 11
+            assert (await cache.evict("disk", 11)).evicted_blocks == 11
             left = on_disk(cache)
             assert len(left) == 3 * BLOCKS - 11
             await engine.close()  # what the cpu tier has is not asked for again
@@ -175,7 +175,7 @@ def test_identities_come_back(tmp_path: Path) -> None:
     async def run() -> None:
         async with running(tmp_path) as cache:
             await StandIn(cache, 32, identity=identity).ask(prompt(1, BLOCKS))
-            assert (await cache.flush(10)).not_durable == {}
+            assert (await cache.flush(10)).not_durable_blocks == {}
         no_catalogue(tmp_path)
         async with running(tmp_path) as cache:
             assert cache.spaces.of_weights(weights) == [NAMESPACE]

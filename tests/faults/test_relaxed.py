@@ -40,7 +40,7 @@ def test_a_batch_is_synced_before_its_records_only_where_it_must_be(
         async with running(tmp_path, files=files, durability=durability) as cache:
             await StandIn(cache, 32).ask(prompt(1, BLOCKS))
             assert await cache._background.drained(10)  # type: ignore[union-attr]
-            assert cache.counts.tier("disk").resident == BLOCKS
+            assert cache.counts.tier("disk").resident_pages == BLOCKS
             assert (files.count > 0) == syncs
             assert (await cache.flush(10)).durable_blocks == BLOCKS
             assert files.count > 0
@@ -54,7 +54,7 @@ def test_what_is_not_synced_is_not_said_to_be_durable(tmp_path: Path) -> None:
         async with running(tmp_path, files=files, durability="relaxed") as cache:
             await StandIn(cache, 32).ask(prompt(1, BLOCKS))
             files.broken = True
-            assert (await cache.flush(10)).not_durable == {"error": BLOCKS}
+            assert (await cache.flush(10)).not_durable_blocks == {"error": BLOCKS}
             assert faults(cache, "disk_write") >= 1
             files.broken = False
 

@@ -54,12 +54,12 @@ def test_a_slab_that_failed_to_sync_is_retired(tmp_path: Path) -> None:
             assert (await cache.flush(10)).durable_blocks == BLOCKS
             files.armed = True
             await engine.ask(prompt(2, BLOCKS))
-            assert (await cache.flush(10)).not_durable == {"error": BLOCKS}
+            assert (await cache.flush(10)).not_durable_blocks == {"error": BLOCKS}
             assert files.failed
-            assert (await cache.flush(10)).not_durable == {}
+            assert (await cache.flush(10)).not_durable_blocks == {}
             for seed in range(3, 6):
                 await engine.ask(prompt(seed, BLOCKS))
-                assert (await cache.flush(10)).not_durable == {}
+                assert (await cache.flush(10)).not_durable_blocks == {}
             assert files.after == []
             assert faults(cache, "slab_retired") == 1
             await cache.evict("gpu", 0)
@@ -69,7 +69,7 @@ def test_a_slab_that_failed_to_sync_is_retired(tmp_path: Path) -> None:
             (pools,) = cache._pools.layouts.values()  # type: ignore[union-attr]
             assert pools.disk is not None
             await engine.ask(prompt(6, BLOCKS))
-            assert (await cache.flush(10)).not_durable == {}
+            assert (await cache.flush(10)).not_durable_blocks == {}
             assert not pools.disk.slabs.retired  # it was empty: its file is gone
             cache.index.check()
         async with running(tmp_path) as cache:
@@ -86,15 +86,15 @@ def test_a_relaxed_flush_that_failed_is_not_forgotten(tmp_path: Path) -> None:
             engine = StandIn(cache, 64)
             files.armed = True
             await engine.ask(prompt(1, BLOCKS))
-            assert (await cache.flush(10)).not_durable == {"error": BLOCKS}
-            assert (await cache.flush(10)).not_durable == {"error": BLOCKS}
+            assert (await cache.flush(10)).not_durable_blocks == {"error": BLOCKS}
+            assert (await cache.flush(10)).not_durable_blocks == {"error": BLOCKS}
             assert not await engine.ask_durably(prompt(1, BLOCKS))
             await engine.ask(prompt(2, BLOCKS))  # goes to another slab
             assert files.after == []
             await cache.evict("disk", 0)
             await engine.ask(prompt(3, BLOCKS))
             await cache.flush(10)  # deletes the slab
-            assert (await cache.flush(10)).not_durable == {}
+            assert (await cache.flush(10)).not_durable_blocks == {}
             cache.index.check()
 
     asyncio.run(run())
@@ -114,7 +114,7 @@ def test_a_disk_that_never_syncs_costs_no_slab_after_the_other(tmp_path: Path) -
             engine = StandIn(cache, 64)
             await engine.ask(prompt(1, BLOCKS))
             for _ in range(20):
-                assert (await cache.flush(2)).not_durable
+                assert (await cache.flush(2)).not_durable_blocks
             assert files.count <= 20
             assert (await engine.ask(prompt(1, BLOCKS))).matched_tokens == BLOCKS * PAGE_SIZE
             cache.index.check()
@@ -152,7 +152,7 @@ def test_a_disk_whose_slabs_are_all_retired_is_written_again(tmp_path: Path, ful
             engine = StandIn(cache, 64)
             for seed in range(1000, 1100 if full else 1001):
                 await engine.ask(prompt(seed, BLOCKS))
-                assert (await cache.flush(10)).not_durable == {}
+                assert (await cache.flush(10)).not_durable_blocks == {}
             (pools,) = cache._pools.layouts.values()  # type: ignore[union-attr]
             assert pools.disk is not None
             assert cache._disk is not None
@@ -161,15 +161,15 @@ def test_a_disk_whose_slabs_are_all_retired_is_written_again(tmp_path: Path, ful
             slabs = pools.disk.slabs
             for seed in range(100):
                 await engine.ask(prompt(seed, BLOCKS))
-                assert (await cache.flush(10)).not_durable != {}
+                assert (await cache.flush(10)).not_durable_blocks != {}
                 if slabs.retired == set(slabs.numbers()):
                     break
             else:
                 pytest.fail("not all are retired")
             files.failing = False
-            assert (await cache.flush(10)).not_durable == {}
+            assert (await cache.flush(10)).not_durable_blocks == {}
             await engine.ask(prompt(5000, BLOCKS))
-            assert (await cache.flush(10)).not_durable == {}
+            assert (await cache.flush(10)).not_durable_blocks == {}
             cache.index.check()
         async with running(tmp_path, **sizes) as cache:  # type: ignore[arg-type]
             found = await StandIn(cache, 64).ask(prompt(5000, BLOCKS))

@@ -74,13 +74,13 @@ def test_a_bad_block_is_dropped_with_its_record(
             found = cache.scrubber.progress()
             assert (found.total_blocks, found.verified_blocks) == (BLOCKS, BLOCKS)
             assert found.bad_blocks == faults(cache, kind) == bad
-            assert cache.stats().tiers[2].resident == BLOCKS - bad
+            assert cache.stats().tiers[2].resident_pages == BLOCKS - bad
             cache.index.check()
-            assert (await cache.flush(10)).not_durable == {}
+            assert (await cache.flush(10)).not_durable_blocks == {}
             found = await StandIn(cache, 32).ask(prompt(1, BLOCKS))  # judges every byte
             assert found.matched_tokens == 4 * PAGE_SIZE
             assert faults(cache, kind) == bad  # no load met it
-            assert (await cache.flush(10)).not_durable == {}
+            assert (await cache.flush(10)).not_durable_blocks == {}
             await scrubbed(cache)
             assert cache.scrubber.progress().bad_blocks == 0
         if harm is not truncate:  # the file itself stays short
@@ -97,7 +97,7 @@ def test_a_read_error_drops_what_could_not_be_read(tmp_path: Path) -> None:
             files.read_error = errno.EIO
             await scrubbed(cache)
             assert cache.scrubber.progress().bad_blocks == faults(cache, "disk_read") == BLOCKS
-            assert cache.stats().tiers[2].resident == 0
+            assert cache.stats().tiers[2].resident_pages == 0
 
     asyncio.run(run())
 
@@ -121,7 +121,7 @@ def test_pages_that_got_another_block_meanwhile_are_not_bad(tmp_path: Path) -> N
             cache._mover.on_writer = late  # type: ignore[assignment,method-assign]
             await scrubbed(cache)
             assert cache.scrubber.progress().bad_blocks == 0
-            assert cache.stats().tiers[2].resident == BLOCKS
+            assert cache.stats().tiers[2].resident_pages == BLOCKS
             assert faults(cache, "stale_page") == faults(cache, "foreign_block") == 0
 
     asyncio.run(run())

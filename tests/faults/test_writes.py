@@ -46,7 +46,7 @@ def test_a_short_write_is_gone_on_with_or_is_a_fault(tmp_path: Path, cut: int) -
             await cache.flush(60)
             assert files.cut is None
             assert faults(cache, "disk_write") == (0 if whole else 1)
-            assert (await cache.flush(60)).not_durable == {}
+            assert (await cache.flush(60)).not_durable_blocks == {}
         async with running(tmp_path) as cache:
             found = await StandIn(cache, 32).ask(prompt(1, BLOCKS))
             assert found.matched_tokens == BLOCKS * PAGE_SIZE
@@ -73,7 +73,7 @@ def test_deletes_of_a_commit_that_failed_are_committed_later(
 
             with monkeypatch.context() as patched:
                 patched.setattr(cache._disk.catalogue, "commit", fails)
-                assert (await cache.evict("disk", 0)).evicted == BLOCKS
+                assert (await cache.evict("disk", 0)).evicted_blocks == BLOCKS
                 assert faults(cache, "catalogue_error") > 0
                 assert not pool.settled
             await cache.flush(60)

@@ -131,7 +131,7 @@ def test_a_flush_waits_for_the_arena_that_comes_while_it_is_looked_at(
             monkeypatch.setattr(Background, "_room_is_coming", meanwhile)
             await StandIn(cache, 32).ask(prompt(1, 8))
             found = await cache.flush(60)
-            assert (found.durable_blocks, found.not_durable) == (8, {})
+            assert (found.durable_blocks, found.not_durable_blocks) == (8, {})
 
     monkeypatch.setattr("kvc2.arena.available_memory_bytes", available_bytes)
     asyncio.run(run())
@@ -160,7 +160,7 @@ def test_nothing_is_evicted_for_want_of_the_arena_that_is_still_coming(
                 await background._fell_idle.wait()
             go_on.set()
             found = await cache.flush(60)
-            assert (found.durable_blocks, found.not_durable) == (200, {})
+            assert (found.durable_blocks, found.not_durable_blocks) == (200, {})
 
     monkeypatch.setattr("kvc2.arena.available_memory_bytes", available_bytes)
     asyncio.run(run())

@@ -121,7 +121,7 @@ def known_namespaces(folder: Path) -> None:
                     return -1
                 await engine.ask(prompt(0, 2))
                 if disk is not None:
-                    assert (await cache.flush(10)).not_durable == {}
+                    assert (await cache.flush(10)).not_durable_blocks == {}
                 return (await engine.ask(prompt(0, 2))).matched_tokens
 
             engine.session.namespaces.put("", held, b"held")

@@ -22,7 +22,7 @@ def test_a_second_request_brings_a_block_to_disk(tmp_path: Path) -> None:
             await engine.ask(prompt(1, BLOCKS))
             assert not await engine.ask_durably(prompt(2, BLOCKS))
             flushed = await cache.flush(10)
-            assert (flushed.durable_blocks, flushed.not_durable) == (
+            assert (flushed.durable_blocks, flushed.not_durable_blocks) == (
                 0,
                 {"not_admitted": 2 * BLOCKS},
             )
@@ -31,10 +31,10 @@ def test_a_second_request_brings_a_block_to_disk(tmp_path: Path) -> None:
             flushed = await cache.flush(10)
             left = 2 * BLOCKS - BLOCKS // 2
             assert flushed.durable_blocks == BLOCKS // 2
-            assert flushed.not_durable == {"not_admitted": left}
+            assert flushed.not_durable_blocks == {"not_admitted": left}
             await engine.ask(prompt(1, BLOCKS))
             assert await engine.ask_durably(prompt(2, BLOCKS))
-            assert (await cache.flush(10)).not_durable == {}
+            assert (await cache.flush(10)).not_durable_blocks == {}
             cache.index.check()
 
     asyncio.run(run())
@@ -45,7 +45,7 @@ def test_by_default_everything_is_admitted(tmp_path: Path) -> None:
         async with running(tmp_path) as cache:
             await StandIn(cache, 64).ask(prompt(1, BLOCKS))
             flushed = await cache.flush(10)
-            assert (flushed.durable_blocks, flushed.not_durable) == (BLOCKS, {})
+            assert (flushed.durable_blocks, flushed.not_durable_blocks) == (BLOCKS, {})
 
     asyncio.run(run())
 

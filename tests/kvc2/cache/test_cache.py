@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from kvc2 import errors
-from kvc2.answers import Terms
+from kvc2.answers import Terms, TierTokens
 from kvc2.cache.cache import Cache
 from kvc2.tiers.disk.slab_file import Files
 from tests import ROOT
@@ -29,20 +29,20 @@ def test_bytes_come_back_equal_from_gpu_cpu_disk_and_after_a_restart(tmp_path: P
             engine = StandIn(cache, 32)
             assert (await engine.ask(tokens)).matched_tokens == 0
             found = await engine.ask(tokens)
-            assert found.tiers == (12 * PAGE_SIZE, 0, 0, 0)
+            assert found.tiers == TierTokens(gpu=12 * PAGE_SIZE)
             assert found.transfer == 0
-            assert (await cache.evict("gpu", 0)).evicted == 12
+            assert (await cache.evict("gpu", 0)).evicted_blocks == 12
             found = await engine.ask(tokens)
-            assert found.tiers == (0, 12 * PAGE_SIZE, 0, 0)
+            assert found.tiers == TierTokens(cpu=12 * PAGE_SIZE)
             assert found.transfer == 1
             flushed = await cache.flush(10)
-            assert (flushed.durable_blocks, flushed.not_durable) == (12, {})
+            assert (flushed.durable_blocks, flushed.not_durable_blocks) == (12, {})
             await cache.evict("gpu", 0)
             await cache.evict("cpu", 0)
-            assert (await engine.ask(tokens)).tiers == (0, 0, 12 * PAGE_SIZE, 0)
+            assert (await engine.ask(tokens)).tiers == TierTokens(disk=12 * PAGE_SIZE)
         async with running(tmp_path) as cache:
             engine = StandIn(cache, 32)
-            assert (await engine.ask(tokens)).tiers == (0, 0, 12 * PAGE_SIZE, 0)
+            assert (await engine.ask(tokens)).tiers == TierTokens(disk=12 * PAGE_SIZE)
             cache.index.check()
 
     asyncio.run(run())
@@ -58,7 +58,7 @@ def test_eviction_under_pressure_keeps_serving_right_bytes(tmp_path: Path) -> No
             tiers = np.zeros(4, int)
             for seed in order.integers(0, 40, 150).tolist():
                 found = await engine.ask(prompt(seed, 8))
-                tiers += np.array(found.tiers)
+                tiers += np.array([*found.tiers])
                 if seed % 3:
                     await cache.flush(10)
             assert (tiers[:3] > 0).all(), tiers
@@ -119,13 +119,13 @@ def test_the_disk_budget_holds_while_three_times_its_size_is_written(
                 await cache.flush(10)
                 await cache._background.writer.save_recency()  # type: ignore[union-attr]
                 assert max(files.most, used_bytes(tmp_path)) <= budget
-            assert cache.stats().tiers[2].resident > budget // 4 // engine.layout.page_bytes
+            assert cache.stats().tiers[2].resident_pages > budget // 4 // engine.layout.page_bytes
             last = await engine.ask(prompt(seed, 32))
             assert last.matched_tokens == 32 * PAGE_SIZE
             cache.index.check()
         async with running(tmp_path, files=files, **sizes) as cache:  # type: ignore[arg-type]
             await StandIn(cache, 64, segment_bytes=8192).ask(prompt(1, 32))  # another layout
-            assert (await cache.flush(10)).not_durable == {}
+            assert (await cache.flush(10)).not_durable_blocks == {}
         assert budget / 2 < files.most <= budget
 
     asyncio.run(run())
@@ -156,10 +156,10 @@ def test_gpu_only_is_a_chain_of_gpu_alone(tmp_path: Path) -> None:
         async with running(None, gpu_only=True) as cache:
             engine = StandIn(cache, 16)
             await engine.ask(prompt(1, 4))
-            assert (await engine.ask(prompt(1, 4))).tiers == (4 * PAGE_SIZE, 0, 0, 0)
+            assert (await engine.ask(prompt(1, 4))).tiers == TierTokens(gpu=4 * PAGE_SIZE)
             assert [each.tier for each in cache.stats().tiers] == ["gpu"]
             assert await cache.flush(1) == await cache.flush(1)
-            assert (await cache.flush(1)).not_durable == {"no_disk": 4}
+            assert (await cache.flush(1)).not_durable_blocks == {"no_disk": 4}
             assert not await engine.ask_durably(prompt(1, 4))
             assert (await cache.evict("gpu", 0)).last_copies == 4
 
@@ -175,7 +175,7 @@ def test_an_ended_sessions_blocks_are_copied_only_if_its_pages_are_at_rest(at_re
             await first.ask(prompt(1, 20))
             await first.close(at_rest=at_rest)
             found = await second.ask(prompt(1, 20))
-            assert found.tiers == (0, 20 * PAGE_SIZE if at_rest else 0, 0, 0)
+            assert found.tiers == TierTokens(cpu=20 * PAGE_SIZE if at_rest else 0)
             assert faults(cache, "undemoted_lost") == (0 if at_rest else 20)
             cache.index.check()
 
@@ -207,8 +207,8 @@ def test_a_copy_under_way_when_a_session_ends_counts_only_if_its_pages_are_at_re
                 engine.pool[:] = 0  # it thawed, and these pages are its own now
             let.set()
             await closing
-            assert cache.stats().tiers[1].resident == (20 if at_rest else 0)
-            assert (await StandIn(cache, 32).ask(prompt(1, 20))).tiers[1] == (80 if at_rest else 0)
+            assert cache.stats().tiers[1].resident_pages == (20 if at_rest else 0)
+            assert (await StandIn(cache, 32).ask(prompt(1, 20))).tiers.cpu == (80 if at_rest else 0)
             cache.index.check()
 
     asyncio.run(run())
@@ -241,12 +241,12 @@ def test_layouts_share_the_arena_and_the_last_to_come_gets_a_slab(tmp_path: Path
             names = [hashlib.sha256(bytes([n])).digest() for n in range(2)]
             large = StandIn(cache, 64, segment_bytes=16384, namespace=names[0])
             await large.ask(prompt(100, 8))
-            assert (await cache.flush(10)).not_durable == {}
+            assert (await cache.flush(10)).not_durable_blocks == {}
             await cache.evict("gpu", 0)
-            assert (await large.ask(prompt(100, 8))).tiers == (0, 8 * PAGE_SIZE, 0, 0)
+            assert (await large.ask(prompt(100, 8))).tiers == TierTokens(cpu=8 * PAGE_SIZE)
             await cache.evict("gpu", 0)
             await cache.evict("cpu", 0)
-            assert (await large.ask(prompt(100, 8))).tiers == (0, 0, 8 * PAGE_SIZE, 0)
+            assert (await large.ask(prompt(100, 8))).tiers == TierTokens(disk=8 * PAGE_SIZE)
             found = await small.ask(prompt(11, 32))
             assert found.matched_tokens > 0
             assert used_bytes(tmp_path) <= 6 * MIB
@@ -268,14 +268,14 @@ def test_a_layout_that_fits_nowhere_takes_nothing_from_others(tmp_path: Path) ->
     async def run() -> None:
         async with running(tmp_path, cpu_bytes=3 * MIB, disk_bytes=6 * MIB) as cache:
             await filled(cache, 12)
-            held = [each.resident for each in cache.stats().tiers[1:]]
+            held = [each.resident_pages for each in cache.stats().tiers[1:]]
             assert min(held) > 100
             # one page is 8 MiB and a sector
             large = StandIn(cache, 4, segment_bytes=2 * MIB)
             for seed in range(3):
                 await large.ask(prompt(100 + seed, 2))
                 await cache.flush(0.2)
-            assert [each.resident for each in cache.stats().tiers[1:]] == held
+            assert [each.resident_pages for each in cache.stats().tiers[1:]] == held
             cache.index.check()
 
     asyncio.run(run())
@@ -290,9 +290,9 @@ def test_a_layout_takes_as_many_slabs_as_its_own_needs(tmp_path: Path) -> None:
             large = StandIn(cache, 4, segment_bytes=496 << 10)
             per_slab = SLAB_BYTES // (4 * 4096 + 4096)
             await large.ask(prompt(100, 1))
-            assert (await cache.flush(10)).not_durable == {}
+            assert (await cache.flush(10)).not_durable_blocks == {}
             assert cache.counts.tier("cpu").pages == before - 2 * per_slab + 1
-            assert cache.counts.tier("disk").resident > per_slab
+            assert cache.counts.tier("disk").resident_pages > per_slab
             cache.index.check()
 
     asyncio.run(run())
@@ -300,7 +300,7 @@ def test_a_layout_takes_as_many_slabs_as_its_own_needs(tmp_path: Path) -> None:
 
 async def on_disk_only(cache: Cache, engine: StandIn, seed: int, blocks: int) -> None:
     await engine.ask(prompt(seed, blocks))
-    assert (await cache.flush(10)).not_durable == {}
+    assert (await cache.flush(10)).not_durable_blocks == {}
     await cache.evict("gpu", 0)
     await cache.evict("cpu", 0)
 
@@ -359,7 +359,7 @@ def test_a_cancelled_acquire_is_granted_nothing(tmp_path: Path) -> None:
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiting
-            assert cache.stats().pools[0].private == 0
+            assert cache.stats().pools[0].private_pages == 0
             cache.release(engine.session, engine.requests.to_bytes(4, "big"))
             assert (await engine.ask(prompt(1, 8))).matched_tokens == 8 * PAGE_SIZE
 
@@ -416,7 +416,7 @@ def test_what_memory_holds_is_answered_without_awaiting() -> None:
             )
             with pytest.raises(StopIteration) as stopped:
                 waiting.send(None)
-            assert stopped.value.value.tiers == (0, 8 * PAGE_SIZE, 0, 0)
+            assert stopped.value.value.tiers == TierTokens(cpu=8 * PAGE_SIZE)
 
     asyncio.run(run())
 
@@ -426,7 +426,7 @@ def test_write_back_copies_for_a_flush(tmp_path: Path) -> None:
         async with running(tmp_path, write_policy="back") as cache:
             engine = StandIn(cache, 64)
             await engine.ask(prompt(1, 8))
-            assert cache.stats().tiers[1].resident == 0
+            assert cache.stats().tiers[1].resident_pages == 0
             assert (await cache.flush(10)).durable_blocks == 8
 
     asyncio.run(run())
@@ -438,7 +438,7 @@ def test_another_slab_size_finds_what_was_stored(tmp_path: Path) -> None:
             await StandIn(cache, 32).ask(prompt(1, 8))
         async with running(tmp_path, slab_bytes=2 * SLAB_BYTES) as cache:
             found = await StandIn(cache, 32).ask(prompt(1, 8))
-            assert found.tiers == (0, 0, 8 * PAGE_SIZE, 0)
+            assert found.tiers == TierTokens(disk=8 * PAGE_SIZE)
 
     asyncio.run(run())
 
@@ -456,7 +456,7 @@ async def run():
         engine = StandIn(cache, 128)
         for seed in range(6):
             await engine.ask(prompt(seed, 16))
-        assert (await cache.flush(20)).not_durable == {}
+        assert (await cache.flush(20)).not_durable_blocks == {}
         print("flushed", flush=True)
         for seed in range(6, 100):
             await engine.ask(prompt(seed, 16))

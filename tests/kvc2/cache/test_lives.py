@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kvc2 import _core, errors
-from kvc2.answers import Hints
+from kvc2.answers import Hints, TierTokens
 from kvc2.cache.cache import Cache
 from tests.doubles.caches import running
 from tests.doubles.stand_in import NAMESPACE, PAGE_SIZE, StandIn, payloads, prompt
@@ -20,7 +20,7 @@ OTHER = bytes(32)
 
 
 def resident(cache: Cache) -> dict[str, int]:
-    return {each.tier: each.resident for each in cache.stats().tiers}
+    return {each.tier: each.resident_pages for each in cache.stats().tiers}
 
 
 def test_what_is_invalidated_is_gone_from_every_tier_and_the_rest_stays(tmp_path: Path) -> None:
@@ -43,7 +43,9 @@ def test_what_is_invalidated_is_gone_from_every_tier_and_the_rest_stays(tmp_path
             assert (await engine.ask(tokens)).matched_tokens == 0
             assert (await engine.ask(tokens)).matched_tokens == 6 * PAGE_SIZE
         async with running(tmp_path) as cache:
-            assert (await StandIn(cache, 32).ask(tokens)).tiers == (0, 0, 6 * PAGE_SIZE, 0)
+            assert (await StandIn(cache, 32).ask(tokens)).tiers == TierTokens(
+                0, 0, 6 * PAGE_SIZE, 0
+            )
 
     asyncio.run(run())
 

@@ -55,7 +55,7 @@ async def store(world: World, *lives: int) -> None:
         engine = StandIn(cache, 64)
         for seed, ttl_s in enumerate(lives):
             await engine.ask(prompt(seed, BLOCKS), Hints(ttl_s=ttl_s))
-        assert (await cache.flush(10)).not_durable == {}
+        assert (await cache.flush(10)).not_durable_blocks == {}
 
 
 def test_a_requests_time_to_live_goes_on_while_nobody_runs(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_what_expired_while_nobody_ran_gives_its_pages_up(tmp_path: Path) -> Non
         async with world.run() as cache:
             await cache.flush(10)
             disk = next(each for each in cache.stats().tiers if each.tier == "disk")
-            assert disk.resident == BLOCKS
+            assert disk.resident_pages == BLOCKS
 
     asyncio.run(run())
 
@@ -195,7 +195,7 @@ def test_a_clock_set_forward_costs_a_miss_and_no_more(tmp_path: Path) -> None:
             assert left(cache, engine, 0, 1) == [0, 4]
             await engine.ask(prompt(0, BLOCKS), Hints(ttl_s=HINTED))
             assert left(cache, engine, 0) == [4]
-            assert (await cache.flush(10)).not_durable == {}
+            assert (await cache.flush(10)).not_durable_blocks == {}
         world.day -= DAY  # and right again
         async with world.run() as cache:
             world.day += HINTED
@@ -218,7 +218,7 @@ def test_a_clock_set_right_while_a_daemon_runs_says_when_a_block_dies(
             engine = StandIn(cache, 64)
             await engine.ask(prompt(0, BLOCKS), Hints(ttl_s=HINTED))
             world.wrong = 0
-            assert (await cache.flush(10)).not_durable == {}
+            assert (await cache.flush(10)).not_durable_blocks == {}
         world.day += HINTED - 1
         async with world.run() as cache:
             engine = StandIn(cache, 64)

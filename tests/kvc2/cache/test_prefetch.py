@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvc2 import _core, errors
-from kvc2.answers import PrefetchResult
+from kvc2.answers import Prefetched, TierTokens
 from kvc2.cache.prefetch import AT_ONCE_MAX
 from kvc2.client import Admin, NamespaceHandle
 from kvc2.commands import cli
@@ -33,7 +33,7 @@ LATER_S = 1000.0
 
 async def prefetch(
     house: House, seed: int, deadline_s: float, tier: str = "cpu", session: bool = True
-) -> PrefetchResult:
+) -> Prefetched:
     return await house.cache.prefetcher.prefetch(
         house.engine.session if session else None,
         house.engine.number,
@@ -51,11 +51,11 @@ def loaded(house: House) -> float:
 def test_what_was_prefetched_hits_in_the_faster_tier(tmp_path: Path) -> None:
     async def work(house: House) -> None:
         found = await prefetch(house, 1, LATER_S, session=False)
-        assert (found.tiers, found.coming) == ((0, LONG_TOKENS, 0, 0), 0)
-        assert (await house.engine.ask(prompt(1, LONG))).tiers == (0, LONG_TOKENS, 0, 0)
+        assert (found.tiers, found.coming_tokens) == (TierTokens(cpu=LONG_TOKENS), 0)
+        assert (await house.engine.ask(prompt(1, LONG))).tiers == TierTokens(cpu=LONG_TOKENS)
         found = await prefetch(house, 2, LATER_S, "gpu")
-        assert (found.tiers, found.coming) == ((LONG_TOKENS, 0, 0, 0), 0)
-        assert (await house.engine.ask(prompt(2, LONG))).tiers == (LONG_TOKENS, 0, 0, 0)
+        assert (found.tiers, found.coming_tokens) == (TierTokens(gpu=LONG_TOKENS), 0)
+        assert (await house.engine.ask(prompt(2, LONG))).tiers == TierTokens(gpu=LONG_TOKENS)
         assert house.cache.index.counts().leases == 0
         house.cache.index.check()
 
@@ -66,11 +66,11 @@ def test_who_does_not_wait_hears_what_is_coming(tmp_path: Path) -> None:
     async def work(house: House) -> None:
         begun = house.clock()
         found = await prefetch(house, 1, 0.0)
-        assert (found.tiers, found.coming) == ((0, 0, LONG_TOKENS, 0), LONG_TOKENS)
+        assert (found.tiers, found.coming_tokens) == (TierTokens(disk=LONG_TOKENS), LONG_TOKENS)
         assert house.clock() == begun
         assert house.cache.index.counts().leases == 0
         found = await prefetch(house, 1, LATER_S)
-        assert (found.tiers, found.coming) == ((0, LONG_TOKENS, 0, 0), 0)
+        assert (found.tiers, found.coming_tokens) == (TierTokens(cpu=LONG_TOKENS), 0)
         assert loaded(house) == LONG
 
     in_house(tmp_path, SLOW, work)
@@ -89,7 +89,7 @@ def test_no_part_begins_while_a_request_waits_for_its_own(tmp_path: Path) -> Non
         assert house.cache._mover.loading_bytes == under_way
         await asked
         assert loaded(house) == LONG
-        assert (await behind).tiers == (0, LONG_TOKENS, 0, 0)
+        assert (await behind).tiers == TierTokens(cpu=LONG_TOKENS)
         assert loaded(house) == 2 * LONG
 
     in_house(tmp_path, 10 * SLOW, work)
@@ -99,8 +99,8 @@ def test_a_prefix_longer_than_the_pool_comes_as_far_as_there_is_room(tmp_path: P
     async def work(house: House) -> None:
         assert house.cache.grant(house.engine.session, LONG + LONG // 2).size == LONG + LONG // 2
         found = await prefetch(house, 2, LATER_S, "gpu")
-        in_gpu = found.tiers[0]
-        assert found.coming == 0
+        in_gpu = found.tiers.gpu
+        assert found.coming_tokens == 0
         assert 0 < in_gpu < LONG_TOKENS
         assert sum(found.tiers) == LONG_TOKENS
 
@@ -133,7 +133,7 @@ def test_what_others_evict_as_fast_as_it_comes_is_given_up_on(
         before = loaded(house)
         crowded(house, monkeypatch)
         found = await prefetch(house, 1, LATER_S)
-        assert found.coming == 0
+        assert found.coming_tokens == 0
         assert 2 * LONG <= loaded(house) - before < 2 * LONG + LONG / 4
 
     in_house(tmp_path, 10 * SLOW, work)
@@ -157,7 +157,7 @@ def test_who_waits_for_others_in_vain_gives_up(
 
         monkeypatch.setattr(Loader, "until_idle", others)
         found = await prefetch(house, 1, LATER_S, "gpu")
-        assert (found.coming, looks) == (0, [2 * LONG])
+        assert (found.coming_tokens, looks) == (0, [2 * LONG])
         assert loaded(house) == 2 * LONG
 
     in_house(tmp_path, FAST, work)
@@ -178,7 +178,7 @@ def test_a_session_that_ends_ends_its_prefetches(tmp_path: Path) -> None:
     async def work(house: House) -> None:
         await prefetch(house, 0, LATER_S)  # a part is little, now that the disk's speed is known
         found = await prefetch(house, 1, 0.0, "gpu")
-        assert found.coming == LONG_TOKENS
+        assert found.coming_tokens == LONG_TOKENS
         await house.engine.close()
         (task,) = house.cache.prefetcher._under_way
         await task

@@ -39,7 +39,7 @@ def test_what_one_request_commits_the_next_one_hits(served: ServedDaemon) -> Non
         commit = LeaseCommit(b"1", 0, TOKENS[:96], first.granted_pages)
         committed = client.commit([commit], grant_pages=2)
         assert committed.results[0].tolist() == [0] * 6
-        assert len(committed.granted) == 2
+        assert len(committed.granted_pages) == 2
         assert not committed.durable
         assert client.commit([commit]).results[0].tolist() == [0] * 6  # idempotent
         second = client.acquire(handle, b"2", TOKENS)
@@ -50,7 +50,7 @@ def test_what_one_request_commits_the_next_one_hits(served: ServedDaemon) -> Non
         assert client.match(other, TOKENS).matched_tokens == 0
         granted = client.grant(3)
         released = client.release([b"1", b"2", b"never"], returned=granted, grant_pages=1)
-        assert len(released.granted) == 1
+        assert len(released.granted_pages) == 1
 
 
 def test_the_last_prefill_rate_that_an_engine_told_is_in_the_stats(served: ServedDaemon) -> None:

@@ -44,13 +44,13 @@ def test_slabs_are_counted_by_layout_and_tier(tmp_path: Path) -> None:
             assert len(rows) == len(stats.slabs) == 4
             for engine, prompts in ((small, 20), (large, 2)):
                 for tier in ("cpu", "disk"):
-                    row = rows[tier, engine.layout.digest]
+                    row = rows[tier, engine.layout.digest.hex()]
                     blocks = prompts * BLOCKS
                     per_slab = row.slab_bytes // row.page_bytes
                     assert row == LayoutSlabs(
-                        layout=engine.layout.digest,
+                        layout=engine.layout.digest.hex(),
                         tier=tier,
-                        engines=[engine.session.engine_name],
+                        engines=(engine.session.engine_name,),
                         page_size=engine.layout.page_size,
                         page_bytes=engine.layout.page_bytes,
                         slab_bytes=row.slab_bytes,
@@ -63,7 +63,7 @@ def test_slabs_are_counted_by_layout_and_tier(tmp_path: Path) -> None:
             for tier in stats.tiers[1:]:
                 held = [each for each in stats.slabs if each.tier == tier.tier]
                 assert sum(each.pages for each in held) == tier.pages
-                assert sum(each.resident_pages for each in held) == tier.resident
+                assert sum(each.resident_pages for each in held) == tier.resident_pages
                 assert sum(each.slabs * each.slab_bytes for each in held) <= tier.capacity_bytes
 
     asyncio.run(go())

@@ -26,7 +26,7 @@ def test_copies_behind_yield_the_cpu_and_loads_do_not(tmp_path: Path) -> None:
             await cache.flush(10)
             await cache.evict("gpu", 0)
             await cache.evict("cpu", 0)
-            assert (await engine.ask(prompt(1, BLOCKS))).tiers[2] > 0
+            assert (await engine.ask(prompt(1, BLOCKS))).tiers.disk > 0
             own = os.getpriority(os.PRIO_PROCESS, 0)
             for name in ("kvc2-demote", "kvc2-disk", "kvc2-write"):
                 assert nice_of(name) == {max(own, NICE)}, name

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvc2.answers import PrefetchResult
+from kvc2.answers import Prefetched, TierTokens
 from kvc2.arena import Arena
 from kvc2.cache.cache import Cache
 from kvc2.moving.demotion import Demotion
@@ -67,7 +67,7 @@ def after_a_page_was_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pools, "make_room", between)
 
 
-async def prefetch(engine: StandIn) -> PrefetchResult:
+async def prefetch(engine: StandIn) -> Prefetched:
     return await engine.cache.prefetcher.prefetch(
         engine.session, engine.number, prompt(1, BLOCKS), tier="cpu", deadline_s=20.0
     )
@@ -90,7 +90,7 @@ def test_what_is_prefetched_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         after_a_page_was_wanted(monkeypatch)
         async with running(tmp_path) as cache:
             found = await prefetch(StandIn(cache, 32))
-            assert (found.tiers, found.coming) == ((0, BLOCKS * PAGE_SIZE, 0, 0), 0)
+            assert (found.tiers, found.coming_tokens) == (TierTokens(cpu=BLOCKS * PAGE_SIZE), 0)
 
     asyncio.run(run())
 
@@ -108,7 +108,7 @@ def one_slab_comes(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 
 async def until_in_cpu(cache: Cache, blocks: int) -> None:
-    while cache.counts.tier("cpu").resident < blocks:
+    while cache.counts.tier("cpu").resident_pages < blocks:
         await cache._loader.until_changed()
 
 
@@ -133,10 +133,10 @@ def test_a_prefetch_evicts_nothing_for_memory_that_comes(
             await until_it_waits(cache, task)
             go_on.set()
             found = await task
-            assert (found.tiers, found.coming) == ((0, BLOCKS * PAGE_SIZE, 0, 0), 0)
+            assert (found.tiers, found.coming_tokens) == (TierTokens(cpu=BLOCKS * PAGE_SIZE), 0)
             await cache.evict("gpu", 0)
             kept = cache.match(engine.session, engine.number, prompt(2, 2))
-            assert kept.tiers == (0, 2 * PAGE_SIZE, 0, 0)
+            assert kept.tiers == TierTokens(cpu=2 * PAGE_SIZE)
 
     asyncio.run(run())
 
@@ -194,6 +194,6 @@ def test_what_a_dead_engine_committed_is_saved(
             await engine.ask(prompt(1, BLOCKS))
             await engine.close(at_rest=True)
             assert faults(cache, "undemoted_lost") == 0
-            assert cache.counts.tier("cpu").resident == BLOCKS
+            assert cache.counts.tier("cpu").resident_pages == BLOCKS
 
     asyncio.run(run())

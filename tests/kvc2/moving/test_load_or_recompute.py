@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kvc2.answers import AcquireResult, Terms
+from kvc2.answers import Acquired, Terms
 from kvc2.cache.cache import Cache
 from kvc2.moving.loading import Errand, Loader
 from kvc2.moving.pace import PATIENCE_SHARE, PROBE_S
@@ -45,7 +45,7 @@ class House:
             await self.cache._loader.until_changed()
         for seed in range(PROMPTS):
             await self.engine.ask(prompt(seed, BLOCKS))
-            assert (await self.cache.flush(10)).not_durable == {}
+            assert (await self.cache.flush(10)).not_durable_blocks == {}
         await self.forget()
         self.engine.session.prefill_rate = self.rate
 
@@ -252,7 +252,7 @@ def test_what_comes_for_a_request_that_was_answered_changes_nothing(tmp_path: Pa
         cache, session = house.cache, house.engine.session
         session.prefill_rate = 0.0
 
-        async def acquire() -> AcquireResult:
+        async def acquire() -> Acquired:
             terms = Terms(0, 100.0)
             return await cache.acquire(session, house.engine.number, b"1", prompt(0, BLOCKS), terms)
 

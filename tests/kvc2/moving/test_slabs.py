@@ -306,7 +306,7 @@ def test_a_large_slab_is_made_of_small_ones_of_several_models() -> None:
             await third.ask(prompt(1, 1))
             await cache.flush(10)
             await cache.evict("gpu", 0)
-            assert (await third.ask(prompt(1, 1))).tiers[1] == third.layout.page_size
+            assert (await third.ask(prompt(1, 1))).tiers.cpu == third.layout.page_size
             cache.index.check()
 
     asyncio.run(run())

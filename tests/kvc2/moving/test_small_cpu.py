@@ -40,7 +40,7 @@ async def overflowing(path: Path) -> AsyncIterator[tuple[Cache, StandIn]]:
             await engine.ask(prompt(seed, BLOCKS))
         assert await cache._background.drained(10)  # type: ignore[union-attr]
         cpu = cache.counts.tier("cpu")
-        assert cpu.resident + cpu.evicted == PROMPTS * BLOCKS
+        assert cpu.resident_pages + cpu.evicted == PROMPTS * BLOCKS
         assert cpu.evicted > PROMPTS
         yield cache, engine
         cache.index.check()
@@ -54,14 +54,14 @@ def test_what_the_cpu_tier_could_not_keep_is_not_durable_before_it_is_on_disk(
         async with overflowing(tmp_path) as (cache, engine):
             evicted = cache.counts.tier("cpu").evicted
             flushed = await cache.flush(10)
-            assert sum(flushed.not_durable.values()) == PROMPTS * BLOCKS
+            assert sum(flushed.not_durable_blocks.values()) == PROMPTS * BLOCKS
             assert not await engine.ask_durably(prompt(0, BLOCKS))
             # no hot loop: those that had to go wait for those that are there
             assert cache.counts.tier("cpu").evicted - evicted <= BLOCKS
             gate.is_open = True
             assert await engine.ask_durably(prompt(1, BLOCKS))
             flushed = await cache.flush(10)
-            assert (flushed.durable_blocks, flushed.not_durable) == (PROMPTS * BLOCKS, {})
+            assert (flushed.durable_blocks, flushed.not_durable_blocks) == (PROMPTS * BLOCKS, {})
 
     asyncio.run(run())
 

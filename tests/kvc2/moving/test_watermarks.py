@@ -34,15 +34,15 @@ async def filled(path: Path | None, low: float, high: float, **more: object) -> 
 
 def test_below_the_low_watermark_spare_copies_go_until_the_high_one(tmp_path: Path) -> None:
     gpu, cpu, _ = asyncio.run(filled(tmp_path, 0.25, 0.5))
-    assert gpu.free + gpu.private >= PAGES // 4
+    assert gpu.free_pages + gpu.private_pages >= PAGES // 4
     assert gpu.evicted > 0
     assert (gpu.last_copies, cpu.last_copies) == (0, 0)
-    assert cpu.resident == PROMPTS * BLOCKS
+    assert cpu.resident_pages == PROMPTS * BLOCKS
 
 
 def test_above_the_low_watermark_nothing_goes(tmp_path: Path) -> None:
     gpu, _, _ = asyncio.run(filled(tmp_path, 0.0, 0.0))
-    assert (gpu.evicted, gpu.resident) == (0, PROMPTS * BLOCKS)
+    assert (gpu.evicted, gpu.resident_pages) == (0, PROMPTS * BLOCKS)
 
 
 def test_a_last_copy_is_never_dropped_ahead_of_need() -> None:

@@ -47,7 +47,7 @@ def commit(wire: Wire, name: bytes, blocks: int, *, durable: bool = False) -> pb
 
 def resident(served: ServedDaemon) -> dict[str, int]:
     stats: Any = served.on_loop(served.daemon.cache.stats)
-    return {each.tier: each.resident for each in stats.tiers}
+    return {each.tier: each.resident_pages for each in stats.tiers}
 
 
 def test_through_answers_a_commit_when_it_is_on_disk(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_an_eviction_is_answered_when_its_deletes_are_committed(tmp_path: Path) 
             assert disk is not None
             (number,) = disk.catalogue.layouts
             assert disk.catalogue.records(number).pages.size == 8
-            assert (await cache.evict("disk", 0)).evicted == 8
+            assert (await cache.evict("disk", 0)).evicted_blocks == 8
             assert disk.catalogue.records(number).pages.size == 0
 
     asyncio.run(run())
@@ -254,11 +254,11 @@ def test_generations_rise_over_restarts(tmp_path: Path) -> None:
     async def run(seed: int) -> None:
         async with running(tmp_path) as cache:
             await StandIn(cache, 32).ask(prompt(seed, 4))
-            assert (await cache.flush(60)).not_durable == {}
+            assert (await cache.flush(60)).not_durable_blocks == {}
 
     async def forget() -> None:
         async with running(tmp_path) as cache:
-            assert (await cache.evict("disk", 0)).evicted == 4
+            assert (await cache.evict("disk", 0)).evicted_blocks == 4
 
     def generations() -> set[int]:
         catalogue = Catalogue(tmp_path / "catalogue", SLACK_BYTES_MIN, read_only=True)
