@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -180,13 +181,13 @@ def _begin(parts: Parts, changes: CacheChanges) -> None:
     if arena is None:
         return
 
-    def grew() -> None:
-        if arena.short_bytes:
+    def grew(short_bytes: int) -> None:
+        if short_bytes:
             parts.metrics.fault("arena_short")
         changes.ended()
 
     loop = asyncio.get_running_loop()
-    arena.start(lambda: _from_thread(loop, grew))
+    arena.start(lambda: _from_thread(loop, partial(grew, arena.short_bytes)))
 
 
 def _from_thread(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
