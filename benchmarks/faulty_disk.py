@@ -59,7 +59,7 @@ IDENTITY = Identity(
 Samples = dict[str, list[float]]  # "gpu", "cpu" -> seconds
 
 
-class Session:
+class BareEngine:
     """An engine's session without an engine: its KV is whatever lies in the pool."""
 
     def __init__(self, daemon: SlowDaemon, name: str, pages: int) -> None:
@@ -112,7 +112,7 @@ class Beside:
     """The other session: PACE_S apart, a new prompt, then an old one. Until it is closed."""
 
     def __init__(self, daemon: SlowDaemon) -> None:
-        self._session = Session(daemon, "beside", 4 * BLOCKS)
+        self._session = BareEngine(daemon, "beside", 4 * BLOCKS)
         self._stopped = threading.Event()
         self._random = np.random.default_rng(2)
         self._thread = threading.Thread(target=self._run)
@@ -143,7 +143,7 @@ def prompt(seed: int) -> NDArray[np.uint32]:
     return found.astype(np.uint32)
 
 
-def hits(session: Session) -> Samples:
+def hits(session: BareEngine) -> Samples:
     """CALLS prompts, each asked for twice: the gpu pool, too small for all, mostly has it only the
     second time. One that memory had lost is no hit; that one in ten is not, is an error."""
     found: Samples = defaultdict(list)
@@ -168,7 +168,7 @@ def measure(folder: Path, repeats: int) -> tuple[dict[str, Samples], dict[str, f
         daemon = SlowDaemon(folder, cpu_gb=CPU_GB)
         stack.callback(daemon.stop)
         daemon.wait_ready()
-        session = Session(daemon, "hot", 2 * BLOCKS)
+        session = BareEngine(daemon, "hot", 2 * BLOCKS)
         stack.callback(session.close)
         stack.callback(Beside(daemon).close)
         for number in range(10 * HOT):

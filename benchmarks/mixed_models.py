@@ -35,7 +35,7 @@ from kvc2.metrics import Metrics
 from kvc2.moving.mover import Mover
 from kvc2.moving.slabs import Slabs
 from kvc2.tiers.base import PageShape
-from kvc2.tiers.disk.batch import Batch
+from kvc2.tiers.disk.batch import WriteBatch
 from kvc2.tiers.disk.tier import DiskTier
 from kvc2.tiers.pools import LayoutPools, Pools
 
@@ -278,7 +278,7 @@ def disk_move_s(folder: Path) -> float:
         while (copy := index.plan_demote(top, shape.pages_per_slab)) is not None:
             assert copy.records is not None
             offsets = copy.source_pages.astype(np.uint64) * np.uint64(shape.page_bytes)
-            batch = Batch(pool, copy.target_pages, offsets, copy.records)
+            batch = WriteBatch(pool, copy.target_pages, offsets, copy.records)
             tier.store(pool, tier.begin(batch))
             index.complete(copy.id, copy.target_pages.size)
         index.add_slab(disk)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from benchmarks import report
 from benchmarks.processes import Daemon
-from benchmarks.rpc import BLOCKS, PAGE_SIZE, TOKENS, Session
+from benchmarks.rpc import BLOCKS, PAGE_SIZE, TOKENS, BareEngine
 
 ARENA_GB = 0.25
 FLUSH_EVERY = 4  # prompts
@@ -28,7 +28,7 @@ def prompt(number: int) -> NDArray[np.uint32]:
     return np.random.default_rng(number).integers(0, 50_000, TOKENS, dtype=np.uint32)
 
 
-def matched_blocks(session: Session, number: int) -> int:
+def matched_blocks(session: BareEngine, number: int) -> int:
     found = session.client.match(session.namespace, prompt(number))
     return found.matched_tokens // PAGE_SIZE
 
@@ -39,7 +39,7 @@ def fill(folder: Path, blocks: int, disk_gb: float) -> int:
     prompts = -(-blocks // BLOCKS)
     try:
         daemon.wait_ready()
-        session = Session(daemon, "restart")
+        session = BareEngine(daemon, "restart")
         for number in range(prompts):
             session.store(b"%d" % number, prompt(number))
             if number % FLUSH_EVERY == FLUSH_EVERY - 1:
@@ -60,7 +60,7 @@ def start_s(folder: Path, disk_gb: float, *, prompts: int, kill: bool) -> float:
     try:
         daemon.wait_ready()
         seconds = time.perf_counter() - begin
-        session = Session(daemon, "restart")
+        session = BareEngine(daemon, "restart")
         for number in {0, prompts - 1} if prompts else ():
             found = matched_blocks(session, number)
             if found != BLOCKS - 1:

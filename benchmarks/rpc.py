@@ -80,7 +80,7 @@ class Times:
     raw: float
 
 
-class Session:
+class BareEngine:
     """An engine without a model, and one namespace."""
 
     def __init__(self, daemon: Daemon, engine_name: str) -> None:
@@ -113,7 +113,7 @@ class Session:
             raise RuntimeError(f"{len(pages)} of {BLOCKS} pages granted, results {set(results)}")
 
 
-class Bench(Session):
+class Bench(BareEngine):
     """A session whose pool holds a prompt of TOKENS, and the same call to the empty handler."""
 
     def __init__(self, daemon: Daemon, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Counters, gauges and histograms of one daemon, in a registry of their own.
 
-Every fault has a counter (design.md 4: a fault is a miss, and a counter goes up). Not here: events,
-which are log lines (events.py), and serving /metrics (server.py).
+A fault of the cache is served as a miss, and its counter goes up. Not here: events, which are log
+lines (events.py), and serving /metrics (server/scrapes.py).
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "f
 
 @dataclass(frozen=True)
 class Identity:
-    """Everything that KV depends on (design.md 5). Raises InvalidRequest.
+    """Everything that KV depends on: engines share it only if this is equal.
+
+    Raises InvalidRequest.
 
     weights_digest: 64 hex digits, SHA-256 over sorted (tensor name, dtype, shape, xxh3_128 of its
     bytes). dtypes: (weight class, dtype as computed) sorted by class. deferral: layers by which

@@ -42,7 +42,7 @@ FLOORS = {
     """,
     "kvc2/client": """
         client
-        admin, session
+        admin, connection
         channel, memory
     """,
     "kvc2/cache": """

@@ -24,7 +24,7 @@ CPP_FUNCTION_LINES_MAX = 70
 ARGUMENTS_MAX = 6
 README_LINES_MAX = 100
 
-# design words -> what we never call them, as whole words of a public name
+# What we never call things (kvc2/WORDS.md, last column), as whole words of a public name.
 FORBIDDEN_WORDS = {
     *("slot", "slots", "frame", "frames", "allocator", "suffix", "lookup", "ticket", "borrow"),
     *("purge", "onboard", "offload", "swap", "reserve", "extend", "stash", "job", "jobs", "fake"),
@@ -158,7 +158,7 @@ def test_public_names_use_our_words() -> None:
 
 
 def dangerous(node: ast.Call) -> str | None:
-    """Design: no code from data. Says what is dangerous about a call, or None."""
+    """Data never becomes code. Says what is dangerous about a call, or None."""
     name = ast.unparse(node.func)
     keywords = {each.arg: ast.unparse(each.value) for each in node.keywords}
     if name in {"eval", "exec", "os.system", "os.popen"} or name.startswith(

@@ -1,7 +1,6 @@
-// The header sector of a page, and checks of whole pages (design: pages in arena, slab file and
-// remote store are one buffer, a 4 KiB sector and then the payload). A header says what the payload
-// is, so that no page is believed for where it lies. Not responsible for where pages lie, nor for
-// moving them.
+// The header sector of a page, and checks of whole pages. A page is one buffer in each tier: a
+// sector of 4 KiB and then the payload. Its header says what the payload is, so that no page is
+// believed for where it lies. Not responsible for where pages lie, nor for moving them.
 //
 // All integers are little-endian. A reserved field has one allowed value; another one means a
 // writer that knows more than we do, and its block is a miss (kBadHeader).

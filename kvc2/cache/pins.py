@@ -19,7 +19,7 @@ from kvc2.tiers.pools import LayoutPools
 
 
 @dataclass(frozen=True)
-class Place:
+class PinRoom:
     """The pool of a namespace in a tier; `room`: blocks that may be pinned there in one way."""
 
     pool: int
@@ -53,23 +53,23 @@ class Pins:
         """Keep the full blocks of `tokens`. Raises InvalidRequest, and LimitReached when no more
         may be pinned: then nothing changes."""
         blocks = self._blocks(number, tokens)
-        at = self._place(session, number, tier, hard=hard)
+        room = self._room(session, number, tier, hard=hard)
         space = self._spaces[number]
-        if not self._index.pin(space, at.pool, tokens, hard=hard, max_blocks=at.room):
+        if not self._index.pin(space, room.pool, tokens, hard=hard, max_blocks=room.room):
             percent = self._hard_percent if hard else 100
             raise errors.LimitReached(
                 "limits.hard_pin_percent" if hard else "tier",
                 percent,
-                f"% of the {tier} tier ({at.room} blocks of this layout) may be pinned so",
+                f"% of the {tier} tier ({room.room} blocks of this layout) may be pinned so",
             )
-        resident = self._index.match(space, at.pool, tokens).tiers[0]
-        return PrefixPinned(blocks, resident, self._index.pinned_blocks(at.pool, hard=hard))
+        resident = self._index.match(space, room.pool, tokens).tiers[0]
+        return PrefixPinned(blocks, resident, self._index.pinned_blocks(room.pool, hard=hard))
 
     def unpin(self, session: Session | None, number: int, tokens: U32, *, tier: str) -> int:
         """The blocks of the pin that has ended; 0: there was none. Raises InvalidRequest."""
         self._blocks(number, tokens)
-        at = self._place(session, number, tier, hard=False)
-        return self._index.unpin(self._spaces[number], at.pool, tokens)
+        room = self._room(session, number, tier, hard=False)
+        return self._index.unpin(self._spaces[number], room.pool, tokens)
 
     def _blocks(self, number: int, tokens: U32) -> int:
         size = self._spaces.page_size(number)
@@ -95,15 +95,15 @@ class Pins:
             raise errors.InvalidRequest("tier", tier, "a tier that this daemon has")
         return pool
 
-    def _place(self, session: Session | None, number: int, tier: str, *, hard: bool) -> Place:
+    def _room(self, session: Session | None, number: int, tier: str, *, hard: bool) -> PinRoom:
         percent = self._hard_percent if hard else 100
         pool = self.pool(session, number, tier)
         if tier == "gpu" and session is not None:
-            return Place(pool, session.num_pages * percent // 100)
+            return PinRoom(pool, session.num_pages * percent // 100)
         page_bytes = self._layouts[number].shape.page_bytes
         taken = self._bytes_of_others(tier, pool, hard=hard)
         limit = self._counts.tier(tier).capacity_bytes * percent // 100
-        return Place(pool, max(limit - taken, 0) // page_bytes)
+        return PinRoom(pool, max(limit - taken, 0) // page_bytes)
 
     def _bytes_of_others(self, tier: str, pool: int, *, hard: bool) -> int:
         """Pinned in the same way in the tier's pools of other layouts."""

@@ -23,8 +23,8 @@ from kvc2.answers import (
 )
 from kvc2.client.admin import Admin
 from kvc2.client.client import Client
+from kvc2.client.connection import NamespaceHandle
 from kvc2.client.memory import PoolMemory
-from kvc2.client.session import NamespaceHandle
 from kvc2.errors import Detached
 
 __all__ = [

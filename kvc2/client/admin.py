@@ -21,8 +21,8 @@ class Admin:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._place = Address.of_daemon(address)
-        self._channel = channel.Channel(self._place)
+        self._daemon = Address.of_daemon(address)
+        self._channel = channel.Channel(self._daemon)
 
     def __enter__(self) -> Admin:
         return self
@@ -131,7 +131,7 @@ class Admin:
         return from_message(answers.Flushed, self._call("Drain", request, deadline_s).flushed)
 
     def _call(self, name: str, request: Any, wait_s: float = 0.0) -> Any:
-        if (why := channel.absence(self._place)) is not None:
+        if (why := channel.absence(self._daemon)) is not None:
             raise errors.Unreachable(f"no daemon at {self.address}: {why}", why.reason)
         try:
             return self._channel.call(name, request, wait_s + MARGIN_S)

@@ -21,16 +21,16 @@ from numpy.typing import NDArray
 
 from kvc2 import answers, errors
 from kvc2.client import channel
-from kvc2.client.memory import PoolMemory
-from kvc2.client.session import (
+from kvc2.client.connection import (
     DEATH_S,
+    Connection,
+    EnginePool,
     NamespaceHandle,
-    Offer,
     Over,
-    Session,
     Silence,
     process_is_dead,
 )
+from kvc2.client.memory import PoolMemory
 from kvc2.host.address import Address
 from kvc2.layout import Layout
 from kvc2.v1 import cache_pb2
@@ -80,13 +80,13 @@ class Client:
         self, address: str, *, pool: PoolMemory, layout: Layout, engine_name: str, engine: Engine
     ) -> None:
         self.address = address
-        self._place = Address.of_daemon(address)
+        self._daemon = Address.of_daemon(address)
         self.last_refusal: errors.Kvc2Error | None = None
         self._engine = engine
-        self._offer = Offer(pool, layout, engine_name, self._ask_kept_pages)
+        self._pool = EnginePool(pool, layout, engine_name, self._ask_kept_pages)
         self._asked = False  # for the pages it keeps, in the attach under way
         self._silent_pidfd = -1
-        self._session: Session | None = None
+        self._connection: Connection | None = None
         self._state: State = "detached"
         self._changed = threading.Condition()
         self._orphans: deque[bytes] = deque(maxlen=ORPHANS_MAX)
@@ -106,9 +106,9 @@ class Client:
     def close(self) -> None:
         """End the session in order. Idempotent. on_detached is not called."""
         self._closing.set()
-        session = self._session
-        if session is not None:
-            session.wake()
+        connection = self._connection
+        if connection is not None:
+            connection.wake()
         self._thread.join()
 
     # ---- calls of a session
@@ -123,46 +123,46 @@ class Client:
             self._number(self._attached(), handle)
         return handle
 
-    def _number(self, session: Session, handle: NamespaceHandle) -> int:
+    def _number(self, connection: Connection, handle: NamespaceHandle) -> int:
         """The handle's id in this session."""
         epoch, number = handle.opened
-        if epoch != session.key:
+        if epoch != connection.key:
             request = cache_pb2.OpenNamespaceRequest(
-                session=session.head,
+                session=connection.head,
                 identity=handle.identity,
                 tenant=handle.tenant,
                 salt=handle.salt,
                 ttl_s=handle.ttl_s,
             )
-            number = self._call(session, "OpenNamespace", request).namespace_id
-            handle.opened = (session.key, number)
+            number = self._call(connection, "OpenNamespace", request).namespace_id
+            handle.opened = (connection.key, number)
         return number
 
     def match(self, namespace: NamespaceHandle, tokens: NDArray[np.uint32]) -> answers.Matched:
         """The longest cached prefix. Changes nothing."""
-        session = self._attached()
+        connection = self._attached()
         request = cache_pb2.MatchRequest(
-            session=session.head,
+            session=connection.head,
             tokens=packed(tokens),
         )
-        answer = self._call_in(session, namespace, "Match", request)
+        answer = self._call_in(connection, namespace, "Match", request)
         return from_message(answers.Matched, answer)
 
     def explain(self, namespace: NamespaceHandle, tokens: NDArray[np.uint32]) -> answers.Explained:
         """What an acquire of these tokens would find now, and why not more. Changes nothing."""
-        session = self._attached()
+        connection = self._attached()
         request = cache_pb2.ExplainRequest(
-            session=session.head,
+            session=connection.head,
             tokens=packed(tokens),
         )
-        answer = self._call_in(session, namespace, "Explain", request)
+        answer = self._call_in(connection, namespace, "Explain", request)
         return from_message(answers.Explained, answer)
 
     def explain_request(self, request_id: bytes) -> answers.Explained:
         """What a recent acquire of this session found, and why not more. Changes nothing."""
-        session = self._attached()
-        request = cache_pb2.ExplainRequest(session=session.head, request_id=request_id)
-        return from_message(answers.Explained, self._call(session, "Explain", request))
+        connection = self._attached()
+        request = cache_pb2.ExplainRequest(session=connection.head, request_id=request_id)
+        return from_message(answers.Explained, self._call(connection, "Explain", request))
 
     def acquire(
         self,
@@ -175,9 +175,9 @@ class Client:
         hints: answers.Hints = answers.NO_HINTS,
     ) -> answers.Acquired:
         """Open a lease on the longest cached prefix; waits at most deadline_s and a margin."""
-        session = self._attached()
+        connection = self._attached()
         request = cache_pb2.AcquireRequest(
-            session=session.head,
+            session=connection.head,
             request_id=request_id,
             tokens=packed(tokens),
             grant_pages=grant_pages,
@@ -187,7 +187,7 @@ class Client:
         wait_s = ACQUIRE_DEADLINE_S if deadline_s is None else deadline_s
         try:
             answer = self._call_in(
-                session, namespace, "Acquire", request, wait_s + ACQUIRE_MARGIN_S
+                connection, namespace, "Acquire", request, wait_s + ACQUIRE_MARGIN_S
             )
         except errors.Detached:
             self._orphans.append(request_id)  # it may have been opened all the same
@@ -204,16 +204,16 @@ class Client:
     ) -> answers.Committed:
         """Make filled pages visible. Call it after the device has finished writing them. The rate
         is what the engine has measured; 0: it doesn't know."""
-        session = self._attached()
+        connection = self._attached()
         request = cache_pb2.CommitRequest(
-            session=session.head,
+            session=connection.head,
             leases=[to_message(each, cache_pb2.LeaseCommit) for each in commits],
             grant_pages=grant_pages,
             durable=durable,
             prefill_tokens_per_s=prefill_tokens_per_s,
         )
         wait_s = DURABLE_S if durable else channel.CALL_S
-        answer = self._call(session, "Commit", request, wait_s)
+        answer = self._call(connection, "Commit", request, wait_s)
         return from_message(answers.Committed, answer)
 
     def release(
@@ -226,27 +226,27 @@ class Client:
     ) -> answers.Released:
         """Close leases. Call it after the device has finished reading their pages. `hints`: none,
         or one for each, in the place of acquire's where it says anything."""
-        session = self._attached()
+        connection = self._attached()
         request = cache_pb2.ReleaseRequest(
-            session=session.head,
+            session=connection.head,
             request_ids=request_ids,
             returned_pages=packed(returned),
             hints=[to_message(each, cache_pb2.Hints) for each in hints],
             grant_pages=grant_pages,
         )
-        return from_message(answers.Released, self._call(session, "Release", request))
+        return from_message(answers.Released, self._call(connection, "Release", request))
 
     def grant(self, pages: int) -> NDArray[np.uint32]:
         """More private pages to fill, maybe fewer than asked for. Not idempotent: never retried."""
-        session = self._attached()
-        request = cache_pb2.GrantRequest(session=session.head, pages=pages)
-        return unpacked(self._call(session, "Grant", request, retries=0).granted_pages)
+        connection = self._attached()
+        request = cache_pb2.GrantRequest(session=connection.head, pages=pages)
+        return unpacked(self._call(connection, "Grant", request, retries=0).granted_pages)
 
     def invalidate(self, namespace: NamespaceHandle) -> answers.Invalidated:
         """Kill all blocks of a namespace, in every tier. The handle stays good, for new ones."""
-        session = self._attached()
-        request = cache_pb2.InvalidateRequest(session=session.head)
-        answer = self._call_in(session, namespace, "Invalidate", request)
+        connection = self._attached()
+        request = cache_pb2.InvalidateRequest(session=connection.head)
+        answer = self._call_in(connection, namespace, "Invalidate", request)
         return from_message(answers.Invalidated, answer)
 
     def pin(
@@ -254,25 +254,25 @@ class Client:
     ) -> answers.PrefixPinned:
         """Keep the full blocks of `tokens` in gpu (this session's), cpu or disk, there or not:
         hard, they are never evicted; else last. A pin of cpu or disk outlives the session."""
-        session = self._attached()
+        connection = self._attached()
         request = cache_pb2.PinRequest(
-            session=session.head,
+            session=connection.head,
             tokens=packed(tokens),
             tier=tier,
             hard=hard,
         )
-        answer = self._call_in(session, namespace, "Pin", request)
+        answer = self._call_in(connection, namespace, "Pin", request)
         return from_message(answers.PrefixPinned, answer)
 
     def unpin(self, namespace: NamespaceHandle, tokens: answers.U32, *, tier: str = "cpu") -> int:
         """End the pin of exactly these blocks; how many, 0: there was none."""
-        session = self._attached()
+        connection = self._attached()
         request = cache_pb2.UnpinRequest(
-            session=session.head,
+            session=connection.head,
             tokens=packed(tokens),
             tier=tier,
         )
-        return int(self._call_in(session, namespace, "Unpin", request).blocks)
+        return int(self._call_in(connection, namespace, "Unpin", request).blocks)
 
     def prefetch(
         self,
@@ -284,33 +284,33 @@ class Client:
     ) -> answers.Prefetched:
         """Bring the longest cached prefix of `tokens` to cpu or gpu (this session's), without a
         lease; answers when it is there or the time is over (0: at once), and it goes on."""
-        session = self._attached()
+        connection = self._attached()
         request = cache_pb2.PrefetchRequest(
-            session=session.head,
+            session=connection.head,
             tokens=packed(tokens),
             tier=tier,
             deadline_ms=round(deadline_s * 1000),
         )
         wait_s = deadline_s + channel.CALL_S
-        answer = self._call_in(session, namespace, "Prefetch", request, wait_s)
+        answer = self._call_in(connection, namespace, "Prefetch", request, wait_s)
         return from_message(answers.Prefetched, answer)
 
     def wait_layer(self, transfer: int, layer: int, timeout_s: float) -> bool:
         """Wait until `layer` of a transfer is in the pool: no call, no spinning. False after
         timeout_s, or when its session is over."""
-        session = self._session
-        progress = session.progress if session is not None else None
+        connection = self._connection
+        progress = connection.progress if connection is not None else None
         return progress is not None and progress.wait(transfer, layer, timeout_s)
 
-    def _attached(self) -> Session:
-        session = self._session
-        if session is None or self._state != "attached":
+    def _attached(self) -> Connection:
+        connection = self._connection
+        if connection is None or self._state != "attached":
             raise errors.Detached("silent" if self._state == "silent" else "dead")
-        return session
+        return connection
 
     def _call_in(
         self,
-        session: Session,
+        connection: Connection,
         namespace: NamespaceHandle,
         name: str,
         request: Any,
@@ -318,19 +318,19 @@ class Client:
     ) -> Any:
         """One that names a namespace; the daemon lets go of those that were not used for long, and
         one that it doesn't know is opened again."""
-        request.namespace_id = self._number(session, namespace)
+        request.namespace_id = self._number(connection, namespace)
         try:
-            return self._call(session, name, request, timeout_s)
+            return self._call(connection, name, request, timeout_s)
         except errors.NotFound as error:
             if not str(error).startswith("namespace_id"):
                 raise
         namespace.opened = (b"", 0)
-        request.namespace_id = self._number(session, namespace)
-        return self._call(session, name, request, timeout_s)
+        request.namespace_id = self._number(connection, namespace)
+        return self._call(connection, name, request, timeout_s)
 
     def _call(
         self,
-        session: Session,
+        connection: Connection,
         name: str,
         request: Any,
         timeout_s: float = channel.CALL_S,
@@ -340,14 +340,14 @@ class Client:
         """One answer; a broken call is tried again once if its session still is there, which only
         idempotent rpcs may be. Raises Detached when the daemon is gone, silent or draining."""
         try:
-            return session.channel.call(name, request, timeout_s)
+            return connection.channel.call(name, request, timeout_s)
         except grpc.RpcError as broken:
             error = channel.translated(broken)
             late = channel.code(broken) == "DEADLINE_EXCEEDED"
         if isinstance(error, errors.Unreachable):
-            if retries and not late and not session.ended and self._session is session:
-                return self._call(session, name, request, timeout_s, retries=retries - 1)
-            dead = session.daemon_is_dead(0 if late else DEATH_S)
+            if retries and not late and not connection.ended and self._connection is connection:
+                return self._call(connection, name, request, timeout_s, retries=retries - 1)
+            dead = connection.daemon_is_dead(0 if late else DEATH_S)
             raise errors.Detached("dead" if dead else "silent", f"{name}: {error}")
         if isinstance(error, errors.SessionOver | errors.Draining):
             raise errors.Detached("silent", f"{name}: {error}")
@@ -358,10 +358,10 @@ class Client:
     def _keep(self) -> None:
         backoff_s = BACKOFF_S_MIN
         while not self._closing.is_set():
-            session = self._try_attach()
-            if session is not None:
+            connection = self._try_attach()
+            if connection is not None:
                 backoff_s = BACKOFF_S_MIN
-                self._tend(session)
+                self._tend(connection)
                 continue
             if self._state == "silent" and self._is_known_dead():
                 self._lose("dead")
@@ -369,12 +369,12 @@ class Client:
             backoff_s = min(2 * backoff_s, BACKOFF_S_MAX)
         self._watch_process(-1)
 
-    def _try_attach(self) -> Session | None:
+    def _try_attach(self) -> Connection | None:
         self._asked = False
         try:
-            if (why := channel.absence(self._place)) is not None:
+            if (why := channel.absence(self._daemon)) is not None:
                 raise why
-            session = Session(self._place, self._offer)
+            connection = Connection(self._daemon, self._pool)
         except (errors.Kvc2Error, OSError) as broken:  # OSError: out of descriptors, or so
             error = broken if isinstance(broken, errors.Kvc2Error) else _failed(broken)
             self.last_refusal = error
@@ -386,43 +386,43 @@ class Client:
         self.last_refusal = None
         self._orphans.clear()
         self._watch_process(-1)
-        self._engine.on_attached(session.granted)
-        self._set(session, "attached")
-        return session
+        self._engine.on_attached(connection.granted)
+        self._set(connection, "attached")
+        return connection
 
     def _ask_kept_pages(self) -> NDArray[np.uint32]:
         self._asked = True
         return self._engine.kept_pages()
 
-    def _tend(self, session: Session) -> None:
+    def _tend(self, connection: Connection) -> None:
         """Keep the session until it is over or the client closes; then close it."""
         try:
-            self._watch(session)
+            self._watch(connection)
             if self._closing.is_set():
                 self._set(None, "detached")
-                session.detach(DETACH_S)
+                connection.detach(DETACH_S)
                 return
-            if session.daemon_is_dead():
+            if connection.daemon_is_dead():
                 self._lose("dead")
             elif self._state == "attached":
                 self._lose("silent")
             if self._state == "silent":
-                self._watch_process(os.dup(session.pidfd) if session.pidfd >= 0 else -1)
+                self._watch_process(os.dup(connection.pidfd) if connection.pidfd >= 0 else -1)
         finally:
-            session.close()
+            connection.close()
 
-    def _watch(self, session: Session) -> None:
+    def _watch(self, connection: Connection) -> None:
         """Beat and listen; returns when the session is over, or answers after it was silent."""
         beat_at, silence = time.monotonic(), Silence()
         while not self._closing.is_set():
             turn_s = TICK_S
             if time.monotonic() >= beat_at:
-                session.send_heartbeat()
-                beat_at = time.monotonic() + session.heartbeat_s
+                connection.send_heartbeat()
+                beat_at = time.monotonic() + connection.heartbeat_s
             if self._orphans and self._state == "attached":
                 turn_s += ORPHANS_S
-                self._release_orphans(session)
-            message = session.receive(max(0.0, min(beat_at - time.monotonic(), TICK_S)))
+                self._release_orphans(connection)
+            message = connection.receive(max(0.0, min(beat_at - time.monotonic(), TICK_S)))
             if isinstance(message, Over):
                 return
             if message is not None:
@@ -431,16 +431,16 @@ class Client:
                 silence.answered()
                 continue
             silence.waited(turn_s)
-            if self._state == "silent" and session.daemon_is_dead(0):
+            if self._state == "silent" and connection.daemon_is_dead(0):
                 return
             if self._state == "attached" and silence.seconds > SILENT_S:
                 self._lose("silent")
 
-    def _release_orphans(self, session: Session) -> None:
+    def _release_orphans(self, connection: Connection) -> None:
         ids = list(self._orphans)[:ORPHANS_A_CALL]
-        request = cache_pb2.ReleaseRequest(session=session.head, request_ids=ids)
+        request = cache_pb2.ReleaseRequest(session=connection.head, request_ids=ids)
         with contextlib.suppress(errors.Kvc2Error):
-            self._call(session, "Release", request, ORPHANS_S)
+            self._call(connection, "Release", request, ORPHANS_S)
             for _ in request.request_ids:
                 self._orphans.popleft()
 
@@ -448,9 +448,9 @@ class Client:
         self._set(None, "detached" if reason == "dead" else "silent")
         self._engine.on_detached(errors.Detached(reason))
 
-    def _set(self, session: Session | None, state: State) -> None:
+    def _set(self, connection: Connection | None, state: State) -> None:
         with self._changed:
-            self._session, self._state = session, state
+            self._connection, self._state = connection, state
             self._changed.notify_all()
 
     def _watch_process(self, pidfd: int) -> None:
@@ -463,7 +463,7 @@ class Client:
         """Of the daemon that fell silent. Where the kernel named no process: nothing listens."""
         if self._silent_pidfd >= 0:
             return process_is_dead(self._silent_pidfd, 0)
-        return not channel.probe(self._place)
+        return not channel.probe(self._daemon)
 
 
 def _failed(error: OSError) -> errors.Kvc2Error:

@@ -30,7 +30,7 @@ from kvc2.metrics import Metrics
 from kvc2.moving.gpu_pools import GpuPool
 from kvc2.moving.pace import Meter
 from kvc2.tiers.base import U8, U32, joined, part_of
-from kvc2.tiers.disk.batch import Batch, Writing
+from kvc2.tiers.disk.batch import WriteBatch, Writing
 from kvc2.tiers.disk.pool import READ_FAILED
 from kvc2.tiers.disk.tier import FAULT_OF_STATUS, DiskTier, Outcome
 from kvc2.tiers.pools import LayoutPools
@@ -308,9 +308,9 @@ class Mover:
 
     def _batch(
         self, pools: LayoutPools, transfers: Sequence[_core.Transfer], patience_s: float
-    ) -> Batch:
+    ) -> WriteBatch:
         assert pools.disk is not None
-        return Batch(
+        return WriteBatch(
             pools.disk,
             np.concatenate([each.target_pages for each in transfers]),
             pools.cpu.offsets(np.concatenate([each.source_pages for each in transfers])),

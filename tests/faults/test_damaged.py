@@ -20,7 +20,7 @@ from kvc2.config import DiskConfig
 from kvc2.layout import layer_major
 from kvc2.metrics import Metrics
 from kvc2.tiers.base import PageShape, RecordsPart
-from kvc2.tiers.disk.batch import Batch
+from kvc2.tiers.disk.batch import WriteBatch
 from kvc2.tiers.disk.pool import DiskPool
 from kvc2.tiers.disk.tier import DiskTier
 from tests.doubles.caches import folder_in_memory
@@ -91,7 +91,7 @@ class Pages:
         memory = self.arena.reshape(-1, self.shape.page_bytes)[:BLOCKS]
         memory[:] = self.chance.integers(0, 256, memory.shape, np.uint8)
         payloads = memory[:, 4096 : 4096 + self.shape.payload_bytes].copy()
-        batch = Batch(self.pool, self.pages, self.offsets, records)
+        batch = WriteBatch(self.pool, self.pages, self.offsets, records)
         assert self.tier.store(self.pool, self.tier.begin(batch)).written
         return records, payloads
 

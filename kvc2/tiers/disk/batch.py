@@ -25,7 +25,7 @@ WRITE_PART_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
-class Batch:
+class WriteBatch:
     """Blocks on their way from arena pages to disk pages. `calm` is set while nobody waits for a
     load: parts that aren't begun yet wait for it, all together for at most `patience_s`."""
 
@@ -41,7 +41,7 @@ class Writing:
     """A batch that was begun. `before`: the one that the index took for stored when it planned this
     one, and that may fail yet. `durable`: its blocks are, records included."""
 
-    def __init__(self, batch: Batch, before: Writing | None) -> None:
+    def __init__(self, batch: WriteBatch, before: Writing | None) -> None:
         self.batch = batch
         self.before = before
         self.durable = False
@@ -73,7 +73,7 @@ class Writers:
         self._writers = ThreadPoolExecutor(WRITE_THREADS, "kvc2-write", initializer=step_back)
         self._syncers = ThreadPoolExecutor(WRITE_THREADS, "kvc2-sync", initializer=step_back)
 
-    def begin(self, batch: Batch, before: Writing | None) -> Writing:
+    def begin(self, batch: WriteBatch, before: Writing | None) -> Writing:
         """Its parts are written behind those of batches that were begun before."""
         writing, count = Writing(batch, before), batch.pages.size
         step = max(1, WRITE_PART_BYTES // batch.pool.shape.page_bytes)

@@ -33,7 +33,7 @@ from kvc2.metrics import Metrics
 from kvc2.namespace import of_era
 from kvc2.tiers.base import U8, U32, PageShape
 from kvc2.tiers.disk import budget, rebuild
-from kvc2.tiers.disk.batch import Batch, Writers, Writing
+from kvc2.tiers.disk.batch import WriteBatch, Writers, Writing
 from kvc2.tiers.disk.beside import Added, Beside
 from kvc2.tiers.disk.catalogue import Catalogue, Change, Full, Stored, insertions, room_bytes
 from kvc2.tiers.disk.pool import READ_FAILED, DiskPool
@@ -160,7 +160,7 @@ class DiskTier:
 
     # ---- batches ----
 
-    def begin(self, batch: Batch, before: Writing | None = None) -> Writing:
+    def begin(self, batch: WriteBatch, before: Writing | None = None) -> Writing:
         """Have a batch written, behind what was begun before; `store` makes it durable. `before`:
         what may fail yet, and this batch with it, for its blocks may hang below those."""
         return self._writers.begin(batch, before)

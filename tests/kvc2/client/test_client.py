@@ -115,7 +115,7 @@ def test_a_layout_that_the_daemon_refuses_leaves_the_pages_to_the_engine(tmp_pat
         def __init__(self, address: str) -> None:
             super().__init__(address)
             self.client.close()
-            right = self.client._offer.layout
+            right = self.client._pool.layout
             reversed_kv = object.__new__(Layout)
             values = {**vars(right), "page_size": 48}
             for name, value in values.items():
@@ -188,7 +188,7 @@ def test_a_call_whose_channel_closes_under_it_finds_the_client_detached(tmp_path
     """The thread that sees the daemon die closes the channel, and a call may be about to use it."""
     with ServedDaemon(serve_config(tmp_path)) as served, TinyEngine(served.address) as engine:
         handle = engine.client.open_namespace(identity().encode())
-        session = engine.client._session
+        session = engine.client._connection
         assert session is not None
         session.channel.close()
         with pytest.raises(Detached):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvc2.client.session import Silence
+from kvc2.client.connection import Silence
 from kvc2.v1 import cache_pb2 as pb
 from tests.doubles.daemons import ServedDaemon, serve_config
 from tests.doubles.wires import Wire, memfd

@@ -18,7 +18,7 @@ from kvc2 import _core
 from kvc2.cache.cache import Cache
 from kvc2.moving.mover import Mover
 from kvc2.tiers.base import PageShape
-from kvc2.tiers.disk.batch import Batch, Writing
+from kvc2.tiers.disk.batch import WriteBatch, Writing
 from kvc2.tiers.disk.catalogue import Catalogue, Change
 from kvc2.tiers.disk.pool import DiskPool
 from kvc2.tiers.disk.slab_file import Files, SlabFiles
@@ -131,7 +131,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     found: list[list[int]] = []
     begin = DiskTier.begin
 
-    def noted(self: DiskTier, batch: Batch, before: Writing | None = None) -> Writing:
+    def noted(self: DiskTier, batch: WriteBatch, before: Writing | None = None) -> Writing:
         found.append(batch.pages.tolist())
         return begin(self, batch, before)
 
@@ -240,7 +240,7 @@ def test_no_page_is_planned_into_while_its_delete_is_being_committed(
             recorded.difference_update(np.concatenate(arrays).tolist())
         recorded.update(pages_of(change))
 
-    def judged(self: DiskTier, batch: Batch, before: Writing | None = None) -> Writing:
+    def judged(self: DiskTier, batch: WriteBatch, before: Writing | None = None) -> Writing:
         nonlocal reused
         wrong.extend(recorded.intersection(batch.pages.tolist()))
         reused += len(ever.intersection(batch.pages.tolist()))
@@ -294,7 +294,7 @@ def test_what_was_begun_after_a_batch_that_fails_is_not_committed_without_it(
     files, second = Noted(events), threading.Event()
     begin, commit, failed = DiskTier.begin, Catalogue.commit, []
 
-    def tell(self: DiskTier, batch: Batch, before: Writing | None = None) -> Writing:
+    def tell(self: DiskTier, batch: WriteBatch, before: Writing | None = None) -> Writing:
         writing = begin(self, batch, before)
         if len(batches) == 2:
             second.set()
@@ -382,7 +382,7 @@ def test_a_batch_has_its_patience_when_its_turn_comes(monkeypatch: pytest.Monkey
     monkeypatch.setattr("kvc2.tiers.disk.batch.time.monotonic", lambda: now[0])
     none = np.empty(0, np.uint32)
     calm = cast(threading.Event, Load())
-    batch = Batch(
+    batch = WriteBatch(
         cast(DiskPool, None), none, none.astype(np.uint64), cast(_core.Records, None), calm, 60.0
     )
     writing = Writing(batch, None)

@@ -18,7 +18,7 @@ from kvc2 import _core
 from kvc2.layout import layer_major
 from kvc2.moving.batches import batch_pages
 from kvc2.tiers.base import PageShape
-from kvc2.tiers.disk.batch import Batch, Writing
+from kvc2.tiers.disk.batch import WriteBatch, Writing
 from kvc2.tiers.disk.catalogue import SLACK_BYTES_MIN, Catalogue, Change, Full
 from kvc2.tiers.disk.pool import DiskPool
 from kvc2.tiers.disk.slab_file import Files, SlabFiles
@@ -113,7 +113,7 @@ def test_each_part_of_a_batch_waits_for_loads_before_it_is_written_and_not_for_e
             assert disk is not None
             begin = disk.begin
 
-            def with_a_load(batch: Batch, before: Writing | None) -> Writing:
+            def with_a_load(batch: WriteBatch, before: Writing | None) -> Writing:
                 calm = cast(threading.Event, log)
                 return begin(replace(batch, calm=calm, patience_s=patience_s), before)
 

@@ -1,4 +1,4 @@
-"""One session as its engine sees it: hello, hand-over on the side socket, the stream's messages.
+"""The engine's end of one session: hello, hand-over on the side socket, the stream's messages.
 
 Not here: when to attach again and what the engine is told (client.py).
 """
@@ -50,10 +50,10 @@ class NamespaceHandle:
 
 
 @dataclass(frozen=True)
-class Offer:
-    """What an engine brings to every session of its."""
+class EnginePool:
+    """The pool that an engine brings to each of its sessions, one after the other."""
 
-    pool: PoolMemory
+    memory: PoolMemory
     layout: Layout
     engine_name: str
     kept_pages: Callable[[], NDArray[np.uint32]]
@@ -88,11 +88,11 @@ class Silence:
         self._at, self.seconds = self._clock(), 0.0
 
 
-class Session:
+class Connection:
     """Attaches when it is made: raises a Kvc2Error when the daemon refuses, Unreachable when it
     does not answer. `close` it in any case. Calls may use `head` and `channel` from any thread."""
 
-    def __init__(self, address: Address, offer: Offer) -> None:
+    def __init__(self, address: Address, pool: EnginePool) -> None:
         self.channel = Channel(address)
         if (why := self.channel.absence(SERVES_S)) is not None:
             self.channel.close()
@@ -108,18 +108,18 @@ class Session:
         reader = threading.Thread(target=self._read, name="kvc2-stream", daemon=True)
         reader.start()
         try:
-            self._attach(offer)
+            self._attach(pool)
         except BaseException:
             self.close()
             raise
 
-    def _attach(self, offer: Offer) -> None:
+    def _attach(self, pool: EnginePool) -> None:
         hello = cache_pb2.Hello(
-            engine_name=offer.engine_name,
-            layout=offer.layout.to_proto(),
-            num_pages=offer.pool.num_bytes // offer.layout.payload_bytes,
-            kept_pages=packed(offer.kept_pages()),
-            memory_bytes=offer.pool.num_bytes,
+            engine_name=pool.engine_name,
+            layout=pool.layout.to_proto(),
+            num_pages=pool.memory.num_bytes // pool.layout.payload_bytes,
+            kept_pages=packed(pool.kept_pages()),
+            memory_bytes=pool.memory.num_bytes,
             wire_version=WIRE_VERSION,
         )
         self._outbox.put(cache_pb2.AttachRequest(hello=hello))
@@ -129,7 +129,7 @@ class Session:
         )
         self.key = self.head.SerializeToString()
         self.heartbeat_s = max(0.05, attached.heartbeat_interval_ms / 1000)
-        self._join(attached, offer.pool)
+        self._join(attached, pool.memory)
         self.granted = unpacked(self._expect("ready", READY_S).ready.granted_pages)
 
     def _expect(self, kind: str, timeout_s: float) -> cache_pb2.AttachResponse:
