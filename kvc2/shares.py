@@ -24,7 +24,14 @@ class SharedTable(Generic[Owner, Key, Value]):
 
     def get(self, key: Key) -> Value | None:
         """Its value, without using it. None: it is not there."""
-        return self._entries[self._owners[key]][key] if key in self._owners else None
+        return self[key] if key in self._owners else None
+
+    def __getitem__(self, key: Key) -> Value:
+        """The same. KeyError: it is not there."""
+        return self._entries[self._owners[key]][key]
+
+    def values(self) -> Iterator[Value]:
+        return (self[key] for key in self._owners)
 
     def use(self, key: Key) -> Value | None:
         """The same; it is the one that its owner used last now."""

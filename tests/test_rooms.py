@@ -51,7 +51,8 @@ FLOORS = {
         prefetch
         explain, pins, whole
         counts
-        namespaces, quotas, sessions, ticker
+        sessions
+        namespaces, quotas, ticker
     """,
     "kvc2/moving": """
         background, scrub

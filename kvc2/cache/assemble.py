@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +18,7 @@ from kvc2.arena import Arena
 from kvc2.cache.cache import Cache, Parts
 from kvc2.cache.counts import Counts
 from kvc2.cache.explain import Explainer
-from kvc2.cache.namespaces import Spaces
+from kvc2.cache.namespaces import Namespace, Namespaces
 from kvc2.cache.pins import Pins
 from kvc2.cache.prefetch import Prefetcher
 from kvc2.cache.quotas import TenantQuotas
@@ -79,14 +79,13 @@ async def assemble(
     ticker = Ticker(index, seconds, changes.expired)
     mover = Mover(index, metrics, memory.bytes, memory.disk, changes.ended, clock=clock)
     loader = Loader(index, mover, metrics, pools, always=config.load_policy == "always")
-    spaces = Spaces(index, mover, memory.disk, config.limits.max_known_namespaces, ticker.tick)
-    spaces.held = lambda: {number for each in sessions.values() for number in each.namespaces}
+    held, limits = partial(_held, sessions), config.limits
+    namespaces = Namespaces(index, mover, memory.disk, limits, now=ticker.tick, held=held)
     if pools is not None and memory.disk is not None:
-        spaces.adopt(pools.restore())
+        namespaces.adopt(pools.restore())
     counts = Counts(index, (gpus, sessions), memory.arena, memory.disk, pools)
-    pins = Pins(index, spaces, counts, config)
-    explainer = Explainer(index, spaces, counts, policy=config.eviction_policy, tick=ticker.tick)
-    spaces.on_gone += [pins.gone, explainer.gone]
+    pins = Pins(index, namespaces, counts, config)
+    explainer = Explainer(index, namespaces, counts, config, tick=ticker.tick)
     background = None
     if pools is not None:
         background = Background(index, mover, pools, gpus, config=config, metrics=metrics)
@@ -102,14 +101,14 @@ async def assemble(
         mover=mover,
         loader=loader,
         background=background,
-        spaces=spaces,
+        namespaces=namespaces,
         counts=counts,
         quotas=TenantQuotas(index, config),
         pins=pins,
-        prefetcher=Prefetcher(index, spaces, pins, pools, loader=loader, mover=mover),
+        prefetcher=Prefetcher(index, pins, pools, loader=loader, mover=mover),
         scrubber=Scrubber(index, pools, loader=loader, mover=mover),
         explainer=explainer,
-        whole=Whole(index, spaces, counts, loader=loader, background=background, config=config),
+        whole=Whole(index, namespaces, counts, loader=loader, background=background, config=config),
         gpus=gpus,
         sessions=sessions,
         copiers=(Copier(config.copy_threads), Copier(config.copy_threads, behind=True)),
@@ -118,6 +117,12 @@ async def assemble(
     )
     _begin(parts, changes)
     return Cache(parts)
+
+
+def _held(sessions: Mapping[int, Session]) -> Iterator[Namespace]:
+    """What open sessions have open: not let go of."""
+    for session in sessions.values():
+        yield from session.namespaces.values()
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from kvc2.answers import (
 from kvc2.arena import Arena
 from kvc2.cache.counts import Counts
 from kvc2.cache.explain import Explainer
-from kvc2.cache.namespaces import Spaces
+from kvc2.cache.namespaces import Namespace, Namespaces, Owner
 from kvc2.cache.pins import Pins
 from kvc2.cache.prefetch import Prefetcher
 from kvc2.cache.quotas import TenantQuotas
@@ -60,6 +60,7 @@ U8 = NDArray[np.uint8]
 U32 = NDArray[np.uint32]
 
 RESCUE_S = 2.0  # for a dead engine's uncopied blocks
+NOBODY = Owner()
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Parts:
     mover: Mover
     loader: Loader
     background: Background | None
-    spaces: Spaces
+    namespaces: Namespaces
     counts: Counts
     quotas: TenantQuotas
     pins: Pins
@@ -97,7 +98,7 @@ class Cache:
     """Assembled whole by assemble.py; `stop` ends it."""
 
     def __init__(self, parts: Parts) -> None:
-        self.index, self.spaces, self.counts = parts.index, parts.spaces, parts.counts
+        self.index, self.namespaces, self.counts = parts.index, parts.namespaces, parts.counts
         self.quotas, self.pins, self.explainer = parts.quotas, parts.pins, parts.explainer
         self.prefetcher, self.scrubber = parts.prefetcher, parts.scrubber
         self._config, self._metrics = parts.config, parts.metrics
@@ -199,47 +200,46 @@ class Cache:
     def open_namespace(
         self,
         session: Session,
-        namespace: bytes,
+        name: bytes,
         identity: bytes,
         ttl_s: int = 0,
-        tenant: str = "",
-    ) -> int:
-        """Its number here; the identity goes to the catalogue with the next batch. Raises
-        LimitReached: what the index knows stays known."""
-        page_size = session.layout.page_size
-        owner = self.quotas.number(tenant)
-        number = self.spaces.open(namespace, page_size, identity, ttl_s=ttl_s, tenant=owner)
-        self.pins.opened(number, session.mapped_pool().pools)
+        owner: Owner = NOBODY,
+    ) -> Namespace:
+        """Its record; the identity goes to the catalogue with the next batch. Raises LimitReached:
+        what the index knows stays known."""
+        page_size, pools = session.layout.page_size, session.mapped_pool().pools
+        namespace = self.namespaces.open(name, page_size, identity, owner, ttl_s=ttl_s)
+        namespace.pools = pools or namespace.pools
         if self._disk is not None and not self._disk.catalogue.add_namespace(
-            namespace, page_size, identity
+            name, page_size, identity
         ):
             self._metrics.fault("catalogue_error")
-        return number
+        return namespace
 
     def leased_namespaces(self, session: Session) -> set[int]:
-        """Numbers of those that have open leases in the session."""
-        return {each.namespace_id for each in session.leases.values()}
+        """Ids of those that have open leases in the session."""
+        return {each.namespace.id for each in session.leases.values()}
 
     # ---- requests ----
 
-    def match(self, session: Session, namespace_id: int, tokens: U32) -> Matched:
+    def match(self, session: Session, namespace: Namespace, tokens: U32) -> Matched:
         """The longest cached prefix of less than all tokens. Changes nothing."""
         self.tick()
-        space, pool = self.spaces[namespace_id], session.mapped_pool().id
-        found = self.index.match(space, pool, _u32(tokens[:-1]))
+        pool = session.mapped_pool().id
+        found = self.index.match(namespace.number, pool, _u32(tokens[:-1]))
         size = session.layout.page_size
         return Matched(found.blocks * size, _tokens_by_tier(found.tiers, size))
 
-    def explain(self, session: Session | None, namespace_id: int, tokens: U32) -> Explained:
+    def explain(self, session: Session | None, namespace: Namespace, tokens: U32) -> Explained:
         """What an acquire of these tokens would find, in this session or in any, and why not more.
         Changes nothing."""
         pool = None if session is None else session.mapped_pool().id
-        return self.explainer.of_tokens(namespace_id, tokens, pool)
+        return self.explainer.of_tokens(namespace, tokens, pool)
 
     async def acquire(
         self,
         session: Session,
-        namespace_id: int,
+        namespace: Namespace,
         request_id: bytes,
         tokens: U32,
         terms: Terms,
@@ -252,12 +252,10 @@ class Cache:
             return await asyncio.shield(known.reply)
         self.tick()
         blocks, grant_pages = (len(tokens) - 1) // session.layout.page_size, terms.grant_pages
-        space, hints = self.spaces[namespace_id], self.spaces.hints(namespace_id, terms.hints)
-        opened = self.index.acquire(space, gpu.id, _u32(tokens), blocks, hints)
-        self.explainer.keep(
-            session.epoch, namespace_id, request_id, len(tokens), opened.explanation
-        )
-        lease = session.leases[request_id] = OpenLease(request_id, opened.id, namespace_id)
+        number, hints = namespace.number, namespace.hints(terms.hints)
+        opened = self.index.acquire(number, gpu.id, _u32(tokens), blocks, hints)
+        self.explainer.keep(session.epoch, namespace, request_id, len(tokens), opened.explanation)
+        lease = session.leases[request_id] = OpenLease(request_id, opened.id, namespace)
         try:
             errand = self._loader.begin(gpu, lease.id, session.prefill_rate, terms.deadline_s)
             if errand is not None:
@@ -283,7 +281,7 @@ class Cache:
             tiers=_tokens_by_tier(view.tiers, size),
             prefix_pages=view.pages,
             transfer=gpu.pending.get(view.transfer, 0),
-            granted_pages=self.grant(session, grant_pages, lease.namespace_id),
+            granted_pages=self.grant(session, grant_pages, lease.namespace),
             computing_tokens=view.computing * size if held == view.matched else 0,
         )
 
@@ -307,16 +305,16 @@ class Cache:
         if said == NO_HINTS:
             self.index.release(lease.id)
         else:
-            self.index.release(lease.id, self.spaces.hints(lease.namespace_id, said))
+            self.index.release(lease.id, lease.namespace.hints(said))
         self.index.trim(gpu.id)  # what was pinned is to be had
         self._wake()  # what it pinned may be dead
 
-    def grant(self, session: Session, pages: int, namespace_id: int | None = None) -> U32:
+    def grant(self, session: Session, pages: int, namespace: Namespace | None = None) -> U32:
         """Up to `pages` pages to fill, evicting as needed; for a namespace, if it is known."""
         if not pages:
             return np.empty(0, np.uint32)
-        space = None if namespace_id is None else self.spaces[namespace_id]
-        granted = self.index.grant(session.mapped_pool().id, pages, space)
+        number = None if namespace is None else namespace.number
+        granted = self.index.grant(session.mapped_pool().id, pages, number)
         self._wake()  # fewer are free now
         return granted
 

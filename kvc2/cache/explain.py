@@ -12,6 +12,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,8 @@ from numpy.typing import NDArray
 from kvc2 import _core, errors
 from kvc2.answers import NO_PAGES, DifferingField, Explained, OtherNamespace, TierBlocks
 from kvc2.cache.counts import Counts
-from kvc2.cache.namespaces import Spaces
+from kvc2.cache.namespaces import Namespace, Namespaces
+from kvc2.config import ServeConfig
 
 U32 = NDArray[np.uint32]
 
@@ -35,17 +37,9 @@ class Asked:
 
     second: int
     epoch: int
-    number: int
+    namespace: Namespace
     tokens: int
     found: _core.Explanation
-
-
-@dataclass(frozen=True)
-class Owner:
-    """Whose a namespace is: what one of these has is told to nobody else."""
-
-    tenant: str
-    salt: bytes
 
 
 class Explainer:
@@ -54,34 +48,29 @@ class Explainer:
     def __init__(
         self,
         index: _core.Index,
-        spaces: Spaces,
+        namespaces: Namespaces,
         counts: Counts,
+        config: ServeConfig,
         *,
-        policy: str,
         tick: Callable[[], int],
     ) -> None:
         self._index = index
-        self._spaces = spaces
+        self._namespaces = namespaces
         self._counts = counts
-        self._policy = policy
+        self._policy = config.eviction_policy
         self._now = tick
         self._recent: OrderedDict[bytes, Asked] = OrderedDict()
-        self._owners: OrderedDict[int, Owner] = OrderedDict()  # by number, opened last at the end
-
-    def opened(self, number: int, tenant: str, salt: bytes) -> None:
-        """A session has this namespace open."""
-        self._owners[number] = Owner(tenant, salt)
-        self._owners.move_to_end(number)
-
-    def gone(self, number: int) -> None:
-        """It has no block, and no session has it open."""
-        self._owners.pop(number, None)
 
     def keep(
-        self, epoch: int, number: int, request_id: bytes, tokens: int, found: _core.Explanation
+        self,
+        epoch: int,
+        namespace: Namespace,
+        request_id: bytes,
+        tokens: int,
+        found: _core.Explanation,
     ) -> None:
         """What an acquire found, for who asks later; the oldest one is dropped for it."""
-        self._recent[request_id] = Asked(self._now(), epoch, number, tokens, found)
+        self._recent[request_id] = Asked(self._now(), epoch, namespace, tokens, found)
         self._recent.move_to_end(request_id)
         if len(self._recent) > RECENT_MAX:
             self._recent.popitem(last=False)
@@ -89,41 +78,30 @@ class Explainer:
     def of_request(self, request_id: bytes, epoch: int | None) -> Explained:
         """A recent request's answer; one of a session (None: of any). Raises NotFound."""
         asked = self._recent.get(request_id)
-        if asked is None or epoch not in (None, asked.epoch) or asked.number not in self._spaces:
+        if asked is None or epoch not in (None, asked.epoch) or asked.namespace.gone:
             raise errors.NotFound("request_id", request_id, f"one of the last {RECENT_MAX}")
-        answer = self._told(asked.number, asked.tokens, asked.found, ("gpu", "cpu", "disk"))
+        answer = self._told(asked.namespace, asked.tokens, asked.found, ("gpu", "cpu", "disk"))
         return replace(answer, asked_s_ago=float(self._now() - asked.second))
 
-    def of_tokens(self, number: int, tokens: U32, session_pool: int | None) -> Explained:
+    def of_tokens(self, namespace: Namespace, tokens: U32, session_pool: int | None) -> Explained:
         """What an acquire of these tokens would find now: in the session of that gpu pool, or
         (None) in any session."""
         whole = np.ascontiguousarray(tokens[:-1], np.uint32)
-        page_size = self._spaces.page_size(number)
+        page_size = namespace.page_size
         tiers, pools = self._pools(page_size, session_pool)
-        space = self._spaces[number]
-        found = self._index.explain(space, pools, whole) if pools else None
+        found = self._index.explain(namespace.number, pools, whole) if pools else None
         if found is None:
             return Explained(page_size, len(tokens), why="never_seen", uptime_s=float(self._now()))
-        answer = self._told(number, len(tokens), found, tiers)
+        answer = self._told(namespace, len(tokens), found, tiers)
         if found.why not in UNSEEN:
             return answer
-        earlier = self._spaces.earlier(number)
+        earlier = self._namespaces.earlier(namespace)
         if earlier is not None:
             before = self._index.explain(earlier, pools, whole)
             if before.death is not None:
                 return self._buried(answer, before.death)
-        other = self._elsewhere(number, whole, answer.hit_blocks * page_size)
+        other = self._elsewhere(namespace, whole, answer.hit_blocks * page_size)
         return answer if other is None else replace(answer, why="other_namespace", other=other)
-
-    def number(self, name: bytes) -> int:
-        """Of the namespace of this name; empty: of the only one. Raises NotFound."""
-        if name:
-            return self._spaces.number(name)
-        if len(self._owners) != 1:
-            names = [self._spaces.name(each).hex() for each in reversed(self._owners)]
-            known = ", ".join(names[:OTHERS_MAX]) or "none is open"
-            raise errors.NotFound("namespace", "", f"one of these: {known}")
-        return next(iter(self._owners))
 
     def _pools(self, page_size: int, session_pool: int | None) -> tuple[list[str], list[int]]:
         """Pools of pages of this size with their tiers, fastest first."""
@@ -143,19 +121,19 @@ class Explainer:
         return "gpu"  # of a session, which may be over
 
     def _told(
-        self, number: int, tokens: int, found: _core.Explanation, tiers: Sequence[str]
+        self, namespace: Namespace, tokens: int, found: _core.Explanation, tiers: Sequence[str]
     ) -> Explained:
         counts = self._index.counts()
         sibling = found.sibling
         answer = Explained(
-            page_size=self._spaces.page_size(number),
+            page_size=namespace.page_size,
             tokens=tokens,
             hit_blocks=found.blocks,
             runs=tuple(TierBlocks(tiers[tier], blocks) for tier, blocks in found.runs.tolist()),
             why=found.why.name.lower(),
             sibling_equal=0 if sibling is None else sibling.common,
             sibling=NO_PAGES if sibling is None else sibling.tokens,
-            namespace=self._spaces.name(number).hex(),
+            namespace=namespace.name.hex(),
             uptime_s=float(self._now()),
             dead_known=counts.dead_known,
             dead_forgotten=counts.deaths - counts.dead_known,
@@ -174,21 +152,22 @@ class Explainer:
             died_s_ago=float(max(0, self._now() - death.when)),
         )
 
-    def _elsewhere(self, number: int, tokens: U32, hit: int) -> OtherNamespace | None:
+    def _elsewhere(self, namespace: Namespace, tokens: U32, hit: int) -> OtherNamespace | None:
         """The namespace of the same owner that has more of these tokens than `hit`, if one has."""
-        owner = self._owners.get(number)
-        same = [n for n, each in reversed(self._owners.items()) if each == owner and n != number]
+        same = (
+            each
+            for each in self._namespaces
+            if each.owner == namespace.owner and each is not namespace
+        )
         best: OtherNamespace | None = None
-        for other in same[:OTHERS_MAX] if owner is not None else []:
-            page_size = self._spaces.page_size(other)
-            _, pools = self._pools(page_size, None)
+        for other in islice(same, OTHERS_MAX):
+            _, pools = self._pools(other.page_size, None)
             if not pools:
                 continue
-            blocks = self._index.explain(self._spaces[other], pools, tokens).blocks
-            if blocks * page_size > max(hit, 0 if best is None else best.hit_tokens):
-                fields = differing(self._spaces.identity(number), self._spaces.identity(other))
-                name = self._spaces.name(other).hex()
-                best = OtherNamespace(name, blocks * page_size, fields)
+            found = self._index.explain(other.number, pools, tokens).blocks * other.page_size
+            if found > max(hit, 0 if best is None else best.hit_tokens):
+                fields = differing(namespace.identity, other.identity)
+                best = OtherNamespace(other.name.hex(), found, fields)
         return best
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from kvc2 import _core, errors
 from kvc2.answers import U32, Prefetched, TierTokens
 from kvc2.arena import Arena
-from kvc2.cache.namespaces import Spaces
+from kvc2.cache.namespaces import Namespace
 from kvc2.cache.pins import Pins
 from kvc2.cache.sessions import Session
 from kvc2.moving import pace
@@ -36,7 +36,7 @@ PART_BYTES_MAX = 16 << 20  # ... on a fast tier, too
 class Wish:
     """A prefix that shall come to `pool`: that of a session (`gpu`), or of the cpu tier."""
 
-    number: int  # of the namespace
+    namespace: Namespace
     tokens: U32
     pool: int
     pools: LayoutPools
@@ -49,7 +49,6 @@ class Prefetcher:
     def __init__(
         self,
         index: _core.Index,
-        spaces: Spaces,
         pins: Pins,
         pools: Pools | None,
         *,
@@ -57,7 +56,6 @@ class Prefetcher:
         mover: Mover,
     ) -> None:
         self._index = index
-        self._spaces = spaces
         self._pins = pins
         self._loader = loader
         self._mover = mover
@@ -66,12 +64,18 @@ class Prefetcher:
         self.pools = pools
 
     async def prefetch(
-        self, session: Session | None, number: int, tokens: U32, *, tier: str, deadline_s: float
+        self,
+        session: Session | None,
+        namespace: Namespace,
+        tokens: U32,
+        *,
+        tier: str,
+        deadline_s: float,
     ) -> Prefetched:
         """Bring the longest cached prefix of the full blocks of `tokens` to cpu or to the session's
         gpu pool, and answer when it is there or the time is over; then it goes on by itself. Raises
         InvalidRequest, and LimitReached when too many are under way."""
-        wish = self._wish(session, number, tokens, tier)
+        wish = self._wish(session, namespace, tokens, tier)
         if len(self._under_way) >= AT_ONCE_MAX:
             raise errors.LimitReached("prefetches", AT_ONCE_MAX, "are under way")
         task = asyncio.create_task(self._bring(wish))
@@ -91,15 +95,15 @@ class Prefetcher:
         if not task.cancelled() and (error := task.exception()) is not None:
             LOG.error("prefetch failed: %r", error)
 
-    def _wish(self, session: Session | None, number: int, tokens: U32, tier: str) -> Wish:
+    def _wish(self, session: Session | None, namespace: Namespace, tokens: U32, tier: str) -> Wish:
         if tier == "disk":
             raise errors.InvalidRequest("tier", tier, "cpu, or gpu in a session")
-        pool = self._pins.pool(session, number, tier)
-        pools = self._pins.layout(number)
+        pool = self._pins.pool(session, namespace, tier)
+        pools = namespace.pools
         if pools is None or self.pools is None:
             raise errors.InvalidRequest("tier", tier, "a tier with a slower one below it")
         gpu = session.pool if tier == "gpu" and session is not None else None
-        return Wish(number, np.ascontiguousarray(tokens, np.uint32), pool, pools, gpu)
+        return Wish(namespace, np.ascontiguousarray(tokens, np.uint32), pool, pools, gpu)
 
     def _result(self, wish: Wish, tier: str, *, over: bool) -> Prefetched:
         size = wish.pools.shape.page_size
@@ -139,11 +143,11 @@ class Prefetcher:
 
     def _alive(self, wish: Wish) -> bool:
         over = wish.gpu is not None and wish.gpu.life.state != "ready"
-        return not over and wish.number in self._spaces
+        return not over and not wish.namespace.gone
 
     def _match(self, wish: Wish) -> tuple[int, ...]:
         """Blocks of the prefix by tier, from the one that it shall come to."""
-        return self._index.match(self._spaces[wish.number], wish.pool, wish.tokens).tiers
+        return self._index.match(wish.namespace.number, wish.pool, wish.tokens).tiers
 
     @property
     def _arena(self) -> Arena:
@@ -165,8 +169,8 @@ class Prefetcher:
             self.pools.make_room(wish.pools, min(pages, on_disk))
             if growing:  # nothing is evicted for want of memory that comes
                 pages = min(pages, self._index.pool_counts(wish.pools.cpu_id).free)
-        space = self._spaces[wish.number]
-        return self._index.prefetch(space, wish.pool, wish.tokens, pages, touches=touches)
+        number = wish.namespace.number
+        return self._index.prefetch(number, wish.pool, wish.tokens, pages, touches=touches)
 
     def _part_bytes(self, wish: Wish) -> int:
         """What comes in PART_S from the slowest tier on the way whose speed is known."""

@@ -26,7 +26,7 @@ class TenantQuotas:
                 self.set(each.name, tier, each.bytes_of(tier), each.max_blocks)
 
     def number(self, tenant: str) -> int:
-        """The index's; 0: a tenant that nothing is counted for."""
+        """The tenant's in the index; 0: a tenant that nothing is counted for."""
         return self._numbers.get(tenant or DEFAULT_TENANT, 0)
 
     def set(self, tenant: str, tier: str, max_bytes: int, max_blocks: int) -> TenantUse:

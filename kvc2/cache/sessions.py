@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from kvc2 import errors
 from kvc2.answers import Acquired
+from kvc2.cache.namespaces import Namespace
 from kvc2.layout import Layout
 from kvc2.moving.gpu_pools import GpuPool, SessionLife, SessionState
 from kvc2.shares import SharedTable
@@ -41,7 +42,7 @@ class OpenLease:
     """What one request holds, from its acquire until its release or its session's end.
 
     Laws:
-    1. A lease is in its session's `leases` exactly while it is open. `end` takes it out.
+    1. A lease is in its session's `leases` exactly while it is open. `Session.end_lease` ends it.
     2. While it is open, the index has the lease `id`, and an acquire of the same request_id gets
        this lease's `reply`. Once it has ended, such an acquire opens another lease.
     3. The acquire that opened it, and no one else, sets `reply`, once: to the lease's pages, or to
@@ -52,7 +53,7 @@ class OpenLease:
 
     request_id: bytes
     id: int  # the index's
-    namespace_id: int
+    namespace: Namespace
     reply: asyncio.Future[Acquired] = field(default_factory=_future)
     ended: asyncio.Future[None] = field(default_factory=_future)
 
@@ -68,8 +69,8 @@ class Session:
 
     `pool` is there from Cache.open_session until the end of Cache.close_session. `give_up` ends the
     attachment when the pool can't be filled any more; the engine attaches again. `leases` are the
-    open ones by request_id. `namespaces` maps the ids that this session has open, of each tenant,
-    to their 32 bytes.
+    open ones by request_id. `namespaces` are those that this session has open, of each tenant, by
+    their ids.
     """
 
     epoch: int
@@ -85,7 +86,7 @@ class Session:
     give_up: Callable[[], None] = field(default=lambda: None, repr=False)
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(SECRET_BYTES), repr=False)
     leases: dict[bytes, OpenLease] = field(default_factory=dict)
-    namespaces: SharedTable[str, int, bytes] = field(default_factory=SharedTable)
+    namespaces: SharedTable[str, int, Namespace] = field(default_factory=SharedTable)
     prefill_rate: float = 0.0  # tokens/s, as its engine measured last; 0: not known
 
     @property

@@ -13,7 +13,7 @@ from contextlib import suppress
 from kvc2 import _core
 from kvc2.answers import Evicted, Flushed, Invalidated
 from kvc2.cache.counts import Counts
-from kvc2.cache.namespaces import Spaces
+from kvc2.cache.namespaces import Namespaces
 from kvc2.config import ServeConfig
 from kvc2.moving.background import Background
 from kvc2.moving.gpu_pools import GpuPool
@@ -29,7 +29,7 @@ class Whole:
     def __init__(
         self,
         index: _core.Index,
-        spaces: Spaces,
+        namespaces: Namespaces,
         counts: Counts,
         *,
         loader: Loader,
@@ -37,7 +37,7 @@ class Whole:
         config: ServeConfig,
     ) -> None:
         self._index = index
-        self._spaces = spaces
+        self._namespaces = namespaces
         self._counts = counts
         self._loader = loader
         self._background = background
@@ -48,13 +48,13 @@ class Whole:
         """What is cached under these namespaces is dead, in every tier, before this awaits; its
         pages are freed as pins end. Who has them open goes on, matches nothing and commits anew;
         what their open leases commit is refused. Raises NotFound and LimitReached."""
-        blocks = self._spaces.retire(names)
+        blocks = self._namespaces.retire(names)
         if self._background is not None:
             self._background.free.reap()
         for pool in self._counts.pool_ids("gpu") if self._background is None else []:
             self._index.reap(pool, ALL)
         self._wake()
-        return Invalidated(len(names), blocks, await self._spaces.write_eras())
+        return Invalidated(len(names), blocks, await self._namespaces.write_eras())
 
     async def wait_durable(self, gpu: GpuPool, leases: Sequence[int], deadline_s: float) -> bool:
         """Whether all that these leases have pages of is on disk, within the deadline. Where there

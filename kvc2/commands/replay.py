@@ -27,11 +27,11 @@ def hit_rate(
     index = _core.Index(policy=policy, seed=seed)
     pool = index.add_pool(page_size=1, pages_per_slab=capacity, below=None, durable=False)
     index.add_slab(pool)
-    space = index.open_namespace(NAMESPACE, 1)
+    number = index.open_namespace(NAMESPACE, 1)
     hits = 0
     for i in range(len(trace)):
         blocks = trace.request(i)
-        lease = index.acquire(space, pool, blocks, len(blocks))
+        lease = index.acquire(number, pool, blocks, len(blocks))
         hits += lease.matched
         pages = index.grant(pool, len(blocks) - lease.matched)
         if len(pages):

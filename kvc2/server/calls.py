@@ -35,6 +35,7 @@ from kvc2.answers import (
     shorter,
 )
 from kvc2.cache.cache import Cache
+from kvc2.cache.namespaces import Namespace, Owner
 from kvc2.cache.sessions import Session
 from kvc2.config import DEFAULT_TENANT, ServeConfig, listen_address
 from kvc2.metrics import Metrics
@@ -101,33 +102,33 @@ class CacheCalls:
         tenant = checks.text("tenant", request.tenant, checks.TENANT_BYTES_MAX)
         identity = decode(request.identity)
         check_layout(identity, session.layout)
-        namespace = self._tenants.namespace(tenant, session.uid, request.identity, request.salt)
+        name = self._tenants.namespace(tenant, session.uid, request.identity, request.salt)
         ttl_s = shorter(request.ttl_s, self._tenants.ttl_s(tenant))
-        number = self._cache.open_namespace(session, namespace, request.identity, ttl_s, tenant)
-        owner = tenant or DEFAULT_TENANT
-        if number not in session.namespaces:
-            self._make_room(session, owner)
-        session.namespaces.put(owner, number, namespace)
-        self._cache.explainer.opened(number, tenant or DEFAULT_TENANT, request.salt)
-        return cache_pb2.OpenNamespaceResponse(namespace_id=number + 1)
+        quota = self._cache.quotas.number(tenant)
+        owner = Owner(tenant or DEFAULT_TENANT, request.salt, quota)
+        namespace = self._cache.open_namespace(session, name, request.identity, ttl_s, owner)
+        if namespace.id not in session.namespaces:
+            self._make_room(session, owner.tenant)
+        session.namespaces.put(owner.tenant, namespace.id, namespace)
+        return cache_pb2.OpenNamespaceResponse(namespace_id=namespace.id + 1)
 
-    def _make_room(self, session: Session, owner: str) -> None:
+    def _make_room(self, session: Session, tenant: str) -> None:
         """In the session's table, for a namespace of this tenant: salts are the callers' choice,
         and end neither an open lease's nor another tenant's. Raises LimitReached."""
         most = self._limits.max_namespaces
         if len(session.namespaces) < most:
             return
         used = self._cache.leased_namespaces(session)
-        gone = next((each for each in session.namespaces.victims(owner) if each not in used), None)
+        gone = next((each for each in session.namespaces.victims(tenant) if each not in used), None)
         if gone is None:
             raise errors.LimitReached("limits.max_namespaces", most, "have open leases")
         session.namespaces.drop(gone)
 
     async def Match(self, request: cache_pb2.MatchRequest) -> cache_pb2.MatchResponse:
         session = self._session(request.session)
-        number = checks.namespace_id(session, request.namespace_id)
+        namespace = checks.namespace_id(session, request.namespace_id)
         tokens = checks.tokens("tokens", request.tokens, self._limits)
-        return to_message(self._cache.match(session, number, tokens), cache_pb2.MatchResponse)
+        return to_message(self._cache.match(session, namespace, tokens), cache_pb2.MatchResponse)
 
     async def Explain(self, request: cache_pb2.ExplainRequest) -> cache_pb2.ExplainResponse:
         return to_message(self._explain(request), cache_pb2.ExplainResponse)
@@ -140,16 +141,16 @@ class CacheCalls:
             return self._cache.explainer.of_request(request_id, epoch)
         tokens = checks.tokens("tokens", request.tokens, self._limits)
         if session is None:
-            number = self._cache.explainer.number(request.namespace)
+            namespace = self._cache.namespaces.find(request.namespace)
         else:
-            number = checks.namespace_id(session, request.namespace_id)
-        return self._cache.explain(session, number, tokens)
+            namespace = checks.namespace_id(session, request.namespace_id)
+        return self._cache.explain(session, namespace, tokens)
 
     async def Acquire(self, request: cache_pb2.AcquireRequest) -> cache_pb2.AcquireResponse:
         session = self._session(request.session)
         if self._attachments.draining:
             raise errors.Draining("the daemon drains: no new leases")
-        number = checks.namespace_id(session, request.namespace_id)
+        namespace = checks.namespace_id(session, request.namespace_id)
         request_id = checks.request_id("request_id", request.request_id)
         tokens = checks.tokens("tokens", request.tokens, self._limits)
         grant = checks.grant("grant_pages", request.grant_pages, self._limits)
@@ -159,7 +160,7 @@ class CacheCalls:
         if len(session.leases) >= self._limits.max_leases and request_id not in session.leases:
             raise errors.LimitReached("limits.max_leases", self._limits.max_leases, "are open")
         terms = Terms(grant, deadline_s, checks.hints("hints", request.hints))
-        found = await self._cache.acquire(session, number, request_id, tokens, terms)
+        found = await self._cache.acquire(session, namespace, request_id, tokens, terms)
         self._metrics.prompt_tokens.inc(len(tokens))
         for counter, count in zip(self._matched, found.tiers, strict=True):
             if count:
@@ -279,13 +280,12 @@ class CacheCalls:
         what = request.WhichOneof("what")
         if what == "namespace_id":
             session = self._session(request.session)
-            number = checks.namespace_id(session, request.namespace_id)
-            names = [session.namespaces.use(number) or b""]
+            names = [checks.namespace_id(session, request.namespace_id).name]
         elif what == "namespace":
             names = [checks.namespace("namespace", request.namespace)]
         else:
             digest = check_weights_digest("weights_digest", request.weights_digest)
-            names = self._cache.spaces.of_weights(digest)
+            names = self._cache.namespaces.of_weights(digest)
         return to_message(await self._cache.invalidate(names), cache_pb2.InvalidateResponse)
 
     async def SetQuota(self, request: cache_pb2.SetQuotaRequest) -> cache_pb2.SetQuotaResponse:
@@ -295,22 +295,22 @@ class CacheCalls:
         return cache_pb2.SetQuotaResponse(use=to_message(found, cache_pb2.TenantUse))
 
     async def Pin(self, request: cache_pb2.PinRequest) -> cache_pb2.PinResponse:
-        session, number, tokens = self._prefix(request)
+        session, namespace, tokens = self._prefix(request)
         tier = checks.tier(request.tier or "cpu")
-        found = self._cache.pins.pin(session, number, tokens, tier=tier, hard=request.hard)
+        found = self._cache.pins.pin(session, namespace, tokens, tier=tier, hard=request.hard)
         return to_message(found, cache_pb2.PinResponse)
 
     async def Unpin(self, request: cache_pb2.UnpinRequest) -> cache_pb2.UnpinResponse:
-        session, number, tokens = self._prefix(request)
+        session, namespace, tokens = self._prefix(request)
         tier = checks.tier(request.tier or "cpu")
-        blocks = self._cache.pins.unpin(session, number, tokens, tier=tier)
+        blocks = self._cache.pins.unpin(session, namespace, tokens, tier=tier)
         return cache_pb2.UnpinResponse(blocks=blocks)
 
     async def Prefetch(self, request: cache_pb2.PrefetchRequest) -> cache_pb2.PrefetchResponse:
-        session, number, tokens = self._prefix(request)
+        session, namespace, tokens = self._prefix(request)
         found = await self._cache.prefetcher.prefetch(
             session,
-            number,
+            namespace,
             tokens,
             tier=checks.tier(request.tier or "cpu"),
             deadline_s=checks.deadline_s("deadline_ms", request.deadline_ms, 0.0),
@@ -327,12 +327,12 @@ class CacheCalls:
 
     def _prefix(
         self, request: cache_pb2.PinRequest | cache_pb2.UnpinRequest | cache_pb2.PrefetchRequest
-    ) -> tuple[Session | None, int, np.ndarray[Any, Any]]:
-        """Who asks (None: the socket's owner), the namespace's number, and tokens in it."""
+    ) -> tuple[Session | None, Namespace, np.ndarray[Any, Any]]:
+        """Who asks (None: the socket's owner), the namespace, and tokens in it."""
         session = self._session_or_owner(request)
         tokens = checks.tokens("tokens", request.tokens, self._limits)
         if session is None:
-            return session, self._cache.explainer.number(request.namespace), tokens
+            return session, self._cache.namespaces.find(request.namespace), tokens
         return session, checks.namespace_id(session, request.namespace_id), tokens
 
     async def Stats(self, request: cache_pb2.StatsRequest) -> cache_pb2.StatsResponse:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kvc2 import errors
 from kvc2.answers import Hints
+from kvc2.cache.namespaces import Namespace
 from kvc2.cache.sessions import Session
 from kvc2.config import LimitsConfig
 from kvc2.v1 import cache_pb2
@@ -116,12 +117,14 @@ def reserved(field: str, value: object, only: object) -> None:
         raise errors.Reserved(field, value, f"reserved, must be {only!r}")
 
 
-def namespace_id(session: Session, number: int) -> int:
-    """The cache's id: the wire counts from 1, so that a field that was left out is refused. Raises
-    NotFound, also for one that was let go of: the client opens it again."""
-    if session.namespaces.use(number - 1) is None:
-        raise errors.NotFound("namespace_id", number, "opened by this session with OpenNamespace")
-    return number - 1
+def namespace_id(session: Session, wire_id: int) -> Namespace:
+    """What the session has open under this id: the wire counts from 1, so that a field that was
+    left out is refused. Raises NotFound, also for one that was let go of: the client opens it
+    again."""
+    namespace = session.namespaces.use(wire_id - 1)
+    if namespace is None:
+        raise errors.NotFound("namespace_id", wire_id, "opened by this session with OpenNamespace")
+    return namespace
 
 
 def namespace(field: str, value: bytes) -> bytes:

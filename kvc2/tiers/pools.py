@@ -132,19 +132,19 @@ class Pools:
 
     def restore(self) -> dict[bytes, int]:
         """Rebuild what the disk held: namespaces, slabs, residency; drop records that don't fit.
-        The spaces that the index has now, by their names, each of its era."""
+        Returns the index's numbers of the namespaces that are left, by the name of their era."""
         disk = self.disk
         if disk is None:
             return {}
-        spaces = restart.open_spaces(self._index, disk.catalogue)
+        numbers = restart.open_namespaces(self._index, disk.catalogue)
         used: set[bytes] = set()
         for pool in list(disk.pools.values()):
             used |= self._restore_pool(disk, self._known(pool.shape))
         disk.forget_namespaces(used)
         return {
-            known: space
-            for known, space in spaces.items()
-            if known in used or not self._index.close_namespace(space)
+            known: number
+            for known, number in numbers.items()
+            if known in used or not self._index.close_namespace(number)
         }
 
     def _restore_pool(self, disk: DiskTier, pools: LayoutPools) -> set[bytes]:

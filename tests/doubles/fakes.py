@@ -27,6 +27,7 @@ from kvc2.answers import (
     TierCounts,
     TierTokens,
 )
+from kvc2.cache.namespaces import Namespace, Owner
 from kvc2.cache.sessions import Session
 from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics
@@ -43,22 +44,20 @@ class Pool:
     event_fd: int
 
 
-class FakeExplainer:
-    def opened(self, number: int, tenant: str, salt: bytes) -> None: ...
-
-
 class FakeQuotas:
+    def number(self, tenant: str) -> int:
+        return 0
+
     def uses(self) -> list[TenantUse]:
         return []
 
 
 class FakeCache:
     def __init__(self, config: ServeConfig, metrics: Metrics) -> None:
-        self.explainer = FakeExplainer()
         self.quotas = FakeQuotas()
         self.sessions: list[Session] = []
         self.closed: list[tuple[int, bool]] = []
-        self.namespaces: list[bytes] = []
+        self.names: list[bytes] = []
         self.fail: BaseException | None = None
 
     @classmethod
@@ -66,7 +65,7 @@ class FakeCache:
         return cls(config, metrics)
 
     def leased_namespaces(self, session: Session) -> set[int]:
-        return set(session.leases.values())
+        return {each.id for each in session.leases.values()}
 
     async def stop(self, deadline_s: float) -> Flushed:
         return Flushed(0, {})
@@ -89,40 +88,41 @@ class FakeCache:
     def open_namespace(
         self,
         session: Session,
-        namespace: bytes,
+        name: bytes,
         identity: bytes,
-        ttl_s: int = 0,
-        tenant: str = "",
-    ) -> int:
-        if namespace not in self.namespaces:
-            self.namespaces.append(namespace)
-        return self.namespaces.index(namespace)
+        ttl_s: int,
+        owner: Owner,
+    ) -> Namespace:
+        if name not in self.names:
+            self.names.append(name)
+        number = self.names.index(name)
+        return Namespace(number, name, session.layout.page_size, identity, owner, 0, number)
 
-    def _prefix(self, session: Session, number: int, tokens: U32) -> list[int]:
+    def _prefix(self, session: Session, namespace: Namespace, tokens: U32) -> list[int]:
         size, pages = session.layout.page_size, []
         for end in range(size, (len(tokens) - 1) // size * size + 1, size):
-            key = (self.namespaces[number], tokens[:end].tobytes())
+            key = (self.names[namespace.id], tokens[:end].tobytes())
             if key not in session.pool.resident:
                 break
             pages.append(session.pool.resident[key])
         return pages
 
-    def match(self, session: Session, namespace_id: int, tokens: U32) -> Matched:
-        count = len(self._prefix(session, namespace_id, tokens)) * session.layout.page_size
+    def match(self, session: Session, namespace: Namespace, tokens: U32) -> Matched:
+        count = len(self._prefix(session, namespace, tokens)) * session.layout.page_size
         return Matched(count, TierTokens(gpu=count))
 
     async def acquire(
         self,
         session: Session,
-        namespace_id: int,
+        namespace: Namespace,
         request_id: bytes,
         tokens: U32,
         terms: Terms,
     ) -> Acquired:
         if self.fail is not None:
             raise self.fail
-        pages = self._prefix(session, namespace_id, tokens)
-        session.leases[request_id] = namespace_id
+        pages = self._prefix(session, namespace, tokens)
+        session.leases[request_id] = namespace
         session.pool.__dict__.setdefault("tokens", {})[request_id] = tokens.copy()
         count = len(pages) * session.layout.page_size
         return Acquired(
@@ -144,12 +144,12 @@ class FakeCache:
         self, session: Session, request_id: bytes, first_block: int, tokens: U32, pages: U32
     ) -> NDArray[np.uint8]:
         size = session.layout.page_size
-        number = session.leases[request_id]
+        namespace = session.leases[request_id]
         whole = session.pool.__dict__["tokens"][request_id][: first_block * size]
         results = []
         for index, page in enumerate(pages.tolist()):
             whole = np.concatenate([whole, tokens[index * size : (index + 1) * size]])
-            key = (self.namespaces[number], whole.astype("<u4").tobytes())
+            key = (self.names[namespace.id], whole.astype("<u4").tobytes())
             if page not in session.pool.private:
                 results.append(0 if session.pool.resident.get(key) == page else 2)
             elif key in session.pool.resident:

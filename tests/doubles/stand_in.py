@@ -93,7 +93,7 @@ class StandIn:
             kept_pages=np.empty(0, np.uint32),
         )
         self.session.life.become("ready")
-        self.number = self.cache.open_namespace(self.session, self.namespace, self.identity)
+        self.opened = self.cache.open_namespace(self.session, self.namespace, self.identity)
 
     async def close(self, *, at_rest: bool = False) -> None:
         async def known() -> bool:
@@ -115,7 +115,7 @@ class StandIn:
     ) -> tuple[bytes, Acquired]:
         request = self.request_id()
         found = await self.cache.acquire(
-            self.session, self.number, request, tokens, Terms(grant, deadline_s, hints)
+            self.session, self.opened, request, tokens, Terms(grant, deadline_s, hints)
         )
         return request, found
 

@@ -14,6 +14,7 @@ from engine.metrics import EngineMetrics
 from engine.pages import PageBook
 from engine.prefix import BridgeConfig, Daemon, PoolMemory, open_prefix
 from engine.request import Caller
+from kvc2.cache.namespaces import Namespace
 from kvc2.client import Hints
 from tests.doubles.daemons import ServedDaemon, serve_config
 from tests.doubles.engine_doubles import House, expected_tokens
@@ -126,14 +127,13 @@ def test_without_a_daemon_hints_are_taken_and_ignored() -> None:
 def test_the_hints_arrive_in_the_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arrived: list[Any] = []
     with ServedDaemon(serve_config(tmp_path), cache=None) as served:
-        index = served.daemon.cache.spaces
-        real = index.hints
+        real = Namespace.hints
 
-        def note(namespace_id: int, given: Any) -> Any:
+        def note(namespace: Namespace, given: Any) -> Any:
             arrived.append(given)
-            return real(namespace_id, given)
+            return real(namespace, given)
 
-        monkeypatch.setattr(index, "hints", note)
+        monkeypatch.setattr(Namespace, "hints", note)
         pool = PoolMemory(POOL_BYTES)
         prefix = open_prefix(
             PageBook(NUM_PAGES),

@@ -178,7 +178,7 @@ def test_identities_come_back(tmp_path: Path) -> None:
             assert (await cache.flush(10)).not_durable_blocks == {}
         no_catalogue(tmp_path)
         async with running(tmp_path) as cache:
-            assert cache.spaces.of_weights(weights) == [NAMESPACE]
+            assert cache.namespaces.of_weights(weights) == [NAMESPACE]
 
     asyncio.run(run())
 

@@ -109,13 +109,13 @@ def known_namespaces(folder: Path) -> None:
         limits = LimitsConfig(max_known_namespaces=6)
         async with running(disk, clock=clock, limits=limits, **more) as cache:
             engine = StandIn(cache, 64)
-            held, words = engine.number, set()
+            held, words = engine.opened, set()
 
             async def salt(number: int) -> int:
                 """Tokens that its second request matches; -1: it was refused."""
                 name = hashlib.sha256(b"%d" % number).digest()
                 try:
-                    engine.number = cache.open_namespace(engine.session, name, b"{}")
+                    engine.opened = cache.open_namespace(engine.session, name, b"{}")
                 except LimitReached as error:
                     words.add(str(error))
                     return -1
@@ -124,7 +124,7 @@ def known_namespaces(folder: Path) -> None:
                     assert (await cache.flush(10)).not_durable_blocks == {}
                 return (await engine.ask(prompt(0, 2))).matched_tokens
 
-            engine.session.namespaces.put("", held, b"held")
+            engine.session.namespaces.put("", held.id, held)
             await engine.ask(prompt(0, 2))
             worked = []
             for number in range(30):
@@ -141,7 +141,7 @@ def known_namespaces(folder: Path) -> None:
             assert worked[:5] == [8] * 5
             assert worked.count(8) > 10  # and not for a while alone
             assert cache.index.counts().namespaces <= 6
-            engine.number = held  # it was open all the time
+            engine.opened = held  # it was open all the time
             assert (await engine.ask(prompt(0, 2))).matched_tokens == 8
             if disk is not None:
                 assert cache._disk is not None
@@ -334,11 +334,11 @@ def test_too_many_invalidations_are_refused_as_a_whole(
         async with running(tmp_path / "disk") as cache:
             engine = StandIn(cache, 64)
             names = [hashlib.sha256(b"%d" % number).digest() for number in range(3)]
-            numbers = [cache.open_namespace(engine.session, each, b"{}") for each in names]
+            opened = [cache.open_namespace(engine.session, each, b"{}") for each in names]
 
             async def matched() -> list[int]:
                 found = []
-                for engine.number in numbers:
+                for engine.opened in opened:
                     found.append((await engine.ask(prompt(0, 2))).matched_tokens)
                 return found
 

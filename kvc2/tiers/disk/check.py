@@ -199,7 +199,7 @@ class _Checker:
     def run(self, progress: Progress) -> None:
         catalogue, report = self._catalogue, self._report
         report.layouts, report.namespaces = len(catalogue.layouts), len(catalogue.namespaces)
-        names = restart.open_spaces(self._index, catalogue)
+        names = restart.open_namespaces(self._index, catalogue)
         retired = self._open_retired(set(names))
         for pages in catalogue.unknown().values():
             report.damage["unknown_layout"] += pages.size

@@ -55,7 +55,7 @@ def repair(path: Path, report: Report) -> Repaired:
         found.unknown_records = sum(pages.size for pages in unknown.values())
         deletes = {number: [pages] for number, pages in unknown.items()}
         index = _core.Index()
-        restart.open_spaces(index, tier.catalogue)
+        restart.open_namespaces(index, tier.catalogue)
         for pool in tier.pools.values():
             deletes[pool.number] = [_refused(tier, pool, index, report, found)]
         found.complete = tier.commit(Change(deletes=deletes)).committed

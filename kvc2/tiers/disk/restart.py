@@ -16,13 +16,13 @@ from kvc2.tiers.disk.catalogue import Catalogue, Stored
 NO_LIFETIMES = np.empty((0, 2), np.uint32)
 
 
-def open_spaces(index: _core.Index, catalogue: Catalogue) -> dict[bytes, int]:
-    """Make the catalogue's namespaces known; their ids by their names, each of its era."""
-    spaces = {}
+def open_namespaces(index: _core.Index, catalogue: Catalogue) -> dict[bytes, int]:
+    """Make the catalogue's namespaces known; their numbers by the name of their era."""
+    numbers = {}
     for name, (page_size, _) in catalogue.namespaces.items():
         known = of_era(name, catalogue.eras.get(name, 0))
-        spaces[known] = index.open_namespace(known, page_size)
-    return spaces
+        numbers[known] = index.open_namespace(known, page_size)
+    return numbers
 
 
 def add_slabs(index: _core.Index, pool: int, numbers: list[int]) -> None:

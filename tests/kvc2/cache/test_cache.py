@@ -371,7 +371,7 @@ def test_a_second_acquire_of_a_released_request_can_be_released_too(tmp_path: Pa
         async with running(tmp_path) as cache:
             engine = StandIn(cache, 32)
             await on_disk_only(cache, engine, 1, 8)
-            ask = (engine.session, engine.number, b"same", prompt(1, 8), Terms(0, 20.0))
+            ask = (engine.session, engine.opened, b"same", prompt(1, 8), Terms(0, 20.0))
             first = asyncio.ensure_future(cache.acquire(*ask))
             await asyncio.sleep(0)
             cache.release(engine.session, b"same")
@@ -394,7 +394,7 @@ def test_an_acquire_is_idempotent_while_its_lease_is_open() -> None:
         async with running(None) as cache:
             engine = StandIn(cache, 32)
             await engine.ask(prompt(1, 4))
-            ask = (engine.session, engine.number, b"same", prompt(1, 4), Terms(3, 1.0))
+            ask = (engine.session, engine.opened, b"same", prompt(1, 4), Terms(3, 1.0))
             first, second = await cache.acquire(*ask), await cache.acquire(*ask)
             assert first is second
             assert cache.index.counts().leases == 1
@@ -412,7 +412,7 @@ def test_what_memory_holds_is_answered_without_awaiting() -> None:
             await engine.ask(prompt(1, 8))
             await cache.evict("gpu", 0)
             waiting = cache.acquire(
-                engine.session, engine.number, b"r", prompt(1, 8), Terms(0, 1.0)
+                engine.session, engine.opened, b"r", prompt(1, 8), Terms(0, 1.0)
             )
             with pytest.raises(StopIteration) as stopped:
                 waiting.send(None)

@@ -51,7 +51,7 @@ def test_an_engine_an_operator_and_a_command_invalidate(served: ServedDaemon) ->
         found = admin.invalidate(weights_digest=identity().weights_digest)
         assert (found.namespaces, found.blocks) == (1, BLOCKS)
         commit(engine, handle)
-        name = served.on_loop(lambda: served.daemon.cache.spaces.name(0))
+        name = served.on_loop(lambda: next(iter(served.daemon.cache.namespaces)).name)
         run = CliRunner().invoke(
             cli.app,
             ["invalidate", "--namespace", name.hex(), "--address", served.address, "--json"],

@@ -36,7 +36,7 @@ async def prefetch(
 ) -> Prefetched:
     return await house.cache.prefetcher.prefetch(
         house.engine.session if session else None,
-        house.engine.number,
+        house.engine.opened,
         prompt(seed, LONG),
         tier=tier,
         deadline_s=deadline_s,
@@ -146,12 +146,12 @@ def test_who_waits_for_others_in_vain_gives_up(
 
     async def work(house: House) -> None:
         looks, crowds = crowded(house, monkeypatch), Loader.until_idle
-        wish = house.cache.prefetcher._wish(None, house.engine.number, prompt(1, LONG), "cpu")
+        wish = house.cache.prefetcher._wish(None, house.engine.opened, prompt(1, LONG), "cpu")
 
         async def others(loader: Loader) -> None:
             await crowds(loader)
-            index, space = house.cache.index, house.cache.spaces[wish.number]
-            step = index.prefetch(space, wish.pool, wish.tokens, 1, touches=False)
+            index, number = house.cache.index, wish.namespace.number
+            step = index.prefetch(number, wish.pool, wish.tokens, 1, touches=False)
             assert isinstance(step, _core.Transfer)
             house.cache._mover.load(wish.pools, step)
 

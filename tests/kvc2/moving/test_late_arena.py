@@ -69,7 +69,7 @@ def after_a_page_was_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def prefetch(engine: StandIn) -> Prefetched:
     return await engine.cache.prefetcher.prefetch(
-        engine.session, engine.number, prompt(1, BLOCKS), tier="cpu", deadline_s=20.0
+        engine.session, engine.opened, prompt(1, BLOCKS), tier="cpu", deadline_s=20.0
     )
 
 
@@ -135,7 +135,7 @@ def test_a_prefetch_evicts_nothing_for_memory_that_comes(
             found = await task
             assert (found.tiers, found.coming_tokens) == (TierTokens(cpu=BLOCKS * PAGE_SIZE), 0)
             await cache.evict("gpu", 0)
-            kept = cache.match(engine.session, engine.number, prompt(2, 2))
+            kept = cache.match(engine.session, engine.opened, prompt(2, 2))
             assert kept.tiers == TierTokens(cpu=2 * PAGE_SIZE)
 
     asyncio.run(run())

@@ -254,7 +254,7 @@ def test_what_comes_for_a_request_that_was_answered_changes_nothing(tmp_path: Pa
 
         async def acquire() -> Acquired:
             terms = Terms(0, 100.0)
-            return await cache.acquire(session, house.engine.number, b"1", prompt(0, BLOCKS), terms)
+            return await cache.acquire(session, house.engine.opened, b"1", prompt(0, BLOCKS), terms)
 
         caller = asyncio.create_task(acquire())
         while not cache._mover.loading_bytes:
