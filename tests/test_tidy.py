@@ -15,14 +15,39 @@ from pathlib import Path
 import pytest
 
 from tests import ROOT
-from tests.house import cpp_files, identify, imported_modules, python_files
+from tests.house import (
+    CLASS_MAX,
+    classes,
+    cpp_files,
+    identify,
+    imported_modules,
+    none_assertions,
+    python_files,
+)
 
 CPP_COLUMNS_MAX = 100  # as .clang-format says
-FILE_LINES_MAX = 500  # a longer file holds more than one concept
-PYTHON_FUNCTION_LINES_MAX = 60
+PYTHON_FUNCTION_LINES_MAX = 60  # a function is read without scrolling
 CPP_FUNCTION_LINES_MAX = 70
-ARGUMENTS_MAX = 6
-README_LINES_MAX = 100
+ARGUMENTS_MAX = 6  # more of them are a value that has no name yet
+README_LINES_MAX = 100  # a longer one is not read
+README_COLUMNS_MAX = 200  # a wider row is prose: it belongs to the file that it is about
+
+# Classes over CLASS_MAX, with their (lines, methods, attributes): none is added and none grows. A
+# class that has shrunk lowers its figures here, or leaves.
+LARGE_CLASSES = {
+    "engine/metrics.py: EngineMetrics": (42, 1, 21),  # one attribute for each metric
+    "engine/prefix.py: Prefix": (354, 31, 12),
+    "engine/scheduler.py: Scheduler": (335, 28, 12),
+    "kvc2/cache/cache.py: Cache": (254, 19, 23),
+    "kvc2/client/client.py: Client": (396, 31, 13),  # a method for each call
+    "kvc2/metrics.py: Metrics": (96, 5, 16),  # one attribute for each metric
+    "kvc2/moving/mover.py: Mover": (324, 20, 17),
+    "kvc2/server/calls.py: CacheCalls": (332, 30, 14),  # a method for each call
+    "kvc2/server/daemon.py: Daemon": (131, 13, 15),
+    "kvc2/tiers/disk/catalogue.py: Catalogue": (275, 25, 19),
+    "kvc2/tiers/disk/tier.py: DiskTier": (307, 26, 14),
+}
+NONE_ASSERTIONS_MAX = {"kvc2": 53, "engine": 7}  # lower it with each that goes
 
 # What we never call things (kvc2/WORDS.md, last column), as whole words of a public name.
 FORBIDDEN_WORDS = {
@@ -33,14 +58,28 @@ FORBIDDEN_WORDS = {
 }
 
 
-def test_files_hold_one_concept() -> None:
-    files = python_files("kvc2", "engine", "tests", "benchmarks") + cpp_files()
-    long = [
-        f"{identify(path)}: {count} lines"
-        for path in files
-        if (count := len(path.read_text().splitlines())) > FILE_LINES_MAX
-    ]
-    assert not long, "\n".join(long)
+def test_no_class_does_too_much() -> None:
+    """A file may be long where it is one thing; a class with many methods over many attributes is
+    several, whose states nobody can list. Mixins and halves would hide that, so they are no way
+    out: another class takes over what has a state of its own."""
+    grown, large = [], set()
+    for name, size in classes("kvc2", "engine").items():
+        listed = LARGE_CLASSES.get(name, CLASS_MAX)
+        limits = [max(pair) for pair in zip(listed, CLASS_MAX, strict=True)]
+        if any(count > most for count, most in zip(size, CLASS_MAX, strict=True)):
+            large.add(name)
+        if any(count > most for count, most in zip(size, limits, strict=True)):
+            grown.append(f"{name}: {tuple(size)} lines, methods, attributes; at most {limits}")
+    assert not grown, "\n".join(grown)
+    assert not set(LARGE_CLASSES) - large, "not large any more: take them out of LARGE_CLASSES"
+
+
+@pytest.mark.parametrize("folder", NONE_ASSERTIONS_MAX)
+def test_what_may_be_missing_is_not_asserted_to_be_there(folder: str) -> None:
+    """`assert x is not None` says that a type allows what cannot be. A type that doesn't is better:
+    a chain that is shorter, an object that is made when its parts are there."""
+    found = none_assertions(folder)
+    assert len(found) <= NONE_ASSERTIONS_MAX[folder], "\n".join(found)
 
 
 def test_no_line_of_cpp_is_too_wide() -> None:
@@ -227,6 +266,18 @@ def test_every_folder_has_a_readme_of_at_most_a_hundred_lines() -> None:
         and len(path.read_text().splitlines()) > README_LINES_MAX
     ]
     assert not long, f"over {README_LINES_MAX} lines: {long}"
+
+
+def test_a_readme_can_be_read_as_text() -> None:
+    """Not every reader has a renderer: a wider row of a table wraps, and its columns are lost."""
+    wide = [
+        f"{identify(path)}:{number}: {len(line)} columns"
+        for path in tracked_files()
+        if path.name in {"README.md", "WORDS.md"}
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > README_COLUMNS_MAX
+    ]
+    assert not wide, "\n".join(wide)
 
 
 def test_the_top_level_is_fixed() -> None:
