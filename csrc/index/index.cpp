@@ -59,7 +59,7 @@ uint32_t Index::page_size(PoolId id) const {
   return pools_.at(id).shape.page_size;
 }
 
-// Once it is closed no lease is opened in it and no page granted, so nothing is overlooked.
+// Once the pool is closed, no lease is opened in it and no page granted: the slices overlook none.
 void Index::close_pool(PoolId id) {
   std::vector<LeaseId> leases;
   {
@@ -80,7 +80,7 @@ void Index::close_pool(PoolId id) {
   });
 }
 
-// From the first slice on the pool is unknown to every call; the tree forgets its pages by and by.
+// From the first slice on, no call knows the pool; the tree forgets its pages slice by slice.
 void Index::remove_pool(PoolId id) {
   const PagePool& leaving = start_leaving(id);
   for (PageId begin = 0; begin < leaving.size();) {
@@ -240,7 +240,7 @@ std::vector<uint32_t> Index::stamps(PoolId id) const {
   return stamps;
 }
 
-// The bytes are counted node by node, in slices: they are of a moment each.
+// The bytes are counted in slices of the nodes, so that they are not of one moment.
 IndexCounts Index::counts() const {
   size_t bytes = 0;
   for (NodeId begin = 0, nodes = 1; begin < nodes; begin += kSlicePages) {

@@ -49,8 +49,8 @@ void Leases::hold_leading(Lease& lease, const std::vector<Run>& path) {
   }
 }
 
-// Pins the pages that the lease's pool has of the run from its first block on; how many. The caller
-// refreshes the node.
+// Pins the pages that the lease's pool has of the run, up to the first gap; returns how many. The
+// caller refreshes the node.
 uint32_t Leases::hold(Lease& lease, const Run& run) {
   PagePool& from = pools_.at(lease.pool);
   uint32_t held = 0;
@@ -77,7 +77,7 @@ void Leases::learn(const Lease& lease, const std::vector<Run>& path, const Reque
   curve_.access(keys, tree_.spaces[lease.space].page_size, request.tokens.size());
 }
 
-// Of the full blocks of the prompt after those of the path.
+// The keys of the prompt's full blocks after those of the path.
 std::vector<BlockKey> Leases::keys_after(const Lease& lease, const std::vector<Run>& path,
                                          Tokens tokens) const {
   const Space& space = tree_.spaces[lease.space];
@@ -88,7 +88,7 @@ std::vector<BlockKey> Leases::keys_after(const Lease& lease, const std::vector<R
   return chain_keys(key, rest, space.page_size);
 }
 
-// The blocks after `matched` are these, and the lease computes them.
+// From now on the lease computes the blocks with these keys, which follow `matched`.
 void Leases::register_computing(Lease& lease, std::vector<BlockKey>&& keys) {
   lease.unmatched = std::move(keys);
   lease.computing_from = 0;
@@ -102,7 +102,7 @@ void Leases::register_computing(Lease& lease, std::vector<BlockKey>&& keys) {
   }
 }
 
-// Blocks before `end` are no longer being computed by this lease.
+// The lease computes the blocks before `end` no longer.
 void Leases::unregister_computing(Lease& lease, uint32_t end) {
   while (lease.computing_from < lease.unmatched.size() &&
          lease.matched + lease.computing_from < end) {
@@ -116,7 +116,7 @@ void Leases::unregister_computing(Lease& lease, uint32_t end) {
   }
 }
 
-// What a pool of the chain holds and the pool below it lacks is considered for demotion again.
+// Blocks that a pool of the chain has and the pool below it lacks are queued for demotion again.
 void Leases::requeue(const Run& run, std::span<const PoolId> pools) {
   for (size_t tier = 0; tier + 1 < pools.size(); ++tier) {
     if (tree_.holds_all(run, pools[tier + 1])) continue;
@@ -180,7 +180,8 @@ Place Leases::cursor(const Lease& lease) const {
   return tree_.owner(lease.pool, lease.held.back().anchor);
 }
 
-// From `at` to the lease's `block`, if that was matched and is still in the tree.
+// The lease's `block`, which follows `at`; none if acquire did not match it, if it has left the
+// tree, or if it is dead.
 std::optional<Place> Leases::step(const Lease& lease, Place at, uint32_t block) const {
   if (block < lease.tokens_from || block >= lease.matched) return std::nullopt;
   const size_t size = tree_.spaces[lease.space].page_size;
@@ -221,8 +222,8 @@ void Leases::commit(LeaseId id, uint64_t first_block, Tokens tokens, std::span<c
   unregister_computing(lease, static_cast<uint32_t>(lease.held.size()));
 }
 
-// The curve learns the blocks that the lease holds from `from` on and had not asked for. It asked
-// for all blocks of the prompt, but for a last one that the prompt ends with.
+// The curve learns the held blocks from `from` on that acquire had not asked for. Acquire asks for
+// all blocks of a prompt but the last one, if the prompt ends with it.
 void Leases::learn_committed(const Lease& lease, size_t from) {
   const size_t asked = lease.matched + lease.unmatched.size();
   for (size_t i = std::max(from, asked - (asked > 0)); i < lease.held.size(); ++i) {
@@ -240,7 +241,7 @@ CommitResult Leases::commit_again(const Lease& lease, uint32_t block, Tokens tok
   return held.page == held.anchor ? CommitResult::kAdopted : CommitResult::kDuplicate;
 }
 
-// The block after `at`, which moves on to it.
+// Commits the block after `at`, and moves `at` to that block.
 CommitResult Leases::commit_next(Lease& lease, Place& at, Tokens tokens, PageId page) {
   PagePool& into = pools_.at(lease.pool);
   if (!into.is(page, PageState::kPrivate) || into[page].held) return CommitResult::kRefused;
@@ -267,8 +268,8 @@ CommitResult Leases::commit_next(Lease& lease, Place& at, Tokens tokens, PageId 
   return there == kNoPage ? CommitResult::kAdopted : CommitResult::kDuplicate;
 }
 
-// Blocks after the last one of `node`, which nothing hangs on; how many of them have a page that
-// may be committed.
+// Commits blocks after the last one of `node`, on which nothing hangs, up to the first page that
+// may not be committed; returns how many.
 uint32_t Leases::commit_rest(Lease& lease, NodeId node, Tokens tokens,
                              std::span<const PageId> pages) {
   constexpr size_t kAhead = 16;  // page ids are in no order, so that each is a wait for memory

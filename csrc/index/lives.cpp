@@ -1,4 +1,4 @@
-// Index: how the life of blocks ends before eviction comes to them, and what keeps them from it.
+// Index: what ends the life of blocks before eviction does, and what keeps blocks from eviction.
 #include "index/index.h"
 
 namespace kvc2 {

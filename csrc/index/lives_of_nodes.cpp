@@ -1,5 +1,5 @@
 // The tree's third part: what requests said of blocks (life.h), as runs of blocks that live alike,
-// kept beside the tree for the few nodes that anybody said something of.
+// kept beside the tree for the few nodes that a request said something of.
 #include <algorithm>
 
 #include "base/check.h"
@@ -98,7 +98,7 @@ void RadixTree::split_lives(NodeId head, NodeId tail, uint32_t at) {
   set_lives(tail, std::move(below));
 }
 
-// The blocks of the node above are about to go before those of `node`.
+// The blocks of the node above are about to join `node`, in front: their lives go before them.
 void RadixTree::join_lives(NodeId above, NodeId node) {
   if (lives_.empty()) return;
   const auto runs_of = [&](NodeId id) {
@@ -113,7 +113,7 @@ void RadixTree::join_lives(NodeId above, NodeId node) {
   set_lives(node, std::move(runs));
 }
 
-// The node has fewer blocks now.
+// The node has lost trailing blocks.
 void RadixTree::trim_lives(NodeId id) {
   const auto found = lives_.find(id);
   if (found == lives_.end()) return;

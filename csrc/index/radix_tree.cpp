@@ -166,7 +166,7 @@ bool RadixTree::last(Place at) const {
   return at.offset + 1 == node.blocks() && node.first_child == kNoNode;
 }
 
-// Keys within a run are in no table, so none of these can be another's.
+// No key collides here: only the first key of a node is in the table, and these come after it.
 Run RadixTree::append(NodeId node, Tokens tokens, uint32_t stamp) {
   const Node& to = nodes_[node];
   KVC2_CHECK(to.blocks() > 0 && to.first_child == kNoNode, "node %u is not a path's end", node);
@@ -237,7 +237,7 @@ void RadixTree::split_residency(Node& head, NodeId head_id, Node& tail, uint32_t
   std::erase_if(tail.pools, [](const Residency& in) { return !in.any(); });
 }
 
-// The blocks before `at` go to a new node above; the rest, with the children, keeps its id.
+// The blocks before `at` go to a new node above. The others stay in `node`, with its children.
 NodeId RadixTree::split(NodeId node, uint32_t at) {
   const NodeId head_id = new_node();
   Node& head = nodes_[head_id];
@@ -264,12 +264,12 @@ NodeId RadixTree::split(NodeId node, uint32_t at) {
   return head_id;
 }
 
-// A join moves the blocks of both nodes and looks at each page of the upper one: no more than
-// this, so that it takes microseconds. Then a path costs a hash in some thousands of tokens.
+// A join moves the blocks of both nodes, and looks at each page of the upper one. Up to this size
+// it takes microseconds; beyond it there is little to gain: a hash in some thousands of tokens.
 constexpr size_t kJoinTokens = 8192;
 constexpr uint32_t kJoins = 256;  // of one path at a time
 
-// Not where the upper run is much the longer: its pages would change their owner over and over.
+// Where the upper run is much the longer, joins would change the owner of its pages over and over.
 bool RadixTree::may_join(NodeId above, NodeId node) const {
   const Node &head = nodes_[above], &tail = nodes_[node];
   return head.parent != kNoNode && head.first_child == node && tail.next == kNoNode &&

@@ -115,7 +115,7 @@ class RadixTree {
   void trim(NodeId node);  // drop trailing blocks without a page, and nodes that this empties
   std::optional<Place> parent(Place at) const;  // none before the first block
 
-  // Residency. Pages are placed and cleared here; their states are the pool's.
+  // Residency (residency.cpp). Pages are placed and cleared here; their states are the pool's.
   PageId page(Place at, PoolId pool) const;  // resident or in flight; else kNoPage
   bool resident(Place at, PoolId pool) const;
   std::span<const PageId> pages(const Run& run, PoolId pool) const;  // may end before the run
@@ -134,7 +134,7 @@ class RadixTree {
   void replace(Place at, PoolId pool, PageId page);  // the block's page by another one
   Place owner(PoolId pool, PageId page) const;
 
-  // Recency and eviction.
+  // Recency and eviction (residency.cpp).
   void touch(const Run& run, uint32_t stamp);  // a use by the acquire of this stamp
   void mark_reused(const Run& run);          // an acquire has matched it, and all blocks before it
   bool reused(Place at) const;               // since it came into the tree; so were all before it
@@ -143,6 +143,14 @@ class RadixTree {
   Rank rank_of(NodeId node, const Residency& in) const;
   bool dead(Place at) const;                     // it matches no request any more (I8)
   uint32_t living_blocks(const Run& run) const;  // those before the first that has expired
+  std::optional<Place> coldest(PoolId pool);     // the next victim, as the policy chooses
+  std::optional<Place> coldest_of(TenantId tenant, PoolId pool);  // among blocks of the tenant
+  void set_tenant(uint32_t space, TenantId tenant);               // walks the namespace
+  void forget_tenants(PoolId pool);                               // it has no pages any more
+  std::optional<Place> oldest(PoolId pool) const;  // the longest unused of the first standing
+  // The block of the node's last page there, if that page may go.
+  std::optional<Place> evictable(NodeId node, PoolId pool) const;
+  void halve_stamps();
 
   // Lives (lives_of_nodes.cpp).
   Life life(Place at) const;
@@ -155,14 +163,6 @@ class RadixTree {
   void expire_by(uint32_t space, uint32_t second);  // all blocks of a namespace; walks it
   uint32_t advance(uint32_t now);                   // in how many nodes blocks expired or lapsed
   uint32_t now() const { return now_; }
-  std::optional<Place> coldest(PoolId pool);  // the next victim, as the policy chooses
-  std::optional<Place> coldest_of(TenantId tenant, PoolId pool);  // among blocks of the tenant
-  void set_tenant(uint32_t space, TenantId tenant);               // walks the namespace
-  void forget_tenants(PoolId pool);                               // it has no pages any more
-  std::optional<Place> oldest(PoolId pool) const;  // the longest unused of the first standing
-  // The block of the node's last page there, if that page may go.
-  std::optional<Place> evictable(NodeId node, PoolId pool) const;
-  void halve_stamps();
 
   // Identity.
   const Digest& digest(Place at);         // makes the digests that are missing on its path

@@ -112,7 +112,7 @@ std::optional<Transfer> Index::promote(LeaseId id) {
   return leases_.promote(id);
 }
 
-// In slices; a lease that is released between two of them is unknown to the next.
+// In slices. Where the lease is released between two slices, the next one throws UnknownId.
 std::vector<CommitResult> Index::commit(LeaseId id, uint32_t first_block, Tokens tokens,
                                         std::span<const PageId> pages) {
   std::vector<CommitResult> results(pages.size(), CommitResult::kRefused);
@@ -131,7 +131,7 @@ std::vector<CommitResult> Index::commit(LeaseId id, uint32_t first_block, Tokens
   return results;
 }
 
-// Nobody waits for a release: what acquires have noted for the reuse curve is learnt here.
+// Nobody waits for a release, so the reuse curve learns here what acquires have noted.
 void Index::release(LeaseId id, const Hints& hints) {
   {
     const Lock lock(mutex_);
@@ -197,7 +197,7 @@ uint64_t Index::undemoted(PoolId id) const {
   return pools_.at(id).waiting();
 }
 
-// A block in several pools counts in the first of them.
+// A block that is in several pools above counts in the first of them.
 uint64_t Index::not_admitted(PoolId id) const {
   uint64_t count = 0;
   for (PoolId above = 0, pools = id + 1; above < pools; ++above) {

@@ -57,8 +57,8 @@ std::span<const PageId> RadixTree::pages(const Run& run, PoolId pool) const {
   return from.first(std::min<size_t>(from.size(), run.blocks));
 }
 
-// Where nothing is missing and nothing arrives, the node itself knows: at millions of blocks a look
-// at each page's state is a wait for memory.
+// Where no page of the node is missing or arriving, its counts answer: at millions of blocks, a
+// look at each page's state is a wait for memory.
 uint32_t RadixTree::resident_blocks(const Run& run, PoolId pool) const {
   const std::span<const PageId> there = pages(run, pool);
   if (there.empty()) return 0;

@@ -44,7 +44,7 @@ void ReuseCurve::note(std::span<const BlockKey> keys, uint32_t page_size, bool a
   while (hashes_.size() > kWaitingMax) catch_up();
 }
 
-// The rate may have fallen since it was noted.
+// The sampling rate may have fallen since the access was noted.
 bool ReuseCurve::catch_up() {
   if (noted_.empty()) return false;
   const Noted next = noted_.front();
@@ -83,9 +83,9 @@ double ReuseCurve::hit_rate(uint64_t capacity) const {
     for (uint32_t i = 0; i <= whole; ++i) hits += hits_[i];
     if (whole + 1 < kBuckets) hits += hits_[whole + 1] * (step - whole);
   }
-  // Few blocks are asked for very often. Whether they are in the sample is chance, and shows as
-  // what the sample saw too little or too much of; they come back at short distances, so all of it
-  // is hits of any capacity.
+  // A few blocks are asked for very often, and chance decides whether they are in the sample. So
+  // what the sample saw too little of, or too much, is mostly theirs. They come back at short
+  // distances: all of it counts as hits of every capacity.
   hits += static_cast<double>(asked_) - seen_;
   return std::clamp(hits, 0.0, static_cast<double>(asked_)) / static_cast<double>(tokens_);
 }
@@ -115,7 +115,7 @@ void ReuseCurve::touch(uint64_t hash, uint32_t page_size) {
   if (sample_.size() > sample_max_) shrink();
 }
 
-// The largest hash goes, and what lies above it is not sampled again.
+// The block of the largest hash leaves the sample, and no block above that hash comes in again.
 void ReuseCurve::shrink() {
   const auto last = std::prev(sample_.end());
   limit_ = last->first;
@@ -123,7 +123,7 @@ void ReuseCurve::shrink() {
   sample_.erase(last);
 }
 
-// The same order without the places that are no block's any more.
+// The same order, without the places that no block has any more.
 void ReuseCurve::pack() {
   std::vector<Block*> blocks;
   for (auto& [hash, block] : sample_) blocks.push_back(&block);

@@ -22,7 +22,7 @@ bool Transfers::may_return(Place at, PoolId id) {
   return victim && tree_.spent(*victim, id);
 }
 
-// The block before it must not be the victim, or the target would get a gap.
+// The block before it is pinned in the target meanwhile: evicting that one would leave a gap.
 bool Transfers::add(Plan& plan, Place at, bool sent_back) {
   PagePool& target = pools_.at(plan.target);
   const bool evicts = sent_back || target.counts().free == 0;
@@ -101,8 +101,9 @@ Transfer Transfers::start(Plan&& plan) {
   return transfer;
 }
 
-// The block of `page` and those before it that the target lacks, parents first; none if the page or
-// one of them has gone from the source, the target has it already, it is dead, or not admitted yet.
+// What the demotion of `page` takes: its block and the blocks before it that the target lacks,
+// parents first. None if one of them is not resident in the source, or if the block of `page` is
+// dead, is in the target already, or is not admitted there.
 std::vector<Place> Transfers::missing_below(PoolId source, PoolId target, PageId page) const {
   std::vector<Place> missing;
   if (!pools_.at(source).is(page, PageState::kResident)) return missing;
@@ -145,8 +146,8 @@ bool Transfers::kept_out(PoolId id, PoolId above, PageId page) const {
   });
 }
 
-// What a slab holds goes to free pages of the others. A generation moves along: it names what was
-// written, and the bytes stay the same.
+// The blocks of a slab go to free pages of other slabs. A page's generation goes along: it names
+// the bytes that were written, and these stay the same.
 std::optional<Transfer> Transfers::plan_move(PoolId id, uint32_t slab, uint32_t max_pages) {
   PagePool& in = pools_.at(id);
   if (in.closed || !in.is_closed(slab)) return std::nullopt;
@@ -169,7 +170,7 @@ std::optional<Transfer> Transfers::plan_move(PoolId id, uint32_t slab, uint32_t 
   return start(std::move(plan));
 }
 
-// The pages that its blocks have left. A block that somebody has pinned meanwhile stays.
+// Returns the pages that its blocks have left. A block that somebody has pinned meanwhile stays.
 std::vector<PageId> Transfers::end_move(const Plan& move, uint32_t done) {
   PagePool& in = pools_.at(move.source);
   std::vector<PageId> left;
