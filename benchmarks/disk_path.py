@@ -19,6 +19,7 @@ from kvc2.layout import ALIGNMENT, HEADER_BYTES, slab_shape
 from kvc2.metrics import Metrics
 from kvc2.moving.batches import Batches, pages_per_batch
 from kvc2.moving.mover import Mover
+from kvc2.moving.routes import Transferred
 from kvc2.tiers.base import PageShape
 from kvc2.tiers.disk.tier import DiskTier
 from kvc2.tiers.pools import Pools
@@ -125,13 +126,13 @@ class DiskPath:
     async def load(self) -> None:
         """The prompt from disk into memory, in order, two transfers on their way at a time."""
         lease = self.index.acquire(self._space, self.pools.cpu_id, self._tokens(), self.blocks)
-        coming: list[asyncio.Future[int]] = []
+        coming: list[asyncio.Future[Transferred]] = []
         good = 0
         while (step := self.index.promote(lease.id)) or coming:
             if step:
                 coming.append(self.mover.load(self.pools, step))
             if len(coming) == 2 or not step:
-                good += await coming.pop(0)
+                good += (await coming.pop(0)).good
         self.index.release(lease.id)
         if good != self.blocks:
             raise RuntimeError(f"{good} of {self.blocks} blocks came back whole")

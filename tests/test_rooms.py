@@ -60,6 +60,7 @@ FLOORS = {
         disk_slabs, free_pages, loading
         slabs, turns
         mover
+        routes
         batches, changes, gpu_pools, pace
     """,
     "kvc2/tiers": """

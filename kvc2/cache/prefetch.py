@@ -21,7 +21,7 @@ from kvc2.cache.pins import Pins
 from kvc2.cache.sessions import Session
 from kvc2.moving import pace
 from kvc2.moving.gpu_pools import GpuPool
-from kvc2.moving.loading import ARENA_SHARE, Loader
+from kvc2.moving.loading import ARENA_SHARE, Loader, Step
 from kvc2.moving.mover import Mover
 from kvc2.tiers.pools import LayoutPools, Pools
 
@@ -181,9 +181,7 @@ class Prefetcher:
             return pace.PROBE_BYTES
         return round(min(PART_BYTES_MAX, min(speeds) * PART_S))
 
-    def _begin(
-        self, wish: Wish, step: _core.Transfer
-    ) -> asyncio.Future[int] | asyncio.Future[None]:
+    def _begin(self, wish: Wish, step: _core.Transfer) -> Step:
         if wish.gpu is None or step.target != wish.pool:
             return self._mover.load(wish.pools, step)
         self._mover.promote(wish.gpu, step)

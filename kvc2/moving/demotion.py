@@ -108,8 +108,8 @@ class Demotion:
         transfer = self._index.plan_demote(gpu.id, pages)
         if transfer is None:
             return False
-        good = await asyncio.shield(self._mover.demote(gpu, transfer))
+        came = await asyncio.shield(self._mover.demote(gpu, transfer))
         # a copy that the session's end made worthless says nothing of the next one
-        self.retry.ended(good=good or gpu.life.over)
+        self.retry.ended(good=came.whole or gpu.life.over)
         self._turns.wake()
-        return good
+        return came.whole

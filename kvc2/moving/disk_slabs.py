@@ -177,7 +177,10 @@ class DiskSlabs:
             if self._index.take_slab(disk_id, number):
                 return True
             move = self._index.plan_move(disk_id, number, disk.shape.pages_per_slab)
-            if move is None or not await asyncio.shield(self._mover.move_on_disk(owner, move)):
+            if move is None:
+                return False
+            moved = await asyncio.shield(self._mover.move_on_disk(owner, move))
+            if not moved.left.size:
                 return False
         return False
 

@@ -18,6 +18,7 @@ from kvc2.metrics import Metrics
 from kvc2.moving import pace
 from kvc2.moving.gpu_pools import GpuPool
 from kvc2.moving.mover import Mover
+from kvc2.moving.routes import Transferred
 from kvc2.tiers.pools import LayoutPools, Pools
 
 LOAD_BYTES = 64 << 20  # of one transfer from disk: 50 ms of reading, in parts on a few threads ...
@@ -27,7 +28,7 @@ ARENA_SHARE = 4  # at most a quarter of the arena is being loaded at a time
 TELLING_S = 0.05  # a caller's deadline that is shorter says nothing of the tier
 TIERS = ("gpu", "cpu", "disk")  # of a session's chain, fastest first
 HERE = pace.Estimate(math.inf, 0.0)  # of what needs no transfer
-Step = asyncio.Future[int] | asyncio.Future[None]
+Step = asyncio.Future[Transferred] | asyncio.Future[None]
 
 
 @dataclass(eq=False)

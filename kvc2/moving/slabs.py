@@ -145,7 +145,8 @@ class Slabs:
             self._index.evict(pool, max(0, held - counts.free))
             for number in numbers:
                 while move := self._index.plan_move(pool, number, owner.shape.pages_per_slab):
-                    if not await asyncio.shield(self._mover.move_in_arena(owner, move)):
+                    moved = await asyncio.shield(self._mover.move_in_arena(owner, move))
+                    if not moved.left.size:
                         break  # all in use
             for number in numbers:
                 if self._index.take_slab(pool, number):

@@ -20,6 +20,7 @@ def bug(name: str, file: str, before: str, after: str) -> Bug:
 
 WRITER, DISK_SLABS = "kvc2/moving/disk_writer.py", "kvc2/moving/disk_slabs.py"
 BACKGROUND, MOVER = "kvc2/moving/background.py", "kvc2/moving/mover.py"
+ROUTES = "kvc2/moving/routes.py"
 ASSEMBLE = "kvc2/cache/assemble.py"
 DISK, SLAB, CATALOGUE = (
     "kvc2/tiers/disk/tier.py",
@@ -62,8 +63,9 @@ WHAT_IS_READ = (
     bug(
         "all of a load came",
         MOVER,
-        '        self._end(transfer, good, pools, ("disk", "cpu"), begun)\n',
-        '        self._end(transfer, count, pools, ("disk", "cpu"), begun)\n',
+        "        loaded = self._end(self._routes.load, pools, [transfer], loaded)\n",
+        "        whole = replace(loaded, status=np.full_like(loaded.status, _core.BLOCK_OK))\n"
+        "        self._end(self._routes.load, pools, [transfer], whole)\n",
     ),
 )
 ORDER = (
@@ -178,19 +180,19 @@ REUSE = (
 OVERLAP = (
     bug(
         "commit a batch before the one before it",
-        MOVER,
-        '        self._writer = ThreadPoolExecutor(1, "kvc2-disk", initializer=step_back)\n',
-        '        self._writer = ThreadPoolExecutor(2, "kvc2-disk", initializer=step_back)\n',
+        ROUTES,
+        '        self.writer = ThreadPoolExecutor(1, "kvc2-disk", initializer=step_back)\n',
+        '        self.writer = ThreadPoolExecutor(2, "kvc2-disk", initializer=step_back)\n',
     ),
     bug(
         "a batch is acknowledged with the next one's commit to come",
         MOVER,
-        "            outcome = await self.on_writer(lambda _: disk.store(pool, writing))\n",
-        "            running = self.on_writer(lambda _: disk.store(pool, writing))\n"
+        "            outcome = disk.store(pool, writing)\n",
         "            if writing is None:\n"
-        "                outcome = await running\n"
+        "                outcome = disk.store(pool, writing)\n"
         "            else:\n"
-        "                await asyncio.to_thread(writing.written)\n"
+        "                self._routes.writer.submit(disk.store, pool, writing)\n"
+        "                writing.written()\n"
         "                outcome = Outcome(True, True)\n",
     ),
     bug(

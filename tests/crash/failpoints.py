@@ -65,8 +65,8 @@ FAILPOINTS: dict[str, tuple[Any, str, bool]] = {
     "committed": (Catalogue, "commit", AFTER),
     "settling": (DiskPool, "ended", BEFORE),
     "stored": (DiskTier, "store", AFTER),
-    "ending": (Mover, "_end", BEFORE),
-    "ended": (Mover, "_end", AFTER),
+    "ending": (Mover, "_complete", BEFORE),
+    "ended": (Mover, "_complete", AFTER),
     # what was evicted
     "dropping": (LayoutPools, "drop_records", BEFORE),
     "dropped": (LayoutPools, "drop_records", AFTER),
