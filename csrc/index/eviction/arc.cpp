@@ -1,7 +1,7 @@
 // ARC (Megiddo and Modha, FAST 2003) on leaves. A block is *recent* until a second request uses it,
-// then *frequent*. Each pool keeps a target for its share of recent pages: a block that comes back
-// soon after it was evicted from one of the two says that that one was too small. The victim is the
-// least recently used leaf of the one that is over its share, or of the other if it has no leaf.
+// then *frequent*. Each pool keeps a target for its share of recent pages: when a block comes back
+// soon after its eviction, the share of its kind was too small. The victim is the least recently
+// used leaf of the kind that is over its share, or of the other kind if that one has no leaf.
 #include <algorithm>
 #include <vector>
 

@@ -1,6 +1,6 @@
-// What was evicted from a pool lately: by a 31-bit tag of its key and a flag, no more, so that it
-// is 4 bytes an entry. A false memory (1 in 2^28) costs a wrong guess of a policy, never a byte.
-// A set of eight is a queue of its own: the oldest of it is forgotten first.
+// Which blocks a pool evicted lately: a 31-bit tag of each key and a flag, 4 bytes an entry. A
+// wrong hit (1 in 2^28) makes a policy guess wrong, no more. Each set of eight entries is a queue,
+// which forgets its oldest entry first.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +29,7 @@ class Ghosts {
     ++counts_[flag];
   }
 
-  // The flag that the key was remembered with; it is forgotten by that.
+  // The flag of the key, which is forgotten now; none if the key is not remembered.
   std::optional<bool> take(const BlockKey& key) {
     if (sets_.empty()) return std::nullopt;
     Set& set = sets_[NameHash{}(key) % sets_.size()];

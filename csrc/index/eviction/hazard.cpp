@@ -1,16 +1,16 @@
-// The default: evict the page that is worth least, as reuse_model.h learns it from the traffic.
+// The default policy: evict the page that is worth least, as reuse_model.h learns it from traffic.
 //
-// A block's class is how often it was used. Of one that was used once, the class is how often the
-// block was used that its request hung it on: below nothing it is a prompt that nobody has sent
-// before; below a block used once the next turn of a conversation; below a much used one a new
-// conversation under a shared prompt. A block that comes back after all pools forgot it has the
-// class that the model remembers; three in 16 are remembered, and what is added after it on the
-// path is taken to be as old.
+// The class of a block tells how often it was used: once, 2-3, 4-7, 8-15 or 16-31 times. A block
+// that was used once has one of four classes, by the uses that its parent had from other requests:
+// none (or no parent) for a prompt that nobody has sent before, one for the next turn of a
+// conversation, 2-3 or more for a new conversation under a shared prompt. All blocks that one
+// request adds to a path are of the class of the first of them. A block that comes back after all
+// pools forgot it has the uses that the model remembers (of three blocks in 16), and so have the
+// blocks that are added below it.
 //
-// A victim is the oldest leaf of the cell (class, a quarter of an octave of age) that is worth
-// least and has a leaf. Cells change with a lesson, not with time; so does what a class's oldest
-// leaf is worth. While nothing was learnt and no request came, a cell's next leaf is at hand. Until
-// something came back there is nothing to tell classes apart by, and the victim is LRU's.
+// A cell is a class and a quarter of an octave of age. The victim is the oldest leaf of the cell
+// that is worth least among the cells with a leaf. The worth of a cell changes only when the model
+// learns. Until a block has come back, nothing tells the classes apart, and the victim is LRU's.
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -23,11 +23,11 @@ namespace kvc2 {
 
 namespace {
 
-constexpr uint32_t kUsesMax = 31;  // the classes don't tell more apart
+constexpr uint32_t kUsesMax = 31;  // more uses are of no other class
 constexpr uint32_t kHungOn = 4;    // classes of blocks used once
 constexpr uint32_t kCells = 4;     // of an octave
 
-// A mark: uses (8 bits), what it was hung on (2), whether no request came by since it was added.
+// A mark: uses (8 bits), class if they are one (2), whether no request used it since it was added.
 struct Mark {
   uint32_t uses = 1, hung_on = 0;
   bool fresh = false;
@@ -53,7 +53,7 @@ class Hazard final : public EvictionPolicy {
     const Mark above = parent ? Mark::of(*parent) : Mark{.uses = 0};
     Mark mark = above;
     if (!above.fresh) {
-      // Its request has used the parent too; what counts is how often others had.
+      // Its request has used the parent too; the uses of others count.
       const uint32_t before = parent && parent->stamp >= stamp ? above.uses - 1 : above.uses;
       mark = {.uses = 1, .hung_on = std::min<uint32_t>(std::bit_width(before), kHungOn - 1)};
     }

@@ -5,9 +5,9 @@
 //     tree -- rank of a Use --> EvictionOrder              (one a pool: the evictable nodes)
 //     tree <-- choose: the next victim -- policy
 //
-// What a policy says holds only among nodes of one standing (see Rank): copies that a slower pool
-// also holds always go before last copies. A policy is deterministic under its seed, remembers of
-// evicted blocks at most 13 bytes a page of a pool, and costs O(log evictable nodes) a victim.
+// A policy orders only nodes of one standing (see Rank): copies that a slower pool also holds
+// always go before last copies. A policy is deterministic under its seed, keeps at most 13 bytes a
+// page of a pool about evicted blocks, and takes O(log evictable nodes) a victim.
 #pragma once
 
 #include <cstdint>
@@ -35,8 +35,8 @@ using Rank = uint64_t;
 
 constexpr Rank kNotEvictable = ~Rank{0};
 
-// What goes before what under every policy: the dead; then copies that a slower pool also holds;
-// then by the standing of life.h.
+// The order under every policy: first the dead; then copies that a slower pool also holds; in each
+// of these, the lower standing of life.h goes first.
 constexpr uint8_t rank_standing(uint8_t standing, bool held_below) {
   const bool living = standing != kDead;
   const bool last_copy = !held_below;
@@ -109,7 +109,7 @@ class EvictionPolicy {
   // True if the victim gets another chance; its mark says so from then on.
   virtual bool spares(PoolId, Use&) { return false; }
 
-  // Told of growth by steps, since slabs come one by one; ghosts may be lost by it.
+  // The pool has grown by a quarter or shrunk to half. The policy may forget its ghosts.
   virtual void resize(PoolId, uint32_t /*pages*/) {}
   virtual void halve(Use& use) const { use.stamp /= 2; }  // of every block, then:
   virtual void halved() {}                                // the clock

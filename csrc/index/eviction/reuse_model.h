@@ -12,11 +12,11 @@
 //
 //     worth(class, age) = max over T of  P(used within T) / E[time until it is used, or T]
 //
-// A hazard that is the same in every octave and class makes this LRU, and so does a lack of
-// evidence: kPrior waits of it, more where the pools are tiny, are added to what all classes
-// showed, and as many waits of all classes to what each did. A class of which nothing came back is
-// known at young ages only: its older ones are taken to be no likelier, or those would be kept for
-// what nobody has seen.
+// Where the hazard is the same in every octave and class, this is LRU. So it is where evidence is
+// missing: kPrior waits of such a hazard (more where the pools are tiny) are added to the waits of
+// all classes, and as many waits of all classes to those of each class. Of a class from which no
+// block came back, only young ages are known; older ages are taken to be no likelier, or old blocks
+// would be kept for a reason that nobody has seen.
 //
 // Costs: 12.75 bytes a page of the largest pool. A watched use reads one set of it, 64 bytes, and
 // looks through another one; once in kLearnEvery of them, 10 us to learn. Deterministic under its
@@ -44,11 +44,11 @@ class ReuseModel {
   bool watches(const BlockKey& key) const;
   uint32_t uses(const BlockKey& key) const;  // of a watched block, as far as is remembered
   // A watched block is used, and waits from then on as one of `group`. A `now` before the latest
-  // one counts as that.
+  // `now` counts as the latest.
   void use(const BlockKey& key, uint32_t now, uint32_t uses, uint32_t group);
 
   float worth(uint32_t group, uint32_t octave) const { return worth_[group][octave]; }
-  bool saw_returns() const { return saw_returns_; }  // else worth() says nothing yet
+  bool saw_returns() const { return saw_returns_; }  // until then worth() means nothing
   uint64_t lessons() const { return lessons_; }      // worth() changes only when this does
   size_t metadata_bytes() const;
 

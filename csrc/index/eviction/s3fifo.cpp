@@ -1,14 +1,14 @@
-// S3-FIFO (Yang et al., SOSP 2023) on leaves. A new block waits in a *small* queue, a tenth of its
-// pool; what is used twice more there goes on to the *main* one, the rest is evicted and, if it
-// comes back soon, goes straight to main. A leaf of main that was used goes round again. Order is
-// that of entry: use counts, but does not move.
+// S3-FIFO (Yang et al., SOSP 2023) on leaves. A new block enters the *small* queue, a tenth of its
+// pool. If it is used twice more there, it moves to the *main* queue; else it is evicted, and
+// enters main if it comes back soon. A leaf of main that was used since it entered goes round
+// again. The order is that of entry: a use counts, but does not move the block.
 //
-// A path is used whole and only its leaf can be evicted, so the hand that goes round a queue of
-// single objects would meet most blocks late: when all that hangs on them has gone. What it does
-// with them is therefore done when it was due. A block goes to main at the use that earns it, not
-// when it has become a leaf, or `small` would be full of what has long earned its place; and a leaf
-// that goes round again enters as of its last use, not as of now, or the bodies of sessions that
-// are over would come to stand above the tails of those that go on.
+// A request uses a whole path, and only leaves can be evicted. A hand that goes round a queue of
+// single objects would meet most blocks late, when all that hangs on them has gone. So what the
+// hand would have done is done when it was due. A block moves to main at the use that earns it,
+// not when it becomes a leaf: else `small` would be full of blocks that earned main long ago. And
+// a leaf that goes round again enters as of its last use, not as of now: else the bodies of
+// sessions that are over would stand above the tails of those that go on.
 #include <algorithm>
 #include <vector>
 
@@ -23,8 +23,8 @@ constexpr uint32_t kSmall = 0, kMain = 1;  // queues
 constexpr uint32_t kUsesToMain = 2;
 constexpr double kSmallShare = 0.1;
 
-// A mark: uses since entry, at most kUsesToMain (2 bits), queue (1), acquire of entry by eights
-// (29). Of what was not used since, the Use's own stamp is that acquire, and exact.
+// A mark: uses since entry, at most kUsesToMain (2 bits), queue (1), an eighth of the acquire of
+// entry (29). Where the block was not used since, the Use's stamp is that acquire, exactly.
 struct Mark {
   uint32_t uses, queue, entered;
 
