@@ -38,16 +38,16 @@ LARGE_CLASSES = {
     "engine/metrics.py: EngineMetrics": (42, 1, 21),  # one attribute for each metric
     "engine/prefix.py: Prefix": (354, 31, 12),
     "engine/scheduler.py: Scheduler": (335, 28, 12),
-    "kvc2/cache/cache.py: Cache": (254, 19, 23),
+    "kvc2/cache/cache.py: Cache": (251, 19, 23),
     "kvc2/client/client.py: Client": (396, 31, 13),  # a method for each call
     "kvc2/metrics.py: Metrics": (96, 5, 16),  # one attribute for each metric
-    "kvc2/moving/mover.py: Mover": (324, 20, 17),
-    "kvc2/server/calls.py: CacheCalls": (332, 30, 14),  # a method for each call
+    "kvc2/moving/mover.py: Mover": (320, 21, 15),
+    "kvc2/server/calls.py: CacheCalls": (331, 30, 14),  # a method for each call
     "kvc2/server/daemon.py: Daemon": (131, 13, 15),
     "kvc2/tiers/disk/catalogue.py: Catalogue": (275, 25, 19),
     "kvc2/tiers/disk/tier.py: DiskTier": (307, 26, 14),
 }
-NONE_ASSERTIONS_MAX = {"kvc2": 53, "engine": 7}  # lower it with each that goes
+NONE_ASSERTIONS_MAX = {"kvc2": 52, "engine": 7}  # lower it with each that goes
 
 # What we never call things (kvc2/WORDS.md, last column), as whole words of a public name.
 FORBIDDEN_WORDS = {

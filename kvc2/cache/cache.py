@@ -65,9 +65,9 @@ NOBODY = Owner()
 
 @dataclass(frozen=True)
 class Parts:
-    """What a cache is made of (assemble.py). `arena`, `pools` and `behind` are None where there is
-    only the gpu tier, `disk` where there is no disk. `gpus` and `sessions`: the open ones by epoch.
-    `copiers`: for copies that somebody waits for, and for those behind."""
+    """What a cache is made of (assemble.py). `arena`, `pools` and `background` are None where there
+    is only the gpu tier, `disk` where there is no disk. `gpus`, `sessions`: the open ones by epoch.
+    `copiers`: for copies that somebody waits for, and for those in the background."""
 
     config: ServeConfig
     metrics: Metrics
