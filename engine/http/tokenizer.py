@@ -5,6 +5,7 @@ Not responsible for text as it is generated (engine.text).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class Tokenizer:
         self.end_token_id: int | None = self._outer.eos_token_id
         self.special_tokens = self._special_tokens()
         self._token_bytes = TokenBytes(self._inner, self._named, self._added_tokens())
+        self._longest_token = self._longest()
         self._parse_special = parse_special
         self._literals = Literals(self.special_tokens.values())
         self._reader: Any = None  # of texts with hidden literals
@@ -51,6 +53,18 @@ class Tokenizer:
             made = self._literals.reader(self._inner.to_str())
             self._reader = type(self._inner).from_str(made)
         self._template = ChatTemplate(self._render)
+
+    def _longest(self) -> int | None:
+        """Characters that a token covers at most, where text is taken as it is, byte by byte. None:
+        no such length is known, since characters may be dropped or one token may take many."""
+        inner = self._inner
+        if inner is None or inner.normalizer is not None or "ByteLevel" not in repr(inner.decoder):
+            return None
+        added = inner.get_added_tokens_decoder().values()
+        drops = re.search("Removed|Whitespace", repr(inner.pre_tokenizer))
+        if drops or any(token.lstrip or token.rstrip for token in added):
+            return None
+        return max(map(len, inner.get_vocab()))  # a letter of the vocabulary is a byte
 
     def _special_tokens(self) -> dict[int, str]:
         """Their literals by token id."""
@@ -79,6 +93,10 @@ class Tokenizer:
         word makes some more of it, so that only a clear excess is one."""
         if len(text) <= DENSE_CHARACTERS * most:
             return
+        if self._longest_token is not None and len(text) > self._longest_token * most:
+            raise TextTooLongError(
+                f"its {len(text)} characters make more tokens, and at most {most} fit this engine"
+            )
         count, surely = 0, most + most // 8 + PIECE_CHARACTERS // 64
         for start in range(0, len(text), PIECE_CHARACTERS):
             count += len(self._encoded(text[start : start + PIECE_CHARACTERS], special=False))

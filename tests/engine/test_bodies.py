@@ -19,7 +19,7 @@ from engine.http import bodies
 from engine.http.errors import QUOTED_MAX, ApiError, quoted
 from engine.http.schema import ChatBody, CompletionBody
 from engine.http.tokenizer import PIECE_CHARACTERS, TextTooLongError, Tokenizer
-from tests.doubles.byte_tokenizer import add_tokenizer
+from tests.doubles.byte_tokenizer import TURN, add_tokenizer
 from tests.doubles.engine_doubles import build as build_house
 from tests.engine.test_http import CHAT, COMPLETION, Letters, over
 
@@ -130,9 +130,12 @@ def test_a_quote_costs_no_more_than_what_it_shows() -> None:
 
 
 @pytest.mark.parametrize("word", ["word ", "a", " ", "\n", "é"])
+@pytest.mark.parametrize("known", [True, False], ids=["longest token known", "not known"])
 def test_a_text_is_tokenized_only_until_it_is_surely_too_long(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, word: str
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, word: str, known: bool
 ) -> None:
+    if not known:
+        monkeypatch.setattr(tokenizer, "_longest_token", None)
     lengths: list[int] = []
     encoded = tokenizer._encoded
 
@@ -143,7 +146,16 @@ def test_a_text_is_tokenized_only_until_it_is_surely_too_long(
     monkeypatch.setattr(tokenizer, "_encoded", counting)
     with pytest.raises(TextTooLongError, match="and at most 1000 fit"):
         tokenizer.encode(word * (4_000_000 // len(word)), 1000)
-    assert sum(lengths) <= PIECE_CHARACTERS
+    assert sum(lengths) <= (0 if known else PIECE_CHARACTERS)
+
+
+def test_a_text_of_the_longest_tokens_is_not_refused_by_its_characters(
+    tokenizer: Tokenizer,
+) -> None:
+    assert len(TURN) == tokenizer._longest_token
+    assert len(tokenizer.encode(TURN * 50_000, 50_000)) == 50_000
+    with pytest.raises(TextTooLongError):
+        tokenizer.encode(TURN * 50_001, 50_000)
 
 
 def test_a_text_that_may_fit_is_encoded_whole(tokenizer: Tokenizer) -> None:
