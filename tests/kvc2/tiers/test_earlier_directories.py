@@ -1,0 +1,145 @@
+"""A directory that an earlier version left starts warm: every block is found, byte for byte."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvc2.cache.cache import Cache
+from kvc2.config import CpuConfig, DiskConfig
+from kvc2.tiers.disk.check import check
+from tests.doubles.caches import MIB, running
+from tests.doubles.daemons import ServedDaemon, serve_config
+from tests.doubles.engines import TinyEngine, layout
+from tests.doubles.stand_in import StandIn
+from tests.fixtures.directories import (
+    StoredDirectory,
+    StoredNamespace,
+    StoredPrompt,
+    payload_digest,
+    unpack,
+)
+
+FORMATS = (1,)
+
+
+@pytest.fixture(params=FORMATS)
+def stored(request: pytest.FixtureRequest, tmp_path: Path) -> StoredDirectory:
+    return unpack(request.param, tmp_path)
+
+
+@asynccontextmanager
+async def served(stored: StoredDirectory, *, after_s: float = 0.0) -> AsyncIterator[Cache]:
+    """A cache on the directory, so long after it was left."""
+    async with running(
+        stored.path,
+        disk_bytes=stored.size_bytes,
+        slab_bytes=stored.slab_bytes,
+        wall=lambda: stored.wall + after_s,
+    ) as cache:
+        yield cache
+        cache.index.check()
+
+
+def engine_of(cache: Cache, space: StoredNamespace) -> StandIn:
+    return StandIn(
+        cache,
+        64,
+        layers=space.layers,
+        segment_bytes=space.segment_bytes,
+        page_size=space.page_size,
+        namespace=space.name,
+        identity=space.identity,
+    )
+
+
+async def blocks_of(engine: StandIn, prompt: StoredPrompt) -> list[str]:
+    """Digests of the blocks that a request finds."""
+    request, found = await engine.acquire(prompt.tokens)
+    await engine.arrived(found.transfer)
+    digests = [payload_digest(row) for row in engine.contents(found.prefix_pages)]
+    engine.cache.release(engine.session, request)
+    return digests
+
+
+def expected(prompt: StoredPrompt, after_s: float) -> list[str]:
+    gone = prompt.dead or (prompt.ends_s and after_s >= prompt.ends_s)
+    return [] if gone else list(prompt.blocks)
+
+
+async def judge(stored: StoredDirectory, *, after_s: float = 0.0) -> int:
+    """Ask for every prompt; how many blocks came. AssertionError for one too few, one too many, or
+    another byte."""
+    count = 0
+    async with served(stored, after_s=after_s) as cache:
+        for space in stored.namespaces:
+            engine = engine_of(cache, space)
+            for prompt in space.prompts:
+                blocks = await blocks_of(engine, prompt)
+                assert blocks == expected(prompt, after_s)
+                count += len(blocks)
+            await engine.close()
+    return count
+
+
+def test_every_block_is_found_and_is_the_same(stored: StoredDirectory) -> None:
+    assert asyncio.run(judge(stored)) == 31  # and so is it after the next start
+    assert asyncio.run(judge(stored)) == 31
+
+
+@pytest.mark.parametrize(("after_s", "blocks"), [(990, 31), (1010, 29)])
+def test_a_time_to_live_goes_on(stored: StoredDirectory, after_s: int, blocks: int) -> None:
+    assert asyncio.run(judge(stored, after_s=after_s)) == blocks
+
+
+def test_the_check_finds_no_damage(stored: StoredDirectory) -> None:
+    before = check(stored.path)
+    assert (before.sound, before.unproven) == (True, 0)
+    assert before.verified_blocks == before.records > 0
+    asyncio.run(judge(stored))
+    after = check(stored.path)
+    assert (after.sound, after.unproven, after.records) == (True, 0, before.records)
+
+
+def test_a_daemon_finds_the_blocks_by_the_identity_that_they_were_stored_by(
+    stored: StoredDirectory, tmp_path: Path
+) -> None:
+    config = serve_config(
+        tmp_path,
+        slab_bytes=stored.slab_bytes,
+        cpu=CpuConfig.of_bytes(4 * MIB),
+        disk=DiskConfig.of_bytes(stored.path, stored.size_bytes),
+    )
+    with ServedDaemon(config, cache=None) as daemon, TinyEngine(daemon.address) as engine:
+        for space, prompt in stored.prompts:
+            if space.page_size != layout().page_size or prompt.ends_s:
+                continue
+            handle = engine.client.open_namespace(space.identity, salt=space.salt)
+            found = engine.client.match(handle, prompt.tokens)
+            assert found.matched_tokens == len(expected(prompt, 0)) * space.page_size
+
+
+def test_what_is_computed_again_and_what_is_new_are_stored_beside_it(
+    stored: StoredDirectory,
+) -> None:
+    async def run() -> None:
+        space = stored.namespaces[0]
+        prompt = space.prompts[0]
+        longer = np.concatenate([prompt.tokens[:-1], np.arange(33, dtype=np.uint32)])
+        async with served(stored) as cache:
+            engine = engine_of(cache, space)
+            await engine.ask(longer)
+            assert (await cache.flush(10)).not_durable_blocks == {}
+            await engine.close()
+        async with served(stored) as cache:
+            engine = engine_of(cache, space)
+            found = await engine.ask(longer)
+            assert found.matched_tokens == (len(prompt.blocks) + 2) * space.page_size
+            await engine.close()
+
+    asyncio.run(run())
