@@ -56,27 +56,26 @@ def still_file(folder: Path) -> Path:
 
 def run_engine(folder: Path) -> None:
     from engine.cli import main
-    from engine.prefix import Prefix
+    from engine.runner import Runner
 
-    layered = Prefix.layer_ready
+    real = Runner.step
 
-    def layer_ready(prefix: Any, leases: Any) -> Callable[[int], None] | None:
-        ready = layered(prefix, leases)
-        if ready is None:
-            return None
-        last, whole, still_s = prefix.config.layers - 1, flag(folder).exists(), 0.0
+    def step(runner: Any, batch: Any, layer_ready: Callable[[int], None] | None = None) -> Any:
+        if layer_ready is None:
+            return real(runner, batch)
+        last, whole, still_s = runner.model.config.num_layers - 1, flag(folder).exists(), 0.0
 
         def timed(layer: int) -> None:
             nonlocal still_s
             begun = time.perf_counter()
-            ready(last if whole else layer)
+            layer_ready(last if whole else layer)
             still_s += time.perf_counter() - begun
             if layer == last:
                 still_file(folder).write_text(f"{still_s * 1e3}")
 
-        return timed
+        return real(runner, batch, timed)
 
-    Prefix.layer_ready = layer_ready  # type: ignore[method-assign]
+    Runner.step = step  # type: ignore[method-assign]
     main()
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence as Many
 import numpy as np
 
 from engine.metrics import EngineMetrics
-from engine.prefix import Lease, Prefix
+from engine.prefix import Bridge, Lease, explain
 from engine.sequence import Sequence
 
 RATE_UNMEASURED = 200.0  # tokens/s before the first prefill: slow, so that waits are long enough
@@ -31,12 +31,12 @@ class Admission:
     def __init__(
         self,
         *,
-        prefix: Prefix,
+        bridge: Bridge,
         max_running: int,
         metrics: EngineMetrics,
         clock: Callable[[], float],
     ) -> None:
-        self._prefix = prefix
+        self._bridge = bridge
         self._max_running = max_running
         self._metrics = metrics
         self._clock = clock
@@ -60,7 +60,7 @@ class Admission:
         if sequence in self.acquiring:
             self.acquiring.remove(sequence)
             self._cancelled.append(sequence)
-            self._prefix.cancel(sequence.lease_id())
+            self._bridge.cancel(sequence.lease_id())
 
     def started(self, running: Many[Sequence], rate: float | None) -> list[Sequence]:
         """Those that have their lease now and join the `running` ones; asks for further leases.
@@ -78,7 +78,7 @@ class Admission:
         for sequence in self.waiting[:ANNOUNCED_MAX]:
             if sequence.cached and not sequence.announced:
                 sequence.announced = True
-                self._prefix.announce(sequence.array(), sequence.request.caller)
+                self._bridge.announce(sequence.array(), sequence.request.caller)
 
     def _places(self, active: Many[Sequence]) -> int:
         return self._max_running - len(active) - len(self.acquiring) - len(self.deferred)
@@ -89,18 +89,18 @@ class Admission:
         others = [*active, *self.acquiring, *self.deferred]
         if not others:
             return True
-        size = self._prefix.config.page_size
+        size = self._bridge.config.page_size
         coming = -(-(len(sequence.tokens) + 1) // size)
         for other in others:
             held = len(other.lease.pages) if other.lease else 0
             coming += max(0, -(-(len(other.tokens) + 1) // size) - held)
-        return self._prefix.book.counts().held + coming <= self._prefix.book.capacity()
+        return self._bridge.book.counts().held + coming <= self._bridge.book.capacity()
 
     # leases
 
     def _acquire(self, sequence: Sequence) -> None:
         sequence.attempts += 1
-        sequence.acquiring = self._prefix.acquire(
+        sequence.acquiring = self._bridge.acquire(
             sequence.lease_id(),
             sequence.array(),
             sequence.request.caller,
@@ -113,7 +113,7 @@ class Admission:
         ready: list[Sequence] = []
         for sequence in [s for s in self._cancelled if s.acquiring and s.acquiring.done()]:
             self._cancelled.remove(sequence)
-            self._prefix.release([_take_lease(sequence)])
+            self._bridge.release([_take_lease(sequence)])
         for sequence in [s for s in self.acquiring if s.acquiring and s.acquiring.done()]:
             self.acquiring.remove(sequence)
             lease = _take_lease(sequence)
@@ -121,7 +121,7 @@ class Admission:
                 self._defer(sequence, lease, [*running, *ready], rate)
             else:
                 if sequence.request.explain and sequence.counts(lease):
-                    sequence.explanation = self._prefix.explain(lease)
+                    sequence.explanation = explain(self._bridge, lease)
                 sequence.begin(lease)
                 ready.append(sequence)
         return ready
@@ -129,7 +129,7 @@ class Admission:
     # waiting for a prefix that another request computes now
 
     def _should_wait(self, sequence: Sequence, lease: Lease) -> bool:
-        if lease.computing_tokens < self._prefix.config.page_size:
+        if lease.computing_tokens < self._bridge.config.page_size:
             return False
         return sequence.wait_until is None or self._clock() < sequence.wait_until
 
@@ -142,7 +142,7 @@ class Admission:
             bound = min(WAIT_MAX_S, WAIT_SLACK * estimate + WAIT_LEAST_S)
             sequence.wait_until = self._clock() + bound
             self._metrics.waits.inc()
-        size = self._prefix.config.page_size
+        size = self._bridge.config.page_size
         sequence.wait_tokens = lease.matched_tokens + lease.computing_tokens
         sequence.wait_for, common = _computing(sequence, running)
         if sequence.wait_for is not None:
@@ -150,7 +150,7 @@ class Admission:
                 sequence.wait_for = None
             else:
                 sequence.wait_tokens = min(sequence.wait_tokens, common // size * size)
-        self._prefix.release([lease])
+        self._bridge.release([lease])
         self.deferred.append(sequence)
 
     def _end_waits(self, running: Many[Sequence]) -> None:
@@ -167,12 +167,12 @@ class Admission:
         if other is not None:
             if other not in running or other.lease is None or other.lease.refused:
                 return True
-            return other.lease.settled * self._prefix.config.page_size >= sequence.wait_tokens
+            return other.lease.settled * self._bridge.config.page_size >= sequence.wait_tokens
         if sequence.matching is None:
             if now < sequence.match_at:
                 return False
             sequence.match_at = now + POLL_S
-            sequence.matching = self._prefix.matched(sequence.array(), sequence.request.caller)
+            sequence.matching = self._bridge.matched(sequence.array(), sequence.request.caller)
         if not sequence.matching.done():
             return False
         matched, sequence.matching = sequence.matching.result(), None

@@ -20,7 +20,7 @@ from torch import Tensor
 from engine.admission import Admission
 from engine.batch import Batch, Slice
 from engine.metrics import EngineMetrics
-from engine.prefix import Lease, Prefix, PrefixLostError
+from engine.prefix import Bridge, Lease, PrefixLostError
 from engine.request import Output, Request, ScoredToken
 from engine.sampler import sample
 from engine.sequence import Sequence
@@ -68,13 +68,13 @@ class Scheduler:
         self,
         config: SchedulerConfig,
         *,
-        prefix: Prefix,
+        bridge: Bridge,
         compute: Compute,
         metrics: EngineMetrics,
         clock: Callable[[], float],
     ) -> None:
         self.config = config
-        self.prefix = prefix
+        self.bridge = bridge
         self.prefill_rate: float | None = None  # tokens/s
         self._rate_weight = 0.0  # of all that was measured
         self._compute = compute
@@ -82,7 +82,7 @@ class Scheduler:
         self._clock = clock
         self._order = 0
         self._admission = Admission(
-            prefix=prefix, max_running=config.max_running, metrics=metrics, clock=clock
+            bridge=bridge, max_running=config.max_running, metrics=metrics, clock=clock
         )
         self._running: list[Sequence] = []  # by arrival
         self._by_id: dict[str, Sequence] = {}
@@ -148,11 +148,11 @@ class Scheduler:
         assert orders == sorted(orders), "running sequences are out of order"
         for sequence in self._running:
             assert sequence.lease is not None, "a running sequence has no lease"
-            room = len(sequence.lease.pages) * self.prefix.config.page_size
+            room = len(sequence.lease.pages) * self.bridge.config.page_size
             assert sequence.computed <= room, "KV was computed without a page"
         for sequence in (*self._admission.waiting, *self._admission.deferred):
             assert sequence.lease is None, "a waiting sequence holds a lease"
-        self.prefix.book.check()
+        self.bridge.book.check()
 
     # what a step computes
 
@@ -181,8 +181,8 @@ class Scheduler:
         """Pages for its next tokens, if need be those of younger ones. False: not in this step."""
         lease, tokens = sequence.lease, sequence.computed + count
         assert lease is not None
-        while not self.prefix.grow(lease, tokens):
-            if self._reclaim(-(-tokens // self.prefix.config.page_size) - len(lease.pages)):
+        while not self.bridge.grow(lease, tokens):
+            if self._reclaim(-(-tokens // self.bridge.config.page_size) - len(lease.pages)):
                 continue
             victim = self._running[-1]
             if victim is sequence:
@@ -197,7 +197,7 @@ class Scheduler:
         now = self._clock()
         if now < self._reclaim_at:
             return False
-        if self.prefix.reclaim(pages):
+        if self.bridge.reclaim(pages):
             return True
         self._reclaim_at = now + RECLAIM_PAUSE_S
         return False
@@ -221,7 +221,7 @@ class Scheduler:
     def _set_back(self, sequence: Sequence) -> None:
         assert sequence.lease is not None
         self._running.remove(sequence)
-        self.prefix.release([sequence.lease])
+        self.bridge.release([sequence.lease])
         sequence.lease, sequence.computed = None, 0
         self._admission.put(sequence)
 
@@ -229,7 +229,7 @@ class Scheduler:
 
     def _run(self, work: list[Work]) -> None:
         leases = [w.sequence.lease for w in work if w.sequence.lease]
-        layer_ready = self.prefix.layer_ready(leases)
+        layer_ready = self.bridge.layer_ready(leases)
         started = self._clock()
         try:
             logits = self._compute.step(self._batch(work, leases), layer_ready)
@@ -239,7 +239,7 @@ class Scheduler:
         except Exception:
             self._step_failed(work)
             return
-        self.prefix.arrived(leases)
+        self.bridge.arrived(leases)
         self._metrics.steps.inc()
         prefilled = sum(w.count for w in work if not w.sequence.decoding)
         self._metrics.prefilled_tokens.inc(prefilled)
@@ -257,7 +257,7 @@ class Scheduler:
             )
             for w, lease in zip(work, leases, strict=True)
         ]
-        return Batch.of(slices, self.prefix.config.page_size)
+        return Batch.of(slices, self.bridge.config.page_size)
 
     def _step_failed(self, work: list[Work]) -> None:
         """Compute each request apart, so that only those end which fail alone. The step is merely
@@ -288,11 +288,11 @@ class Scheduler:
                 w.sequence.prefilled_tokens += w.count
         # before anything is released: a lease's last blocks are committed too
         computed = [(w.sequence, w.sequence.lease, w.sequence.computed) for w in work]
-        self.prefix.commit(
+        self.bridge.commit(
             [
                 (lease, sequence.array(end))
                 for sequence, lease, end in computed
-                if lease and self.prefix.due(lease, end)
+                if lease and self.bridge.due(lease, end)
             ],
             soon=self._pages_soon(),
         )
@@ -302,7 +302,7 @@ class Scheduler:
 
     def _pages_soon(self) -> int:
         """Pages that the next step's chunks need, to be granted with this step's commits."""
-        size = self.prefix.config.page_size
+        size = self.bridge.config.page_size
         prefills = [s for s in self._running if not s.decoding]
         return sum(-(-self._next_count(s) // size) for s in prefills)
 
@@ -374,7 +374,7 @@ class Scheduler:
         if sequence in self._running:
             self._running.remove(sequence)
         if sequence.lease is not None:
-            self.prefix.release([sequence.lease])
+            self.bridge.release([sequence.lease])
             sequence.lease = None
 
     # what is measured
@@ -387,13 +387,13 @@ class Scheduler:
         self._rate_weight += weight * (1 - self._rate_weight)  # 1 when much has been seen
         old = self.prefill_rate or 0.0
         self.prefill_rate = old + weight / self._rate_weight * (prefilled / seconds - old)
-        self.prefix.prefill_rate = self.prefill_rate
+        self.bridge.prefill_rate = self.prefill_rate
         self._metrics.prefill_rate.set(self.prefill_rate)
 
     def _measure(self) -> None:
         self._metrics.running.set(len(self._running))
         self._metrics.waiting.set(len(self._admission))
-        counts = self.prefix.book.counts()
+        counts = self.bridge.book.counts()
         for owner in ("free", "used", "daemon", "quarantined"):
             self._metrics.pages.labels(owner).set(getattr(counts, owner))
 

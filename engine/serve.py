@@ -29,8 +29,15 @@ from engine.identity import identity_of
 from engine.metrics import EngineMetrics
 from engine.models import build_model
 from engine.models.base import Model
-from engine.pages import PageBook
-from engine.prefix import BridgeConfig, Daemon, PoolMemory, Prefix, open_prefix
+from engine.prefix import (
+    Bridge,
+    BridgeConfig,
+    BridgeCounters,
+    Daemon,
+    PoolMemory,
+    layer_major,
+    open_bridge,
+)
 from engine.request import Bounds
 from engine.runner import Runner
 from engine.scheduler import Scheduler, SchedulerConfig
@@ -50,7 +57,7 @@ class Engine:
     """A whole engine: `app` starts and stops its worker."""
 
     app: FastAPI
-    prefix: Prefix
+    bridge: Bridge
     worker: Worker
     metrics: EngineMetrics
 
@@ -72,10 +79,10 @@ def assemble(config: EngineConfig) -> Engine:
         model = build_model(model_config, checkpoint)
     metrics = EngineMetrics()
     tenants = read_api_keys(config.api_keys) if config.api_keys else {}
-    prefix = _prefix(config, model, shape, memory, metrics)
+    bridge = _bridge(config, model, shape, memory, metrics)
     scheduler = Scheduler(
         SchedulerConfig(config.chunk_size, config.step_tokens, config.max_running),
-        prefix=prefix,
+        bridge=bridge,
         compute=Runner(model, KvPool(shape, num_pages, memory.map)),
         metrics=metrics,
         clock=time.monotonic,
@@ -97,9 +104,9 @@ def assemble(config: EngineConfig) -> Engine:
         worker=worker,
         tokenizer=tokenizer,
         registry=metrics.registry,
-        daemon=prefix.attachment.state,
+        daemon=bridge.health.state,
     )
-    return Engine(app, prefix, worker, metrics)
+    return Engine(app, bridge, worker, metrics)
 
 
 def check_room(
@@ -119,13 +126,13 @@ def check_room(
         log.warning("%s = %s: %s, and only %.3f GB are free now", name, value, needed, free)
 
 
-def _prefix(
+def _bridge(
     config: EngineConfig,
     model: Model,
     shape: KvShape,
     memory: PoolMemory,
     metrics: EngineMetrics,
-) -> Prefix:
+) -> Bridge:
     num_pages = memory.num_bytes // shape.page_bytes
     # two steps ahead, so that a grant is there before it is needed; but most pages cache
     ahead = 2 * -(-config.step_tokens // config.page_size) + config.max_running
@@ -136,19 +143,22 @@ def _prefix(
         daemon = Daemon(
             config.kvc2,
             memory,
-            num_pages,
-            shape.segment_bytes,
+            layer_major(
+                shape.layers,
+                num_pages,
+                segment_bytes=shape.segment_bytes,
+                page_size=config.page_size,
+            ),
             f"{config.model_name}:{os.getpid()}",
         )
-    bridge = BridgeConfig(
+    settings = BridgeConfig(
         page_size=config.page_size,
-        layers=shape.layers,
         identity=identity,
         low_water=low_water,
         high_water=2 * low_water,
         load_timeout_s=config.load_timeout_s,
     )
-    return open_prefix(PageBook(num_pages), bridge, metrics, daemon)
+    return open_bridge(num_pages, settings, daemon, BridgeCounters(metrics))
 
 
 def run(config: EngineConfig) -> None:
@@ -179,7 +189,7 @@ def run(config: EngineConfig) -> None:
     try:
         server.run()
     finally:
-        engine.prefix.close()
+        engine.bridge.close()
     if engine.worker.failed:
         raise EngineFailedError("the scheduler failed (see the log); start the engine again")
 

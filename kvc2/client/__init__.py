@@ -22,16 +22,25 @@ from kvc2.answers import (
     TierTokens,
 )
 from kvc2.client.admin import Admin
+from kvc2.client.bridge import Bridge, Daemon, PrefixLostError, open_bridge
+from kvc2.client.calls import BridgeConfig
 from kvc2.client.client import Client
 from kvc2.client.connection import NamespaceHandle
+from kvc2.client.counters import Counters
 from kvc2.client.memory import PoolMemory
+from kvc2.client.pages import PageBook
+from kvc2.client.sessions import Lease
 from kvc2.errors import Detached
 
 __all__ = [
     "Acquired",
     "Admin",
+    "Bridge",
+    "BridgeConfig",
     "Client",
     "Committed",
+    "Counters",
+    "Daemon",
     "DaemonStats",
     "Detached",
     "Evicted",
@@ -40,11 +49,14 @@ __all__ = [
     "Hints",
     "Invalidated",
     "LayoutSlabs",
+    "Lease",
     "LeaseCommit",
     "Matched",
     "NamespaceHandle",
+    "PageBook",
     "PoolMemory",
     "Prefetched",
+    "PrefixLostError",
     "PrefixPinned",
     "Released",
     "Scrubbed",
@@ -52,4 +64,5 @@ __all__ = [
     "TenantUse",
     "TierStats",
     "TierTokens",
+    "open_bridge",
 ]

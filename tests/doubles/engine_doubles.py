@@ -17,8 +17,7 @@ import torch
 
 from engine.batch import Batch
 from engine.metrics import EngineMetrics
-from engine.pages import PageBook
-from engine.prefix import BridgeConfig, Prefix
+from engine.prefix import Bridge, BridgeConfig, BridgeCounters, PageBook
 from engine.request import Caller, Output, Piece, Request, SamplingParams
 from engine.scheduler import Scheduler, SchedulerConfig
 from tests.doubles.small_daemon import PAGE_SIZE, SmallDaemon
@@ -155,11 +154,11 @@ class House:
     """A scheduler on a hash model, with or without a daemon, on a clock that only tests move."""
 
     scheduler: Scheduler
-    prefix: Prefix
+    bridge: Bridge
     model: HashModel
     daemon: SmallDaemon | None
     clock: Clock
-    operations: Inline
+    ordered: Inline
     acquires: Inline
     asked: list[Asked] = field(default_factory=list)
 
@@ -195,7 +194,7 @@ class House:
 
     def check(self) -> None:
         self.scheduler.check()
-        if self.daemon is not None and self.prefix.book.session and not self.operations.calls:
+        if self.daemon is not None and self.bridge.book.session and not self.ordered.calls:
             self.daemon.check()
 
 
@@ -209,29 +208,26 @@ def build(
 ) -> House:
     clock, metrics = Clock(), EngineMetrics()
     model = HashModel(num_pages, clock, seconds)
-    operations, acquires = Inline(), Inline()
-    prefix = Prefix(
+    ordered, acquires = Inline(), Inline()
+    bridge = Bridge(
         PageBook(num_pages),
         BridgeConfig(
             page_size=PAGE_SIZE,
-            layers=1,
             low_water=low_water,
             high_water=8,
             load_timeout_s=0.3,
             grant_timeout_s=0.0,
         ),
-        operations=operations,
-        acquires=acquires,
-        metrics=metrics,
+        counters=BridgeCounters(metrics),
     )
     small = SmallDaemon(model.pool) if daemon else None
     if small is not None:
-        prefix.connect(small.attach)
+        bridge.connect(small.attach, ordered=ordered, acquires=acquires)
     scheduler = Scheduler(
         config or SchedulerConfig(chunk_size=8, token_budget=16, max_running=4),
-        prefix=prefix,
+        bridge=bridge,
         compute=model,
         metrics=metrics,
         clock=clock,
     )
-    return House(scheduler, prefix, model, small, clock, operations, acquires)
+    return House(scheduler, bridge, model, small, clock, ordered, acquires)

@@ -1,4 +1,4 @@
-"""A daemon in 250 lines, as the engine's bridge sees it: its page laws asserted, no processes.
+"""A daemon in 250 lines, as an engine's bridge sees it: its page laws asserted, no processes.
 
 Not here: the model that reads and writes the pages (engine_doubles).
 """
@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from engine.prefix import Prefix
 from kvc2 import errors
 from kvc2.answers import (
     Acquired,
@@ -24,6 +23,7 @@ from kvc2.answers import (
     TierBlocks,
     TierTokens,
 )
+from kvc2.client.client import Engine
 
 PAGE_SIZE = 4
 NOTHING_SAID = Hints()
@@ -58,32 +58,32 @@ class SmallDaemon:
         self.arrive = True  # whether promotions complete
         self.fault: errors.Kvc2Error | None = None
         self.refuse = False
-        self.prefix: Prefix | None = None
+        self.engine: Engine | None = None
         self.computing_extra = 0
 
     # sessions
 
-    def attach(self, prefix: Prefix) -> SmallDaemon:
-        self.prefix = prefix
-        kept = set(prefix.kept_pages().tolist())
+    def attach(self, engine: Engine) -> SmallDaemon:
+        self.engine = engine
+        kept = set(engine.kept_pages().tolist())
         self.free = set(range(len(self.pool))) - kept
         self.private = set(kept)
-        prefix.on_attached(self._grant(self.first_grant))
+        engine.on_attached(self._grant(self.first_grant))
         return self
 
     def detach(self, reason: str) -> None:
-        assert self.prefix is not None
+        assert self.engine is not None
         self.fault = errors.Detached(reason)  # type: ignore[arg-type]
         self.leases.clear()
-        self.prefix.on_detached(errors.Detached(reason))  # type: ignore[arg-type]
+        self.engine.on_detached(errors.Detached(reason))  # type: ignore[arg-type]
 
     def reattach(self) -> None:
-        assert self.prefix is not None
+        assert self.engine is not None
         self.fault = None
         self.resident.clear()
         self.order.clear()
         self.transfers.clear()
-        self.attach(self.prefix)
+        self.attach(self.engine)
 
     # calls
 
@@ -196,6 +196,9 @@ class SmallDaemon:
         if request_id not in self.found:
             raise errors.NotFound("request_id", request_id, "a recent one")
         return self.found[request_id]
+
+    def wait_attached(self, timeout_s: float) -> bool:
+        return self.fault is None
 
     def wait_layer(self, transfer: int, layer: int, timeout_s: float) -> bool:
         if not self.arrive:

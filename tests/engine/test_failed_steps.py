@@ -36,7 +36,7 @@ def test_a_step_that_fails_on_some_requests_computes_their_neighbours(failing: l
         else:
             wanted = expected_tokens([*prompt(4, index), 1], 3)
             assert (each.finish, each.tokens) == ("length", wanted)
-    assert house.prefix.book.counts().held == 0
+    assert house.bridge.book.counts().held == 0
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
@@ -76,4 +76,4 @@ def test_a_row_that_nothing_can_be_drawn_from_ends_its_request_and_no_other() ->
     assert "chosen" in (failed.outputs[-1].error or "")
     assert other.finish == "length"
     assert len(other.tokens) == 6
-    assert house.prefix.book.counts().held == 0
+    assert house.bridge.book.counts().held == 0

@@ -14,17 +14,22 @@ import pytest
 from fastapi.testclient import TestClient
 
 from engine.http import app
-from engine.metrics import EngineMetrics
-from engine.pages import PageBook
-from engine.prefix import BridgeConfig, Daemon, Lease, PoolMemory, open_prefix
-from engine.prefix_calls import explanation_of
+from engine.prefix import (
+    BridgeConfig,
+    Daemon,
+    Lease,
+    PoolMemory,
+    explain,
+    explanation_of,
+    open_bridge,
+)
 from engine.request import Caller, Explanation
 from kvc2.answers import TierTokens
 from kvc2.client import Explained
 from tests.doubles.daemons import ServedDaemon, serve_config
 from tests.doubles.engine_doubles import House
 from tests.doubles.engine_doubles import build as build_house
-from tests.doubles.engines import LAYERS, NUM_PAGES, PAGE_SIZE, POOL_BYTES, SEGMENT_BYTES, identity
+from tests.doubles.engines import NUM_PAGES, PAGE_SIZE, POOL_BYTES, identity, layout
 from tests.engine.test_http import CHAT, COMPLETION, over
 
 WAIT_S = 20.0
@@ -91,8 +96,10 @@ def test_nothing_of_a_sibling_is_told(client: TestClient, house: House) -> None:
     assert details(client, TEN)["explanation"] == NEW | {"why": "diverged"}
 
 
-def test_without_details_nothing_is_asked(client: TestClient, house: House) -> None:
-    house.prefix.explain = lambda lease: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+def test_without_details_nothing_is_asked(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.admission.explain", lambda bridge, lease: 1 / 0)
     assert "kvc2" not in client.post("/v1/completions", json=COMPLETION).json()
 
 
@@ -105,10 +112,10 @@ def test_no_daemon_is_said() -> None:
 
 
 def test_what_is_asked_of_a_silent_daemon_holds_no_answer_back(
-    client: TestClient, house: House, monkeypatch: pytest.MonkeyPatch
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     never: Future[Explanation] = Future()
-    house.prefix.explain = lambda lease: never  # type: ignore[method-assign]
+    monkeypatch.setattr("engine.admission.explain", lambda bridge, lease: never)
     monkeypatch.setattr(app, "EXPLAIN_WAIT_S", 0.0)
     assert details(client, TEN)["explanation"]["why"] == "unknown"
 
@@ -131,18 +138,18 @@ def test_no_step_waits_for_the_explanation() -> None:
 @pytest.mark.parametrize("reason", ["dead", "silent"])
 def test_a_daemon_that_is_gone_is_said(reason: str) -> None:
     house = build_house(64)
-    lease = house.prefix.acquire(b"r", np.arange(9, dtype=np.uint32), Caller()).result()
+    lease = house.bridge.acquire(b"r", np.arange(9, dtype=np.uint32), Caller()).result()
     assert house.daemon is not None
     assert lease.session
     house.acquires.held = True
-    asked = house.prefix.explain(lease)
+    asked = explain(house.bridge, lease)
     house.daemon.detach(reason)  # between the question and its answer
     house.acquires.run()
     assert asked.result(0) == Explanation("no_daemon")
-    assert house.prefix.explain(lease).result(0) == Explanation("no_daemon")
+    assert explain(house.bridge, lease).result(0) == Explanation("no_daemon")
     house.daemon.reattach()
-    assert house.prefix.explain(lease).result(0) == Explanation("no_daemon")
-    assert house.prefix.explain(Lease(b"own")).result(0) == Explanation("not_served")
+    assert explain(house.bridge, lease).result(0) == Explanation("no_daemon")
+    assert explain(house.bridge, Lease(b"own")).result(0) == Explanation("not_served")
 
 
 FOUND = Explained(
@@ -187,24 +194,23 @@ def test_what_a_tier_had_and_was_not_brought_is_told_so() -> None:
 def test_the_daemon_explains_what_an_acquire_found(tmp_path: Path) -> None:
     with ServedDaemon(serve_config(tmp_path), cache=None) as served:
         pool = PoolMemory(POOL_BYTES)
-        prefix = open_prefix(
-            PageBook(NUM_PAGES),
-            BridgeConfig(PAGE_SIZE, LAYERS, identity=identity().encode(), low_water=8),
-            EngineMetrics(),
-            Daemon(served.address, pool, NUM_PAGES, SEGMENT_BYTES, "details"),
+        bridge = open_bridge(
+            NUM_PAGES,
+            BridgeConfig(PAGE_SIZE, identity=identity().encode(), low_water=8),
+            Daemon(served.address, pool, layout(), "details"),
         )
-        assert prefix._client.wait_attached(WAIT_S)  # type: ignore[union-attr]
+        assert bridge.wait_attached(WAIT_S)
         tokens = np.arange(2 * PAGE_SIZE + 1, dtype=np.uint32)
-        first = prefix.acquire(b"first", tokens, Caller()).result(WAIT_S)
-        assert prefix.explain(first).result(WAIT_S) == Explanation("never_seen", 0)
-        assert prefix.grow(first, len(tokens))
-        prefix.commit([(first, tokens)])
-        prefix.release([first])
-        prefix._in_order(lambda: None).result(WAIT_S)
-        again = prefix.acquire(b"again", tokens, Caller()).result(WAIT_S)
+        first = bridge.acquire(b"first", tokens, Caller()).result(WAIT_S)
+        assert explain(bridge, first).result(WAIT_S) == Explanation("never_seen", 0)
+        assert bridge.grow(first, len(tokens))
+        bridge.commit([(first, tokens)])
+        bridge.release([first])
+        assert bridge.settle(WAIT_S)
+        again = bridge.acquire(b"again", tokens, Caller()).result(WAIT_S)
         held = TierTokens(gpu=2 * PAGE_SIZE)
-        assert prefix.explain(again).result(WAIT_S) == Explanation("nothing", found=held)
+        assert explain(bridge, again).result(WAIT_S) == Explanation("nothing", found=held)
         other = replace(again, request_id=b"never asked")
-        assert prefix.explain(other).result(WAIT_S) == Explanation("unknown")
-        prefix.close()
+        assert explain(bridge, other).result(WAIT_S) == Explanation("unknown")
+        bridge.close()
         pool.close()

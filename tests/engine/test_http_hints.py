@@ -10,16 +10,14 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from engine.metrics import EngineMetrics
-from engine.pages import PageBook
-from engine.prefix import BridgeConfig, Daemon, PoolMemory, open_prefix
+from engine.prefix import BridgeConfig, Daemon, PoolMemory, open_bridge
 from engine.request import Caller
 from kvc2.cache.namespaces import Namespace
 from kvc2.client import Hints
 from tests.doubles.daemons import ServedDaemon, serve_config
 from tests.doubles.engine_doubles import House, expected_tokens
 from tests.doubles.engine_doubles import build as build_house
-from tests.doubles.engines import LAYERS, NUM_PAGES, PAGE_SIZE, POOL_BYTES, SEGMENT_BYTES, identity
+from tests.doubles.engines import NUM_PAGES, PAGE_SIZE, POOL_BYTES, identity, layout
 from tests.doubles.small_daemon import NOTHING_SAID
 from tests.engine.test_http import CHAT, COMPLETION, over
 
@@ -135,20 +133,19 @@ def test_the_hints_arrive_in_the_daemon(tmp_path: Path, monkeypatch: pytest.Monk
 
         monkeypatch.setattr(Namespace, "hints", note)
         pool = PoolMemory(POOL_BYTES)
-        prefix = open_prefix(
-            PageBook(NUM_PAGES),
-            BridgeConfig(PAGE_SIZE, LAYERS, identity=identity().encode()),
-            EngineMetrics(),
-            Daemon(served.address, pool, NUM_PAGES, SEGMENT_BYTES, "hints"),
+        bridge = open_bridge(
+            NUM_PAGES,
+            BridgeConfig(PAGE_SIZE, identity=identity().encode()),
+            Daemon(served.address, pool, layout(), "hints"),
         )
-        assert prefix._client.wait_attached(WAIT_S)  # type: ignore[union-attr]
+        assert bridge.wait_attached(WAIT_S)
         tokens = np.arange(40, dtype=np.uint32)
-        lease = prefix.acquire(b"r", tokens, Caller(), hints=Hints(True, 30, 7, 3600)).result(
+        lease = bridge.acquire(b"r", tokens, Caller(), hints=Hints(True, 30, 7, 3600)).result(
             WAIT_S
         )
         lease.ended = True
-        prefix.release([lease])
-        prefix.close()
+        bridge.release([lease])
+        bridge.close()
         pool.close()
     fields = ("session_end", "expect_return_within_s", "priority", "ttl_s")
     told = [tuple(getattr(each, name) for name in fields) for each in arrived]

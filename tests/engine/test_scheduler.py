@@ -28,7 +28,7 @@ def test_tokens_are_those_of_the_model(daemon: bool, length: int) -> None:
     house.run()
     assert asked.tokens == expected_tokens(prompt(length), 7)
     assert asked.finish == "length"
-    assert house.prefix.book.counts().held == 0
+    assert house.bridge.book.counts().held == 0
 
 
 def test_chunks_end_on_the_absolute_grid_after_a_hit_too() -> None:
@@ -208,7 +208,7 @@ def test_cancel_frees_all_pages(steps: int) -> None:
     house.step(steps)
     house.scheduler.cancel(asked.request.request_id)
     house.run()
-    assert house.prefix.book.counts().held == 0
+    assert house.bridge.book.counts().held == 0
     assert house.daemon is not None
     assert not house.daemon.leases
     house.scheduler.cancel("unknown")
@@ -274,7 +274,7 @@ def test_callers_share_nothing() -> None:
 
 
 def test_salts_end_nobodys_caching(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.prefix.NAMESPACES_MAX", 8)
+    monkeypatch.setattr("kvc2.client.namespaces.NAMESPACES_MAX", 8)
     house = build(256)
 
     def matched(caller: Caller) -> list[int]:
@@ -286,11 +286,12 @@ def test_salts_end_nobodys_caching(monkeypatch: pytest.MonkeyPatch) -> None:
     others = [Caller("other", salt) for salt in (b"", b"1", b"2")]
     for each in others:
         assert matched(each) == [0, 8]
-    handles = [house.prefix._namespaces.use(each) for each in others]
+    handles = house.bridge._calls._namespaces._handles  # type: ignore[union-attr]
+    made = [handles.use(each) for each in others]
     many = [Caller("greedy", bytes([salt])) for salt in range(1, 31)]
     assert [matched(each) for each in many] == [[0, 8]] * 30  # also after eight
-    assert len(house.prefix._namespaces) == 8
-    assert [house.prefix._namespaces.use(each) for each in others] == handles
+    assert len(handles) == 8
+    assert [handles.use(each) for each in others] == made
     assert matched(many[0]) == [8, 8]  # it was let go of, and what is cached under it was not
     for each in others:
         assert matched(each) == [8, 8]
@@ -338,7 +339,7 @@ def test_a_dead_daemons_pages_are_the_engines() -> None:
     house.run()
     assert house.daemon is not None
     house.daemon.detach("dead")
-    assert house.prefix.book.free == 32
+    assert house.bridge.book.free == 32
     asked = house.ask(prompt(100), 8)
     house.run()
     assert asked.tokens == expected_tokens(prompt(100), 8)
@@ -366,24 +367,24 @@ def test_alone_and_starved_a_request_fails_in_the_end() -> None:
     assert asked.finish == "error"
     assert "pages" in (asked.outputs[-1].error or "")
     assert asked.outputs[-1].unavailable
-    assert house.prefix.book.counts().held == 0
+    assert house.bridge.book.counts().held == 0
 
 
 def test_an_unanswered_commit_keeps_its_pages_from_reuse() -> None:
     house = build(32)
     assert house.daemon is not None
-    house.operations.held = True
+    house.ordered.held = True
     asked = house.ask(prompt(8), 2)
     house.step(2)
-    sent = [page for lease in house.prefix.leases() for page in lease.pages[:2]]
+    sent = [page for lease in house.bridge.leases() for page in lease.pages[:2]]
     house.daemon.fault = errors.Unreachable("deadline")
-    house.operations.held = False
-    house.operations.run()
+    house.ordered.held = False
+    house.ordered.run()
     house.run()
     assert asked.tokens == expected_tokens(prompt(8), 2)
-    assert house.prefix.book.counts().quarantined == len(sent)
+    assert house.bridge.book.counts().quarantined == len(sent)
     house.daemon.detach("dead")
-    assert house.prefix.book.free == 32
+    assert house.bridge.book.free == 32
 
 
 def test_a_lease_that_another_session_opened_is_released() -> None:
@@ -393,7 +394,7 @@ def test_a_lease_that_another_session_opened_is_released() -> None:
     acquire = daemon.acquire
 
     def late(*arguments: Any, **fields: Any) -> Any:
-        if house.prefix.book.session == 1:  # it ends while the call is on its way
+        if house.bridge.book.session == 1:  # it ends while the call is on its way
             daemon.detach("dead")
             daemon.reattach()
         return acquire(*arguments, **fields)
@@ -404,7 +405,7 @@ def test_a_lease_that_another_session_opened_is_released() -> None:
     assert not daemon.leases
     house.run()
     assert asked.tokens == expected_tokens(prompt(30), 3)
-    assert house.prefix.book.session == 2
+    assert house.bridge.book.session == 2
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -417,7 +418,7 @@ def test_random_traffic_keeps_tokens_and_pages_right(seed: int) -> None:
         if asked.finish == "length":
             wanted = expected_tokens(asked.request.tokens.tolist(), asked.request.max_tokens)
             assert asked.tokens == wanted
-    assert house.prefix.book.counts().held == 0
+    assert house.bridge.book.counts().held == 0
 
 
 def _traffic(house: House, choose: random.Random) -> None:
@@ -440,19 +441,19 @@ def _traffic(house: House, choose: random.Random) -> None:
             daemon.detach(choose.choice(["dead", "silent"]))
         elif event < 0.42 and daemon.fault:
             daemon.reattach()
-        house.operations.held = house.acquires.held = choose.random() < 0.3
-        if not house.operations.held:
+        house.ordered.held = house.acquires.held = choose.random() < 0.3
+        if not house.ordered.held:
             house.acquires.run()
-            house.operations.run()
+            house.ordered.run()
         house.step()
         house.clock.now += 0.01
-    house.operations.held = house.acquires.held = False
+    house.ordered.held = house.acquires.held = False
     house.acquires.run()
-    house.operations.run()
+    house.ordered.run()
     daemon.arrive = True
     if daemon.fault:
         daemon.reattach()
 
 
 def test_page_size_is_what_the_doubles_say() -> None:
-    assert build().prefix.config.page_size == PAGE_SIZE
+    assert build().bridge.config.page_size == PAGE_SIZE

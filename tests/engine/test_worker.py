@@ -172,7 +172,7 @@ def test_each_request_is_answered_even_if_nothing_can_be_freed(
     worker.submit(first.request)
     assert gate.entered.wait(10)
     worker.submit(second.request)
-    house.prefix.release = broken  # type: ignore[method-assign]
+    house.bridge.release = broken  # type: ignore[method-assign]
     gate.fails = True
     gate.opened.set()
     assert first.last().unavailable

@@ -296,7 +296,7 @@ LIMITS: dict[str, Callable[[Path], None] | str] = {
     "calls.DURABLE_WAITS_MAX": durable_waits,
     "side.PENDING_MAX": side_sockets,
     "prefetch.AT_ONCE_MAX": "kvc2.cache.test_prefetch.test_only_so_many_at_once",
-    "engine.prefix.NAMESPACES_MAX": "engine.test_scheduler.test_salts_end_nobodys_caching",
+    "namespaces.NAMESPACES_MAX": "engine.test_scheduler.test_salts_end_nobodys_caching",
 }
 
 

@@ -58,7 +58,7 @@ def truth(model: Path) -> Iterator[Truth]:
             return Answer(client.post("/v1/completions", json=body).json()).tokens
 
         yield answer
-    engine.prefix.close()
+    engine.bridge.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""An engine that isn't attached says so, and why: the client's reasons, the log, /health."""
+"""Who isn't attached says so, and why: the client's reasons, the log, a health page, counters."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ import shutil
 import socket
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 import pytest
 
-from engine.attachment import AGAIN_S, Attachment
-from engine.metrics import EngineMetrics
+from kvc2.client import Counters
 from kvc2.client.channel import absence
+from kvc2.client.health import AGAIN_S, DaemonHealth
 from kvc2.config import AttnConfig, LimitsConfig
 from kvc2.errors import Detached, LimitReached, Unreachable
 from kvc2.host.address import Address
 from tests.doubles.daemons import ServedDaemon, serve_config
-from tests.doubles.engine_doubles import Clock
 from tests.doubles.engines import TinyEngine
 
 
@@ -146,9 +147,9 @@ def test_a_client_tells_why_it_is_not_attached(
             assert engine.changed.wait_for(lambda: len(engine.failures) >= 2, 20)  # and goes on
         engine.client.close()
         engine.pool.close()
-    attachment = Attachment(address, EngineMetrics())
-    attachment.failed(engine.failures[0])
-    state = attachment.state()
+    health = DaemonHealth(address)
+    health.failed(engine.failures[0])
+    state = health.state()
     assert state is not None
     assert state["reason"] == reason
     assert words in state["message"]
@@ -175,6 +176,29 @@ def test_another_users_socket_is_told_as_such() -> None:
         shutil.rmtree(folder)
 
 
+@dataclass
+class Clock:
+    now: float = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Counted(Counters):
+    def __init__(self) -> None:
+        self.failures: Counter[str] = Counter()
+        self.sessions: list[str] = []
+
+    def attached(self) -> None:
+        self.sessions.append("attached")
+
+    def detached(self, reason: str) -> None:
+        self.sessions.append(reason)
+
+    def attach_failed(self, reason: str) -> None:
+        self.failures[reason] += 1
+
+
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     found = [each.getMessage() for each in caplog.records]
     caplog.clear()
@@ -185,50 +209,45 @@ def test_the_log_has_a_line_at_first_and_then_one_a_minute(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    clock, metrics = Clock(), EngineMetrics()
-    attachment = Attachment("unix:/x", metrics, clock)
+    clock, counted = Clock(), Counted()
+    health = DaemonHealth("unix:/x", counted, clock)
     gone, full = Unreachable("no such socket: /x", "no_socket"), LimitReached("limits.x", 1, "open")
-    attachment.failed(gone)
+    health.failed(gone)
     (first,) = lines(caplog)
     assert "not attached to the daemon at unix:/x: no such socket: /x (no_socket)" in first
     for _ in range(599):
         clock.now += 1
-        attachment.failed(gone)
+        health.failed(gone)
     assert len(lines(caplog)) == 9
     clock.now += AGAIN_S
-    attachment.failed(full)
+    health.failed(full)
     (other,) = lines(caplog)
     assert "limits.x = 1: open (refused)" in other
-    attachment.begun(3, 5)
+    health.begun(3, 5)
     (begun,) = lines(caplog)
     assert begun == "attached to the daemon at unix:/x: session 3, 5 pages granted"
-    attachment.ended(Detached("dead"))
+    health.ended(Detached("dead"))
     assert len(lines(caplog)) == 1
-    attachment.ended(Detached("dead", "can't attach"))  # of a session that did not begin
+    health.ended(Detached("dead", "can't attach"))  # of a session that did not begin
     assert lines(caplog) == []
-    attachment.failed(gone)  # at once: this one is new
+    health.failed(gone)  # at once: this one is new
     assert len(lines(caplog)) == 1
-    failures = {
-        each.labels["reason"]: each.value
-        for metric in metrics.attach_failures.collect()
-        for each in metric.samples
-        if each.name.endswith("_total")
-    }
-    assert failures == {"no_socket": 601, "refused": 1}
+    assert counted.failures == {"no_socket": 601, "refused": 1}
+    assert counted.sessions == ["attached", "dead"]  # what did not begin did not end
 
 
 def test_health_tells_of_the_daemon() -> None:
-    attachment = Attachment("unix:/x", EngineMetrics())
+    health = DaemonHealth("unix:/x")
     asked = {"address": "unix:/x", "attached": False}
-    assert attachment.state() == asked | {"reason": "not_tried_yet"}
-    attachment.failed(Unreachable("nobody listens", "nobody_listens"))
+    assert health.state() == asked | {"reason": "not_tried_yet"}
+    health.failed(Unreachable("nobody listens", "nobody_listens"))
     failed = asked | {"reason": "nobody_listens", "message": "nobody listens"}
-    assert attachment.state() == failed
-    attachment.begun(1, 0)
-    assert attachment.state() == {"address": "unix:/x", "attached": True, "reason": None}
-    attachment.ended(Detached("silent"))
-    assert attachment.state() == asked | {
+    assert health.state() == failed
+    health.begun(1, 0)
+    assert health.state() == {"address": "unix:/x", "attached": True, "reason": None}
+    health.ended(Detached("silent"))
+    assert health.state() == asked | {
         "reason": "silent",
         "message": "detached: the daemon is silent",
     }
-    assert Attachment(None, EngineMetrics()).state() is None
+    assert DaemonHealth(None).state() is None

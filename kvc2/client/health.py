@@ -1,7 +1,7 @@
-"""Whether there is a session with the daemon, and if not, why: for the log, /health and /metrics.
+"""Whether there is a session with the daemon, and if not, why: for log, health page and counters.
 
 The log gets a line at the first failure and then one a minute while it lasts, with the reason of
-that moment. Not responsible for what a session means for pages (prefix).
+that moment. Not responsible for what a session means for pages (sessions.py).
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from engine.metrics import EngineMetrics
 from kvc2 import errors
+from kvc2.client.counters import NO_COUNTERS, Counters
 
 log = logging.getLogger(__name__)
 
 AGAIN_S = 60.0  # between two lines of one failure that lasts
 
 
-class Attachment:
+class DaemonHealth:
     """`address`: None where there is no daemon to attach to. The client's thread tells, any may
     ask."""
 
     def __init__(
         self,
         address: str | None,
-        metrics: EngineMetrics,
+        counters: Counters = NO_COUNTERS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._address = address
-        self._metrics = metrics
+        self._counters = counters
         self._clock = clock
         self._lock = threading.Lock()
         self._attached = False
@@ -42,7 +42,7 @@ class Attachment:
     def failed(self, error: errors.Kvc2Error) -> None:
         """A try to attach was in vain."""
         reason = error.reason if isinstance(error, errors.Unreachable) else "refused"
-        self._metrics.attach_failures.labels(reason).inc()
+        self._counters.attach_failed(reason)
         now = self._clock()
         with self._lock:
             self._reason, self._words = reason, str(error)
@@ -58,10 +58,11 @@ class Attachment:
             )
 
     def begun(self, session: int, granted: int) -> None:
+        """A session, with so many pages to begin with."""
         with self._lock:
             self._attached, self._reason, self._words = True, None, ""
             self._logged_at = None
-        self._metrics.attached.set(1)
+        self._counters.attached()
         log.info(
             "attached to the daemon at %s: session %d, %d pages granted",
             self._address,
@@ -75,12 +76,12 @@ class Attachment:
             if not self._attached:
                 return
             self._attached, self._reason, self._words = False, detached.reason, str(detached)
-        self._metrics.attached.set(0)
-        self._metrics.detached.labels(detached.reason).inc()
+        self._counters.detached(detached.reason)
         log.warning("%s; running without hits", detached)
 
     def state(self) -> dict[str, Any] | None:
-        """For /health; None where there is no daemon to attach to."""
+        """For a health page: `address`, `attached`, `reason` and, after a failure, `message`. None
+        where there is no daemon to attach to."""
         if self._address is None:
             return None
         with self._lock:

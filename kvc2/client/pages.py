@@ -25,7 +25,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from engine.request import U32
+from kvc2.answers import U32
 
 ADOPTED, DUPLICATE = 0, 1  # answers to a commit; anything else is a refusal
 
