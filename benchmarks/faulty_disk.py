@@ -26,8 +26,8 @@ from benchmarks.processes import SlowDaemon
 from benchmarks.slow_daemon import Mode
 from kvc2.client import Client, Detached, LeaseCommit, PoolMemory
 from kvc2.errors import Kvc2Error
+from kvc2.identity import Identity
 from kvc2.layout import layer_major
-from kvc2.namespace import Identity
 
 SOUND = "sound"
 MODES = {

@@ -30,8 +30,8 @@ from kvc2.client import Client, Detached, LeaseCommit, NamespaceHandle, PoolMemo
 from kvc2.client.channel import Channel
 from kvc2.errors import Kvc2Error
 from kvc2.host.address import Address
+from kvc2.identity import Identity
 from kvc2.layout import Layout, Segment
-from kvc2.namespace import Identity
 from kvc2.v1 import cache_pb2
 
 TOKENS = 32_768

@@ -27,6 +27,7 @@ class Device:
     linear(x [T, in], weight [out, in]) -> [T, out]. experts(x, expert_ids, weights, gate_up, down)
     -> [T, hidden], see `layers.grouped_experts`. attention(pool, query_heads) makes the attention
     of a runner. claim_threads() is called before the first step, after the weights are loaded.
+    numerics(dtype): the class of these kernels; only those of one class give the same bits.
     """
 
     memory: torch.device  # of weights, tables and activations
@@ -34,6 +35,7 @@ class Device:
     experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     attention: Callable[[KvPool, int], Attention]
     claim_threads: Callable[[], None]
+    numerics: Callable[[torch.dtype], str]
 
 
 def set_threads(threads: int) -> None:
@@ -48,6 +50,7 @@ CPU = Device(
     experts=kernels.grouped_experts,
     attention=CpuAttention,
     claim_threads=kernels.claim_threads,
+    numerics=kernels.numerics,
 )
 
 
@@ -59,4 +62,5 @@ def cuda(index: int = 0) -> Device:
         experts=layers.grouped_experts,
         attention=FlashInferAttention,
         claim_threads=lambda: None,  # torch's own threads keep the GPU fed
+        numerics=lambda _: "cuda",
     )

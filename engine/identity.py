@@ -8,17 +8,20 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from engine.config import ModelConfig
-from kvc2.namespace import Identity
+from kvc2.identity import DEFAULT_KINDS, Identity, by_layer
 
 WEIGHT_CLASSES = ("attention", "embedding", "experts", "norms", "router")
 
 
-def identity_of(config: ModelConfig, weights_digest: bytes, page_size: int) -> Identity:
-    """Everything that this engine's KV depends on: the weights and their shapes by their digest,
-    what config.json alone says by name. Raises errors.InvalidRequest for a model whose KV can't be
-    cached by prefix."""
+def identity_of(
+    config: ModelConfig, weights_digest: bytes, page_size: int, *, numerics: str = ""
+) -> Identity:
+    """Everything that this engine's KV depends on: the weights, their shapes and their formats by
+    their digest, what config.json alone says by name. `numerics`: as the model's Device has it.
+    Raises errors.InvalidRequest for a model whose KV can't be cached by prefix."""
     dtype = str(config.dtype).removeprefix("torch.")
     rope = {name: str(value) for name, value in asdict(config.rope).items() if name != "theta"}
+    kinds = ("moe" if has_experts else "dense" for has_experts in config.moe_layers)
     return Identity(
         weights_digest=weights_digest.hex(),
         architecture=config.architecture,
@@ -32,6 +35,7 @@ def identity_of(config: ModelConfig, weights_digest: bytes, page_size: int) -> I
         rope_scaling=tuple(sorted(rope.items())),
         experts_per_token=config.experts_per_token,
         normalize_top_k=int(config.normalize_top_k),
-        moe_layers=tuple(int(has_experts) for has_experts in config.moe_layers),
         rms_norm_eps=config.rms_norm_eps,
+        experts=by_layer(kinds, DEFAULT_KINDS["experts"]),
+        numerics=numerics,
     )

@@ -20,6 +20,17 @@ def session() -> _kernels.Session:
     return _kernels.Session(_kernels.instruction_sets()[-1], torch.get_num_threads())
 
 
+def numerics(dtype: torch.dtype) -> str:
+    """The class of what computes in this dtype here, by the best instruction set: bits are equal
+    within one, and nowhere else. Our lanes give AVX2 and AVX-512 the same, torch's softmax and silu
+    do not; portable lanes lack the fused multiply-add; tiles take bfloat16 alone. Empty: AVX-512,
+    whose bits are what identities without a class are taken for."""
+    best = _kernels.instruction_sets()[-1]
+    if best == "amx" and dtype != torch.bfloat16:
+        best = "avx512"
+    return "" if best == "avx512" else best
+
+
 def claim_threads() -> None:
     """The kernels take torch's threads, once; torch is left with one. More of torch's would spin
     beside ours between its small operations: on a busy machine a prefill then took five times as

@@ -139,7 +139,9 @@ def _bridge(
     low_water = min(ahead, max(1, num_pages // 4))
     daemon, identity = None, b""
     if config.kvc2 is not None:
-        identity = identity_of(model.config, model.weights_digest, config.page_size).encode()
+        numerics = model.device.numerics(model.config.dtype)
+        digest, page_size = model.weights_digest, config.page_size
+        identity = identity_of(model.config, digest, page_size, numerics=numerics).encode()
         daemon = Daemon(
             config.kvc2,
             memory,

@@ -23,7 +23,9 @@ FLOORS = {
         moving
         tiers
         config
-        arena, client, flags, namespace
+        namespace
+        earlier_identity, foreign_identity
+        arena, client, flags, identity
         host, layout, periodic
         answers, errors, events, metrics, shares, v1, wire
     """,

@@ -8,7 +8,6 @@ restart: `uptime_s` says since when anything is known. One thread (the event loo
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from kvc2.answers import NO_PAGES, DifferingField, Explained, OtherNamespace, Ti
 from kvc2.cache.counts import Counts
 from kvc2.cache.namespaces import Namespace, Namespaces
 from kvc2.config import ServeConfig
+from kvc2.namespace import fields_of
 
 U32 = NDArray[np.uint32]
 
@@ -173,9 +173,9 @@ class Explainer:
 
 def differing(ours: bytes, theirs: bytes) -> tuple[DifferingField, ...]:
     """The fields of two identities that differ, by name."""
-    one, two = json.loads(ours), json.loads(theirs)
+    one, two = fields_of(ours), fields_of(theirs)
     return tuple(
         DifferingField(name, str(one.get(name))[:SHOWN_MAX], str(two.get(name))[:SHOWN_MAX])
         for name in sorted(one.keys() | two.keys())
-        if one.get(name) != two.get(name)
+        if (type(one.get(name)), one.get(name)) != (type(two.get(name)), two.get(name))
     )

@@ -22,7 +22,7 @@ from kvc2 import _core, errors
 from kvc2.answers import Hints, shorter
 from kvc2.config import DEFAULT_TENANT, LimitsConfig
 from kvc2.moving.mover import Mover
-from kvc2.namespace import of_era, weights_digest_of
+from kvc2.namespace import of_era, weights_of
 from kvc2.shares import SharedTable
 from kvc2.tiers.disk.catalogue import ERAS_MAX
 from kvc2.tiers.disk.recency import SECOND_MAX
@@ -227,13 +227,10 @@ class Namespaces:
         era = None if namespace.earlier is None else self._eras.get(namespace.earlier)
         return None if era is None else era.number
 
-    def of_weights(self, weights_digest: str) -> list[bytes]:
-        """Names of the namespaces whose identity has these weights."""
-        return [
-            name
-            for name, (_, identity) in self._named().items()
-            if weights_digest_of(identity) == weights_digest
-        ]
+    def of_weights(self, weights: str) -> list[bytes]:
+        """Names of the namespaces whose identity has these weights; none for an empty text."""
+        named = self._named().items() if weights else ()
+        return [name for name, (_, identity) in named if weights_of(identity) == weights]
 
     def retire(self, names: list[bytes]) -> int:
         """All that is cached under these names is dead from now on; how many blocks that is.

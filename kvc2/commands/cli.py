@@ -107,7 +107,10 @@ def evict(
 @app.command(epilog="Example: kvc2 invalidate --weights-digest 5f1d...e0")
 def invalidate(
     weights_digest: Annotated[
-        str, typer.Option(help="Of every namespace with these weights; 64 hex digits.")
+        str,
+        typer.Option(
+            help="Of every namespace with these weights; 64 hex digits, or an engine's text."
+        ),
     ] = "",
     namespace: Annotated[str, typer.Option(help="Of this namespace; 64 hex digits.")] = "",
     address: Address = None,

@@ -39,7 +39,7 @@ from kvc2.cache.namespaces import Namespace, Owner
 from kvc2.cache.sessions import Session
 from kvc2.config import DEFAULT_TENANT, ServeConfig, listen_address
 from kvc2.metrics import Metrics
-from kvc2.namespace import check_layout, check_weights_digest, decode
+from kvc2.namespace import check_layout, decode
 from kvc2.server import checks
 from kvc2.server.attach import Attachments
 from kvc2.server.tenants import Tenants
@@ -284,8 +284,8 @@ class CacheCalls:
         elif what == "namespace":
             names = [checks.namespace("namespace", request.namespace)]
         else:
-            digest = check_weights_digest("weights_digest", request.weights_digest)
-            names = self._cache.namespaces.of_weights(digest)
+            names = self._cache.namespaces.of_weights(request.weights_digest)
+            checks.weights("weights_digest", request.weights_digest, known=bool(names))
         return to_message(await self._cache.invalidate(names), cache_pb2.InvalidateResponse)
 
     async def SetQuota(self, request: cache_pb2.SetQuotaRequest) -> cache_pb2.SetQuotaResponse:

@@ -17,6 +17,7 @@ from kvc2.answers import Hints
 from kvc2.cache.namespaces import Namespace
 from kvc2.cache.sessions import Session
 from kvc2.config import LimitsConfig
+from kvc2.namespace import is_weights_digest
 from kvc2.v1 import cache_pb2
 from kvc2.wire import from_message
 
@@ -131,6 +132,13 @@ def namespace(field: str, value: bytes) -> bytes:
     if len(value) != NAMESPACE_BYTES:
         raise errors.InvalidRequest(field, f"{len(value)} bytes", f"{NAMESPACE_BYTES} bytes")
     return value
+
+
+def weights(field: str, value: str, *, known: bool) -> None:
+    """Raises InvalidRequest for what nothing has and no weights of our engine's could have."""
+    if not known and not is_weights_digest(value):
+        allowed = "64 hexadecimal digits, or as another engine's identity has its weights"
+        raise errors.InvalidRequest(field, value, allowed)
 
 
 def hints(field: str, given: cache_pb2.Hints) -> Hints:

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from kvc2.client import Client, PoolMemory
 from kvc2.errors import Detached, Kvc2Error
+from kvc2.identity import Identity
 from kvc2.layout import Layout, layer_major
-from kvc2.namespace import Identity
 
 PAGE_SIZE = 16
 LAYERS = 2

@@ -52,9 +52,15 @@ class FakeQuotas:
         return []
 
 
+class FakeNamespaces:
+    def of_weights(self, weights: str) -> list[bytes]:
+        return []
+
+
 class FakeCache:
     def __init__(self, config: ServeConfig, metrics: Metrics) -> None:
         self.quotas = FakeQuotas()
+        self.namespaces = FakeNamespaces()
         self.sessions: list[Session] = []
         self.closed: list[tuple[int, bool]] = []
         self.names: list[bytes] = []

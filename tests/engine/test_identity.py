@@ -11,7 +11,7 @@ import pytest
 
 from engine.config import ModelConfig
 from engine.identity import identity_of
-from kvc2.namespace import namespace
+from kvc2.namespace import named_by, namespace
 from tests.doubles.checkpoints import make_qwen3_moe, weights_digest
 
 SECRET = b"s" * 32
@@ -22,9 +22,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_qwen3_moe(tmp_path_factory.mktemp("model") / "first")
 
 
-def space(model_dir: Path, dtype: str = "auto", page_size: int = 16) -> bytes:
+def space(
+    model_dir: Path, dtype: str = "auto", page_size: int = 16, *, numerics: str = ""
+) -> bytes:
     config = ModelConfig.load(model_dir, dtype)
-    identity = identity_of(config, weights_digest(model_dir), page_size)
+    identity = identity_of(config, weights_digest(model_dir), page_size, numerics=numerics)
     return namespace(SECRET, identity.encode())
 
 
@@ -63,3 +65,18 @@ def test_a_name_is_no_other_namespace(model: Path, tmp_path: Path) -> None:
         model, tmp_path / "second", _name_or_path="other/name", transformers_version="0"
     )
     assert space(renamed) == space(model)
+
+
+def test_kernels_that_give_other_bits_are_another_namespace(model: Path) -> None:
+    assert len({space(model, numerics=each) for each in ("", "amx", "cuda")}) == 3
+
+
+def test_the_model_is_found_where_version_1_of_identities_put_it(model: Path) -> None:
+    """Every field was written then; `moe_layers` of each layer."""
+    config = ModelConfig.load(model, "auto")
+    encoded = identity_of(config, weights_digest(model), 16).encode()
+    then = json.loads(named_by(encoded))
+    assert "schema" not in then
+    assert then["moe_layers"] == [int(each) for each in config.moe_layers]
+    assert (then["attention"], then["windows"]) == ("full", [])
+    assert len(then) == 24

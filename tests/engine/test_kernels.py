@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine import _kernels
-from engine.kernels import as_array
+from engine.kernels import as_array, numerics
 
 # Largest error over the largest value: rounding to 8 bits of mantissa, or of long float32 sums.
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
@@ -92,6 +92,37 @@ def test_ffn(session: _kernels.Session, dtype: torch.dtype, shape: tuple[int, in
     whole = experts.run(session, x, slice(0, tokens))
     close(whole, experts.reference(x))
     assert torch.equal(experts.run(session, x, slice(tokens - 1, tokens)), whole[-1:])
+
+
+def test_instruction_sets_of_one_class_give_the_same_bits_and_others_do_not() -> None:
+    """Of our kernels; torch's, which compute between them, are told apart by the set alone."""
+    torch.manual_seed(0)
+    x, experts = torch.randn(33, 512), Experts.of(33, 64, 512, torch.float32)
+    found = {}
+    for name in _kernels.instruction_sets():
+        run = experts.run(_kernels.Session(name, 2), x, slice(0, 33))
+        found[name] = run.numpy().tobytes()
+    if "avx512" in found:
+        assert found["avx512"] == found["avx2"]
+    if "avx2" in found:
+        assert found["avx2"] != found["portable"]
+
+
+@pytest.mark.parametrize(
+    ("best", "dtype", "found"),
+    [
+        ("portable", torch.float32, "portable"),
+        ("avx2", torch.bfloat16, "avx2"),
+        ("avx512", torch.bfloat16, ""),
+        ("amx", torch.float32, ""),
+        ("amx", torch.bfloat16, "amx"),
+    ],
+)
+def test_the_class_of_the_kernels_is_that_of_the_best_instruction_set(
+    monkeypatch: pytest.MonkeyPatch, best: str, dtype: torch.dtype, found: str
+) -> None:
+    monkeypatch.setattr(_kernels, "instruction_sets", lambda: ["portable", best])
+    assert numerics(dtype) == found
 
 
 @dataclass

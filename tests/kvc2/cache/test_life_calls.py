@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from kvc2.answers import SIZES
 from kvc2.client import Admin, Hints, LeaseCommit, NamespaceHandle
 from kvc2.commands import cli
 from kvc2.errors import InvalidRequest, NotFound
+from kvc2.foreign_identity import Foreign
 from tests.doubles.daemons import ServedDaemon, serve_config
-from tests.doubles.engines import TinyEngine, identity
+from tests.doubles.engines import PAGE_SIZE, TinyEngine, identity
 
 TOKENS = np.arange(100, dtype=np.uint32)
 BLOCKS = 6
@@ -62,6 +64,20 @@ def test_an_engine_an_operator_and_a_command_invalidate(served: ServedDaemon) ->
             admin.invalidate(namespace=bytes(32))
         with pytest.raises(InvalidRequest, match="weights_digest"):
             admin.invalidate(weights_digest="12")
+
+
+def test_another_engines_namespace_is_cached_and_invalidated_by_its_weights(
+    served: ServedDaemon,
+) -> None:
+    known = Foreign("vllm", "main@5f1d", {"page_size": PAGE_SIZE, "layout": "NHD"})
+    with TinyEngine(served.address) as engine, Admin(served.address) as admin:
+        handle = engine.client.open_namespace(known.encode())
+        commit(engine, handle)
+        assert engine.client.match(handle, TOKENS).matched_tokens == BLOCKS * PAGE_SIZE
+        assert admin.invalidate(weights_digest="main@5f1d").blocks == BLOCKS
+        assert engine.client.match(handle, TOKENS).matched_tokens == 0
+        with pytest.raises(InvalidRequest, match=r"identity\.page_size"):
+            engine.client.open_namespace(replace(known, fields={"page_size": 8}).encode())
 
 
 def test_hints_travel_with_acquire_and_release(served: ServedDaemon) -> None:

@@ -15,6 +15,7 @@ from kvc2 import errors
 from kvc2.client import Admin
 from kvc2.commands import cli, prompts
 from kvc2.config import LimitsConfig, TenantConfig
+from kvc2.foreign_identity import Foreign
 from kvc2.v1 import cache_pb2 as pb
 from tests.doubles.byte_tokenizer import add_tokenizer
 from tests.doubles.daemons import ServedDaemon, serve_config
@@ -119,6 +120,18 @@ def test_another_identity_of_the_tenant_that_has_it_is_named(wire: Wire) -> None
     assert (found.why, found.other.hit_tokens) == ("other_namespace", BLOCKS * PAGE_SIZE)
     assert [field.name for field in found.other.fields] == ["rope_theta"]
     assert found.other.fields[0].ours == "5.0"
+
+
+def test_a_field_of_another_engines_identity_that_differs_is_named(wire: Wire) -> None:
+    numbers = []
+    for eager in (1, True):
+        known = Foreign("vllm", "a", {"page_size": PAGE_SIZE, "eager": eager})
+        request = pb.OpenNamespaceRequest(session=wire.head, identity=known.encode())
+        numbers.append(int(wire.call("OpenNamespace", request).namespace_id))
+    compute(wire, TOKENS, numbers[0])
+    found = explain(wire, TOKENS, numbers[1])
+    assert [field.name for field in found.other.fields] == ["fields.eager"]
+    assert (found.other.fields[0].ours, found.other.fields[0].theirs) == ("True", "1")
 
 
 @pytest.mark.parametrize("whose", [{"tenant": "other"}, {"salt": b"s"}])

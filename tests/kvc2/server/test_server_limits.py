@@ -23,8 +23,11 @@ from kvc2.host.address import Address
 from kvc2.server.claim import Claim
 from kvc2.server.tenants import Tenants
 from tests.doubles.daemons import ServedDaemon, serve_config
+from tests.doubles.engines import identity
 from tests.doubles.wires import Wire
 from tests.kvc2.server.test_server import acquire
+
+IDENTITY = identity().encode()
 
 
 def test_a_fault_of_the_daemons_own_is_counted_and_tells_nothing(tmp_path: Path) -> None:
@@ -117,11 +120,11 @@ def test_a_folder_that_others_can_write_is_refused(tmp_path: Path) -> None:
 def test_the_default_tenants_secret_is_made_once_and_kept_private(tmp_path: Path) -> None:
     config = serve_config(tmp_path, disk=True)
     assert config.disk.path is not None
-    first = Tenants(config).namespace("", os.getuid(), b"i", b"")
+    first = Tenants(config).namespace("", os.getuid(), IDENTITY, b"")
     file = config.disk.path / "default-tenant.secret"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     secret = file.read_bytes()
-    assert Tenants(config).namespace("default", os.getuid(), b"i", b"") == first
+    assert Tenants(config).namespace("default", os.getuid(), IDENTITY, b"") == first
     assert file.read_bytes() == secret
     file.chmod(0o644)
     with pytest.raises(InvalidConfig, match="0600"):
@@ -140,10 +143,10 @@ def test_a_tenant_is_open_to_its_user_ids_alone(tmp_path: Path) -> None:
     config = serve_config(tmp_path, tenants=(tenant,), disk=False)
     assert config.disk == DiskConfig()
     tenants = Tenants(config)
-    named = tenants.namespace("a", 12345, b"i", b"")
-    assert named != tenants.namespace("", os.getuid(), b"i", b"")
+    named = tenants.namespace("a", 12345, IDENTITY, b"")
+    assert named != tenants.namespace("", os.getuid(), IDENTITY, b"")
     with pytest.raises(Denied, match="not open to user id 1"):
-        tenants.namespace("a", 1, b"i", b"")
+        tenants.namespace("a", 1, IDENTITY, b"")
 
 
 def test_serving_needs_neither_torch_nor_the_engine() -> None:

@@ -12,6 +12,8 @@ import pytest
 
 from kvc2.cache.cache import Cache
 from kvc2.config import CpuConfig, DiskConfig
+from kvc2.identity import Identity
+from kvc2.namespace import decode
 from kvc2.tiers.disk.check import check
 from tests.doubles.caches import MIB, running
 from tests.doubles.daemons import ServedDaemon, serve_config
@@ -106,8 +108,9 @@ def test_the_check_finds_no_damage(stored: StoredDirectory) -> None:
     assert (after.sound, after.unproven, after.records) == (True, 0, before.records)
 
 
-def test_a_daemon_finds_the_blocks_by_the_identity_that_they_were_stored_by(
-    stored: StoredDirectory, tmp_path: Path
+@pytest.mark.parametrize("version", ["then", "now"])
+def test_a_daemon_finds_the_blocks_by_what_an_engine_of_then_and_one_of_now_says(
+    stored: StoredDirectory, tmp_path: Path, version: str
 ) -> None:
     config = serve_config(
         tmp_path,
@@ -119,7 +122,12 @@ def test_a_daemon_finds_the_blocks_by_the_identity_that_they_were_stored_by(
         for space, prompt in stored.prompts:
             if space.page_size != layout().page_size or prompt.ends_s:
                 continue
-            handle = engine.client.open_namespace(space.identity, salt=space.salt)
+            encoded = space.identity
+            if version == "now":
+                known = decode(encoded)
+                assert isinstance(known, Identity)
+                encoded = known.encode()
+            handle = engine.client.open_namespace(encoded, salt=space.salt)
             found = engine.client.match(handle, prompt.tokens)
             assert found.matched_tokens == len(expected(prompt, 0)) * space.page_size
 
