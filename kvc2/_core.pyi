@@ -101,8 +101,26 @@ class Records:
     digests: U8  # [n, 32]
     parents: U8  # [n, 32] digest of the block before; of a first block its namespace
     keys: U8  # [n, 16]
-    tokens: U32  # [n, page_size]
+    tokens: U32  # [n, page_size]; zeros where an external key names the block
     generations: U64  # [n] of the page in the durable pool
+    external_bytes: U8  # [n] length of the external key, 1 to 64; 0: tokens name the block
+    external_keys: U8  # [n, 64] padded with zeros
+    extras: U8  # [n, 32] digest of what a block has beside its tokens; zeros: nothing
+
+    def __init__(
+        self,
+        *,
+        namespaces: U8,
+        digests: U8,
+        parents: U8,
+        keys: U8,
+        tokens: U32,
+        generations: U64,
+        external_bytes: U8 | None = None,
+        external_keys: U8 | None = None,
+        extras: U8 | None = None,
+    ) -> None:
+        """The last three: zeros where they are None."""
 
 class Wait:
     """The next block is on its way in a transfer of someone else: await it, then ask again."""
@@ -449,13 +467,14 @@ def encode_headers(
 ) -> U8:
     """Write the header sector of page i at memory[offsets[i]:+4096]; its payload lies right
     after it. Returns [n, 16] xxh3_128 of the payloads. `memory` is writable, offsets are
-    multiples of 4096."""
+    multiples of 4096. `records` may be any object with the arrays of Records."""
 
 def verify_blocks(
     memory: Buffer, offsets: U64, records: Records, layout_digest: bytes, payload_bytes: int
 ) -> U8:
     """[n] of BLOCK_*: header against its checksum and the expected namespace, digest, parent,
-    tokens, generation and layout, then the payload against the header. Changes nothing."""
+    tokens or external key, extras, generation and layout, then the payload against the header.
+    Changes nothing."""
 
 class Headers:
     """What header sectors say; a row counts only where `sound` is 1."""
@@ -466,6 +485,9 @@ class Headers:
     parents: U8  # [n, 32]
     checksums: U8  # [n, 16] of the payloads
     tokens: U32  # [n, page_size]
+    external_bytes: U8  # [n]; this and the next two as in Records
+    external_keys: U8  # [n, 64]
+    extras: U8  # [n, 32]
 
 def read_headers(
     memory: Buffer, generations: U64, layout_digest: bytes, payload_bytes: int, page_size: int

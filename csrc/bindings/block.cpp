@@ -2,6 +2,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstring>
 #include <string>
 
@@ -75,6 +76,13 @@ struct RecordArrays {
     parents = take<uint8_t>(records, "parents", {n, 32}, parents_object);
     keys = take<uint8_t>(records, "keys", {n, 16}, keys_object);
     tokens = take<uint32_t>(records, "tokens", {n, kAnyLength}, tokens_object);
+    external_bytes = take<uint8_t>(records, "external_bytes", {n}, external_bytes_object);
+    external_keys =
+        take<uint8_t>(records, "external_keys", {n, kExternalKeyMax}, external_keys_object);
+    extras = take<uint8_t>(records, "extras", {n, 32}, extras_object);
+    if (std::ranges::any_of(external_bytes, [](uint8_t each) { return each > kExternalKeyMax; })) {
+      throw py::value_error("records.external_bytes: more than 64 in a key");
+    }
     page_size = static_cast<size_t>(py::array(tokens_object).shape(1));
     if (page_size < 1 || page_size > kTokensMax) {
       throw py::value_error("records.tokens has " + std::to_string(page_size) +
@@ -88,10 +96,13 @@ struct RecordArrays {
             parents.data() + i * 32,
             keys.data() + i * 16,
             tokens.subspan(i * page_size, page_size),
-            generations[i]};
+            generations[i],
+            external_keys.subspan(i * kExternalKeyMax, external_bytes[i]),
+            extras.data() + i * 32};
   }
 
-  std::span<const uint8_t> namespaces, digests, parents, keys;
+  std::span<const uint8_t> namespaces, digests, parents, keys, external_bytes, external_keys,
+      extras;
   std::span<const uint32_t> tokens;
   std::span<const uint64_t> generations;
   size_t page_size;
@@ -106,7 +117,7 @@ struct RecordArrays {
 
   // own the arrays: an attribute may be made anew at each access
   py::object namespaces_object, digests_object, parents_object, keys_object, tokens_object,
-      generations_object;
+      generations_object, external_bytes_object, external_keys_object, extras_object;
 };
 
 // Pages [offsets[i], offsets[i] + header + payload) of the memory, each inside it.
@@ -167,6 +178,7 @@ py::array_t<uint8_t> verify(const py::object& memory, const py::object& offsets,
 struct HeaderArrays {
   py::array_t<uint8_t> sound, namespaces, digests, parents, checksums;
   py::array_t<uint32_t> tokens;
+  py::array_t<uint8_t> external_bytes, external_keys, extras;
 };
 
 HeaderArrays read_headers(const py::object& memory, const py::object& generations,
@@ -182,23 +194,35 @@ HeaderArrays read_headers(const py::object& memory, const py::object& generation
     throw py::value_error("memory has room for fewer than " + std::to_string(n) + " headers");
   }
   const PayloadShape payload{bytes32(layout_digest, "layout_digest"), payload_bytes};
-  HeaderArrays found{
-      py::array_t<uint8_t>(static_cast<py::ssize_t>(n)), py::array_t<uint8_t>({n, sizeof(Bytes32)}),
-      py::array_t<uint8_t>({n, sizeof(Bytes32)}),        py::array_t<uint8_t>({n, sizeof(Bytes32)}),
-      py::array_t<uint8_t>({n, sizeof(Bytes16)}),        py::array_t<uint32_t>({n, page_size})};
+  const auto bytes = [n](size_t width) { return py::array_t<uint8_t>({n, width}); };
+  HeaderArrays found{py::array_t<uint8_t>(static_cast<py::ssize_t>(n)),
+                     bytes(32),
+                     bytes(32),
+                     bytes(32),
+                     bytes(16),
+                     py::array_t<uint32_t>({n, page_size}),
+                     py::array_t<uint8_t>(static_cast<py::ssize_t>(n)),
+                     bytes(kExternalKeyMax),
+                     bytes(32)};
   uint8_t* const sound = found.sound.mutable_data();
   uint8_t* const namespaces = found.namespaces.mutable_data();
   uint8_t* const digests = found.digests.mutable_data();
   uint8_t* const parents = found.parents.mutable_data();
   uint8_t* const checksums = found.checksums.mutable_data();
   uint32_t* const tokens = found.tokens.mutable_data();
+  uint8_t* const external_bytes = found.external_bytes.mutable_data();
+  uint8_t* const external_keys = found.external_keys.mutable_data();
+  uint8_t* const extras = found.extras.mutable_data();
   const py::gil_scoped_release released;
   for (size_t i = 0; i < n; ++i) {
     const HeaderFields into{namespaces + i * 32,
                             digests + i * 32,
                             parents + i * 32,
                             checksums + i * 16,
-                            {tokens + i * page_size, page_size}};
+                            {tokens + i * page_size, page_size},
+                            external_bytes + i,
+                            external_keys + i * kExternalKeyMax,
+                            extras + i * 32};
     sound[i] = read_header(sectors.data() + i * kHeaderBytes, payload, wanted[i], into);
   }
   return found;
@@ -229,7 +253,10 @@ void bind_block(py::module_& module) {
       .def_readonly("digests", &HeaderArrays::digests)
       .def_readonly("parents", &HeaderArrays::parents)
       .def_readonly("checksums", &HeaderArrays::checksums)
-      .def_readonly("tokens", &HeaderArrays::tokens);
+      .def_readonly("tokens", &HeaderArrays::tokens)
+      .def_readonly("external_bytes", &HeaderArrays::external_bytes)
+      .def_readonly("external_keys", &HeaderArrays::external_keys)
+      .def_readonly("extras", &HeaderArrays::extras);
   module.def("read_headers", &read_headers, py::arg("memory"), py::arg("generations"),
              py::arg("layout_digest"), py::arg("payload_bytes"), py::arg("page_size"));
   module.def("verify_blocks", &verify, py::arg("memory"), py::arg("offsets"), py::arg("records"),

@@ -97,6 +97,7 @@ struct RecordArrays {
   Array<uint8_t> namespaces, digests, parents, keys;
   Array<uint32_t> tokens;
   Array<uint64_t> generations;
+  Array<uint8_t> external_bytes, external_keys, extras;
 };
 
 RecordArrays arrays_of(const Records& records) {
@@ -108,7 +109,25 @@ RecordArrays arrays_of(const Records& records) {
           rows_of<uint8_t>(records.parents),
           rows_of<uint8_t>(records.keys),
           Array<uint32_t>({count, page_size}, records.tokens.data()),
-          array_of(records.generations)};
+          array_of(records.generations),
+          array_of(records.external_bytes),
+          rows_of<uint8_t>(records.external_keys),
+          rows_of<uint8_t>(records.extras)};
+}
+
+// [rows, width] of bytes, or [rows] where width is 0: as given, or zeros.
+Array<uint8_t> given_or_zeros(const py::object& given, const char* name, size_t rows,
+                              size_t width) {
+  if (!given.is_none()) {
+    same_length(view<uint8_t>(given, name, width ? 2 : 1, width), rows * std::max<size_t>(width, 1),
+                name);
+    return given;
+  }
+  std::vector<size_t> shape{rows};
+  if (width) shape.push_back(width);
+  Array<uint8_t> zeros(shape);
+  std::memset(zeros.mutable_data(), 0, static_cast<size_t>(zeros.nbytes()));
+  return zeros;
 }
 
 py::object object_of(const std::optional<Transfer>& transfer) {
@@ -170,23 +189,37 @@ void bind_transfer(py::module_& module) {
   py::class_<RecordArrays>(module, "Records")
       .def(py::init([](const py::object& namespaces, const py::object& digests,
                        const py::object& parents, const py::object& keys, const py::object& tokens,
-                       const py::object& generations) {
+                       const py::object& generations, const py::object& external_bytes,
+                       const py::object& external_keys, const py::object& extras) {
              const size_t rows = view<uint64_t>(generations, "generations", 1).size();
              same_length(digests_of(namespaces, "namespaces"), rows, "namespaces");
              same_length(digests_of(digests, "digests"), rows, "digests");
              same_length(digests_of(parents, "parents"), rows, "parents");
              view<uint8_t>(keys, "keys", 2, sizeof(BlockKey));
              view<uint32_t>(tokens, "tokens", 2);
-             return RecordArrays{namespaces, digests, parents, keys, tokens, generations};
+             return RecordArrays{
+                 namespaces,
+                 digests,
+                 parents,
+                 keys,
+                 tokens,
+                 generations,
+                 given_or_zeros(external_bytes, "external_bytes", rows, 0),
+                 given_or_zeros(external_keys, "external_keys", rows, sizeof(ExternalKey)),
+                 given_or_zeros(extras, "extras", rows, sizeof(Digest))};
            }),
            py::kw_only(), "namespaces"_a, "digests"_a, "parents"_a, "keys"_a, "tokens"_a,
-           "generations"_a)
+           "generations"_a, "external_bytes"_a = py::none(), "external_keys"_a = py::none(),
+           "extras"_a = py::none())
       .def_readonly("namespaces", &RecordArrays::namespaces)
       .def_readonly("digests", &RecordArrays::digests)
       .def_readonly("parents", &RecordArrays::parents)
       .def_readonly("keys", &RecordArrays::keys)
       .def_readonly("tokens", &RecordArrays::tokens)
-      .def_readonly("generations", &RecordArrays::generations);
+      .def_readonly("generations", &RecordArrays::generations)
+      .def_readonly("external_bytes", &RecordArrays::external_bytes)
+      .def_readonly("external_keys", &RecordArrays::external_keys)
+      .def_readonly("extras", &RecordArrays::extras);
   py::class_<Transfer>(module, "Transfer")
       .def_readonly("id", &Transfer::id)
       .def_readonly("source", &Transfer::source)

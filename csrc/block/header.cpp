@@ -20,7 +20,7 @@ struct Header {
   uint32_t key_mode, component, part, parts;
   uint8_t layout[32];
   uint32_t page_size, external_bytes;
-  uint8_t external_key[64], extras[32];
+  uint8_t external_key[kExternalKeyMax], extras[32];
   uint64_t payload_bytes, generation;
   uint8_t payload_checksum[16], mac[32];
   uint8_t reserved_low[680];
@@ -40,6 +40,7 @@ static_assert(offsetof(Header, tokens) == 1024 && offsetof(Header, checksum) == 
 
 constexpr uint8_t kMagic[8] = {'K', 'V', 'C', '2', 'P', 'A', 'G', 'E'};
 constexpr uint32_t kVersion = 1;
+constexpr uint32_t kTokens = 0, kExternal = 1;  // key_mode
 
 Bytes16 header_checksum(const Header& header) {
   return xxh3_128(&header, offsetof(Header, checksum));
@@ -61,7 +62,16 @@ Header header_of(const BlockRecord& record, const PayloadShape& payload) {
   header.page_size = static_cast<uint32_t>(record.tokens.size());
   header.payload_bytes = payload.bytes;
   header.generation = record.generation;
-  std::memcpy(header.tokens, record.tokens.data(), record.tokens.size_bytes());
+  if (record.extras) std::memcpy(header.extras, record.extras, sizeof header.extras);
+  if (record.external_key.empty()) {
+    std::memcpy(header.tokens, record.tokens.data(), record.tokens.size_bytes());
+    return header;
+  }
+  KVC2_CHECK(record.external_key.size() <= kExternalKeyMax, "a key of %zu bytes",
+             record.external_key.size());
+  header.key_mode = kExternal;
+  header.external_bytes = static_cast<uint32_t>(record.external_key.size());
+  std::memcpy(header.external_key, record.external_key.data(), record.external_key.size());
   return header;
 }
 
@@ -69,21 +79,31 @@ bool equal(const uint8_t* a, const uint8_t* b, size_t bytes) {
   return std::memcmp(a, b, bytes) == 0;
 }
 
-bool all_zero(std::span<const uint8_t> bytes) {
-  return std::all_of(bytes.begin(), bytes.end(), [](uint8_t byte) { return byte == 0; });
+template <typename T>
+bool all_zero(std::span<const T> values) {
+  return std::all_of(values.begin(), values.end(), [](T value) { return value == 0; });
+}
+
+// Tokens, or a key and zeros after it.
+bool named_in_one_way(const Header& header) {
+  const std::span<const uint8_t> key(header.external_key);
+  if (header.key_mode == kTokens) return header.external_bytes == 0 && all_zero(key);
+  return header.key_mode == kExternal && header.external_bytes > 0 &&
+         header.external_bytes <= key.size() && all_zero(key.subspan(header.external_bytes)) &&
+         all_zero(std::span<const uint32_t>(header.tokens));
 }
 
 bool reserved_as_allowed(const Header& header) {
-  return header.flags == 0 && header.key_mode == 0 && header.component == 0 && header.part == 0 &&
-         header.parts == 1 && header.external_bytes == 0 && all_zero(header.external_key) &&
-         all_zero(header.extras) && all_zero(header.mac) && all_zero(header.reserved_low) &&
-         all_zero(header.reserved_high);
+  const auto zero = [](std::span<const uint8_t> bytes) { return all_zero(bytes); };
+  return header.flags == 0 && header.component == 0 && header.part == 0 && header.parts == 1 &&
+         zero(header.mac) && zero(header.reserved_low) && zero(header.reserved_high);
 }
 
 bool sound(const Header& header) {
   if (!equal(header.magic, kMagic, sizeof kMagic) || header.version != kVersion) return false;
   const Bytes16 checksum = header_checksum(header);
-  return equal(header.checksum, checksum.data(), checksum.size()) && reserved_as_allowed(header);
+  return equal(header.checksum, checksum.data(), checksum.size()) && reserved_as_allowed(header) &&
+         named_in_one_way(header);
 }
 
 bool same_block(const Header& found, const Header& wanted) {
@@ -93,6 +113,9 @@ bool same_block(const Header& found, const Header& wanted) {
          equal(found.key, wanted.key, sizeof wanted.key) &&
          equal(found.layout, wanted.layout, sizeof wanted.layout) &&
          found.page_size == wanted.page_size && found.payload_bytes == wanted.payload_bytes &&
+         found.key_mode == wanted.key_mode && found.external_bytes == wanted.external_bytes &&
+         equal(found.external_key, wanted.external_key, sizeof wanted.external_key) &&
+         equal(found.extras, wanted.extras, sizeof wanted.extras) &&
          std::memcmp(found.tokens, wanted.tokens, sizeof wanted.tokens) == 0;
 }
 
@@ -132,6 +155,9 @@ bool read_header(const uint8_t* page, const PayloadShape& payload, uint64_t gene
   std::memcpy(into.parent, found.parent, sizeof found.parent);
   std::memcpy(into.payload_checksum, found.payload_checksum, sizeof found.payload_checksum);
   std::memcpy(into.tokens.data(), found.tokens, into.tokens.size_bytes());
+  *into.external_bytes = static_cast<uint8_t>(found.external_bytes);
+  std::memcpy(into.external_key, found.external_key, sizeof found.external_key);
+  std::memcpy(into.extras, found.extras, sizeof found.extras);
   return true;
 }
 

@@ -13,6 +13,7 @@ namespace kvc2 {
 
 using BlockKey = std::array<uint8_t, 16>;
 using Digest = std::array<uint8_t, 32>;
+using ExternalKey = std::array<uint8_t, 64>;
 using Tokens = std::span<const uint32_t>;
 
 constexpr uint32_t kMaxPageSize = 512;  // tokens of a block; the header's field has this bound

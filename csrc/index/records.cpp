@@ -9,6 +9,9 @@ void Records::append(RadixTree& tree, Place at, uint64_t generation) {
   parents.push_back(tree.parent_digest(at));
   keys.push_back(tree[at.node].keys[at.offset]);
   tokens.insert(tokens.end(), block.begin(), block.end());
+  external_bytes.push_back(0);
+  external_keys.push_back({});
+  extras.push_back({});
   generations.push_back(generation);
 }
 

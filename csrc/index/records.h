@@ -11,7 +11,10 @@ struct Records {
   std::vector<Digest> namespaces, digests;
   std::vector<Digest> parents;  // digest of the block before; of a first block its namespace
   std::vector<BlockKey> keys;
-  std::vector<uint32_t> tokens;  // page_size of each
+  std::vector<uint32_t> tokens;            // page_size of each; zeros where a key names the block
+  std::vector<uint8_t> external_bytes;     // the key's length; 0: tokens name the block
+  std::vector<ExternalKey> external_keys;  // padded with zeros
+  std::vector<Digest> extras;              // zeros: none
   std::vector<uint64_t> generations;
 
   // One more block. The tree makes the digests that are missing on its path.

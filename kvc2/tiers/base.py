@@ -63,18 +63,14 @@ class RecordsPart:
     keys: U8
     tokens: U32
     generations: U64
+    external_bytes: U8
+    external_keys: U8
+    extras: U8
 
 
 def part_of(records: _core.Records, part: slice) -> _core.Records:
-    rows = RecordsPart(
-        namespaces=records.namespaces[part],
-        digests=records.digests[part],
-        parents=records.parents[part],
-        keys=records.keys[part],
-        tokens=records.tokens[part],
-        generations=records.generations[part],
-    )
-    return cast(_core.Records, rows)
+    rows = {each.name: getattr(records, each.name)[part] for each in fields(RecordsPart)}
+    return cast(_core.Records, RecordsPart(**rows))
 
 
 def joined(parts: Sequence[_core.Records]) -> _core.Records:

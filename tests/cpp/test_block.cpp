@@ -1,6 +1,7 @@
 // Headers: what is written is believed, and no changed bit of header or payload is.
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "base/sha256.h"
@@ -21,14 +22,15 @@ struct Block {
     name_space.fill(1), digest.fill(2), parent.fill(3), key.fill(4), shape.layout.fill(5);
   }
   BlockRecord record() const {
-    return {name_space.data(), digest.data(), parent.data(), key.data(), tokens, generation};
+    return {name_space.data(), digest.data(), parent.data(), key.data(), tokens, generation, {},
+            extras.data()};
   }
   BlockState verify() const { return verify_block(page.data(), record(), shape); }
   void encode() { encode_header(page.data(), record(), shape); }
 
   std::vector<uint32_t> tokens;
   std::vector<uint8_t> page;
-  Bytes32 name_space, digest, parent;
+  Bytes32 name_space, digest, parent, extras{};
   Bytes16 key;
   uint64_t generation = 9;
   PayloadShape shape{{}, kPayloadBytes};
@@ -66,14 +68,33 @@ void seal(std::vector<uint8_t>& page) {
 void a_reserved_field_has_one_value() {
   Block block(16);
   block.encode();
-  // magic, version, flags, key_mode, component, part, parts, external_bytes, external_key, extras,
-  // mac, and what has no name yet
+  // magic, version, flags, key_mode, component, part, parts, external_bytes, external_key, mac, and
+  // what has no name yet
   for (const size_t offset :
-       {0, 8, 12, 128, 132, 136, 140, 180, 184, 247, 248, 279, 312, 343, 344, 1023, 3072, 4079}) {
+       {0, 8, 12, 128, 132, 136, 140, 180, 184, 247, 312, 343, 344, 1023, 3072, 4079}) {
     std::vector<uint8_t> page = block.page;
     page[offset] ^= 1;
     seal(page);
     EXPECT(verify_block(page.data(), block.record(), block.shape) == BlockState::kBadHeader);
+  }
+}
+
+void a_key_stands_in_the_place_of_tokens() {
+  Block block(16);
+  const std::vector<uint8_t> key(7, 'k');
+  BlockRecord record = block.record();
+  record.external_key = key;
+  encode_header(block.page.data(), record, block.shape);
+  EXPECT(verify_block(block.page.data(), record, block.shape) == BlockState::kOk);
+  EXPECT(block.verify() == BlockState::kOther);
+  // key_mode 0 and 2, no length, one too long, something after the key, a token
+  const std::pair<size_t, uint8_t> wrong[] = {{128, 1}, {128, 3}, {180, 7}, {180, 7 ^ 65},
+                                              {191, 1}, {247, 1}, {1024, 1}};
+  for (const auto& [offset, flip] : wrong) {
+    std::vector<uint8_t> page = block.page;
+    page[offset] ^= flip;
+    seal(page);
+    EXPECT(verify_block(page.data(), record, block.shape) == BlockState::kBadHeader);
   }
 }
 
@@ -93,6 +114,7 @@ void a_sound_header_of_something_else_is_told_apart() {
   is_other([](Block& b) { b.shape.bytes -= 1; });
   is_other([](Block& b) { b.tokens[15] += 1; });
   is_other([](Block& b) { b.tokens.resize(8); });
+  is_other([](Block& b) { b.extras[31] = 1; });
   Block later = block;
   later.generation += 1;
   EXPECT(later.verify() == BlockState::kStale);
@@ -120,6 +142,7 @@ int main() {
   what_is_encoded_is_believed();
   no_flipped_bit_is_believed();
   a_reserved_field_has_one_value();
+  a_key_stands_in_the_place_of_tokens();
   a_sound_header_of_something_else_is_told_apart();
   digests_form_a_chain();
   return failures == 0 ? 0 : 1;

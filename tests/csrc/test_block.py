@@ -29,7 +29,16 @@ def blocks(count: int, page_size: int = 16, seed: int = 0) -> SimpleNamespace:
         keys=rng.integers(0, 256, (count, 16), np.uint8),
         tokens=rng.integers(0, 1 << 32, (count, page_size), np.uint32),
         generations=rng.integers(1, 1 << 60, count, np.uint64),
+        external_bytes=np.zeros(count, np.uint8),
+        external_keys=np.zeros((count, 64), np.uint8),
+        extras=np.zeros((count, 32), np.uint8),
     )
+
+
+def named_by_key(records: SimpleNamespace, row: int, key: bytes) -> None:
+    records.tokens[row] = 0
+    records.external_bytes[row] = len(key)
+    records.external_keys[row, : len(key)] = list(key)
 
 
 def pages(count: int, seed: int = 1) -> tuple[bytearray, np.ndarray]:
@@ -80,6 +89,35 @@ def test_what_is_encoded_verifies(page_size: int):
     assert states.tolist() == [_core.BLOCK_OK] * 7
 
 
+def test_a_header_names_a_block_by_its_key_or_with_its_images():
+    records, (memory, offsets) = blocks(4), pages(4)
+    for row, key in enumerate([b"a", b"k" * 64, b"a\0"]):
+        named_by_key(records, row, key)
+    records.extras[1], records.extras[3] = 5, 6
+    _core.encode_headers(memory, offsets, records, LAYOUT, PAYLOAD_BYTES)
+    told = (LAYOUT, PAYLOAD_BYTES)
+    assert _core.verify_blocks(memory, offsets, records, *told).tolist() == [_core.BLOCK_OK] * 4
+    sectors = b"".join(bytes(memory[at : at + 4096]) for at in offsets.tolist())
+    assert [sectors[i * 4096 + 128] for i in range(4)] == [1, 1, 1, 0]
+    assert sectors[4096 + 184 : 4096 + 248] == b"k" * 64
+    assert sectors[3 * 4096 + 248 : 3 * 4096 + 280] == bytes([6] * 32)
+    found = _core.read_headers(sectors, records.generations, *told, 16)
+    assert found.sound.tolist() == [1] * 4
+    for name in ("tokens", "external_bytes", "external_keys", "extras"):
+        assert (getattr(found, name) == getattr(records, name)).all()
+    records.external_bytes[0] = 2  # "a" is not "a" and a zero
+    records.external_keys[1, 63] ^= 1
+    named_by_key(records, 3, b"x")
+    states = _core.verify_blocks(memory, offsets, records, *told).tolist()
+    other, fine = _core.BLOCK_OTHER, _core.BLOCK_OK
+    assert states == [other, other, fine, other]
+    records.extras[2, 31] = 1
+    assert _core.verify_blocks(memory, offsets, records, *told).tolist() == [other] * 4
+    records.external_bytes[2] = 65
+    with pytest.raises(ValueError, match=r"records\.external_bytes: more than 64"):
+        _core.verify_blocks(memory, offsets, records, *told)
+
+
 @pytest.mark.parametrize("page_size", [1, 16, 512])
 def test_a_header_alone_says_what_was_encoded(page_size: int):
     records, (memory, offsets) = blocks(7, page_size), pages(7)
@@ -88,7 +126,7 @@ def test_a_header_alone_says_what_was_encoded(page_size: int):
     told = (LAYOUT, PAYLOAD_BYTES, page_size)
     found = _core.read_headers(sectors, records.generations, *told)
     assert found.sound.tolist() == [1] * 7
-    for name in ("namespaces", "digests", "parents", "tokens"):
+    for name in ("namespaces", "digests", "parents", "tokens", "external_bytes", "extras"):
         assert (getattr(found, name) == getattr(records, name)).all()
     assert (found.checksums == checksums).all()
     for others in (

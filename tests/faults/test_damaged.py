@@ -86,6 +86,9 @@ class Pages:
             keys=_core.chain_keys(name, tokens, PAGE_SIZE),
             tokens=tokens.reshape(BLOCKS, PAGE_SIZE),
             generations=np.full(BLOCKS, generation, np.uint64),
+            external_bytes=np.zeros(BLOCKS, np.uint8),
+            external_keys=np.zeros((BLOCKS, 64), np.uint8),
+            extras=np.zeros((BLOCKS, 32), np.uint8),
         )
         records = cast(_core.Records, rows)
         memory = self.arena.reshape(-1, self.shape.page_bytes)[:BLOCKS]
