@@ -139,8 +139,12 @@ class Evicted:
 class Lease:
     """The state of an open lease.
 
-    `pages` are the gpu pages of its leading blocks, in order: resident or being filled by a
+    `pages` are the pages of its pool of its leading blocks, in order: resident or being filled by a
     transfer <= `transfer`. Every one is pinned. `tiers` says where those blocks were found.
+
+    An open lease may be carried on at any time, also much later: `promote` and `next_load` bring
+    what it matched and has no page of, `lease` says what is there now. What others have committed
+    since is found by a new acquire, not by the lease.
     """
 
     id: int
@@ -294,10 +298,12 @@ class Index:
     ) -> Lease:
         """Open a lease on at most max_blocks matched blocks. Touches them, pins the leading ones
         that are in `pool` or on their way there, and registers the other full blocks of `tokens` as
-        being computed. `pool` is a session's: the head of a chain."""
+        being computed. `pool` is any that is not durable: an engine's, or the one above the disk,
+        whose pages are then read in place."""
     def next_load(self, lease: int, max_pages: int) -> Transfer | Wait | None:
         """The next part of the leased prefix that must come from a durable pool into the pool above
-        it, evicting there; None when there is nothing left that can be loaded and must be."""
+        it, evicting there; None when there is nothing left that can be loaded and must be. Always
+        None where that pool is the lease's own: `promote` brings from the pool below."""
     def prefetch(
         self, namespace: int, pool: int, tokens: U32, max_pages: int, *, touches: bool
     ) -> Transfer | Wait | None:
@@ -305,10 +311,11 @@ class Index:
         its next part, in prefix order, evicting there; None when there is nothing left that can be
         brought. No lease holds what has come: it may be evicted again. touches: the prefix counts
         as used now, but its expiry stays. Walks the path."""
-    def promote(self, lease: int) -> Transfer | None:
-        """Move the run that follows the lease's pages and is resident in the pool below into the
-        lease's pool, as far as free and evictable pages go. The lease has these pages at once and
-        depends on the transfer. None when there is nothing to move or no room."""
+    def promote(self, lease: int, max_pages: int = ...) -> Transfer | None:
+        """Move the run that follows the lease's pages and is resident in the pool below, durable or
+        not, into the lease's pool, as far as free and evictable pages go, but at most max_pages of
+        it. The lease has these pages at once and depends on the transfer; it has at once, too, what
+        has come into its pool by itself. None when there is nothing to move or no room."""
     def lease(self, lease: int) -> Lease: ...
     def shorten(self, lease: int, blocks: int) -> None:
         """The lease brings at most `blocks` of the blocks that it matched, or those that it has
@@ -325,6 +332,9 @@ class Index:
         """Close the lease: its pages are unpinned, the pages of duplicates are free, its blocks no
         longer count as being computed. `hints` replace acquire's, unless they say nothing. They
         hold for the blocks that the lease has; ttl_s counts from now."""
+    def release_all(self, leases: U64) -> int:
+        """Close those of these leases that are open, as close_pool does with its own, and pass over
+        the others. Returns how many were open. For a session that ends and whose pool stays."""
 
     # private pages of a session
     def grant(self, pool: int, pages: int, namespace: int | None = None) -> U32:

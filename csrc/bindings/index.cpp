@@ -356,7 +356,8 @@ void bind_requests(py::class_<Index>& index) {
             return unlocked([&] { return self.prefetch(space, pool, given, max_pages, touches); });
           },
           "namespace"_a, "pool"_a, "tokens"_a, "max_pages"_a, py::kw_only(), "touches"_a)
-      .def("promote", &Index::promote, "lease"_a, py::call_guard<py::gil_scoped_release>())
+      .def("promote", &Index::promote, "lease"_a, "max_pages"_a = ~uint32_t{0},
+           py::call_guard<py::gil_scoped_release>())
       .def("lease", &Index::lease, "lease"_a, py::call_guard<py::gil_scoped_release>())
       .def("shorten", &Index::shorten, "lease"_a, "blocks"_a,
            py::call_guard<py::gil_scoped_release>())
@@ -371,7 +372,14 @@ void bind_requests(py::class_<Index>& index) {
           },
           "lease"_a, "first_block"_a, "tokens"_a, "pages"_a)
       .def("release", &Index::release, "lease"_a, "hints"_a = Hints{},
-           py::call_guard<py::gil_scoped_release>());
+           py::call_guard<py::gil_scoped_release>())
+      .def(
+          "release_all",
+          [](Index& self, const py::object& leases) {
+            const auto ids = view<uint64_t>(leases, "leases", 1);
+            return unlocked([&] { return self.release_all(ids); });
+          },
+          "leases"_a);
 }
 
 Array<uint8_t> restore(Index& self, PoolId pool, const py::object& digests,

@@ -148,12 +148,13 @@ class Index {
                     const Hints& hints = {});
   Load next_load(LeaseId lease, uint32_t max_pages);
   Load prefetch(uint32_t space, PoolId pool, Tokens tokens, uint32_t max_pages, bool touches);
-  std::optional<Transfer> promote(LeaseId lease);
+  std::optional<Transfer> promote(LeaseId lease, uint32_t max_pages = ~uint32_t{0});
   LeaseView lease(LeaseId lease) const;
   void shorten(LeaseId lease, uint32_t blocks);
   std::vector<CommitResult> commit(LeaseId lease, uint32_t first_block, Tokens tokens,
                                    std::span<const PageId> pages);
   void release(LeaseId lease, const Hints& hints = {});
+  uint32_t release_all(std::span<const LeaseId> leases);  // how many of them were open
 
   std::vector<PageId> grant(PoolId pool, uint32_t pages, std::optional<uint32_t> space = {});
   bool keep(PoolId pool, std::span<const PageId> pages);

@@ -300,13 +300,14 @@ void Leases::release(LeaseId id, const Hints& hints) {
   close(id);
 }
 
-void Leases::close(LeaseId id) {
+bool Leases::close(LeaseId id) {
   const auto found = leases_.find(id);
-  if (found == leases_.end()) return;
+  if (found == leases_.end()) return false;
   let_go(found->second.pool, found->second.held);
   let_go(found->second.pool, found->second.stray);
   unregister_computing(found->second, kEveryBlock);
   leases_.erase(found);
+  return true;
 }
 
 void Leases::let_go(PoolId id, std::span<const Held> held) {

@@ -11,12 +11,18 @@
 //   (asked for) -> held        [open]            its page is in the lease's pool, or on its way
 //   (asked for) -> matched     [open]            it is in a pool further down the chain
 //   (asked for) -> computing   [open]            it is in none
-//   matched     -> held        [promote]
+//   matched     -> held        [promote]             it was in the pool below, or has come since
 //   matched     -> computing   [shorten]
 //   matched, computing -> held [commit]          adopted, or its page is a duplicate
 //   held        -> stray       [lose]            at or after a page whose transfer failed
 //   held, stray -> (let go)    [release, close]
 // A lease, from -> to [function]: absent -> open [open]; open -> absent [release, close].
+//
+// A lease is on any pool that is not durable: on an engine's, or on the one above the disk, where
+// its blocks are read in place. promote brings from the pool below, from a durable one too;
+// next_load brings from the durable pool into the one above it, where that is not the lease's own.
+// Both may be asked again and again, at once or much later: a lease never holds more of its prompt
+// than `open` matched and what it commits.
 //
 // Laws; `check` proves them:
 //   L1 What a lease holds are the leading blocks of one path, without a gap.
@@ -77,7 +83,7 @@ class Leases {
   LeaseView view(LeaseId id) const;
   void shorten(LeaseId id, uint32_t blocks);
   Load next_load(LeaseId id, uint32_t max_pages);
-  std::optional<Transfer> promote(LeaseId id);
+  std::optional<Transfer> promote(LeaseId id, uint32_t max_pages);
   // Fills `results`, one a page, which are kRefused before; `tokens` are page_size of each.
   void commit(LeaseId id, uint64_t first_block, Tokens tokens, std::span<const PageId> pages,
               std::span<CommitResult> results);
@@ -87,7 +93,7 @@ class Leases {
 
   std::vector<LeaseId> in_pool(PoolId pool) const;
   bool use_space(uint32_t space) const;  // whether one of them is of this namespace
-  void close(LeaseId id);                // nothing where the lease is not open any more
+  bool close(LeaseId id);                // false, and nothing, where the lease is not open any more
   // These pages are about to be free: leases of the pool end before the first of them. What a lease
   // held after it stays pinned until release, since an engine may still be reading it.
   void lose(PoolId pool, std::span<const PageId> pages);

@@ -9,7 +9,7 @@ Load Leases::next_load(LeaseId id, uint32_t max_pages) {
   const Lease& lease = get(id);
   max_pages = std::min(max_pages, Transfers::kPagesMax);
   const std::vector<PoolId> pools = pools_.chain(lease.pool);
-  // Where the pool above the durable one is the lease's own, promote loads.
+  // Where the pool above the durable one is the lease's own, promote brings from the durable one.
   if (pools.size() < 3 || !pools_.at(pools.back()).shape.durable) return {};
   const PoolId target = pools[pools.size() - 2];
   if (pools_.at(target).closed) return {};
@@ -37,7 +37,7 @@ Load Leases::next_load(LeaseId id, uint32_t max_pages) {
   return transfers_.start(std::move(plan));
 }
 
-std::optional<Transfer> Leases::promote(LeaseId id) {
+std::optional<Transfer> Leases::promote(LeaseId id, uint32_t max_pages) {
   Lease& lease = get(id);
   PagePool& into = pools_.at(lease.pool);
   const auto below = into.shape.below;
@@ -51,7 +51,8 @@ std::optional<Transfer> Leases::promote(LeaseId id) {
       tree_.refresh(at.node);
       continue;
     }
-    if (!below || !tree_.resident(at, *below) || !transfers_.add(plan, at)) break;
+    if (!below || plan.size() >= max_pages || !tree_.resident(at, *below)) break;
+    if (!transfers_.add(plan, at)) break;
     const PageId page = plan.target_pages.back();
     into.pin(page);
     lease.held.push_back({page, page, lease.found[lease.held.size()]});

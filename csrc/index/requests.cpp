@@ -80,6 +80,9 @@ LeaseView Index::acquire(uint32_t space, PoolId head, Tokens tokens, uint32_t ma
   if (pools_.at(head).closed) {
     throw std::invalid_argument("pool: " + std::to_string(head) + " is closed");
   }
+  if (pools_.at(head).shape.durable) {
+    throw std::invalid_argument("pool: " + std::to_string(head) + " is durable; lease above it");
+  }
   const size_t size = tree_.spaces[space].page_size;
   const size_t blocks = std::min<size_t>(tokens.size() / size, max_blocks);
   const Tokens asked = tokens.first(blocks * size);
@@ -107,9 +110,9 @@ Load Index::next_load(LeaseId id, uint32_t max_pages) {
   return leases_.next_load(id, max_pages);
 }
 
-std::optional<Transfer> Index::promote(LeaseId id) {
+std::optional<Transfer> Index::promote(LeaseId id, uint32_t max_pages) {
   const Lock lock(mutex_);
-  return leases_.promote(id);
+  return leases_.promote(id, max_pages);
 }
 
 // In slices. Where the lease is released between two slices, the next one throws UnknownId.
@@ -138,6 +141,16 @@ void Index::release(LeaseId id, const Hints& hints) {
     leases_.release(id, hints);
   }
   catch_up();
+}
+
+uint32_t Index::release_all(std::span<const LeaseId> leases) {
+  uint32_t released = 0;
+  for (const LeaseId lease : leases) {
+    const Lock lock(mutex_);
+    released += leases_.close(lease);
+  }
+  catch_up();
+  return released;
 }
 
 void Index::catch_up() {

@@ -163,6 +163,42 @@ def test_every_tier_in_turn_gives_the_prefix_back(house: House) -> None:
     assert house.matched(1, 2, 3) == (2, 0, 1)
 
 
+def test_a_lease_on_the_cpu_s_pool_is_read_in_place(house: House) -> None:
+    """Its blocks come from disk by promote, and what it commits goes to disk from there."""
+    index = house.index
+    index.release(house.compute(1, 2, 3))
+    house.demote(house.gpu)
+    house.demote(house.cpu)
+    for pool in (house.gpu, house.cpu):
+        index.evict(pool, 9)
+    lease = index.acquire(house.space, house.cpu, tokens(1, 2, 3, 4), 4)
+    assert (lease.matched, lease.ahead.tolist()) == (3, [[1, 3]])
+    assert index.next_load(lease.id, 9) is None
+    first = index.promote(lease.id, 2)
+    assert first is not None
+    assert (first.source, first.target, first.target_pages.size) == (house.disk, house.cpu, 2)
+    index.complete(first.id, 2)
+    rest = index.promote(lease.id)  # asked again, later
+    assert rest is not None
+    index.complete(rest.id, 1)
+    page = index.grant(house.cpu, 1)
+    assert index.commit(lease.id, 3, tokens(4), page).tolist() == [_core.ADOPTED]
+    view = index.lease(lease.id)
+    assert (view.tiers, view.transfer, view.pages[3]) == ((0, 3), 0, page[0])
+    assert index.evict(house.cpu, 9).pages.size == 0
+    engine = index.acquire(house.space, house.gpu, tokens(1, 2, 3, 4), 4)
+    assert engine.matched == 4
+    assert index.promote(engine.id) is not None
+    house.demote(house.cpu)
+    assert index.release_all(np.array([lease.id, 99, engine.id, lease.id], np.uint64)) == 2
+    with pytest.raises(KeyError):
+        index.lease(lease.id)
+    assert index.evict(house.cpu, 9).pages.size == 0  # a transfer reads them
+    index.check()
+    with pytest.raises(ValueError, match="is durable"):
+        index.acquire(house.space, house.disk, tokens(1), 1)
+
+
 def test_a_failed_promotion_ends_the_lease_s_pages_before_it(house: House) -> None:
     house.index.release(house.compute(1, 2, 3))
     house.demote(house.gpu)

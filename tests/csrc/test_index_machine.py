@@ -32,7 +32,7 @@ class Walk:
     shrinks: bool = True
 
 
-WALKS = {"default": Walk(640), "quick": Walk(25), "hunt": Walk(250, shrinks=False)}
+WALKS = {"default": Walk(720), "quick": Walk(25), "hunt": Walk(250, shrinks=False)}
 WALK = WALKS[os.environ.get("KVC2_WALK", "default")]
 
 # Arrows of index.h and situations that a sound walk comes by: about a third of what was counted.
@@ -86,6 +86,10 @@ AT_LEAST = {
     "acquire: found in tier 1": 200,
     "acquire: found in tier 2": 120,
     "acquire: nodes are joined": 20,
+    "acquire: on the cpu's pool, beside an engine's": 60,
+    "commit: to the cpu's pool": 60,
+    "promote: from disk into a lease on the cpu's pool": 5,
+    "release_all: several": 5,
     "next_load: wait": 12,
     "plan_demote: not admitted": 200,
     "plan_demote: what was sent back": 6,

@@ -44,7 +44,12 @@ class IndexLives(IndexDeaths, AdmissionMachine):
     """The machine with rules of many calls beside those of one."""
 
     def living(self, pick: int) -> int:
-        """An engine's pool that is open; closed ones are forgotten first."""
+        """A pool for leases that is open; closed ones are forgotten first."""
+        self.engine(0)
+        return self.a_head(pick)
+
+    def engine(self, pick: int) -> int:
+        """An engine's pool that is open; closed ones are forgotten."""
         while any(self.model.pools[gpu].closed for gpu in self.gpus):
             self.session_is_forgotten()
         return self.a_gpu(pick)
@@ -143,7 +148,7 @@ class IndexLives(IndexDeaths, AdmissionMachine):
             self.live(lease, how, prompt)  # type: ignore[arg-type]
         if end == "leaves":
             self.release(lease)
-        elif end != "stays":
+        elif end != "stays" and pool in self.gpus:
             self.promote(lease)
             self.close(pool)
             self.plan_demote(pool, 9)
@@ -269,7 +274,7 @@ class IndexLives(IndexDeaths, AdmissionMachine):
     def while_it_moves(self, pool: int, what: str) -> None:
         if what == "use":  # its first block, which is pinned thereby
             namespace, *blocks = self.model.transfers[self.last_transfer].paths[0]
-            gpu = pool if pool in self.gpus else self.living(pool)
+            gpu = pool if pool in self.gpus else self.engine(pool)
             self.evict(gpu, 9)
             lease = self.open(namespace, gpu, blocks, 9)  # type: ignore[arg-type]
             if pool == self.disk:

@@ -129,6 +129,11 @@ class IndexMachine(RuleBasedStateMachine):
     def a_gpu(self, pick: int) -> int:
         return pick if pick in self.gpus else self.gpus[pick % 2]
 
+    def a_head(self, pick: int) -> int:
+        """A pool that leases are on."""
+        heads = [*self.gpus, self.cpu]
+        return pick if pick in heads else [*self.gpus, *self.gpus, *heads][pick % 7]
+
     def a_lease(self, pick: int) -> int:
         leases = sorted(self.model.leases)
         return pick if pick in leases else leases[pick % len(leases)]
@@ -149,7 +154,7 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(namespace=namespaces, gpu=choice, prompt=prompts, limit=st.sampled_from([9, 9, 3, 0]),
           hints=some_hints)  # fmt: skip
     def acquire(self, namespace: int, gpu: int, prompt: Prompt, limit: int, hints: Hints) -> None:
-        pool = self.a_gpu(gpu)
+        pool = self.a_head(gpu)
         if not self.model.pools[pool].closed:
             self.open(namespace, pool, prompt, limit, hints)
 
@@ -169,8 +174,10 @@ class IndexMachine(RuleBasedStateMachine):
         assert (real.matched, real.computing) == (len(lease.found), lease.computing)
         SEEN["acquire: an arriving page"] += any(state[h.page] == IN_FLIGHT for h in lease.held)
         SEEN["acquire: another computes it"] += lease.computing > 0
-        for tier in set(lease.found):
+        for tier in set(lease.found) if pool != self.cpu else ():
             SEEN[f"acquire: found in tier {tier}"] += 1
+        beside = any(each.pool != pool for each in self.model.leases.values() if each.held)
+        SEEN["acquire: on the cpu's pool, beside an engine's"] += pool == self.cpu and beside
         return real.id
 
     @precondition(lambda self: self.model.leases)
@@ -208,6 +215,9 @@ class IndexMachine(RuleBasedStateMachine):
         SEEN["commit: refused"] += REFUSED in answers
         SEEN["commit: a hole closed"] += self.model.holes() < holes
         SEEN["private -> resident: commit"] += before != state
+        SEEN["commit: to the cpu's pool"] += (
+            before != state and self.model.leases[lease].pool == self.cpu
+        )
         fresh = self.model.leases[lease].held[first:]
         SEEN["commit: a duplicate"] += any(h.duplicate for h in fresh)
         SEEN["commit: a duplicate of an arriving page"] += any(
@@ -226,10 +236,24 @@ class IndexMachine(RuleBasedStateMachine):
         SEEN["private -> free: a duplicate's end"] += any(h.duplicate for h in at.held + at.stray)
         SEEN["release: with strays"] += bool(at.stray)
 
+    @rule(leases=st.lists(choice, min_size=1, max_size=3), rarely=st.integers(0, 4))
+    def release_all(self, leases: list[int], rarely: int) -> None:
+        """What a session does that ends and leaves its pool to others; some are closed already."""
+        if rarely != 0:
+            return
+        known = sorted(self.model.leases)
+        chosen = [known[each % len(known)] if known else each for each in leases] + [10**6]
+        open_ones = set(chosen) & set(known)
+        assert self.index.release_all(np.array(chosen, np.uint64)) == len(open_ones)
+        SEEN["release_all: several"] += len(open_ones) > 1
+        for each in open_ones:
+            self.saw_release(each)
+            self.model.close(each)
+
     # private pages
     @rule(gpu=choice, count=small, namespace=st.sampled_from([None, 0, 1]))
     def grant(self, gpu: int, count: int, namespace: int | None = None) -> None:
-        pool = self.a_gpu(gpu)
+        pool = self.a_head(gpu)
         space = None if namespace is None else self.current[namespace]
         pages = self.index.grant(pool, count, space).tolist()
         self.tell(pages)
@@ -240,7 +264,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(gpu=choice, count=small, page=choice, foreign=st.integers(0, 5))
     def give_back(self, gpu: int, count: int, page: int, foreign: int) -> None:
-        pool = self.a_gpu(gpu)
+        pool = self.a_head(gpu)
         pages = self.some(pool, PRIVATE, count, page)
         pages += [page % (3 * PER_SLAB)] if foreign == 0 else []
         state = self.model.pools[pool].state
@@ -255,7 +279,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(gpu=choice, pages=st.lists(st.integers(0, 3 * PER_SLAB), max_size=3))
     def keep(self, gpu: int, pages: list[int]) -> None:
-        pool = self.a_gpu(gpu)
+        pool = self.a_head(gpu)
         at = self.model.pools[pool]
         fine = not at.closed and len(set(pages)) == len(pages)
         fine = fine and all(at.state.get(p) == "free" for p in pages)
@@ -265,13 +289,14 @@ class IndexMachine(RuleBasedStateMachine):
 
     # transfers
     @precondition(lambda self: self.model.leases)
-    @rule(lease=choice)
-    def promote(self, lease: int) -> None:
+    @rule(lease=choice, count=st.sampled_from([9, 9, 1, 2]))
+    def promote(self, lease: int, count: int = 9) -> None:
         at = self.a_lease(lease)
-        real = self.index.promote(at)
+        real = self.index.promote(at, count)
         pages = [] if real is None else real.target_pages.tolist()
         self.tell(pages)
-        self.check_transfer(real, self.model.promote(at, None if real is None else real.id, pages))
+        expected = self.model.promote(at, count, None if real is None else real.id, pages)
+        self.check_transfer(real, expected)
 
     @precondition(lambda self: self.model.leases)
     @rule(lease=choice, count=st.integers(1, 4))
@@ -315,6 +340,12 @@ class IndexMachine(RuleBasedStateMachine):
         down = real.target == self.model.pools[real.source].below
         kind = "plan_demote" if down else "next_load" if real.source == self.disk else "promote"
         SEEN[f"free -> in_flight: {kind}"] += 1
+        SEEN["promote: from disk into a lease on the cpu's pool"] += any(
+            each.pool == real.target == self.cpu
+            and self.disk == real.source
+            and any(held.path in expected.paths for held in each.held)
+            for each in self.model.leases.values()
+        )
         SEEN["plan_demote: from a closed pool"] += self.model.pools[real.source].closed
         if self.disk not in (real.source, real.target):
             assert real.records is None
@@ -476,11 +507,12 @@ class IndexMachine(RuleBasedStateMachine):
     def matches_agree(self) -> None:
         paths = {path for at in self.model.pools.values() for path in at.blocks}
         for namespace, *blocks in paths:
-            for pool in self.gpus:
-                found = self.model.tiers(namespace, self.model.chain(pool), blocks)  # type: ignore[arg-type]
+            for pool in [*self.gpus, self.cpu]:
+                chain = self.model.chain(pool)
+                found = self.model.tiers(namespace, chain, blocks)  # type: ignore[arg-type]
                 match = self.index.match(namespace, pool, u32(blocks))  # type: ignore[arg-type]
                 assert match.blocks == len(found)
-                assert match.tiers == tuple(found.count(t) for t in range(3))
+                assert match.tiers == tuple(found.count(t) for t in range(len(chain)))
 
     @invariant()
     def leases_agree(self) -> None:
@@ -488,7 +520,8 @@ class IndexMachine(RuleBasedStateMachine):
             real = self.index.lease(lease)
             assert real.pages.tolist() == [held.page for held in at.held]
             tiers = [held.tier for held in at.held]
-            assert real.tiers == tuple(tiers.count(t) for t in range(3))
+            chain = self.model.chain(at.pool)
+            assert real.tiers == tuple(tiers.count(t) for t in range(len(chain)))
             assert real.transfer == self.model.depends(at)
             assert (real.matched, real.computing) == (len(at.found), at.computing)
             ahead = [tier for tier, blocks in real.ahead.tolist() for _ in range(blocks)]

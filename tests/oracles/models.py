@@ -340,14 +340,14 @@ class IndexModel(QuotasModel):
         return plan if plan.paths else None
 
     def promote(
-        self, lease_id: int, transfer: int | None, picks: list[int]
+        self, lease_id: int, count: int, transfer: int | None, picks: list[int]
     ) -> TransferModel | None:
         lease = self.leases[lease_id]
         self.hold_more(lease)
         below = self.pools[lease.pool].below
         plan = TransferModel(-1 if below is None else below, lease.pool, [], [], [])
         source = deque(picks)
-        while below is not None and (path := self.next_path(lease)):
+        while below is not None and (path := self.next_path(lease)) and len(plan.paths) < count:
             if self.pools[lease.pool].present(path) or not self.pools[below].resident(path):
                 break
             if not self.add(plan, path, source):
@@ -361,6 +361,8 @@ class IndexModel(QuotasModel):
         """A transfer, or the id of the one to wait for."""
         lease = self.leases[lease_id]
         chain = self.chain(lease.pool)
+        if len(chain) < 3:
+            return self.start(TransferModel(-1, -1, [], [], []), transfer)
         plan = TransferModel(chain[-1], chain[-2], [], [], [])
         source = deque(picks)
         memory = [self.pools[p] for p in chain[:-1]]
