@@ -24,8 +24,9 @@ FLOORS = {
         tiers
         config
         namespace
+        client
         earlier_identity, foreign_identity
-        arena, client, flags, identity
+        arena, flags, identity
         host, layout, periodic
         answers, errors, events, metrics, shares, v1, wire
     """,
@@ -43,6 +44,7 @@ FLOORS = {
         checks, claim, scrapes, side, tenants
     """,
     "kvc2/client": """
+        examples
         bridge
         calls
         client, namespaces, sessions
@@ -135,7 +137,8 @@ CPP_FLOORS = """
 """
 # The client is what an engine carries: it must not pull in the daemon. Of _core it takes Beat.
 CLIENT_SEES = (
-    *("_core", "v1", "layout", "answers", "wire", "errors", "shares", "host.address", "client"),
+    *("_core", "v1", "answers", "client", "errors", "host.address", "layout", "shares", "wire"),
+    *("identity", "foreign_identity"),
 )
 # Only the bridge talks to the daemon's client; what KV depends on is named in the daemon's terms,
 # and paths and the daemon's address are read as the daemon reads them.

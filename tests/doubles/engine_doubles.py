@@ -8,7 +8,6 @@ a wrong page, a page read too early or one overwritten while it is read all give
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +19,7 @@ from engine.metrics import EngineMetrics
 from engine.prefix import Bridge, BridgeConfig, BridgeCounters, PageBook
 from engine.request import Caller, Output, Piece, Request, SamplingParams
 from engine.scheduler import Scheduler, SchedulerConfig
+from tests.doubles.bridges import Inline
 from tests.doubles.small_daemon import PAGE_SIZE, SmallDaemon
 
 VOCABULARY = 97
@@ -90,30 +90,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-class Inline(Executor):
-    """Runs what is submitted at once, or when `run` is called if `held`."""
-
-    def __init__(self, held: bool = False) -> None:
-        self.held = held
-        self.calls: list[tuple[Future[Any], Callable[[], Any]]] = []
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        self.calls.append((future, lambda: fn(*args, **kwargs)))
-        if not self.held:
-            self.run()
-        return future
-
-    def run(self) -> None:
-        while self.calls:
-            future, call = self.calls.pop(0)
-            try:
-                future.set_result(call())
-            except Exception as error:
-                future.set_exception(error)
-                raise  # nothing that runs here may fail: a fault is a value, or it is a bug
 
 
 class NoText:

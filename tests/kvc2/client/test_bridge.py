@@ -1,0 +1,280 @@
+"""The bridge alone: whatever daemon and engine do, no page has two owners, and a lease's KV is its
+prompt's."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from kvc2 import errors
+from kvc2.answers import U32
+from kvc2.client import Bridge, Lease, PageBook, PrefixLostError
+from kvc2.client.calls import Calls
+from kvc2.client.pages import Owner
+from tests.doubles.bridges import Bridged
+from tests.doubles.small_daemon import PAGE_SIZE
+
+PAGES = 24
+
+
+def kv_of(tokens: U32) -> np.ndarray:
+    """Of each token a number that depends on all before it, as KV does."""
+    values, value = [], 0
+    for token in tokens.tolist():
+        value = (value * 1_000_003 + token + 1) % ((1 << 61) - 1)
+        values.append(value)
+    return np.array(values, np.int64)
+
+
+@dataclass(eq=False)
+class Running:
+    """A request: its lease, and how many of its tokens are in the pool."""
+
+    number: int
+    tokens: U32
+    future: Future[Lease]
+    computed: int = -1  # -1: it has no lease yet
+
+    @property
+    def lease(self) -> Lease:
+        return self.future.result(0)
+
+
+class BridgeMachine(RuleBasedStateMachine):
+    """Requests that share beginnings, on executors that stand still at times, while the daemon
+    evicts, fails, falls silent, thaws, dies and comes back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = Bridged(PAGES)
+        self.bridge, self.daemon = self.world.bridge, self.world.daemon
+        self.running: list[Running] = []
+        self.asked = 0
+
+    @property
+    def lost(self) -> str:
+        fault = self.daemon.fault
+        return fault.reason if isinstance(fault, errors.Detached) else ""
+
+    @rule(shared=st.sampled_from([0, 4, 9, 13]), own=st.integers(1, 9), seed=st.integers(0, 2))
+    def ask(self, shared: int, own: int, seed: int) -> None:
+        if len(self.running) >= 4:
+            return
+        tokens = np.array([7] * shared + [seed] * own, np.uint32)
+        self.asked += 1
+        future = self.bridge.acquire(b"%d" % self.asked, tokens)
+        self.running.append(Running(self.asked, tokens, future))
+
+    @precondition(lambda self: self.running)
+    @rule(which=st.integers(0, 3), count=st.integers(1, 9))
+    def step(self, which: int, count: int) -> None:
+        each = self.running[which % len(self.running)]
+        if not each.future.done():
+            return
+        lease = each.lease
+        if each.computed < 0:
+            each.computed = lease.matched_tokens
+        if (ready := self.bridge.layer_ready([lease])) is not None:
+            try:
+                ready(0)
+            except PrefixLostError:
+                self.end(each)
+                return
+            self.bridge.arrived([lease])
+        upto = min(each.computed + count, len(each.tokens))
+        if not self.bridge.grow(lease, upto):
+            self.bridge.reclaim(-(-upto // PAGE_SIZE) - len(lease.pages))
+            return
+        at = np.arange(each.computed, upto)
+        self.world.pool[np.array(lease.pages)[at // PAGE_SIZE], at % PAGE_SIZE] = kv_of(
+            each.tokens
+        )[at]
+        each.computed = upto
+        self.bridge.commit([(lease, each.tokens[:upto])])
+
+    @precondition(lambda self: self.running)
+    @rule(which=st.integers(0, 3))
+    def release(self, which: int) -> None:
+        """One whose lease has not come is cancelled; when it comes it is released all the same."""
+        each = self.running[which % len(self.running)]
+        if each.future.done():
+            self.end(each)
+        else:
+            self.bridge.cancel(b"%d" % each.number)
+
+    def end(self, each: Running) -> None:
+        self.running.remove(each)
+        self.bridge.release([each.lease])
+
+    @rule(acquires=st.booleans(), ordered=st.booleans())
+    def hold(self, acquires: bool, ordered: bool) -> None:
+        self.world.acquires.held, self.world.ordered.held = acquires, ordered
+        if not acquires:
+            self.world.acquires.run()
+        if not ordered:
+            self.world.ordered.run()
+
+    @precondition(lambda self: not self.daemon.fault)
+    @rule()
+    def evict(self) -> None:
+        self.daemon.demote_and_evict()
+
+    @rule(arrive=st.booleans(), refuse=st.booleans())
+    def misbehave(self, arrive: bool, refuse: bool) -> None:
+        self.daemon.arrive, self.daemon.refuse = arrive, refuse
+
+    @precondition(lambda self: not self.daemon.fault)
+    @rule()
+    def fail(self) -> None:
+        """Calls break and the session goes on."""
+        self.daemon.fault = errors.Unreachable("no answer")
+
+    @precondition(lambda self: self.daemon.fault and not self.lost)
+    @rule()
+    def recover(self) -> None:
+        self.daemon.fault = None
+
+    @precondition(lambda self: not self.lost)
+    @rule(reason=st.sampled_from(["dead", "silent"]))
+    def detach(self, reason: str) -> None:
+        self.daemon.detach(reason)
+
+    @precondition(lambda self: self.lost == "silent")
+    @rule()
+    def thaw(self) -> None:
+        """It writes what it promised, to whomever the pages belong by now."""
+        arrive, self.daemon.arrive = self.daemon.arrive, True
+        self.daemon.wait_layer(len(self.daemon.transfers), 0, 0.0)
+        self.daemon.arrive = arrive
+
+    @precondition(lambda self: self.lost == "silent")
+    @rule()
+    def die(self) -> None:
+        self.daemon.detach("dead")
+        self.daemon.transfers.clear()
+
+    @precondition(lambda self: self.lost)
+    @rule()
+    def reattach(self) -> None:
+        self.daemon.reattach()
+
+    @invariant()
+    def no_page_has_two_owners(self) -> None:
+        quiet = not self.world.ordered.calls
+        leases = [each.lease for each in self.running if each.future.done()]
+        self.bridge.book.check([lease.pages for lease in leases] if quiet else None)
+        if quiet and self.bridge.book.session:
+            self.daemon.check()
+
+    @invariant()
+    def the_kv_of_a_lease_is_its_prompts(self) -> None:
+        for each in self.running:
+            if each.computed <= 0 or each.lease.transfer:
+                continue
+            held = self.world.pool[each.lease.pages].ravel()[: each.computed]
+            assert (held == kv_of(each.tokens)[: each.computed]).all()
+
+    def teardown(self) -> None:
+        """In the end all is answered and nothing is held."""
+        self.daemon.arrive = True
+        self.hold(False, False)
+        if self.lost:
+            self.daemon.reattach()
+        self.daemon.fault = None
+        for each in list(self.running):
+            self.end(each)
+        assert self.bridge.book.counts().held == 0
+        assert not self.bridge.leases()
+        self.daemon.check()
+
+
+TestBridge = BridgeMachine.TestCase
+TestBridge.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+
+
+# Each is a law of pages.py or sessions.py left out.
+def end_without_quarantine(book: PageBook, *, dead: bool, unsettled: object = ()) -> None:
+    END(book, dead=dead)
+
+
+def commit_without_doubt(book: PageBook, session: int, pages: list[int]) -> bool:
+    return session == book.session
+
+
+def duplicates_are_kept(book: PageBook, session: int, pages: Any, results: list[int]) -> None:
+    COMMITTED(book, session, pages, [2 if each == 1 else each for each in results])
+
+
+def offer_and_keep(book: PageBook, spare: int) -> U32:
+    offered = OFFER(book, spare)
+    book._set(book._offered, Owner.FREE)
+    return offered
+
+
+def grant_of_any_session(book: PageBook, session: int, pages: U32) -> int:
+    return GRANTED(book, book.session, pages)
+
+
+def lend_of_any_session(book: PageBook, session: int, pages: U32) -> bool:
+    return LEND(book, book.session, pages)
+
+
+def never_wait(bridge: Bridge, leases: object) -> None:
+    return None
+
+
+def release_before_the_commits(calls: Calls, leases: list[Lease]) -> None:
+    calls._release(leases)
+
+
+def begin_without_marks_cleared(book: PageBook, granted: U32) -> int:
+    duplicate = book._duplicate.copy()
+    session = BEGIN(book, granted)
+    book._duplicate[:] = duplicate
+    return session
+
+
+BEGIN, END, OFFER = PageBook.begin, PageBook.end, PageBook.offer
+COMMITTED, GRANTED, LEND = PageBook.committed, PageBook.granted, PageBook.lend
+BUGS: dict[str, tuple[type, Any]] = {
+    "begin": (PageBook, begin_without_marks_cleared),
+    "end": (PageBook, end_without_quarantine),
+    "committing": (PageBook, commit_without_doubt),
+    "committed": (PageBook, duplicates_are_kept),
+    "offer": (PageBook, offer_and_keep),
+    "granted": (PageBook, grant_of_any_session),
+    "lend": (PageBook, lend_of_any_session),
+    "layer_ready": (Bridge, never_wait),
+    "release": (Calls, release_before_the_commits),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", BUGS)
+def test_the_machine_finds_a_law_left_out(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, broken = BUGS[method]
+    monkeypatch.setattr(owner, method, broken)
+    search = settings(
+        max_examples=3000,
+        stateful_step_count=60,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        report_multiple_bugs=False,
+    )
+    with pytest.raises((AssertionError, KeyError, RuntimeError)):  # a law, or the daemon's own
+        run_state_machine_as_test(BridgeMachine, settings=search)  # type: ignore[no-untyped-call]
