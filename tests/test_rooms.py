@@ -48,8 +48,11 @@ FLOORS = {
         bridge
         calls
         client, namespaces, sessions
-        admin, connection, health
+        admin, connection, health, share
         channel, counters, memory, pages
+    """,
+    "kvc2/client/examples": """
+        engine, workers
     """,
     "kvc2/cache": """
         assemble

@@ -30,6 +30,7 @@ from kvc2.client.counters import Counters
 from kvc2.client.memory import PoolMemory
 from kvc2.client.pages import PageBook
 from kvc2.client.sessions import Lease
+from kvc2.client.share import Share, SharedPool
 from kvc2.errors import Detached
 
 __all__ = [
@@ -61,6 +62,8 @@ __all__ = [
     "Released",
     "Scrubbed",
     "SessionStats",
+    "Share",
+    "SharedPool",
     "TenantUse",
     "TierStats",
     "TierTokens",

@@ -29,6 +29,7 @@ from kvc2.client.memory import PoolMemory
 from kvc2.client.namespaces import Caller
 from kvc2.client.pages import PageBook
 from kvc2.client.sessions import Lease, Sessions
+from kvc2.client.share import Share
 from kvc2.layout import Layout
 
 log = logging.getLogger(__name__)
@@ -222,6 +223,11 @@ class Bridge:
             except FutureTimeout:
                 return False
         return True
+
+    def share(self) -> Share | None:
+        """What worker processes of this engine open (share.py): there the sessions are numbered as
+        in `Lease.session`. None: the bridge has no daemon to attach to, and no pool."""
+        return None if self._calls is None else self._calls.client.share()
 
     def wait_attached(self, timeout_s: float) -> bool:
         """Wait until there is a session. No engine has to: without one, requests run without

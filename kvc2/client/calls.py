@@ -27,6 +27,7 @@ from kvc2.answers import (
 from kvc2.client.counters import Answer, Counters
 from kvc2.client.namespaces import Caller, Namespaces
 from kvc2.client.sessions import Lease, Sessions
+from kvc2.client.share import Share
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ class CacheClient(Protocol):
     def wait_layer(self, transfer: int, layer: int, timeout_s: float) -> bool: ...
 
     def wait_attached(self, timeout_s: float) -> bool: ...
+
+    def share(self) -> Share: ...
 
     def close(self) -> None: ...
 

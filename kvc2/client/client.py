@@ -8,7 +8,6 @@ silent -> attached [it answers again: a new session, the old one's transfers hav
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections import deque
@@ -28,9 +27,10 @@ from kvc2.client.connection import (
     NamespaceHandle,
     Over,
     Silence,
-    process_is_dead,
+    SilentDaemon,
 )
 from kvc2.client.memory import PoolMemory
+from kvc2.client.share import Share, Sharing
 from kvc2.host.address import Address
 from kvc2.layout import Layout
 from kvc2.v1 import cache_pb2
@@ -84,8 +84,9 @@ class Client:
         self.last_refusal: errors.Kvc2Error | None = None
         self._engine = engine
         self._pool = EnginePool(pool, layout, engine_name, self._ask_kept_pages)
+        self._sharing = Sharing(pool)
         self._asked = False  # for the pages it keeps, in the attach under way
-        self._silent_pidfd = -1
+        self._silent = SilentDaemon(self._daemon)
         self._connection: Connection | None = None
         self._state: State = "detached"
         self._changed = threading.Condition()
@@ -110,6 +111,12 @@ class Client:
         if connection is not None:
             connection.wake()
         self._thread.join()
+        self._sharing.close()
+
+    def share(self) -> Share:
+        """What worker processes of this engine open, to read and fill the pool and to wait for
+        layers. Its sessions have the numbers of those that the engine was told of, from 1."""
+        return self._sharing.share()
 
     # ---- calls of a session
 
@@ -363,11 +370,11 @@ class Client:
                 backoff_s = BACKOFF_S_MIN
                 self._tend(connection)
                 continue
-            if self._state == "silent" and self._is_known_dead():
+            if self._state == "silent" and self._silent.is_dead():
                 self._lose("dead")
             self._closing.wait(backoff_s)
             backoff_s = min(2 * backoff_s, BACKOFF_S_MAX)
-        self._watch_process(-1)
+        self._silent.forget()
 
     def _try_attach(self) -> Connection | None:
         self._asked = False
@@ -385,7 +392,8 @@ class Client:
             return None
         self.last_refusal = None
         self._orphans.clear()
-        self._watch_process(-1)
+        self._silent.forget()
+        self._sharing.begin(connection.progress)
         self._engine.on_attached(connection.granted)
         self._set(connection, "attached")
         return connection
@@ -407,7 +415,7 @@ class Client:
             elif self._state == "attached":
                 self._lose("silent")
             if self._state == "silent":
-                self._watch_process(os.dup(connection.pidfd) if connection.pidfd >= 0 else -1)
+                self._silent.remember(connection.pidfd)
         finally:
             connection.close()
 
@@ -445,6 +453,8 @@ class Client:
                 self._orphans.popleft()
 
     def _lose(self, reason: Literal["dead", "silent"]) -> None:
+        if self._connection is not None:
+            self._connection.end_waits()
         self._set(None, "detached" if reason == "dead" else "silent")
         self._engine.on_detached(errors.Detached(reason))
 
@@ -452,18 +462,6 @@ class Client:
         with self._changed:
             self._connection, self._state = connection, state
             self._changed.notify_all()
-
-    def _watch_process(self, pidfd: int) -> None:
-        """Remember the process of a silent daemon; -1: none."""
-        if self._silent_pidfd >= 0:
-            os.close(self._silent_pidfd)
-        self._silent_pidfd = pidfd
-
-    def _is_known_dead(self) -> bool:
-        """Of the daemon that fell silent. Where the kernel named no process: nothing listens."""
-        if self._silent_pidfd >= 0:
-            return process_is_dead(self._silent_pidfd, 0)
-        return not channel.probe(self._daemon)
 
 
 def _failed(error: OSError) -> errors.Kvc2Error:

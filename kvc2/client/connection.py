@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvc2 import _core, errors
-from kvc2.client.channel import Channel, absence_of, code, translated
+from kvc2.client.channel import Channel, absence_of, code, probe, translated
 from kvc2.client.memory import OverSignal, PoolMemory, Progress
 from kvc2.host.address import Address
 from kvc2.layout import Layout
@@ -187,6 +187,10 @@ class Connection:
         except queue.Empty:
             return None
 
+    def end_waits(self) -> None:
+        """Nobody waits any more for layers that it promised, in any process."""
+        self._over.set()
+
     def wake(self) -> None:
         """Make a `receive` under way return None."""
         self._inbox.put(None)
@@ -219,6 +223,30 @@ class Connection:
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
+
+
+class SilentDaemon:
+    """The process of a daemon that fell silent, remembered after its connection was closed."""
+
+    def __init__(self, address: Address) -> None:
+        self._address = address
+        self._pidfd = -1
+
+    def remember(self, pidfd: int) -> None:
+        """-1: the kernel named no process."""
+        self.forget()
+        self._pidfd = os.dup(pidfd) if pidfd >= 0 else -1
+
+    def forget(self) -> None:
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+        self._pidfd = -1
+
+    def is_dead(self) -> bool:
+        """Where the kernel named no process: nothing listens any more."""
+        if self._pidfd >= 0:
+            return process_is_dead(self._pidfd, 0)
+        return not probe(self._address)
 
 
 def process_is_dead(pidfd: int, wait_s: float) -> bool:

@@ -48,8 +48,9 @@ class OverSignal:
     """Set once when a session is over; `fd` is readable from then on. Closed with its last user,
     since a descriptor closed under a waiting poll could become another file's."""
 
-    def __init__(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    def __init__(self, fd: int = -1) -> None:
+        """Takes over an eventfd that another process may set; makes one otherwise."""
+        self.fd = fd if fd >= 0 else os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def set(self) -> None:
         os.eventfd_write(self.fd, 1)
@@ -67,13 +68,10 @@ class Progress:
     def __init__(self, progress_fd: int, event_fd: int, over: OverSignal) -> None:
         """Takes the descriptors over."""
         self._mmap = mmap.mmap(progress_fd, mmap.PAGESIZE, prot=mmap.PROT_READ)
-        os.close(progress_fd)
+        self._fd = progress_fd
         self._word = np.frombuffer(self._mmap, dtype="<u8", count=1)
         self._event_fd = event_fd
         os.set_blocking(event_fd, False)
-        self._poll = select.poll()
-        self._poll.register(event_fd, select.POLLIN)
-        self._poll.register(over.fd, select.POLLIN)
         self._over = over
 
     def reached(self, transfer: int, layer: int) -> bool:
@@ -83,11 +81,14 @@ class Progress:
     def wait(self, transfer: int, layer: int, timeout_s: float) -> bool:
         """False after timeout_s, or at once when the session is over."""
         deadline = time.monotonic() + timeout_s
+        poll = select.poll()  # one object can't be waited on by two threads
+        poll.register(self._event_fd, select.POLLIN)
+        poll.register(self._over.fd, select.POLLIN)
         while not self.reached(transfer, layer):
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
-            ready = [fd for fd, _ in self._poll.poll(min(left, POLL_S_MAX) * 1000)]
+            ready = [fd for fd, _ in poll.poll(min(left, POLL_S_MAX) * 1000)]
             if self._over.fd in ready:
                 return self.reached(transfer, layer)
             if self._event_fd in ready:
@@ -97,6 +98,18 @@ class Progress:
                     continue  # another waiter was first
         return True
 
+    @property
+    def over(self) -> bool:
+        """Whether the session is."""
+        poll = select.poll()
+        poll.register(self._over.fd, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def descriptors(self) -> list[int]:
+        """What another process of this engine makes the same of: word, eventfd, end of session."""
+        return [self._fd, self._event_fd, self._over.fd]
+
     def __del__(self) -> None:
         # the last waiter holds a reference, so the descriptor can't be another file's by then
         os.close(self._event_fd)
+        os.close(self._fd)

@@ -24,6 +24,7 @@ from kvc2.answers import (
     TierTokens,
 )
 from kvc2.client.client import Engine
+from kvc2.client.share import Share
 
 PAGE_SIZE = 4
 NOTHING_SAID = Hints()
@@ -208,6 +209,9 @@ class SmallDaemon:
                 self.pool[page] = values
             moves.clear()
         return True
+
+    def share(self) -> Share:
+        raise AssertionError("it has no pool that another process could map")
 
     def close(self) -> None:
         pass

@@ -69,6 +69,9 @@ class Commands:
         ctypes.PyDLL(None).sleep(seconds)
         return {}
 
+    def share(self) -> dict[str, Any]:
+        return {"name": self._client.share().name}
+
     def release(self, id: str) -> dict[str, Any]:
         self._client.release([id.encode()])
         return {}

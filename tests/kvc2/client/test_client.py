@@ -7,6 +7,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,18 @@ def test_a_wait_ends_with_its_session() -> None:
     started = time.monotonic()
     assert not found.wait(1, 0, 30.0)
     assert time.monotonic() - started < 10
+    os.close(fd)
+    os.close(event)
+
+
+def test_two_threads_wait_for_a_layer_at_once() -> None:
+    found, fd, event, _ = progress()
+    with ThreadPoolExecutor(2) as threads:
+        waits = [threads.submit(found.wait, 1, 0, 20.0) for _ in range(2)]
+        assert not wait(waits, timeout=0.2, return_when=FIRST_COMPLETED).done
+        os.pwrite(fd, struct.pack("<Q", 65536 + 1), 0)
+        os.eventfd_write(event, 1)
+        assert [each.result(20) for each in waits] == [True, True]
     os.close(fd)
     os.close(event)
 
