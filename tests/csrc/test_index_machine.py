@@ -202,7 +202,7 @@ def test_of_branches_that_one_request_used_last_either_may_go_first(computed: li
     lives.arrive()
     lease = lives.open(0, lives.gpus[1], [BLOCKS[0]], 1)
     assert lives.model.leases[lease].found == [1]
-    lives.grant(1, 1)
+    lives.grant(lives.gpus[1], 1)
     lives.commit(lease, 0, [BLOCKS[1]], False, 0, 9)
     lives.release(lease)
     lives.plan_demote(lives.gpus[1], 1)
