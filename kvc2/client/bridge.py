@@ -158,7 +158,8 @@ class Bridge:
             for _ in range(max(1, round(self.config.load_timeout_s / WAIT_SLICE_S))):
                 if sessions != {self.book.session}:
                     raise PrefixLostError("the session is over")
-                if client.wait_layer(transfer, layer, WAIT_SLICE_S):
+                came = client.wait_layer(transfer, layer, WAIT_SLICE_S)
+                if came and sessions == {self.book.session}:  # another one counts them anew
                     return
             raise PrefixLostError(f"layer {layer} of transfer {transfer} didn't arrive")
 
