@@ -84,6 +84,7 @@ FLOORS = {
         batch, rebuild
         beside, budget, pool, restart
         catalogue, live, spaces_file
+        records
         lmdb_file, recency, slab_file
     """,
     "kvc2/host": """

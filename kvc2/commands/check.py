@@ -21,6 +21,7 @@ from rich.table import Table
 from kvc2 import config, errors
 from kvc2.client import Admin, Scrubbed
 from kvc2.host.paths import user_path
+from kvc2.tiers.disk.catalogue import FORMAT_VERSION
 from kvc2.tiers.disk.check import DAMAGE, Report, check
 from kvc2.tiers.disk.repair import Repaired, repair
 from kvc2.tiers.disk.slab_file import raise_file_limit
@@ -135,6 +136,9 @@ def _print(report: Report, mended: Repaired | None, again: Report | None) -> Non
         f"{report.namespaces} namespaces; {report.verified_blocks} blocks, "
         f"{size / config.GB:.3f} GB read in {seconds:.1f} s, {size / MB / seconds:.0f} MB/s"
     )
+    if report.format:
+        old = report.format != FORMAT_VERSION
+        print(f"format {report.format}" + f"; the next start makes it {FORMAT_VERSION}" * old)
     if report.dead_blocks:
         print(f"{report.dead_blocks} blocks of invalidated namespaces: the next start deletes them")
     if report.sound:
@@ -148,7 +152,7 @@ def _print(report: Report, mended: Repaired | None, again: Report | None) -> Non
         print(f"rebuilt the catalogue: {mended.rebuilt_records} records; see catalogue.damaged")
     print(
         f"deleted {mended.damaged_records} records of damaged blocks, {mended.hanging_records} "
-        f"of what hangs below them, {mended.unknown_records} of unknown layouts, "
+        f"of what hangs below them, {mended.unknown_records} that this version can't know, "
         f"{mended.orphan_slabs} orphaned slab files"
     )
     print(

@@ -27,6 +27,7 @@ DISK, SLAB, CATALOGUE = (
     "kvc2/tiers/disk/slab_file.py",
     "kvc2/tiers/disk/catalogue.py",
 )
+RECORDS = "kvc2/tiers/disk/records.py"
 POOL, BATCH, BATCHES = (
     "kvc2/tiers/disk/pool.py",
     "kvc2/tiers/disk/batch.py",
@@ -104,9 +105,9 @@ ORDER = (
     bug(
         "a batch that failed is acknowledged",
         DISK,
-        "            return None\n        return insertions",
+        "            return None\n        number, records = batch",
         "            checksums = np.zeros((batch.pages.size, 16), np.uint8)\n"
-        "        return insertions",
+        "        number, records = batch",
     ),
     bug("LMDB does not sync", CATALOGUE, "            sync=True,\n", "            sync=False,\n"),
     bug(
@@ -148,7 +149,7 @@ REUSE = (
     bug(
         "forget the deletes of a batch",
         CATALOGUE,
-        "                    _delete(txn, self._blocks, _keys(number, pages))\n",
+        "                    _delete(txn, self._blocks, keys_of(number, pages))\n",
         "                    pass\n",
     ),
     bug(
@@ -230,7 +231,8 @@ OVERLAP = (
         "            if not self._relaxed:\n    "
         + SYNCED
         + "            checksums = writing.written()\n"
-        "            return insertions(batch.pool.number, batch.pages, batch.records, checksums)\n",
+        "            number, records = batch.pool.number, batch.records\n"
+        "            return encode(number, batch.pages, records, records.generations, checksums)\n",
     ),
     bug(
         "a batch counts without the one before it",
@@ -392,8 +394,46 @@ FAILING_DISKS = (
     bug(
         "read any format",
         CATALOGUE,
-        "        if version is not None and version != START.pack(FORMAT_VERSION):\n",
-        "        if version is None:\n",
+        "    if found not in FORMATS:\n",
+        "    if found is None:\n",
     ),
 )
-BUGS = (*WHAT_IS_READ, *ORDER, *REUSE, *OVERLAP, *REBUILDS, *FAILING_DISKS)
+FORMATS = (
+    bug(
+        "an earlier format is refused",
+        CATALOGUE,
+        "FORMATS = (1, FORMAT_VERSION)",
+        "FORMATS = (FORMAT_VERSION,)",
+    ),
+    bug(
+        "an earlier format is not taken over",
+        CATALOGUE,
+        'START.pack(FORMAT_VERSION))\n            txn.put(b"starts",',
+        'START.pack(self.format))\n            txn.put(b"starts",',
+    ),
+    bug(
+        "what of a key has no room in the tokens' place is lost",
+        RECORDS,
+        '        tails["external_bytes"], tails["rest"] = blocks.external_bytes[chosen],',
+        '        tails["external_bytes"], _ = blocks.external_bytes[chosen],',
+    ),
+    bug(
+        "extras are forgotten",
+        RECORDS,
+        " + HAS_EXTRAS * blocks.extras.any(axis=1)\n",
+        "\n",
+    ),
+    bug(
+        "what isn't known is read as far as it is",
+        RECORDS,
+        "        if each not in KNOWN_FLAGS:\n            read[chosen] = False\n",
+        "        if each not in KNOWN_FLAGS:\n            pass\n",
+    ),
+    bug(
+        "a record that isn't read stays",
+        DISK,
+        "        pool.drop(np.concatenate([stored.pages[~held], stored.unread]))\n",
+        "        pool.drop(stored.pages[~held])\n",
+    ),
+)
+BUGS = (*WHAT_IS_READ, *ORDER, *REUSE, *OVERLAP, *REBUILDS, *FAILING_DISKS, *FORMATS)

@@ -89,13 +89,15 @@ FAILPOINTS: dict[str, tuple[Any, str, bool]] = {
     "promoting": (SharedMemoryPool, "write", BEFORE),
     "promoted": (SharedMemoryPool, "write", AFTER),
     # the start
+    "catalogue_beginning": (Catalogue, "_begin", BEFORE),
+    "format_checked": (catalogue, "check_format", AFTER),
     "catalogue_begun": (Catalogue, "_begin", AFTER),
     "catalogue_read": (DiskTier, "_open_catalogue", AFTER),
     "pools_opened": (DiskTier, "_open_pools", AFTER),
     "restored": (Pools, "restore", AFTER),
     "namespaces_forgotten": (DiskTier, "forget_namespaces", AFTER),
 }
-AT_START = tuple(FAILPOINTS)[-5:]
+AT_START = tuple(FAILPOINTS)[-7:]
 AT_STOP = ("recency_saving", "recency_aside", "recency_saved", "closing")
 
 

@@ -31,12 +31,14 @@ TESTS = (  # the quick ones first
     (
         "tests/kvc2/moving/test_batches.py",
         "tests/kvc2/tiers/test_disk.py",
+        "tests/kvc2/tiers/test_records.py",
+        "tests/kvc2/tiers/test_earlier_directories.py",
         "tests/kvc2/cache/test_lives.py",
         "tests/kvc2/moving/test_slabs.py",
         "tests/faults",
     ),
     ("tests/crash/test_power_cuts.py",),
-    ("tests/crash/test_kills.py",),
+    ("tests/crash/test_migration.py", "tests/crash/test_kills.py"),
 )
 LIMIT_S = 600  # a bug that makes a test hang is caught too
 # An editable install answers for kvc2 before the path does: not here.

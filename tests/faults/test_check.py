@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from kvc2.commands import check as check_command
 from kvc2.commands import cli
-from kvc2.tiers.disk.catalogue import record_type
 from kvc2.tiers.disk.check import DAMAGE, Report, check
+from kvc2.tiers.disk.records import record_type
 from kvc2.tiers.disk.repair import repair
 from kvc2.tiers.disk.slab_file import Files
 from tests.doubles.caches import MIB, faults, running
@@ -98,6 +98,11 @@ def of_unknown_layout(path: Path) -> None:
     in_blocks(path, lambda txn, rows: txn.put(struct.pack(">II", 7, 3), rows[4][1]))
 
 
+def from_a_later_version(path: Path) -> None:
+    """The record of the block in page 4 says something that nobody knows here."""
+    in_blocks(path, lambda txn, rows: txn.put(rows[4][0], rows[4][1] + b"\x80more"))
+
+
 def orphan_folder(path: Path) -> None:
     folder = path / "slabs" / ("ab" * 32)
     folder.mkdir()
@@ -137,6 +142,7 @@ HARMS: list[tuple[Harm, dict[str, int], int]] = [
     (drop_record, {"orphan_record": 3}, 4),
     (record_twice, {"duplicate_record": 1}, BLOCKS),
     (of_unknown_layout, {"unknown_layout": 1}, BLOCKS),
+    (from_a_later_version, {"unread_record": 1, "orphan_record": 3}, 4),
     (truncate, {"lost_slab": 1, "lost_block": BLOCKS + OTHER}, 0),
     (remove, {"lost_slab": 1, "lost_block": BLOCKS + OTHER}, 0),
     (orphan_folder, {"orphan_slab": 1}, BLOCKS),

@@ -17,8 +17,9 @@ import numpy as np
 from kvc2 import _core
 from kvc2.tiers.base import U32, PageShape
 from kvc2.tiers.disk import spaces_file
-from kvc2.tiers.disk.catalogue import Catalogue, Change, Stored
+from kvc2.tiers.disk.catalogue import Catalogue, Change
 from kvc2.tiers.disk.live import LiveTable
+from kvc2.tiers.disk.records import Stored
 from kvc2.tiers.disk.slab_file import Files
 
 LOG = logging.getLogger(__name__)

@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvc2.tiers.base import PageShape
-from kvc2.tiers.disk.catalogue import DATA_FILE, room_bytes
+from kvc2.tiers.disk.catalogue import DATA_FILE
 from kvc2.tiers.disk.live import ROW_BYTES, TABLE_BYTES
+from kvc2.tiers.disk.records import room_bytes
 
 SLACK_SHARE = 64  # of the budget is for what the catalogue holds beside records
 SLACK_BYTES_MAX = 64 << 20

@@ -25,26 +25,25 @@ from pathlib import Path
 
 import lmdb
 import numpy as np
-from numpy.typing import NDArray
 
-from kvc2 import _core, errors
+from kvc2 import errors
 from kvc2.layout import ALIGNMENT, HEADER_BYTES, check_page_size
-from kvc2.tiers.base import U8, U32, PageShape
+from kvc2.tiers.base import U32, PageShape
 from kvc2.tiers.disk.lmdb_file import PAGE_BYTES, Damaged, check_file
+from kvc2.tiers.disk.records import KEY, Stored, decode, keys_of
 
 LOG = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+FORMATS = (1, FORMAT_VERSION)  # that are read; a start makes each of them the last one
 DATA_FILE = "data.mdb"
 LOCK_FILE = "lock.mdb"
 LOCK_FILE_BYTES = 8192  # as LMDB makes it for its 126 readers
-KEY = np.dtype([("layout", ">u4"), ("page", ">u4")])
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 LAYOUT = struct.Struct("<IIQQQI")  # number, page_size, payload, page and slab bytes, pages a slab
 START = struct.Struct("<Q")
 SLACK_BYTES_MIN = 1 << 20  # namespaces, free lists and the copies that a transaction makes
-PAGE_ROOM = 24  # bytes a page for recency, lifetimes and the copies that replace them
 ERA_PREFIX = b"era:"  # of the key in `meta`; a namespace's 32 bytes follow
 # Entries of about 60 bytes, within the slack. They are never dropped: a record of an earlier era
 # may still be there.
@@ -62,35 +61,10 @@ BROKEN = (
     lmdb.NotFoundError,  # a table that every start makes
 )
 FALLOC_FL_KEEP_SIZE = 1  # linux/falloc.h
-LEAF_FILL = 0.5  # of an LMDB leaf page, the least that splits leave
 
 
 class Full(Exception):
     """The transaction did not fit; nothing of it happened."""
-
-
-def record_type(page_size: int) -> np.dtype[np.void]:
-    """What a restart needs of one block, as it lies in the value."""
-    return np.dtype(
-        [
-            ("digest", np.uint8, (32,)),
-            ("parent", np.uint8, (32,)),
-            ("generation", "<u8"),
-            ("checksum", np.uint8, (16,)),
-            ("tokens", "<u4", (page_size,)),
-        ]
-    )
-
-
-def room_bytes(shape: PageShape) -> int:
-    """Catalogue bytes that one slab's pages may need: records in half-full leaves, recency."""
-    record = record_type(shape.page_size).itemsize + 16  # node header and key
-    leaf = PAGE_BYTES - 16
-    if record > leaf // 2:  # LMDB gives it overflow pages of its own
-        one = -(-(record + 16) // PAGE_BYTES) * PAGE_BYTES + 64
-    else:
-        one = int(PAGE_BYTES / ((leaf // record) * LEAF_FILL))
-    return shape.pages_per_slab * (one + PAGE_ROOM)
 
 
 @dataclass
@@ -99,44 +73,20 @@ class Change:
 
     moves: dict[int, list[tuple[U32, U32]]] = field(default_factory=dict)  # pages from, to
     deletes: dict[int, list[U32]] = field(default_factory=dict)  # pages by layout number
-    inserts: list[tuple[bytes, bytes]] = field(default_factory=list)  # of `insertions`
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Records of one layout, as arrays in page order."""
-
-    pages: U32
-    records: NDArray[np.void]
-
-
-def insertions(
-    number: int, pages: U32, records: _core.Records, checksums: U8
-) -> list[tuple[bytes, bytes]]:
-    """Keys and values of a batch's blocks."""
-    rows = np.empty(pages.size, record_type(records.tokens.shape[1]))
-    rows["digest"], rows["parent"] = records.digests, records.parents
-    rows["generation"], rows["checksum"] = records.generations, checksums
-    rows["tokens"] = records.tokens
-    return keyed(number, pages, rows)
-
-
-def keyed(number: int, pages: U32, rows: NDArray[np.void]) -> list[tuple[bytes, bytes]]:
-    """Keys and values of rows of `record_type`."""
-    return list(zip(_keys(number, pages), _values(rows), strict=True))
+    inserts: list[tuple[bytes, bytes]] = field(default_factory=list)  # of records.encode
 
 
 class Catalogue:
     """Raises Damaged or StartRefused at open; `slack_bytes` bounds what is beside the records.
     `read_only`: nothing is made or changed, this is no start, and nothing may be committed.
-    `starts`: of the directory before, where the catalogue itself may not know."""
+    `starts`: of the directory before, where the catalogue itself may not know. `format`: as it was
+    found; the start's own transaction makes it the present one, whole or not at all."""
 
     def __init__(
         self, folder: Path, slack_bytes: int, *, read_only: bool = False, starts: int = 0
     ) -> None:
         self.folder = folder
         self.revision = 0  # of namespaces and eras: one more at each change
-        self._starts_min = starts
         self._read_only = read_only
         self._slack_bytes = max(slack_bytes, SLACK_BYTES_MIN)
         self._room_bytes = 0
@@ -150,7 +100,7 @@ class Catalogue:
         check_file(folder / DATA_FILE)
         try:
             self._open()
-            self.start_count = self._starts() if read_only else self._begin()
+            self.start_count = self._starts() if read_only else self._begin(starts)
             self.layouts = self._layouts()
             self.namespaces = self._namespaces()
             self.eras = self._eras()
@@ -184,29 +134,25 @@ class Catalogue:
             for name in (b"meta", b"layouts", b"namespaces", b"blocks")
         )
 
-    def _begin(self) -> int:
-        """Check the format and commit one more start: generations of this run are new ones."""
+    def _begin(self, starts: int) -> int:
+        """Check the format and commit one more start: generations of this run are new ones, and
+        from here on older versions refuse the directory."""
         with self._env.begin(db=self._meta, write=True) as txn:
-            self._check_format(txn)
+            self.format = check_format(self.folder, txn)
+            if self.format != FORMAT_VERSION:  # a plain block's record is the same in both
+                count = txn.stat(self._blocks)["entries"]
+                told = self.folder, self.format, FORMAT_VERSION, count
+                LOG.warning("disk: %s: from format %d to %d with this start, %d records", *told)
             known = START.unpack(txn.get(b"starts", START.pack(0)))[0]
-            count = max(known, self._starts_min) + 1
+            count = max(known, starts) + 1
             txn.put(b"format", START.pack(FORMAT_VERSION))
             txn.put(b"starts", START.pack(count))
         return int(count)
 
     def _starts(self) -> int:
         with self._env.begin(db=self._meta) as txn:
-            self._check_format(txn)
+            self.format = check_format(self.folder, txn)
             return int(START.unpack(txn.get(b"starts", START.pack(0)))[0])
-
-    def _check_format(self, txn: lmdb.Transaction) -> None:
-        version = txn.get(b"format")
-        if version is not None and version != START.pack(FORMAT_VERSION):
-            found = int.from_bytes(version, "little")
-            raise errors.StartRefused(
-                f"{self.folder}: format {found}, this version reads {FORMAT_VERSION};"
-                " serve it with the version that wrote it, or give another disk.path"
-            )
 
     def _layouts(self) -> dict[int, PageShape]:
         with self._env.begin(db=self._layout_table) as txn:
@@ -305,18 +251,13 @@ class Catalogue:
 
     def records(self, number: int) -> Stored:
         """All records of a layout. Raises Damaged when LMDB finds its file broken."""
-        shape = self.layouts[number]
-        kind = record_type(shape.page_size)
         prefix = struct.pack(">I", number)
         with _damage(), self._env.begin(db=self._blocks) as txn:
             cursor = txn.cursor()
             items = cursor.iternext() if cursor.set_range(prefix) else iter(())
             rows = [(key, value) for key, value in items if key[:4] == prefix]
-        if any(len(key) != KEY.itemsize or len(value) != kind.itemsize for key, value in rows):
-            raise Damaged("a record of another length")
-        keys = np.frombuffer(b"".join(key for key, _ in rows), KEY)
-        values = np.frombuffer(b"".join(value for _, value in rows), kind)
-        return Stored(keys["page"].astype(np.uint32), values)
+        keys, values = [key for key, _ in rows], [value for _, value in rows]
+        return decode(keys, values, self.layouts[number].page_size)
 
     def unknown(self) -> dict[int, U32]:
         """Pages of records by layout number, of layouts that nothing describes: a restart doesn't
@@ -348,10 +289,10 @@ class Catalogue:
         with self._filling(), self._env.begin(write=True) as txn:
             for number, pairs in change.moves.items():
                 for sources, targets in pairs:
-                    _move(txn, self._blocks, _keys(number, sources), _keys(number, targets))
+                    _move(txn, self._blocks, keys_of(number, sources), keys_of(number, targets))
             for number, arrays in change.deletes.items():
                 for pages in arrays:
-                    _delete(txn, self._blocks, _keys(number, pages))
+                    _delete(txn, self._blocks, keys_of(number, pages))
             for number, shape in layouts.items():
                 txn.put(shape.layout_digest, _pack(number, shape), db=self._layout_table)
             _delete(txn, self._namespace_table, gone)
@@ -401,6 +342,18 @@ class Catalogue:
         needed = (self._env.info()["last_pgno"] + 1) * PAGE_BYTES
         if path.stat().st_size < needed:
             os.truncate(path, needed)
+
+
+def check_format(folder: Path, txn: lmdb.Transaction) -> int:
+    """The one that the catalogue has, the present one if none yet. Raises StartRefused."""
+    found = int.from_bytes(txn.get(b"format", START.pack(FORMAT_VERSION)), "little")
+    if found not in FORMATS:
+        known = " and ".join(map(str, FORMATS))
+        raise errors.StartRefused(
+            f"{folder}: format {found}, this version reads {known};"
+            " serve it with the version that wrote it, or give another disk.path"
+        )
+    return found
 
 
 def _allocate_locks(path: Path) -> None:
@@ -469,18 +422,6 @@ def _pack(number: int, shape: PageShape) -> bytes:
         shape.slab_bytes,
         shape.pages_per_slab,
     )
-
-
-def _keys(number: int, pages: U32) -> list[bytes]:
-    keys = np.empty(pages.size, KEY)
-    keys["layout"], keys["page"] = number, pages
-    return _values(keys)
-
-
-def _values(rows: NDArray[np.void]) -> list[bytes]:
-    """Each row's bytes."""
-    found: list[bytes] = rows.view(f"V{rows.dtype.itemsize}").tolist()
-    return found
 
 
 def _move(

@@ -17,15 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvc2 import _core
 from kvc2.namespace import of_era
 from kvc2.tiers.base import U8, U32, PageShape
 from kvc2.tiers.disk import live, rebuild, restart, spaces_file
-from kvc2.tiers.disk.catalogue import DATA_FILE, SLACK_BYTES_MIN, Catalogue, Stored
+from kvc2.tiers.disk.catalogue import DATA_FILE, SLACK_BYTES_MIN, Catalogue
 from kvc2.tiers.disk.lmdb_file import Damaged
 from kvc2.tiers.disk.pool import READ_FAILED, DiskPool
+from kvc2.tiers.disk.records import Stored
 from kvc2.tiers.disk.slab_file import Files, SlabFiles, aligned
 from kvc2.tiers.disk.tier import lock
 
@@ -35,6 +35,7 @@ DAMAGE = {
     "live_table": "tables of generations that can't be read: a start writes them anew",
     "namespaces": "the list of namespaces can't be read or lacks an Invalidate: the same",
     "unknown_layout": "records of a layout that the catalogue doesn't describe",
+    "unread_record": "records that say what this version doesn't know: a start drops them",
     "forged_record": "records whose digest doesn't follow from their parent's and their tokens",
     "orphan_record": "records whose parent is neither a namespace nor a block that is there",
     "duplicate_record": "records of a block that another page holds",
@@ -88,6 +89,7 @@ class Report:
     are damage or whose blocks are."""
 
     path: str
+    format: int = 0  # not known
     layouts: int = 0
     namespaces: int = 0
     slabs: int = 0
@@ -198,6 +200,7 @@ class _Checker:
 
     def run(self, progress: Progress) -> None:
         catalogue, report = self._catalogue, self._report
+        report.format = catalogue.format
         report.layouts, report.namespaces = len(catalogue.layouts), len(catalogue.namespaces)
         names = restart.open_namespaces(self._index, catalogue)
         retired = self._open_retired(set(names))
@@ -256,24 +259,26 @@ class _Checker:
     def _restore(self, number: int, shape: PageShape) -> None:
         """A layout's slabs and records, as a start takes them; what it would not is damage."""
         stored = self._catalogue.records(number)
-        self._report.records += stored.pages.size
+        self._report.records += stored.pages.size + stored.unread.size
+        if stored.unread.size:
+            self._report.damage["unread_record"] += stored.unread.size
         self._look_at_table(shape, stored)
         slabs = self._open_slabs(shape, stored)
         held = np.isin(stored.pages // shape.pages_per_slab, _numbers(slabs))
         if not held.all():
             lost = stored.pages[~held] // shape.pages_per_slab
             self._report.damage["lost_slab"] += np.unique(lost).size
-            self._report.add("lost_block", shape, rows_of(stored, ~held))
+            self._report.add("lost_block", shape, stored.chosen(~held))
         if slabs is None:
             return
-        stored = rows_of(stored, held)
+        stored = stored.chosen(held)
         pool = restart.disk_pool(self._index, shape)
         restart.add_slabs(self._index, pool, slabs.numbers())
         result = restart.restore(self._index, pool, stored, np.empty(0, np.uint32))
         for code, kind in OF_RESULT.items():
             if (result == code).any():
-                self._report.add(kind, shape, rows_of(stored, result == code))
-        there = rows_of(stored, result == _core.RESTORED)
+                self._report.add(kind, shape, stored.chosen(result == code))
+        there = stored.chosen(result == _core.RESTORED)
         self._pools.append((pool, DiskPool(number, shape, slabs), there))
 
     def _open_slabs(self, shape: PageShape, stored: Stored) -> SlabFiles | None:
@@ -314,13 +319,13 @@ class _Checker:
 
     def _parts(self) -> Iterator[Part]:
         for number, pool, there in self._pools:
-            order = np.argsort(there.pages)
-            pages, rows = there.pages[order], there.records[order]
+            ordered = there.chosen(np.argsort(there.pages))
             step = max(1, PART_BYTES // pool.shape.page_bytes)
             for first in range(0, self._index.pool_counts(number).pages, step):
                 found, records = self._index.residents(number, first, step)
                 if found.size:
-                    yield Part(pool, Stored(found, rows[np.searchsorted(pages, found)]), records)
+                    rows = np.searchsorted(ordered.pages, found)
+                    yield Part(pool, ordered.chosen(rows), records)
 
     def _note(self, part: Part, status: U8, retired: set[bytes]) -> None:
         report, shape = self._report, part.pool.shape
@@ -328,7 +333,7 @@ class _Checker:
         report.verified_bytes += status.size * shape.page_bytes
         for code, kind in OF_STATUS.items():
             if (status == code).any():
-                report.add(kind, shape, rows_of(part.stored, status == code))
+                report.add(kind, shape, part.stored.chosen(status == code))
         if retired:
             report.dead_blocks += sum(bytes(name) in retired for name in part.records.namespaces)
 
@@ -345,11 +350,6 @@ def _verify_part(part: Part, idle: queue.SimpleQueue[U8]) -> tuple[Part, U8]:
         return part, status
     finally:
         idle.put(memory)
-
-
-def rows_of(stored: Stored, chosen: NDArray[np.bool_]) -> Stored:
-    """The records that are chosen."""
-    return Stored(stored.pages[chosen], stored.records[chosen])
 
 
 def _numbers(slabs: SlabFiles | None) -> U32:

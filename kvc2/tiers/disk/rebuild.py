@@ -13,7 +13,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import lmdb
@@ -23,20 +23,17 @@ from numpy.typing import NDArray
 from kvc2 import _core
 from kvc2.metrics import Metrics
 from kvc2.namespace import of_era
-from kvc2.tiers.base import U32, U64, PageShape
+from kvc2.tiers.base import U8, U32, PageShape
 from kvc2.tiers.disk import budget, live, spaces_file
 from kvc2.tiers.disk.catalogue import (
     DATA_FILE,
     Catalogue,
     Change,
     Full,
-    Stored,
     check_shape,
-    keyed,
-    record_type,
-    room_bytes,
 )
 from kvc2.tiers.disk.lmdb_file import Damaged
+from kvc2.tiers.disk.records import Stored, encode, room_bytes
 from kvc2.tiers.disk.slab_file import HEADER_LANES, Files, SlabFiles, aligned, stored_in
 
 LOG = logging.getLogger(__name__)
@@ -223,14 +220,22 @@ def _batches(
             )
             good = headers.sound == 1
             good &= np.array([bytes(name) in alive for name in headers.namespaces], np.bool_)
-            yield _insertions(found.number, part, generations, headers, good)
+            blocks = _good(headers, good)
+            checksums = headers.checksums[good]
+            yield encode(found.number, part[good], blocks, generations[good], checksums)
 
 
-def _insertions(
-    number: int, pages: U32, generations: U64, headers: _core.Headers, good: NDArray[np.bool_]
-) -> list[tuple[bytes, bytes]]:
-    rows = np.empty(int(good.sum()), record_type(headers.tokens.shape[1]))
-    rows["digest"], rows["parent"] = headers.digests[good], headers.parents[good]
-    rows["generation"], rows["checksum"] = generations[good], headers.checksums[good]
-    rows["tokens"] = headers.tokens[good]
-    return keyed(number, pages[good], rows)
+@dataclass
+class _Good:
+    """The rows of headers that count."""
+
+    digests: U8
+    parents: U8
+    tokens: U32
+    external_bytes: U8
+    external_keys: U8
+    extras: U8
+
+
+def _good(headers: _core.Headers, good: NDArray[np.bool_]) -> _Good:
+    return _Good(**{each.name: getattr(headers, each.name)[good] for each in fields(_Good)})

@@ -17,9 +17,10 @@ from kvc2.config import DiskConfig
 from kvc2.metrics import Metrics
 from kvc2.tiers.base import U32
 from kvc2.tiers.disk import restart
-from kvc2.tiers.disk.catalogue import Change, Stored
-from kvc2.tiers.disk.check import Report, rows_of
+from kvc2.tiers.disk.catalogue import Change
+from kvc2.tiers.disk.check import Report
 from kvc2.tiers.disk.pool import DiskPool
+from kvc2.tiers.disk.records import Stored
 from kvc2.tiers.disk.tier import DiskTier
 
 ANY_SIZE = 10**15  # the budget is the daemon's: nothing is dropped for it here
@@ -53,6 +54,7 @@ def repair(path: Path, report: Report) -> Repaired:
             found.rebuilt_records = sum(each.pages.size for each in records)
         unknown = tier.catalogue.unknown()
         found.unknown_records = sum(pages.size for pages in unknown.values())
+        found.unknown_records += report.damage["unread_record"]
         deletes = {number: [pages] for number, pages in unknown.items()}
         index = _core.Index()
         restart.open_namespaces(index, tier.catalogue)
@@ -74,7 +76,7 @@ def _refused(
     bad = set(report.bad.get(pool.shape.layout_digest, ()))
     damaged = np.array([pair in bad for pair in pairs], bool)
     found.damaged_records += before - stored.pages.size + int(damaged.sum())
-    left: Stored = rows_of(stored, ~damaged)
+    left: Stored = stored.chosen(~damaged)
     number = restart.disk_pool(index, pool.shape)
     restart.add_slabs(index, number, pool.slabs.numbers())
     result = restart.restore(index, number, left, np.empty(0, np.uint32))

@@ -11,7 +11,8 @@ import numpy as np
 from kvc2 import _core
 from kvc2.namespace import of_era
 from kvc2.tiers.base import TIER_NUMBERS, U8, U32, PageShape
-from kvc2.tiers.disk.catalogue import Catalogue, Stored
+from kvc2.tiers.disk.catalogue import Catalogue
+from kvc2.tiers.disk.records import Stored
 
 NO_LIFETIMES = np.empty((0, 2), np.uint32)
 

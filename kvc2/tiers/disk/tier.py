@@ -35,9 +35,10 @@ from kvc2.tiers.base import U8, U32, PageShape
 from kvc2.tiers.disk import budget, rebuild
 from kvc2.tiers.disk.batch import WriteBatch, Writers, Writing
 from kvc2.tiers.disk.beside import Added, Beside
-from kvc2.tiers.disk.catalogue import Catalogue, Change, Full, Stored, insertions, room_bytes
+from kvc2.tiers.disk.catalogue import Catalogue, Change, Full
 from kvc2.tiers.disk.pool import READ_FAILED, DiskPool
 from kvc2.tiers.disk.recency import Clocks, Recency
+from kvc2.tiers.disk.records import Stored, encode, room_bytes
 from kvc2.tiers.disk.slab_file import Files, SlabFiles
 
 LOG = logging.getLogger(__name__)
@@ -237,7 +238,8 @@ class DiskTier:
             self._metrics.fault("disk_full" if full else "disk_write")
             LOG.warning("disk: writing %d pages: %s", batch.pages.size, error)
             return None
-        return insertions(batch.pool.number, batch.pages, batch.records, checksums)
+        number, records = batch.pool.number, batch.records
+        return encode(number, batch.pages, records, records.generations, checksums)
 
     def _commit_small(self, change: Change) -> bool:
         """The deletes alone, few at a time: after a full disk LMDB needs a small commit before a
@@ -269,18 +271,16 @@ class DiskTier:
     # ---- restart ----
 
     def stored(self, pool: DiskPool) -> Stored:
-        """The records of a pool whose slabs are there; of lost slabs they are deleted here. To be
-        asked once, at start."""
+        """The records of a pool whose slabs are there; those of lost slabs, and those of a later
+        version, are deleted here. To be asked once, at start."""
         stored = self._stored.pop(pool.number)
-        held = np.array(pool.slabs.numbers(), np.uint32)
-        sound = np.isin(stored.pages // pool.shape.pages_per_slab, held)
-        if not sound.all():
-            lost = stored.pages[~sound]
-            self._metrics.fault("lost_slab", np.unique(lost // pool.shape.pages_per_slab).size)
-            LOG.warning("disk: %d blocks lay in slabs that are gone", lost.size)
-            pool.drop(lost)
+        slabs = stored.pages // pool.shape.pages_per_slab
+        held = np.isin(slabs, np.array(pool.slabs.numbers(), np.uint32))
+        _count_lost(self._metrics, slabs[~held], stored.unread)
+        pool.drop(np.concatenate([stored.pages[~held], stored.unread]))
+        if not pool.settled:
             self.store(pool)
-        return Stored(stored.pages[sound], stored.records[sound])
+        return stored.chosen(held)
 
     def _open_catalogue(self) -> None:
         """And all that lies beside it."""
@@ -367,6 +367,16 @@ class DiskTier:
         self._beside.close()
         self.catalogue.close()
         os.close(self._lock_fd)
+
+
+def _count_lost(metrics: Metrics, slabs: U32, unread: U32) -> None:
+    """What a start finds records of and can't take: slabs of blocks, pages of records."""
+    if slabs.size:
+        metrics.fault("lost_slab", np.unique(slabs).size)
+        LOG.warning("disk: %d blocks lay in slabs that are gone", slabs.size)
+    if unread.size:
+        metrics.fault("restore_refused", unread.size)
+        LOG.warning("disk: %d records say what this version doesn't know", unread.size)
 
 
 def make_folders(path: Path) -> None:
