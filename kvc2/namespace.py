@@ -105,13 +105,16 @@ def check_layout(known: Identity | Foreign, layout: Layout) -> None:
         )
 
 
-def namespace(tenant_secret: bytes, identity: bytes, salt: bytes = b"") -> bytes:
+def namespace(
+    tenant_secret: bytes, identity: bytes, salt: bytes = b"", *, opaque: bool = False
+) -> bytes:
     """32 bytes: HMAC-SHA256(tenant secret, length of identity || identity || salt), the identity as
-    `named_by` has it."""
+    `named_by` has it. opaque: keys name its blocks, not tokens; it is another one (the length's
+    highest bit is set)."""
     if len(salt) > SALT_BYTES_MAX:
         raise errors.InvalidRequest("salt", len(salt), f"at most {SALT_BYTES_MAX} bytes")
     named = named_by(identity)
-    message = struct.pack("<Q", len(named)) + named + salt
+    message = struct.pack("<Q", len(named) | opaque << 63) + named + salt
     return hmac.digest(tenant_secret, message, "sha256")
 
 

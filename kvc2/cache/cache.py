@@ -52,6 +52,7 @@ from kvc2.moving.loading import Loader
 from kvc2.moving.mover import Mover
 from kvc2.moving.scrub import Scrubber
 from kvc2.tiers.base import TIER_NUMBERS, PageShape
+from kvc2.tiers.disk.records import NamespaceEntry
 from kvc2.tiers.disk.tier import DiskTier
 from kvc2.tiers.gpu import Copier, GpuMemory, SharedMemoryPool
 from kvc2.tiers.pools import Pools
@@ -210,9 +211,8 @@ class Cache:
         page_size, pools = session.layout.page_size, session.mapped_pool().pools
         namespace = self.namespaces.open(name, page_size, identity, owner, ttl_s=ttl_s)
         namespace.pools = pools or namespace.pools
-        if self._disk is not None and not self._disk.catalogue.add_namespace(
-            name, page_size, identity
-        ):
+        entry = NamespaceEntry(page_size, identity)
+        if self._disk is not None and not self._disk.catalogue.add_namespace(name, entry):
             self._metrics.fault("catalogue_error")
         return namespace
 

@@ -26,6 +26,7 @@ from kvc2.namespace import of_era, weights_of
 from kvc2.shares import SharedTable
 from kvc2.tiers.disk.catalogue import ERAS_MAX
 from kvc2.tiers.disk.recency import SECOND_MAX
+from kvc2.tiers.disk.records import NamespaceEntry
 from kvc2.tiers.disk.tier import DiskTier
 from kvc2.tiers.pools import LayoutPools
 
@@ -230,7 +231,7 @@ class Namespaces:
     def of_weights(self, weights: str) -> list[bytes]:
         """Names of the namespaces whose identity has these weights; none for an empty text."""
         named = self._named().items() if weights else ()
-        return [name for name, (_, identity) in named if weights_of(identity) == weights]
+        return [name for name, each in named if weights_of(each.identity) == weights]
 
     def retire(self, names: list[bytes]) -> int:
         """All that is cached under these names is dead from now on; how many blocks that is.
@@ -242,7 +243,7 @@ class Namespaces:
         ended = len(self._present_eras.keys() | set(names))
         if self._disk is not None and ended > ERAS_MAX:
             raise errors.LimitReached("invalidated namespaces", ERAS_MAX, "are remembered at most")
-        return sum(self._begin_era(name, named[name][0]) for name in names)
+        return sum(self._begin_era(name, named[name].page_size) for name in names)
 
     async def write_eras(self) -> bool:
         """Whether a restart would know the present eras. If not, they are written with the next
@@ -252,10 +253,11 @@ class Namespaces:
         outcome = await self._mover.on_writer(lambda disk: disk.store())
         return outcome.committed
 
-    def _named(self) -> dict[bytes, tuple[int, bytes]]:
-        """Page size and identity by name: what is open, and what the disk has of earlier runs."""
+    def _named(self) -> dict[bytes, NamespaceEntry]:
+        """By name: what is open, and what the disk has of earlier runs."""
         stored = {} if self._disk is None else self._disk.catalogue.namespaces
-        return {**stored, **{each.name: (each.page_size, each.identity) for each in self}}
+        opened = {each.name: NamespaceEntry(each.page_size, each.identity) for each in self}
+        return {**stored, **opened}
 
     def _begin_era(self, name: bytes, page_size: int) -> int:
         """Retires the present era and starts the next; returns how many blocks died."""

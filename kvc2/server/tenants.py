@@ -38,7 +38,9 @@ class Tenants:
         """How long after its last use a block of the tenant matches; 0: for ever."""
         return self._ttls.get(tenant or DEFAULT_TENANT, 0)
 
-    def namespace(self, tenant: str, uid: int, identity: bytes, salt: bytes) -> bytes:
+    def namespace(
+        self, tenant: str, uid: int, identity: bytes, salt: bytes, *, opaque: bool = False
+    ) -> bytes:
         """The 32 bytes that name (identity, tenant, salt). Raises NotFound and Denied."""
         name = tenant or DEFAULT_TENANT
         secret = self._secrets.get(name)
@@ -46,7 +48,7 @@ class Tenants:
             raise errors.NotFound("tenant", name, "a tenant of the daemon's configuration")
         if uid not in self._uids[name]:
             raise errors.Denied("tenant", name, f"not open to user id {uid}")
-        return namespace(secret, identity, salt)
+        return namespace(secret, identity, salt, opaque=opaque)
 
 
 def _default_secret(disk: Path | None) -> bytes:

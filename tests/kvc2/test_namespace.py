@@ -62,6 +62,8 @@ def test_tenant_and_salt_change_the_namespace() -> None:
     spaces = {namespace(secret, encoded, salt) for secret in (b"a", b"b") for salt in (b"", b"x")}
     assert len(spaces) == 4
     assert all(len(each) == 32 for each in spaces)
+    spaces |= {namespace(b"a", encoded, salt, opaque=True) for salt in (b"", b"x")}
+    assert len(spaces) == 6  # so does it what names a block
     with pytest.raises(InvalidRequest, match="salt"):
         namespace(b"a", encoded, b"x" * 257)
 

@@ -2,8 +2,9 @@
 
 A block exists on disk only if its record is committed. Tables: `meta` (format version, start
 count, eras of invalidated namespaces), `layouts` (digest -> shape), `namespaces` (32 bytes -> page
-size, identity; never a secret), `blocks` ((layout number, page) -> record). Keyed by page, so a
-page has at most one record whatever happens. Not here: the bytes of pages (slab_file.py).
+size, key mode, identity; never a secret), `blocks` ((layout number, page) -> record). Keyed by
+page, so a page has at most one record whatever happens. Not here: what a record says (records.py),
+the bytes of pages (slab_file.py).
 
 One thread at a time commits to a Catalogue (`add_layout` and `add_namespace` may be called from
 another), and nothing forks after it is open.
@@ -30,7 +31,7 @@ from kvc2 import errors
 from kvc2.layout import ALIGNMENT, HEADER_BYTES, check_page_size
 from kvc2.tiers.base import U32, PageShape
 from kvc2.tiers.disk.lmdb_file import PAGE_BYTES, Damaged, check_file
-from kvc2.tiers.disk.records import KEY, Stored, decode, keys_of
+from kvc2.tiers.disk.records import KEY, NamespaceEntry, Stored, decode, keys_of
 
 LOG = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class Catalogue:
         self._slack_bytes = max(slack_bytes, SLACK_BYTES_MIN)
         self._room_bytes = 0
         self._new_layouts: dict[int, PageShape] = {}
-        self._new_namespaces: dict[bytes, tuple[int, bytes]] = {}  # page size, identity
+        self._new_namespaces: dict[bytes, NamespaceEntry] = {}
         self._gone_namespaces: set[bytes] = set()
         self._new_eras: dict[bytes, int] = {}
         if not read_only:
@@ -164,7 +165,7 @@ class Catalogue:
                 found[number] = shape
         return found
 
-    def _namespaces(self) -> dict[bytes, tuple[int, bytes]]:
+    def _namespaces(self) -> dict[bytes, NamespaceEntry]:
         with self._env.begin(db=self._namespace_table) as txn:
             return {key: _namespace(value) for key, value in txn.cursor()}
 
@@ -215,15 +216,15 @@ class Catalogue:
         """Give a layout the number that it had before. To be committed with the next change."""
         self.layouts[number] = self._new_layouts[number] = shape
 
-    def add_namespace(self, name: bytes, page_size: int, identity: bytes) -> bool:
+    def add_namespace(self, name: bytes, entry: NamespaceEntry) -> bool:
         """To be committed with the next change. False, and not stored, when namespaces would fill
         more than half of the slack: LMDB itself needs the rest."""
         if name in self.namespaces:
             return True
-        used = sum(len(value) + PAGE_BYTES // 8 for _, value in self.namespaces.values())
-        if used + len(identity) + PAGE_BYTES > self._slack_bytes // 2:
+        used = sum(len(each.identity) + PAGE_BYTES // 8 for each in self.namespaces.values())
+        if used + len(entry.identity) + PAGE_BYTES > self._slack_bytes // 2:
             return False
-        self.namespaces[name] = self._new_namespaces[name] = (page_size, identity)
+        self.namespaces[name] = self._new_namespaces[name] = entry
         self._gone_namespaces.discard(name)
         self.revision += 1
         return True
@@ -296,8 +297,8 @@ class Catalogue:
             for number, shape in layouts.items():
                 txn.put(shape.layout_digest, _pack(number, shape), db=self._layout_table)
             _delete(txn, self._namespace_table, gone)
-            for name, (page_size, identity) in namespaces.items():
-                value = struct.pack("<I", page_size) + identity
+            for name, entry in namespaces.items():
+                value = struct.pack("<I", entry.word) + entry.identity
                 txn.put(name, value, db=self._namespace_table)
             for name, era in eras.items():
                 txn.put(ERA_PREFIX + name, START.pack(era), db=self._meta)
@@ -393,17 +394,18 @@ def check_shape(shape: PageShape) -> None:
         raise Damaged(f"a layout that can't be: {shape}")
 
 
-def _namespace(value: bytes) -> tuple[int, bytes]:
-    """Page size and identity of a namespace's entry. Raises Damaged."""
-    page_size, identity = struct.unpack_from("<I", value)[0], value[4:]
-    _checked_page_size(page_size)
+def _namespace(value: bytes) -> NamespaceEntry:
+    """Raises Damaged."""
+    identity = value[4:]
+    entry = NamespaceEntry.of(struct.unpack_from("<I", value)[0], identity)
+    _checked_page_size(entry.page_size)
     try:
         sound = isinstance(json.loads(identity), dict)
     except (ValueError, RecursionError):
         sound = False
     if not sound:
         raise Damaged(f"a namespace whose identity is no JSON object: {identity[:64]!r}")
-    return page_size, identity
+    return entry
 
 
 def _checked_page_size(page_size: int) -> None:

@@ -25,7 +25,7 @@ from kvc2.tiers.disk import live, rebuild, restart, spaces_file
 from kvc2.tiers.disk.catalogue import DATA_FILE, SLACK_BYTES_MIN, Catalogue
 from kvc2.tiers.disk.lmdb_file import Damaged
 from kvc2.tiers.disk.pool import READ_FAILED, DiskPool
-from kvc2.tiers.disk.records import Stored
+from kvc2.tiers.disk.records import NamespaceEntry, Stored
 from kvc2.tiers.disk.slab_file import Files, SlabFiles, aligned
 from kvc2.tiers.disk.tier import lock
 
@@ -224,12 +224,13 @@ class _Checker:
         sizes = {shape.page_size for shape in catalogue.layouts.values()}
         found = set()
         for name, era in catalogue.eras.items():
-            page_size, _ = catalogue.namespaces.get(name, (min(sizes, default=0), b""))
+            unknown = NamespaceEntry(min(sizes, default=0), b"")
+            entry = catalogue.namespaces.get(name, unknown)
             if name not in catalogue.namespaces and len(sizes) != 1:
                 continue
             for each in range(max(0, era - ERAS_MAX), era):
                 if (ended := of_era(name, each)) not in names:
-                    self._index.open_namespace(ended, page_size)
+                    self._index.open_namespace(ended, entry.page_size)
                     found.add(ended)
         return found
 

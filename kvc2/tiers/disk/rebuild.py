@@ -175,9 +175,9 @@ def _fill(
     for name, era in names.eras.items():
         catalogue.raise_era(name, era)
     spaces = {}
-    for name, (page_size, identity) in names.namespaces.items():
-        if catalogue.add_namespace(name, page_size, identity):
-            spaces[of_era(name, names.eras.get(name, 0))] = page_size
+    for name, entry in names.namespaces.items():
+        if catalogue.add_namespace(name, entry):
+            spaces[of_era(name, names.eras.get(name, 0))] = entry.page_size
     for found in tables.values():
         catalogue.adopt_layout(found.number, found.shape)
     catalogue.commit(Change())

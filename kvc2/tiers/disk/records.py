@@ -1,4 +1,4 @@
-"""A block's record as it lies in the catalogue: what a restart must know of it.
+"""A block's record as it lies in the catalogue: what a restart must know of it, and of a namespace.
 
     bytes             field
        32             digest
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +73,26 @@ def room_bytes(shape: PageShape) -> int:
     else:
         one = int(PAGE_BYTES / ((leaf // record) * LEAF_FILL))
     return shape.pages_per_slab * (one + PAGE_ROOM)
+
+
+class NamespaceEntry(NamedTuple):
+    """What is stored of a namespace. opaque: keys name its blocks, not tokens."""
+
+    page_size: int
+    identity: bytes
+    opaque: bool = False
+
+    @property
+    def word(self) -> int:
+        """Page size and key mode in 4 bytes; of tokens what format 1 had there."""
+        return self.page_size | self.opaque << 16
+
+    @staticmethod
+    def of(word: int, identity: bytes) -> NamespaceEntry:
+        """Raises Damaged."""
+        if word >> 17:
+            raise Damaged(f"a namespace of key mode {word >> 16}")
+        return NamespaceEntry(word & 0xFFFF, identity, bool(word >> 16))
 
 
 class Blocks(Protocol):

@@ -20,9 +20,9 @@ NO_LIFETIMES = np.empty((0, 2), np.uint32)
 def open_namespaces(index: _core.Index, catalogue: Catalogue) -> dict[bytes, int]:
     """Make the catalogue's namespaces known; their numbers by the name of their era."""
     numbers = {}
-    for name, (page_size, _) in catalogue.namespaces.items():
+    for name, entry in catalogue.namespaces.items():
         known = of_era(name, catalogue.eras.get(name, 0))
-        numbers[known] = index.open_namespace(known, page_size)
+        numbers[known] = index.open_namespace(known, entry.page_size)
     return numbers
 
 

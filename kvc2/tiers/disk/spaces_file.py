@@ -16,21 +16,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvc2 import _core, errors
+from kvc2.tiers.disk.lmdb_file import Damaged
+from kvc2.tiers.disk.records import NamespaceEntry
 from kvc2.tiers.disk.slab_file import Files
 
 MAGIC = b"KVC2NAME"
 VERSION = 1
 HEAD = struct.Struct("<8sIII")  # magic, version, rows, identities
-ROW = struct.Struct("<32sQII")  # name, era, page size, identity: 0 none, else 1 + its index
+ROW = struct.Struct("<32sQII")  # name, era, word of its entry, identity: 0 none, else 1 + index
 LENGTH = struct.Struct("<I")  # of an identity, before it
 CHECKSUM_BYTES = 16
 
 
 @dataclass
 class Names:
-    """As the catalogue has them: namespaces (page size, identity), and eras, also of others."""
+    """As the catalogue has them: namespaces, and eras, also of others."""
 
-    namespaces: dict[bytes, tuple[int, bytes]] = field(default_factory=dict)
+    namespaces: dict[bytes, NamespaceEntry] = field(default_factory=dict)
     eras: dict[bytes, int] = field(default_factory=dict)
 
 
@@ -60,11 +62,14 @@ def read(path: Path) -> Names | None:
         place += LENGTH.size + length
     names = Names()
     for row in range(rows):
-        name, era, page_size, identity = ROW.unpack_from(body, HEAD.size + row * ROW.size)
+        name, era, word, identity = ROW.unpack_from(body, HEAD.size + row * ROW.size)
         if era:
             names.eras[name] = era
         if identity:
-            names.namespaces[name] = (page_size, identities[identity - 1])
+            try:
+                names.namespaces[name] = NamespaceEntry.of(word, identities[identity - 1])
+            except Damaged:  # a later version's: nothing of it is rebuilt
+                continue
     return names
 
 
@@ -76,7 +81,8 @@ def pack(names: Names, bytes_max: int) -> bytes:
     size = HEAD.size + CHECKSUM_BYTES
     known = names.namespaces.keys() | names.eras.keys()
     for name in sorted(known, key=lambda name: (name not in names.eras, name)):
-        page_size, identity = names.namespaces.get(name, (0, b""))
+        entry = names.namespaces.get(name, NamespaceEntry(0, b""))
+        identity = entry.identity
         new = ROW.size
         if identity and identity not in identities:
             new += LENGTH.size + len(identity)
@@ -84,7 +90,7 @@ def pack(names: Names, bytes_max: int) -> bytes:
             continue
         size += new
         number = identities.setdefault(identity, len(identities) + 1) if identity else 0
-        rows.append(ROW.pack(name, names.eras.get(name, 0), page_size, number))
+        rows.append(ROW.pack(name, names.eras.get(name, 0), entry.word, number))
     body = HEAD.pack(MAGIC, VERSION, len(rows), len(identities)) + b"".join(rows)
     body += b"".join(LENGTH.pack(len(each)) + each for each in identities)
     return body + _core.xxh3_128(body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kvc2.tiers.base import PageShape
+from kvc2.tiers.disk import spaces_file
+from kvc2.tiers.disk.catalogue import SLACK_BYTES_MIN, Catalogue, Change
 from kvc2.tiers.disk.lmdb_file import Damaged
-from kvc2.tiers.disk.records import Stored, decode, encode, record_type, room_bytes
+from kvc2.tiers.disk.records import (
+    NamespaceEntry,
+    Stored,
+    decode,
+    encode,
+    record_type,
+    room_bytes,
+)
+from kvc2.tiers.disk.slab_file import Files
 
 U8 = NDArray[np.uint8]
 SIZES = (1, 4, 16, 32)
@@ -174,3 +185,26 @@ def test_a_record_that_nobody_writes_is_damage() -> None:
             decode(keys, [value], 16)
     with pytest.raises(Damaged):
         decode([keys[0] + b"x"], [plain], 16)
+
+
+def test_a_namespace_keeps_how_its_blocks_are_named(tmp_path: Path) -> None:
+    """And one of tokens is what format 1 had."""
+    entries = {
+        b"t" * 32: NamespaceEntry(16, b"{}"),
+        b"k" * 32: NamespaceEntry(512, b"{}", opaque=True),
+    }
+    assert [each.word for each in entries.values()] == [16, 512 | 1 << 16]
+    spaces_file.write(tmp_path / "namespaces", spaces_file.Names(entries), 4096, Files())
+    found = spaces_file.read(tmp_path / "namespaces")
+    assert found is not None
+    assert found.namespaces == entries
+    catalogue = Catalogue(tmp_path / "catalogue", SLACK_BYTES_MIN)
+    for name, entry in entries.items():
+        assert catalogue.add_namespace(name, entry)
+    catalogue.commit(Change())
+    catalogue.close()
+    again = Catalogue(tmp_path / "catalogue", SLACK_BYTES_MIN, read_only=True)
+    assert again.namespaces == entries
+    again.close()
+    with pytest.raises(Damaged, match="key mode 2"):
+        NamespaceEntry.of(16 | 2 << 16, b"{}")
