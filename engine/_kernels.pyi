@@ -18,16 +18,16 @@ F32: TypeAlias = NDArray[np.float32]
 def instruction_sets() -> list[str]:
     """Of portable, avx2, avx512, amx: those that this machine offers, plainest first."""
 
-class Session:
+class Workbench:
     """An instruction set, threads and scratch memory. Calls from several threads take turns."""
 
     def __init__(self, instruction_set: str, threads: int) -> None: ...
 
-def linear(session: Session, x: Array, w: Array, y: Array, /) -> None:
+def linear(workbench: Workbench, x: Array, w: Array, y: Array, /) -> None:
     """y [tokens, out] = x [tokens, in] times w [out, in] transposed."""
 
 def ffn(
-    session: Session,
+    workbench: Workbench,
     x: Array,
     expert_ids: I64,
     weights: F32,
@@ -43,7 +43,7 @@ def ffn(
     """
 
 def attend(
-    session: Session,
+    workbench: Workbench,
     query: Array,
     key_pages: Array,
     value_pages: Array,

@@ -14,10 +14,10 @@ from engine import _kernels
 
 
 @functools.cache
-def session() -> _kernels.Session:
+def workbench() -> _kernels.Workbench:
     """The best instruction set of this machine, with as many threads as torch has at the first
     call. One for all kernels: they take turns."""
-    return _kernels.Session(_kernels.instruction_sets()[-1], torch.get_num_threads())
+    return _kernels.Workbench(_kernels.instruction_sets()[-1], torch.get_num_threads())
 
 
 def numerics(dtype: torch.dtype) -> str:
@@ -35,7 +35,7 @@ def claim_threads() -> None:
     """The kernels take torch's threads, once; torch is left with one. More of torch's would spin
     beside ours between its small operations: on a busy machine a prefill then took five times as
     long."""
-    session()
+    workbench()
     torch.set_num_threads(1)
 
 
@@ -47,7 +47,7 @@ def as_array(x: Tensor) -> _kernels.Array:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """[T, in] x [out, in] -> [T, out], in the dtype of x."""
     out = x.new_empty(x.shape[0], weight.shape[0])
-    _kernels.linear(session(), as_array(x.contiguous()), as_array(weight), as_array(out))
+    _kernels.linear(workbench(), as_array(x.contiguous()), as_array(weight), as_array(out))
     return out
 
 
@@ -58,5 +58,5 @@ def grouped_experts(
     out = torch.empty_like(x)
     ids, factors = expert_ids.numpy(), weights.numpy()
     experts = as_array(gate_up), as_array(down)
-    _kernels.ffn(session(), as_array(x), ids, factors, *experts, as_array(out))
+    _kernels.ffn(workbench(), as_array(x), ids, factors, *experts, as_array(out))
     return out

@@ -45,8 +45,8 @@ void check_sequences(const Sequences& s, const attention::Pages& shape, py::ssiz
   }
 }
 
-void attend(Session& session, const py::array& query, const py::array& key, const py::array& value,
-            const Sequences& sequences, py::array& output) {
+void attend(Workbench& workbench, const py::array& query, const py::array& key,
+            const py::array& value, const Sequences& sequences, py::array& output) {
   const attention::Pages shape = shape_of(key);
   check_array(value, "value_pages", key.dtype(),
               {key.shape(0), key.shape(1), key.shape(2), key.shape(3)});
@@ -71,8 +71,8 @@ void attend(Session& session, const py::array& query, const py::array& key, cons
   call.block_tables = sequences.block_tables.data();
   call.output = output.mutable_data();
   const py::gil_scoped_release released;
-  const std::lock_guard lock(session.mutex);
-  attention::kernels(session.isa).attend(call, session.workspace);
+  const std::lock_guard lock(workbench.mutex);
+  attention::kernels(workbench.isa).attend(call, workbench.workspace);
 }
 
 struct Places {
@@ -114,11 +114,11 @@ void write(const py::array& key, const py::array& value, const Places& places, p
 
 void bind_attention(pybind11::module_& module) {
   using namespace kvc2;
-  module.def("attend", [](Session& session, const py::array& query, const py::array& key_pages,
+  module.def("attend", [](Workbench& workbench, const py::array& query, const py::array& key_pages,
                           const py::array& value_pages, const ArrayOf<int32_t>& query_lens,
                           const ArrayOf<int32_t>& context_lens,
                           const ArrayOf<int32_t>& block_tables, py::array& output) {
-    attend(session, query, key_pages, value_pages, {query_lens, context_lens, block_tables},
+    attend(workbench, query, key_pages, value_pages, {query_lens, context_lens, block_tables},
            output);
   });
   module.def("write",

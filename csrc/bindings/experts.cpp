@@ -17,7 +17,7 @@ experts::Type type_of(const py::array& x) {
   throw py::value_error("x must be float32, or uint16 that holds bfloat16");
 }
 
-void linear(Session& session, const py::array& x, const py::array& w, py::array& y) {
+void linear(Workbench& workbench, const py::array& x, const py::array& w, py::array& y) {
   const experts::Type type = type_of(x);
   check_array(x, "x", x.dtype(), {-1, -1});
   const auto tokens = x.shape(0), in = x.shape(1);
@@ -26,8 +26,8 @@ void linear(Session& session, const py::array& x, const py::array& w, py::array&
   const experts::Linear call{type,     size(tokens), size(in),        size(w.shape(0)),
                              x.data(), w.data(),     y.mutable_data()};
   const py::gil_scoped_release released;
-  const std::lock_guard lock(session.mutex);
-  experts::kernels(session.isa).linear(call, session.workspace);
+  const std::lock_guard lock(workbench.mutex);
+  experts::kernels(workbench.isa).linear(call, workbench.workspace);
 }
 
 struct ExpertWeights {
@@ -35,7 +35,7 @@ struct ExpertWeights {
   const py::array& down;
 };
 
-void ffn(Session& session, const py::array& x, const ArrayOf<int64_t>& expert_ids,
+void ffn(Workbench& workbench, const py::array& x, const ArrayOf<int64_t>& expert_ids,
          const ArrayOf<float>& weights, const ExpertWeights& expert, py::array& y) {
   const experts::Type type = type_of(x);
   check_array(x, "x", x.dtype(), {-1, -1});
@@ -64,8 +64,8 @@ void ffn(Session& session, const py::array& x, const ArrayOf<int64_t>& expert_id
                           expert.down.data(),
                           y.mutable_data()};
   const py::gil_scoped_release released;
-  const std::lock_guard lock(session.mutex);
-  experts::kernels(session.isa).ffn(call, session.workspace);
+  const std::lock_guard lock(workbench.mutex);
+  experts::kernels(workbench.isa).ffn(call, workbench.workspace);
 }
 
 }  // namespace
@@ -75,7 +75,7 @@ void bind_experts(pybind11::module_& module) {
   using namespace kvc2;
   module.def("linear", &linear);
   module.def("ffn",
-             [](Session& session, const py::array& x, const ArrayOf<int64_t>& expert_ids,
+             [](Workbench& workbench, const py::array& x, const ArrayOf<int64_t>& expert_ids,
                 const ArrayOf<float>& weights, const py::array& gate_up, const py::array& down,
-                py::array& y) { ffn(session, x, expert_ids, weights, {gate_up, down}, y); });
+                py::array& y) { ffn(workbench, x, expert_ids, weights, {gate_up, down}, y); });
 }

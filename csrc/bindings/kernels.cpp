@@ -28,10 +28,10 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
-std::unique_ptr<kvc2::Session> make_session(const std::string& name, size_t threads) {
+std::unique_ptr<kvc2::Workbench> make_workbench(const std::string& name, size_t threads) {
   if (threads < 1 || threads > 1024) throw py::value_error("threads must be 1 to 1024");
   for (const kvc2::Isa isa : offered()) {
-    if (kvc2::isa_name(isa) == name) return std::make_unique<kvc2::Session>(isa, threads);
+    if (kvc2::isa_name(isa) == name) return std::make_unique<kvc2::Workbench>(isa, threads);
   }
   throw py::value_error("this machine has no instruction set '" + name + "'");
 }
@@ -40,8 +40,8 @@ std::unique_ptr<kvc2::Session> make_session(const std::string& name, size_t thre
 
 PYBIND11_MODULE(_kernels, module) {
   module.def("instruction_sets", &instruction_sets);
-  py::class_<kvc2::Session>(module, "Session")
-      .def(py::init(&make_session), py::arg("instruction_set"), py::arg("threads"));
+  py::class_<kvc2::Workbench>(module, "Workbench")
+      .def(py::init(&make_workbench), py::arg("instruction_set"), py::arg("threads"));
   bind_attention(module);
   bind_experts(module);
 }

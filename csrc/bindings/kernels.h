@@ -14,8 +14,8 @@
 namespace kvc2 {
 
 // One instruction set, its threads and its scratch memory. Calls from several threads take turns.
-struct Session {
-  Session(Isa chosen, size_t threads) : isa(chosen), workspace(threads) {}
+struct Workbench {
+  Workbench(Isa chosen, size_t threads) : isa(chosen), workspace(threads) {}
   const Isa isa;
   Workspace workspace;
   std::mutex mutex;

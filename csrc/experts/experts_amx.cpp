@@ -25,7 +25,7 @@ struct TilesProduct {
     }
   }
 
-  class Session {
+  class Multiplier {
    public:
     template <class Epilogue>
     void run(const WeightRows<uint16_t>& rows, size_t in, const Panels& panels,

@@ -5,8 +5,8 @@
 //   Element, panel_bytes(in)                     how a panel stores sixteen tokens
 //   pack(rows, in, panel)                        sixteen rows (null: zeros) into a panel
 //   pack_output(panel, index, outputs)           sixteen outputs as the next product's inputs
-//   Session                                      what a thread holds while it computes
-//   session.run(rows, in, panels, epilogue)      two times sixteen weight rows with each panel;
+//   Multiplier                                   what a thread holds while it computes
+//   multiplier.run(rows, in, panels, epilogue)   two times sixteen weight rows with each panel;
 //                                                epilogue(panel, first[16], second[16])
 //
 // Costs: packing is tokens x in; a row of a weight is read from memory once for all its tokens.
@@ -80,12 +80,12 @@ void linear(const Linear& call, Workspace& workspace) {
   const Panels panels{packed, count, bytes};
   const size_t blocks = (call.out + 2 * kLanes - 1) / (2 * kLanes);
   workspace.team.parallel_for(blocks, grain(blocks, workspace.team), [&](size_t begin, size_t end) {
-    typename Product::Session session;
+    typename Product::Multiplier multiplier;
     for (size_t block = begin; block < end; ++block) {
       const size_t first = block * 2 * kLanes, second = std::min(first + kLanes, call.out);
       const WeightRows<T> rows{w + first * call.in, w + second * call.in, second - first,
                                std::min(call.out - second, kLanes)};
-      session.run(rows, call.in, panels, [&](size_t p, const auto& low, const auto& high) {
+      multiplier.run(rows, call.in, panels, [&](size_t p, const auto& low, const auto& high) {
         T* targets[kLanes];
         for (size_t t = 0; t < kLanes; ++t) {
           const size_t token = p * kLanes + t;
@@ -174,21 +174,21 @@ class FfnRun {
     const auto* w = static_cast<const T*>(call_.gate_up);
     const size_t blocks = (call_.size + kLanes - 1) / kLanes, items = groups_.used.size() * blocks;
     team_.parallel_for(items, grain(items, team_), [&](size_t begin, size_t end) {
-      typename Product::Session session;
+      typename Product::Multiplier multiplier;
       for (size_t item = begin; item < end; ++item) {
         const size_t expert = groups_.used[item / blocks], row = item % blocks * kLanes;
         const size_t count = std::min(kLanes, call_.size - row);
         const T* gate = w + (2 * expert * call_.size + row) * call_.hidden;
         const WeightRows<T> rows{gate, gate + call_.size * call_.hidden, count, count};
         std::byte* hidden = hidden_ + groups_.first_panel[expert] * hidden_bytes_;
-        session.run(rows, call_.hidden, panels_of_expert(expert, inputs_, in_bytes_),
-                    [&](size_t p, const auto& gates, const auto& ups) {
-                      Lanes gated[kLanes];
-                      for (size_t i = 0; i < kLanes; ++i) {
-                        gated[i] = gates[i] / (1.0f + exponential(-gates[i])) * ups[i];
-                      }
-                      Product::pack_output(hidden + p * hidden_bytes_, row, gated, count);
-                    });
+        multiplier.run(rows, call_.hidden, panels_of_expert(expert, inputs_, in_bytes_),
+                       [&](size_t p, const auto& gates, const auto& ups) {
+                         Lanes gated[kLanes];
+                         for (size_t i = 0; i < kLanes; ++i) {
+                           gated[i] = gates[i] / (1.0f + exponential(-gates[i])) * ups[i];
+                         }
+                         Product::pack_output(hidden + p * hidden_bytes_, row, gated, count);
+                       });
       }
     });
   }
@@ -198,24 +198,24 @@ class FfnRun {
     const size_t blocks = (call_.hidden + 2 * kLanes - 1) / (2 * kLanes);
     const size_t items = groups_.used.size() * blocks;
     team_.parallel_for(items, grain(items, team_), [&](size_t begin, size_t end) {
-      typename Product::Session session;
+      typename Product::Multiplier multiplier;
       for (size_t item = begin; item < end; ++item) {
         const size_t expert = groups_.used[item / blocks], first = item % blocks * 2 * kLanes;
         const size_t second = std::min(first + kLanes, call_.hidden);
         const T* rows_at = w + (expert * call_.hidden + first) * call_.size;
         const WeightRows<T> rows{rows_at, rows_at + (second - first) * call_.size, second - first,
                                  std::min(call_.hidden - second, kLanes)};
-        session.run(rows, call_.size, panels_of_expert(expert, hidden_, hidden_bytes_),
-                    [&](size_t p, const auto& low, const auto& high) {
-                      const auto [at, slots] = groups_.panels[groups_.first_panel[expert] + p];
-                      float* targets[kLanes] = {};
-                      for (size_t t = 0; t < slots; ++t) {
-                        targets[t] = outputs_ + groups_.slots[at + t] * call_.hidden;
-                      }
-                      store_outputs(low, rows.first_count, targets, first);
-                      if (rows.second_count == 0) return;
-                      store_outputs(high, rows.second_count, targets, second);
-                    });
+        multiplier.run(rows, call_.size, panels_of_expert(expert, hidden_, hidden_bytes_),
+                       [&](size_t p, const auto& low, const auto& high) {
+                         const auto [at, slots] = groups_.panels[groups_.first_panel[expert] + p];
+                         float* targets[kLanes] = {};
+                         for (size_t t = 0; t < slots; ++t) {
+                           targets[t] = outputs_ + groups_.slots[at + t] * call_.hidden;
+                         }
+                         store_outputs(low, rows.first_count, targets, first);
+                         if (rows.second_count == 0) return;
+                         store_outputs(high, rows.second_count, targets, second);
+                       });
       }
     });
   }

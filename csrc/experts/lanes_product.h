@@ -33,7 +33,7 @@ struct LanesProduct {
     for (size_t i = 0; i < count; ++i) store(panel + (index + i) * sizeof(Lanes), outputs[i]);
   }
 
-  class Session {
+  class Multiplier {
    public:
     template <class Epilogue>
     void run(const WeightRows<T>& rows, size_t in, const Panels& panels, const Epilogue& epilogue) {

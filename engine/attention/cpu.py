@@ -8,7 +8,7 @@ from torch import Tensor
 from engine import _kernels
 from engine.attention.base import Attention
 from engine.batch import Batch
-from engine.kernels import as_array, session
+from engine.kernels import as_array, workbench
 
 
 class CpuAttention(Attention):
@@ -32,5 +32,5 @@ class CpuAttention(Attention):
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         pages = as_array(self.pool.key(layer)), as_array(self.pool.value(layer))
         queries = as_array(query.contiguous())
-        _kernels.attend(session(), queries, *pages, *self._sequences, as_array(out))
+        _kernels.attend(workbench(), queries, *pages, *self._sequences, as_array(out))
         return out

@@ -17,9 +17,9 @@ DTYPES = pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
 
 
 @pytest.fixture(params=_kernels.instruction_sets())
-def session(request: pytest.FixtureRequest) -> _kernels.Session:
+def workbench(request: pytest.FixtureRequest) -> _kernels.Workbench:
     torch.manual_seed(0)
-    return _kernels.Session(request.param, 2)
+    return _kernels.Workbench(request.param, 2)
 
 
 def close(ours: torch.Tensor, expected: torch.Tensor) -> None:
@@ -27,9 +27,9 @@ def close(ours: torch.Tensor, expected: torch.Tensor) -> None:
     assert error.item() <= LIMITS[ours.dtype]
 
 
-def linear(session: _kernels.Session, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+def linear(workbench: _kernels.Workbench, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     y = x.new_full((x.shape[0], w.shape[0]), math.nan)
-    _kernels.linear(session, as_array(x), as_array(w), as_array(y))
+    _kernels.linear(workbench, as_array(x), as_array(w), as_array(y))
     return y
 
 
@@ -37,20 +37,22 @@ def linear(session: _kernels.Session, x: torch.Tensor, w: torch.Tensor) -> torch
 @pytest.mark.parametrize(
     "shape", [(1, 64, 96), (37, 96, 48), (16, 32, 16), (5, 40, 50), (33, 7, 3)]
 )
-def test_linear(session: _kernels.Session, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+def test_linear(
+    workbench: _kernels.Workbench, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
     tokens, inputs, outputs = shape
     x, w = torch.randn(tokens, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
-    close(linear(session, x, w), x.double() @ w.double().T)
+    close(linear(workbench, x, w), x.double() @ w.double().T)
 
 
 @DTYPES
 def test_a_row_of_linear_does_not_depend_on_the_others(
-    session: _kernels.Session, dtype: torch.dtype
+    workbench: _kernels.Workbench, dtype: torch.dtype
 ) -> None:
     x, w = torch.randn(50, 64).to(dtype), torch.randn(80, 64).to(dtype)
-    whole = linear(session, x, w)
+    whole = linear(workbench, x, w)
     for rows in (slice(0, 1), slice(17, 18), slice(3, 37)):
-        assert torch.equal(linear(session, x[rows], w), whole[rows])
+        assert torch.equal(linear(workbench, x[rows], w), whole[rows])
 
 
 @dataclass
@@ -66,11 +68,11 @@ class Experts:
         gate_up, down = torch.randn(6, 2 * size, hidden) / 8, torch.randn(6, hidden, size) / 8
         return cls(gate_up.to(dtype), down.to(dtype), ids, torch.rand(tokens, 3))
 
-    def run(self, session: _kernels.Session, x: torch.Tensor, rows: slice) -> torch.Tensor:
+    def run(self, workbench: _kernels.Workbench, x: torch.Tensor, rows: slice) -> torch.Tensor:
         y = torch.full_like(x[rows], math.nan)
         routing = self.expert_ids[rows].numpy(), self.weights[rows].numpy()
         weights = as_array(self.gate_up), as_array(self.down)
-        _kernels.ffn(session, as_array(x[rows]), *routing, *weights, as_array(y))
+        _kernels.ffn(workbench, as_array(x[rows]), *routing, *weights, as_array(y))
         return y
 
     def reference(self, x: torch.Tensor) -> torch.Tensor:
@@ -86,12 +88,14 @@ class Experts:
 
 @DTYPES
 @pytest.mark.parametrize("shape", [(1, 64, 96), (37, 96, 64), (5, 40, 50), (70, 32, 32)])
-def test_ffn(session: _kernels.Session, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+def test_ffn(
+    workbench: _kernels.Workbench, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
     tokens, size, hidden = shape
     x, experts = torch.randn(tokens, hidden).to(dtype), Experts.of(tokens, size, hidden, dtype)
-    whole = experts.run(session, x, slice(0, tokens))
+    whole = experts.run(workbench, x, slice(0, tokens))
     close(whole, experts.reference(x))
-    assert torch.equal(experts.run(session, x, slice(tokens - 1, tokens)), whole[-1:])
+    assert torch.equal(experts.run(workbench, x, slice(tokens - 1, tokens)), whole[-1:])
 
 
 def test_instruction_sets_of_one_class_give_the_same_bits_and_others_do_not() -> None:
@@ -100,7 +104,7 @@ def test_instruction_sets_of_one_class_give_the_same_bits_and_others_do_not() ->
     x, experts = torch.randn(33, 512), Experts.of(33, 64, 512, torch.float32)
     found = {}
     for name in _kernels.instruction_sets():
-        run = experts.run(_kernels.Session(name, 2), x, slice(0, 33))
+        run = experts.run(_kernels.Workbench(name, 2), x, slice(0, 33))
         found[name] = run.numpy().tobytes()
     if "avx512" in found:
         assert found["avx512"] == found["avx2"]
@@ -152,7 +156,7 @@ class Context:
         return made
 
     def attend(
-        self, session: _kernels.Session, queries: list[torch.Tensor], contexts: list[int]
+        self, workbench: _kernels.Workbench, queries: list[torch.Tensor], contexts: list[int]
     ) -> list[torch.Tensor]:
         """Outputs of each sequence's queries, which are the last of its first `contexts`."""
         flat = torch.cat(queries)
@@ -160,7 +164,7 @@ class Context:
         lengths = torch.tensor([len(q) for q in queries]).int()
         pages = as_array(self.key_pages), as_array(self.value_pages)
         held = torch.tensor(contexts).int().numpy(), self.block_tables.numpy()
-        _kernels.attend(session, as_array(flat), *pages, lengths.numpy(), *held, as_array(out))
+        _kernels.attend(workbench, as_array(flat), *pages, lengths.numpy(), *held, as_array(out))
         return list(out.split(lengths.tolist()))
 
     def reference(self, row: int, query: torch.Tensor, context: int) -> torch.Tensor:
@@ -182,49 +186,49 @@ class Context:
     ids=str,
 )
 def test_attend(
-    session: _kernels.Session, dtype: torch.dtype, shape: tuple[int, int, int], group: int
+    workbench: _kernels.Workbench, dtype: torch.dtype, shape: tuple[int, int, int], group: int
 ) -> None:
     contexts, lengths = [1, 300, 128, 257], [1, 1, 128, 90]
     context = Context.of(contexts, shape, dtype)
     queries = [torch.randn(n, shape[0] * group, shape[2]).to(dtype) for n in lengths]
-    outputs = context.attend(session, queries, contexts)
+    outputs = context.attend(workbench, queries, contexts)
     for row, (query, output) in enumerate(zip(queries, outputs, strict=True)):
         close(output, context.reference(row, query, contexts[row]))
 
 
 @DTYPES
 def test_a_query_does_not_depend_on_its_chunk_or_batch(
-    session: _kernels.Session, dtype: torch.dtype
+    workbench: _kernels.Workbench, dtype: torch.dtype
 ) -> None:
     context = Context.of([300, 40], (2, 16, 32), dtype)
     query = torch.randn(300, 6, 32).to(dtype)
-    whole = context.attend(session, [query, query[:7]], [300, 40])[0]
+    whole = context.attend(workbench, [query, query[:7]], [300, 40])[0]
     done = 0
     for chunk in (1, 130, 37, 131, 1):
         part = query[done : done + chunk]
-        alone = context.attend(session, [part, query[:1]], [done + chunk, 9])[0]
+        alone = context.attend(workbench, [part, query[:1]], [done + chunk, 9])[0]
         assert torch.equal(alone, whole[done : done + chunk])
         done += chunk
 
 
 def test_wrong_arguments_are_named() -> None:
-    session = _kernels.Session("portable", 1)
+    workbench = _kernels.Workbench("portable", 1)
     x, w = torch.zeros(2, 8), torch.zeros(4, 8)
     with pytest.raises(ValueError, match="w has a wrong shape"):
-        linear(session, x, torch.zeros(4, 9))
+        linear(workbench, x, torch.zeros(4, 9))
     with pytest.raises(ValueError, match="w has another dtype"):
-        linear(session, x, w.bfloat16())
+        linear(workbench, x, w.bfloat16())
     with pytest.raises(ValueError, match="x is not contiguous"):
-        linear(session, torch.zeros(8, 2).T, w)
+        linear(workbench, torch.zeros(8, 2).T, w)
     with pytest.raises(ValueError, match="instruction set 'mmx'"):
-        _kernels.Session("mmx", 1)
+        _kernels.Workbench("mmx", 1)
     experts = Experts.of(2, 8, 8, torch.float32)
     experts.expert_ids[0, 0] = 6
     with pytest.raises(ValueError, match="expert_ids"):
-        experts.run(session, x, slice(0, 2))
+        experts.run(workbench, x, slice(0, 2))
     context, query = Context.of([20], (1, 16, 8), torch.float32), torch.zeros(1, 1, 8)
     with pytest.raises(ValueError, match="context_lens"):
-        context.attend(session, [query], [33])
+        context.attend(workbench, [query], [33])
     context.block_tables[0, 1] = 2
     with pytest.raises(ValueError, match="block_tables"):
-        context.attend(session, [query], [20])
+        context.attend(workbench, [query], [20])
