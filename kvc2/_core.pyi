@@ -139,8 +139,9 @@ class Evicted:
 class Lease:
     """The state of an open lease.
 
-    `pages` are the pages of its pool of its leading blocks, in order: resident or being filled by a
-    transfer <= `transfer`. Every one is pinned. `tiers` says where those blocks were found.
+    `pages` are its pool's pages of its blocks from `first_block` on, in order: resident or being
+    filled by a transfer <= `transfer`. Every one is pinned. `tiers` says where those blocks were
+    found.
 
     An open lease may be carried on at any time, also much later: `promote` and `next_load` bring
     what it matched and has no page of, `lease` says what is there now. What others have committed
@@ -149,6 +150,9 @@ class Lease:
 
     id: int
     matched: int  # blocks that some tier of the chain held at acquire, holes excluded
+    first_block: (
+        int  # that `pages` begins with: skip_blocks of acquire, or `matched` if that is less
+    )
     pages: U32  # [blocks leased and committed so far]
     tiers: tuple[int, ...]  # of `pages` found at acquire, by the tier they were found in
     transfer: int  # the last transfer its pages depend on; 0 when all are resident
@@ -294,12 +298,24 @@ class Index:
         """The leading full blocks that some of `pools` (at most 255, fastest first) hold, and why
         the next one is missing. A tier is a position in `pools`. Changes nothing."""
     def acquire(
-        self, namespace: int, pool: int, tokens: U32, max_blocks: int, hints: Hints = ...
+        self,
+        namespace: int,
+        pool: int,
+        tokens: U32,
+        max_blocks: int,
+        hints: Hints = ...,
+        *,
+        skip_blocks: int = 0,
     ) -> Lease:
         """Open a lease on at most max_blocks matched blocks. Touches them, pins the leading ones
         that are in `pool` or on their way there, and registers the other full blocks of `tokens` as
         being computed. `pool` is any that is not durable: an engine's, or the one above the disk,
-        whose pages are then read in place."""
+        whose pages are then read in place.
+
+        The caller has the first skip_blocks blocks: they are matched and touched, but the lease
+        neither pins nor brings them. As long as it has no page they may be evicted, and then
+        nothing more of it can be brought or committed. Blocks of them that are not matched are not
+        skipped: the lease begins with them, to be computed."""
     def next_load(self, lease: int, max_pages: int) -> Transfer | Wait | None:
         """The next part of the leased prefix that must come from a durable pool into the pool above
         it, evicting there; None when there is nothing left that can be loaded and must be. Always
@@ -326,8 +342,9 @@ class Index:
         """Of the blocks that the lease has pages of, how many are resident in `pool` too."""
     def commit(self, lease: int, first_block: int, tokens: U32, pages: U32) -> U8:
         """[k] of ADOPTED, DUPLICATE, REFUSED for blocks [first_block, first_block + k) of the
-        lease, tokens [k * page_size], pages [k] private to the lease's pool. The same call again
-        has the same answer, if page and tokens are the same. After one REFUSED all are refused."""
+        lease's prompt, tokens [k * page_size], pages [k] private to the lease's pool. The same call
+        again has the same answer, if page and tokens are the same. After one REFUSED all are
+        refused."""
     def release(self, lease: int, hints: Hints = ...) -> None:
         """Close the lease: its pages are unpinned, the pages of duplicates are free, its blocks no
         longer count as being computed. `hints` replace acquire's, unless they say nothing. They

@@ -176,6 +176,7 @@ void bind_results(py::module_& module) {
   py::class_<LeaseView>(module, "Lease")
       .def_readonly("id", &LeaseView::id)
       .def_readonly("matched", &LeaseView::matched)
+      .def_readonly("first_block", &LeaseView::first_block)
       .def_property_readonly("pages", [](const LeaseView& l) { return array_of(l.pages); })
       .def_property_readonly("tiers", [](const LeaseView& l) { return tuple_of(l.tiers); })
       .def_readonly("transfer", &LeaseView::transfer)
@@ -341,11 +342,13 @@ void bind_requests(py::class_<Index>& index) {
       .def(
           "acquire",
           [](Index& self, uint32_t space, PoolId pool, const py::object& tokens,
-             uint32_t max_blocks, const Hints& hints) {
+             uint32_t max_blocks, const Hints& hints, uint32_t skip_blocks) {
             const auto given = view<uint32_t>(tokens, "tokens", 1);
-            return unlocked([&] { return self.acquire(space, pool, given, max_blocks, hints); });
+            return unlocked(
+                [&] { return self.acquire(space, pool, given, max_blocks, hints, skip_blocks); });
           },
-          "namespace"_a, "pool"_a, "tokens"_a, "max_blocks"_a, "hints"_a = Hints{})
+          "namespace"_a, "pool"_a, "tokens"_a, "max_blocks"_a, "hints"_a = Hints{}, py::kw_only(),
+          "skip_blocks"_a = 0)
       .def("next_load", &Index::next_load, "lease"_a, "max_pages"_a,
            py::call_guard<py::gil_scoped_release>())
       .def(

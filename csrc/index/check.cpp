@@ -336,13 +336,18 @@ void Leases::claim(Claims& claims) const {
 void Leases::check_held(LeaseId id, const Lease& lease) const {
   const auto number = static_cast<unsigned long>(id);
   std::optional<Place> above;
+  KVC2_CHECK(lease.first <= lease.matched, "L1: lease %lu skips %u blocks of %u", number,
+             lease.first, lease.matched);
   for (size_t i = 0; i < lease.held.size(); ++i) {
     const PageId anchor = lease.held[i].anchor;
     const Place at = tree_.owner(lease.pool, anchor);
     const auto parent = tree_.parent(at);
-    KVC2_CHECK(tree_[at.node].space == lease.space && parent.has_value() == above.has_value() &&
-                   (!parent || (parent->node == above->node && parent->offset == above->offset)),
-               "L1: lease %lu holds page %u as block %zu, after a gap", number, anchor, i);
+    const bool joins =
+        !above || (parent && parent->node == above->node && parent->offset == above->offset);
+    KVC2_CHECK(joins && tree_[at.node].space == lease.space &&
+                   tree_[at.node].first + at.offset == lease.first + i,
+               "L1: lease %lu holds page %u as block %zu, after a gap", number, anchor,
+               lease.first + i);
     above = at;
     const auto transfer = transfers_.into(lease.pool, anchor);
     KVC2_CHECK(!transfer || std::ranges::find(lease.depends, *transfer) != lease.depends.end(),

@@ -145,7 +145,7 @@ class Index {
   Match match(uint32_t space, PoolId pool, Tokens tokens) const;
   Explanation explain(uint32_t space, std::span<const PoolId> pools, Tokens tokens) const;
   LeaseView acquire(uint32_t space, PoolId pool, Tokens tokens, uint32_t max_blocks,
-                    const Hints& hints = {});
+                    const Hints& hints = {}, uint32_t skip_blocks = 0);
   Load next_load(LeaseId lease, uint32_t max_pages);
   Load prefetch(uint32_t space, PoolId pool, Tokens tokens, uint32_t max_pages, bool touches);
   std::optional<Transfer> promote(LeaseId lease, uint32_t max_pages = ~uint32_t{0});

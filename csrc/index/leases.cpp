@@ -26,6 +26,9 @@ LeaseView Leases::open(const Request& request, Found&& found) {
               .hints = request.hints,
               .matched = static_cast<uint32_t>(found.tiers.size()),
               .found = std::move(found.tiers)};
+  lease.first = std::min(request.skip, lease.matched);
+  const Tokens skipped = request.tokens.first(lease.first * size);
+  lease.skipped.assign(skipped.begin(), skipped.end());
   hold_leading(lease, found.path);
   for (const Run& run : found.path) {
     tree_.touch(run, lease.stamp);
@@ -33,7 +36,7 @@ LeaseView Leases::open(const Request& request, Found&& found) {
     requeue(run, request.pools);
   }
   tree_.say(found.last, lease.hints.life(tree_.now()), kNoneFresh);
-  lease.tokens_from = static_cast<uint32_t>(lease.held.size());
+  lease.tokens_from = lease.end();
   const Tokens rest = request.tokens.first(lease.matched * size).subspan(lease.tokens_from * size);
   lease.tokens.assign(rest.begin(), rest.end());
   register_computing(lease, keys_after(lease, found.path, request.tokens));
@@ -42,9 +45,14 @@ LeaseView Leases::open(const Request& request, Found&& found) {
   return view_of(id, leases_.emplace(id, std::move(lease)).first->second);
 }
 
-// Pins what the lease's pool has of the path without a gap. The caller refreshes the nodes.
+// Pins what the lease's pool has of the path, after the blocks to skip, without a gap. The caller
+// refreshes the nodes.
 void Leases::hold_leading(Lease& lease, const std::vector<Run>& path) {
-  for (const Run& run : path) {
+  uint32_t skips = lease.first;
+  for (Run run : path) {
+    const uint32_t passed = std::min(skips, run.blocks);
+    skips -= passed;
+    run = {run.node, run.offset + passed, run.blocks - passed};
     if (hold(lease, run) < run.blocks) return;
   }
 }
@@ -58,7 +66,7 @@ uint32_t Leases::hold(Lease& lease, const Run& run) {
     if (page == kNoPage) break;
     from.pin(page);
     if (const auto transfer = transfers_.into(lease.pool, page)) lease.depends.push_back(*transfer);
-    lease.held.push_back({page, page, lease.found[lease.held.size()]});
+    lease.held.push_back({page, page, lease.found[lease.end()]});
     ++held;
   }
   return held;
@@ -131,12 +139,13 @@ void Leases::requeue(const Run& run, std::span<const PoolId> pools) {
 
 LeaseView Leases::view_of(LeaseId id, const Lease& lease) const {
   const size_t tiers = pools_.chain(lease.pool).size();
-  LeaseView view{id, lease.matched, {}, std::vector<uint32_t>(tiers, 0), 0, lease.computing, {}};
+  LeaseView view{id, lease.matched,   lease.first, {}, std::vector<uint32_t>(tiers, 0),
+                 0,  lease.computing, {}};
   for (const Held& held : lease.held) {
     view.pages.push_back(held.page);
     if (held.tier != kComputed) ++view.tiers[held.tier];
   }
-  for (size_t block = lease.held.size(); block < lease.matched; ++block) {
+  for (size_t block = lease.end(); block < lease.matched; ++block) {
     if (view.ahead.empty() || view.ahead.back().tier != lease.found[block]) {
       view.ahead.push_back({lease.found[block], 0});
     }
@@ -152,7 +161,7 @@ LeaseView Leases::view(LeaseId id) const { return view_of(id, get(id)); }
 
 void Leases::shorten(LeaseId id, uint32_t blocks) {
   Lease& lease = get(id);
-  const auto held = static_cast<uint32_t>(lease.held.size());
+  const uint32_t held = lease.end();
   const uint32_t end = std::max(held, blocks);
   const auto computed = [](const Held& each) { return each.tier == kComputed; };
   if (end >= lease.matched || held < lease.tokens_from ||
@@ -160,11 +169,9 @@ void Leases::shorten(LeaseId id, uint32_t blocks) {
     return;
   }
   const Space& space = tree_.spaces[lease.space];
-  const Place at = cursor(lease);
-  const BlockKey key = held == 0 ? root_key(space.name) : tree_[at.node].keys[at.offset];
   const Tokens after =
       Tokens(lease.tokens).subspan(size_t{held - lease.tokens_from} * space.page_size);
-  std::vector<BlockKey> keys = chain_keys(key, after, space.page_size);
+  std::vector<BlockKey> keys = chain_keys(last_key(lease), after, space.page_size);
   keys.erase(keys.begin(), keys.begin() + (end - held));
   keys.insert(keys.end(), lease.unmatched.begin(), lease.unmatched.end());
   unregister_computing(lease, kEveryBlock);
@@ -174,10 +181,26 @@ void Leases::shorten(LeaseId id, uint32_t blocks) {
   register_computing(lease, std::move(keys));
 }
 
-// The last block that the lease holds.
-Place Leases::cursor(const Lease& lease) const {
-  if (lease.held.empty()) return {tree_.spaces[lease.space].root, kBeforeFirst};
-  return tree_.owner(lease.pool, lease.held.back().anchor);
+// The last block that the lease holds or skips; none if it holds none, and that has left the tree.
+std::optional<Place> Leases::cursor(const Lease& lease) const {
+  if (!lease.held.empty()) return tree_.owner(lease.pool, lease.held.back().anchor);
+  if (lease.first == 0) return Place{tree_.spaces[lease.space].root, kBeforeFirst};
+  uint32_t blocks = 0;
+  const std::vector<Run> path = tree_.find(lease.space, lease.skipped);
+  for (const Run& run : path) blocks += run.blocks;
+  if (blocks < lease.first) return std::nullopt;
+  return Place{path.back().node, path.back().offset + path.back().blocks - 1};
+}
+
+// Of the block of the cursor.
+BlockKey Leases::last_key(const Lease& lease) const {
+  const Space& space = tree_.spaces[lease.space];
+  if (!lease.held.empty()) {
+    const Place at = tree_.owner(lease.pool, lease.held.back().anchor);
+    return tree_[at.node].keys[at.offset];
+  }
+  if (lease.first == 0) return root_key(space.name);
+  return chain_keys(root_key(space.name), lease.skipped, space.page_size).back();
 }
 
 // The lease's `block`, which follows `at`; none if acquire did not match it, if it has left the
@@ -195,21 +218,22 @@ void Leases::commit(LeaseId id, uint64_t first_block, Tokens tokens, std::span<c
                     std::span<CommitResult> results) {
   Lease& lease = get(id);
   const size_t size = tree_.spaces[lease.space].page_size;
-  if (tree_.spaces[lease.space].retired) return;
-  const size_t before = lease.held.size();
-  Place at = cursor(lease);
+  const auto last = cursor(lease);
+  if (tree_.spaces[lease.space].retired || !last) return;
+  const size_t before = lease.end();
+  Place at = *last;
   const uint32_t known = tree_.blocks;
   uint32_t fresh = kNoneFresh;  // the first block that is new to the tree
   for (size_t i = 0; i < pages.size(); ++i) {
     const Tokens block = tokens.subspan(i * size, size);
     const uint64_t position = first_block + i;
-    if (position > lease.held.size()) break;
-    results[i] = position < lease.held.size()
+    if (position < lease.first || position > lease.end()) break;
+    results[i] = position < lease.end()
                      ? commit_again(lease, static_cast<uint32_t>(position), block, pages[i])
                      : commit_next(lease, at, block, pages[i]);
     if (results[i] == CommitResult::kRefused) break;
     if (fresh == kNoneFresh && tree_.blocks > known) fresh = static_cast<uint32_t>(position);
-    if (lease.held.size() == position + 1 && tree_.last(at)) {  // the rest is in no tree
+    if (lease.end() == position + 1 && tree_.last(at)) {  // the rest is in no tree
       const uint32_t adopted =
           commit_rest(lease, at.node, tokens.subspan((i + 1) * size), pages.subspan(i + 1));
       std::ranges::fill(results.subspan(i + 1, adopted), CommitResult::kAdopted);
@@ -218,23 +242,23 @@ void Leases::commit(LeaseId id, uint64_t first_block, Tokens tokens, std::span<c
     }
   }
   learn_committed(lease, before);
-  tree_.say(cursor(lease), lease.hints.life(tree_.now()), fresh);
-  unregister_computing(lease, static_cast<uint32_t>(lease.held.size()));
+  tree_.say(*cursor(lease), lease.hints.life(tree_.now()), fresh);
+  unregister_computing(lease, lease.end());
 }
 
 // The curve learns the held blocks from `from` on that acquire had not asked for. Acquire asks for
 // all blocks of a prompt but the last one, if the prompt ends with it.
 void Leases::learn_committed(const Lease& lease, size_t from) {
   const size_t asked = lease.matched + lease.unmatched.size();
-  for (size_t i = std::max(from, asked - (asked > 0)); i < lease.held.size(); ++i) {
-    const Place held = tree_.owner(lease.pool, lease.held[i].anchor);
+  for (size_t block = std::max(from, asked - (asked > 0)); block < lease.end(); ++block) {
+    const Place held = tree_.owner(lease.pool, lease.held[block - lease.first].anchor);
     curve_.add(tree_[held.node].keys[held.offset], tree_.spaces[lease.space].page_size);
   }
 }
 
 CommitResult Leases::commit_again(const Lease& lease, uint32_t block, Tokens tokens,
                                   PageId page) const {
-  const Held& held = lease.held[block];
+  const Held& held = lease.held[block - lease.first];
   if (held.page != page) return CommitResult::kRefused;
   const Place at = tree_.owner(lease.pool, held.anchor);
   if (!std::ranges::equal(tree_.tokens(at), tokens)) return CommitResult::kRefused;
@@ -294,9 +318,10 @@ uint32_t Leases::commit_rest(Lease& lease, NodeId node, Tokens tokens,
 void Leases::release(LeaseId id, const Hints& hints) {
   Lease& lease = get(id);
   if (hints != Hints{}) lease.hints = hints;
-  const Place at = cursor(lease);
-  tree_.say(at, lease.hints.life(tree_.now()), kNoneFresh);
-  if (lease.hints.session_end) tree_.end_tail(at, lease.stamp);
+  if (const auto at = cursor(lease)) {
+    tree_.say(*at, lease.hints.life(tree_.now()), kNoneFresh);
+    if (lease.hints.session_end) tree_.end_tail(*at, lease.stamp);
+  }
   close(id);
 }
 

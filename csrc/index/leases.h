@@ -24,12 +24,17 @@
 // Both may be asked again and again, at once or much later: a lease never holds more of its prompt
 // than `open` matched and what it commits.
 //
+// The caller has the blocks that it skips: they are compared and touched, but not pinned. A page
+// that the lease holds keeps them in the tree (I3). While it holds none, they may go; then nothing
+// more of it can be brought or committed.
+//
 // Laws; `check` proves them:
-//   L1 What a lease holds are the leading blocks of one path, without a gap.
+//   L1 What a lease holds are consecutive blocks of one path, without a gap: the leading ones, or
+//      those after the blocks that it skips. It skips only blocks that it has matched.
 //   L2 A lease that holds a page in flight depends on the transfer that fills the page.
 //   L3 A block counts as being computed by just as many leases as have it to compute.
 //
-// Costs: a lease has 12 bytes a held block, the tokens of matched blocks that it does not hold, and
+// Costs: a lease has 12 bytes a held block, the tokens of other blocks that it has matched, and
 // 16 bytes a block to compute; computing_ has about 36 a block. open and release are O(blocks);
 // commit is O(1) a block; `lose` walks all leases. Not thread-safe: the index holds its lock. Moves
 // no byte, and knows no clock but the stamp that it is given.
@@ -57,6 +62,7 @@ enum class CommitResult : uint8_t { kAdopted, kDuplicate, kRefused };
 struct LeaseView {
   LeaseId id;
   uint32_t matched;
+  uint32_t first_block;  // of `pages`
   std::vector<PageId> pages;
   std::vector<uint32_t> tiers;
   TransferId transfer;
@@ -73,6 +79,7 @@ class Leases {
     size_t blocks;                  // asked for, the leading ones of it
     uint32_t stamp;
     const Hints& hints;
+    uint32_t skip;  // leading blocks that the caller has
   };
 
   Leases(Pools& pools, RadixTree& tree, Transfers& transfers, ReuseCurve& curve)
@@ -122,7 +129,9 @@ class Leases {
     Hints hints{};
     uint32_t matched = 0;
     uint32_t computing = 0;             // blocks after `matched` that another lease computed first
-    std::vector<Held> held{};           // of leading blocks
+    uint32_t first = 0;                 // block that `held` begins with
+    std::vector<uint32_t> skipped{};    // tokens of the blocks before it
+    std::vector<Held> held{};           // of consecutive blocks
     std::vector<Held> stray{};          // after a transfer failed: pinned till release, unusable
     std::vector<uint8_t> found{};       // by matched block: the fastest tier at acquire
     uint32_t tokens_from = 0;           // first block that `tokens` has
@@ -130,12 +139,15 @@ class Leases {
     std::vector<TransferId> depends{};  // transfers that fill held pages
     std::vector<BlockKey> unmatched{};  // keys of the full blocks after `matched`
     uint32_t computing_from = 0;        // of them, from here on registered in computing_
+
+    uint32_t end() const { return first + static_cast<uint32_t>(held.size()); }
   };
 
   Lease& get(LeaseId id);
   const Lease& get(LeaseId id) const;
   LeaseView view_of(LeaseId id, const Lease& lease) const;
-  Place cursor(const Lease& lease) const;
+  std::optional<Place> cursor(const Lease& lease) const;
+  BlockKey last_key(const Lease& lease) const;
   std::optional<Place> step(const Lease& lease, Place at, uint32_t block) const;
   uint32_t hold(Lease& lease, const Run& run);
   void hold_leading(Lease& lease, const std::vector<Run>& path);

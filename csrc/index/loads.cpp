@@ -14,10 +14,11 @@ Load Leases::next_load(LeaseId id, uint32_t max_pages) {
   const PoolId target = pools[pools.size() - 2];
   if (pools_.at(target).closed) return {};
   Transfers::Plan plan{.source = pools.back(), .target = target};
-  Place at = cursor(lease);
+  const auto last = cursor(lease);
+  if (!last) return {};
+  Place at = *last;
   const std::span memory(pools.begin(), pools.end() - 1);
-  for (auto block = static_cast<uint32_t>(lease.held.size());
-       block < lease.matched && plan.size() < max_pages; ++block) {
+  for (uint32_t block = lease.end(); block < lease.matched && plan.size() < max_pages; ++block) {
     const auto next = step(lease, at, block);
     if (!next) break;
     at = *next;
@@ -42,8 +43,10 @@ std::optional<Transfer> Leases::promote(LeaseId id, uint32_t max_pages) {
   PagePool& into = pools_.at(lease.pool);
   const auto below = into.shape.below;
   Transfers::Plan plan{.source = below.value_or(0), .target = lease.pool};
-  Place at = cursor(lease);
-  while (const auto next = step(lease, at, static_cast<uint32_t>(lease.held.size()))) {
+  const auto last = cursor(lease);
+  if (!last) return std::nullopt;
+  Place at = *last;
+  while (const auto next = step(lease, at, lease.end())) {
     at = *next;
     if (tree_.page(at, lease.pool) != kNoPage) {
       if (!plan.empty()) break;
@@ -55,7 +58,7 @@ std::optional<Transfer> Leases::promote(LeaseId id, uint32_t max_pages) {
     if (!transfers_.add(plan, at)) break;
     const PageId page = plan.target_pages.back();
     into.pin(page);
-    lease.held.push_back({page, page, lease.found[lease.held.size()]});
+    lease.held.push_back({page, page, lease.found[lease.end()]});
   }
   if (plan.empty()) return std::nullopt;
   Transfer transfer = transfers_.start(std::move(plan));

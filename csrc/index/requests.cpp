@@ -74,7 +74,7 @@ Explanation Index::explain(uint32_t space, std::span<const PoolId> pools, Tokens
 }
 
 LeaseView Index::acquire(uint32_t space, PoolId head, Tokens tokens, uint32_t max_blocks,
-                         const Hints& hints) {
+                         const Hints& hints, uint32_t skip_blocks) {
   const Lock lock(mutex_);
   check_space(space, head);
   if (pools_.at(head).closed) {
@@ -90,7 +90,8 @@ LeaseView Index::acquire(uint32_t space, PoolId head, Tokens tokens, uint32_t ma
   const uint32_t stamp = tick();
   Found found = find_resident(tree_, space, pools, tree_.join(tree_.find(space, asked)));
   Explanation why = explanation_of(tree_, evictor_.obituaries(), found, asked, kSiblingsOfAcquire);
-  LeaseView opened = leases_.open({pools, tokens, blocks, stamp, hints}, std::move(found));
+  LeaseView opened =
+      leases_.open({pools, tokens, blocks, stamp, hints, skip_blocks}, std::move(found));
   opened.explanation = std::move(why);
   return opened;
 }

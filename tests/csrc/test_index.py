@@ -199,6 +199,41 @@ def test_a_lease_on_the_cpu_s_pool_is_read_in_place(house: House) -> None:
         index.acquire(house.space, house.disk, tokens(1), 1)
 
 
+def test_a_lease_neither_pins_nor_brings_what_its_caller_has(house: House) -> None:
+    index = house.index
+    index.release(house.compute(1, 2, 3))
+    house.demote(house.gpu)
+    index.evict(house.gpu, 9)
+    lease = index.acquire(house.space, house.gpu, tokens(1, 2, 3, 4), 4, skip_blocks=2)
+    assert (lease.matched, lease.first_block, lease.ahead.tolist()) == (3, 2, [[1, 1]])
+    transfer = index.promote(lease.id)
+    assert transfer is not None
+    assert transfer.target_pages.size == 1
+    index.complete(transfer.id, 1)
+    page = index.grant(house.gpu, 1)
+    assert index.commit(lease.id, 1, tokens(2), page).tolist() == [_core.REFUSED]
+    assert index.commit(lease.id, 3, tokens(4), page).tolist() == [_core.ADOPTED]
+    assert index.lease(lease.id).pages.size == 2
+    assert index.evict(house.cpu, 9).pages.size == 1  # block 3: the engine's pool has it too
+    assert house.matched(1, 2, 3, 4) == (2, 2, 0)
+    index.release(lease.id)
+    index.check()
+
+
+def test_what_is_not_there_is_not_skipped_and_what_has_gone_ends_the_lease(house: House) -> None:
+    index = house.index
+    index.release(house.compute(1))
+    lease = index.acquire(house.space, house.gpu, tokens(1, 2, 3), 3, skip_blocks=3)
+    assert (lease.matched, lease.first_block, lease.pages.size) == (1, 1, 0)
+    two = index.grant(house.gpu, 2)
+    assert index.evict(house.gpu, 9).pages.size == 1  # nothing holds the block that it skips
+    assert index.commit(lease.id, 1, tokens(2, 3), two).tolist() == [_core.REFUSED] * 2
+    assert index.promote(lease.id) is None
+    index.release(house.compute(1))
+    assert index.commit(lease.id, 1, tokens(2, 3), two).tolist() == [_core.ADOPTED] * 2
+    assert house.matched(1, 2, 3) == (3, 0, 0)
+
+
 def test_a_failed_promotion_ends_the_lease_s_pages_before_it(house: House) -> None:
     house.index.release(house.compute(1, 2, 3))
     house.demote(house.gpu)

@@ -32,7 +32,7 @@ class Walk:
     shrinks: bool = True
 
 
-WALKS = {"default": Walk(720), "quick": Walk(25), "hunt": Walk(250, shrinks=False)}
+WALKS = {"default": Walk(800), "quick": Walk(25), "hunt": Walk(250, shrinks=False)}
 WALK = WALKS[os.environ.get("KVC2_WALK", "default")]
 
 # Arrows of index.h and situations that a sound walk comes by: about a third of what was counted.
@@ -90,6 +90,10 @@ AT_LEAST = {
     "commit: to the cpu's pool": 60,
     "promote: from disk into a lease on the cpu's pool": 5,
     "release_all: several": 5,
+    "acquire: some blocks are skipped": 60,
+    "commit: after skipped blocks": 60,
+    "commit: what it skipped is gone": 2,
+    "promote: after skipped blocks": 10,
     "next_load: wait": 12,
     "plan_demote: not admitted": 200,
     "plan_demote: what was sent back": 6,

@@ -23,8 +23,9 @@ class AdmissionModel(PrefetchModel):
         blocks: Prompt,
         limit: int,
         hints: Hints = NO_HINTS,
+        skip: int = 0,
     ) -> None:
-        super().acquire(lease, namespace, pool, blocks, limit, hints)
+        super().acquire(lease, namespace, pool, blocks, limit, hints, skip)
         found = len(self.leases[lease].found)
         self.again |= {(namespace, *blocks[: i + 1]) for i in range(found)}
 

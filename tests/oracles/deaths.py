@@ -96,12 +96,19 @@ class IndexDeaths(IndexEndings):
             SEEN["explain: the sibling that is most like it"] += len(expected.siblings) > 1
 
     def open(
-        self, namespace: int, pool: int, prompt: Prompt, limit: int, hints: Hints = NO_HINTS
+        self,
+        namespace: int,
+        pool: int,
+        prompt: Prompt,
+        limit: int,
+        hints: Hints = NO_HINTS,
+        *,
+        skip: int = 0,
     ) -> int:
         """Acquire explains what it found before it changed anything; meanwhile time goes on."""
         self.model.now += limit % 3
         self.index.advance(self.model.now)
-        lease = super().open(namespace, pool, prompt, limit, hints)
+        lease = super().open(namespace, pool, prompt, limit, hints, skip=skip)
         blocks = prompt[:limit]
         space = self.model.leases[lease].namespace  # another one, if this was invalidated
         expected = explain(self.model, space, self.model.chain(pool), blocks)

@@ -18,6 +18,7 @@ from tests.oracles.machines import (
     choice,
     namespaces,
     prompts,
+    skips,
     some_hints,
 )  # fmt: skip
 from tests.oracles.model_parts import NO_HINTS, PRIVATE, Hints, Path
@@ -57,14 +58,14 @@ class IndexLives(IndexDeaths, AdmissionMachine):
     def compute(self, lease: int) -> None:
         """Commits what the lease has no page for, as far as pages can be had."""
         at = self.model.leases[lease]
-        blocks = list(at.path[len(at.held) + 1 :])
+        blocks = list(at.path[at.end + 1 :])
         self.grant(at.pool, len(blocks))
         pages = [
             page
             for page in self.some(at.pool, PRIVATE, len(at.path) + 9, 0)
             if not self.model.is_held(at.pool, page)
         ][: len(blocks)]
-        self.check_commit(lease, len(at.held), blocks[: len(pages)], pages)  # type: ignore[arg-type]
+        self.check_commit(lease, at.end, blocks[: len(pages)], pages)  # type: ignore[arg-type]
         self.index.check()
 
     def arrive(self, short: int = 0) -> None:
@@ -93,13 +94,20 @@ class IndexLives(IndexDeaths, AdmissionMachine):
 
     @rule(
         namespace=namespaces, gpu=choice, prompt=prompts, stays=st.integers(0, 2),
-        hints=st.one_of(st.just(NO_HINTS), some_hints), seconds=st.integers(0, 3),
+        hints=st.one_of(st.just(NO_HINTS), some_hints), seconds=st.integers(0, 3), skip=skips,
     )  # fmt: skip
     def serve(
-        self, namespace: int, gpu: int, prompt: Prompt, stays: int, hints: Hints, seconds: int
+        self,
+        namespace: int,
+        gpu: int,
+        prompt: Prompt,
+        stays: int,
+        hints: Hints,
+        seconds: int,
+        skip: int,
     ) -> None:
         """A request from acquire to release, all transfers well."""
-        lease = self.open(namespace, self.living(gpu), prompt, len(prompt), hints)
+        lease = self.open(namespace, self.living(gpu), prompt, len(prompt), hints, skip=skip)
         for _ in range(2):
             self.next_load(lease, 3)
             self.arrive()
@@ -127,10 +135,18 @@ class IndexLives(IndexDeaths, AdmissionMachine):
     @rule(
         gpu=choice, known=choice, own=st.lists(st.sampled_from(BLOCKS), max_size=2),
         calm=st.booleans(), deep=st.booleans(),
-        hows=st.lists(st.sampled_from(HOWS), min_size=2, max_size=7), end=ends,
+        hows=st.lists(st.sampled_from(HOWS), min_size=2, max_size=7), end=ends, skip=skips,
     )  # fmt: skip
     def bring_back(
-        self, gpu: int, known: int, own: Prompt, calm: bool, deep: bool, hows: list[str], end: str
+        self,
+        gpu: int,
+        known: int,
+        own: Prompt,
+        calm: bool,
+        deep: bool,
+        hows: list[str],
+        end: str,
+        skip: int,
     ) -> None:
         """A prompt that only slower pools hold; its transfers may stay under way."""
         pool = self.living(gpu)
@@ -143,7 +159,7 @@ class IndexLives(IndexDeaths, AdmissionMachine):
         for each in [*self.gpus, self.cpu][: 3 if deep else 2]:
             self.evict(each, 9)
         prompt = [*blocks, *own]
-        lease = self.open(namespace, pool, prompt, 9)  # type: ignore[arg-type]
+        lease = self.open(namespace, pool, prompt, 9, skip=skip)  # type: ignore[arg-type]
         for how in hows:
             self.live(lease, how, prompt)  # type: ignore[arg-type]
         if end == "leaves":
@@ -169,7 +185,7 @@ class IndexLives(IndexDeaths, AdmissionMachine):
         elif how == "compute":
             self.compute(lease)
         elif how == "shorten":
-            self.shorten(lease, len(at.held) + 1)
+            self.shorten(lease, at.end + 1)
             if max(self.model.leases) == lease:  # and so does a twin
                 self.shorten(self.open(at.namespace, at.pool, prompt, 9), len(at.found))
         elif how == "squeeze":
@@ -197,6 +213,33 @@ class IndexLives(IndexDeaths, AdmissionMachine):
         SEEN["shorten: another computes what it would have brought"] += (
             len(at.found) < matched and at.computing > 0
         )
+
+    @precondition(lambda self: any(at.blocks for at in self.model.pools.values()))
+    @rule(gpu=choice, known=choice, goes=st.booleans())
+    def the_caller_has_it_all(self, gpu: int, known: int, goes: bool) -> None:
+        """A request skips all that is there, which may go meanwhile, and goes on from it."""
+        pool = self.living(gpu)
+        self.calm()
+        if not any(at.blocks for at in self.model.pools.values()):
+            return
+        namespace, *blocks = self.known(known)
+        prompt = [*blocks, BLOCKS[0]]
+        lease = self.open(namespace, pool, prompt, 9, skip=len(blocks))  # type: ignore[arg-type]
+        for each in [*self.gpus, self.cpu, self.disk] if goes else []:
+            self.evict(each, 9)
+        self.compute(lease)
+
+    @rule(gpu=choice, prompt=prompts)
+    def a_copy_goes_too_early(self, gpu: int, prompt: Prompt) -> None:
+        """The cpu's pool evicts it before the disk has it, while the engine's still does."""
+        pool = self.engine(gpu)
+        self.calm()
+        self.compute(self.open(0, pool, prompt, 9))
+        self.calm()
+        for _ in range(2):
+            self.plan_demote(pool, 9)
+            self.arrive()
+            self.evict(self.cpu, 9)
 
     @rule(gpu=choice, prompt=prompts, short=st.integers(0, 2), leaves=st.booleans())
     def compute_what_arrives(self, gpu: int, prompt: Prompt, short: int, leaves: bool) -> None:

@@ -50,6 +50,7 @@ some_hints = st.builds(
     end=st.booleans(),
 )
 SEEN: Counter[str] = Counter()  # of all walks of this process; see test_index_machine.py
+skips = st.sampled_from([0, 0, 0, 1, 2, 5])
 small = st.integers(1, 5)
 choice = st.integers(0, 1000)  # of one of several, modulo their number
 
@@ -152,14 +153,23 @@ class IndexMachine(RuleBasedStateMachine):
 
     # requests
     @rule(namespace=namespaces, gpu=choice, prompt=prompts, limit=st.sampled_from([9, 9, 3, 0]),
-          hints=some_hints)  # fmt: skip
-    def acquire(self, namespace: int, gpu: int, prompt: Prompt, limit: int, hints: Hints) -> None:
+          hints=some_hints, skip=skips)  # fmt: skip
+    def acquire(
+        self, namespace: int, gpu: int, prompt: Prompt, limit: int, hints: Hints, skip: int
+    ) -> None:
         pool = self.a_head(gpu)
         if not self.model.pools[pool].closed:
-            self.open(namespace, pool, prompt, limit, hints)
+            self.open(namespace, pool, prompt, limit, hints, skip=skip)
 
     def open(
-        self, namespace: int, pool: int, prompt: Prompt, limit: int, hints: Hints = NO_HINTS
+        self,
+        namespace: int,
+        pool: int,
+        prompt: Prompt,
+        limit: int,
+        hints: Hints = NO_HINTS,
+        *,
+        skip: int = 0,
     ) -> int:
         """A new lease's id. With 5 open the oldest ends, else every page is pinned soon."""
         if len(self.model.leases) == 5:
@@ -167,11 +177,14 @@ class IndexMachine(RuleBasedStateMachine):
         namespace = self.current.get(namespace, namespace)
         tokens = np.concatenate([u32(prompt), u32([7] * (limit % PAGE_SIZE))])
         nodes = self.index.counts().nodes
-        real = self.opened = self.index.acquire(namespace, pool, tokens, limit, of_hints(hints))
+        real = self.opened = self.index.acquire(
+            namespace, pool, tokens, limit, of_hints(hints), skip_blocks=skip
+        )
         SEEN["acquire: nodes are joined"] += self.index.counts().nodes < nodes
-        self.model.acquire(real.id, namespace, pool, prompt, limit, hints)
+        self.model.acquire(real.id, namespace, pool, prompt, limit, hints, skip)
         lease, state = self.model.leases[real.id], self.model.pools[pool].state
         assert (real.matched, real.computing) == (len(lease.found), lease.computing)
+        SEEN["acquire: some blocks are skipped"] += 0 < lease.first < len(lease.found)
         SEEN["acquire: an arriving page"] += any(state[h.page] == IN_FLIGHT for h in lease.held)
         SEEN["acquire: another computes it"] += lease.computing > 0
         for tier in set(lease.found) if pool != self.cpu else ():
@@ -189,8 +202,7 @@ class IndexMachine(RuleBasedStateMachine):
         self, lease: int, shift: int, tail: Prompt, follow: bool, page: int, foreign: int
     ) -> None:
         at = self.a_lease(lease)
-        held = len(self.model.leases[at].held)
-        first = max(held + shift, 0)
+        first = max(self.model.leases[at].end + shift, 0)
         blocks = list(self.model.leases[at].path[first + 1 :]) if follow else tail
         pages = self.some(self.model.leases[at].pool, PRIVATE, len(blocks), page)
         if foreign == 0 and pages:
@@ -204,6 +216,7 @@ class IndexMachine(RuleBasedStateMachine):
     def commit_again(self, lease: int, first: int) -> None:
         at = self.a_lease(lease)
         held = self.model.leases[at].held[first:]
+        first += self.model.leases[at].first
         self.check_commit(at, first, [h.path[-1] for h in held], [h.page for h in held])  # type: ignore[misc]
 
     def check_commit(self, lease: int, first: int, blocks: Prompt, pages: list[int]) -> None:
@@ -218,7 +231,12 @@ class IndexMachine(RuleBasedStateMachine):
         SEEN["commit: to the cpu's pool"] += (
             before != state and self.model.leases[lease].pool == self.cpu
         )
-        fresh = self.model.leases[lease].held[first:]
+        at = self.model.leases[lease]
+        fresh = at.held[max(0, first - at.first) :]
+        SEEN["commit: after skipped blocks"] += bool(at.first and fresh)
+        SEEN["commit: what it skipped is gone"] += (
+            first == at.first > 0 and REFUSED in answers and at.before() not in self.model.stamps
+        )
         SEEN["commit: a duplicate"] += any(h.duplicate for h in fresh)
         SEEN["commit: a duplicate of an arriving page"] += any(
             h.duplicate and self.model.arriving(self.model.leases[lease].pool, h.path)
@@ -344,6 +362,10 @@ class IndexMachine(RuleBasedStateMachine):
             each.pool == real.target == self.cpu
             and self.disk == real.source
             and any(held.path in expected.paths for held in each.held)
+            for each in self.model.leases.values()
+        )
+        SEEN["promote: after skipped blocks"] += kind == "promote" and any(
+            each.first and each.held and each.held[0].path == expected.paths[0]
             for each in self.model.leases.values()
         )
         SEEN["plan_demote: from a closed pool"] += self.model.pools[real.source].closed
@@ -525,4 +547,5 @@ class IndexMachine(RuleBasedStateMachine):
             assert real.transfer == self.model.depends(at)
             assert (real.matched, real.computing) == (len(at.found), at.computing)
             ahead = [tier for tier, blocks in real.ahead.tolist() for _ in range(blocks)]
-            assert ahead == at.found[len(at.held) :]
+            assert ahead == at.found[at.end :]
+            assert real.first_block == at.first

@@ -105,10 +105,20 @@ class LeaseModel:
     found: list[int]  # tier by matched block
     computing: int
     hints: Hints = Hints()
+    first: int = 0  # blocks before it are the caller's own
     held: list[Held] = field(default_factory=list)
     stray: list[Held] = field(default_factory=list)
     known_from: int = 0  # matched blocks before this one can't be found again once lost
     committed: int = 0  # blocks before this one are not being computed
+
+    @property
+    def end(self) -> int:
+        """The block after those held."""
+        return self.first + len(self.held)
+
+    def before(self) -> Path:
+        """The block (or the namespace) that the next one hangs on."""
+        return self.held[-1].path if self.held else self.path[: self.first + 1]
 
     def computes(self) -> list[Path]:
         first = max(len(self.found), self.committed)

@@ -214,10 +214,12 @@ class IndexModel(QuotasModel):
         blocks: list[tuple[int, ...]],
         limit: int,
         hints: Hints = NO_HINTS,
+        skip: int = 0,
     ) -> None:
         self.clock += 1
         found = self.tiers(namespace, self.chain(pool), blocks[:limit])
         opened = LeaseModel(namespace, pool, self.clock, (namespace, *blocks), found, 0, hints)
+        opened.first = min(skip, len(found))
         opened.computing = self.computed_by_others(opened)
         matched = [opened.path[: i + 2] for i in range(len(found))]
         for path in matched:
@@ -229,7 +231,7 @@ class IndexModel(QuotasModel):
                 if self.pools[upper].resident(path) and not self.pools[lower].present(path):
                     self.enqueue(upper, self.pools[upper].blocks[path])
         self.hold_more(opened)
-        opened.known_from = len(opened.held)
+        opened.known_from = opened.end
         self.leases[lease] = opened
 
     def computed_by_others(self, lease: LeaseModel) -> int:
@@ -241,9 +243,9 @@ class IndexModel(QuotasModel):
 
     def shorten(self, lease_id: int, blocks: int) -> None:
         lease = self.leases[lease_id]
-        end = max(len(lease.held), blocks)
+        end = max(lease.end, blocks)
         committed = any(held.tier is None for held in lease.held + lease.stray)
-        if end >= len(lease.found) or len(lease.held) < lease.known_from or committed:
+        if end >= len(lease.found) or lease.end < lease.known_from or committed:
             return
         del lease.found[end:]
         lease.committed = 0
@@ -253,16 +255,14 @@ class IndexModel(QuotasModel):
         """Pages in the lease's pool that follow what it holds."""
         while (path := self.next_path(lease)) and self.pools[lease.pool].present(path):
             page = self.pools[lease.pool].blocks[path]
-            lease.held.append(Held(path, page, lease.found[len(lease.held)]))
+            lease.held.append(Held(path, page, lease.found[lease.end]))
 
     def next_path(self, lease: LeaseModel, block: int | None = None) -> Path | None:
         """The matched block, hanging on what the lease holds, if it is (still) there."""
-        held = len(lease.held)
-        block = held if block is None else block
+        block = lease.end if block is None else block
         if not lease.known_from <= block < len(lease.found):
             return None
-        before = lease.held[-1].path if lease.held else lease.path[:1]
-        path = (*before, *lease.path[held + 1 : block + 2])
+        path = (*lease.before(), *lease.path[lease.end + 1 : block + 2])
         return path if path in self.stamps and not self.dead(path) else None
 
     def commit(
@@ -276,22 +276,29 @@ class IndexModel(QuotasModel):
         for i, (block, page) in enumerate(zip(blocks, pages, strict=True)):
             refused = REFUSED in answers
             answers.append(REFUSED if refused else self.commit_one(lease, first + i, block, page))
-        lease.committed = max(lease.committed, len(lease.held))
-        held = [each.path for each in lease.held]
-        self.say(lease.hints, held, fresh=[path for path in held if path not in known])
+        lease.committed = max(lease.committed, lease.end)
+        used = self.uses(lease)
+        self.say(lease.hints, used, fresh=[path for path in used if path not in known])
         return answers
+
+    def uses(self, lease: LeaseModel) -> list[Path]:
+        """The path to the last block that it holds, or skips; empty if that has left the tree."""
+        last = lease.before()
+        there = len(last) == 1 or last in self.stamps
+        return [last[: n + 1] for n in range(1, len(last))] if there else []
 
     def commit_one(self, lease: LeaseModel, block: int, tokens: tuple[int, ...], page: int) -> int:
         at = self.pools[lease.pool]
-        if block < len(lease.held):
-            held = lease.held[block]
+        if lease.first <= block < lease.end:
+            held = lease.held[block - lease.first]
             if held.page != page or held.path[-1] != tokens:
                 return REFUSED
             return DUPLICATE if held.duplicate else ADOPTED
         free_to_use = at.state.get(page) == PRIVATE and not self.is_held(lease.pool, page)
-        if block > len(lease.held) or not free_to_use:
+        before = lease.before()
+        gone = len(before) > 1 and before not in self.stamps
+        if block != lease.end or not free_to_use or gone:
             return REFUSED
-        before = lease.held[-1].path if lease.held else (lease.namespace,)
         path = (*before, tokens)
         self.stamps[path] = max(self.stamps.get(path, 0), lease.stamp)
         duplicate = at.present(path)
@@ -305,11 +312,11 @@ class IndexModel(QuotasModel):
     def release(self, lease_id: int, hints: Hints = NO_HINTS) -> None:
         lease = self.leases[lease_id]
         lease.hints = lease.hints if hints == NO_HINTS else hints
-        held = [each.path for each in lease.held]
-        self.say(lease.hints, held, fresh=[])
-        for path in reversed(held if lease.hints.end else []):
+        used = self.uses(lease)
+        self.say(lease.hints, used, fresh=[])
+        for path in reversed(used if lease.hints.end else []):
             below = [p for p in self.stamps if len(p) > len(path) and p[: len(path)] == path]
-            if self.stamps[path] != lease.stamp or not set(below) <= set(held):
+            if self.stamps[path] != lease.stamp or not set(below) <= set(used):
                 break
             self.lives[path] = replace(self.life(path), ended=True)
         self.close(lease_id)
@@ -352,7 +359,7 @@ class IndexModel(QuotasModel):
                 break
             if not self.add(plan, path, source):
                 break
-            lease.held.append(Held(path, plan.target_pages[-1], lease.found[len(lease.held)]))
+            lease.held.append(Held(path, plan.target_pages[-1], lease.found[lease.end]))
         return self.start(plan, transfer)
 
     def next_load(
@@ -366,7 +373,7 @@ class IndexModel(QuotasModel):
         plan = TransferModel(chain[-1], chain[-2], [], [], [])
         source = deque(picks)
         memory = [self.pools[p] for p in chain[:-1]]
-        for block in range(len(lease.held), len(lease.found)):
+        for block in range(lease.end, len(lease.found)):
             path = self.next_path(lease, block)
             if path is None or len(plan.paths) == count:
                 break
