@@ -162,6 +162,14 @@ class Lease:
     # from `lease`
     explanation: Explanation
 
+class KeyLease:
+    """The state of an open lease on opaque keys. Each key is for itself: any may be missing."""
+
+    id: int
+    found: U8  # [n] as match_keys, when it was acquired
+    pages: U32  # [n] of the lease's pool, pinned; NO_PAGE where the key is not there (yet)
+    transfer: int  # the last transfer that fills one of `pages`; 0 when all are resident
+
 class Why(enum.Enum):
     """Why the first missing block is not there. Compare with ==."""
 
@@ -263,9 +271,11 @@ class Index:
         count as failed; completing one later is ignored."""
 
     # namespaces
-    def open_namespace(self, namespace: bytes, page_size: int) -> int:
+    def open_namespace(self, namespace: bytes, page_size: int, *, opaque: bool = False) -> int:
         """32 bytes -> its id in this index; the same id when opened again. ValueError if it was
-        opened with another page_size."""
+        opened with another page_size, or for the other kind of blocks. page_size is that of its
+        pools. opaque: its blocks are named by keys, and the calls with `keys` are for it; those
+        with `tokens` are for all others (ValueError)."""
     def close_namespace(self, namespace: int) -> bool:
         """Forget the namespace. Its id is unknown until another namespace gets it: the caller uses
         the id no more. False, and nothing changes, while it has blocks, open leases or pins."""
@@ -353,6 +363,57 @@ class Index:
         """Close those of these leases that are open, as close_pool does with its own, and pass over
         the others. Returns how many were open. For a session that ends and whose pool stays."""
 
+    # opaque keys: sequences of bytes objects of 1 to 64 bytes. A key is a block of its own, with
+    # 17 words (its length in bytes, the key padded with zeros to 64) in the place of tokens: its
+    # digest is SHA-256(namespace || words), its block key xxh3_128(xxh3_128(namespace) || words).
+    # next_load, promote, release, release_all and held_in take leases of both kinds.
+    def match_keys(self, namespace: int, pool: int, keys: Sequence[bytes]) -> U8:
+        """[n] 0: in no pool of the chain of `pool`, or dead; else 1 + the place in that chain of
+        the fastest pool that has it. Changes nothing."""
+    def explain_keys(
+        self, namespace: int, pools: Sequence[int], keys: Sequence[bytes]
+    ) -> list[Explanation]:
+        """`explain` of each key, as a prompt of one block; there are no siblings."""
+    def acquire_keys(
+        self, namespace: int, pool: int, keys: Sequence[bytes], hints: Hints = ...
+    ) -> KeyLease:
+        """Open a lease on those of the keys that are found. Touches them, and pins those that are
+        in `pool` or on their way there. promote and next_load bring the others, in the order of the
+        keys; one that cannot be brought is passed over."""
+    def key_lease(self, lease: int) -> KeyLease: ...
+    def commit_keys(
+        self,
+        namespace: int,
+        pool: int,
+        keys: Sequence[bytes],
+        pages: U32,
+        *,
+        lease: int | None = None,
+        hints: Hints = ...,
+    ) -> U8:
+        """[n] of ADOPTED, DUPLICATE, REFUSED for pages [n] private to `pool`, each for itself. A
+        duplicate's page stays private, the caller's. The same key and page again are ADOPTED again.
+        With a lease on keys of the same namespace and pool (ValueError otherwise), what is adopted
+        is pinned until its release, and its hints count; without one nothing is pinned, and the
+        keys count as used now."""
+    def prefetch_keys(
+        self,
+        namespace: int,
+        pool: int,
+        keys: Sequence[bytes],
+        max_pages: int,
+        *,
+        touches: bool,
+    ) -> Transfer | Wait | None:
+        """As `prefetch`: some of the keys one pool nearer to `pool`; Wait where all that could be
+        brought is on its way already."""
+    def pin_keys(
+        self, namespace: int, pool: int, keys: Sequence[bytes], *, hard: bool, max_blocks: int
+    ) -> U8:
+        """[n] 1 where `pin` of this key holds now, 0 where it was refused."""
+    def unpin_keys(self, namespace: int, pool: int, keys: Sequence[bytes]) -> U8:
+        """[n] 1 where there was a pin."""
+
     # private pages of a session
     def grant(self, pool: int, pages: int, namespace: int | None = None) -> U32:
         """Up to `pages` pages, free -> private, evicting as needed; fewer when the rest is
@@ -426,10 +487,15 @@ class Index:
         generations: U64,
         stamps: U32,
         expires: U32 | None = None,
+        *,
+        external_bytes: U8 | None = None,
+        external_keys: U8 | None = None,
     ) -> U8:
         """[n] of RESTORED, ORPHAN, FORGED, CONFLICT: rebuild a durable pool's residency from its
         catalogue, in any order. Slabs and namespaces must be there before. expires [n]: the second
-        (as `advance` tells it) from which a block is dead, 0: never; without it none ever is."""
+        (as `advance` tells it) from which a block is dead, 0: never; without it none ever is.
+        external_bytes [n], external_keys [n, 64]: as in Records; both or neither. A key's block in
+        a namespace of tokens, or the other way round, is an ORPHAN."""
     def lifetimes(self, pool: int) -> U32:
         """[2 * pages] by page the second from which its block is dead (0: never, or no block), and
         the lower 32 bits of the page's generation (0 in a pool that is not durable)."""
@@ -450,6 +516,8 @@ class Index:
         """Prove the laws I1-I12; ends the process with the facts if one is broken."""
 
 NO_LIMIT: Final[int]  # capacity of an unlimited cache
+NO_PAGE: Final[int]  # in KeyLease.pages
+OPAQUE_KEY_MAX: Final[int]  # bytes
 
 class ReuseCurve:
     """What caches of other sizes would have hit, from a bounded sample of blocks."""

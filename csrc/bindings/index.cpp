@@ -7,6 +7,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 
 namespace py = pybind11;
@@ -48,6 +49,11 @@ void same_length(std::span<const T> values, size_t rows, const char* name) {
     throw py::value_error(std::string(name) + ": " + std::to_string(values.size()) + " rows, not " +
                           std::to_string(rows));
   }
+}
+
+std::span<const ExternalKey> external_keys_of(const py::object& given, const char* name) {
+  const auto bytes = view<uint8_t>(given, name, 2, sizeof(ExternalKey));
+  return {reinterpret_cast<const ExternalKey*>(bytes.data()), bytes.size() / sizeof(ExternalKey)};
 }
 
 std::span<const Digest> digests_of(const py::object& given, const char* name) {
@@ -282,11 +288,11 @@ void bind_pools(py::class_<Index>& index) {
       .def("remove_pool", &Index::remove_pool, "pool"_a, py::call_guard<py::gil_scoped_release>())
       .def(
           "open_namespace",
-          [](Index& self, const py::bytes& name, uint32_t page_size) {
+          [](Index& self, const py::bytes& name, uint32_t page_size, bool opaque) {
             const Digest digest = namespace_of(name);
-            return unlocked([&] { return self.open_namespace(digest, page_size); });
+            return unlocked([&] { return self.open_namespace(digest, page_size, opaque); });
           },
-          "namespace"_a, "page_size"_a)
+          "namespace"_a, "page_size"_a, py::kw_only(), "opaque"_a = false)
       .def("close_namespace", &Index::close_namespace, "namespace"_a,
            py::call_guard<py::gil_scoped_release>())
       .def("has_pins", &Index::has_pins, "namespace"_a, py::call_guard<py::gil_scoped_release>())
@@ -388,7 +394,8 @@ void bind_requests(py::class_<Index>& index) {
 Array<uint8_t> restore(Index& self, PoolId pool, const py::object& digests,
                        const py::object& parents, const py::object& tokens, const py::object& pages,
                        const py::object& generations, const py::object& stamps,
-                       const std::optional<py::object>& expires) {
+                       const std::optional<py::object>& expires, const py::object& external_bytes,
+                       const py::object& external_keys) {
   const RestoreBatch batch{
       digests_of(digests, "digests"),
       digests_of(parents, "parents"),
@@ -396,7 +403,11 @@ Array<uint8_t> restore(Index& self, PoolId pool, const py::object& digests,
       view<uint32_t>(pages, "pages", 1),
       view<uint64_t>(generations, "generations", 1),
       view<uint32_t>(stamps, "stamps", 1),
-      expires ? view<uint32_t>(*expires, "expires", 1) : std::span<const uint32_t>{}};
+      expires ? view<uint32_t>(*expires, "expires", 1) : std::span<const uint32_t>{},
+      external_bytes.is_none() ? std::span<const uint8_t>{}
+                               : view<uint8_t>(external_bytes, "external_bytes", 1),
+      external_bytes.is_none() ? std::span<const ExternalKey>{}
+                               : external_keys_of(external_keys, "external_keys")};
   const size_t rows = batch.digests.size();
   same_length(batch.parents, rows, "parents");
   if (batch.tokens.size() != rows * self.page_size(pool)) {
@@ -406,6 +417,14 @@ Array<uint8_t> restore(Index& self, PoolId pool, const py::object& digests,
   same_length(batch.generations, rows, "generations");
   same_length(batch.stamps, rows, "stamps");
   if (expires) same_length(batch.expires, rows, "expires");
+  if (!external_bytes.is_none()) {
+    same_length(batch.external_bytes, rows, "external_bytes");
+    same_length(batch.external_keys, rows, "external_keys");
+    const auto too_long = [](uint8_t each) { return each > kOpaqueKeyMax; };
+    if (std::ranges::any_of(batch.external_bytes, too_long)) {
+      throw py::value_error("external_bytes: more than 64 in a key");
+    }
+  }
   return answers_of(unlocked([&] { return self.restore(pool, batch); }));
 }
 
@@ -474,7 +493,8 @@ void bind_behind(py::class_<Index>& index) {
           },
           "pool"_a, "pages"_a)
       .def("restore", &restore, "pool"_a, "digests"_a, "parents"_a, "tokens"_a, "pages"_a,
-           "generations"_a, "stamps"_a, "expires"_a = py::none())
+           "generations"_a, "stamps"_a, "expires"_a = py::none(), py::kw_only(),
+           "external_bytes"_a = py::none(), "external_keys"_a = py::none())
       .def(
           "stamps",
           [](const Index& self, PoolId pool) {
@@ -501,6 +521,7 @@ int number(Answer answer) {
 
 void bind_reuse_curve(py::module_& module);                        // reuse_curve.cpp
 void bind_explain(py::module_& module, py::class_<Index>& index);  // explain.cpp
+void bind_keys(py::module_& module, py::class_<Index>& index);     // keys.cpp
 
 void bind_index(py::module_& module) {
   bind_reuse_curve(module);
@@ -530,6 +551,7 @@ void bind_index(py::module_& module) {
   bind_lives(index);
   bind_behind(index);
   bind_explain(module, index);
+  bind_keys(module, index);
   module.def(
       "chain_keys",
       [](const py::bytes& space, const py::object& tokens, uint32_t page_size) {

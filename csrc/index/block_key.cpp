@@ -39,6 +39,13 @@ std::vector<BlockKey> chain_keys(const BlockKey& parent, Tokens tokens, uint32_t
   return keys;
 }
 
+KeyBlock key_block(std::span<const uint8_t> key) {
+  KVC2_CHECK(!key.empty() && key.size() <= kOpaqueKeyMax, "a key of %zu bytes", key.size());
+  KeyBlock block{static_cast<uint32_t>(key.size())};
+  std::memcpy(&block[1], key.data(), key.size());
+  return block;
+}
+
 Digest next_digest(const Digest& parent, Tokens block) {
   const auto* bytes = reinterpret_cast<const uint8_t*>(block.data());
   return sha256(parent, std::span(bytes, block.size_bytes()));

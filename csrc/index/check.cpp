@@ -1,4 +1,4 @@
-// The proofs of the laws I1-I12 (index.h), L1-L3 (leases.h) and T1-T3 (transfers.h), each named by
+// The proofs of the laws I1-I12 (index.h), L1-L4 (leases.h) and T1-T3 (transfers.h), each named by
 // its number where it is broken: what is maintained step by step is counted again from scratch.
 // O(everything): for tests, and for `kvc2` when it is asked to.
 #include "base/check.h"
@@ -120,7 +120,7 @@ void RadixTree::check_evictable(NodeId id, const Residency& in) const {
 void RadixTree::check_node(NodeId id) const {
   const Node& node = nodes_[id];
   const Space& space = spaces[node.space];
-  KVC2_CHECK(node.tokens.size() == size_t{node.blocks()} * space.page_size &&
+  KVC2_CHECK(node.tokens.size() == size_t{node.blocks()} * space.words &&
                  node.uses.size() == node.blocks() && node.digests.size() <= node.blocks(),
              "I1: node %u has %u keys", id, node.blocks());
   KVC2_CHECK(node.reused_blocks <= node.blocks(), "I12: node %u has %u reused blocks", id,
@@ -144,6 +144,8 @@ void RadixTree::check_node(NodeId id) const {
     return;
   }
   KVC2_CHECK(node.blocks() > 0, "I1: node %u is empty", id);
+  KVC2_CHECK(!space.opaque || (node.parent == space.root && node.blocks() == 1),
+             "I1: node %u hangs on a key, or has several", id);
   KVC2_CHECK(heads_.get(node.keys[0]) == id, "I1: node %u is not found", id);
   const Node& above = nodes_[node.parent];
   BlockKey key = above.keys.empty() ? root_key(space.name) : above.keys.back();
@@ -371,10 +373,32 @@ void Leases::check() const {
              computing_.size());
 }
 
+void KeyLeases::claim(Claims& claims) const {
+  for (const auto& [id, lease] : leases_) {
+    for (const PageId page : lease.pages) {
+      if (page != kNoPage) ++claims.of(lease.pool, page).pins;
+    }
+  }
+}
+
+void KeyLeases::check() const {
+  for (const auto& [id, lease] : leases_) {
+    for (size_t key = 0; key < lease.pages.size() && pools_.alive(lease.pool); ++key) {
+      if (lease.pages[key] == kNoPage) continue;
+      const Place at = tree_.owner(lease.pool, lease.pages[key]);
+      KVC2_CHECK(tree_[at.node].space == lease.space &&
+                     std::ranges::equal(tree_.tokens(at), lease.keys[key]),
+                 "L4: lease %lu holds page %u, which is not that of its key %zu",
+                 static_cast<unsigned long>(id), lease.pages[key], key);
+    }
+  }
+}
+
 // I4, I7: what the pools say of each page is what leases and transfers say.
 void Index::check_claims() const {
   Claims claims;
   leases_.claim(claims);
+  key_leases_.claim(claims);
   transfers_.claim(claims);
   for (PoolId id = 0; id < pools_.size(); ++id) {
     for (PageId page = 0; pools_.alive(id) && page < pools_[id].size(); ++page) {
@@ -415,6 +439,7 @@ void Index::check() const {
   tree_.pins.check();
   transfers_.check();
   leases_.check();
+  key_leases_.check();
   check_claims();
   curve_.check();
   evictor_.obituaries().check();

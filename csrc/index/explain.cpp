@@ -77,7 +77,7 @@ Explanation explanation_of(const RadixTree& tree, const Obituaries& dead, const 
                            Tokens tokens, uint32_t siblings) {
   Explanation answer{.blocks = static_cast<uint32_t>(found.tiers.size()),
                      .runs = runs_of(found.tiers)};
-  const size_t size = tree.spaces[found.space].page_size;
+  const size_t size = tree.spaces[found.space].words;
   if (tokens.size() / size <= answer.blocks) return answer;
   if (found.passed) {
     answer.miss = why_passed(tree, dead, *found.passed);

@@ -2,6 +2,7 @@
 #include "index/index.h"
 
 #include <algorithm>
+#include <iterator>
 
 namespace kvc2 {
 
@@ -66,10 +67,11 @@ void Index::close_pool(PoolId id) {
     const Lock lock(mutex_);
     pools_.at(id).closed = true;
     leases = leases_.in_pool(id);
+    std::ranges::copy(key_leases_.in_pool(id), std::back_inserter(leases));
   }
   for (const LeaseId lease : leases) {
     const Lock lock(mutex_);
-    leases_.close(lease);
+    if (!leases_.close(lease)) key_leases_.close(lease);
   }
   in_slices(id, [&, page = PageId{0}]() mutable {
     PagePool& from = pools_.at(id);
@@ -258,7 +260,7 @@ IndexCounts Index::counts() const {
           .nodes = tree_.live_nodes,
           .blocks = tree_.blocks - tree_.holes,
           .holes = tree_.holes,
-          .leases = leases_.size(),
+          .leases = leases_.size() + key_leases_.size(),
           .transfers = transfers_.size(),
           .metadata_bytes = bytes,
           .collisions = tree_.collisions,

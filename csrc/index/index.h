@@ -22,7 +22,7 @@
 //   resident  -> free       [evict, keep_free, trim, reap, and every call that needs a page; lost;
 //                            remove_pool; complete, of a move: the block has another page now]
 //
-// Laws; `check()` proves them, with L1-L3 of leases.h and T1-T3 of transfers.h:
+// Laws; `check()` proves them, with L1-L4 of leases.h and T1-T3 of transfers.h:
 //   I1 The children of a node begin with distinct keys. Only a root is empty. The keys on a path
 //      form the chain of block_key.h.
 //   I2 A block has a page in some pool, or is a hole: a block without a page that lies above one
@@ -56,8 +56,11 @@
 // blocks, and only where that evicts no block awaiting demotion. So a slow tier keeps no new block
 // out of the tier above it, and no two blocks evict each other for ever.
 //
-// What is where: Pools has the pages and RadixTree the blocks, Evictor makes room, Transfers and
-// Leases have what is open. The index owns these five, and holds the one lock for all of them.
+// A namespace's blocks are named by tokens, or each by a key of its engine's own (opaque). Such a
+// block is the only one of its path, so that nothing of the above differs.
+//
+// What is where: Pools has the pages and RadixTree the blocks, Evictor makes room. Transfers,
+// Leases and KeyLeases have what is open. The index owns these, and holds the one lock for all.
 //
 // Costs, n blocks of a request, e edges on its path: match and acquire compare n blocks' tokens and
 // hash e + 1 blocks; commit, promote and load are O(1) a block, and O(log nodes) a victim. A split
@@ -81,6 +84,7 @@
 #include "base/turn_lock.h"
 #include "index/evictor.h"
 #include "index/explain.h"
+#include "index/key_leases.h"
 #include "index/leases.h"
 #include "index/reuse_curve.h"
 #include "index/transfers.h"
@@ -100,7 +104,9 @@ struct RestoreBatch {  // by block; tokens are page_size each
   std::span<const PageId> pages;
   std::span<const uint64_t> generations;
   std::span<const uint32_t> stamps;
-  std::span<const uint32_t> expires{};  // seconds as of `advance`, 0: never; empty: all never
+  std::span<const uint32_t> expires{};        // seconds as of `advance`, 0: never; empty: all never
+  std::span<const uint8_t> external_bytes{};  // of the key in the place of tokens; empty: all 0
+  std::span<const ExternalKey> external_keys{};
 };
 
 // The contract of each function is in kvc2/_core.pyi. Throws UnknownId, or std::invalid_argument
@@ -114,6 +120,7 @@ class Index {
         evictor_(pools_, tree_, *policy_, dead_blocks),
         transfers_(pools_, tree_, evictor_, first_generation),
         leases_(pools_, tree_, transfers_, curve_),
+        key_leases_(pools_, tree_, transfers_),
         stamp_(first_stamp) {}
 
   PoolId add_pool(const PagePool::Shape& shape);
@@ -128,7 +135,7 @@ class Index {
   void close_pool(PoolId pool);
   void remove_pool(PoolId pool);
 
-  uint32_t open_namespace(const Digest& name, uint32_t page_size);
+  uint32_t open_namespace(const Digest& name, uint32_t page_size, bool opaque = false);
   bool close_namespace(uint32_t space);
   bool has_pins(uint32_t space) const;
   void set_quota(TenantId tenant, uint8_t tier, uint64_t max_bytes, uint64_t max_blocks);
@@ -155,6 +162,23 @@ class Index {
                                    std::span<const PageId> pages);
   void release(LeaseId lease, const Hints& hints = {});
   uint32_t release_all(std::span<const LeaseId> leases);  // how many of them were open
+
+  // Opaque keys (keys.cpp). next_load, promote, release and held_in are those of both leases.
+  std::vector<uint8_t> match_keys(uint32_t space, PoolId pool,
+                                  std::span<const KeyBlock> keys) const;
+  std::vector<Explanation> explain_keys(uint32_t space, std::span<const PoolId> pools,
+                                        std::span<const KeyBlock> keys) const;
+  KeyLeaseView acquire_keys(uint32_t space, PoolId pool, std::span<const KeyBlock> keys,
+                            const Hints& hints);
+  KeyLeaseView key_lease(LeaseId lease) const;
+  std::vector<CommitResult> commit_keys(uint32_t space, PoolId pool, std::span<const KeyBlock> keys,
+                                        std::span<const PageId> pages, std::optional<LeaseId> lease,
+                                        const Hints& hints);
+  Load prefetch_keys(uint32_t space, PoolId pool, std::span<const KeyBlock> keys,
+                     uint32_t max_pages, bool touches);
+  std::vector<uint8_t> pin_keys(uint32_t space, PoolId pool, std::span<const KeyBlock> keys,
+                                bool hard, uint32_t max_blocks);
+  std::vector<uint8_t> unpin_keys(uint32_t space, PoolId pool, std::span<const KeyBlock> keys);
 
   std::vector<PageId> grant(PoolId pool, uint32_t pages, std::optional<uint32_t> space = {});
   bool keep(PoolId pool, std::span<const PageId> pages);
@@ -203,11 +227,18 @@ class Index {
   // requests.cpp
   const Space& open_space(uint32_t space) const;
   void check_space(uint32_t space, PoolId pool) const;
+  void check_tokens(uint32_t space, PoolId pool) const;
+  void check_leasable(PoolId pool) const;
   uint32_t tick();
   void catch_up();
 
+  // keys.cpp
+  void check_keys(uint32_t space, PoolId pool) const;
+
   // lives.cpp
-  std::vector<BlockKey> pin_keys(uint32_t space, PoolId pool, Tokens tokens) const;
+  std::vector<BlockKey> path_keys(uint32_t space, Tokens tokens) const;
+  bool pin_path(uint32_t space, PoolId pool, Tokens tokens, bool hard, uint32_t max_blocks);
+  uint32_t unpin_path(uint32_t space, PoolId pool, Tokens tokens);
   void refresh_path(uint32_t space, Tokens tokens);
 
   // restore.cpp
@@ -217,6 +248,7 @@ class Index {
     NodeId root;
   };
   std::deque<Known> known_parents(PoolId pool);
+  bool may_hang(const RestoreBatch& batch, size_t i, Place parent) const;
   RestoreResult restore_one(PoolId pool, const RestoreBatch& batch, size_t i, Place parent);
 
   // check.cpp
@@ -231,6 +263,8 @@ class Index {
   Transfers transfers_;
   ReuseCurve curve_;
   Leases leases_;
+  KeyLeases key_leases_;
+  LeaseId last_lease_ = 0;
   std::unordered_map<BlockKey, uint32_t, NameHash> space_ids_;  // by root key
   uint32_t stamp_;                                              // of the last acquire
 };

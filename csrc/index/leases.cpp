@@ -18,7 +18,7 @@ Leases::Lease& Leases::get(LeaseId id) { return found_in(leases_, id); }
 
 const Leases::Lease& Leases::get(LeaseId id) const { return found_in(leases_, id); }
 
-LeaseView Leases::open(const Request& request, Found&& found) {
+LeaseView Leases::open(LeaseId id, const Request& request, Found&& found) {
   const size_t size = tree_.spaces[found.space].page_size;
   Lease lease{.space = found.space,
               .pool = request.pools[0],
@@ -33,7 +33,7 @@ LeaseView Leases::open(const Request& request, Found&& found) {
   for (const Run& run : found.path) {
     tree_.touch(run, lease.stamp);
     tree_.mark_reused(run);
-    requeue(run, request.pools);
+    transfers_.requeue(run, request.pools);
   }
   tree_.say(found.last, lease.hints.life(tree_.now()), kNoneFresh);
   lease.tokens_from = lease.end();
@@ -41,7 +41,6 @@ LeaseView Leases::open(const Request& request, Found&& found) {
   lease.tokens.assign(rest.begin(), rest.end());
   register_computing(lease, keys_after(lease, found.path, request.tokens));
   learn(lease, found.path, request);
-  const LeaseId id = ++last_;
   return view_of(id, leases_.emplace(id, std::move(lease)).first->second);
 }
 
@@ -120,19 +119,6 @@ void Leases::unregister_computing(Lease& lease, uint32_t end) {
       computing_.erase(block);
     } else {
       computing_.put(block, leases - 1);
-    }
-  }
-}
-
-// Blocks that a pool of the chain has and the pool below it lacks are queued for demotion again.
-void Leases::requeue(const Run& run, std::span<const PoolId> pools) {
-  for (size_t tier = 0; tier + 1 < pools.size(); ++tier) {
-    if (tree_.holds_all(run, pools[tier + 1])) continue;
-    PagePool& from = pools_.at(pools[tier]);
-    const std::span<const PageId> there = tree_.pages(run, pools[tier]);
-    for (uint32_t i = 0; i < there.size(); ++i) {
-      const bool lacking = tree_.page({run.node, run.offset + i}, pools[tier + 1]) == kNoPage;
-      if (lacking && from.is(there[i], PageState::kResident)) from.enqueue(there[i]);
     }
   }
 }

@@ -33,6 +33,7 @@
 //      those after the blocks that it skips. It skips only blocks that it has matched.
 //   L2 A lease that holds a page in flight depends on the transfer that fills the page.
 //   L3 A block counts as being computed by just as many leases as have it to compute.
+//   L4 A page that a lease on opaque keys holds is that of its key (key_leases.h).
 //
 // Costs: a lease has 12 bytes a held block, the tokens of other blocks that it has matched, and
 // 16 bytes a block to compute; computing_ has about 36 a block. open and release are O(blocks);
@@ -86,7 +87,7 @@ class Leases {
       : pools_(pools), tree_(tree), transfers_(transfers), curve_(curve) {}
 
   // Each throws UnknownId for a lease that is not open.
-  LeaseView open(const Request& request, Found&& found);
+  LeaseView open(LeaseId id, const Request& request, Found&& found);
   LeaseView view(LeaseId id) const;
   void shorten(LeaseId id, uint32_t blocks);
   Load next_load(LeaseId id, uint32_t max_pages);
@@ -151,7 +152,6 @@ class Leases {
   std::optional<Place> step(const Lease& lease, Place at, uint32_t block) const;
   uint32_t hold(Lease& lease, const Run& run);
   void hold_leading(Lease& lease, const std::vector<Run>& path);
-  void requeue(const Run& run, std::span<const PoolId> pools);
   void learn(const Lease& lease, const std::vector<Run>& path, const Request& request);
   std::vector<BlockKey> keys_after(const Lease& lease, const std::vector<Run>& path,
                                    Tokens tokens) const;
@@ -171,7 +171,6 @@ class Leases {
   ReuseCurve& curve_;  // learns what leases ask for
   std::unordered_map<LeaseId, Lease> leases_;
   KeyTable computing_;  // how many leases compute a block
-  LeaseId last_ = 0;
 };
 
 }  // namespace kvc2

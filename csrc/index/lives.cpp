@@ -49,11 +49,10 @@ Evicted Index::reap(PoolId id, uint32_t pages) {
   return evicted;
 }
 
-std::vector<BlockKey> Index::pin_keys(uint32_t space, PoolId pool, Tokens tokens) const {
-  check_space(space, pool);
+std::vector<BlockKey> Index::path_keys(uint32_t space, Tokens tokens) const {
   const Space& of = tree_.spaces[space];
-  if (tokens.size() < of.page_size) throw std::invalid_argument("tokens: less than a block");
-  return chain_keys(root_key(of.name), tokens, of.page_size);
+  if (tokens.size() < of.words) throw std::invalid_argument("tokens: less than a block");
+  return chain_keys(root_key(of.name), tokens, of.words);
 }
 
 void Index::refresh_path(uint32_t space, Tokens tokens) {
@@ -62,7 +61,12 @@ void Index::refresh_path(uint32_t space, Tokens tokens) {
 
 bool Index::pin(uint32_t space, PoolId id, Tokens tokens, bool hard, uint32_t max_blocks) {
   const Lock lock(mutex_);
-  std::vector<BlockKey> keys = pin_keys(space, id, tokens);
+  check_tokens(space, id);
+  return pin_path(space, id, tokens, hard, max_blocks);
+}
+
+bool Index::pin_path(uint32_t space, PoolId id, Tokens tokens, bool hard, uint32_t max_blocks) {
+  std::vector<BlockKey> keys = path_keys(space, tokens);
   if (tree_.spaces[space].retired) return false;
   const Pinned how = hard ? Pinned::kHard : Pinned::kSoft;
   const bool pinned = tree_.pins.pin(id, space, std::move(keys), how, max_blocks);
@@ -72,7 +76,12 @@ bool Index::pin(uint32_t space, PoolId id, Tokens tokens, bool hard, uint32_t ma
 
 uint32_t Index::unpin(uint32_t space, PoolId id, Tokens tokens) {
   const Lock lock(mutex_);
-  const uint32_t blocks = tree_.pins.unpin(id, pin_keys(space, id, tokens).back());
+  check_tokens(space, id);
+  return unpin_path(space, id, tokens);
+}
+
+uint32_t Index::unpin_path(uint32_t space, PoolId id, Tokens tokens) {
+  const uint32_t blocks = tree_.pins.unpin(id, path_keys(space, tokens).back());
   refresh_path(space, tokens);
   return blocks;
 }

@@ -7,7 +7,7 @@
 
 namespace kvc2 {
 
-uint32_t RadixTree::add_space(const Digest& name, uint32_t page_size) {
+uint32_t RadixTree::add_space(const Digest& name, uint32_t page_size, bool opaque) {
   if (free_spaces_.empty()) {
     free_spaces_.push_back(static_cast<uint32_t>(spaces.size()));
     spaces.emplace_back();
@@ -16,7 +16,9 @@ uint32_t RadixTree::add_space(const Digest& name, uint32_t page_size) {
   free_spaces_.pop_back();
   const NodeId root = new_node();
   nodes_[root].space = space;
-  spaces[space] = {.name = name, .page_size = page_size, .root = root};
+  const uint32_t words = opaque ? kKeyWords : page_size;
+  spaces[space] = {
+      .name = name, .page_size = page_size, .root = root, .words = words, .opaque = opaque};
   return space;
 }
 
@@ -60,7 +62,7 @@ NodeId RadixTree::new_node() {
 }
 
 Tokens RadixTree::tokens_at(const Node& node, uint32_t offset) const {
-  const uint32_t size = spaces[node.space].page_size;
+  const uint32_t size = spaces[node.space].words;
   return Tokens(node.tokens).subspan(size_t{offset} * size, size);
 }
 
@@ -86,7 +88,7 @@ static uint32_t equal_blocks(Tokens held, Tokens wanted, uint32_t page_size) {
 }
 
 std::vector<Run> RadixTree::find(uint32_t space, Tokens tokens) const {
-  const uint32_t size = spaces[space].page_size;
+  const uint32_t size = spaces[space].words;
   std::vector<Run> path;
   NodeId node = spaces[space].root;
   while (tokens.size() >= size) {
@@ -170,7 +172,7 @@ bool RadixTree::last(Place at) const {
 Run RadixTree::append(NodeId node, Tokens tokens, uint32_t stamp) {
   const Node& to = nodes_[node];
   KVC2_CHECK(to.blocks() > 0 && to.first_child == kNoNode, "node %u is not a path's end", node);
-  return append(node, chain_keys(to.keys.back(), tokens, spaces[to.space].page_size), tokens, stamp,
+  return append(node, chain_keys(to.keys.back(), tokens, spaces[to.space].words), tokens, stamp,
                 false);
 }
 
@@ -251,7 +253,7 @@ NodeId RadixTree::split(NodeId node, uint32_t at) {
   tail.first += at;
   head.reused_blocks = std::min(tail.reused_blocks, at);
   tail.reused_blocks -= head.reused_blocks;
-  head.tokens = cut_front(tail.tokens, size_t{at} * spaces[head.space].page_size);
+  head.tokens = cut_front(tail.tokens, size_t{at} * spaces[head.space].words);
   head.keys = cut_front(tail.keys, at);
   head.uses = cut_front(tail.uses, at);
   head.digests = cut_front(tail.digests, at);
@@ -343,7 +345,7 @@ void RadixTree::forget_node(NodeId id) {
 
 void RadixTree::remove_tail(Node& node) {
   const uint32_t left = node.blocks() - 1;
-  node.tokens.resize(size_t{left} * spaces[node.space].page_size);
+  node.tokens.resize(size_t{left} * spaces[node.space].words);
   node.keys.pop_back();
   node.uses.pop_back();
   if (node.digests.size() > left) node.digests.pop_back();

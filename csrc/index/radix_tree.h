@@ -16,6 +16,9 @@
 //
 // Laws of index.h that are kept here: I1, I2 (`trim`: a run never ends in a hole), I3 (`rank_of`
 // ranks only what may go).
+// A root may have millions of children (opaque keys): a child is found by its key in a hash table,
+// and only what walks the whole namespace goes from sibling to sibling.
+//
 // Costs: finding compares tokens, and hashes once an edge. A block costs 20 bytes here beside its
 // tokens, 4 for each pool that holds it, 32 once a digest names it; a node costs about 200 bytes.
 // Why this shape: at ten million blocks, a look at memory takes 0.1 us, and the number of looks
@@ -63,6 +66,8 @@ struct Space {  // a namespace
   Digest name;
   uint32_t page_size;
   NodeId root;
+  uint32_t words = 0;       // of what names a block: page_size tokens, or a KeyBlock
+  bool opaque = false;      // its blocks are named by keys: each hangs on the root, and none on it
   bool retired = false;     // its blocks are dead (I8)
   uint32_t retired_at = 0;  // a second of the caller's clock
   TenantId tenant = 0;
@@ -100,8 +105,9 @@ class RadixTree {
   RadixTree(Pools& pools, EvictionPolicy& policy) : pools_(pools), policy_(policy) {}
 
   // Structure.
-  uint32_t add_space(const Digest& name, uint32_t page_size);  // its number: a closed one's, or new
-  bool close_space(uint32_t space);                            // false: it has blocks
+  // Its number: a closed one's, or new.
+  uint32_t add_space(const Digest& name, uint32_t page_size, bool opaque = false);
+  bool close_space(uint32_t space);  // false: it has blocks
   size_t open_spaces() const { return spaces.size() - free_spaces_.size(); }
   uint32_t retire(uint32_t space);                             // the blocks in it
   std::vector<Run> find(uint32_t space, Tokens tokens) const;  // leading blocks, holes included

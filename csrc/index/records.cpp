@@ -4,13 +4,19 @@ namespace kvc2 {
 
 void Records::append(RadixTree& tree, Place at, uint64_t generation) {
   const Tokens block = tree.tokens(at);
-  namespaces.push_back(tree.spaces[tree[at.node].space].name);
+  const Space& space = tree.spaces[tree[at.node].space];
+  namespaces.push_back(space.name);
   digests.push_back(tree.digest(at));
   parents.push_back(tree.parent_digest(at));
   keys.push_back(tree[at.node].keys[at.offset]);
-  tokens.insert(tokens.end(), block.begin(), block.end());
-  external_bytes.push_back(0);
+  external_bytes.push_back(space.opaque ? static_cast<uint8_t>(block[0]) : 0);
   external_keys.push_back({});
+  if (space.opaque) {
+    std::memcpy(external_keys.back().data(), &block[1], sizeof(ExternalKey));
+    tokens.insert(tokens.end(), space.page_size, 0);
+  } else {
+    tokens.insert(tokens.end(), block.begin(), block.end());
+  }
   extras.push_back({});
   generations.push_back(generation);
 }

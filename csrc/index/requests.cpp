@@ -7,17 +7,20 @@ namespace kvc2 {
 
 constexpr uint32_t kSiblingsOfAcquire = 16;  // every request pays for them: 1 us
 
-uint32_t Index::open_namespace(const Digest& name, uint32_t page_size) {
+uint32_t Index::open_namespace(const Digest& name, uint32_t page_size, bool opaque) {
   const Lock lock(mutex_);
   if (page_size == 0 || page_size > kMaxPageSize)
     throw std::invalid_argument("page_size: 1 to 512");
   const auto [at, fresh] = space_ids_.try_emplace(root_key(name), 0);
-  if (fresh) return at->second = tree_.add_space(name, page_size);
+  if (fresh) return at->second = tree_.add_space(name, page_size, opaque);
   if (tree_.spaces[at->second].name != name)
     throw std::invalid_argument("namespace: key collision");
   if (tree_.spaces[at->second].page_size != page_size) {
     throw std::invalid_argument("page_size: the namespace was opened with " +
                                 std::to_string(tree_.spaces[at->second].page_size));
+  }
+  if (tree_.spaces[at->second].opaque != opaque) {
+    throw std::invalid_argument("opaque: the namespace was opened for the other kind of blocks");
   }
   return at->second;
 }
@@ -26,6 +29,7 @@ bool Index::close_namespace(uint32_t space) {
   const Lock lock(mutex_);
   const Digest name = open_space(space).name;
   if (tree_.pins.of_space(space) || leases_.use_space(space)) return false;
+  if (key_leases_.use_space(space)) return false;
   if (!tree_.close_space(space)) return false;
   space_ids_.erase(root_key(name));
   return true;
@@ -45,11 +49,28 @@ void Index::check_space(uint32_t space, PoolId id) const {
   }
 }
 
+void Index::check_tokens(uint32_t space, PoolId id) const {
+  check_space(space, id);
+  if (tree_.spaces[space].opaque) {
+    throw std::invalid_argument("namespace: its blocks are named by keys, not by tokens");
+  }
+}
+
+void Index::check_leasable(PoolId id) const {
+  if (pools_.at(id).closed) {
+    throw std::invalid_argument("pool: " + std::to_string(id) + " is closed");
+  }
+  if (pools_.at(id).shape.durable) {
+    throw std::invalid_argument("pool: " + std::to_string(id) + " is durable; lease above it");
+  }
+}
+
 // The stamp of a new use. Where the 32-bit clock is about to overflow, all stamps are halved.
 uint32_t Index::tick() {
   if (stamp_ >= 0xFFFFFFFE) {  // a restored stamp may be the very last
     tree_.halve_stamps();
     leases_.halve_stamps();
+    key_leases_.halve_stamps();
     stamp_ = 0x7FFFFFFF;
   }
   return ++stamp_;
@@ -57,7 +78,7 @@ uint32_t Index::tick() {
 
 Match Index::match(uint32_t space, PoolId head, Tokens tokens) const {
   const Lock lock(mutex_);
-  check_space(space, head);
+  check_tokens(space, head);
   const std::vector<PoolId> pools = pools_.chain(head);
   const Found found = find_resident(tree_, space, pools, tree_.find(space, tokens));
   Match match{static_cast<uint32_t>(found.tiers.size()), std::vector<uint32_t>(pools.size(), 0)};
@@ -68,7 +89,7 @@ Match Index::match(uint32_t space, PoolId head, Tokens tokens) const {
 Explanation Index::explain(uint32_t space, std::span<const PoolId> pools, Tokens tokens) const {
   const Lock lock(mutex_);
   if (pools.empty() || pools.size() > 0xFF) throw std::invalid_argument("pools: 1 to 255 of them");
-  for (const PoolId each : pools) check_space(space, each);
+  for (const PoolId each : pools) check_tokens(space, each);
   const Found found = find_resident(tree_, space, pools, tree_.find(space, tokens));
   return explanation_of(tree_, evictor_.obituaries(), found, tokens, kSiblingsMax);
 }
@@ -76,13 +97,8 @@ Explanation Index::explain(uint32_t space, std::span<const PoolId> pools, Tokens
 LeaseView Index::acquire(uint32_t space, PoolId head, Tokens tokens, uint32_t max_blocks,
                          const Hints& hints, uint32_t skip_blocks) {
   const Lock lock(mutex_);
-  check_space(space, head);
-  if (pools_.at(head).closed) {
-    throw std::invalid_argument("pool: " + std::to_string(head) + " is closed");
-  }
-  if (pools_.at(head).shape.durable) {
-    throw std::invalid_argument("pool: " + std::to_string(head) + " is durable; lease above it");
-  }
+  check_tokens(space, head);
+  check_leasable(head);
   const size_t size = tree_.spaces[space].page_size;
   const size_t blocks = std::min<size_t>(tokens.size() / size, max_blocks);
   const Tokens asked = tokens.first(blocks * size);
@@ -90,8 +106,8 @@ LeaseView Index::acquire(uint32_t space, PoolId head, Tokens tokens, uint32_t ma
   const uint32_t stamp = tick();
   Found found = find_resident(tree_, space, pools, tree_.join(tree_.find(space, asked)));
   Explanation why = explanation_of(tree_, evictor_.obituaries(), found, asked, kSiblingsOfAcquire);
-  LeaseView opened =
-      leases_.open({pools, tokens, blocks, stamp, hints, skip_blocks}, std::move(found));
+  LeaseView opened = leases_.open(++last_lease_, {pools, tokens, blocks, stamp, hints, skip_blocks},
+                                  std::move(found));
   opened.explanation = std::move(why);
   return opened;
 }
@@ -108,11 +124,13 @@ void Index::shorten(LeaseId id, uint32_t blocks) {
 
 Load Index::next_load(LeaseId id, uint32_t max_pages) {
   const Lock lock(mutex_);
+  if (key_leases_.has(id)) return key_leases_.next_load(id, max_pages);
   return leases_.next_load(id, max_pages);
 }
 
 std::optional<Transfer> Index::promote(LeaseId id, uint32_t max_pages) {
   const Lock lock(mutex_);
+  if (key_leases_.has(id)) return key_leases_.promote(id, max_pages);
   return leases_.promote(id, max_pages);
 }
 
@@ -139,6 +157,7 @@ std::vector<CommitResult> Index::commit(LeaseId id, uint32_t first_block, Tokens
 void Index::release(LeaseId id, const Hints& hints) {
   {
     const Lock lock(mutex_);
+    if (key_leases_.has(id)) return key_leases_.release(id, hints);
     leases_.release(id, hints);
   }
   catch_up();
@@ -148,7 +167,7 @@ uint32_t Index::release_all(std::span<const LeaseId> leases) {
   uint32_t released = 0;
   for (const LeaseId lease : leases) {
     const Lock lock(mutex_);
-    released += leases_.close(lease);
+    released += leases_.close(lease) || key_leases_.close(lease);
   }
   catch_up();
   return released;
@@ -172,12 +191,13 @@ std::vector<double> Index::hit_rates(std::span<const uint64_t> capacities) {
 uint32_t Index::held_in(LeaseId id, PoolId of) const {
   const Lock lock(mutex_);
   pools_.at(of);
+  if (key_leases_.has(id)) return key_leases_.held_in(id, of);
   return leases_.held_in(id, of);
 }
 
 Load Index::prefetch(uint32_t space, PoolId head, Tokens tokens, uint32_t max_pages, bool touches) {
   const Lock lock(mutex_);
-  check_space(space, head);
+  check_tokens(space, head);
   const std::vector<PoolId> pools = pools_.chain(head);
   const Found found = find_resident(tree_, space, pools, tree_.find(space, tokens));
   if (touches) {
@@ -202,6 +222,7 @@ std::vector<PageId> Index::complete(TransferId id, uint32_t done) {
   const Lock lock(mutex_);
   const Transfers::Ended ended = transfers_.complete(id, done);
   leases_.lose(ended.target, ended.failed);
+  key_leases_.lose(ended.target, ended.failed);
   transfers_.free_failed(ended);
   return ended.left;
 }

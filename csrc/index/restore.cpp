@@ -23,13 +23,28 @@ std::deque<Index::Known> Index::known_parents(PoolId id) {
   return known;
 }
 
+// What names a record's block: its tokens, or, in `room`, what stands for its key.
+static Tokens block_of(const RestoreBatch& batch, size_t i, size_t page_size, KeyBlock& room) {
+  const uint8_t bytes = batch.external_bytes.empty() ? 0 : batch.external_bytes[i];
+  if (bytes == 0) return batch.tokens.subspan(i * page_size, page_size);
+  room = key_block(std::span(batch.external_keys[i]).first(bytes));
+  return room;
+}
+
+// A key's block hangs on the root of an opaque namespace, and nothing else does.
+bool Index::may_hang(const RestoreBatch& batch, size_t i, Place parent) const {
+  const bool opaque = tree_.spaces[tree_[parent.node].space].opaque;
+  const bool of_key = !batch.external_bytes.empty() && batch.external_bytes[i] > 0;
+  return opaque == of_key && (!opaque || parent.offset == kBeforeFirst);
+}
+
 RestoreResult Index::restore_one(PoolId id, const RestoreBatch& batch, size_t i, Place parent) {
   PagePool& into = pools_.at(id);
   const size_t size = into.shape.page_size;
   const PageId page = batch.pages[i];
   if (!into.is(page, PageState::kFree)) return RestoreResult::kConflict;
-  const auto block =
-      tree_.insert(parent, batch.tokens.subspan(i * size, size), batch.stamps[i], true);
+  KeyBlock room;
+  const auto block = tree_.insert(parent, block_of(batch, i, size, room), batch.stamps[i], true);
   if (!block) return RestoreResult::kConflict;
   const Place at = *block;
   if (tree_.page(at, id) != kNoPage) return RestoreResult::kConflict;
@@ -55,7 +70,8 @@ std::vector<RestoreResult> Index::restore(PoolId id, const RestoreBatch& batch) 
   std::vector<RestoreResult> results(count, RestoreResult::kOrphan);
   std::unordered_map<Digest, std::vector<size_t>, NameHash> children;
   for (size_t i = 0; i < count; ++i) {
-    const Tokens tokens = batch.tokens.subspan(i * size, size);
+    KeyBlock room;
+    const Tokens tokens = block_of(batch, i, size, room);
     if (next_digest(batch.parents[i], tokens) != batch.digests[i]) {
       results[i] = RestoreResult::kForged;
     } else {
@@ -71,6 +87,7 @@ std::vector<RestoreResult> Index::restore(PoolId id, const RestoreBatch& batch) 
     for (const size_t i : hanging.mapped()) {
       const bool root = parent.page == kNoPage;
       const Place at = root ? Place{parent.root, kBeforeFirst} : tree_.owner(id, parent.page);
+      if (!may_hang(batch, i, at)) continue;
       results[i] = restore_one(id, batch, i, at);
       if (results[i] != RestoreResult::kRestored) continue;
       known.push_back({batch.digests[i], batch.pages[i], kNoNode});

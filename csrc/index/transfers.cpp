@@ -137,6 +137,19 @@ std::optional<Transfer> Transfers::plan_demote(PoolId id, uint32_t max_pages) {
   return start(std::move(plan));
 }
 
+// Blocks that a pool of the chain has and the pool below it lacks are queued for demotion again.
+void Transfers::requeue(const Run& run, std::span<const PoolId> pools) {
+  for (size_t tier = 0; tier + 1 < pools.size(); ++tier) {
+    if (tree_.holds_all(run, pools[tier + 1])) continue;
+    PagePool& from = pools_.at(pools[tier]);
+    const std::span<const PageId> there = tree_.pages(run, pools[tier]);
+    for (uint32_t i = 0; i < there.size(); ++i) {
+      const bool lacking = tree_.page({run.node, run.offset + i}, pools[tier + 1]) == kNoPage;
+      if (lacking && from.is(there[i], PageState::kResident)) from.enqueue(there[i]);
+    }
+  }
+}
+
 bool Transfers::kept_out(PoolId id, PoolId above, PageId page) const {
   if (!pools_[above].is(page, PageState::kResident)) return false;
   const Place at = tree_.owner(above, page);

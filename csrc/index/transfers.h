@@ -87,6 +87,8 @@ class Transfers {
   bool add(Plan& plan, Place at, bool sent_back = false);
   Transfer start(Plan&& plan);
   std::optional<Transfer> plan_demote(PoolId pool, uint32_t max_pages);
+  // What a pool of the chain has of these blocks, and the pool below it lacks, is to be demoted.
+  void requeue(const Run& run, std::span<const PoolId> pools);
   std::optional<Transfer> plan_move(PoolId pool, uint32_t slab, uint32_t max_pages);
   // What brings the found blocks, which are those of `tokens`, one pool nearer to pools[0].
   Load prefetch(const Found& found, std::span<const PoolId> pools, Tokens tokens,

@@ -30,6 +30,7 @@ PYTHON_TESTS = [
     "tests/csrc/test_index_tenants.py",
     "tests/csrc/test_index_explain.py",
     "tests/csrc/test_index_cold.py",
+    "tests/csrc/test_index_keys.py",
     "tests/csrc/test_index_machine.py",
     "tests/kvc2/cache/test_lives.py",
 ]

@@ -18,6 +18,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests import ROOT
 from tests.csrc.mutant_patches import MUTANTS
+from tests.oracles.keys_machine import KeysMachine
 from tests.oracles.lives import IndexLives
 from tests.oracles.machines import BLOCKS, SEEN
 
@@ -143,6 +144,30 @@ AT_LEAST = {
 }
 
 
+# The same of walks with a namespace of opaque keys.
+KEYS_AT_LEAST = {
+    "keys: put": 400,
+    "keys: put under a lease": 50,
+    "keys: a duplicate": 200,
+    "keys: some refused, some not": 25,
+    "keys: some are there": 40,
+    "keys: with gaps": 25,
+    "keys: one is on its way": 50,
+    "keys: next_load": 25,
+    "keys: next_load: wait": 10,
+    "keys: promote": 90,
+    "keys: prefetch": 7,
+    "keys: a transfer fails": 30,
+    "keys: a session's own": 10,
+    "keys: pinned": 120,
+    "keys: a pin refused": 40,
+}
+
+
+class KeysUnderHazard(KeysMachine):
+    policy = "hazard"
+
+
 class LivesUnderArc(IndexLives):
     policy = "arc"
 
@@ -184,7 +209,18 @@ def test_the_index_equals_its_oracle_on_random_walks() -> None:
     assert not missed, f"the walks come by these too rarely: {missed}"
 
 
-@pytest.mark.parametrize("lives", [LivesUnderArc, LivesUnderS3fifo, LivesUnderHazard])
+def test_opaque_keys_equal_their_oracle_beside_tokens() -> None:
+    SEEN.clear()
+    walk(Walk(WALK.examples // 4, shrinks=WALK.shrinks), same=True, lives=KeysMachine)
+    if WALK is WALKS["quick"]:
+        return
+    missed = {what: SEEN[what] for what, least in KEYS_AT_LEAST.items() if SEEN[what] * 5 < least}
+    assert not missed, f"the walks come by these too rarely: {missed}"
+
+
+@pytest.mark.parametrize(
+    "lives", [LivesUnderArc, LivesUnderS3fifo, LivesUnderHazard, KeysUnderHazard]
+)
 def test_every_policy_evicts_only_what_may_go(lives: type[IndexLives]) -> None:
     SEEN.clear()
     walk(Walk(WALK.examples // 5, shrinks=WALK.shrinks), same=True, lives=lives)

@@ -64,7 +64,7 @@ class IndexDeaths(IndexEndings):
     def explanations_agree(self) -> None:
         paths = {path for at in self.model.pools.values() for path in at.blocks}
         paths |= {death.path for death in self.model.deaths[-2 * DEAD_BLOCKS :]}
-        for namespace, *blocks in paths:
+        for namespace, *blocks in self.of_tokens(paths):
             for pools in (*map(self.model.chain, self.gpus), sorted(self.model.pools)):
                 prompt: Prompt = [*blocks, STRANGER]  # type: ignore[list-item]
                 self.check_prompt(namespace, pools, prompt)  # type: ignore[arg-type]

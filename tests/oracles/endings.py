@@ -88,7 +88,7 @@ class IndexEndings(IndexMachine):
           most=st.sampled_from([4, 4, 9, 0]))  # fmt: skip
     def pin(self, namespace: int, pool: int, prompt: Prompt, hard: bool, most: int) -> None:
         at = self.a_pool(pool)
-        there = list(self.model.pools[at].blocks)
+        there = self.of_tokens(self.model.pools[at].blocks)
         if there and most == 4:
             prefix = there[pool % len(there)]
             prompt = list(prefix[1:])  # type: ignore[arg-type]
@@ -97,8 +97,9 @@ class IndexEndings(IndexMachine):
         if not prompt:
             return
         tokens = u32(prompt)
-        while len(self.model.prefix_pins) >= 3:  # else soon nothing may be evicted
-            old_pool, (old_namespace, *blocks) = next(iter(self.model.prefix_pins))
+        pins = self.model.prefix_pins
+        while len(mine := [at for at in pins if at[1][0] not in self.key_spaces]) >= 3:
+            old_pool, (old_namespace, *blocks) = mine[0]  # else soon nothing may be evicted
             known = self.index.unpin(old_namespace, old_pool, u32(blocks))  # type: ignore[arg-type]
             assert known == self.model.unpin(old_pool, (old_namespace, *blocks))
         pinned = self.index.pin(prefix[0], at, tokens, hard=hard, max_blocks=most)  # type: ignore[arg-type]
@@ -185,8 +186,8 @@ class IndexEndings(IndexMachine):
         )
         for _ in range(5):
             fresh.add_slab(disk)
-        for name in self.names:
-            fresh.open_namespace(name, PAGE_SIZE)
+        for number, name in enumerate(self.names):
+            fresh.open_namespace(name, PAGE_SIZE, opaque=number in self.key_spaces)
         for namespace in self.model.retired:
             assert fresh.retire(namespace) == 0
         chains = [
@@ -194,15 +195,24 @@ class IndexEndings(IndexMachine):
             for (n, *bs), _ in rows
         ]
         ends = [self.model.life(p).expires for p, _ in rows]
+        none = (0,) * 17
+        keys: list[tuple[int, ...]] = [
+            p[1] if p[0] in self.key_spaces else none
+            for p, _ in rows  # type: ignore[misc]
+        ]
         answers = fresh.restore(
             disk,
             np.frombuffer(b"".join(c[-1] for c in chains), np.uint8).reshape(-1, 32),
             np.frombuffer(b"".join(c[-2] for c in chains), np.uint8).reshape(-1, 32),
-            u32([p[-1] for p, _ in rows]).reshape(-1, PAGE_SIZE),
+            u32([(0, 0) if p[0] in self.key_spaces else p[-1] for p, _ in rows]).reshape(
+                -1, PAGE_SIZE
+            ),
             u32([page for _, page in rows]),
             np.array([self.generations[page] for _, page in rows], dtype=np.uint64),
             u32([self.model.stamps[p] for p, _ in rows]),
             u32([0 if math.isinf(e) else max(1, e) for e in ends]),
+            external_bytes=np.array([key[0] for key in keys], np.uint8),
+            external_keys=u32([key[1:] for key in keys]).view(np.uint8).reshape(-1, 64),
         )
         fresh.advance(self.model.now)
         fresh.check()
@@ -215,18 +225,21 @@ class IndexEndings(IndexMachine):
             assert lifetimes[page] == there
         SEEN["free -> resident: restore"] += _core.RESTORED in restored
         SEEN["restore: an orphan"] += _core.ORPHAN in restored
-        for (namespace, *blocks), _ in rows:
+        for namespace, *blocks in self.of_tokens(path for path, _ in rows):
             living = {p for p in whole if not self.model.dead(p)}
             longest = next(n for n in range(len(blocks), -1, -1)
                            if n == 0 or (namespace, *blocks[:n]) in living)  # fmt: skip
             assert fresh.match(namespace, disk, u32(blocks)).blocks == longest  # type: ignore[arg-type]
+
+    def used_by_leases(self) -> set[object]:
+        return {lease.namespace for lease in self.model.leases.values()}
 
     def teardown(self) -> None:
         """Whatever was done: a namespace is closed exactly when nothing is of it, once, and its
         number is another's then."""
         if not self.model.pools:
             return
-        used = {lease.namespace for lease in self.model.leases.values()}
+        used = self.used_by_leases()
         used |= {prefix[0] for _, prefix in self.model.prefix_pins}
         used |= {path[0] for at in self.model.pools.values() for path in at.blocks}
         closed = [each for each in range(len(self.names)) if self.index.close_namespace(each)]
@@ -238,6 +251,8 @@ class IndexEndings(IndexMachine):
                 self.index.close_namespace(each)
             with pytest.raises(KeyError):
                 self.index.match(each, self.gpus[0], u32([1]))
+            with pytest.raises(KeyError):
+                self.index.match_keys(each, self.gpus[0], [b"a"])
         numbers = [self.index.open_namespace(b"%32d" % each, PAGE_SIZE) for each in closed]
         assert sorted(numbers) == closed
         self.index.check()

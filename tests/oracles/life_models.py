@@ -62,6 +62,10 @@ class LivesModel:
             returns = self.now + 4 * hints.returns if hints.returns else 0
             self.lives[path] = Life(max(known.expires, expires), priority, returns=returns)
 
+    def end(self, path: Path) -> None:
+        """A session that is over was the last to use it."""
+        self.lives[path] = replace(self.life(path), ended=True)
+
     def retire(self, namespace: int) -> int:
         fresh = namespace not in self.retired
         self.retired.setdefault(namespace, self.now)

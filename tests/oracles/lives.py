@@ -89,7 +89,8 @@ class IndexLives(IndexDeaths, AdmissionMachine):
 
     def known(self, pick: int) -> Path:
         """A path that some pool has the last block of."""
-        paths = sorted({p for at in self.model.pools.values() for p in at.blocks}, key=repr)
+        there = {p for at in self.model.pools.values() for p in at.blocks}
+        paths = sorted(self.of_tokens(there) or [(0, BLOCKS[0])], key=repr)
         return paths[pick % len(paths)]
 
     @rule(

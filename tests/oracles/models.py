@@ -10,7 +10,6 @@ were legal ones.
 
 import itertools
 from collections import deque
-from dataclasses import replace
 
 from kvc2._core import Cause
 from tests.oracles.model_parts import (
@@ -43,6 +42,9 @@ class IndexModel(QuotasModel):
         self.deaths: list[Death] = []  # all of them, oldest first
 
     # questions
+    def lease_ids(self) -> list[int]:
+        return sorted(self.leases)
+
     def chain(self, pool: int) -> list[int]:
         below = self.pools[pool].below
         return [pool] if below is None else [pool, *self.chain(below)]
@@ -318,7 +320,7 @@ class IndexModel(QuotasModel):
             below = [p for p in self.stamps if len(p) > len(path) and p[: len(path)] == path]
             if self.stamps[path] != lease.stamp or not set(below) <= set(used):
                 break
-            self.lives[path] = replace(self.life(path), ended=True)
+            self.end(path)
         self.close(lease_id)
 
     def close(self, lease_id: int) -> None:

@@ -75,7 +75,8 @@ class PrefetchMachine(SlabMachine):
     ) -> None:
         at, space = [*self.gpus, self.cpu][pool % 3], self.current[namespace]
         near = self.model.pools[at].blocks
-        there = [path for p in self.model.pools.values() for path in p.blocks if path not in near]
+        known = [path for p in self.model.pools.values() for path in p.blocks if path not in near]
+        there = self.of_tokens(known)
         if there and count > 1:  # a walk seldom names what it has
             space, *blocks = there[pool % len(there)]  # type: ignore[assignment]
             prompt = list(blocks)  # type: ignore[arg-type]

@@ -1,0 +1,130 @@
+// kvc2._core, part "keys": blocks that their engine names itself. The contract is kvc2/_core.pyi.
+#include <pybind11/stl.h>
+
+#include <cstring>
+
+#include "bindings/arrays.h"
+#include "index/index.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+using namespace kvc2;
+
+static py::value_error wrong_key(size_t i, size_t bytes) {
+  return py::value_error("keys[" + std::to_string(i) + "]: " + std::to_string(bytes) +
+                         " bytes, not 1 to " + std::to_string(kOpaqueKeyMax));
+}
+
+// A sequence of bytes objects, such as a list or a repeated field.
+static std::vector<KeyBlock> blocks_of(const py::object& keys) {
+  if (!PySequence_Check(keys.ptr()) || PyBytes_Check(keys.ptr()) || PyUnicode_Check(keys.ptr())) {
+    throw py::type_error("keys: not a sequence of bytes objects");
+  }
+  const auto sequence = py::reinterpret_borrow<py::sequence>(keys);
+  const size_t count = sequence.size();
+  std::vector<KeyBlock> blocks;
+  blocks.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    const py::object key = sequence[i];
+    if (!PyBytes_Check(key.ptr())) {
+      throw py::type_error("keys[" + std::to_string(i) + "]: not a bytes object");
+    }
+    const auto bytes = static_cast<size_t>(PyBytes_GET_SIZE(key.ptr()));
+    if (bytes == 0 || bytes > kOpaqueKeyMax) throw wrong_key(i, bytes);
+    blocks.push_back(
+        key_block({reinterpret_cast<const uint8_t*>(PyBytes_AS_STRING(key.ptr())), bytes}));
+  }
+  return blocks;
+}
+
+template <typename T, typename From>
+static py::array_t<T> array_of(const std::vector<From>& values) {
+  static_assert(sizeof(T) == sizeof(From));
+  return py::array_t<T>(static_cast<py::ssize_t>(values.size()),
+                        reinterpret_cast<const T*>(values.data()));
+}
+
+template <typename Work>
+static auto unlocked(Work&& work) {
+  const py::gil_scoped_release release;
+  return work();
+}
+
+static py::array_t<uint8_t> commit(Index& self, uint32_t space, PoolId pool, const py::object& keys,
+                                   const py::object& pages, std::optional<LeaseId> lease,
+                                   const Hints& hints) {
+  const auto blocks = blocks_of(keys);
+  const auto ids = bindings::elements<uint32_t>(pages, "pages", {bindings::kAnyLength});
+  return array_of<uint8_t>(
+      unlocked([&] { return self.commit_keys(space, pool, blocks, ids, lease, hints); }));
+}
+
+static void bind_pins_of_keys(py::class_<Index>& index) {
+  index
+      .def(
+          "pin_keys",
+          [](Index& self, uint32_t space, PoolId pool, const py::object& keys, bool hard,
+             uint32_t max_blocks) {
+            const auto blocks = blocks_of(keys);
+            return array_of<uint8_t>(
+                unlocked([&] { return self.pin_keys(space, pool, blocks, hard, max_blocks); }));
+          },
+          "namespace"_a, "pool"_a, "keys"_a, py::kw_only(), "hard"_a, "max_blocks"_a)
+      .def(
+          "unpin_keys",
+          [](Index& self, uint32_t space, PoolId pool, const py::object& keys) {
+            const auto blocks = blocks_of(keys);
+            return array_of<uint8_t>(
+                unlocked([&] { return self.unpin_keys(space, pool, blocks); }));
+          },
+          "namespace"_a, "pool"_a, "keys"_a);
+}
+
+void bind_keys(py::module_& module, py::class_<Index>& index) {
+  module.attr("NO_PAGE") = kNoPage;
+  module.attr("OPAQUE_KEY_MAX") = kOpaqueKeyMax;
+  py::class_<KeyLeaseView>(module, "KeyLease")
+      .def_readonly("id", &KeyLeaseView::id)
+      .def_property_readonly("found",
+                             [](const KeyLeaseView& l) { return array_of<uint8_t>(l.found); })
+      .def_property_readonly("pages",
+                             [](const KeyLeaseView& l) { return array_of<uint32_t>(l.pages); })
+      .def_readonly("transfer", &KeyLeaseView::transfer);
+  index
+      .def(
+          "match_keys",
+          [](const Index& self, uint32_t space, PoolId pool, const py::object& keys) {
+            const auto blocks = blocks_of(keys);
+            return array_of<uint8_t>(
+                unlocked([&] { return self.match_keys(space, pool, blocks); }));
+          },
+          "namespace"_a, "pool"_a, "keys"_a)
+      .def(
+          "explain_keys",
+          [](const Index& self, uint32_t space, const std::vector<PoolId>& pools,
+             const py::object& keys) {
+            const auto blocks = blocks_of(keys);
+            return unlocked([&] { return self.explain_keys(space, pools, blocks); });
+          },
+          "namespace"_a, "pools"_a, "keys"_a)
+      .def(
+          "acquire_keys",
+          [](Index& self, uint32_t space, PoolId pool, const py::object& keys, const Hints& hints) {
+            const auto blocks = blocks_of(keys);
+            return unlocked([&] { return self.acquire_keys(space, pool, blocks, hints); });
+          },
+          "namespace"_a, "pool"_a, "keys"_a, "hints"_a = Hints{})
+      .def("key_lease", &Index::key_lease, "lease"_a, py::call_guard<py::gil_scoped_release>())
+      .def("commit_keys", &commit, "namespace"_a, "pool"_a, "keys"_a, "pages"_a, py::kw_only(),
+           "lease"_a = py::none(), "hints"_a = Hints{})
+      .def(
+          "prefetch_keys",
+          [](Index& self, uint32_t space, PoolId pool, const py::object& keys, uint32_t max_pages,
+             bool touches) {
+            const auto blocks = blocks_of(keys);
+            return unlocked(
+                [&] { return self.prefetch_keys(space, pool, blocks, max_pages, touches); });
+          },
+          "namespace"_a, "pool"_a, "keys"_a, "max_pages"_a, py::kw_only(), "touches"_a);
+  bind_pins_of_keys(index);
+}
