@@ -230,7 +230,7 @@ class _Checker:
                 continue
             for each in range(max(0, era - ERAS_MAX), era):
                 if (ended := of_era(name, each)) not in names:
-                    self._index.open_namespace(ended, entry.page_size)
+                    self._index.open_namespace(ended, entry.page_size, opaque=entry.opaque)
                     found.add(ended)
         return found
 

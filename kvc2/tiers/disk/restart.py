@@ -22,7 +22,7 @@ def open_namespaces(index: _core.Index, catalogue: Catalogue) -> dict[bytes, int
     numbers = {}
     for name, entry in catalogue.namespaces.items():
         known = of_era(name, catalogue.eras.get(name, 0))
-        numbers[known] = index.open_namespace(known, entry.page_size)
+        numbers[known] = index.open_namespace(known, entry.page_size, opaque=entry.opaque)
     return numbers
 
 
@@ -40,6 +40,7 @@ def restore(
     """[n] of RESTORED, ORPHAN, FORGED, CONFLICT. stamps [pages] and lifetimes [pages, 2]: as they
     were written aside."""
     rows = stored.records
+    keyed = bool(stored.external_bytes.any())  # else no array of keys is made
     return index.restore(
         pool,
         np.ascontiguousarray(rows["digest"]),
@@ -49,6 +50,8 @@ def restore(
         np.ascontiguousarray(rows["generation"].astype(np.uint64)),
         _stamps_of(stamps, stored.pages),
         _expiries_of(lifetimes, stored),
+        external_bytes=stored.external_bytes if keyed else None,
+        external_keys=stored.external_keys if keyed else None,
     )
 
 
