@@ -13,6 +13,7 @@ import pytest
 from prometheus_client import generate_latest
 from typer.testing import CliRunner
 
+from kvc2 import earlier_identity
 from kvc2.answers import SIZES
 from kvc2.client import Admin, Hints, LeaseCommit, NamespaceHandle
 from kvc2.commands import cli
@@ -64,6 +65,16 @@ def test_an_engine_an_operator_and_a_command_invalidate(served: ServedDaemon) ->
             admin.invalidate(namespace=bytes(32))
         with pytest.raises(InvalidRequest, match="weights_digest"):
             admin.invalidate(weights_digest="12")
+
+
+def test_both_versions_of_an_identity_name_one_namespace(served: ServedDaemon) -> None:
+    then = earlier_identity.encode(identity())
+    assert then is not None
+    with TinyEngine(served.address) as engine:
+        commit(engine, engine.client.open_namespace(then))
+        handle = engine.client.open_namespace(identity().encode())
+        assert engine.client.match(handle, TOKENS).matched_tokens == BLOCKS * PAGE_SIZE
+        assert served.on_loop(lambda: len(list(served.daemon.cache.namespaces))) == 1
 
 
 def test_another_engines_namespace_is_cached_and_invalidated_by_its_weights(

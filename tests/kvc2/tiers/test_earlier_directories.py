@@ -174,6 +174,18 @@ def test_a_lost_catalogue_of_an_earlier_format_is_rebuilt_in_the_present_one(
     assert check(stored.path).format == FORMAT_VERSION
 
 
+def test_one_that_cannot_be_taken_over_is_put_aside_with_a_word(
+    stored: StoredDirectory, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = stored.path / "catalogue" / "data.mdb"
+    size = data.stat().st_size
+    with data.open("r+b") as file:
+        file.truncate(size // 2)
+    assert asyncio.run(judge(stored)) == 31  # from what lies beside it
+    assert "put aside and rebuilt" in caplog.text
+    assert (stored.path / "catalogue.damaged" / "data.mdb").stat().st_size == size // 2
+
+
 def test_what_was_stored_then_is_named_and_invalidated_by_its_weights(
     stored: StoredDirectory,
 ) -> None:
