@@ -1,5 +1,7 @@
 // Index: requests for opaque keys. Each is the one block of a path of its own (block_key.h), so
 // that pools, evictions, transfers and lives are those of all blocks.
+#include <algorithm>
+
 #include "index/index.h"
 
 namespace kvc2 {
@@ -51,15 +53,23 @@ KeyLeaseView Index::key_lease(LeaseId id) const {
   return key_leases_.view(id);
 }
 
+// In slices. Where the lease is released between two slices, the next one throws UnknownId.
 std::vector<CommitResult> Index::commit_keys(uint32_t space, PoolId pool,
                                              std::span<const KeyBlock> keys,
                                              std::span<const PageId> pages,
                                              std::optional<LeaseId> lease, const Hints& hints) {
-  const Lock lock(mutex_);
-  check_keys(space, pool);
   if (pages.size() != keys.size()) throw std::invalid_argument("pages: not one for each of keys");
-  const uint32_t stamp = lease ? 0 : tick();
-  return key_leases_.commit({space, pool, keys, pages, stamp, hints}, lease);
+  std::vector<CommitResult> results;
+  do {
+    const Lock lock(mutex_);
+    check_keys(space, pool);
+    const uint32_t stamp = lease ? 0 : tick();
+    const size_t done = results.size(), slice = std::min<size_t>(keys.size() - done, kSlicePages);
+    const auto added = key_leases_.commit(
+        {space, pool, keys.subspan(done, slice), pages.subspan(done, slice), stamp, hints}, lease);
+    results.insert(results.end(), added.begin(), added.end());
+  } while (results.size() < keys.size());
+  return results;
 }
 
 Load Index::prefetch_keys(uint32_t space, PoolId head, std::span<const KeyBlock> keys,

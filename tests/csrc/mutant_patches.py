@@ -354,7 +354,7 @@ MUTANTS = [
     Mutant("a namespace is closed under a lease on keys", REQUESTS,
            "  if (key_leases_.use_space(space)) return false;\n"),
     Mutant("a record of a key hangs on tokens", RESTORE,
-           "return opaque == of_key && (!opaque", "return true || (of_key && !opaque"),
+           "return opaque == of_key && (!opaque", "return (!opaque || of_key) && (!opaque"),
     Mutant("a record does not say its key", "records.cpp",
            "    std::memcpy(external_keys.back().data(), &block[1], sizeof(ExternalKey));\n"),
     Mutant("a lease does not wait for what it promotes", LOADS,

@@ -234,6 +234,19 @@ def test_what_is_not_there_is_not_skipped_and_what_has_gone_ends_the_lease(house
     assert house.matched(1, 2, 3) == (3, 0, 0)
 
 
+def test_a_lease_goes_on_from_all_that_it_skipped_or_not_at_all(house: House) -> None:
+    index = house.index
+    index.release(house.compute(1, 2))
+    lease = index.acquire(house.space, house.gpu, tokens(1, 2, 3), 3, skip_blocks=2)
+    assert lease.first_block == 2
+    page = index.grant(house.gpu, 1)
+    index.evict(house.gpu, 1)  # block 2
+    assert house.matched(1, 2) == (1, 0, 0)
+    assert index.commit(lease.id, 2, tokens(3), page).tolist() == [_core.REFUSED]
+    index.release(lease.id)
+    assert house.matched(1, 3) == (1, 0, 0)
+
+
 def test_a_failed_promotion_ends_the_lease_s_pages_before_it(house: House) -> None:
     house.index.release(house.compute(1, 2, 3))
     house.demote(house.gpu)

@@ -232,3 +232,63 @@ def test_misuse_is_refused_by_name(store: Store) -> None:
     assert not index.close_namespace(store.space)
     index.release(lease)
     assert index.close_namespace(store.space)
+
+
+def test_a_key_that_must_come_from_further_away_keeps_no_other_waiting(store: Store) -> None:
+    index = store.index
+    store.put(KEYS[0])
+    store.demote(store.cpu)
+    index.evict(store.cpu, 9)
+    store.put(KEYS[1])
+    lease = index.acquire_keys(store.space, store.gpu, KEYS).id
+    transfer = index.promote(lease)
+    assert transfer is not None
+    index.complete(transfer.id, 1)
+    pages = index.key_lease(lease).pages
+    assert (pages == NO_PAGE).tolist() == [True, False, True, True]
+
+
+def test_keys_live_as_long_as_requests_say_and_a_session_s_own_go_first(store: Store) -> None:
+    index = store.index
+    index.advance(1)
+    pages = index.grant(store.cpu, 3)
+    ttl = _core.Hints(ttl_s=5)
+    index.commit_keys(store.space, store.cpu, KEYS[:1], pages[:1], hints=ttl)
+    index.commit_keys(store.space, store.cpu, KEYS[1:2], pages[1:2])
+    lease = index.acquire_keys(store.space, store.cpu, KEYS[2:3], _core.Hints(session_end=True))
+    index.commit_keys(store.space, store.cpu, KEYS[2:3], pages[2:3], lease=lease.id)
+    index.release(lease.id)
+    assert store.found(*KEYS) == [1, 1, 1, 0]
+    assert index.evict(store.cpu, 1).pages.tolist() == [pages[2]]
+    index.advance(6)
+    assert store.found(*KEYS) == [0, 1, 0, 0]
+    [gone] = index.explain_keys(store.space, [store.cpu], KEYS[:1])
+    assert gone.why == _core.Why.DIED
+    assert index.reap(store.cpu, 9).pages.tolist() == [pages[0]]
+
+
+def test_a_picky_disk_takes_the_keys_that_were_asked_for(store: Store) -> None:
+    index = store.index
+    disk = index.add_pool(
+        page_size=1, pages_per_slab=8, below=None, durable=True, second_access=True
+    )
+    index.add_slab(disk)
+    store.cpu = store.pool(6, disk)
+    store.put(*KEYS)
+    assert index.plan_demote(store.cpu, 9) is None
+    assert index.not_admitted(disk) == 4
+    index.release(index.acquire_keys(store.space, store.cpu, KEYS[:1]).id)
+    assert len(store.demote(store.cpu).keys) == 1
+
+
+def test_a_session_s_end_ends_its_leases_and_nothing_comes_into_its_pool(store: Store) -> None:
+    index = store.index
+    store.put(*KEYS)
+    lease = index.acquire_keys(store.space, store.gpu, KEYS).id
+    index.close_pool(store.gpu)
+    with pytest.raises(KeyError):
+        index.key_lease(lease)
+    with pytest.raises(ValueError, match="closed"):
+        index.acquire_keys(store.space, store.gpu, KEYS)
+    assert index.prefetch_keys(store.space, store.gpu, KEYS, 9, touches=False) is None
+    index.check()
