@@ -22,7 +22,7 @@ from kvc2.moving.mover import Mover
 from kvc2.moving.routes import Transferred
 from kvc2.tiers.base import PageShape
 from kvc2.tiers.disk.tier import DiskTier
-from kvc2.tiers.pools import Pools
+from kvc2.tiers.pools import Pools, Tiers
 
 PAGE_SIZE = 16
 SLAB_BYTES = 64 << 20
@@ -43,15 +43,16 @@ class DiskPath:
         self.arena.start()
         self.arena.wait_populated()
         size_bytes = DISK_BYTES + 2 * slab.slab_bytes + (256 << 20)  # the catalogue too
-        self.disk = DiskTier(DiskConfig.of_bytes(folder, size_bytes), self.arena.memory, metrics)
+        config = DiskConfig.of_bytes(folder, size_bytes)
+        self.disk = DiskTier(folder, config, self.arena.memory, metrics)
         self.index = _core.Index()
-        self.mover = Mover(
-            self.index, metrics, self.arena.memory, self.disk, lambda: None, clock=time.monotonic
-        )
-        pools = Pools(self.index, self.arena, self.disk, metrics, ServeConfig())
+        tiers = Tiers.of(self.arena, (self.disk,), time.monotonic)
+        self.mover = Mover(self.index, metrics, tiers.meters, lambda: None, clock=time.monotonic)
+        pools = Pools(self.index, tiers, metrics, ServeConfig())
         digest = (b"%d" % block_bytes).ljust(32)
         sizes = (page_bytes, slab.slab_bytes, slab.pages_per_slab)
-        self.pools = pools.of(PageShape(digest, PAGE_SIZE, block_bytes, *sizes))
+        pools.of(PageShape(digest, PAGE_SIZE, block_bytes, *sizes))
+        (self.pools,) = pools.on_disk()
         pools.grow(self.pools, 2 * blocks)
         self._space = self.index.open_namespace(NAMESPACE, PAGE_SIZE)
         self._prompt = 0
@@ -60,12 +61,10 @@ class DiskPath:
         self.batch_pages = pages_per_batch(self.index, self.pools)
 
     def _grow_disk(self, pages: int) -> None:
-        assert self.pools.disk is not None
-        assert self.pools.disk_id is not None
-        while self.index.pool_counts(self.pools.disk_id).free < pages:
-            if self.disk.grow(self.pools.disk) is None:
+        while self.index.pool_counts(self.pools.disk.id).free < pages:
+            if self.disk.grow(self.pools.disk.store) is None:
                 raise RuntimeError("no room for the benchmark's slabs")
-            self.index.add_slab(self.pools.disk_id)
+            self.index.add_slab(self.pools.disk.id)
 
     def close(self) -> None:
         self.mover.close()
@@ -75,12 +74,12 @@ class DiskPath:
     def commit(self) -> None:
         """New blocks in memory, of random bytes."""
         self._prompt += 1
-        pages = self.index.grant(self.pools.cpu_id, self.blocks)
-        for offset in self.pools.cpu.offsets(pages).tolist():
+        pages = self.index.grant(self.pools.cpu.id, self.blocks)
+        for offset in self.pools.cpu.store.offsets(pages).tolist():
             payload = self.arena.memory[offset + HEADER_BYTES :][: self.block_bytes]
             payload[:] = np.frombuffer(self._random.bytes(self.block_bytes), np.uint8)
         tokens = self._tokens()
-        lease = self.index.acquire(self._space, self.pools.cpu_id, tokens, 0)
+        lease = self.index.acquire(self._space, self.pools.cpu.id, tokens, 0)
         answers = self.index.commit(lease.id, 0, tokens, pages)
         self.index.release(lease.id)
         if answers.any() or pages.size < self.blocks:
@@ -109,23 +108,21 @@ class DiskPath:
     def _plan(self) -> list[_core.Transfer]:
         """As disk_writer.py does."""
         found, left = [], self.batch_pages
-        while left > 0 and (transfer := self.index.plan_demote(self.pools.cpu_id, left)):
+        while left > 0 and (transfer := self.index.plan_demote(self.pools.cpu.id, left)):
             found.append(transfer)
             left -= transfer.target_pages.size
         return found
 
     def forget(self, *, disk: bool) -> None:
         """Evict from memory; with `disk`, from there too (its records go with the next store)."""
-        self.index.evict(self.pools.cpu_id, 2 * self.blocks)
+        self.index.evict(self.pools.cpu.id, 2 * self.blocks)
         if disk:
-            assert self.pools.disk is not None
-            assert self.pools.disk_id is not None
-            gone = self.index.evict(self.pools.disk_id, 2 * self.blocks).pages
-            self.pools.disk.drop(gone)
+            gone = self.index.evict(self.pools.disk.id, 2 * self.blocks).pages
+            self.pools.disk.store.drop(gone)
 
     async def load(self) -> None:
         """The prompt from disk into memory, in order, two transfers on their way at a time."""
-        lease = self.index.acquire(self._space, self.pools.cpu_id, self._tokens(), self.blocks)
+        lease = self.index.acquire(self._space, self.pools.cpu.id, self._tokens(), self.blocks)
         coming: list[asyncio.Future[Transferred]] = []
         good = 0
         while (step := self.index.promote(lease.id)) or coming:

@@ -37,7 +37,7 @@ from kvc2.moving.slabs import Slabs
 from kvc2.tiers.base import PageShape
 from kvc2.tiers.disk.batch import WriteBatch
 from kvc2.tiers.disk.tier import DiskTier
-from kvc2.tiers.pools import LayoutPools, Pools
+from kvc2.tiers.pools import LayoutPools, Pools, Tiers
 
 U32 = NDArray[np.uint32]
 MIB = 1 << 20
@@ -99,10 +99,9 @@ class House:
         self.arena = arena
         self.index = _core.Index(policy=POLICY)
         metrics = Metrics()
-        self.pools = Pools(self.index, arena, None, metrics, ServeConfig())
-        self.mover = Mover(
-            self.index, metrics, arena.memory, None, lambda: None, clock=time.perf_counter
-        )
+        tiers = Tiers.of(arena, (), time.perf_counter)
+        self.pools = Pools(self.index, tiers, metrics, ServeConfig())
+        self.mover = Mover(self.index, metrics, tiers.meters, lambda: None, clock=time.perf_counter)
         self.slabs = Slabs(self.index, self.mover, self.pools, HIGH_WATERMARK)
         self._slab_bytes = slab_bytes
         self._known: dict[str, tuple[LayoutPools, int, int]] = {}  # its pools, gpu pool, namespace
@@ -113,7 +112,7 @@ class House:
             gpu = self.index.add_pool(
                 page_size=model.page_size,
                 pages_per_slab=2 * LAST_BLOCKS,
-                below=pools.cpu_id,
+                below=pools.cpu.id,
                 durable=False,
             )
             self.index.add_slab(gpu)
@@ -142,16 +141,16 @@ class House:
 
     def stranded(self, busy: Sequence[ModelShape]) -> float:
         """The share of the arena that holds nothing and that no busy model can fill."""
-        of_busy = {self.of(model)[0].cpu_id for model in busy}
+        of_busy = {self.of(model)[0].cpu.id for model in busy}
         useful = 0
         for pools in self.pools.layouts.values():
-            counts = self.index.pool_counts(pools.cpu_id)
-            pages = counts.pages if pools.cpu_id in of_busy else counts.resident
+            counts = self.index.pool_counts(pools.cpu.id)
+            pages = counts.pages if pools.cpu.id in of_busy else counts.resident
             useful += pages * pools.shape.page_bytes
         return 1 - useful / self.arena.capacity_bytes
 
     def counts(self, model: ModelShape) -> _core.PoolCounts:
-        return self.index.pool_counts(self.of(model)[0].cpu_id)
+        return self.index.pool_counts(self.of(model)[0].cpu.id)
 
 
 @asynccontextmanager
@@ -256,7 +255,8 @@ def disk_move_s(folder: Path) -> float:
     """Seconds of moving a full slab: read, verified, written, synced, its records moved."""
     shape = MODELS[0].pages(REAL_SLAB_BYTES)
     arena = Arena(REAL_SLAB_BYTES, REAL_SLAB_BYTES)
-    tier = DiskTier(DiskConfig.of_bytes(folder, 4 * REAL_SLAB_BYTES), arena.memory, Metrics())
+    config = DiskConfig.of_bytes(folder, 4 * REAL_SLAB_BYTES)
+    tier = DiskTier(folder, config, arena.memory, Metrics())
     try:
         pool, index = tier.pool(shape), _core.Index()
         disk = index.add_pool(

@@ -37,6 +37,7 @@ from kvc2.host.priority import step_back
 LOG = logging.getLogger(__name__)
 
 F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h; Python 3.11 has no name for it
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
 MFD_HUGETLB = 0x4
 MADV_POPULATE_WRITE = 23  # Linux 5.14
 MADV_COLLAPSE = 25  # Linux 6.1; whatever sysfs says of shmem, unless that is `deny`
@@ -60,8 +61,8 @@ _libc.mmap.argtypes = [
 
 
 class Arena:
-    """`memory_bytes` (cut to whole units of `unit_bytes`) of shared memory, at least one unit, on
-    these NUMA nodes (none: wherever the kernel puts it).
+    """`memory_bytes` (cut to whole units of `unit_bytes`) of shared memory on these NUMA nodes
+    (none: wherever the kernel puts it): at least one unit, or none at all (0).
 
     Threads may share it: one lock inside. `memory` is [capacity_bytes] u8, writable.
     """
@@ -74,7 +75,7 @@ class Arena:
         nodes: Sequence[int] = (),
         available_bytes: Callable[[], int] | None = None,
     ) -> None:
-        if memory_bytes < unit_bytes:
+        if 0 < memory_bytes < unit_bytes:
             raise errors.InvalidConfig(
                 "cpu.memory_size_gb", memory_bytes / 1e9, f"at least one slab: {unit_bytes / 1e9:g}"
             )
@@ -85,7 +86,7 @@ class Arena:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
-        self.populated = False  # all units that can be had are here
+        self.populated = not self.capacity_bytes  # all units that can be had are here
         self.fd, self.memory, self.page_kind = _create(self.capacity_bytes)
         if nodes:
             numa.place(self.memory.ctypes.data, self.capacity_bytes, nodes)
@@ -93,6 +94,8 @@ class Arena:
 
     def start(self, on_ready: Callable[[], None] = lambda: None) -> None:
         """Begin to fault units in; `on_ready` runs on that thread after each, and at the end."""
+        if self.populated:
+            return
         LOG.info("arena: %d bytes on %s", self.capacity_bytes, self.page_kind)
         self._thread = threading.Thread(
             target=self._populate, args=(on_ready,), name="kvc2-arena", daemon=True
@@ -206,6 +209,10 @@ def _runs(free: NDArray[np.bool_], units: int) -> NDArray[np.int64]:
 
 def _create(capacity_bytes: int) -> tuple[int, NDArray[np.uint8], str]:
     """A mapped and sealed memfd; hugetlb pages when the host has set them aside, else shmem."""
+    if not capacity_bytes:
+        fd = os.memfd_create("kvc2-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+        return fd, np.empty(0, np.uint8), "no pages"
     if capacity_bytes % HUGE_PAGE_BYTES == 0:
         with suppress(OSError):  # no hugetlb, or no huge pages set aside: the usual case
             fd = os.memfd_create("kvc2-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | MFD_HUGETLB)
@@ -239,8 +246,7 @@ def _map(fd: int, capacity_bytes: int) -> NDArray[np.uint8]:
     where = memory.ctypes.data
     if _libc.mmap(where, capacity_bytes, access, shared, fd, 0) != where:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
     return memory
 
 

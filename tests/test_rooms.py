@@ -75,7 +75,7 @@ FLOORS = {
     "kvc2/tiers": """
         pools
         cpu, disk, gpu
-        base
+        base, meter
     """,
     "kvc2/tiers/disk": """
         repair

@@ -37,16 +37,16 @@ README_COLUMNS_MAX = 200  # a wider row is prose: it belongs to the file that it
 LARGE_CLASSES = {
     "engine/metrics.py: EngineMetrics": (42, 1, 21),  # one attribute for each metric
     "engine/scheduler.py: Scheduler": (335, 28, 12),
-    "kvc2/cache/cache.py: Cache": (251, 19, 23),
+    "kvc2/cache/cache.py: Cache": (241, 19, 21),
     "kvc2/client/client.py: Client": (394, 30, 14),  # a method for each call
     "kvc2/metrics.py: Metrics": (96, 5, 16),  # one attribute for each metric
-    "kvc2/moving/mover.py: Mover": (320, 21, 15),
+    "kvc2/moving/mover.py: Mover": (302, 21, 13),
     "kvc2/server/calls.py: CacheCalls": (331, 30, 14),  # a method for each call
     "kvc2/server/daemon.py: Daemon": (131, 13, 15),
     "kvc2/tiers/disk/catalogue.py: Catalogue": (275, 25, 19),
-    "kvc2/tiers/disk/tier.py: DiskTier": (307, 26, 14),
+    "kvc2/tiers/disk/tier.py: DiskTier": (306, 26, 14),
 }
-NONE_ASSERTIONS_MAX = {"kvc2": 52, "engine": 7}  # lower it with each that goes
+NONE_ASSERTIONS_MAX = {"kvc2": 5, "engine": 7}  # lower it with each that goes
 
 # What we never call things (kvc2/WORDS.md, last column), as whole words of a public name.
 FORBIDDEN_WORDS = {

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-
 from kvc2 import _core
 from kvc2.arena import Arena
 from kvc2.cache.cache import Cache, Parts
@@ -24,7 +22,7 @@ from kvc2.cache.prefetch import Prefetcher
 from kvc2.cache.quotas import TenantQuotas
 from kvc2.cache.sessions import Session
 from kvc2.cache.ticker import TICK_S, Seconds, Ticker
-from kvc2.cache.whole import ALL, Whole
+from kvc2.cache.whole import Whole
 from kvc2.config import ServeConfig
 from kvc2.host import numa
 from kvc2.metrics import Metrics
@@ -35,27 +33,11 @@ from kvc2.moving.loading import Loader
 from kvc2.moving.mover import Mover
 from kvc2.moving.scrub import Scrubber
 from kvc2.periodic import periodically
-from kvc2.tiers.base import U8
 from kvc2.tiers.disk.recency import Clocks
 from kvc2.tiers.disk.slab_file import Files, raise_file_limit
 from kvc2.tiers.disk.tier import DiskTier
 from kvc2.tiers.gpu import Copier
-from kvc2.tiers.pools import Pools
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Where pages below the gpu tier lie: nowhere (gpu_only), in the arena, and on disk."""
-
-    arena: Arena | None
-    disk: DiskTier | None
-
-    @property
-    def bytes(self) -> U8:
-        return np.empty(0, np.uint8) if self.arena is None else self.arena.memory
-
-    def pools(self, index: _core.Index, metrics: Metrics, config: ServeConfig) -> Pools | None:
-        return None if self.arena is None else Pools(index, self.arena, self.disk, metrics, config)
+from kvc2.tiers.pools import Pools, Tiers
 
 
 async def assemble(
@@ -70,33 +52,29 @@ async def assemble(
     for times that outlive this run, and for nothing else: it may be set at any moment. `files` is
     where tests put faults of the disk. Raises StartRefused."""
     seconds = Seconds(clock)
-    memory = _memory(config, metrics, files, Clocks(wall, seconds))
-    index = _index(config, memory.disk)
-    pools = memory.pools(index, metrics, config)
+    tiers = _tiers(config, metrics, files, Clocks(wall, seconds), clock)
+    index = _index(config, tiers)
+    pools = Pools(index, tiers, metrics, config)
     gpus: dict[int, GpuPool] = {}
     sessions: dict[int, Session] = {}
     changes = CacheChanges(Changes(), Changes(), Changes())
     ticker = Ticker(index, seconds, changes.expired)
-    mover = Mover(index, metrics, memory.bytes, memory.disk, changes.ended, clock=clock)
+    mover = Mover(index, metrics, tiers.meters, changes.ended, clock=clock)
     loader = Loader(index, mover, metrics, pools, always=config.load_policy == "always")
     held, limits = partial(_held, sessions), config.limits
-    namespaces = Namespaces(index, mover, memory.disk, limits, now=ticker.tick, held=held)
-    if pools is not None and memory.disk is not None:
-        namespaces.adopt(pools.restore())
-    counts = Counts(index, (gpus, sessions), memory.arena, memory.disk, pools)
+    disk = next(iter(tiers.disks), None)
+    namespaces = Namespaces(index, mover, disk, limits, now=ticker.tick, held=held)
+    namespaces.adopt(pools.restore())
+    counts = Counts(index, (gpus, sessions), pools)
     pins = Pins(index, namespaces, counts, config)
     explainer = Explainer(index, namespaces, counts, config, tick=ticker.tick)
-    background = None
-    if pools is not None:
-        background = Background(index, mover, pools, gpus, config=config, metrics=metrics)
-    changes.connect(loader, background, lambda: _reap(index, gpus))
+    background = Background(index, mover, pools, gpus, config=config, metrics=metrics)
+    changes.connect(loader, background)
     parts = Parts(
         config=config,
         metrics=metrics,
         index=index,
         ticker=ticker,
-        arena=memory.arena,
-        disk=memory.disk,
         pools=pools,
         mover=mover,
         loader=loader,
@@ -134,34 +112,36 @@ class CacheChanges:
     expired: Changes
     woken: Changes
 
-    def connect(
-        self, loader: Loader, background: Background | None, reap: Callable[[], None]
-    ) -> None:
+    def connect(self, loader: Loader, background: Background) -> None:
         self.ended.listen(loader.changed)
         self.ended.listen(self.woken)
         self.expired.listen(self.woken)
-        if background is None:
-            self.expired.listen(reap)  # nobody else does
-        else:
-            self.woken.listen(background.wake)
+        self.woken.listen(background.wake)
 
 
-def _memory(config: ServeConfig, metrics: Metrics, files: Files | None, clocks: Clocks) -> Memory:
+def _tiers(
+    config: ServeConfig,
+    metrics: Metrics,
+    files: Files | None,
+    clocks: Clocks,
+    clock: Callable[[], float],
+) -> Tiers:
     raise_file_limit()
     if config.gpu_only:
-        return Memory(None, None)
+        return Tiers.of(Arena(0, config.slab_bytes), (), clock)
     nodes = numa.wanted(config.cpu.numa)
     arena = Arena(config.cpu.memory_bytes, config.slab_bytes, nodes=nodes)
     if config.disk.path is None:
-        return Memory(arena, None)
-    disk = DiskTier(config.disk, arena.memory, metrics, files=files, clocks=clocks)
-    return Memory(arena, disk)
+        return Tiers.of(arena, (), clock)
+    path, memory = config.disk.path, arena.memory
+    disk = DiskTier(path, config.disk, memory, metrics, files=files, clocks=clocks)
+    return Tiers.of(arena, (disk,), clock)
 
 
-def _index(config: ServeConfig, disk: DiskTier | None) -> _core.Index:
+def _index(config: ServeConfig, tiers: Tiers) -> _core.Index:
     """Its generations and stamps go on where those on disk end."""
-    starts = 0 if disk is None else disk.catalogue.start_count
-    stamp = 0 if disk is None else disk.last_stamp()
+    starts = max((each.catalogue.start_count for each in tiers.disks), default=0)
+    stamp = max((each.last_stamp() for each in tiers.disks), default=0)
     return _core.Index(
         first_generation=(starts << 32) + 1,
         first_stamp=stamp + 1,
@@ -170,21 +150,13 @@ def _index(config: ServeConfig, disk: DiskTier | None) -> _core.Index:
     )
 
 
-def _reap(index: _core.Index, gpus: dict[int, GpuPool]) -> None:
-    for gpu in gpus.values():
-        index.reap(gpu.id, ALL)
-
-
 def _begin(parts: Parts, changes: CacheChanges) -> None:
     """What goes on by itself from now on."""
     parts.ticker.tick()  # what expired while nobody ran is dead
-    config, arena = parts.config, parts.arena
-    if parts.disk is not None and config.disk.scrub_mb_per_s:
+    config, arena = parts.config, parts.pools.arena
+    if parts.pools.tiers.disks and config.disk.scrub_mb_per_s:
         parts.scrubber.keep(config.disk.scrub_mb_per_s)
-    if parts.background is not None:
-        parts.background.start()
-    if arena is None:
-        return
+    parts.background.start()
 
     def grew(short_bytes: int) -> None:
         if short_bytes:

@@ -33,7 +33,6 @@ from kvc2.answers import (
     Terms,
     TierTokens,
 )
-from kvc2.arena import Arena
 from kvc2.cache.counts import Counts
 from kvc2.cache.explain import Explainer
 from kvc2.cache.namespaces import Namespace, Namespaces, Owner
@@ -53,7 +52,6 @@ from kvc2.moving.mover import Mover
 from kvc2.moving.scrub import Scrubber
 from kvc2.tiers.base import TIER_NUMBERS, PageShape
 from kvc2.tiers.disk.records import NamespaceEntry
-from kvc2.tiers.disk.tier import DiskTier
 from kvc2.tiers.gpu import Copier, GpuMemory, SharedMemoryPool
 from kvc2.tiers.pools import Pools
 
@@ -66,20 +64,17 @@ NOBODY = Owner()
 
 @dataclass(frozen=True)
 class Parts:
-    """What a cache is made of (assemble.py). `arena`, `pools` and `background` are None where there
-    is only the gpu tier, `disk` where there is no disk. `gpus`, `sessions`: the open ones by epoch.
+    """What a cache is made of (assemble.py). `gpus`, `sessions`: the open ones by epoch.
     `copiers`: for copies that somebody waits for, and for those in the background."""
 
     config: ServeConfig
     metrics: Metrics
     index: _core.Index
     ticker: Ticker
-    arena: Arena | None
-    disk: DiskTier | None
-    pools: Pools | None
+    pools: Pools
     mover: Mover
     loader: Loader
-    background: Background | None
+    background: Background
     namespaces: Namespaces
     counts: Counts
     quotas: TenantQuotas
@@ -103,8 +98,8 @@ class Cache:
         self.quotas, self.pins, self.explainer = parts.quotas, parts.pins, parts.explainer
         self.prefetcher, self.scrubber = parts.prefetcher, parts.scrubber
         self._config, self._metrics = parts.config, parts.metrics
-        self._arena, self._disk, self._pools = parts.arena, parts.disk, parts.pools
-        self._mover, self._loader, self._background = parts.mover, parts.loader, parts.background
+        self._pools, self._background = parts.pools, parts.background
+        self._mover, self._loader = parts.mover, parts.loader
         self._gpus, self._sessions, self._copiers = parts.gpus, parts.sessions, parts.copiers
         self._whole, self._ticking, self._wake = parts.whole, parts.ticking, parts.woken
         self.tick = parts.ticker.tick
@@ -117,15 +112,10 @@ class Cache:
         for session in list(self._sessions.values()):
             await self.close_session(session)
         self._ticking.cancel()
-        if self._background is not None:
-            await self._background.stop()
-            if self._disk is not None:
-                await self._background.writer.save_recency()
+        await self._background.stop()
+        await self._background.writer.save_recency()
         await asyncio.to_thread(self._mover.close)
-        if self._disk is not None:
-            self._disk.close()
-        if self._arena is not None:
-            await asyncio.to_thread(self._arena.close)
+        await asyncio.to_thread(self._pools.tiers.close)
         return result
 
     # ---- sessions ----
@@ -143,13 +133,11 @@ class Cache:
         the engine's `memory` is left after close_session, nor when this raises a Kvc2Error."""
         layout = session.layout
         layout.check_fits(session.num_pages, len(memory))
-        pools, store = None, None
-        if self._pools is not None:
-            pools = self._pools.of(PageShape.of(layout, self._config.slab_bytes))
+        pools = self._pools.of(PageShape.of(layout, self._config.slab_bytes))
         pool = self.index.add_pool(
             page_size=layout.page_size,
             pages_per_slab=session.num_pages,
-            below=None if pools is None else pools.cpu_id,
+            below=next((each.id for each in pools.chain), None),
             durable=False,
             tier=TIER_NUMBERS["gpu"],
             page_bytes=layout.payload_bytes,
@@ -159,9 +147,8 @@ class Cache:
             self.index.close_pool(pool)
             self.index.remove_pool(pool)
             raise errors.InvalidRequest("hello.kept_pages", kept_pages.size, "each page once")
-        if self._arena is not None:
-            mapped = GpuMemory(layout, memory, progress, event_fd)
-            store = SharedMemoryPool(mapped, self._arena.memory, *self._copiers)
+        mapped = GpuMemory(layout, memory, progress, event_fd)
+        store = SharedMemoryPool(mapped, self._pools.arena.memory, *self._copiers)
         queue = ThreadPoolExecutor(1, f"kvc2-promote-{session.epoch}")
         session.pool = GpuPool(pool, pools, store, queue, session.life, session.give_up)
         self._gpus[session.epoch] = session.pool
@@ -181,15 +168,14 @@ class Cache:
         self.index.close_pool(gpu.id)
         session.end_leases()
         gpu.queue.shutdown(wait=False, cancel_futures=True)
-        if await gpu.settle(at_rest or _may_change) and self._background is not None:
+        if await gpu.settle(at_rest or _may_change):
             await self._background.rescue(gpu, RESCUE_S)
-        if gpu.pools is not None and (left := self.index.undemoted(gpu.id)):
+        if gpu.pools.chain and (left := self.index.undemoted(gpu.id)):
             self._metrics.fault("undemoted_lost", left)
         await asyncio.to_thread(gpu.queue.shutdown, True)
         async with gpu.demoting:  # a batch under way still reads this memory
             session.life.become("closed")
-            if gpu.store is not None:
-                gpu.store.close()
+            gpu.store.close()
         self.counts.forget(gpu)
         self.index.remove_pool(gpu.id)
         del self._gpus[session.epoch]
@@ -210,10 +196,11 @@ class Cache:
         what the index knows stays known."""
         page_size, pools = session.layout.page_size, session.mapped_pool().pools
         namespace = self.namespaces.open(name, page_size, identity, owner, ttl_s=ttl_s)
-        namespace.pools = pools or namespace.pools
+        namespace.pools = pools
         entry = NamespaceEntry(page_size, identity)
-        if self._disk is not None and not self._disk.catalogue.add_namespace(name, entry):
-            self._metrics.fault("catalogue_error")
+        for disk in self._pools.tiers.disks:
+            if not disk.catalogue.add_namespace(name, entry):
+                self._metrics.fault("catalogue_error")
         return namespace
 
     def leased_namespaces(self, session: Session) -> set[int]:

@@ -11,38 +11,32 @@ import numpy as np
 
 from kvc2 import _core
 from kvc2.answers import SIZES, CacheStats, LayoutSlabs, TierCounts
-from kvc2.arena import Arena
 from kvc2.cache.sessions import Session
 from kvc2.moving.gpu_pools import GpuPool
-from kvc2.tiers.base import PageShape
-from kvc2.tiers.disk.tier import DiskTier
-from kvc2.tiers.pools import Pools
+from kvc2.tiers.cpu import CpuPool
+from kvc2.tiers.disk.pool import DiskPool
+from kvc2.tiers.pools import Pools, TierPool
 
 
 class Counts:
-    """`open_now` are the cache's own tables of pools and sessions, by epoch. `pools` is None where
-    there is only the gpu tier. Nothing here changes the cache."""
+    """`open_now` are the cache's own tables of pools and sessions, by epoch. Nothing here changes
+    the cache."""
 
     def __init__(
         self,
         index: _core.Index,
         open_now: tuple[Mapping[int, GpuPool], Mapping[int, Session]],
-        arena: Arena | None,
-        disk: DiskTier | None,
-        pools: Pools | None,
+        pools: Pools,
     ) -> None:
         self._index = index
         self._gpus, self._sessions = open_now
-        self._arena = arena
-        self._disk = disk
         self.pools = pools
         self._forgotten = (0, 0)  # evicted, last copies: of sessions that are over
 
     def stats(self) -> CacheStats:
         counts = self._index.counts()
-        tiers = ["gpu"] + ["cpu"] * (self._arena is not None) + ["disk"] * (self._disk is not None)
         return CacheStats(
-            tiers=tuple(self.tier(tier) for tier in tiers),
+            tiers=tuple(self.tier(tier) for tier in ("gpu", *self.pools.tiers.names)),
             pools=tuple(self._session(epoch) for epoch in self._sessions),
             blocks=counts.blocks,
             holes=counts.holes,
@@ -54,19 +48,22 @@ class Counts:
         )
 
     def _slabs(self) -> tuple[LayoutSlabs, ...]:
-        layouts = [] if self.pools is None else list(self.pools.layouts.values())
-        rows = [("cpu", each.shape, each.cpu_id) for each in layouts]
-        for each in layouts:  # on disk the same pages may lie in slabs of another size
-            if each.disk is not None and each.disk_id is not None:
-                rows.append(("disk", each.disk.shape, each.disk_id))
-        return tuple(self._layout(*row) for row in rows)
+        layouts = self.pools.layouts.values()
+        return tuple(
+            self._layout(link)
+            for tier in self.pools.tiers.names
+            for each in layouts
+            for link in each.chain
+            if link.tier == tier
+        )
 
-    def _layout(self, tier: str, shape: PageShape, pool: int) -> LayoutSlabs:
-        counts = self._index.pool_counts(pool)
+    def _layout(self, link: TierPool[CpuPool] | TierPool[DiskPool]) -> LayoutSlabs:
+        # on disk the same pages may lie in slabs of another size
+        counts, shape = self._index.pool_counts(link.id), link.store.shape
         sessions = self._sessions.values()
         return LayoutSlabs(
             layout=shape.layout_digest.hex(),
-            tier=tier,
+            tier=link.tier,
             engines=tuple(
                 each.engine_name for each in sessions if each.layout.digest == shape.layout_digest
             ),
@@ -80,16 +77,12 @@ class Counts:
 
     def tier(self, tier: str) -> TierCounts:
         """All pools of a tier together."""
-        sizes = {
-            "gpu": sum(_pool_bytes(each) for each in self._sessions.values()),
-            "cpu": 0 if self._arena is None else self._arena.capacity_bytes,
-            "disk": 0 if self._disk is None else self._disk.size_bytes,
-        }
+        capacity_bytes = self._capacity_bytes(tier)
         found = [self._index.pool_counts(each) for each in self.pool_ids(tier)]
         evicted, last_copies = self._evicted(tier)
         return TierCounts(
             tier=tier,
-            capacity_bytes=sizes[tier],
+            capacity_bytes=capacity_bytes,
             pages=sum(each.pages for each in found),
             free_pages=sum(each.free for each in found),
             private_pages=sum(each.private for each in found),
@@ -98,8 +91,13 @@ class Counts:
             pinned_pages=sum(each.pinned for each in found),
             evicted=evicted,
             last_copies=last_copies,
-            hit_rates=self._hit_rates_at(tier, sizes[tier]),
+            hit_rates=self._hit_rates_at(tier, capacity_bytes),
         )
+
+    def _capacity_bytes(self, tier: str) -> int:
+        if tier == "gpu":
+            return sum(_pool_bytes(each) for each in self._sessions.values())
+        return self.pools.tiers.capacity_bytes(tier)
 
     def _hit_rates_at(self, tier: str, capacity_bytes: int) -> tuple[float, ...]:
         """Of the tier and all faster ones, at SIZES times its capacity: as if it alone were that
@@ -118,13 +116,12 @@ class Counts:
         if tier == "gpu":
             layouts = [(each.layout, each.num_pages) for each in self._sessions.values()]
             return [(each.page_size, each.payload_bytes, pages) for each, pages in layouts]
-        found = []
-        for each in [] if self.pools is None else self.pools.layouts.values():
-            pool = each.cpu_id if tier == "cpu" else each.disk_id
-            if pool is not None:
-                pages = self._index.pool_counts(pool).pages
-                found.append((each.shape.page_size, each.shape.page_bytes, pages))
-        return found
+        return [
+            (each.shape.page_size, each.shape.page_bytes, self._index.pool_counts(link.id).pages)
+            for each in self.pools.layouts.values()
+            for link in each.chain
+            if link.tier == tier
+        ]
 
     def _hit_rates(self, tokens: list[int]) -> tuple[float, ...]:
         return tuple(self._index.hit_rates(np.array(tokens, np.uint64)).tolist())
@@ -144,10 +141,7 @@ class Counts:
         """The index's ids of a tier's pools; of gpu those of sessions that are not ending."""
         if tier == "gpu":
             return [gpu.id for gpu in self._gpus.values() if not gpu.life.over]
-        layouts = [] if self.pools is None else list(self.pools.layouts.values())
-        if tier == "cpu":
-            return [each.cpu_id for each in layouts]
-        return [each.disk_id for each in layouts if each.disk_id is not None]
+        return self.pools.ids(tier)
 
     def forget(self, gpu: GpuPool) -> None:
         """The pool is about to be removed; what it has evicted stays counted."""

@@ -135,8 +135,7 @@ class Namespaces:
 
     def adopt(self, restored: Mapping[bytes, int]) -> None:
         """What a restart found: the index's numbers by the name of the era. Tenants show later."""
-        assert self._disk is not None
-        for name in self._disk.catalogue.namespaces:
+        for name in self._named():
             era = self._present_era(name)
             number = restored.get(of_era(name, era))
             if number is not None:
@@ -250,7 +249,7 @@ class Namespaces:
         batch, and nothing of theirs before them."""
         if self._disk is None:
             return True
-        outcome = await self._mover.on_writer(lambda disk: disk.store())
+        outcome = await self._mover.on_writer(self._disk.store)
         return outcome.committed
 
     def _named(self) -> dict[bytes, NamespaceEntry]:

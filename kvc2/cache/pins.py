@@ -81,10 +81,10 @@ class Pins:
     def _below(self, namespace: Namespace, tier: str) -> tuple[int, int]:
         """The index's id of the pool in cpu or disk, and the bytes of a page there."""
         pools = namespace.pools
-        pool = None if pools is None else pools.cpu_id if tier == "cpu" else pools.disk_id
-        if pools is None or pool is None:
-            raise errors.InvalidRequest("tier", tier, "a tier that this daemon has")
-        return pool, pools.shape.page_bytes
+        for link in () if pools is None else pools.chain:
+            if link.tier == tier:
+                return link.id, link.store.shape.page_bytes
+        raise errors.InvalidRequest("tier", tier, "a tier that this daemon has")
 
     def _room(
         self, session: Session | None, namespace: Namespace, tier: str, *, hard: bool
@@ -100,11 +100,10 @@ class Pins:
 
     def _bytes_of_others(self, tier: str, pool: int, *, hard: bool) -> int:
         """Pinned in the same way in the tier's pools of other layouts."""
-        found = set()
-        for each in {each.pools for each in self._namespaces if each.pools is not None}:
-            other = each.cpu_id if tier == "cpu" else each.disk_id
-            if other is not None and other != pool:
-                found.add((other, each.shape.page_bytes))
+        chains = {each.pools.chain for each in self._namespaces if each.pools is not None}
+        others = [link for chain in chains for link in chain if link.tier == tier]
         return sum(
-            self._index.pinned_blocks(other, hard=hard) * page_bytes for other, page_bytes in found
+            self._index.pinned_blocks(each.id, hard=hard) * each.store.shape.page_bytes
+            for each in others
+            if each.id != pool
         )

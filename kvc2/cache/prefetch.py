@@ -15,15 +15,14 @@ import numpy as np
 
 from kvc2 import _core, errors
 from kvc2.answers import U32, Prefetched, TierTokens
-from kvc2.arena import Arena
 from kvc2.cache.namespaces import Namespace
 from kvc2.cache.pins import Pins
 from kvc2.cache.sessions import Session
-from kvc2.moving import pace
 from kvc2.moving.gpu_pools import GpuPool
 from kvc2.moving.loading import ARENA_SHARE, Loader, Step
 from kvc2.moving.mover import Mover
-from kvc2.tiers.pools import LayoutPools, Pools
+from kvc2.tiers.meter import PROBE_BYTES
+from kvc2.tiers.pools import LayoutOnDisk, LayoutPools, Pools
 
 LOG = logging.getLogger(__name__)
 
@@ -44,13 +43,13 @@ class Wish:
 
 
 class Prefetcher:
-    """All on the event loop. `pools` is None where there is only the gpu tier."""
+    """All on the event loop."""
 
     def __init__(
         self,
         index: _core.Index,
         pins: Pins,
-        pools: Pools | None,
+        pools: Pools,
         *,
         loader: Loader,
         mover: Mover,
@@ -100,7 +99,7 @@ class Prefetcher:
             raise errors.InvalidRequest("tier", tier, "cpu, or gpu in a session")
         pool = self._pins.pool(session, namespace, tier)
         pools = namespace.pools
-        if pools is None or self.pools is None:
+        if pools is None or not self.pools.tiers.names:
             raise errors.InvalidRequest("tier", tier, "a tier with a slower one below it")
         gpu = session.pool if tier == "gpu" and session is not None else None
         return Wish(namespace, np.ascontiguousarray(tokens, np.uint32), pool, pools, gpu)
@@ -126,7 +125,9 @@ class Prefetcher:
                 await self._loader.until_idle()
                 if not self._alive(wish):
                     return
-                growing = not self._arena.populated  # asked first: `changed` tells what comes after
+                growing = (
+                    not self.pools.arena.populated
+                )  # asked first: `changed` tells what comes after
                 step = self._next(wish, touches=touches, growing=growing)
                 touches = False
                 if isinstance(step, _core.Transfer):
@@ -149,26 +150,20 @@ class Prefetcher:
         """Blocks of the prefix by tier, from the one that it shall come to."""
         return self._index.match(wish.namespace.number, wish.pool, wish.tokens).tiers
 
-    @property
-    def _arena(self) -> Arena:
-        assert self.pools is not None
-        return self.pools.arena
-
     def _on_disk(self, wish: Wish) -> int:
         """Blocks of the prefix."""
-        return 0 if wish.pools.disk is None else self._match(wish)[-1]
+        return self._match(wish)[-1] if isinstance(wish.pools, LayoutOnDisk) else 0
 
     def _next(
         self, wish: Wish, *, touches: bool, growing: bool
     ) -> _core.Transfer | _core.Wait | None:
-        assert self.pools is not None
         page_bytes = wish.pools.shape.page_bytes
-        most = self._arena.capacity_bytes // ARENA_SHARE // page_bytes
+        most = self.pools.arena.capacity_bytes // ARENA_SHARE // page_bytes
         pages = max(1, min(self._part_bytes(wish) // page_bytes, most))
         if on_disk := self._on_disk(wish):
             self.pools.make_room(wish.pools, min(pages, on_disk))
             if growing:  # nothing is evicted for want of memory that comes
-                pages = min(pages, self._index.pool_counts(wish.pools.cpu_id).free)
+                pages = min(pages, self._index.pool_counts(wish.pools.cpu.id).free)
         number = wish.namespace.number
         return self._index.prefetch(number, wish.pool, wish.tokens, pages, touches=touches)
 
@@ -178,18 +173,18 @@ class Prefetcher:
         known = [meters[each].estimate for each in ("cpu", "disk")[wish.gpu is None :]]
         speeds = [each.bandwidth_bytes_per_s for each in known if each is not None]
         if not speeds:
-            return pace.PROBE_BYTES
+            return PROBE_BYTES
         return round(min(PART_BYTES_MAX, min(speeds) * PART_S))
 
     def _begin(self, wish: Wish, step: _core.Transfer) -> Step:
-        if wish.gpu is None or step.target != wish.pool:
+        if isinstance(wish.pools, LayoutOnDisk) and step.source == wish.pools.disk.id:
             return self._mover.load(wish.pools, step)
-        self._mover.promote(wish.gpu, step)
+        if wish.gpu is not None:
+            self._mover.promote(wish.gpu, step)
         return self._mover.ended(step.id)
 
     def _room_is_coming(self, wish: Wish, *, growing: bool) -> bool:
         """Memory is, for what the disk has."""
-        assert self.pools is not None
         if not self._on_disk(wish):
             return False
-        return growing or (not wish.pools.cpu.slabs() and self.pools.is_wanted(wish.pools))
+        return growing or (not wish.pools.cpu.store.slabs() and self.pools.is_wanted(wish.pools))

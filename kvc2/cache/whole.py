@@ -18,14 +18,13 @@ from kvc2.config import ServeConfig
 from kvc2.moving.background import Background
 from kvc2.moving.gpu_pools import GpuPool
 from kvc2.moving.loading import Loader
+from kvc2.tiers.pools import LayoutOnDisk
 
 EVICT_DRAIN_S = 2.0
 ALL = 0xFFFFFFFF
 
 
 class Whole:
-    """`background` is None where there is only the gpu tier."""
-
     def __init__(
         self,
         index: _core.Index,
@@ -33,7 +32,7 @@ class Whole:
         counts: Counts,
         *,
         loader: Loader,
-        background: Background | None,
+        background: Background,
         config: ServeConfig,
     ) -> None:
         self._index = index
@@ -41,7 +40,7 @@ class Whole:
         self._counts = counts
         self._loader = loader
         self._background = background
-        self._has_disk = background is not None and config.disk.path is not None
+        self._pools = counts.pools
         self._policy = config.write_policy
 
     async def invalidate(self, names: list[bytes]) -> Invalidated:
@@ -49,22 +48,20 @@ class Whole:
         pages are freed as pins end. Who has them open goes on, matches nothing and commits anew;
         what their open leases commit is refused. Raises NotFound and LimitReached."""
         blocks = self._namespaces.retire(names)
-        if self._background is not None:
-            self._background.free.reap()
-        for pool in self._counts.pool_ids("gpu") if self._background is None else []:
-            self._index.reap(pool, ALL)
-        self._wake()
+        self._background.free.reap()
+        self._background.wake()
         return Invalidated(len(names), blocks, await self._namespaces.write_eras())
 
     async def wait_durable(self, gpu: GpuPool, leases: Sequence[int], deadline_s: float) -> bool:
         """Whether all that these leases have pages of is on disk, within the deadline. Where there
         is no disk it waits under write_policy through alone, for the copies in memory."""
         through = self._policy == "through"
-        if self._background is None or (not self._has_disk and not through):
+        if not self._pools.tiers.disks and not through:
             return False
         await self._background.drained(deadline_s)
-        disk = gpu.pools.disk_id if gpu.pools is not None else None
-        if disk is None or not all(self._is_in(disk, lease) for lease in leases):
+        if not isinstance(gpu.pools, LayoutOnDisk):
+            return False
+        if not all(self._is_in(gpu.pools.disk.id, lease) for lease in leases):
             return False
         return await self._background.synced()
 
@@ -76,7 +73,7 @@ class Whole:
 
     async def flush(self, deadline_s: float) -> Flushed:
         """Copy what is committed towards the disk until all of it is there or the time is over."""
-        if self._background is None or not self._has_disk:
+        if not self._pools.tiers.disks:
             blocks = self._index.counts().blocks
             return Flushed(0, {"no_disk": blocks} if blocks else {})
         drained = await self._background.drained(deadline_s)
@@ -98,29 +95,20 @@ class Whole:
         """Drop up to `blocks` unpinned blocks (0: all) from gpu, cpu or disk; what slower tiers
         don't hold yet is copied there first, within 2 s. What was evicted from the disk is gone
         there too, unless its commit fails or takes longer than 2 s."""
-        if self._background is not None and tier != "disk":
+        if tier != "disk":
             await self._background.drained(EVICT_DRAIN_S)
         with suppress(TimeoutError):  # what is on its way is pinned
             async with asyncio.timeout(EVICT_DRAIN_S):
                 await self._loader.until_idle()
         wanted, evicted, last_copies = blocks or ALL, 0, 0
+        on_disk = {each.disk.id: each for each in self._pools.on_disk()}
         for pool in self._counts.pool_ids(tier):
             found = self._index.evict(pool, wanted - evicted)
             evicted += found.pages.size
             last_copies += found.last_copies
-            if tier == "disk":
-                self._drop_records(pool, found)
-        self._wake()
-        if self._background is not None and tier == "disk":
+            if pool in on_disk:
+                on_disk[pool].drop_records(found)
+        self._background.wake()
+        if tier == "disk":
             await self._background.drained(EVICT_DRAIN_S)
         return Evicted(evicted, last_copies)
-
-    def _drop_records(self, pool: int, found: _core.Evicted) -> None:
-        assert self._counts.pools is not None
-        layouts = self._counts.pools.layouts.values()
-        pools = next(each for each in layouts if each.disk_id == pool)
-        pools.drop_records(found)
-
-    def _wake(self) -> None:
-        if self._background is not None:
-            self._background.wake()

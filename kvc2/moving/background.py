@@ -21,7 +21,6 @@ from kvc2.moving.gpu_pools import GpuPool
 from kvc2.moving.mover import Mover
 from kvc2.moving.turns import Turns
 from kvc2.periodic import periodically
-from kvc2.tiers.disk.tier import DiskTier
 from kvc2.tiers.pools import Pools
 
 LOG = logging.getLogger(__name__)
@@ -164,7 +163,8 @@ class Background:
 
     async def synced(self) -> bool:
         """Whether what is on disk is durable, also where disk.durability is relaxed."""
-        return await asyncio.shield(self._mover.on_writer(DiskTier.sync))
+        syncs = [self._mover.on_writer(each.sync) for each in self._pools.tiers.disks]
+        return all(await asyncio.shield(asyncio.gather(*syncs)))
 
     @property
     def failing(self) -> bool:

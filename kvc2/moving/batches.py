@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Coroutine
 
 from kvc2 import _core
-from kvc2.tiers.pools import LayoutPools
+from kvc2.tiers.pools import LayoutOnDisk
 
 BATCH_BYTES = 32 << 20  # one fdatasync and one commit (about 2 ms) for 16 ms of writing ...
 BATCH_BYTES_MAX = 128 << 20  # ... or for more, where that is little of both tiers
@@ -27,17 +27,15 @@ def batch_pages(cpu_pages: int, disk_pages: int, page_bytes: int) -> int:
     return max(1, min(most, max(BATCH_BYTES // page_bytes, large)))
 
 
-def pages_per_batch(index: _core.Index, pools: LayoutPools) -> int:
+def pages_per_batch(index: _core.Index, pools: LayoutOnDisk) -> int:
     """Of one batch to a layout's disk pool as large as it is now."""
-    assert pools.disk_id is not None
-    cpu, disk = index.pool_counts(pools.cpu_id), index.pool_counts(pools.disk_id)
+    cpu, disk = index.pool_counts(pools.cpu.id), index.pool_counts(pools.disk.id)
     return batch_pages(cpu.pages, disk.pages, pools.shape.page_bytes)
 
 
-def free_beside_batches(index: _core.Index, pools: LayoutPools) -> int:
+def free_beside_batches(index: _core.Index, pools: LayoutOnDisk) -> int:
     """Free disk pages beside the two batches that are kept free; negative: they are not."""
-    assert pools.disk_id is not None
-    return index.pool_counts(pools.disk_id).free - UNDER_WAY_MAX * pages_per_batch(index, pools)
+    return index.pool_counts(pools.disk.id).free - UNDER_WAY_MAX * pages_per_batch(index, pools)
 
 
 class Batches:

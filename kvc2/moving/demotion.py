@@ -15,7 +15,7 @@ from kvc2.moving.gpu_pools import GpuPool
 from kvc2.moving.mover import Mover
 from kvc2.moving.slabs import Slabs
 from kvc2.moving.turns import Retry, Turns
-from kvc2.tiers.pools import LayoutPools, Pools
+from kvc2.tiers.pools import Pools
 
 GATHER_BYTES = 16 << 20  # about 4 ms of copying: what a promotion may have to wait for
 
@@ -69,8 +69,7 @@ class Demotion:
             moved = False
             for gpu in list(self._gpus.values()):
                 moved |= await self._demote(gpu)
-                if gpu.pools is not None:
-                    self._index.trim(gpu.pools.cpu_id)
+                self._index.trim(gpu.pools.cpu.id)
                 if not gpu.life.over:
                     self._free.keep(gpu.id)
 
@@ -78,31 +77,29 @@ class Demotion:
         """One batch; False when there was nothing to do."""
         await self._turns.quiet()
         async with gpu.demoting:
-            pools = self._wanting(gpu)
-            if pools is None or gpu.life.over or not self._turns.wanted(gpu.id):
+            if not self._wants(gpu) or gpu.life.over or not self._turns.wanted(gpu.id):
                 return False
             if self.retry.must_wait:
                 return False
-            return await self._copy(gpu, pools)
+            return await self._copy(gpu)
 
     async def rescue(self, gpu: GpuPool) -> bool:
         """One batch of a dead engine's pool, whose memory is still mapped, at once; False when
         there was nothing to do."""
         async with gpu.demoting:
-            pools = self._wanting(gpu)
-            return pools is not None and await self._copy(gpu, pools)
+            return self._wants(gpu) and await self._copy(gpu)
 
-    def _wanting(self, gpu: GpuPool) -> LayoutPools | None:
-        """The pools that should get something from this one."""
-        done = gpu.life.state == "closed" or not self._index.undemoted(gpu.id)
-        return None if done else gpu.pools
+    def _wants(self, gpu: GpuPool) -> bool:
+        """Whether the pools below it should get something from this one."""
+        return gpu.life.state != "closed" and self._index.undemoted(gpu.id) > 0
 
-    async def _copy(self, gpu: GpuPool, pools: LayoutPools) -> bool:
+    async def _copy(self, gpu: GpuPool) -> bool:
+        pools = gpu.pools
         pages = max(1, GATHER_BYTES // pools.shape.page_bytes)
         coming = not self._pools.arena.populated  # when it is there, that wakes us
         await self._slabs.make_room(pools, min(pages, self._index.undemoted(gpu.id)))
         if coming:  # nothing is evicted for want of memory that comes
-            pages = min(pages, self._index.pool_counts(pools.cpu_id).free)
+            pages = min(pages, self._index.pool_counts(pools.cpu.id).free)
         if not pages:
             return False
         transfer = self._index.plan_demote(gpu.id, pages)

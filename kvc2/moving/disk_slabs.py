@@ -16,9 +16,7 @@ from kvc2.metrics import Metrics
 from kvc2.moving.batches import BATCH_BYTES, free_beside_batches, pages_per_batch
 from kvc2.moving.mover import Mover
 from kvc2.moving.slabs import cheapest, givers
-from kvc2.tiers.disk.pool import DiskPool
-from kvc2.tiers.disk.tier import DiskTier
-from kvc2.tiers.pools import LayoutPools, Pools
+from kvc2.tiers.pools import LayoutOnDisk, Pools
 
 FULL_RETRY_S = 4.0  # after the file system refused another slab; others may have made room
 
@@ -53,7 +51,7 @@ class DiskSlabs:
         mover: Mover,
         pools: Pools,
         *,
-        commit: Callable[[LayoutPools], Awaitable[bool]],
+        commit: Callable[[LayoutOnDisk], Awaitable[bool]],
         wake: Callable[[], None],
         metrics: Metrics,
     ) -> None:
@@ -72,12 +70,10 @@ class DiskSlabs:
 
     # ---- slabs that failed to sync ----
 
-    async def retire(self, pools: LayoutPools) -> bool:
+    async def retire(self, pools: LayoutOnDisk) -> bool:
         """Nothing is planned into slabs that failed to sync; an empty one is deleted. False while
         something in one is in use: the end of that wakes the disk's writer."""
-        disk, disk_id = pools.disk, pools.disk_id
-        assert disk is not None
-        assert disk_id is not None
+        disk, disk_id = pools.disk.store, pools.disk.id
         for number in sorted(disk.slabs.retired - disk.closed):
             if not self._index.close_slab(disk_id, number):
                 return False
@@ -86,55 +82,48 @@ class DiskSlabs:
         for number in sorted(disk.closed):
             if disk.settled and self._index.take_slab(disk_id, number):
                 disk.closed.discard(number)
-                await self._delete(disk, number)
+                await self._delete(pools, number)
         return True
 
-    async def _delete(self, disk: DiskPool, number: int) -> None:
-        shrink = partial(DiskTier.shrink, pool=disk, number=number)
+    async def _delete(self, pools: LayoutOnDisk, number: int) -> None:
+        shrink = partial(pools.files.shrink, pools.disk.store, number)
         await asyncio.shield(self._mover.on_writer(shrink))
 
     # ---- room ----
 
-    async def make_room(self, pools: LayoutPools) -> None:
+    async def make_room(self, pools: LayoutOnDisk) -> None:
         """Slabs for what waits: of the budget, and then from layouts that need them less."""
         batch = max(pages_per_batch(self._index, pools), BATCH_BYTES // pools.shape.page_bytes, 1)
-        waiting = min(batch, self._index.undemoted(pools.cpu_id))
+        waiting = min(batch, self._index.undemoted(pools.cpu.id))
         # beside what waits, the two batches that would otherwise be evicted ahead
         while free_beside_batches(self._index, pools) < waiting:
             if not await self._grow(pools) and not await self._take_over(pools):
                 return
 
-    async def _grow(self, pools: LayoutPools) -> bool:
-        disk, now = pools.disk, asyncio.get_running_loop().time()
-        assert disk is not None
-        assert pools.disk_id is not None
-        assert self._pools.disk is not None
-        if now < self._full_until or not self._pools.disk.has_budget(disk.shape):
+    async def _grow(self, pools: LayoutOnDisk) -> bool:
+        disk, now = pools.disk.store, asyncio.get_running_loop().time()
+        if now < self._full_until or not pools.files.has_budget(disk.shape):
             return False
-        number = await asyncio.shield(self._mover.on_writer(lambda tier: tier.grow(disk)))
+        number = await asyncio.shield(self._mover.on_writer(partial(pools.files.grow, disk)))
         if number is None:
             self._full_until = now + FULL_RETRY_S
             asyncio.get_running_loop().call_later(FULL_RETRY_S, self._wake)
             return False
-        added = self._index.add_slab(pools.disk_id)
+        added = self._index.add_slab(pools.disk.id)
         if added != number:
             raise RuntimeError(f"slab {added} of the index is slab {number} on disk")
         self._full_despite_takeover = False
         return True
 
-    async def _take_over(self, needy: LayoutPools) -> bool:
+    async def _take_over(self, needy: LayoutOnDisk) -> bool:
         """Empty and delete a slab of a layout that needs it less, where that can help: to make room
         in the budget, or once in a full file system until a slab has come of it."""
-        tier = self._pools.disk
-        assert tier is not None
-        assert needy.disk is not None
-        full = tier.has_budget(needy.disk.shape)
-        if not tier.could_hold(needy.disk.shape) or (full and self._full_despite_takeover):
+        files, shape = needy.files, needy.disk.store.shape
+        full = files.has_budget(shape)
+        if not files.could_hold(shape) or (full and self._full_despite_takeover):
             return False
         for owner in self._givers(needy):
-            disk, disk_id = owner.disk, owner.disk_id
-            assert disk is not None
-            assert disk_id is not None
+            disk_id = owner.disk.id
             costs = self._index.slab_pages(disk_id)
             number = next((n for n in cheapest(costs) if self._index.close_slab(disk_id, n)), None)
             if number is None:
@@ -144,33 +133,29 @@ class DiskSlabs:
                     return False
             finally:
                 self._index.reopen_slab(disk_id, number)  # does nothing to one that was taken
-            await self._delete(disk, number)
+            await self._delete(owner, number)
             self._full_despite_takeover, self._full_until = full, 0.0
             return True
         return False
 
-    def _givers(self, needy: LayoutPools) -> list[LayoutPools]:
+    def _givers(self, needy: LayoutOnDisk) -> list[LayoutOnDisk]:
         """Layouts that should give a slab, if all of theirs would come to one of `needy`."""
-        assert needy.disk is not None
-        assert needy.disk_id is not None
         others = {
-            each.disk_id: each
-            for each in self._pools.layouts.values()
-            if each.disk_id is not None and self._index.pool_counts(each.disk_id).slabs
+            each.disk.id: each
+            for each in self._pools.on_disk()
+            if self._index.pool_counts(each.disk.id).slabs
         }
         spare = {
             number: max(0, free_beside_batches(self._index, each))
             for number, each in others.items()
         }
-        found = [others[number] for number in givers(self._index, needy.disk_id, spare)]
-        return found if sum(map(_disk_bytes, found)) >= needy.disk.shape.slab_bytes else []
+        found = [others[number] for number in givers(self._index, needy.disk.id, spare)]
+        return found if sum(map(_disk_bytes, found)) >= needy.disk.store.shape.slab_bytes else []
 
-    async def _empty(self, owner: LayoutPools, number: int, held: int) -> bool:
+    async def _empty(self, owner: LayoutOnDisk, number: int, held: int) -> bool:
         """A closed slab with `held` pages goes from the index: what its owner evicts next goes, the
         rest moves. False when something in it stays in use, or the disk fails."""
-        disk, disk_id = owner.disk, owner.disk_id
-        assert disk is not None
-        assert disk_id is not None
+        disk, disk_id = owner.disk.store, owner.disk.id
         short = held - self._index.pool_counts(disk_id).free
         owner.drop_records(self._index.evict(disk_id, max(0, short)))
         while disk.settled or await self._commit(owner):
@@ -185,6 +170,6 @@ class DiskSlabs:
         return False
 
 
-def _disk_bytes(pools: LayoutPools) -> int:
-    assert pools.disk is not None
-    return len(pools.disk.slabs.numbers()) * pools.disk.shape.slab_bytes
+def _disk_bytes(pools: LayoutOnDisk) -> int:
+    disk = pools.disk.store
+    return len(disk.slabs.numbers()) * disk.shape.slab_bytes

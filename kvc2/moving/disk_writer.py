@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 
 from kvc2 import _core
 from kvc2.metrics import Metrics
@@ -19,7 +20,7 @@ from kvc2.moving.disk_slabs import DiskSlabs
 from kvc2.moving.free_pages import REAP_PAGES, FreePages
 from kvc2.moving.mover import Mover
 from kvc2.moving.turns import Retry, Turns
-from kvc2.tiers.pools import LayoutPools, Pools
+from kvc2.tiers.pools import LayoutOnDisk, Pools
 
 
 class DiskWriter:
@@ -28,7 +29,7 @@ class DiskWriter:
     | state      | to         | when [function]                                                 |
     |------------|------------|-----------------------------------------------------------------|
     | settled    | settled    | a batch is planned into it and begun [_step]                    |
-    | settled    | unsettled  | a page was freed or moved [LayoutPools.drop_records, Mover]     |
+    | settled    | unsettled  | a page was freed or moved [LayoutOnDisk.drop_records, Mover]    |
     | unsettled  | committing | the commit of the first batch under way begins; where none is,  |
     |            |            | one of its own [_step]                                          |
     | committing | settled    | the commit is durable [DiskPool.ended]                          |
@@ -58,13 +59,11 @@ class DiskWriter:
 
     def undemoted(self) -> int:
         """Blocks in memory that the disk should have and has not."""
-        pools = [each for each in self._pools.layouts.values() if each.disk is not None]
-        return sum(self._index.undemoted(each.cpu_id) for each in pools)
+        return sum(self._index.undemoted(each.cpu.id) for each in self._pools.on_disk())
 
     def not_admitted(self) -> int:
         """Blocks in memory that the disk has not, and takes once they are used again."""
-        ids = (each.disk_id for each in self._pools.layouts.values())
-        return sum(self._index.not_admitted(each) for each in ids if each is not None)
+        return sum(map(self._index.not_admitted, self._pools.ids("disk")))
 
     async def work(self) -> None:
         """Write until there is nothing to write, no room, or no turn; batches have ended then."""
@@ -72,21 +71,19 @@ class DiskWriter:
             moved = True
             while moved:
                 moved = False
-                for pools in list(self._pools.layouts.values()):
-                    if pools.disk is not None:
-                        moved |= await self._step(pools)
-                        self._pools.grow(pools, self._free.low_pages(pools.cpu_id))
-                        self._free.keep(pools.cpu_id)
+                for pools in self._pools.on_disk():
+                    moved |= await self._step(pools)
+                    self._pools.grow(pools, self._free.low_pages(pools.cpu.id))
+                    self._free.keep(pools.cpu.id)
                 if not moved and self._batches:
                     await self._batches.first_ended()
                     moved = True
         finally:
             await self._batches.all_ended()
 
-    async def _step(self, pools: LayoutPools) -> bool:
+    async def _step(self, pools: LayoutOnDisk) -> bool:
         """One step of a layout's disk pool; False when there is nothing that can be done."""
-        disk = pools.disk
-        assert disk is not None
+        disk = pools.disk.store
         if self._reap(pools):
             self._free.reap()  # what lies above them
         if self._batches.full or (self._batches and not disk.settled):
@@ -94,7 +91,7 @@ class DiskWriter:
             return True
         if not disk.settled:
             return await self._commit(pools)
-        if not self._index.undemoted(pools.cpu_id) or not self._turns.wanted(pools.cpu_id):
+        if not self._index.undemoted(pools.cpu.id) or not self._turns.wanted(pools.cpu.id):
             return False
         if self.retry.must_wait:
             return False
@@ -106,38 +103,36 @@ class DiskWriter:
             return True
         transfers = self._plan(pools, pages_per_batch(self._index, pools))
         # only now: the plan must not have got a page whose record is still there
-        if not transfers or self._batches or not self._index.undemoted(pools.cpu_id):
+        if not transfers or self._batches or not self._index.undemoted(pools.cpu.id):
             self._free_ahead(pools)  # else after the next plan, which is not to wait for that
         if transfers:
             self._batches.begin(self._commit(pools, transfers))
         return bool(transfers) or not disk.settled
 
-    def _reap(self, pools: LayoutPools) -> bool:
+    def _reap(self, pools: LayoutOnDisk) -> bool:
         """Free the dead blocks' pages on disk; whether there were any."""
-        assert pools.disk_id is not None
         found = False
-        while (dead := self._index.reap(pools.disk_id, REAP_PAGES)).pages.size:
+        while (dead := self._index.reap(pools.disk.id, REAP_PAGES)).pages.size:
             pools.drop_records(dead)
             found = True
         return found
 
-    def _free_ahead(self, pools: LayoutPools) -> None:
+    def _free_ahead(self, pools: LayoutOnDisk) -> None:
         """Two batches of disk pages, and what tenants have above their quotas."""
-        assert pools.disk_id is not None
-        pools.drop_records(self._index.trim(pools.disk_id))
+        pools.drop_records(self._index.trim(pools.disk.id))
         short = -free_beside_batches(self._index, pools)
         if short > 0:
-            pools.drop_records(self._index.evict(pools.disk_id, short))
+            pools.drop_records(self._index.evict(pools.disk.id, short))
 
-    def _plan(self, pools: LayoutPools, pages: int) -> list[_core.Transfer]:
+    def _plan(self, pools: LayoutOnDisk, pages: int) -> list[_core.Transfer]:
         """What a batch of at most so many pages takes; the index plans few at a time."""
         found: list[_core.Transfer] = []
-        while pages > 0 and (transfer := self._index.plan_demote(pools.cpu_id, pages)):
+        while pages > 0 and (transfer := self._index.plan_demote(pools.cpu.id, pages)):
             found.append(transfer)
             pages -= transfer.target_pages.size
         return found
 
-    async def _commit(self, pools: LayoutPools, transfers: Sequence[_core.Transfer] = ()) -> bool:
+    async def _commit(self, pools: LayoutOnDisk, transfers: Sequence[_core.Transfer] = ()) -> bool:
         """A batch of these transfers, and what the pool has dropped. Whether it is committed."""
         patience_s = self._turns.patience_s
         outcome = await asyncio.shield(self._mover.write(pools, transfers, patience_s=patience_s))
@@ -149,10 +144,8 @@ class DiskWriter:
 
     async def save_recency(self) -> None:
         """Write the order of use aside, and when blocks expire."""
-        uses = {
-            digest: (self._index.stamps(each.disk_id), self._index.lifetimes(each.disk_id))
-            for digest, each in self._pools.layouts.items()
-            if each.disk_id is not None
-        }
-        if uses:
-            await self._mover.on_writer(lambda tier: tier.save_recency(uses))
+        for each in self._pools.on_disk():
+            number = each.disk.id
+            stamps, lifetimes = self._index.stamps(number), self._index.lifetimes(number)
+            save = partial(each.files.save_recency, each.disk.store, stamps, lifetimes)
+            await self._mover.on_writer(save)

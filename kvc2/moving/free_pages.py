@@ -30,7 +30,7 @@ class FreePages:
     def reap(self) -> None:
         """Free the dead blocks' pages in memory, as far as nothing pins them."""
         ids = [gpu.id for gpu in self._gpus.values()]
-        ids += [each.cpu_id for each in self._pools.layouts.values()]
+        ids += self._pools.ids("cpu")
         while sum(self._index.reap(each, REAP_PAGES).pages.size for each in ids):
             pass
 

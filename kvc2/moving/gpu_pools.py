@@ -72,8 +72,8 @@ class GpuPool:
     """
 
     id: int  # the index's
-    pools: LayoutPools | None  # None: gpu_only, nothing below
-    store: GpuExecutor | None
+    pools: LayoutPools  # below it, unless there are the engines' pools alone
+    store: GpuExecutor
     queue: ThreadPoolExecutor
     life: SessionLife
     give_up: Callable[[], None] = lambda: None

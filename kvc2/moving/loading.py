@@ -19,15 +19,16 @@ from kvc2.moving import pace
 from kvc2.moving.gpu_pools import GpuPool
 from kvc2.moving.mover import Mover
 from kvc2.moving.routes import Transferred
-from kvc2.tiers.pools import LayoutPools, Pools
+from kvc2.tiers.meter import PROBE_BYTES, Estimate
+from kvc2.tiers.pools import LayoutOnDisk, LayoutPools, Pools
 
 LOAD_BYTES = 64 << 20  # of one transfer from disk: 50 ms of reading, in parts on a few threads ...
 LOAD_S = 0.25  # ... or this long on a slow one, so that what came by a deadline is there
 DEADLINE_SHARE = 0.75  # of an acquire's deadline is planned for; an estimate is no promise
 ARENA_SHARE = 4  # at most a quarter of the arena is being loaded at a time
-TELLING_S = 0.05  # a caller's deadline that is shorter says nothing of the tier
+INFORMATIVE_WAIT_S = 0.05  # a caller's deadline that is shorter says nothing of the tier
 TIERS = ("gpu", "cpu", "disk")  # of a session's chain, fastest first
-HERE = pace.Estimate(math.inf, 0.0)  # of what needs no transfer
+HERE = Estimate(math.inf, 0.0)  # of what needs no transfer
 Step = asyncio.Future[Transferred] | asyncio.Future[None]
 
 
@@ -53,15 +54,14 @@ class Errand:
 
 
 class Loader:
-    """All on the event loop. `pools` is None where there is only the gpu tier. always: also what
-    an engine would compute sooner."""
+    """All on the event loop. always: also what an engine would compute sooner."""
 
     def __init__(
         self,
         index: _core.Index,
         mover: Mover,
         metrics: Metrics,
-        pools: Pools | None,
+        pools: Pools,
         *,
         always: bool = False,
     ) -> None:
@@ -71,8 +71,7 @@ class Loader:
         self._metrics = metrics
         self._waiters: list[asyncio.Future[None]] = []
         self.pools = pools
-        if pools is not None:
-            pools.on_served = self.changed
+        pools.on_served = self.changed
 
     def changed(self) -> None:
         """A transfer has ended or the arena has grown."""
@@ -142,8 +141,8 @@ class Loader:
 
     def _choose(self, errand: Errand) -> None:
         """Shorten the lease where computing is sooner, by what the tiers have shown by now."""
-        pools, ahead = errand.gpu.pools, self._index.lease(errand.lease).ahead
-        if pools is None or ahead.size == 0:
+        shape, ahead = errand.gpu.pools.shape, self._index.lease(errand.lease).ahead
+        if ahead.size == 0:
             return
         now = asyncio.get_running_loop().time()
         offers = [
@@ -152,8 +151,8 @@ class Loader:
         ]
         choice = pace.choose(
             offers,
-            page_bytes=pools.shape.page_bytes,
-            page_size=pools.shape.page_size,
+            page_bytes=shape.page_bytes,
+            page_size=shape.page_size,
             prefill_rate=errand.prefill_rate,
             deadline_s=DEADLINE_SHARE * max(0.0, errand.deadline - now),
         )
@@ -163,7 +162,7 @@ class Loader:
             self._probe(errand, offers, choice.blocks)
             self._shorten(errand, choice.blocks, "slower")
 
-    def _estimate(self, tier: str) -> pace.Estimate | None:
+    def _estimate(self, tier: str) -> Estimate | None:
         return HERE if tier == "gpu" else self._mover.meters[tier].estimate
 
     def _probe(self, errand: Errand, offers: list[pace.Offer], chosen: int) -> None:
@@ -177,16 +176,15 @@ class Loader:
             return
         idle = not self._mover.loading_bytes and self._mover.meters["disk"].may_probe()
         if first >= chosen and idle:
-            self._next_load(errand, pace.PROBE_BYTES)
+            self._next_load(errand, PROBE_BYTES)
 
     def _shorten(self, errand: Errand, blocks: int, why: str) -> None:
         """Bring `blocks` more than the lease has now; it computes the rest."""
         before = self._index.lease(errand.lease)
         self._index.shorten(errand.lease, before.pages.size + blocks)
         lost = before.matched - self._index.lease(errand.lease).matched
-        if lost and errand.gpu.pools is not None:
-            tokens = lost * errand.gpu.pools.shape.page_size
-            self._metrics.recomputed_tokens.labels(why).inc(tokens)
+        tokens = lost * errand.gpu.pools.shape.page_size
+        self._metrics.recomputed_tokens.labels(why).inc(tokens)
 
     def _came(self, errand: Errand, took_s: float) -> None:
         late_s = took_s - errand.expected_s
@@ -201,8 +199,8 @@ class Loader:
         """The engine computes what has not come."""
         if at_deadline:
             self._metrics.fault("acquire_deadline")
-        telling_s = TELLING_S if at_deadline else 0.0
-        if errand.own and took_s > max(errand.expected_s, telling_s):
+        informative_s = INFORMATIVE_WAIT_S if at_deadline else 0.0
+        if errand.own and took_s > max(errand.expected_s, informative_s):
             self._mover.overdue("disk", errand.num_bytes, took_s)
         if errand.own and errand.expected_s and errand.step is not None:
             promised = asyncio.get_running_loop().time() - took_s + errand.expected_s
@@ -237,13 +235,13 @@ class Loader:
         """Of one transfer from disk; little from one whose speed isn't known yet."""
         estimate = self._mover.meters["disk"].estimate
         if estimate is None:
-            return pace.PROBE_BYTES
+            return PROBE_BYTES
         return round(min(LOAD_BYTES, estimate.bandwidth_bytes_per_s * LOAD_S))
 
     def _next_load(self, errand: Errand, bytes_max: int) -> None:
         """Begin the next load of the lease, or find the one that it waits for: its step."""
         pools = errand.gpu.pools
-        if pools is None or pools.disk is None or self.pools is None:
+        if not isinstance(pools, LayoutOnDisk):
             return
         view = self._index.lease(errand.lease)
         wanted = view.matched - view.pages.size
@@ -272,10 +270,9 @@ class Loader:
 
     def _room_is_coming(self, pools: LayoutPools, *, growing: bool) -> bool:
         """For a page that was not to be had."""
-        assert self.pools is not None
-        if not pools.cpu.slabs():
+        if not pools.cpu.store.slabs():
             return growing or self.pools.is_wanted(pools)
-        return growing and not self._index.pool_counts(pools.cpu_id).free
+        return growing and not self._index.pool_counts(pools.cpu.id).free
 
     def _expect(self, errand: Errand, num_bytes: int) -> None:
         estimate = self._mover.meters["disk"].estimate

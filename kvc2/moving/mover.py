@@ -19,7 +19,7 @@ import asyncio
 import logging
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -29,12 +29,12 @@ import numpy as np
 from kvc2 import _core
 from kvc2.metrics import Metrics
 from kvc2.moving.gpu_pools import GpuPool
-from kvc2.moving.pace import Meter
 from kvc2.moving.routes import NO_PAGES, Part, Route, Routes, Transferred, leading, none_of
-from kvc2.tiers.base import U8, U32, joined, part_of
+from kvc2.tiers.base import U8, U32, joined, part_of, records_of
 from kvc2.tiers.disk.batch import WriteBatch, Writing
-from kvc2.tiers.disk.tier import FAULT_OF_STATUS, DiskTier, Outcome
-from kvc2.tiers.pools import LayoutPools
+from kvc2.tiers.disk.tier import FAULT_OF_STATUS, Outcome
+from kvc2.tiers.meter import Meter
+from kvc2.tiers.pools import LayoutOnDisk, LayoutPools
 
 LOG = logging.getLogger(__name__)
 
@@ -45,26 +45,23 @@ LOAD_PART_BYTES = 8 << 20
 
 class Mover:
     """All methods are called on the event loop's thread; `clock` is read by its threads too.
-    `arena` is [bytes] u8. `meters`: of the tiers that are brought from."""
+    `meters`: of the tiers that are brought from, by name."""
 
     def __init__(
         self,
         index: _core.Index,
         metrics: Metrics,
-        arena: U8,
-        disk: DiskTier | None,
+        meters: Mapping[str, Meter],
         on_done: Callable[[], None],
         *,
         clock: Callable[[], float],
     ) -> None:
         self._clock = clock
-        self.meters = {"cpu": Meter(clock), "disk": Meter(clock)}
+        self.meters = meters
         self._index = index
         self._metrics = metrics
-        self._arena = arena
-        self._disk = disk
         self._on_done = on_done
-        self._routes = Routes(self.meters["disk"])
+        self._routes = Routes(meters["disk"])
         self._team = _core.ThreadTeam(1)
         self._under_way: set[int] = set()
         self._waiters: dict[int, list[asyncio.Future[None]]] = {}
@@ -93,23 +90,20 @@ class Mover:
         """Whether a transfer is under way that someone waits for: the others yield to it."""
         return self.loading_bytes > 0 or self.promoting > 0
 
-    def on_writer(self, work: Callable[[DiskTier], T]) -> asyncio.Future[T]:
+    def on_writer(self, work: Callable[[], T]) -> asyncio.Future[T]:
         """Run `work` on the thread that alone writes the disk's catalogue."""
-        assert self._disk is not None
-        return asyncio.get_running_loop().run_in_executor(self._routes.writer, work, self._disk)
+        return asyncio.get_running_loop().run_in_executor(self._routes.writer, work)
 
     # ---- towards faster tiers ----
 
     def promote(self, gpu: GpuPool, transfer: _core.Transfer) -> None:
         """cpu -> gpu, behind everything that was promoted to this session before."""
-        assert gpu.pools is not None
-        assert gpu.store is not None
         gpu.sequence += 1
         gpu.pending[transfer.id] = gpu.sequence
         self.promoting += 1
-        pages, offsets = transfer.target_pages, gpu.pools.cpu.offsets(transfer.source_pages)
+        pages, offsets = transfer.target_pages, gpu.pools.cpu.store.offsets(transfer.source_pages)
         copy = partial(gpu.store.write, pages, offsets, sequence=gpu.sequence)
-        route = Route("cpu", "gpu", gpu.queue, self.meters["cpu"])
+        route = Route("cpu", "gpu", gpu.queue, gpu.pools.cpu.meter)
         running = self._carry(route, [transfer], [Part(pages.size, copy)])
         running.add_done_callback(partial(self._promoted, gpu, route, transfer))
 
@@ -129,28 +123,26 @@ class Mover:
 
     def load(
         self,
-        pools: LayoutPools,
+        pools: LayoutOnDisk,
         transfer: _core.Transfer,
         came: Callable[[], None] = lambda: None,
     ) -> asyncio.Future[Transferred]:
         """disk -> cpu, each block verified whole. The bad ones are dropped from the index and the
         catalogue. Never raises. `came` runs once the index has them, before anybody else can evict
         them."""
-        assert pools.disk is not None
-        assert transfer.records is not None
         count, page_bytes = transfer.target_pages.size, pools.shape.page_bytes
-        offsets = pools.cpu.offsets(transfer.target_pages)
+        offsets, records = pools.cpu.store.offsets(transfer.target_pages), records_of(transfer)
         step = max(1, LOAD_PART_BYTES // page_bytes)
         slices = [slice(start, min(start + step, count)) for start in range(0, count, step)]
         parts = [
             Part(
                 each.stop - each.start,
                 partial(
-                    pools.disk.load,
-                    self._arena,
+                    pools.disk.store.load,
+                    pools.cpu.store.arena.memory,
                     transfer.source_pages[each],
                     offsets[each],
-                    part_of(transfer.records, each),
+                    part_of(records, each),
                 ),
             )
             for each in slices
@@ -162,7 +154,7 @@ class Mover:
 
     async def _loaded(
         self,
-        pools: LayoutPools,
+        pools: LayoutOnDisk,
         transfer: _core.Transfer,
         running: asyncio.Future[Transferred],
         came: Callable[[], None],
@@ -176,38 +168,36 @@ class Mover:
         self._drop_bad_of(pools, transfer, loaded)
         return loaded
 
-    def _drop_bad_of(self, pools: LayoutPools, transfer: _core.Transfer, came: Transferred) -> None:
+    def _drop_bad_of(
+        self, pools: LayoutOnDisk, transfer: _core.Transfer, came: Transferred
+    ) -> None:
         if not came.whole:
             self.drop_bad(pools, transfer.source_pages[came.bad], came.status[came.bad])
 
-    def drop_bad(self, pools: LayoutPools, pages: U32, status: U8) -> None:
+    def drop_bad(self, pools: LayoutOnDisk, pages: U32, status: U8) -> None:
         """Blocks that the disk has spoiled: a miss from now on."""
-        assert pools.disk is not None
-        assert pools.disk_id is not None
         for kind, count in zip(*np.unique(status, return_counts=True), strict=True):
             self._metrics.fault(FAULT_OF_STATUS[int(kind)], int(count))
         LOG.warning("disk: %d blocks did not come whole, dropped", pages.size)
-        lost = self._index.lost(pools.disk_id, pages)
-        pools.disk.drop(lost.pages)
+        lost = self._index.lost(pools.disk.id, pages)
+        pools.disk.store.drop(lost.pages)
         self._on_done()
 
     # ---- within a tier ----
 
     async def move_in_arena(self, pools: LayoutPools, transfer: _core.Transfer) -> Transferred:
         """Pages of one slab to other slabs of its cpu pool. Never raises."""
-        copy = pools.cpu.move(self._team, transfer.source_pages, transfer.target_pages)
+        copy = pools.cpu.store.move(self._team, transfer.source_pages, transfer.target_pages)
         part = Part(transfer.target_pages.size, copy)
         moved = await self._carry(self._routes.move_in_arena, [transfer], [part])
         return self._end(self._routes.move_in_arena, pools, [transfer], moved)
 
-    async def move_on_disk(self, pools: LayoutPools, transfer: _core.Transfer) -> Transferred:
+    async def move_on_disk(self, pools: LayoutOnDisk, transfer: _core.Transfer) -> Transferred:
         """Pages of one slab to other slabs of its disk pool, verified; their records go with the
         next commit. Never raises."""
-        disk, records = pools.disk, transfer.records
-        assert disk is not None
-        assert records is not None
+        disk = pools.disk.store
         sources, targets = transfer.source_pages, transfer.target_pages
-        part = Part(sources.size, partial(disk.move, sources, targets, records))
+        part = Part(sources.size, partial(disk.move, sources, targets, records_of(transfer)))
         moved = await self._carry(self._routes.move_on_disk, [transfer], [part])
         moved = self._end(self._routes.move_on_disk, pools, [transfer], moved)
         if moved.error is not None:
@@ -223,10 +213,8 @@ class Mover:
 
     async def demote(self, gpu: GpuPool, transfer: _core.Transfer) -> Transferred:
         """gpu -> cpu. Never raises."""
-        assert gpu.pools is not None
-        assert gpu.store is not None
         store, pages = gpu.store, transfer.source_pages
-        offsets = gpu.pools.cpu.offsets(transfer.target_pages)
+        offsets = gpu.pools.cpu.store.offsets(transfer.target_pages)
 
         def copy() -> U8:
             came = store.read(pages, offsets)
@@ -239,7 +227,7 @@ class Mover:
 
     async def write(
         self,
-        pools: LayoutPools,
+        pools: LayoutOnDisk,
         transfers: Sequence[_core.Transfer] = (),
         *,
         patience_s: float = 0.0,
@@ -248,9 +236,7 @@ class Mover:
         dropped. In the order of the calls, which may be before those before them have ended: the
         next batch is written meanwhile. Writes yield to loads that come meanwhile, for so long.
         Never raises."""
-        disk, pool = self._disk, pools.disk
-        assert disk is not None
-        assert pool is not None
+        pool = pools.disk.store
         outcome, count = Outcome(False, False), sum(each.target_pages.size for each in transfers)
         writing = self._begin_batch(pools, transfers, patience_s)
 
@@ -258,7 +244,7 @@ class Mover:
             nonlocal outcome
             if transfers and writing is None:
                 return none_of(count)
-            outcome = disk.store(pool, writing)
+            outcome = pools.files.store(pool, writing)
             return None if outcome.written else none_of(count)
 
         written = await self._carry(self._routes.write, transfers, [Part(count, commit)])
@@ -268,24 +254,22 @@ class Mover:
         return outcome
 
     def _begin_batch(
-        self, pools: LayoutPools, transfers: Sequence[_core.Transfer], patience_s: float
+        self, pools: LayoutOnDisk, transfers: Sequence[_core.Transfer], patience_s: float
     ) -> Writing | None:
         """None: there is nothing to write, or it could not be begun."""
         if not transfers:
             return None
-        assert self._disk is not None
-        assert pools.disk is not None
         batch = WriteBatch(
-            pools.disk,
+            pools.disk.store,
             np.concatenate([each.target_pages for each in transfers]),
-            pools.cpu.offsets(np.concatenate([each.source_pages for each in transfers])),
-            joined([each.records for each in transfers if each.records is not None]),
+            pools.cpu.store.offsets(np.concatenate([each.source_pages for each in transfers])),
+            joined([records_of(each) for each in transfers]),
             self._calm,
             patience_s,
         )
-        number = pools.disk.number
+        number = pools.disk.store.number
         try:
-            writing = self._disk.begin(batch, self._writing.get(number))
+            writing = pools.files.begin(batch, self._writing.get(number))
         except Exception as error:
             LOG.error("a batch was not begun: %r", error)
             return None
@@ -306,16 +290,15 @@ class Mover:
     def _end(
         self,
         route: Route,
-        pools: LayoutPools | None,
+        pools: LayoutPools,
         transfers: Sequence[_core.Transfer],
         came: Transferred,
     ) -> Transferred:
         """What came is the index's now, and whoever waits is told. The result says too which pages
         moved blocks have left."""
-        if pools is not None:
-            route.measure(pools.shape, came)
-            if route.meter is not None:
-                self._publish(route.source)
+        route.measure(pools.shape, came)
+        if route.meter is not None:
+            self._publish(route.source)
         left, first = [NO_PAGES], 0
         for each in transfers:
             last = first + each.target_pages.size
@@ -327,7 +310,7 @@ class Mover:
     def _complete(
         self,
         route: Route,
-        pools: LayoutPools | None,
+        pools: LayoutPools,
         transfer: _core.Transfer,
         good: int,
         asked: float,
@@ -342,8 +325,7 @@ class Mover:
         if good < transfer.target_pages.size:
             self._metrics.fault("transfer_failed")
         self._metrics.transfer_blocks.labels(*way).inc(good)
-        if pools is not None:
-            self._metrics.transfer_bytes.labels(*way).inc(good * pools.shape.payload_bytes)
+        self._metrics.transfer_bytes.labels(*way).inc(good * pools.shape.payload_bytes)
         self._metrics.transfer_seconds.labels(*way).observe(self._clock() - asked)
         for waiter in self._waiters.pop(transfer.id, []):
             if not waiter.done():

@@ -15,8 +15,8 @@ import numpy as np
 
 from kvc2 import _core
 from kvc2.host.priority import step_back
-from kvc2.moving.pace import Meter
 from kvc2.tiers.base import U8, U32, PageShape
+from kvc2.tiers.meter import Meter
 
 LOG = logging.getLogger(__name__)
 

@@ -19,14 +19,13 @@ import numpy as np
 
 from kvc2 import _core, errors
 from kvc2.answers import Scrubbed
-from kvc2.moving import pace
 from kvc2.moving.loading import Loader
 from kvc2.moving.mover import Mover
 from kvc2.tiers.base import U8, U32
 from kvc2.tiers.disk.pool import DiskPool
 from kvc2.tiers.disk.slab_file import aligned
-from kvc2.tiers.disk.tier import DiskTier
-from kvc2.tiers.pools import LayoutPools, Pools
+from kvc2.tiers.meter import PROBE_BYTES
+from kvc2.tiers.pools import LayoutOnDisk, Pools
 
 LOG = logging.getLogger(__name__)
 
@@ -40,11 +39,7 @@ MB = 1_000_000
 
 
 class Scrubber:
-    """`pools` is None where there is only the gpu tier."""
-
-    def __init__(
-        self, index: _core.Index, pools: Pools | None, *, loader: Loader, mover: Mover
-    ) -> None:
+    def __init__(self, index: _core.Index, pools: Pools, *, loader: Loader, mover: Mover) -> None:
         self._index = index
         self._loader = loader
         self._mover = mover
@@ -55,21 +50,22 @@ class Scrubber:
         self._total = self._blocks = self._bytes = self._bad = self._passes = 0
         self.pools = pools
 
-    def start(self, mb_per_s: int) -> None:
+    def start(self, mb_per_s: int) -> asyncio.Task[None]:
         """Begin a pass, or go on with the one under way at this rate; 0: RATE_MB_PER_S. Raises
         InvalidRequest where there is no disk."""
-        if self.pools is None or self.pools.disk is None:
+        if not self.pools.tiers.disks:
             raise errors.InvalidRequest("start_mb_per_s", mb_per_s, "a daemon with a disk tier")
         if mb_per_s > RATE_MAX:
             raise errors.InvalidRequest("start_mb_per_s", mb_per_s, f"at most {RATE_MAX}")
         self._rate = float((mb_per_s or RATE_MB_PER_S) * MB)
-        if self._running:
-            return
+        if self._task is not None and not self._task.done():
+            return self._task
         self._begun = asyncio.get_running_loop().time()
-        self._total = sum(self._resident(each) for each in self.pools.layouts.values())
+        self._total = sum(self._resident(each) for each in self.pools.ids("disk"))
         self._blocks = self._bytes = self._bad = 0
-        self._task = asyncio.create_task(self._pass(self.pools))
+        self._task = asyncio.create_task(self._pass())
         self._task.add_done_callback(self._over)
+        return self._task
 
     def keep(self, mb_per_s: int) -> None:
         """A pass now and again AGAIN_S after each, until `stop`."""
@@ -107,22 +103,19 @@ class Scrubber:
 
     async def _keep(self, mb_per_s: int) -> None:
         while True:
-            self.start(mb_per_s)
-            assert self._task is not None
-            await asyncio.wait([self._task])
+            await asyncio.wait([self.start(mb_per_s)])
             await asyncio.sleep(AGAIN_S)
 
     # ---- a pass ----
 
-    async def _pass(self, pools: Pools) -> None:
+    async def _pass(self) -> None:
         loop = asyncio.get_running_loop()
         due = loop.time()  # when what was read so far is due at the rate
-        for each in list(pools.layouts.values()):
-            if each.disk is None:
-                continue
-            memory = aligned(max(PART_BYTES_MAX, each.disk.shape.page_bytes))
-            for slab in each.disk.slabs.numbers():
-                for first, count in self._parts(each.disk, slab):
+        for each in self.pools.on_disk():
+            disk = each.disk.store
+            memory = aligned(max(PART_BYTES_MAX, disk.shape.page_bytes))
+            for slab in disk.slabs.numbers():
+                for first, count in self._parts(disk, slab):
                     await asyncio.sleep(max(0.0, due - loop.time()))
                     await self._quiet()
                     due = max(due, loop.time() - PART_S)  # what others took is not made up for
@@ -146,19 +139,17 @@ class Scrubber:
 
     def _part_bytes(self) -> int:
         estimate = self._mover.meters["disk"].estimate
-        speed = pace.PROBE_BYTES / PART_S if estimate is None else estimate.bandwidth_bytes_per_s
+        speed = PROBE_BYTES / PART_S if estimate is None else estimate.bandwidth_bytes_per_s
         return round(min(PART_BYTES_MAX, speed * PART_S, self._rate * 5 * PART_S))
 
-    async def _verify(self, pools: LayoutPools, memory: U8, first: int, count: int) -> int:
+    async def _verify(self, pools: LayoutOnDisk, memory: U8, first: int, count: int) -> int:
         """Bytes that were read."""
-        assert pools.disk is not None
-        assert pools.disk_id is not None
-        disk = pools.disk
-        pages, records = self._index.residents(pools.disk_id, first, count)
+        disk = pools.disk.store
+        pages, records = self._index.residents(pools.disk.id, first, count)
         if not pages.size:
             return 0
 
-        def read(_: DiskTier) -> U8 | None:
+        def read() -> U8 | None:
             there = first // disk.shape.pages_per_slab in disk.slabs.numbers()
             return disk.verify(memory, pages, records) if there else None
 
@@ -169,7 +160,7 @@ class Scrubber:
         self._bytes += pages.size * disk.shape.page_bytes
         bad = status != _core.BLOCK_OK
         if bad.any():
-            bad &= self._unchanged(pools.disk_id, pages, records, first, count)
+            bad &= self._unchanged(pools.disk.id, pages, records, first, count)
             self._bad += int(bad.sum())
             self._mover.drop_bad(pools, pages[bad], status[bad])
         return int(pages.size) * disk.shape.page_bytes
@@ -183,5 +174,5 @@ class Scrubber:
         pairs = zip(pages.tolist(), records.generations.tolist(), strict=True)
         return np.array([held.get(page) == generation for page, generation in pairs], np.bool_)
 
-    def _resident(self, pools: LayoutPools) -> int:
-        return 0 if pools.disk_id is None else self._index.pool_counts(pools.disk_id).resident
+    def _resident(self, pool: int) -> int:
+        return self._index.pool_counts(pool).resident

@@ -61,7 +61,7 @@ class ArenaSlabs:
     def of(self, owner: LayoutPools, run: slice) -> list[int]:
         """Numbers of the owner's slabs among these rows."""
         rows = self.rows[run]
-        return [int(each) for each in rows["number"][rows["pool"] == owner.cpu_id]]
+        return [int(each) for each in rows["number"][rows["pool"] == owner.cpu.id]]
 
 
 class Slabs:
@@ -95,11 +95,11 @@ class Slabs:
 
     async def _take_run(self, needy: LayoutPools) -> bool:
         """A run of the arena that holds a slab of `needy` is free now, or there is none to get."""
-        others = [each for each in self._pools.layouts.values() if each.cpu.slabs()]
-        ids = {each.cpu_id: self._spare(each.cpu_id, self._high) for each in others}
+        others = [each for each in self._pools.layouts.values() if each.cpu.store.slabs()]
+        ids = {each.cpu.id: self._spare(each.cpu.id, self._high) for each in others}
         owners = [
-            next(each for each in others if each.cpu_id == number)
-            for number in givers(self._index, needy.cpu_id, ids)
+            next(each for each in others if each.cpu.id == number)
+            for number in givers(self._index, needy.cpu.id, ids)
         ]
         for group in [*([each] for each in owners), owners]:  # each alone, then all together
             slabs = self._slabs_of(group)
@@ -114,11 +114,11 @@ class Slabs:
         """Their slabs in the arena, but for those that can't go."""
         found = []
         for owner in owners:
-            costs = self._index.slab_pages(owner.cpu_id)
+            costs = self._index.slab_pages(owner.cpu.id)
             numbers = np.flatnonzero(costs != NO_SLAB_COST)
             rows = np.empty(numbers.size, SLAB_ROW)
-            rows["pool"], rows["number"] = owner.cpu_id, numbers
-            rows["base"], rows["bytes"] = owner.cpu.bases(numbers), owner.shape.slab_bytes
+            rows["pool"], rows["number"] = owner.cpu.id, numbers
+            rows["base"], rows["bytes"] = owner.cpu.store.bases(numbers), owner.shape.slab_bytes
             rows["cost"] = costs[numbers].astype(np.int64) * owner.shape.page_bytes
             found.append(rows)
         rows = np.concatenate(found) if found else np.empty(0, SLAB_ROW)
@@ -126,7 +126,7 @@ class Slabs:
 
     def _close(self, parts: list[tuple[LayoutPools, list[int]]]) -> bool:
         """Close these slabs, or none of them: something in them is in use."""
-        slabs = [(owner.cpu_id, number) for owner, numbers in parts for number in numbers]
+        slabs = [(owner.cpu.id, number) for owner, numbers in parts for number in numbers]
         for done, (pool, number) in enumerate(slabs):
             if not self._index.close_slab(pool, number):
                 for each in slabs[:done]:
@@ -137,7 +137,7 @@ class Slabs:
     async def _empty(self, owner: LayoutPools, numbers: list[int]) -> bool:
         """Closed slabs go back to the arena. False, and what is left of them is open again, when
         that can't be."""
-        pool, taken = owner.cpu_id, 0
+        pool, taken = owner.cpu.id, 0
         try:
             counts = self._index.pool_counts(pool)
             open_pages = (counts.slabs - len(numbers)) * owner.shape.pages_per_slab
@@ -150,7 +150,7 @@ class Slabs:
                         break  # all in use
             for number in numbers:
                 if self._index.take_slab(pool, number):
-                    owner.cpu.remove_slab(number)
+                    owner.cpu.store.remove_slab(number)
                     taken += 1
         finally:
             for number in numbers:

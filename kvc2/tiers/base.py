@@ -68,6 +68,13 @@ class RecordsPart:
     extras: U8
 
 
+def records_of(transfer: _core.Transfer) -> _core.Records:
+    """Of a transfer from or to a durable pool. ValueError for another."""
+    if transfer.records is None:
+        raise ValueError(f"transfer {transfer.id}: neither of its pools is durable")
+    return transfer.records
+
+
 def part_of(records: _core.Records, part: slice) -> _core.Records:
     rows = {each.name: getattr(records, each.name)[part] for each in fields(RecordsPart)}
     return cast(_core.Records, RecordsPart(**rows))

@@ -1,4 +1,4 @@
-"""The pools of each layout in cpu and disk.
+"""The tiers below the engines' own pools, and the pools of each layout in them.
 
 All sessions and namespaces of one layout share its pools. A cpu pool grows by a slab before
 anything is evicted from it. Not here: moving pages (mover.py), slabs that go from one layout to
@@ -9,8 +9,9 @@ One thread (the event loop's) uses this.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -23,45 +24,109 @@ from kvc2.tiers.cpu import CpuPool
 from kvc2.tiers.disk import restart
 from kvc2.tiers.disk.pool import DiskPool
 from kvc2.tiers.disk.tier import DiskTier
+from kvc2.tiers.meter import Meter
+
+Store = TypeVar("Store")
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
+class Tiers:
+    """What lies below the engines' own pools: memory, and a disk where there is one (`disks` has
+    it, or nothing). An arena of no bytes is no tier: then there are the engines' pools alone.
+    `meters`: of the tiers that are brought from, by name."""
+
+    arena: Arena
+    disks: tuple[DiskTier, ...]
+    meters: Mapping[str, Meter]
+
+    @staticmethod
+    def of(arena: Arena, disks: tuple[DiskTier, ...], clock: Callable[[], float]) -> Tiers:
+        """`clock`: monotonic seconds."""
+        return Tiers(arena, disks, {"cpu": Meter(clock), "disk": Meter(clock)})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The fastest first."""
+        cpu = ("cpu",) if self.arena.capacity_bytes else ()
+        return cpu + ("disk",) * len(self.disks)
+
+    def capacity_bytes(self, tier: str) -> int:
+        if tier == "cpu":
+            return self.arena.capacity_bytes
+        return sum(each.size_bytes for each in self.disks)
+
+    def close(self) -> None:
+        """The slowest first."""
+        for each in self.disks:
+            each.close()
+        self.arena.close()
+
+
+@dataclass(frozen=True, eq=False)
+class TierPool(Generic[Store]):
+    """One link of a layout's chain: the index's `id` of the pool, and what holds its pages."""
+
+    tier: str
+    id: int
+    store: Store
+    meter: Meter
+
+
+@dataclass(frozen=True, eq=False)
 class LayoutPools:
-    """The cpu pool of a layout, and the disk pool below it where there is a disk."""
+    """The chain of a layout below an engine's own pool. `shape`: of pages in the arena. Where that
+    has no bytes the cpu pool never has a page, and is no part of the chain."""
 
-    shape: PageShape  # in the arena
-    cpu_id: int
-    cpu: CpuPool
-    disk_id: int | None
-    disk: DiskPool | None
+    shape: PageShape
+    cpu: TierPool[CpuPool]
+
+    @property
+    def chain(self) -> tuple[TierPool[CpuPool] | TierPool[DiskPool], ...]:
+        """The fastest first."""
+        return (self.cpu,) if self.cpu.store.arena.capacity_bytes else ()
+
+
+@dataclass(frozen=True, eq=False)
+class LayoutOnDisk(LayoutPools):
+    """The chain of a layout where there is a disk."""
+
+    disk: TierPool[DiskPool]
+    files: DiskTier
+
+    @property
+    def chain(self) -> tuple[TierPool[CpuPool] | TierPool[DiskPool], ...]:
+        return (self.cpu, self.disk)
 
     def drop_records(self, evicted: _core.Evicted) -> None:
         """Of pages that the index has freed on the disk: they go with the next commit."""
-        assert self.disk is not None
-        self.disk.drop(evicted.pages)
+        self.disk.store.drop(evicted.pages)
 
 
 class Pools:
     """Index pools and their slabs, by layout."""
 
     def __init__(
-        self,
-        index: _core.Index,
-        arena: Arena,
-        disk: DiskTier | None,
-        metrics: Metrics,
-        config: ServeConfig,
+        self, index: _core.Index, tiers: Tiers, metrics: Metrics, config: ServeConfig
     ) -> None:
         self._index = index
         self._metrics = metrics
         self._max_layouts = config.limits.max_layouts
         self._second_access = config.disk.admission == "second_access"
-        self.arena = arena
-        self.disk = disk
+        self.tiers = tiers
+        self.arena = tiers.arena
         self.layouts: dict[bytes, LayoutPools] = {}
         self.wanted: dict[bytes, int] = {}  # free cpu pages by layout; slabs.py tries to serve it
         self.on_want: Callable[[], None] = lambda: None
         self.on_served: Callable[[], None] = lambda: None
+
+    def on_disk(self) -> list[LayoutOnDisk]:
+        """The layouts that have a pool there."""
+        return [each for each in self.layouts.values() if isinstance(each, LayoutOnDisk)]
+
+    def ids(self, tier: str) -> list[int]:
+        """The index's, of the tier's pools."""
+        links = [link for each in self.layouts.values() for link in each.chain]
+        return [each.id for each in links if each.tier == tier]
 
     def of(self, shape: PageShape) -> LayoutPools:
         """The pools of a layout, made when it has none yet. Raises InvalidRequest when the disk has
@@ -83,26 +148,30 @@ class Pools:
         return known
 
     def _make(self, shape: PageShape) -> LayoutPools:
-        disk = None if self.disk is None else self.disk.pool(shape)
-        disk_id = None
-        if disk is not None:
-            disk_id = restart.disk_pool(self._index, disk.shape, second_access=self._second_access)
         in_arena = shape.with_slabs(self.arena.unit_bytes)
-        cpu_id = self._index.add_pool(
+        for files in self.tiers.disks:
+            store = files.pool(shape)
+            number = restart.disk_pool(self._index, store.shape, second_access=self._second_access)
+            disk = TierPool("disk", number, store, self.tiers.meters["disk"])
+            return LayoutOnDisk(in_arena, self._cpu(in_arena, below=number), disk, files)
+        return LayoutPools(in_arena, self._cpu(in_arena, below=None))
+
+    def _cpu(self, shape: PageShape, *, below: int | None) -> TierPool[CpuPool]:
+        number = self._index.add_pool(
             page_size=shape.page_size,
-            pages_per_slab=in_arena.pages_per_slab,
-            below=disk_id,
+            pages_per_slab=shape.pages_per_slab,
+            below=below,
             durable=False,
             tier=TIER_NUMBERS["cpu"],
             page_bytes=shape.page_bytes,
         )
-        return LayoutPools(in_arena, cpu_id, CpuPool(self.arena, in_arena), disk_id, disk)
+        return TierPool("cpu", number, CpuPool(self.arena, shape), self.tiers.meters["cpu"])
 
     def grow(self, pools: LayoutPools, pages: int) -> bool:
         """Slabs for the cpu pool until `pages` are free there or the arena is all taken. Whether
         they are."""
-        while self._index.pool_counts(pools.cpu_id).free < pages:
-            if not self._add_slab(pools):
+        while self._index.pool_counts(pools.cpu.id).free < pages:
+            if not self._add_slab(pools.cpu):
                 return False
         return True
 
@@ -121,11 +190,11 @@ class Pools:
         self.wanted.pop(pools.shape.layout_digest, None)
         self.on_served()
 
-    def _add_slab(self, pools: LayoutPools) -> bool:
-        run = pools.cpu.take_run()
+    def _add_slab(self, cpu: TierPool[CpuPool]) -> bool:
+        run = cpu.store.take_run()
         if run is None:
             return False
-        pools.cpu.add_slab(self._index.add_slab(pools.cpu_id), run)
+        cpu.store.add_slab(self._index.add_slab(cpu.id), run)
         return True
 
     # ---- restart ----
@@ -133,34 +202,35 @@ class Pools:
     def restore(self) -> dict[bytes, int]:
         """Rebuild what the disk held: namespaces, slabs, residency; drop records that don't fit.
         Returns the index's numbers of the namespaces that are left, by the name of their era."""
-        disk = self.disk
-        if disk is None:
-            return {}
-        numbers = restart.open_namespaces(self._index, disk.catalogue)
-        used: set[bytes] = set()
-        for pool in list(disk.pools.values()):
-            used |= self._restore_pool(disk, self._known(pool.shape))
-        disk.forget_namespaces(used)
-        return {
-            known: number
-            for known, number in numbers.items()
-            if known in used or not self._index.close_namespace(number)
-        }
+        found: dict[bytes, int] = {}
+        for files in self.tiers.disks:
+            numbers = restart.open_namespaces(self._index, files.catalogue)
+            for pool in list(files.pools.values()):
+                self._known(pool.shape)
+            used: set[bytes] = set()
+            for each in self.on_disk():
+                used |= self._restore_pool(each)
+            files.forget_namespaces(used)
+            found |= {
+                known: number
+                for known, number in numbers.items()
+                if known in used or not self._index.close_namespace(number)
+            }
+        return found
 
-    def _restore_pool(self, disk: DiskTier, pools: LayoutPools) -> set[bytes]:
+    def _restore_pool(self, pools: LayoutOnDisk) -> set[bytes]:
         """The parents of the records that were taken: among them the namespaces still in use."""
-        assert pools.disk is not None
-        assert pools.disk_id is not None
-        stored = disk.stored(pools.disk)
-        restart.add_slabs(self._index, pools.disk_id, pools.disk.slabs.numbers())
-        number, recency = pools.disk.number, disk.recency
+        disk, files = pools.disk, pools.files
+        stored = files.stored(disk.store)
+        restart.add_slabs(self._index, disk.id, disk.store.slabs.numbers())
+        number, recency = disk.store.number, files.recency
         result = restart.restore(
-            self._index, pools.disk_id, stored, recency.stamps(number), recency.lifetimes(number)
+            self._index, disk.id, stored, recency.stamps(number), recency.lifetimes(number)
         )
         refused = stored.pages[result != _core.RESTORED]
         if refused.size:
             self._metrics.fault("restore_refused", refused.size)
-            pools.disk.drop(refused)
+            disk.store.drop(refused)
         parents = np.unique(stored.records["parent"][result == _core.RESTORED], axis=0)
         return {bytes(parent) for parent in parents}
 

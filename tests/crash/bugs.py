@@ -58,7 +58,7 @@ WHAT_IS_READ = (
     bug(
         "a bad block keeps its record",
         MOVER,
-        "        pools.disk.drop(lost.pages)\n",
+        "        pools.disk.store.drop(lost.pages)\n",
         "",
     ),
     bug(
@@ -188,11 +188,11 @@ OVERLAP = (
     bug(
         "a batch is acknowledged with the next one's commit to come",
         MOVER,
-        "            outcome = disk.store(pool, writing)\n",
+        "            outcome = pools.files.store(pool, writing)\n",
         "            if writing is None:\n"
-        "                outcome = disk.store(pool, writing)\n"
+        "                outcome = pools.files.store(pool, writing)\n"
         "            else:\n"
-        "                self._routes.writer.submit(disk.store, pool, writing)\n"
+        "                self._routes.writer.submit(pools.files.store, pool, writing)\n"
         "                writing.written()\n"
         "                outcome = Outcome(True, True)\n",
     ),

@@ -31,7 +31,7 @@ from kvc2.tiers.disk.pool import DiskPool
 from kvc2.tiers.disk.slab_file import Files, SlabFiles
 from kvc2.tiers.disk.tier import DiskTier
 from kvc2.tiers.gpu import SharedMemoryPool
-from kvc2.tiers.pools import LayoutPools, Pools
+from kvc2.tiers.pools import LayoutOnDisk, Pools
 
 BATCH_PAGES = 3  # so small that two batches are under way whenever more than a prompt waits
 BEFORE, AFTER = True, False
@@ -68,8 +68,8 @@ FAILPOINTS: dict[str, tuple[Any, str, bool]] = {
     "ending": (Mover, "_complete", BEFORE),
     "ended": (Mover, "_complete", AFTER),
     # what was evicted
-    "dropping": (LayoutPools, "drop_records", BEFORE),
-    "dropped": (LayoutPools, "drop_records", AFTER),
+    "dropping": (LayoutOnDisk, "drop_records", BEFORE),
+    "dropped": (LayoutOnDisk, "drop_records", AFTER),
     "deleting": (catalogue, "_delete", BEFORE),
     "deleted_not_committed": (catalogue, "_delete", AFTER),
     # a flush, and the end

@@ -30,7 +30,7 @@ from kvc2.moving.mover import Mover
 from kvc2.tiers.disk.catalogue import Change
 from kvc2.tiers.disk.pool import DiskPool
 from kvc2.tiers.disk.tier import Outcome
-from kvc2.tiers.pools import LayoutPools
+from kvc2.tiers.pools import LayoutOnDisk
 from tests.doubles.caches import running
 from tests.doubles.stand_in import PAGE_SIZE, StandIn, prompt
 
@@ -96,12 +96,12 @@ class Ledger:
 def followed(ledger: Ledger) -> Iterator[None]:
     """The ledger hears of each batch after it, of each eviction before it, and of what is gone
     before a page of it may be used again."""
-    write, drop = Mover.write, LayoutPools.drop_records
+    write, drop = Mover.write, LayoutOnDisk.drop_records
     take, ended = DiskPool.take, DiskPool.ended
 
     async def told_write(
         self: Mover,
-        pools: LayoutPools,
+        pools: LayoutOnDisk,
         transfers: Sequence[_core.Transfer] = (),
         *,
         patience_s: float = 0.0,
@@ -115,13 +115,12 @@ def followed(ledger: Ledger) -> Iterator[None]:
             ledger.stored.update(texts(transfer.records.digests))
         return outcome
 
-    def told_drop(self: LayoutPools, evicted: _core.Evicted) -> None:
+    def told_drop(self: LayoutOnDisk, evicted: _core.Evicted) -> None:
         with ledger.lock:
             if evicted.pages.size:
-                assert self.disk is not None
                 found = texts(evicted.digests)
                 ledger.dropping(found)
-                ledger.leaving.setdefault(self.disk.number, []).extend(found)
+                ledger.leaving.setdefault(self.disk.store.number, []).extend(found)
             drop(self, evicted)
 
     def told_take(self: DiskPool) -> Change:
@@ -140,7 +139,7 @@ def followed(ledger: Ledger) -> Iterator[None]:
 
     with (
         patch.object(Mover, "write", told_write),
-        patch.object(LayoutPools, "drop_records", told_drop),
+        patch.object(LayoutOnDisk, "drop_records", told_drop),
         patch.object(DiskPool, "take", told_take),
         patch.object(DiskPool, "ended", told_ended),
         patch.object(batches, "batch_pages", lambda *_: BATCH_PAGES),

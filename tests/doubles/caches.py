@@ -57,9 +57,8 @@ def on_disk(cache: Cache) -> set[bytes]:
     """Digests of all blocks there."""
     found: set[bytes] = set()
     for pools in cache._pools.layouts.values():  # type: ignore[union-attr]
-        assert pools.disk_id is not None
-        pages = cache.index.pool_counts(pools.disk_id).pages
-        _, records = cache.index.residents(pools.disk_id, 0, pages)
+        pages = cache.index.pool_counts(pools.disk.id).pages
+        _, records = cache.index.residents(pools.disk.id, 0, pages)
         found |= {bytes(row) for row in records.digests}
     return found
 

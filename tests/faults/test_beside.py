@@ -185,9 +185,8 @@ def test_generations_of_a_rebuilt_directory_are_new_ones(tmp_path: Path) -> None
         async with running(tmp_path) as cache:
             await StandIn(cache, 32).ask(prompt(2, BLOCKS))
             await cache.flush(10)
-            (pools,) = cache._pools.layouts.values()  # type: ignore[union-attr]
-            assert pools.disk_id is not None
-            _, records = cache.index.residents(pools.disk_id, 0, 1 << 20)
+            (pools,) = cache._pools.on_disk()
+            _, records = cache.index.residents(pools.disk.id, 0, 1 << 20)
             assert np.unique(records.generations >> np.uint64(32)).size == 2
             assert records.generations.max() >> np.uint64(32) > 3
 

@@ -64,7 +64,7 @@ class Pages:
         self.arena = np.frombuffer(np.zeros(2 * self.shape.slab_bytes, np.uint8), np.uint8)
         start = -self.arena.ctypes.data % 4096  # O_DIRECT wants it aligned
         self.arena = self.arena[start : start + self.shape.slab_bytes]
-        self.tier = DiskTier(DiskConfig.of_bytes(folder, 16 << 20), self.arena, Metrics())
+        self.tier = DiskTier(folder, DiskConfig.of_bytes(folder, 16 << 20), self.arena, Metrics())
         self.pool: DiskPool = self.tier.pool(self.shape)
         assert self.tier.grow(self.pool) == 0
         self.offsets = np.arange(BLOCKS, dtype=np.uint64) * np.uint64(self.shape.page_bytes)

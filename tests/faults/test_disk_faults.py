@@ -225,7 +225,7 @@ def test_a_full_file_system_stops_writes_and_nothing_else(tmp_path: Path) -> Non
             assert faults(cache, "disk_full") >= 1
             assert (await engine.ask(prompt(1, BLOCKS))).matched_tokens == BLOCKS * PAGE_SIZE
             files.full = False
-            cache._background.writer.slabs.ask_again()  # type: ignore[union-attr]
+            cache._background.writer.slabs.ask_again()
             assert (await cache.flush(10)).durable_blocks == BLOCKS
 
     asyncio.run(run())
@@ -239,19 +239,18 @@ def test_a_full_file_system_costs_other_layouts_one_slab_at_most(tmp_path: Path)
             for seed in range(8):
                 await engine.ask(prompt(seed, 32))
                 await cache.flush(10)
-            (pools,) = cache._pools.layouts.values()  # type: ignore[union-attr]
-            assert pools.disk is not None
-            held = len(pools.disk.slabs.numbers())
+            (pools,) = cache._pools.on_disk()
+            held = len(pools.disk.store.slabs.numbers())
             assert held > 3
             files.full = True
             other = StandIn(cache, 64, segment_bytes=16384)
             for seed in range(4):
                 await other.ask(prompt(100 + seed, 8))
                 await cache.flush(0.2)
-                cache._background.writer.slabs.ask_again()  # type: ignore[union-attr]
-            assert len(pools.disk.slabs.numbers()) == held - 1
+                cache._background.writer.slabs.ask_again()
+            assert len(pools.disk.store.slabs.numbers()) == held - 1
             files.full = False
-            cache._background.writer.slabs.ask_again()  # type: ignore[union-attr]
+            cache._background.writer.slabs.ask_again()
             assert (await cache.flush(10)).not_durable_blocks == {}
 
     asyncio.run(run())

@@ -74,8 +74,9 @@ def test_a_disk_that_somebody_else_fills(small: Path, monkeypatch: pytest.Monkey
             assert (await cache.flush(10)).not_durable_blocks == {}
             slabs = slabs_in(disk)
             kept = (disk / "catalogue" / "data.mdb").stat().st_blocks * 512
-            assert cache._disk is not None
-            assert kept >= cache._disk.catalogue.bytes_max  # for the records of these slabs
+            assert (
+                kept >= cache._pools.tiers.disks[0].catalogue.bytes_max
+            )  # for the records of these slabs
             other = fill(small)
             for seed in more:
                 assert await engine.ask_durably(prompt(seed, BLOCKS))
@@ -138,8 +139,10 @@ def test_a_catalogue_whose_map_is_full(tmp_path: Path, monkeypatch: pytest.Monke
                 kept.append(seed)
             assert faults(cache, "disk_full") >= 1
             assert len(kept) > 10
-            assert cache._disk is not None
-            assert cache._disk.catalogue.file_bytes() <= cache._disk.catalogue.bytes_max
+            assert (
+                cache._pools.tiers.disks[0].catalogue.file_bytes()
+                <= cache._pools.tiers.disks[0].catalogue.bytes_max
+            )
             await engine.ask(prompt(1000, BLOCKS, size))
             found = await engine.ask(prompt(1000, BLOCKS, size))
             assert found.matched_tokens == BLOCKS * size
@@ -166,15 +169,14 @@ def test_memory_that_runs_short_is_a_smaller_tier(
 
     async def run() -> None:
         async with running(tmp_path, cpu_bytes=8 * MIB) as cache:
-            assert cache._arena is not None
-            await asyncio.to_thread(cache._arena.wait_populated, 30)
+            await asyncio.to_thread(cache._pools.arena.wait_populated, 30)
             engine = StandIn(cache, 64)
             for seed in range(60):  # 480 blocks, and three slabs have room for 384
                 await engine.ask(prompt(seed, BLOCKS))
                 assert await hits(engine, seed) == BLOCKS
                 assert (await cache.flush(10)).not_durable_blocks == {}
             assert faults(cache, "arena_short") == 1
-            assert cache._arena.ready_bytes == 3 * MIB
+            assert cache._pools.arena.ready_bytes == 3 * MIB
             assert await hits(engine, 0) == BLOCKS  # it lies on disk
             cache.index.check()
 

@@ -225,7 +225,7 @@ def test_relaxed_what_never_came_to_the_disk_is_no_block(tmp_path: Path, came: b
         live, cut = tmp_path / "live", tmp_path / "cut"
         async with running(live, durability="relaxed") as cache:
             await StandIn(cache, 32).ask(prompt(1, BLOCKS))
-            assert await cache._background.drained(10)  # type: ignore[union-attr]
+            assert await cache._background.drained(10)
             shutil.copytree(live, cut)
         if not came:
             slab(cut).write_bytes(bytes(slab(cut).stat().st_size))
@@ -276,8 +276,7 @@ def test_the_order_of_use_is_kept_across_a_rebuild(tmp_path: Path) -> None:
     def stamps(cache: Cache) -> list[list[int]]:
         found = []
         for pools in cache._pools.layouts.values():  # type: ignore[union-attr]
-            assert pools.disk_id is not None
-            found.append(cache.index.stamps(pools.disk_id).tolist())
+            found.append(cache.index.stamps(pools.disk.id).tolist())
         return sorted(found)
 
     async def run() -> None:

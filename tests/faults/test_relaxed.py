@@ -39,7 +39,7 @@ def test_a_batch_is_synced_before_its_records_only_where_it_must_be(
         files = Synced()
         async with running(tmp_path, files=files, durability=durability) as cache:
             await StandIn(cache, 32).ask(prompt(1, BLOCKS))
-            assert await cache._background.drained(10)  # type: ignore[union-attr]
+            assert await cache._background.drained(10)
             assert cache.counts.tier("disk").resident_pages == BLOCKS
             assert (files.count > 0) == syncs
             assert (await cache.flush(10)).durable_blocks == BLOCKS
@@ -66,7 +66,7 @@ def test_what_a_power_cut_took_is_a_miss(tmp_path: Path) -> None:
         before, after = tmp_path / "before", tmp_path / "after"
         async with running(before, durability="relaxed") as cache:
             await StandIn(cache, 32).ask(prompt(1, BLOCKS))
-            assert await cache._background.drained(10)  # type: ignore[union-attr]
+            assert await cache._background.drained(10)
             shutil.copytree(before, after)  # records are there, their bytes never came
         for slab in after.glob("slabs/*/*.slab"):
             slab.write_bytes(bytes(slab.stat().st_size))

@@ -66,11 +66,10 @@ def test_a_slab_that_failed_to_sync_is_retired(tmp_path: Path) -> None:
             await cache.evict("cpu", 0)  # what was durable there is still read
             assert (await engine.ask(prompt(1, BLOCKS))).matched_tokens == BLOCKS * PAGE_SIZE
             await cache.evict("disk", 0)
-            (pools,) = cache._pools.layouts.values()  # type: ignore[union-attr]
-            assert pools.disk is not None
+            (pools,) = cache._pools.on_disk()
             await engine.ask(prompt(6, BLOCKS))
             assert (await cache.flush(10)).not_durable_blocks == {}
-            assert not pools.disk.slabs.retired  # it was empty: its file is gone
+            assert not pools.disk.store.slabs.retired  # it was empty: its file is gone
             cache.index.check()
         async with running(tmp_path) as cache:
             found = await StandIn(cache, 64).ask(prompt(6, BLOCKS))
@@ -153,12 +152,10 @@ def test_a_disk_whose_slabs_are_all_retired_is_written_again(tmp_path: Path, ful
             for seed in range(1000, 1100 if full else 1001):
                 await engine.ask(prompt(seed, BLOCKS))
                 assert (await cache.flush(10)).not_durable_blocks == {}
-            (pools,) = cache._pools.layouts.values()  # type: ignore[union-attr]
-            assert pools.disk is not None
-            assert cache._disk is not None
-            assert cache._disk.has_budget(pools.disk.shape) != full
+            (pools,) = cache._pools.on_disk()
+            assert cache._pools.tiers.disks[0].has_budget(pools.disk.store.shape) != full
             files.failing = True
-            slabs = pools.disk.slabs
+            slabs = pools.disk.store.slabs
             for seed in range(100):
                 await engine.ask(prompt(seed, BLOCKS))
                 assert (await cache.flush(10)).not_durable_blocks != {}

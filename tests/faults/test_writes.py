@@ -65,14 +65,13 @@ def test_deletes_of_a_commit_that_failed_are_committed_later(
             engine = StandIn(cache, 32)
             await engine.ask(prompt(1, BLOCKS))
             assert (await cache.flush(60)).durable_blocks == BLOCKS
-            assert cache._disk is not None
-            (pool,) = cache._disk.pools.values()
+            (pool,) = cache._pools.tiers.disks[0].pools.values()
 
             def fails(change: Change) -> None:
                 raise lmdb.Error("injected")
 
             with monkeypatch.context() as patched:
-                patched.setattr(cache._disk.catalogue, "commit", fails)
+                patched.setattr(cache._pools.tiers.disks[0].catalogue, "commit", fails)
                 assert (await cache.evict("disk", 0)).evicted_blocks == BLOCKS
                 assert faults(cache, "catalogue_error") > 0
                 assert not pool.settled

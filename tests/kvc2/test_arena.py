@@ -124,8 +124,7 @@ def test_a_flush_waits_for_the_arena_that_comes_while_it_is_looked_at(
 
             def meanwhile(background: Background) -> bool:
                 asked.set()
-                assert cache._arena is not None
-                assert cache._arena.wait_populated(60)
+                assert cache._pools.arena.wait_populated(60)
                 return coming(background)
 
             monkeypatch.setattr(Background, "_room_is_coming", meanwhile)
@@ -154,7 +153,7 @@ def test_nothing_is_evicted_for_want_of_the_arena_that_is_still_coming(
             assert background is not None
             for seed in range(8):
                 await engine.ask(prompt(seed, 25))
-            cpu = engine.session.pool.pools.cpu_id
+            cpu = engine.session.pool.pools.cpu.id
             while not cache.index.pool_counts(cpu).resident or not background._idle:
                 background._fell_idle.clear()
                 await background._fell_idle.wait()

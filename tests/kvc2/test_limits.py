@@ -144,8 +144,7 @@ def known_namespaces(folder: Path) -> None:
             engine.opened = held  # it was open all the time
             assert (await engine.ask(prompt(0, 2))).matched_tokens == 8
             if disk is not None:
-                assert cache._disk is not None
-                assert len(cache._disk.catalogue.namespaces) <= 6
+                assert len(cache._pools.tiers.disks[0].catalogue.namespaces) <= 6
 
     asyncio.run(run(None))
     asyncio.run(run(None, gpu_only=True))

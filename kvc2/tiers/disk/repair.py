@@ -45,7 +45,7 @@ def repair(path: Path, report: Report) -> Repaired:
     """Delete what `report` found. A block that is not as it was then is left alone. Raises
     StartRefused when a daemon serves the directory."""
     metrics, found = Metrics(), Repaired()
-    tier = DiskTier(DiskConfig.of_bytes(path, ANY_SIZE), np.empty(0, np.uint8), metrics)
+    tier = DiskTier(path, DiskConfig.of_bytes(path, ANY_SIZE), np.empty(0, np.uint8), metrics)
     try:
         found.orphan_slabs = report.damage["orphan_slab"]
         found.catalogue_aside = metrics.values()["faults_total{kind=catalogue_reset}"] > 0

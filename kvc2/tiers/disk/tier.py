@@ -67,6 +67,7 @@ class DiskTier:
 
     def __init__(
         self,
+        path: Path,
         config: DiskConfig,
         arena: U8,
         metrics: Metrics,
@@ -74,8 +75,7 @@ class DiskTier:
         files: Files | None = None,
         clocks: Clocks | None = None,
     ) -> None:
-        assert config.path is not None
-        self.path = path = config.path
+        self.path = path
         self.size_bytes = config.size_bytes
         self._relaxed = config.durability == "relaxed"
         self._unsynced: list[tuple[DiskPool, U32]] = []
@@ -355,10 +355,9 @@ class DiskTier:
         arrays = [self.recency.stamps(pool.number) for pool in self.pools.values()]
         return max((int(array.max()) for array in arrays if array.size), default=0)
 
-    def save_recency(self, uses: dict[bytes, tuple[U32, U32]]) -> None:
-        """Write stamps and lifetimes of each layout's pages aside."""
-        for digest, (stamps, lifetimes) in uses.items():
-            self.recency.save(self.pools[digest].number, stamps, lifetimes)
+    def save_recency(self, pool: DiskPool, stamps: U32, lifetimes: U32) -> None:
+        """Write stamps and lifetimes of the pool's pages aside."""
+        self.recency.save(pool.number, stamps, lifetimes)
 
     def close(self) -> None:
         self._writers.close()

@@ -117,7 +117,7 @@ def test_the_disk_budget_holds_while_three_times_its_size_is_written(
             for seed in range(blocks // 32 + 1):
                 await engine.ask(prompt(seed, 32))
                 await cache.flush(10)
-                await cache._background.writer.save_recency()  # type: ignore[union-attr]
+                await cache._background.writer.save_recency()
                 assert max(files.most, used_bytes(tmp_path)) <= budget
             assert cache.stats().tiers[2].resident_pages > budget // 4 // engine.layout.page_bytes
             last = await engine.ask(prompt(seed, 32))
@@ -171,7 +171,7 @@ def test_an_ended_sessions_blocks_are_copied_only_if_its_pages_are_at_rest(at_re
     async def run() -> None:
         async with running(None) as cache:
             first, second = StandIn(cache, 32), StandIn(cache, 32)
-            cache._background._tasks[0].cancel()  # type: ignore[union-attr]
+            cache._background._tasks[0].cancel()
             await first.ask(prompt(1, 20))
             await first.close(at_rest=at_rest)
             found = await second.ask(prompt(1, 20))

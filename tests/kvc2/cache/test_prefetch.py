@@ -115,7 +115,7 @@ def crowded(house: House, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         await until_idle(loader)
         looks[0] += 1
         assert looks[0] < 9 * LONG, "it is never given up on"
-        cpu = house.engine.session.pool.pools.cpu_id
+        cpu = house.engine.session.pool.pools.cpu.id
         house.cache.index.evict(cpu, 2 * LONG)
 
     monkeypatch.setattr(Loader, "until_idle", evicted)

@@ -23,7 +23,7 @@ from kvc2.tiers.disk.catalogue import Catalogue, Change
 from kvc2.tiers.disk.pool import DiskPool
 from kvc2.tiers.disk.slab_file import Files, SlabFiles
 from kvc2.tiers.disk.tier import DiskTier, Outcome
-from kvc2.tiers.pools import LayoutPools
+from kvc2.tiers.pools import LayoutOnDisk
 from tests.doubles.caches import MIB, faults, is_slab, running
 from tests.doubles.stand_in import PAGE_SIZE, StandIn, prompt
 
@@ -189,7 +189,7 @@ def test_two_batches_are_under_way_at_most(tmp_path: Path, monkeypatch: pytest.M
 
     async def counted(
         self: Mover,
-        pools: LayoutPools,
+        pools: LayoutOnDisk,
         transfers: Sequence[_core.Transfer] = (),
         *,
         patience_s: float = 0.0,
@@ -227,10 +227,8 @@ def test_no_page_is_planned_into_while_its_delete_is_being_committed(
     cache: Cache
 
     async def evict() -> None:
-        assert cache._pools is not None
-        (pools,) = cache._pools.layouts.values()
-        assert pools.disk_id is not None
-        pools.drop_records(cache.index.evict(pools.disk_id, 3))
+        (pools,) = cache._pools.on_disk()
+        pools.drop_records(cache.index.evict(pools.disk.id, 3))
 
     def with_evictions(self: Catalogue, change: Change) -> None:
         if change.inserts:
@@ -347,7 +345,6 @@ def test_a_stop_waits_for_both(tmp_path: Path) -> None:
     async def run() -> None:
         async with running(tmp_path, files=files) as cache:
             await StandIn(cache, 32).ask(prompt(1, BLOCKS))
-            assert cache._background is not None
             while len(cache._background.writer._batches) < 2:
                 await asyncio.sleep(0)
             stopping = asyncio.create_task(cache._background.stop())
@@ -364,9 +361,8 @@ def test_a_stop_waits_for_both(tmp_path: Path) -> None:
 
 
 def records(cache: Cache) -> int:
-    assert cache._disk is not None
-    (number,) = cache._disk.catalogue.layouts
-    return cache._disk.catalogue.records(number).pages.size
+    (number,) = cache._pools.tiers.disks[0].catalogue.layouts
+    return cache._pools.tiers.disks[0].catalogue.records(number).pages.size
 
 
 def test_a_batch_has_its_patience_when_its_turn_comes(monkeypatch: pytest.MonkeyPatch) -> None:

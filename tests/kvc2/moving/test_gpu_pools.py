@@ -66,7 +66,6 @@ def test_a_session_that_is_closed_was_at_rest_only_if_its_engine_can_not_write(
             async def rescued(*_: object) -> None:
                 seen.append(life.state)
 
-            assert cache._background is not None
             cache._background.rescue = rescued  # type: ignore[method-assign]
             await cache.close_session(engine.session, asked)
             assert seen == ["silent", "at_rest"][: 1 + at_rest]

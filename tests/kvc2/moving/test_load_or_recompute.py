@@ -15,7 +15,8 @@ import pytest
 from kvc2.answers import Acquired, Terms
 from kvc2.cache.cache import Cache
 from kvc2.moving.loading import Errand, Loader
-from kvc2.moving.pace import PATIENCE_SHARE, PROBE_S
+from kvc2.moving.pace import PATIENCE_SHARE
+from kvc2.tiers.meter import PROBE_S
 from tests.doubles.caches import MIB, faults, running
 from tests.doubles.stand_in import PAGE_SIZE, StandIn, prompt
 from tests.doubles.virtual_time import Clock, SlowFiles, run
@@ -39,7 +40,7 @@ class House:
         self.rate = RATE
 
     async def fill(self) -> None:
-        arena = self.cache._arena
+        arena = self.cache._pools.arena
         assert arena is not None
         while not arena.populated:  # by a thread that virtual time knows nothing of
             await self.cache._loader.until_changed()
@@ -211,7 +212,7 @@ def test_what_was_given_up_on_comes_behind_and_is_not_read_again(tmp_path: Path)
 def test_what_came_for_a_request_is_its_own_before_others_can_evict_it(tmp_path: Path) -> None:
     async def work(house: House) -> None:
         loop, mover = asyncio.get_running_loop(), house.cache._mover
-        cpu, told = house.engine.session.pool.pools.cpu_id, mover._on_done
+        cpu, told = house.engine.session.pool.pools.cpu.id, mover._on_done
 
         def others_run() -> None:
             loop.call_soon(house.cache.index.evict, cpu, BLOCKS)
@@ -229,7 +230,7 @@ def test_a_load_of_which_a_request_can_have_nothing_is_its_last(tmp_path: Path) 
 
     async def work(house: House) -> None:
         assert house.cache.grant(house.engine.session, 2 * BLOCKS).size == 2 * BLOCKS
-        cpu, next_load = house.engine.session.pool.pools.cpu_id, Loader._next_load
+        cpu, next_load = house.engine.session.pool.pools.cpu.id, Loader._next_load
         looks = 0
 
         def evicted(loader: Loader, errand: Errand, bytes_max: int) -> None:

@@ -72,11 +72,10 @@ class Model:
 
 def stranded(cache: Cache, idle: Sequence[Model]) -> float:
     """The share of the arena that holds nothing, and that nobody who needs it can fill."""
-    assert cache._pools is not None
     arena, useful = cache._pools.arena.capacity_bytes, 0
     resting = {model.pools.shape.layout_digest for model in idle}
     for digest, pools in cache._pools.layouts.items():
-        counts = cache.index.pool_counts(pools.cpu_id)
+        counts = cache.index.pool_counts(pools.cpu.id)
         pages = counts.resident if digest in resting else counts.pages
         useful += pages * pools.shape.page_bytes
     return 1 - useful / arena
@@ -101,7 +100,7 @@ def test_after_the_mix_has_shifted_a_model_hits_as_if_the_other_had_never_been()
                 await now.asked(WARM, stranded_by=[before])
                 rate = await now.asked(MEASURED, stranded_by=[before])
                 assert rate == pytest.approx(expected[now.number], abs=TOLERANCE)
-                assert before.pools.cpu.slabs() == []  # it gave everything back
+                assert before.pools.cpu.store.slabs() == []  # it gave everything back
                 cache.index.check()
 
     asyncio.run(run())
@@ -164,9 +163,9 @@ def test_what_only_the_disk_holds_is_loaded_though_another_model_fills_the_arena
             first, second = Model(cache, 1, SMALL), Model(cache, 2, LARGE)
             for seed in range(20):
                 await first.ask(seed)
-            assert (len(first.pools.cpu.slabs()), second.pools.cpu.slabs()) == (2, [])
+            assert (len(first.pools.cpu.store.slabs()), second.pools.cpu.store.slabs()) == (2, [])
             assert await second.ask(0) == 1.0
-            assert len(second.pools.cpu.slabs()) == 1
+            assert len(second.pools.cpu.store.slabs()) == 1
             sound(cache)
 
     asyncio.run(run())
@@ -180,15 +179,14 @@ def test_a_commit_that_fails_while_slabs_move_loses_nothing_and_serves_no_wrong_
 
     async def run() -> None:
         async with running(tmp_path, cpu_bytes=3 * MIB, disk_bytes=DISK_BYTES) as cache:
-            assert cache._disk is not None
-            commit, commits = cache._disk.catalogue.commit, itertools.count(1)
+            commit, commits = cache._pools.tiers.disks[0].catalogue.commit, itertools.count(1)
 
             def sometimes(change: Change) -> None:
                 if next(commits) % failing == 0:
                     raise Full("injected")
                 commit(change)
 
-            monkeypatch.setattr(cache._disk.catalogue, "commit", sometimes)
+            monkeypatch.setattr(cache._pools.tiers.disks[0].catalogue, "commit", sometimes)
             first, second = Model(cache, 1, SMALL), Model(cache, 2, LARGE)
             await first.asked(WARM)
             for _ in range(6):
@@ -245,8 +243,7 @@ def test_a_write_that_fails_while_slabs_move_costs_no_block_its_bytes(
 
 
 def disk_slabs(model: Model) -> int:
-    assert model.pools.disk_id is not None
-    return model.cache.index.pool_counts(model.pools.disk_id).slabs
+    return model.cache.index.pool_counts(model.pools.disk.id).slabs
 
 
 def moved(cache: Cache, tier: str) -> float:
@@ -267,7 +264,7 @@ def test_many_models_share_what_there_is_and_none_of_it_is_stranded() -> None:
                     await each.asked(WARM // 2)
                 rates = [await each.asked(40, stranded_by=idle) for each in pair]
                 assert min(rates) > 0.2
-                assert sum(len(each.pools.cpu.slabs()) for each in pair) >= 9
+                assert sum(len(each.pools.cpu.store.slabs()) for each in pair) >= 9
                 cache.index.check()
 
     asyncio.run(run())
@@ -279,9 +276,9 @@ def test_slabs_move_no_faster_than_they_are_filled_and_rest_when_the_mix_does() 
             first, second = Model(cache, 1, SMALL), Model(cache, 2, LARGE)
             taken = 0
             for turn in range(60):
-                before = len(first.pools.cpu.slabs())
+                before = len(first.pools.cpu.store.slabs())
                 await (first, second)[turn % 2].asked(5)
-                taken += abs(len(first.pools.cpu.slabs()) - before)
+                taken += abs(len(first.pools.cpu.store.slabs()) - before)
                 if turn == 29:
                     settled = taken
             stored = cache._metrics.values()["transfer_bytes_total{source=gpu,target=cpu}"]
@@ -297,10 +294,9 @@ def test_a_large_slab_is_made_of_small_ones_of_several_models() -> None:
             first, second = Model(cache, 1, SMALL), Model(cache, 2, LARGE)
             seeds = itertools.count()
             for model in (first, second) * 3:  # slabs of one lie between the other's
-                held = len(model.pools.cpu.slabs())
-                while len(model.pools.cpu.slabs()) == held:
+                held = len(model.pools.cpu.store.slabs())
+                while len(model.pools.cpu.store.slabs()) == held:
                     await model.ask(next(seeds))
-            assert cache._pools is not None
             assert cache._pools.arena.take(MIB) is None
             third = StandIn(cache, 4, segment_bytes=496 << 10)  # one page fills 2 MiB
             await third.ask(prompt(1, 1))

@@ -11,7 +11,7 @@ import pytest
 
 from kvc2.cache.cache import Cache
 from kvc2.moving.disk_writer import DiskWriter
-from kvc2.tiers.pools import LayoutPools
+from kvc2.tiers.pools import LayoutOnDisk
 from tests.doubles.caches import MIB, faults, running
 from tests.doubles.stand_in import StandIn, prompt
 
@@ -24,7 +24,7 @@ class Gate:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.is_open, step = False, DiskWriter._step
 
-        async def gated(writer: DiskWriter, pools: LayoutPools) -> bool:
+        async def gated(writer: DiskWriter, pools: LayoutOnDisk) -> bool:
             return self.is_open and await step(writer, pools)
 
         monkeypatch.setattr(DiskWriter, "_step", gated)
@@ -34,11 +34,11 @@ class Gate:
 async def overflowing(path: Path) -> AsyncIterator[tuple[Cache, StandIn]]:
     """All of the prompts are in the engine's pool, and the cpu tier could hold two thirds."""
     async with running(path, cpu_bytes=MIB + MIB // 16) as cache:
-        await asyncio.to_thread(cache._arena.wait_populated)  # type: ignore[union-attr]
+        await asyncio.to_thread(cache._pools.arena.wait_populated)  # type: ignore[union-attr]
         engine = StandIn(cache, 256)
         for seed in range(PROMPTS):
             await engine.ask(prompt(seed, BLOCKS))
-        assert await cache._background.drained(10)  # type: ignore[union-attr]
+        assert await cache._background.drained(10)
         cpu = cache.counts.tier("cpu")
         assert cpu.resident_pages + cpu.evicted == PROMPTS * BLOCKS
         assert cpu.evicted > PROMPTS

@@ -60,7 +60,7 @@ def test_a_failed_batch_is_answered_when_none_of_its_parts_is_being_written(
     async def run() -> None:
         async with running(tmp_path, files=files) as cache:
             outcomes: list[tuple[bool, int]] = []
-            disk = cache._disk
+            disk = cache._pools.tiers.disks[0]
             assert disk is not None
             store = disk.store
 
@@ -109,7 +109,7 @@ def test_each_part_of_a_batch_waits_for_loads_before_it_is_written_and_not_for_e
 
     async def run() -> None:
         async with running(tmp_path, files=Noted()) as cache:
-            disk = cache._disk
+            disk = cache._pools.tiers.disks[0]
             assert disk is not None
             begin = disk.begin
 
@@ -176,7 +176,7 @@ def test_an_eviction_is_answered_when_its_deletes_are_committed(tmp_path: Path) 
         async with running(tmp_path) as cache:
             await StandIn(cache, 32).ask(prompt(1, 8))
             assert (await cache.flush(10)).durable_blocks == 8
-            disk = cache._disk
+            disk = cache._pools.tiers.disks[0]
             assert disk is not None
             (number,) = disk.catalogue.layouts
             assert disk.catalogue.records(number).pages.size == 8
@@ -197,7 +197,7 @@ def test_a_page_is_planned_only_after_its_delete_is_committed(
     async def run() -> None:
         nonlocal reused
         async with running(tmp_path, cpu_bytes=2 * MIB, disk_bytes=4 * MIB) as cache:
-            disk, mover = cache._disk, cache._mover
+            disk, mover = cache._pools.tiers.disks[0], cache._mover
             assert disk is not None
             commit, write = disk.catalogue.commit, mover.write
             ever: set[int] = set()
