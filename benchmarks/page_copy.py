@@ -82,6 +82,9 @@ def memcpy() -> Copy:
     return function
 
 
+LAYER_ENDS = np.arange(2, SEGMENTS + 1, 2, dtype=np.uint32)  # key and value
+
+
 @dataclass(frozen=True)
 class Case:
     """One block size over some buffers: `pages` in the pool, `offsets` of blocks in the arena."""
@@ -107,7 +110,7 @@ class Case:
     def scatter(self, team: _core.ThreadTeam) -> None:
         _core.scatter(
             team, self.at.arena, self.offsets, self.at.pool, self.segments, self.pages,
-            segments_per_layer=2,
+            layer_ends=LAYER_ENDS,
         )  # fmt: skip
 
     def by_blocks(self, copy: Copy, threads: ThreadPoolExecutor, share: int) -> None:

@@ -617,12 +617,13 @@ def scatter(
     segments: U64,
     pages: U32,
     *,
-    segments_per_layer: int,
+    layer_ends: U32,
     progress: Buffer | None = None,
     progress_base: int = 0,
     event_fd: int = -1,
 ) -> None:
-    """The way back, all pages of a layer before the next layer's. After layer i the 8-byte word
+    """The way back, all pages of a layer before the next layer's. layer_ends [layers]: how many
+    segments there are up to the end of each layer, rising. After layer i the 8-byte word
     `progress` is set (release order) to progress_base + i + 1 and 1 is written to event_fd."""
 
 def copy_backend() -> str:

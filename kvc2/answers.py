@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 
 U8 = NDArray[np.uint8]
 U32 = NDArray[np.uint32]
+U64 = NDArray[np.uint64]
 NO_PAGES: U32 = np.zeros(0, dtype=np.uint32)
+NO_KEYS: U8 = np.zeros(0, dtype=np.uint8)
+NO_OFFSETS: U64 = np.zeros(0, dtype=np.uint64)
 SIZES = (0.5, 1.0, 2.0, 4.0)  # of a tier, for which its hit rate is estimated
 
 
@@ -66,10 +69,35 @@ class TierTokens:
 
 @dataclass(frozen=True)
 class Matched:
-    """matched_tokens: a multiple of page_size, less than the tokens given."""
+    """matched_tokens: a multiple of page_size, less than the tokens given. found: of each opaque
+    key 0 (nowhere), or 1 gpu, 2 cpu, 3 disk."""
 
     matched_tokens: int
     tiers: TierTokens
+    found: U8 = field(default_factory=lambda: NO_KEYS)
+
+
+@dataclass(frozen=True)
+class ComponentPages:
+    """Pages of one component of the KV: ids of the session's pool, or where their payloads begin in
+    the arena. Component 0, full attention, is the only one now."""
+
+    component: int
+    pages: U32 = field(default_factory=lambda: NO_PAGES)
+    offsets: U64 = field(default_factory=lambda: NO_OFFSETS)
+
+
+Components = tuple[ComponentPages, ...]
+
+
+def of_pages(pages: U32) -> Components:
+    """Of component 0; none where there are none."""
+    return (ComponentPages(0, pages),) if pages.size else ()
+
+
+def pages_of(components: Components) -> U32:
+    """Of component 0."""
+    return next((each.pages for each in components if not each.component), NO_PAGES)
 
 
 @dataclass(frozen=True)
@@ -77,14 +105,28 @@ class Acquired:
     """A lease. prefix_pages [matched_tokens / page_size] lie in the session's pool, in order; layer
     i of them may be read when Client.wait_layer(transfer, i) is true, at once when transfer is 0.
     granted_pages: new private pages, maybe fewer than asked for. computing_tokens: tokens right
-    after the prefix that another lease is computing now."""
+    after the prefix that another lease is computing now. `held` begins at block first_block; of a
+    lease in the arena it has offsets. found: of opaque keys, as in Matched. coming_blocks: still on
+    their way, for about expected_ms (0: not known)."""
 
     matched_tokens: int
     tiers: TierTokens
-    prefix_pages: U32
-    transfer: int
-    granted_pages: U32
-    computing_tokens: int
+    transfer: int = 0
+    computing_tokens: int = 0
+    held: Components = ()
+    granted: Components = ()
+    first_block: int = 0
+    found: U8 = field(default_factory=lambda: NO_KEYS)
+    coming_blocks: int = 0
+    expected_ms: int = 0
+
+    @property
+    def prefix_pages(self) -> U32:
+        return pages_of(self.held)
+
+    @property
+    def granted_pages(self) -> U32:
+        return pages_of(self.granted)
 
 
 @dataclass(frozen=True)
@@ -104,13 +146,35 @@ class Committed:
     are on disk; False unless asked for."""
 
     results: list[U8]
-    granted_pages: U32
     durable: bool
+    granted: Components = ()
+
+    @property
+    def granted_pages(self) -> U32:
+        return pages_of(self.granted)
 
 
 @dataclass(frozen=True)
 class Released:
-    granted_pages: U32
+    granted: Components = ()
+
+    @property
+    def granted_pages(self) -> U32:
+        return pages_of(self.granted)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a daemon takes of one call or session; the names are those of its configuration."""
+
+    max_tokens: int
+    max_leases: int
+    max_namespaces: int
+    max_leases_per_call: int
+    max_grant_pages: int
+    max_keys: int
+    max_message_bytes: int
+    acquire_deadline_ms: int
 
 
 class TierBlocks(NamedTuple):

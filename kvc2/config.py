@@ -237,6 +237,7 @@ class LimitsConfig:
         1 << 24
     )
     max_grant_pages: Annotated[int, Flag("Pages of one grant.", between(1, 1 << 24))] = 1 << 16
+    max_keys: Annotated[int, Flag("Opaque keys of one call.", between(1, 1 << 20))] = 4096
     hard_pin_percent: Annotated[
         int, Flag("Percent of a tier that hard pins may keep from eviction.", between(0, 90))
     ] = 25

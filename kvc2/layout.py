@@ -23,61 +23,59 @@ HEADER_BYTES = 4096  # one sector before each payload (csrc/block)
 ALIGNMENT = 4096  # O_DIRECT: payloads are padded to it
 SEGMENTS_MAX = 4096  # 2,048 layers of key and value: a limit against forged layouts
 SEGMENT_BYTES_MAX = 1 << 30
+SPLIT, REPLICATED = 0, 1  # Segment.sharing
 SLAB_TAIL_MAX = 0.05  # of a slab that no page uses
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Part `kv` (0 key, 1 value) of one layer: page p lies at [offset + p * stride, + bytes)."""
+    """Number `kv` (of full attention 0 key, 1 value) of one layer: page p lies at [offset + p *
+    stride, + bytes). `sharing`: between parts of a component it is SPLIT, each has its heads, or
+    REPLICATED, each has all of it."""
 
     layer: int
     kv: int
     bytes: int
     offset: int
     stride: int
+    sharing: int = SPLIT
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Segments in canonical order: by layer from 0, key before value. Raises InvalidRequest.
+    """Segments in canonical order: by layer from 0, in a layer from 0. Raises InvalidRequest.
 
-    `component`, `part` and `parts` are reserved: 0, 0 of 1. Offsets and strides say where pages
-    lie in one engine's pool and are no part of `digest`.
+    Layers need not be alike. Offsets and strides say where pages lie in one engine's pool and are
+    no part of `digest`.
     """
 
     segments: tuple[Segment, ...]
     page_size: int
     layout_version: int = LAYOUT_VERSION
-    component: int = 0
-    part: int = 0
-    parts: int = 1
 
     def __post_init__(self) -> None:
         check_page_size("layout.page_size", self.page_size)
         if self.layout_version != LAYOUT_VERSION:
             raise errors.InvalidRequest("layout.layout_version", self.layout_version, "1")
-        for name, value, only in (
-            ("component", self.component, 0),
-            ("part", self.part, 0),
-            ("parts", self.parts, 1),
-        ):
-            if value != only:
-                raise errors.Reserved(f"layout.{name}", value, f"reserved, must be {only}")
         self._check_segments()
 
     def _check_segments(self) -> None:
         count = len(self.segments)
         if not 1 <= count <= SEGMENTS_MAX:
             raise errors.InvalidRequest("layout.segments", count, f"1 to {SEGMENTS_MAX} of them")
-        per_layer = sum(each.layer == 0 for each in self.segments)
+        nexts = {(0, 0)}  # what may come
         for index, each in enumerate(self.segments):
             name = f"layout.segments[{index}]"
-            place = divmod(index, per_layer) if per_layer else (-1, -1)
-            if (each.layer, each.kv) != place or count % per_layer:
+            if (each.layer, each.kv) not in nexts:
                 raise errors.InvalidRequest(
                     f"{name}.layer, kv",
                     (each.layer, each.kv),
-                    "in order: layers from 0, all alike, and 0 (key) before 1 (value)",
+                    "in order, without a gap: layers from 0, and in each of them from 0",
+                )
+            nexts = {(each.layer, each.kv + 1), (each.layer + 1, 0)}
+            if each.sharing not in (SPLIT, REPLICATED):
+                raise errors.InvalidRequest(
+                    f"{name}.sharing", each.sharing, "0 (split) or 1 (replicated)"
                 )
             if not 1 <= each.bytes <= SEGMENT_BYTES_MAX:
                 raise errors.InvalidRequest(
@@ -87,19 +85,36 @@ class Layout:
                 raise errors.InvalidRequest(f"{name}.stride", each.stride, f">= {each.bytes}")
 
     @property
-    def segments_per_layer(self) -> int:
-        return sum(each.layer == 0 for each in self.segments)
-
-    @property
     def layers(self) -> int:
         return self.segments[-1].layer + 1
 
+    def layer_ends(self) -> NDArray[np.uint32]:
+        """[layers] how many segments there are up to the end of each layer."""
+        counts = np.bincount([each.layer for each in self.segments])
+        return np.cumsum(counts).astype(np.uint32)
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """The fewest bytes of a page that lie side by side in the pool's memory: segments that
+        follow one another at one stride are one row."""
+        rows: list[int] = []
+        end, stride = -1, 0  # of the segment before
+        for each in sorted(self.segments, key=lambda segment: segment.offset):
+            if each.offset == end and each.stride == stride >= rows[-1] + each.bytes:
+                rows[-1] += each.bytes
+            else:
+                rows.append(each.bytes)
+            end, stride = each.offset + each.bytes, each.stride
+        return min(rows)
+
     @cached_property
     def digest(self) -> bytes:
-        """32 bytes over what makes two payloads interchangeable (SHA-256, little-endian u64s)."""
-        numbers = [self.layout_version, self.page_size, self.component, self.part, self.parts]
+        """32 bytes over what makes two payloads interchangeable (SHA-256, little-endian u64s). The
+        zeros and the one are a component's and its part's numbers, as long as there is one."""
+        numbers = [self.layout_version, self.page_size, 0, 0, 1]
         for each in self.segments:
-            numbers += [each.layer, each.kv, each.bytes]
+            # a split segment's is as it was before segments could be replicated
+            numbers += [each.layer, each.kv | each.sharing << 32, each.bytes]
         packed = struct.pack(f"<{len(numbers)}Q", *numbers)
         return hashlib.sha256(b"kvc2.layout\0" + packed).digest()
 
@@ -156,30 +171,31 @@ class Layout:
                     bytes=each.bytes,
                     offset=each.offset,
                     stride=each.stride,
+                    sharing=each.sharing,
                 )
                 for each in self.segments
             ],
             page_size=self.page_size,
             layout_version=self.layout_version,
-            component=self.component,
-            part=self.part,
-            parts=self.parts,
+            row_bytes=self.row_bytes,
         )
 
     @staticmethod
     def from_proto(message: cache_pb2.Layout) -> Layout:
-        """Raises InvalidRequest or Reserved with the field's name."""
-        return Layout(
+        """Raises InvalidRequest with the field's name."""
+        layout = Layout(
             segments=tuple(
-                Segment(each.layer, each.kv, each.bytes, each.offset, each.stride)
+                Segment(each.layer, each.kv, each.bytes, each.offset, each.stride, each.sharing)
                 for each in message.segments[: SEGMENTS_MAX + 1]
             ),
             page_size=message.page_size,
             layout_version=message.layout_version,
-            component=message.component,
-            part=message.part,
-            parts=message.parts,
         )
+        if message.row_bytes not in (0, layout.row_bytes):
+            raise errors.InvalidRequest(
+                "layout.row_bytes", message.row_bytes, f"as its segments lie: {layout.row_bytes}"
+            )
+        return layout
 
 
 def layer_major(layers: int, num_pages: int, *, segment_bytes: int, page_size: int) -> Layout:

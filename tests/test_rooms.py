@@ -39,8 +39,9 @@ FLOORS = {
     "kvc2/server": """
         daemon
         wiring
-        calls
+        session_calls, shared_calls
         attach
+        callers, hello
         checks, claim, scrapes, side, tenants
     """,
     "kvc2/client": """

@@ -95,20 +95,20 @@ class Announcer {
 
 void scatter_pages(ThreadTeam& team, const py::object& arena, const py::object& offsets,
                    const py::object& pool, const py::object& segments, const py::object& pages,
-                   size_t segments_per_layer, const py::object& progress, uint64_t progress_base,
+                   const py::object& layer_ends, const py::object& progress, uint64_t progress_base,
                    int event_fd) {
   const PageList list = page_list(segments, pages, offsets);
-  if (segments_per_layer == 0 || list.segments.size() % segments_per_layer != 0) {
-    throw py::value_error("segments_per_layer is " + std::to_string(segments_per_layer) +
-                          "; it must divide the " + std::to_string(list.segments.size()) +
-                          " segments");
+  const auto ends = elements<uint32_t>(layer_ends, "layer_ends", {kAnyLength});
+  if (!are_layer_ends(ends, list.segments.size())) {
+    throw py::value_error("layer_ends does not rise to the " +
+                          std::to_string(list.segments.size()) + " segments");
   }
   const Exported from(arena, "arena", false), to(pool, "pool", true);
   check_inside(list, to.bytes(), from.bytes());
   Announcer announcer(progress, progress_base, event_fd);
   {
     const py::gil_scoped_release released;
-    scatter(team, list, {from.data(), from.bytes()}, {to.data(), to.bytes()}, segments_per_layer,
+    scatter(team, list, {from.data(), from.bytes()}, {to.data(), to.bytes()}, ends,
             [&announcer](size_t layers) { announcer.announce(layers); });
   }
   announcer.raise_if_failed();
@@ -127,7 +127,7 @@ void bind_copy(py::module_& module) {
              py::arg("pages"), py::arg("arena"), py::arg("offsets"));
   module.def("scatter", &scatter_pages, py::arg("team"), py::arg("arena"), py::arg("offsets"),
              py::arg("pool"), py::arg("segments"), py::arg("pages"), py::kw_only(),
-             py::arg("segments_per_layer"), py::arg("progress") = py::none(),
-             py::arg("progress_base") = 0, py::arg("event_fd") = -1);
+             py::arg("layer_ends"), py::arg("progress") = py::none(), py::arg("progress_base") = 0,
+             py::arg("event_fd") = -1);
   module.def("copy_backend", [] { return std::string(isa_name(copy_isa())); });
 }

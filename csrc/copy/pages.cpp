@@ -58,9 +58,13 @@ std::optional<uint64_t> end_of(const Segment& segment, uint64_t times) {
 // in layer order, but the last of one layer may finish after the first of the next.
 class LayerCount {
  public:
-  LayerCount(size_t layers, size_t items_per_layer, const LayersDone& done)
-      : items_left_(layers), done_(done) {
-    for (auto& left : items_left_) left.store(items_per_layer, std::memory_order_relaxed);
+  LayerCount(std::span<const uint32_t> layer_ends, size_t pages, const LayersDone& done)
+      : items_left_(layer_ends.size()), done_(done) {
+    size_t begin = 0;
+    for (size_t layer = 0; layer < layer_ends.size(); ++layer) {
+      items_left_[layer].store((layer_ends[layer] - begin) * pages, std::memory_order_relaxed);
+      begin = layer_ends[layer];
+    }
   }
 
   // Items [begin, end) of one layer are stored and fenced.
@@ -140,21 +144,28 @@ void gather(ThreadTeam& team, const PageList& list, Memory<const uint8_t> pool,
   team.parallel_for(items, pieces_grain(starts.back(), segments), copy_items);
 }
 
+bool are_layer_ends(std::span<const uint32_t> layer_ends, size_t segments) {
+  size_t last = 0;
+  for (const uint32_t end : layer_ends) {
+    if (end <= last) return false;
+    last = end;
+  }
+  return last == segments && segments > 0;
+}
+
 void scatter(ThreadTeam& team, const PageList& list, Memory<const uint8_t> arena,
-             Memory<uint8_t> pool, size_t segments_per_layer, const LayersDone& done) {
+             Memory<uint8_t> pool, std::span<const uint32_t> layer_ends, const LayersDone& done) {
   const size_t segments = list.segments.size(), pages = list.pages.size();
-  KVC2_CHECK(segments_per_layer > 0 && segments % segments_per_layer == 0,
-             "%zu segments in layers of %zu", segments, segments_per_layer);
+  KVC2_CHECK(are_layer_ends(layer_ends, segments), "layers of %zu segments end elsewhere",
+             segments);
   KVC2_CHECK(!outside(list, pool.bytes, arena.bytes), "scatter outside its memory");
-  const size_t layers = segments / segments_per_layer;
-  const size_t items_per_layer = pages * segments_per_layer;
-  if (items_per_layer == 0) {
-    for (size_t layer = 0; layer < layers; ++layer) done(layer + 1);
+  if (pages == 0) {
+    for (size_t layer = 0; layer < layer_ends.size(); ++layer) done(layer + 1);
     return;
   }
   const std::vector<uint64_t> starts = payload_starts(list.segments);
   const copy::Stream stream = stream_here();
-  LayerCount count(layers, items_per_layer, done);
+  LayerCount count(layer_ends, pages, done);
   // items in the order (segment, page): layer after layer
   const auto source = [&](size_t item) {
     return arena.data + list.offsets[item % pages] + starts[item / pages];
@@ -168,16 +179,16 @@ void scatter(ThreadTeam& team, const PageList& list, Memory<const uint8_t> arena
     }
     _mm_sfence();
   };
-  team.parallel_for(segments * pages, pieces_grain(starts.back(), segments),
-                    [&](size_t begin, size_t end) {
-                      while (begin < end) {  // a piece may reach over the end of a layer
-                        const size_t layer = begin / items_per_layer;
-                        const size_t stop = std::min(end, (layer + 1) * items_per_layer);
-                        copy_items(begin, stop);
-                        count.finish(layer, stop - begin);
-                        begin = stop;
-                      }
-                    });
+  team.parallel_for(
+      segments * pages, pieces_grain(starts.back(), segments), [&](size_t begin, size_t end) {
+        while (begin < end) {  // a piece may reach over the end of a layer
+          const auto layer = std::upper_bound(layer_ends.begin(), layer_ends.end(), begin / pages);
+          const size_t stop = std::min(end, *layer * pages);
+          copy_items(begin, stop);
+          count.finish(static_cast<size_t>(layer - layer_ends.begin()), stop - begin);
+          begin = stop;
+        }
+      });
 }
 
 }  // namespace kvc2

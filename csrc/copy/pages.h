@@ -47,10 +47,13 @@ void gather(ThreadTeam& team, const PageList& list, Memory<const uint8_t> pool,
 // thread that synchronises with this call; from any thread of the team, one call at a time.
 using LayersDone = std::function<void(size_t layers)>;
 
-// Payloads into the pool, in the order of layers; a layer is `segments_per_layer` segments, which
-// divides their number. Nothing may be outside().
+// Whether layers end after these many segments: rising, from 1 on, the last of them all `segments`.
+bool are_layer_ends(std::span<const uint32_t> layer_ends, size_t segments);
+
+// Payloads into the pool, in the order of layers, which end where layer_ends says. Nothing may be
+// outside().
 void scatter(ThreadTeam& team, const PageList& list, Memory<const uint8_t> arena,
-             Memory<uint8_t> pool, size_t segments_per_layer, const LayersDone& done);
+             Memory<uint8_t> pool, std::span<const uint32_t> layer_ends, const LayersDone& done);
 
 // The instruction set that both use on this machine.
 Isa copy_isa();

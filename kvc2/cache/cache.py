@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from kvc2 import _core, errors
 from kvc2.answers import (
     NO_HINTS,
-    NO_PAGES,
     Acquired,
     CacheStats,
     Evicted,
@@ -32,6 +31,7 @@ from kvc2.answers import (
     Matched,
     Terms,
     TierTokens,
+    of_pages,
 )
 from kvc2.cache.counts import Counts
 from kvc2.cache.explain import Explainer
@@ -266,10 +266,10 @@ class Cache:
         return Acquired(
             matched_tokens=held * size,
             tiers=_tokens_by_tier(view.tiers, size),
-            prefix_pages=view.pages,
             transfer=gpu.pending.get(view.transfer, 0),
-            granted_pages=self.grant(session, grant_pages, lease.namespace),
             computing_tokens=view.computing * size if held == view.matched else 0,
+            held=of_pages(view.pages),
+            granted=of_pages(self.grant(session, grant_pages, lease.namespace)),
         )
 
     def commit(
@@ -308,7 +308,7 @@ class Cache:
     def give_back(self, session: Session, pages: U32) -> None:
         """Granted pages come back unused. Raises InvalidRequest when one was not granted."""
         if not self.index.give_back(session.mapped_pool().id, _u32(pages)):
-            raise errors.InvalidRequest("returned_pages", pages.size, "pages granted and not used")
+            raise errors.InvalidRequest("returned", pages.size, "pages granted and not used")
 
     # ---- the whole (whole.py) ----
 
@@ -344,7 +344,7 @@ def _tokens_by_tier(blocks: tuple[int, ...], page_size: int) -> TierTokens:
 
 def _nothing() -> Acquired:
     """The answer to an acquire that was released meanwhile."""
-    return Acquired(0, TierTokens(), NO_PAGES, 0, NO_PAGES, 0)
+    return Acquired(0, TierTokens())
 
 
 async def _may_change() -> bool:

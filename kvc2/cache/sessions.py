@@ -87,6 +87,7 @@ class Session:
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(SECRET_BYTES), repr=False)
     leases: dict[bytes, OpenLease] = field(default_factory=dict)
     namespaces: SharedTable[str, int, Namespace] = field(default_factory=SharedTable)
+    expiry_s: float = EXPIRY_S
     prefill_rate: float = 0.0  # tokens/s, as its engine measured last; 0: not known
 
     @property
@@ -129,14 +130,18 @@ class SessionTable:
         self._next_epoch = 1
         self._open: dict[int, Session] = {}
 
-    def open(self, engine_name: str, layout: Layout, num_pages: int) -> Session:
+    def open(
+        self, engine_name: str, layout: Layout, num_pages: int, *, expiry_s: float = EXPIRY_S
+    ) -> Session:
         """A new session in state joining. Raises LimitReached."""
         if len(self._open) >= self._max_sessions:
             raise errors.LimitReached(
                 "limits.max_sessions", self._max_sessions, "sessions are open"
             )
         now = self._clock()
-        session = Session(self._next_epoch, engine_name, layout, num_pages, now, now)
+        session = Session(
+            self._next_epoch, engine_name, layout, num_pages, now, now, expiry_s=expiry_s
+        )
         self._next_epoch += 1
         self._open[session.epoch] = session
         return session
@@ -174,7 +179,8 @@ class SessionTable:
         return session
 
     def expired(self) -> list[Session]:
-        """Sessions without a heartbeat for EXPIRY_S, or not joined for JOIN_S. Changes nothing."""
+        """Sessions without a heartbeat for so long as they may be (expiry_s), or not joined for
+        JOIN_S. Changes nothing."""
         now = self._clock()
         return [
             each
@@ -182,7 +188,7 @@ class SessionTable:
             if (
                 now - each.attached_at >= JOIN_S
                 if each.state == "joining"
-                else now - each.last_heartbeat >= EXPIRY_S
+                else now - each.last_heartbeat >= each.expiry_s
             )
         ]
 

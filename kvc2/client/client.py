@@ -34,7 +34,7 @@ from kvc2.client.share import Share, Sharing
 from kvc2.host.address import Address
 from kvc2.layout import Layout
 from kvc2.v1 import cache_pb2
-from kvc2.wire import from_message, packed, to_message, unpacked
+from kvc2.wire import from_message, packed, to_message
 
 State = Literal["attached", "detached", "silent"]
 BACKOFF_S_MIN = 0.05
@@ -187,7 +187,7 @@ class Client:
             session=connection.head,
             request_id=request_id,
             tokens=packed(tokens),
-            grant_pages=grant_pages,
+            grants=_grants(grant_pages),
             deadline_ms=0 if deadline_s is None else max(1, round(deadline_s * 1000)),
             hints=to_message(hints, cache_pb2.Hints),
         )
@@ -214,8 +214,8 @@ class Client:
         connection = self._attached()
         request = cache_pb2.CommitRequest(
             session=connection.head,
-            leases=[to_message(each, cache_pb2.LeaseCommit) for each in commits],
-            grant_pages=grant_pages,
+            leases=[_commit(each) for each in commits],
+            grants=_grants(grant_pages),
             durable=durable,
             prefill_tokens_per_s=prefill_tokens_per_s,
         )
@@ -237,17 +237,18 @@ class Client:
         request = cache_pb2.ReleaseRequest(
             session=connection.head,
             request_ids=request_ids,
-            returned_pages=packed(returned),
+            returned=_pages(returned),
             hints=[to_message(each, cache_pb2.Hints) for each in hints],
-            grant_pages=grant_pages,
+            grants=_grants(grant_pages),
         )
         return from_message(answers.Released, self._call(connection, "Release", request))
 
     def grant(self, pages: int) -> NDArray[np.uint32]:
         """More private pages to fill, maybe fewer than asked for. Not idempotent: never retried."""
         connection = self._attached()
-        request = cache_pb2.GrantRequest(session=connection.head, pages=pages)
-        return unpacked(self._call(connection, "Grant", request, retries=0).granted_pages)
+        request = cache_pb2.GrantRequest(session=connection.head, grants=_grants(pages))
+        answer = self._call(connection, "Grant", request, retries=0)
+        return from_message(answers.Released, answer).granted_pages
 
     def invalidate(self, namespace: NamespaceHandle) -> answers.Invalidated:
         """Kill all blocks of a namespace, in every tier. The handle stays good, for new ones."""
@@ -466,3 +467,21 @@ class Client:
 
 def _failed(error: OSError) -> errors.Kvc2Error:
     return errors.Unreachable(f"this process can't: {error}")
+
+
+def _pages(pages: NDArray[np.uint32]) -> list[cache_pb2.ComponentPages]:
+    """Of component 0."""
+    return [cache_pb2.ComponentPages(pages=packed(pages))] if len(pages) else []
+
+
+def _grants(pages: int) -> list[cache_pb2.PageCount]:
+    return [cache_pb2.PageCount(pages=pages)] if pages else []
+
+
+def _commit(each: answers.LeaseCommit) -> cache_pb2.LeaseCommit:
+    return cache_pb2.LeaseCommit(
+        request_id=each.request_id,
+        first_block=each.first_block,
+        tokens=packed(each.tokens),
+        pages=_pages(each.pages),
+    )

@@ -22,14 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvc2 import _core, errors
+from kvc2.answers import ComponentPages, Limits, pages_of
 from kvc2.client.channel import Channel, absence_of, code, probe, translated
 from kvc2.client.memory import OverSignal, PoolMemory, Progress
 from kvc2.host.address import Address
 from kvc2.layout import Layout
 from kvc2.v1 import cache_pb2
-from kvc2.wire import packed, unpacked
+from kvc2.wire import from_message, packed
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 ATTACHED_S = 3.0  # for the daemon's first answer
 READY_S = 10.0  # it may first have to end our earlier session, which takes up to 2 s
 SIDE_S = 10.0
@@ -116,11 +117,16 @@ class Connection:
     def _attach(self, pool: EnginePool) -> None:
         hello = cache_pb2.Hello(
             engine_name=pool.engine_name,
-            layout=pool.layout.to_proto(),
-            num_pages=pool.memory.num_bytes // pool.layout.payload_bytes,
-            kept_pages=packed(pool.kept_pages()),
-            memory_bytes=pool.memory.num_bytes,
             wire_version=WIRE_VERSION,
+            pools=[
+                cache_pb2.Pool(
+                    parts=1,
+                    layout=pool.layout.to_proto(),
+                    num_pages=pool.memory.num_bytes // pool.layout.payload_bytes,
+                    kept_pages=packed(pool.kept_pages()),
+                    memory_bytes=pool.memory.num_bytes,
+                )
+            ],
         )
         self._outbox.put(cache_pb2.AttachRequest(hello=hello))
         attached = self._expect("attached", ATTACHED_S).attached
@@ -128,9 +134,11 @@ class Connection:
             secret=attached.secret, session_epoch=attached.session_epoch
         )
         self.key = self.head.SerializeToString()
+        self.limits = from_message(Limits, attached.limits)
         self.heartbeat_s = max(0.05, attached.heartbeat_interval_ms / 1000)
         self._join(attached, pool.memory)
-        self.granted = unpacked(self._expect("ready", READY_S).ready.granted_pages)
+        ready = self._expect("ready", READY_S).ready
+        self.granted = pages_of(tuple(from_message(ComponentPages, each) for each in ready.granted))
 
     def _expect(self, kind: str, timeout_s: float) -> cache_pb2.AttachResponse:
         message = self.receive(timeout_s)

@@ -16,21 +16,22 @@ from typing import Any, Literal
 import grpc
 
 from kvc2 import errors, events
+from kvc2.answers import of_pages
 from kvc2.cache.cache import Cache
-from kvc2.cache.sessions import EXPIRY_S, HEARTBEAT_INTERVAL_S, Session, SessionTable
+from kvc2.cache.sessions import HEARTBEAT_INTERVAL_S, Session, SessionTable
 from kvc2.config import ServeConfig
-from kvc2.layout import Layout
 from kvc2.metrics import Metrics
-from kvc2.server import checks
+from kvc2.server import checks, hello
+from kvc2.server.hello import Greeting
 from kvc2.server.side import NONCE_BYTES, Handover
 from kvc2.v1 import cache_pb2
+from kvc2.wire import to_message
 
 EXPIRY_CHECK_S = 0.25
 DEATH_S = 0.5  # a killed process closes its sockets some ms before its pidfd says that it is dead
 FROZEN_S = 0.05  # one look at the pidfd of an engine that fell silent
 SEND_S = 1.0  # an engine that doesn't read its stream is not waited for
 HELLO_S = 3.0
-MEMORY_BYTES_MAX = 1 << 44
 FIRST_GRANT_SHARE = 8  # of the pool, at most FIRST_GRANT_PAGES: the rest is better used as cache
 FIRST_GRANT_PAGES = 256
 
@@ -45,7 +46,7 @@ class _Attachment:
     """A session's stream and hand-over. `ended` is done when the session shall end: it says why."""
 
     session: Session
-    hello: cache_pb2.Hello
+    greeting: Greeting
     nonce: bytes
     context: Context
     ended: asyncio.Future[Ending]
@@ -91,12 +92,13 @@ class Attachments:
 
     async def attach(self, context: Context) -> None:
         """The Attach rpc. Its cleanup is a task of its own: a broken stream cancels this one."""
-        hello = await self._read_hello(context)
-        layout = self._check_hello(hello)
-        session = self.table.open(hello.engine_name, layout, hello.num_pages)
+        greeting = hello.check(await self._read_hello(context), self._config)
+        session = self.table.open(
+            greeting.engine_name, greeting.layout, greeting.num_pages, expiry_s=greeting.expiry_s
+        )
         ended: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         nonce = secrets.token_bytes(NONCE_BYTES)
-        attachment = _Attachment(session, hello, nonce, context, ended)
+        attachment = _Attachment(session, greeting, nonce, context, ended)
         # by its number: a session that held its attachment would outlive both
         session.give_up = functools.partial(self._give_up, session.epoch)
         self._by_nonce[nonce] = attachment
@@ -115,7 +117,9 @@ class Attachments:
         if reason == "detached" and closing is not None:
             await asyncio.shield(closing)  # the engine leaves its pages alone until the stream ends
         if reason == "expired":
-            raise errors.SessionOver(f"session {session.epoch} sent no heartbeat for {EXPIRY_S} s")
+            raise errors.SessionOver(
+                f"session {session.epoch} sent no heartbeat for {session.expiry_s:g} s"
+            )
         if reason == "misused" and attachment.misuse is not None:
             raise errors.InvalidRequest(*attachment.misuse)
         if reason == "failed":
@@ -134,28 +138,6 @@ class Attachments:
             raise errors.InvalidRequest("message", None, "hello must be the first")
         return message.hello
 
-    def _check_hello(self, hello: cache_pb2.Hello) -> Layout:
-        limits = self._config.limits
-        if hello.wire_version != 1:
-            raise errors.InvalidRequest("hello.wire_version", hello.wire_version, "1")
-        checks.text("hello.engine_name", hello.engine_name, checks.ENGINE_NAME_BYTES_MAX)
-        if not 1 <= hello.num_pages <= limits.max_pool_pages:
-            raise errors.InvalidRequest(
-                "hello.num_pages", hello.num_pages, f"1 to {limits.max_pool_pages}"
-            )
-        if not 1 <= hello.memory_bytes <= MEMORY_BYTES_MAX:
-            raise errors.InvalidRequest(
-                "hello.memory_bytes", hello.memory_bytes, f"1 to {MEMORY_BYTES_MAX}"
-            )
-        layout = Layout.from_proto(hello.layout)
-        layout.check_fits(hello.num_pages, hello.memory_bytes)
-        wanted = self._config.attn.page_size
-        if wanted is not None and layout.page_size != wanted:
-            raise errors.InvalidRequest(
-                "layout.page_size", layout.page_size, f"attn.page_size of the daemon: {wanted}"
-            )
-        return layout
-
     def _attached(self, attachment: _Attachment) -> cache_pb2.AttachResponse:
         return cache_pb2.AttachResponse(
             attached=cache_pb2.Attached(
@@ -164,7 +146,9 @@ class Attachments:
                 nonce=attachment.nonce,
                 side_socket=self.side_path,
                 heartbeat_interval_ms=round(HEARTBEAT_INTERVAL_S * 1000),
-                expiry_ms=round(EXPIRY_S * 1000),
+                expiry_ms=round(attachment.session.expiry_s * 1000),
+                wire_version=attachment.greeting.wire_version,
+                limits=to_message(hello.limits(self._config), cache_pb2.Limits),
             )
         )
 
@@ -198,21 +182,21 @@ class Attachments:
         if attachment is None:
             raise errors.InvalidRequest("nonce", None, "the one of an Attached message, once")
         attachment.session.uid = uid
-        return attachment.hello.memory_bytes
+        return attachment.greeting.memory_bytes
 
     async def join(self, nonce: bytes, handover: Handover) -> Callable[[], None]:
         """The pool is mapped: open it in the cache and say Ready. What is answered takes beats."""
         attachment = next((each for each in self._open.values() if each.nonce == nonce), None)
         if attachment is None:
             raise errors.SessionOver("the stream ended before the side socket joined")
-        session, hello = attachment.session, attachment.hello
+        session, greeting = attachment.session, attachment.greeting
         # an engine that re-attaches brings the same memory: old transfers into it must have ended
         earlier = [task for task, pid in self._closing.items() if pid == handover.pid]
         if earlier:
             await asyncio.wait(earlier)
         if session.state != "joining":
             raise errors.SessionOver(f"session {session.epoch} is {session.state}")
-        kept = checks.pages("hello.kept_pages", hello.kept_pages, session)
+        kept = checks.pages("hello.pools[0].kept_pages", greeting.kept_pages, session)
         session.pid, session.uid = handover.pid, handover.uid
         self._cache.open_session(
             session,
@@ -223,8 +207,8 @@ class Attachments:
         )
         attachment.handover = handover
         self.table.join(session)
-        first = min(hello.num_pages // FIRST_GRANT_SHARE, FIRST_GRANT_PAGES)
-        granted = self._cache.grant(session, first).tobytes()
+        first = min(greeting.num_pages // FIRST_GRANT_SHARE, FIRST_GRANT_PAGES)
+        granted = of_pages(self._cache.grant(session, first))
         if handover.pidfd >= 0:
             asyncio.get_running_loop().add_reader(handover.pidfd, attachment.end, "died")
         events.event(
@@ -234,7 +218,9 @@ class Attachments:
             pid=session.pid,
             kept=len(kept),
         )
-        ready = cache_pb2.Ready(granted_pages=granted)
+        ready = cache_pb2.Ready(
+            granted=[to_message(each, cache_pb2.ComponentPages) for each in granted]
+        )
         await attachment.send(cache_pb2.AttachResponse(ready=ready))
         return functools.partial(self._beat, session)
 

@@ -6,6 +6,7 @@ ranges but checks ownership (a page of another lease) itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -13,7 +14,7 @@ from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
 from kvc2 import errors
-from kvc2.answers import Hints
+from kvc2.answers import NO_PAGES, Hints
 from kvc2.cache.namespaces import Namespace
 from kvc2.cache.sessions import Session
 from kvc2.config import LimitsConfig
@@ -75,18 +76,41 @@ def pages(field: str, data: bytes, session: Session) -> NDArray[np.uint32]:
     return found
 
 
+def component_pages(
+    field: str, given: Sequence[cache_pb2.ComponentPages], session: Session
+) -> NDArray[np.uint32]:
+    """Pages of the session's pool, of component 0: at most one entry. Raises Reserved for another
+    component."""
+    few(field, len(given), 1)
+    for index, each in enumerate(given):
+        reserved(f"{field}[{index}].component", each.component, 0)
+        if each.offsets:
+            raise errors.InvalidRequest(
+                f"{field}[{index}].offsets", f"{len(each.offsets)} bytes", "pages, in a pool"
+            )
+        return pages(f"{field}[{index}].pages", each.pages, session)
+    return NO_PAGES
+
+
+def grants(given: Sequence[cache_pb2.PageCount], limits: LimitsConfig) -> int:
+    """Pages that are wanted of component 0."""
+    few("grants", len(given), 1)
+    for each in given:
+        reserved("grants[0].component", each.component, 0)
+        if each.pages > limits.max_grant_pages:
+            raise errors.InvalidRequest(
+                "grants[0].pages", each.pages, f"at most {limits.max_grant_pages}"
+            )
+        return each.pages
+    return 0
+
+
 def request_id(field: str, value: bytes) -> bytes:
     if not 1 <= len(value) <= REQUEST_ID_BYTES_MAX:
         raise errors.InvalidRequest(
             field, f"{len(value)} bytes", f"1 to {REQUEST_ID_BYTES_MAX} bytes"
         )
     return value
-
-
-def grant(field: str, count: int, limits: LimitsConfig) -> int:
-    if count > limits.max_grant_pages:
-        raise errors.InvalidRequest(field, count, f"at most {limits.max_grant_pages}")
-    return count
 
 
 def evict_blocks(count: int) -> int:

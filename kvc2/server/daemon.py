@@ -26,10 +26,13 @@ from kvc2.metrics import Metrics, TierSample
 from kvc2.periodic import periodically
 from kvc2.server import wiring
 from kvc2.server.attach import EXPIRY_CHECK_S, Attachments
-from kvc2.server.calls import CacheCalls
+from kvc2.server.callers import Callers
 from kvc2.server.claim import Claim
 from kvc2.server.scrapes import Scrapes
+from kvc2.server.session_calls import SessionCalls
+from kvc2.server.shared_calls import SharedCalls
 from kvc2.server.side import SideSocket
+from kvc2.server.wiring import Calls
 
 STOP_GRACE_S = 0.5  # for calls under way when the last flush has ended
 SCRAPE_S = 1.0
@@ -85,7 +88,11 @@ class Daemon:
         self.port = 0
         self._claim = claim
         self.attachments = Attachments(config, cache, table, metrics)
-        self.calls = CacheCalls(config, cache, self.attachments, metrics, self._drain_call)
+        callers = Callers(config, table, metrics)
+        self.calls = Calls(
+            SessionCalls(config, cache, self.attachments, callers, metrics),
+            SharedCalls(config, cache, callers, metrics, self._drain_call),
+        )
         self._flushed: asyncio.Task[Flushed] | None = None
         self._deadline = 0.0
         self._server = wiring.open_server(config.limits)

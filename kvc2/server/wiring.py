@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
@@ -20,29 +20,14 @@ from kvc2.config import LimitsConfig
 from kvc2.metrics import Metrics
 from kvc2.server import checks
 from kvc2.server.attach import Attachments
-from kvc2.server.calls import CacheCalls
+from kvc2.server.session_calls import SessionCalls
+from kvc2.server.shared_calls import SharedCalls
 from kvc2.v1 import cache_pb2
 
 SERVICES = ("kvc2.v1.Sessions", "kvc2.v1.Cache")
-UNARY = (
-    "OpenNamespace",
-    "Match",
-    "Explain",
-    "Acquire",
-    "Grant",
-    "Commit",
-    "Release",
-    "Flush",
-    "Evict",
-    "Invalidate",
-    "Pin",
-    "Unpin",
-    "SetQuota",
-    "Prefetch",
-    "Scrub",
-    "Stats",
-    "Drain",
-)
+RPCS = tuple(cache_pb2.DESCRIPTOR.services_by_name["Cache"].methods_by_name)
+STREAMS = ("Read", "Write")  # of the Cache service; its other rpcs are a message each way
+UNARY = tuple(name for name in RPCS if name not in STREAMS)
 Handler = Callable[[Any], Awaitable[Any]]
 Context = grpc.aio.ServicerContext[Any, Any]
 # sessions' streams, their calls under way, and admin calls: beyond it gRPC says RESOURCE_EXHAUSTED
@@ -50,6 +35,18 @@ CALLS_PER_SESSION = 64
 CONNECTIONS_PER_SESSION = 4  # an engine needs one, and commands some
 HANDSHAKE_MS = 10_000  # who connects and says nothing is let go
 IDLE_MS = 300_000  # and who is connected and calls nothing: an engine's Attach is a call
+
+
+class Calls(NamedTuple):
+    """The handlers of the Cache service."""
+
+    session: SessionCalls
+    shared: SharedCalls
+
+    def of(self, name: str) -> Handler:
+        """The one of this rpc."""
+        found: Handler | None = getattr(self.session, name, None)
+        return found or getattr(self.shared, name)
 
 
 def open_server(limits: LimitsConfig) -> grpc.aio.Server:
@@ -74,22 +71,22 @@ def open_server(limits: LimitsConfig) -> grpc.aio.Server:
 
 
 def register(
-    server: grpc.aio.Server, calls: CacheCalls, attachments: Attachments, metrics: Metrics
+    server: grpc.aio.Server, calls: Calls, attachments: Attachments, metrics: Metrics
 ) -> None:
     """Add the two services of the wire."""
     handlers = {
         name: grpc.unary_unary_rpc_method_handler(
-            answered(name, getattr(calls, name), metrics),
+            answered(name, calls.of(name), metrics),
             response_serializer=getattr(cache_pb2, f"{name}Response").SerializeToString,
         )
         for name in UNARY
     }
     handlers["Read"] = grpc.unary_stream_rpc_method_handler(
-        answered("Read", calls.Read, metrics),
+        answered("Read", calls.of("Read"), metrics),
         response_serializer=cache_pb2.ReadResponse.SerializeToString,
     )
     handlers["Write"] = grpc.stream_unary_rpc_method_handler(
-        answered("Write", lambda _: calls.Write(cache_pb2.WriteRequest()), metrics),
+        answered("Write", lambda _: calls.of("Write")(cache_pb2.WriteRequest()), metrics),
         response_serializer=cache_pb2.WriteResponse.SerializeToString,
     )
     attach = grpc.stream_stream_rpc_method_handler(

@@ -55,7 +55,7 @@ class Copier:
                 pool.memory.data,
                 pool.segments,
                 pages,
-                segments_per_layer=pool.segments_per_layer,
+                layer_ends=pool.layer_ends,
                 progress=pool.progress if sequence else None,
                 progress_base=sequence * PROGRESS_STEP,
                 event_fd=pool.event_fd if sequence else -1,
@@ -72,7 +72,7 @@ class GpuMemory:
         self.progress = memoryview(progress)[:8]  # the word; the rest of the page is free
         self.event_fd = event_fd
         self.segments = layout.segment_table()
-        self.segments_per_layer = layout.segments_per_layer
+        self.layer_ends = layout.layer_ends()
 
     def close(self) -> None:
         """Drop the views: a map can't be closed while one lies over it."""

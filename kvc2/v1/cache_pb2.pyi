@@ -7,34 +7,82 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Segment(_message.Message):
-    __slots__ = ("layer", "kv", "bytes", "offset", "stride")
+    __slots__ = ("layer", "kv", "bytes", "offset", "stride", "sharing")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     KV_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     STRIDE_FIELD_NUMBER: _ClassVar[int]
+    SHARING_FIELD_NUMBER: _ClassVar[int]
     layer: int
     kv: int
     bytes: int
     offset: int
     stride: int
-    def __init__(self, layer: _Optional[int] = ..., kv: _Optional[int] = ..., bytes: _Optional[int] = ..., offset: _Optional[int] = ..., stride: _Optional[int] = ...) -> None: ...
+    sharing: int
+    def __init__(self, layer: _Optional[int] = ..., kv: _Optional[int] = ..., bytes: _Optional[int] = ..., offset: _Optional[int] = ..., stride: _Optional[int] = ..., sharing: _Optional[int] = ...) -> None: ...
 
 class Layout(_message.Message):
-    __slots__ = ("segments", "page_size", "layout_version", "component", "part", "parts")
+    __slots__ = ("segments", "page_size", "layout_version", "row_bytes")
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_VERSION_FIELD_NUMBER: _ClassVar[int]
-    COMPONENT_FIELD_NUMBER: _ClassVar[int]
-    PART_FIELD_NUMBER: _ClassVar[int]
-    PARTS_FIELD_NUMBER: _ClassVar[int]
+    ROW_BYTES_FIELD_NUMBER: _ClassVar[int]
     segments: _containers.RepeatedCompositeFieldContainer[Segment]
     page_size: int
     layout_version: int
+    row_bytes: int
+    def __init__(self, segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., page_size: _Optional[int] = ..., layout_version: _Optional[int] = ..., row_bytes: _Optional[int] = ...) -> None: ...
+
+class Pool(_message.Message):
+    __slots__ = ("component", "reach", "part", "parts", "memory_kind", "device", "num_pages", "memory_bytes", "layout", "kept_pages")
+    COMPONENT_FIELD_NUMBER: _ClassVar[int]
+    REACH_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_KIND_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    KEPT_PAGES_FIELD_NUMBER: _ClassVar[int]
     component: int
+    reach: int
     part: int
     parts: int
-    def __init__(self, segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., page_size: _Optional[int] = ..., layout_version: _Optional[int] = ..., component: _Optional[int] = ..., part: _Optional[int] = ..., parts: _Optional[int] = ...) -> None: ...
+    memory_kind: int
+    device: str
+    num_pages: int
+    memory_bytes: int
+    layout: Layout
+    kept_pages: bytes
+    def __init__(self, component: _Optional[int] = ..., reach: _Optional[int] = ..., part: _Optional[int] = ..., parts: _Optional[int] = ..., memory_kind: _Optional[int] = ..., device: _Optional[str] = ..., num_pages: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., kept_pages: _Optional[bytes] = ...) -> None: ...
+
+class ComponentPages(_message.Message):
+    __slots__ = ("component", "pages", "offsets")
+    COMPONENT_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    component: int
+    pages: bytes
+    offsets: bytes
+    def __init__(self, component: _Optional[int] = ..., pages: _Optional[bytes] = ..., offsets: _Optional[bytes] = ...) -> None: ...
+
+class PageCount(_message.Message):
+    __slots__ = ("component", "pages")
+    COMPONENT_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    component: int
+    pages: int
+    def __init__(self, component: _Optional[int] = ..., pages: _Optional[int] = ...) -> None: ...
+
+class BlockExtras(_message.Message):
+    __slots__ = ("block", "digest")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    block: int
+    digest: bytes
+    def __init__(self, block: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
     __slots__ = ("hello", "heartbeat", "detach")
@@ -47,20 +95,20 @@ class AttachRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., detach: _Optional[_Union[Detach, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("engine_name", "layout", "num_pages", "kept_pages", "memory_bytes", "wire_version")
+    __slots__ = ("engine_name", "wire_version", "wire_version_min", "pools", "arena", "expiry_ms")
     ENGINE_NAME_FIELD_NUMBER: _ClassVar[int]
-    LAYOUT_FIELD_NUMBER: _ClassVar[int]
-    NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
-    KEPT_PAGES_FIELD_NUMBER: _ClassVar[int]
-    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    WIRE_VERSION_MIN_FIELD_NUMBER: _ClassVar[int]
+    POOLS_FIELD_NUMBER: _ClassVar[int]
+    ARENA_FIELD_NUMBER: _ClassVar[int]
+    EXPIRY_MS_FIELD_NUMBER: _ClassVar[int]
     engine_name: str
-    layout: Layout
-    num_pages: int
-    kept_pages: bytes
-    memory_bytes: int
     wire_version: int
-    def __init__(self, engine_name: _Optional[str] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., num_pages: _Optional[int] = ..., kept_pages: _Optional[bytes] = ..., memory_bytes: _Optional[int] = ..., wire_version: _Optional[int] = ...) -> None: ...
+    wire_version_min: int
+    pools: _containers.RepeatedCompositeFieldContainer[Pool]
+    arena: bool
+    expiry_ms: int
+    def __init__(self, engine_name: _Optional[str] = ..., wire_version: _Optional[int] = ..., wire_version_min: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ..., arena: _Optional[bool] = ..., expiry_ms: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ()
@@ -83,30 +131,56 @@ class AttachResponse(_message.Message):
     def __init__(self, attached: _Optional[_Union[Attached, _Mapping]] = ..., drain: _Optional[_Union[DrainNotice, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
 
 class Attached(_message.Message):
-    __slots__ = ("secret", "session_epoch", "nonce", "side_socket", "heartbeat_interval_ms", "expiry_ms")
+    __slots__ = ("secret", "session_epoch", "nonce", "side_socket", "heartbeat_interval_ms", "expiry_ms", "wire_version", "limits")
     SECRET_FIELD_NUMBER: _ClassVar[int]
     SESSION_EPOCH_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
     SIDE_SOCKET_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
     EXPIRY_MS_FIELD_NUMBER: _ClassVar[int]
+    WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
     secret: bytes
     session_epoch: int
     nonce: bytes
     side_socket: str
     heartbeat_interval_ms: int
     expiry_ms: int
-    def __init__(self, secret: _Optional[bytes] = ..., session_epoch: _Optional[int] = ..., nonce: _Optional[bytes] = ..., side_socket: _Optional[str] = ..., heartbeat_interval_ms: _Optional[int] = ..., expiry_ms: _Optional[int] = ...) -> None: ...
+    wire_version: int
+    limits: Limits
+    def __init__(self, secret: _Optional[bytes] = ..., session_epoch: _Optional[int] = ..., nonce: _Optional[bytes] = ..., side_socket: _Optional[str] = ..., heartbeat_interval_ms: _Optional[int] = ..., expiry_ms: _Optional[int] = ..., wire_version: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
+
+class Limits(_message.Message):
+    __slots__ = ("max_tokens", "max_leases", "max_namespaces", "max_leases_per_call", "max_grant_pages", "max_keys", "max_message_bytes", "acquire_deadline_ms")
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_LEASES_FIELD_NUMBER: _ClassVar[int]
+    MAX_NAMESPACES_FIELD_NUMBER: _ClassVar[int]
+    MAX_LEASES_PER_CALL_FIELD_NUMBER: _ClassVar[int]
+    MAX_GRANT_PAGES_FIELD_NUMBER: _ClassVar[int]
+    MAX_KEYS_FIELD_NUMBER: _ClassVar[int]
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ACQUIRE_DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    max_tokens: int
+    max_leases: int
+    max_namespaces: int
+    max_leases_per_call: int
+    max_grant_pages: int
+    max_keys: int
+    max_message_bytes: int
+    acquire_deadline_ms: int
+    def __init__(self, max_tokens: _Optional[int] = ..., max_leases: _Optional[int] = ..., max_namespaces: _Optional[int] = ..., max_leases_per_call: _Optional[int] = ..., max_grant_pages: _Optional[int] = ..., max_keys: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., acquire_deadline_ms: _Optional[int] = ...) -> None: ...
 
 class DrainNotice(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("granted_pages",)
-    GRANTED_PAGES_FIELD_NUMBER: _ClassVar[int]
-    granted_pages: bytes
-    def __init__(self, granted_pages: _Optional[bytes] = ...) -> None: ...
+    __slots__ = ("granted", "arena_bytes")
+    GRANTED_FIELD_NUMBER: _ClassVar[int]
+    ARENA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    granted: _containers.RepeatedCompositeFieldContainer[ComponentPages]
+    arena_bytes: int
+    def __init__(self, granted: _Optional[_Iterable[_Union[ComponentPages, _Mapping]]] = ..., arena_bytes: _Optional[int] = ...) -> None: ...
 
 class SessionRef(_message.Message):
     __slots__ = ("secret", "session_epoch")
@@ -117,18 +191,22 @@ class SessionRef(_message.Message):
     def __init__(self, secret: _Optional[bytes] = ..., session_epoch: _Optional[int] = ...) -> None: ...
 
 class OpenNamespaceRequest(_message.Message):
-    __slots__ = ("session", "identity", "tenant", "salt", "ttl_s")
+    __slots__ = ("session", "identity", "tenant", "salt", "ttl_s", "layout", "key_mode")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     SALT_FIELD_NUMBER: _ClassVar[int]
     TTL_S_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    KEY_MODE_FIELD_NUMBER: _ClassVar[int]
     session: SessionRef
     identity: bytes
     tenant: str
     salt: bytes
     ttl_s: int
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., identity: _Optional[bytes] = ..., tenant: _Optional[str] = ..., salt: _Optional[bytes] = ..., ttl_s: _Optional[int] = ...) -> None: ...
+    layout: Layout
+    key_mode: int
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., identity: _Optional[bytes] = ..., tenant: _Optional[str] = ..., salt: _Optional[bytes] = ..., ttl_s: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., key_mode: _Optional[int] = ...) -> None: ...
 
 class OpenNamespaceResponse(_message.Message):
     __slots__ = ("namespace_id",)
@@ -137,28 +215,36 @@ class OpenNamespaceResponse(_message.Message):
     def __init__(self, namespace_id: _Optional[int] = ...) -> None: ...
 
 class MatchRequest(_message.Message):
-    __slots__ = ("session", "namespace_id", "tokens")
+    __slots__ = ("session", "namespace_id", "tokens", "keys", "extras")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    EXTRAS_FIELD_NUMBER: _ClassVar[int]
     session: SessionRef
     namespace_id: int
     tokens: bytes
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., tokens: _Optional[bytes] = ...) -> None: ...
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    extras: _containers.RepeatedCompositeFieldContainer[BlockExtras]
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., tokens: _Optional[bytes] = ..., keys: _Optional[_Iterable[bytes]] = ..., extras: _Optional[_Iterable[_Union[BlockExtras, _Mapping]]] = ...) -> None: ...
 
 class ExplainRequest(_message.Message):
-    __slots__ = ("session", "request_id", "tokens", "namespace_id", "namespace")
+    __slots__ = ("session", "request_id", "tokens", "key", "namespace_id", "extras", "namespace")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    EXTRAS_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     session: SessionRef
     request_id: bytes
     tokens: bytes
+    key: bytes
     namespace_id: int
+    extras: _containers.RepeatedCompositeFieldContainer[BlockExtras]
     namespace: bytes
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., request_id: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., namespace_id: _Optional[int] = ..., namespace: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., request_id: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., key: _Optional[bytes] = ..., namespace_id: _Optional[int] = ..., extras: _Optional[_Iterable[_Union[BlockExtras, _Mapping]]] = ..., namespace: _Optional[bytes] = ...) -> None: ...
 
 class TierBlocks(_message.Message):
     __slots__ = ("tier", "blocks")
@@ -239,12 +325,14 @@ class TierTokens(_message.Message):
     def __init__(self, gpu: _Optional[int] = ..., cpu: _Optional[int] = ..., disk: _Optional[int] = ..., remote: _Optional[int] = ...) -> None: ...
 
 class MatchResponse(_message.Message):
-    __slots__ = ("matched_tokens", "tiers")
+    __slots__ = ("matched_tokens", "tiers", "found")
     MATCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
+    FOUND_FIELD_NUMBER: _ClassVar[int]
     matched_tokens: int
     tiers: TierTokens
-    def __init__(self, matched_tokens: _Optional[int] = ..., tiers: _Optional[_Union[TierTokens, _Mapping]] = ...) -> None: ...
+    found: bytes
+    def __init__(self, matched_tokens: _Optional[int] = ..., tiers: _Optional[_Union[TierTokens, _Mapping]] = ..., found: _Optional[bytes] = ...) -> None: ...
 
 class Hints(_message.Message):
     __slots__ = ("session_end", "expect_return_within_s", "priority", "ttl_s")
@@ -259,112 +347,136 @@ class Hints(_message.Message):
     def __init__(self, session_end: _Optional[bool] = ..., expect_return_within_s: _Optional[int] = ..., priority: _Optional[int] = ..., ttl_s: _Optional[int] = ...) -> None: ...
 
 class AcquireRequest(_message.Message):
-    __slots__ = ("session", "namespace_id", "request_id", "tokens", "grant_pages", "deadline_ms", "key_mode", "extras", "hints")
+    __slots__ = ("session", "namespace_id", "request_id", "tokens", "deadline_ms", "hints", "extras", "keys", "place", "skip_blocks", "at_once", "poll", "grants")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
-    GRANT_PAGES_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
-    KEY_MODE_FIELD_NUMBER: _ClassVar[int]
-    EXTRAS_FIELD_NUMBER: _ClassVar[int]
     HINTS_FIELD_NUMBER: _ClassVar[int]
+    EXTRAS_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    SKIP_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    AT_ONCE_FIELD_NUMBER: _ClassVar[int]
+    POLL_FIELD_NUMBER: _ClassVar[int]
+    GRANTS_FIELD_NUMBER: _ClassVar[int]
     session: SessionRef
     namespace_id: int
     request_id: bytes
     tokens: bytes
-    grant_pages: int
     deadline_ms: int
-    key_mode: int
-    extras: bytes
     hints: Hints
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., request_id: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., grant_pages: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., key_mode: _Optional[int] = ..., extras: _Optional[bytes] = ..., hints: _Optional[_Union[Hints, _Mapping]] = ...) -> None: ...
+    extras: _containers.RepeatedCompositeFieldContainer[BlockExtras]
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    place: int
+    skip_blocks: int
+    at_once: bool
+    poll: int
+    grants: _containers.RepeatedCompositeFieldContainer[PageCount]
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., request_id: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., deadline_ms: _Optional[int] = ..., hints: _Optional[_Union[Hints, _Mapping]] = ..., extras: _Optional[_Iterable[_Union[BlockExtras, _Mapping]]] = ..., keys: _Optional[_Iterable[bytes]] = ..., place: _Optional[int] = ..., skip_blocks: _Optional[int] = ..., at_once: _Optional[bool] = ..., poll: _Optional[int] = ..., grants: _Optional[_Iterable[_Union[PageCount, _Mapping]]] = ...) -> None: ...
 
 class AcquireResponse(_message.Message):
-    __slots__ = ("matched_tokens", "tiers", "prefix_pages", "transfer", "granted_pages", "computing_tokens")
+    __slots__ = ("matched_tokens", "tiers", "transfer", "computing_tokens", "held", "granted", "first_block", "found", "coming_blocks", "expected_ms")
     MATCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
-    PREFIX_PAGES_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_FIELD_NUMBER: _ClassVar[int]
-    GRANTED_PAGES_FIELD_NUMBER: _ClassVar[int]
     COMPUTING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    GRANTED_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    FOUND_FIELD_NUMBER: _ClassVar[int]
+    COMING_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_MS_FIELD_NUMBER: _ClassVar[int]
     matched_tokens: int
     tiers: TierTokens
-    prefix_pages: bytes
     transfer: int
-    granted_pages: bytes
     computing_tokens: int
-    def __init__(self, matched_tokens: _Optional[int] = ..., tiers: _Optional[_Union[TierTokens, _Mapping]] = ..., prefix_pages: _Optional[bytes] = ..., transfer: _Optional[int] = ..., granted_pages: _Optional[bytes] = ..., computing_tokens: _Optional[int] = ...) -> None: ...
+    held: _containers.RepeatedCompositeFieldContainer[ComponentPages]
+    granted: _containers.RepeatedCompositeFieldContainer[ComponentPages]
+    first_block: int
+    found: bytes
+    coming_blocks: int
+    expected_ms: int
+    def __init__(self, matched_tokens: _Optional[int] = ..., tiers: _Optional[_Union[TierTokens, _Mapping]] = ..., transfer: _Optional[int] = ..., computing_tokens: _Optional[int] = ..., held: _Optional[_Iterable[_Union[ComponentPages, _Mapping]]] = ..., granted: _Optional[_Iterable[_Union[ComponentPages, _Mapping]]] = ..., first_block: _Optional[int] = ..., found: _Optional[bytes] = ..., coming_blocks: _Optional[int] = ..., expected_ms: _Optional[int] = ...) -> None: ...
 
 class GrantRequest(_message.Message):
-    __slots__ = ("session", "pages")
+    __slots__ = ("session", "grants")
     SESSION_FIELD_NUMBER: _ClassVar[int]
-    PAGES_FIELD_NUMBER: _ClassVar[int]
+    GRANTS_FIELD_NUMBER: _ClassVar[int]
     session: SessionRef
-    pages: int
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., pages: _Optional[int] = ...) -> None: ...
+    grants: _containers.RepeatedCompositeFieldContainer[PageCount]
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., grants: _Optional[_Iterable[_Union[PageCount, _Mapping]]] = ...) -> None: ...
 
 class GrantResponse(_message.Message):
-    __slots__ = ("granted_pages",)
-    GRANTED_PAGES_FIELD_NUMBER: _ClassVar[int]
-    granted_pages: bytes
-    def __init__(self, granted_pages: _Optional[bytes] = ...) -> None: ...
+    __slots__ = ("granted",)
+    GRANTED_FIELD_NUMBER: _ClassVar[int]
+    granted: _containers.RepeatedCompositeFieldContainer[ComponentPages]
+    def __init__(self, granted: _Optional[_Iterable[_Union[ComponentPages, _Mapping]]] = ...) -> None: ...
 
 class LeaseCommit(_message.Message):
-    __slots__ = ("request_id", "first_block", "tokens", "pages")
+    __slots__ = ("request_id", "first_block", "tokens", "namespace_id", "keys", "pages", "extras")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
     PAGES_FIELD_NUMBER: _ClassVar[int]
+    EXTRAS_FIELD_NUMBER: _ClassVar[int]
     request_id: bytes
     first_block: int
     tokens: bytes
-    pages: bytes
-    def __init__(self, request_id: _Optional[bytes] = ..., first_block: _Optional[int] = ..., tokens: _Optional[bytes] = ..., pages: _Optional[bytes] = ...) -> None: ...
+    namespace_id: int
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    pages: _containers.RepeatedCompositeFieldContainer[ComponentPages]
+    extras: _containers.RepeatedCompositeFieldContainer[BlockExtras]
+    def __init__(self, request_id: _Optional[bytes] = ..., first_block: _Optional[int] = ..., tokens: _Optional[bytes] = ..., namespace_id: _Optional[int] = ..., keys: _Optional[_Iterable[bytes]] = ..., pages: _Optional[_Iterable[_Union[ComponentPages, _Mapping]]] = ..., extras: _Optional[_Iterable[_Union[BlockExtras, _Mapping]]] = ...) -> None: ...
 
 class CommitRequest(_message.Message):
-    __slots__ = ("session", "leases", "grant_pages", "durable", "prefill_tokens_per_s")
+    __slots__ = ("session", "leases", "durable", "prefill_tokens_per_s", "copied", "grants")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     LEASES_FIELD_NUMBER: _ClassVar[int]
-    GRANT_PAGES_FIELD_NUMBER: _ClassVar[int]
     DURABLE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    COPIED_FIELD_NUMBER: _ClassVar[int]
+    GRANTS_FIELD_NUMBER: _ClassVar[int]
     session: SessionRef
     leases: _containers.RepeatedCompositeFieldContainer[LeaseCommit]
-    grant_pages: int
     durable: bool
     prefill_tokens_per_s: float
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., leases: _Optional[_Iterable[_Union[LeaseCommit, _Mapping]]] = ..., grant_pages: _Optional[int] = ..., durable: _Optional[bool] = ..., prefill_tokens_per_s: _Optional[float] = ...) -> None: ...
+    copied: bool
+    grants: _containers.RepeatedCompositeFieldContainer[PageCount]
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., leases: _Optional[_Iterable[_Union[LeaseCommit, _Mapping]]] = ..., durable: _Optional[bool] = ..., prefill_tokens_per_s: _Optional[float] = ..., copied: _Optional[bool] = ..., grants: _Optional[_Iterable[_Union[PageCount, _Mapping]]] = ...) -> None: ...
 
 class CommitResponse(_message.Message):
-    __slots__ = ("results", "granted_pages", "durable")
+    __slots__ = ("results", "durable", "granted")
     RESULTS_FIELD_NUMBER: _ClassVar[int]
-    GRANTED_PAGES_FIELD_NUMBER: _ClassVar[int]
     DURABLE_FIELD_NUMBER: _ClassVar[int]
+    GRANTED_FIELD_NUMBER: _ClassVar[int]
     results: _containers.RepeatedScalarFieldContainer[bytes]
-    granted_pages: bytes
     durable: bool
-    def __init__(self, results: _Optional[_Iterable[bytes]] = ..., granted_pages: _Optional[bytes] = ..., durable: _Optional[bool] = ...) -> None: ...
+    granted: _containers.RepeatedCompositeFieldContainer[ComponentPages]
+    def __init__(self, results: _Optional[_Iterable[bytes]] = ..., durable: _Optional[bool] = ..., granted: _Optional[_Iterable[_Union[ComponentPages, _Mapping]]] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
-    __slots__ = ("session", "request_ids", "hints", "returned_pages", "grant_pages")
+    __slots__ = ("session", "request_ids", "hints", "returned", "grants")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
     HINTS_FIELD_NUMBER: _ClassVar[int]
-    RETURNED_PAGES_FIELD_NUMBER: _ClassVar[int]
-    GRANT_PAGES_FIELD_NUMBER: _ClassVar[int]
+    RETURNED_FIELD_NUMBER: _ClassVar[int]
+    GRANTS_FIELD_NUMBER: _ClassVar[int]
     session: SessionRef
     request_ids: _containers.RepeatedScalarFieldContainer[bytes]
     hints: _containers.RepeatedCompositeFieldContainer[Hints]
-    returned_pages: bytes
-    grant_pages: int
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., request_ids: _Optional[_Iterable[bytes]] = ..., hints: _Optional[_Iterable[_Union[Hints, _Mapping]]] = ..., returned_pages: _Optional[bytes] = ..., grant_pages: _Optional[int] = ...) -> None: ...
+    returned: _containers.RepeatedCompositeFieldContainer[ComponentPages]
+    grants: _containers.RepeatedCompositeFieldContainer[PageCount]
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., request_ids: _Optional[_Iterable[bytes]] = ..., hints: _Optional[_Iterable[_Union[Hints, _Mapping]]] = ..., returned: _Optional[_Iterable[_Union[ComponentPages, _Mapping]]] = ..., grants: _Optional[_Iterable[_Union[PageCount, _Mapping]]] = ...) -> None: ...
 
 class ReleaseResponse(_message.Message):
-    __slots__ = ("granted_pages",)
-    GRANTED_PAGES_FIELD_NUMBER: _ClassVar[int]
-    granted_pages: bytes
-    def __init__(self, granted_pages: _Optional[bytes] = ...) -> None: ...
+    __slots__ = ("granted",)
+    GRANTED_FIELD_NUMBER: _ClassVar[int]
+    granted: _containers.RepeatedCompositeFieldContainer[ComponentPages]
+    def __init__(self, granted: _Optional[_Iterable[_Union[ComponentPages, _Mapping]]] = ...) -> None: ...
 
 class FlushRequest(_message.Message):
     __slots__ = ("deadline_ms",)
@@ -426,20 +538,26 @@ class InvalidateResponse(_message.Message):
     def __init__(self, namespaces: _Optional[int] = ..., blocks: _Optional[int] = ..., durable: _Optional[bool] = ...) -> None: ...
 
 class PinRequest(_message.Message):
-    __slots__ = ("session", "namespace_id", "namespace", "tokens", "tier", "hard")
+    __slots__ = ("session", "namespace_id", "namespace", "tokens", "tier", "hard", "ttl_s", "keys", "extras")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
     HARD_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    EXTRAS_FIELD_NUMBER: _ClassVar[int]
     session: SessionRef
     namespace_id: int
     namespace: bytes
     tokens: bytes
     tier: str
     hard: bool
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., namespace: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., tier: _Optional[str] = ..., hard: _Optional[bool] = ...) -> None: ...
+    ttl_s: int
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    extras: _containers.RepeatedCompositeFieldContainer[BlockExtras]
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., namespace: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., tier: _Optional[str] = ..., hard: _Optional[bool] = ..., ttl_s: _Optional[int] = ..., keys: _Optional[_Iterable[bytes]] = ..., extras: _Optional[_Iterable[_Union[BlockExtras, _Mapping]]] = ...) -> None: ...
 
 class PinResponse(_message.Message):
     __slots__ = ("blocks", "resident_blocks", "pinned_blocks")
@@ -452,18 +570,22 @@ class PinResponse(_message.Message):
     def __init__(self, blocks: _Optional[int] = ..., resident_blocks: _Optional[int] = ..., pinned_blocks: _Optional[int] = ...) -> None: ...
 
 class UnpinRequest(_message.Message):
-    __slots__ = ("session", "namespace_id", "namespace", "tokens", "tier")
+    __slots__ = ("session", "namespace_id", "namespace", "tokens", "tier", "keys", "extras")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    EXTRAS_FIELD_NUMBER: _ClassVar[int]
     session: SessionRef
     namespace_id: int
     namespace: bytes
     tokens: bytes
     tier: str
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., namespace: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., tier: _Optional[str] = ...) -> None: ...
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    extras: _containers.RepeatedCompositeFieldContainer[BlockExtras]
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., namespace: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., tier: _Optional[str] = ..., keys: _Optional[_Iterable[bytes]] = ..., extras: _Optional[_Iterable[_Union[BlockExtras, _Mapping]]] = ...) -> None: ...
 
 class UnpinResponse(_message.Message):
     __slots__ = ("blocks",)
@@ -506,20 +628,24 @@ class TenantUse(_message.Message):
     def __init__(self, tenant: _Optional[str] = ..., tier: _Optional[str] = ..., bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., max_bytes: _Optional[int] = ..., max_blocks: _Optional[int] = ...) -> None: ...
 
 class PrefetchRequest(_message.Message):
-    __slots__ = ("session", "namespace_id", "namespace", "tokens", "tier", "deadline_ms")
+    __slots__ = ("session", "namespace_id", "namespace", "tokens", "tier", "deadline_ms", "keys", "extras")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    EXTRAS_FIELD_NUMBER: _ClassVar[int]
     session: SessionRef
     namespace_id: int
     namespace: bytes
     tokens: bytes
     tier: str
     deadline_ms: int
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., namespace: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., tier: _Optional[str] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    extras: _containers.RepeatedCompositeFieldContainer[BlockExtras]
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., namespace: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., tier: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., keys: _Optional[_Iterable[bytes]] = ..., extras: _Optional[_Iterable[_Union[BlockExtras, _Mapping]]] = ...) -> None: ...
 
 class PrefetchResponse(_message.Message):
     __slots__ = ("tiers", "coming_tokens")
@@ -702,26 +828,32 @@ class ReadRequest(_message.Message):
     def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., request_id: _Optional[bytes] = ..., first_block: _Optional[int] = ..., blocks: _Optional[int] = ...) -> None: ...
 
 class ReadResponse(_message.Message):
-    __slots__ = ("block", "payload")
+    __slots__ = ("block", "offset", "payload", "checksum")
     BLOCK_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     block: int
+    offset: int
     payload: bytes
-    def __init__(self, block: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    checksum: bytes
+    def __init__(self, block: _Optional[int] = ..., offset: _Optional[int] = ..., payload: _Optional[bytes] = ..., checksum: _Optional[bytes] = ...) -> None: ...
 
 class WriteRequest(_message.Message):
-    __slots__ = ("session", "request_id", "block", "tokens", "payload")
+    __slots__ = ("session", "commit", "block", "offset", "payload", "checksum")
     SESSION_FIELD_NUMBER: _ClassVar[int]
-    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
     BLOCK_FIELD_NUMBER: _ClassVar[int]
-    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     session: SessionRef
-    request_id: bytes
+    commit: LeaseCommit
     block: int
-    tokens: bytes
+    offset: int
     payload: bytes
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., request_id: _Optional[bytes] = ..., block: _Optional[int] = ..., tokens: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    checksum: bytes
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., commit: _Optional[_Union[LeaseCommit, _Mapping]] = ..., block: _Optional[int] = ..., offset: _Optional[int] = ..., payload: _Optional[bytes] = ..., checksum: _Optional[bytes] = ...) -> None: ...
 
 class WriteResponse(_message.Message):
     __slots__ = ("results",)

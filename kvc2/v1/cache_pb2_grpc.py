@@ -49,7 +49,7 @@ class SessionsServicer:
     def Attach(self, request_iterator, context):
         """Attach opens a session and keeps it alive. The first message is `hello`; `heartbeat` follows every
         heartbeat_interval_ms; `detach` ends the session in order. A stream that ends without it is a
-        crash. In both cases all leases of the session end at once and its pool is forgotten; committed
+        crash. In both cases all leases of the session end at once and its pools are forgotten; committed
         blocks that no other tier holds are copied to cpu first (at most 2 s), after a crash only if the
         engine's process is known to be dead. The daemon answers `attached`, and later `drain` when it is
         about to stop.
@@ -242,11 +242,11 @@ class CacheServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Acquire(self, request, context):
-        """Acquire opens a lease on the longest cached prefix: pins its pages in the session's pool, brings
-        the rest of it from slower tiers as far as that is sooner than computing it, and grants pages for
-        the delta. Answers when the prefix is settled, or at its soft deadline, or when a tier is slower
-        than it was, with what is settled by then. Idempotent on request_id while the
-        lease is open. A Release of the same request_id cancels it.
+        """Acquire opens a lease on the longest cached prefix: pins its pages in the session's pools, or in the
+        arena, brings the rest of it from slower tiers as far as that is sooner than computing it, and grants
+        pages for the delta. Answers when the prefix is settled, or at its soft deadline, or when a tier is
+        slower than it was, with what is settled by then; with `at_once`, with what is there. Idempotent on
+        (request_id, poll) while the lease is open. A Release of the same request_id cancels it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -360,14 +360,17 @@ class CacheServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Read(self, request, context):
-        """Read streams the payloads of blocks to a client without shared memory. Reserved: UNIMPLEMENTED.
+        """Read streams the payloads of a lease's blocks to a client without shared memory. Each block comes in
+        messages of at most 1 MiB, in order, and its last one has the hash of the whole. Cancel it to stop.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Write(self, request_iterator, context):
-        """Write takes payloads of blocks from a client without shared memory. Reserved: UNIMPLEMENTED.
+        """Write takes the payloads of blocks from a client without shared memory, in messages of at most 1 MiB,
+        each block in order, its last one with the hash of the whole, and commits them as `copied`. A block that
+        didn't come whole is no block.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -53,6 +53,13 @@ struct Pool {
   uint64_t payload_bytes = 0;
 };
 
+// Of so many layers with two segments each.
+std::vector<uint32_t> pairs(size_t layers) {
+  std::vector<uint32_t> ends;
+  for (size_t layer = 0; layer < layers; ++layer) ends.push_back(2 * (layer + 1));
+  return ends;
+}
+
 void gather_and_scatter_move_each_byte() {
   Pool pool(6, 10);
   const std::vector<uint32_t> pages = {9, 0, 4, 7};
@@ -75,8 +82,8 @@ void gather_and_scatter_move_each_byte() {
       for (const uint32_t page : pages)
         std::memset(pool.segment(j, page), 0, pool.segments[j].bytes);
     }
-    scatter(team, list, {arena.data(), arena.size()}, {pool.data.data(), pool.data.size()}, 2,
-            [](size_t) {});
+    scatter(team, list, {arena.data(), arena.size()}, {pool.data.data(), pool.data.size()},
+            pairs(6), [](size_t) {});
     EXPECT(pool.data == before);
   }
 }
@@ -103,7 +110,7 @@ void a_reported_layer_is_readable() {
       }
     }
   });
-  scatter(team, list, {arena.data(), arena.size()}, {pool.data.data(), pool.data.size()}, 2,
+  scatter(team, list, {arena.data(), arena.size()}, {pool.data.data(), pool.data.size()}, pairs(40),
           [&](size_t layers) {
             reports.push_back(layers);
             progress.store(layers, std::memory_order_release);
@@ -137,7 +144,7 @@ void no_pages_still_report_every_layer() {
   Pool pool(3, 1);
   ThreadTeam team(1);
   size_t last = 0;
-  scatter(team, {pool.segments, {}, {}}, {nullptr, 0}, {nullptr, 0}, 2,
+  scatter(team, {pool.segments, {}, {}}, {nullptr, 0}, {nullptr, 0}, pairs(3),
           [&](size_t layers) { last = layers; });
   EXPECT(last == 3);
 }

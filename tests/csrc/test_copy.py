@@ -33,6 +33,12 @@ class Pool:
         return b"".join(self.memory[o + page * s :][:n].tobytes() for o, s, n in rows)
 
 
+def ends(pool: Pool, segments_per_layer: int) -> np.ndarray:
+    """Of layers that are alike."""
+    count = len(pool.segments)
+    return np.arange(segments_per_layer, count + 1, segments_per_layer, dtype=np.uint32)
+
+
 def offsets_for(pool: Pool, count: int, seed: int = 4) -> np.ndarray:
     """Payloads an odd distance apart, not in order."""
     order = np.random.default_rng(seed).permutation(count).astype(np.uint64)
@@ -61,7 +67,7 @@ def test_gather_then_scatter_moves_exactly_the_pages(team, segment_bytes, gap, s
     np.testing.assert_array_equal(pool.memory, before)
 
     wanted, cleared = pool.memory.copy(), np.zeros_like(pool.memory)
-    _core.scatter(team, arena, offsets, cleared, pool.segments, pages, segments_per_layer=2)
+    _core.scatter(team, arena, offsets, cleared, pool.segments, pages, layer_ends=ends(pool, 2))
     held = np.zeros(len(wanted), bool)
     for offset, stride, length in pool.segments.astype(int):
         for page in pages.tolist():
@@ -83,7 +89,7 @@ def test_scatter_counts_layers_in_the_progress_word_and_the_event(team, segments
             pool.memory,
             pool.segments,
             pages,
-            segments_per_layer=segments_per_layer,
+            layer_ends=ends(pool, segments_per_layer),
             progress=progress,
             progress_base=1 << 40,
             event_fd=event,
@@ -93,6 +99,30 @@ def test_scatter_counts_layers_in_the_progress_word_and_the_event(team, segments
         assert os.eventfd_read(event) == layers
     finally:
         os.close(event)
+
+
+def test_layers_need_not_have_the_same_segments(team):
+    """The progress word counts a layer when all of its segments are there, how many they may be."""
+    pool, pages = Pool((512, 2048, 70_001)), np.array([3, 1], np.uint32)
+    count = len(pool.segments)
+    offsets, progress = offsets_for(pool, 2), np.zeros(1, np.uint64)
+    arena = np.full(int(offsets.max()) + pool.payload_bytes, 7, np.uint8)
+    layer_ends = np.array([1, 4, 5, count], np.uint32)
+    for last in range(1, 5):
+        ends_here = np.array([*layer_ends[: last - 1], count], np.uint32)
+        pool.memory[:] = 0
+        _core.scatter(
+            team,
+            arena,
+            offsets,
+            pool.memory,
+            pool.segments,
+            pages,
+            layer_ends=ends_here,
+            progress=progress,
+        )
+        assert progress[0] == last
+        assert {pool.payload(page) for page in (3, 1)} == {bytes([7]) * pool.payload_bytes}
 
 
 def test_a_closed_event_is_an_error_but_the_pages_are_there():
@@ -109,7 +139,7 @@ def test_a_closed_event_is_an_error_but_the_pages_are_there():
             pool.memory,
             pool.segments,
             pages,
-            segments_per_layer=2,
+            layer_ends=ends(pool, 2),
             event_fd=event,
         )
     assert pool.payload(1) == bytes(arena)
@@ -131,7 +161,9 @@ def test_what_lies_outside_is_named_and_nothing_moves(page: int, offset: int, sa
     with pytest.raises(IndexError, match=says):
         _core.gather(team, pool.memory, pool.segments, pages, arena, offsets)
     with pytest.raises(IndexError, match=says):
-        _core.scatter(team, arena, offsets, pool.memory, pool.segments, pages, segments_per_layer=2)
+        _core.scatter(
+            team, arena, offsets, pool.memory, pool.segments, pages, layer_ends=ends(pool, 2)
+        )
     assert (arena == 0xEE).all()
     np.testing.assert_array_equal(pool.memory, before)
 
@@ -151,7 +183,11 @@ def test_a_wrong_argument_is_named():
     arena = np.zeros(pool.payload_bytes, np.uint8)
 
     def scatter(**changes: object) -> None:
-        arguments = {"segments": pool.segments, "pages": pages, "segments_per_layer": 2} | changes
+        arguments = {
+            "segments": pool.segments,
+            "pages": pages,
+            "layer_ends": ends(pool, 2),
+        } | changes
         _core.scatter(team, arena, offsets, pool.memory, **arguments)
 
     with pytest.raises(TypeError, match="pages"):
@@ -160,8 +196,9 @@ def test_a_wrong_argument_is_named():
         scatter(pages=np.array([0, 1], np.uint32))
     with pytest.raises(ValueError, match="segments has shape"):
         scatter(segments=pool.segments[:, :2].copy())
-    with pytest.raises(ValueError, match="segments_per_layer is 3"):
-        scatter(segments_per_layer=3)
+    for wrong in ([], [0, 4], [2, 2, 4], [2], [2, 5]):
+        with pytest.raises(ValueError, match="layer_ends does not rise to the"):
+            scatter(layer_ends=np.array(wrong, np.uint32))
     with pytest.raises(ValueError, match="progress"):
         scatter(progress=bytearray(7))
     with pytest.raises(TypeError, match="arena is not a writable"):

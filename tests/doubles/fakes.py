@@ -26,6 +26,7 @@ from kvc2.answers import (
     Terms,
     TierCounts,
     TierTokens,
+    of_pages,
 )
 from kvc2.cache.namespaces import Namespace, Owner
 from kvc2.cache.sessions import Session
@@ -134,10 +135,8 @@ class FakeCache:
         return Acquired(
             count,
             TierTokens(gpu=count),
-            np.array(pages, np.uint32),
-            transfer=0,
-            granted_pages=self.grant(session, terms.grant_pages),
-            computing_tokens=0,
+            held=of_pages(np.array(pages, np.uint32)),
+            granted=of_pages(self.grant(session, terms.grant_pages)),
         )
 
     def grant(self, session: Session, pages: int) -> U32:
@@ -171,7 +170,7 @@ class FakeCache:
 
     def give_back(self, session: Session, pages: U32) -> None:
         if not set(pages.tolist()) <= session.pool.private:
-            raise errors.InvalidRequest("returned_pages", pages.tolist(), "pages granted")
+            raise errors.InvalidRequest("returned", pages.tolist(), "pages granted")
         session.pool.private -= set(pages.tolist())
         session.pool.free |= set(pages.tolist())
 

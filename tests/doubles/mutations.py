@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from kvc2.server.wiring import SERVICES
 from kvc2.v1 import cache_pb2 as pb
 from tests.doubles.engines import identity
-from tests.doubles.wires import hello, u32
+from tests.doubles.wires import grants, hello, pages, u32
 
 NUMBERS = (0, 1, 2, 15, 16, 17, 63, 64, 127, 128, 1 << 16, (1 << 31) - 1, (1 << 32) - 1)
 TEXTS = ("", "gpu", "cpu", "tape", "x" * 300, "\0", "\u2028é", "default")
@@ -23,16 +23,18 @@ def valid(head: pb.SessionRef, namespace_id: int) -> dict[str, list[Message]]:
     have: evictions leave what is leased, and no digest or tenant is theirs."""
     tokens, session = u32(*range(40)), {"session": head}
     prefix = {**session, "namespace_id": namespace_id, "tokens": tokens}
-    lease = pb.LeaseCommit(request_id=b"r", tokens=u32(*range(16)), pages=u32(1))
+    lease = pb.LeaseCommit(request_id=b"r", tokens=u32(*range(16)), pages=pages(u32(1)))
     calls: list[Message] = [
         pb.OpenNamespaceRequest(**session, identity=identity().encode(), salt=b"fuzz", ttl_s=5),
         pb.MatchRequest(**prefix),
         pb.ExplainRequest(**prefix),
         pb.ExplainRequest(**session, request_id=b"r"),
-        pb.AcquireRequest(**prefix, request_id=b"r", grant_pages=2, hints=pb.Hints(priority=7)),
-        pb.GrantRequest(**session, pages=1),
-        pb.CommitRequest(**session, leases=[lease, lease], grant_pages=1, prefill_tokens_per_s=9.0),
-        pb.ReleaseRequest(**session, request_ids=[b"r", b"s"], returned_pages=u32(2)),
+        pb.AcquireRequest(**prefix, request_id=b"r", grants=grants(2), hints=pb.Hints(priority=7)),
+        pb.GrantRequest(**session, grants=grants(1)),
+        pb.CommitRequest(
+            **session, leases=[lease, lease], grants=grants(1), prefill_tokens_per_s=9.0
+        ),
+        pb.ReleaseRequest(**session, request_ids=[b"r", b"s"], returned=pages(u32(2))),
         pb.PinRequest(**prefix, tier="gpu", hard=True),
         pb.UnpinRequest(**prefix, tier="cpu"),
         pb.PrefetchRequest(**prefix, tier="cpu"),

@@ -22,6 +22,7 @@ from kvc2.answers import (
     Released,
     TierBlocks,
     TierTokens,
+    of_pages,
 )
 from kvc2.client.client import Engine
 from kvc2.client.share import Share
@@ -132,9 +133,9 @@ class SmallDaemon:
         return Acquired(
             matched_tokens=len(pages) * PAGE_SIZE,
             tiers=TierTokens(**found),
-            prefix_pages=np.array(pages, np.uint32),
+            held=of_pages(np.array(pages, np.uint32)),
             transfer=len(self.transfers) if self.transfers else 0,
-            granted_pages=self._grant(grant_pages),
+            granted=of_pages(self._grant(grant_pages)),
             computing_tokens=computing,
         )
 
@@ -152,7 +153,7 @@ class SmallDaemon:
             lease = self.leases[part.request_id]
             assert part.first_block == lease.blocks, "a commit doesn't continue its lease"
             results.append(np.array(self._commit(lease, part), np.uint8))
-        return Committed(results=results, granted_pages=self._grant(grant_pages), durable=False)
+        return Committed(results=results, durable=False, granted=of_pages(self._grant(grant_pages)))
 
     def release(
         self,
@@ -171,7 +172,7 @@ class SmallDaemon:
             if lease is not None:
                 self._move(lease.duplicates, self.private, self.free)
         self._move([int(p) for p in returned], self.private, self.free)
-        return Released(granted_pages=self._grant(grant_pages))
+        return Released(granted=of_pages(self._grant(grant_pages)))
 
     def grant(self, pages: int) -> Any:
         self._raise()

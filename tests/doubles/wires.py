@@ -18,10 +18,25 @@ from tests.doubles.engines import NUM_PAGES, POOL_BYTES, identity, layout
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 ANSWER_S = 10.0
+POOL_FIELDS = set(cache_pb2.Pool.DESCRIPTOR.fields_by_name)
 
 
 def u32(*values: int) -> bytes:
     return np.array(values, "<u4").tobytes()
+
+
+def pages(array: bytes) -> list[cache_pb2.ComponentPages]:
+    """A u32 array of pages of component 0."""
+    return [cache_pb2.ComponentPages(pages=array)]
+
+
+def grants(count: int) -> list[cache_pb2.PageCount]:
+    return [cache_pb2.PageCount(pages=count)]
+
+
+def granted(answer: Any) -> bytes:
+    """The pages that an answer grants, as the wire has them."""
+    return b"".join(each.pages for each in answer.granted)
 
 
 def memfd(size: int = POOL_BYTES, seals: int = SEALS) -> int:
@@ -34,11 +49,16 @@ def memfd(size: int = POOL_BYTES, seals: int = SEALS) -> int:
 def hello(**changes: Any) -> cache_pb2.AttachRequest:
     values: dict[str, Any] = {
         "engine_name": "raw",
+        "wire_version": 2,
+    }
+    pool: dict[str, Any] = {
+        "parts": 1,
         "layout": layout().to_proto(),
         "num_pages": NUM_PAGES,
         "memory_bytes": POOL_BYTES,
-        "wire_version": 1,
     }
+    of_pool = {name: changes.pop(name) for name in list(changes) if name in POOL_FIELDS}
+    values["pools"] = [cache_pb2.Pool(**{**pool, **of_pool})]
     return cache_pb2.AttachRequest(hello=cache_pb2.Hello(**{**values, **changes}))
 
 

@@ -11,7 +11,7 @@ import pytest
 from kvc2.v1 import cache_pb2 as pb
 from tests.doubles.daemons import ServedDaemon, serve_config
 from tests.doubles.engines import PAGE_SIZE
-from tests.doubles.wires import Wire, status_of, u32
+from tests.doubles.wires import Wire, grants, status_of, u32
 
 
 def test_a_failed_promotion_ends_the_stream_with_a_word(tmp_path: Path) -> None:
@@ -25,14 +25,12 @@ def test_a_failed_promotion_ends_the_stream_with_a_word(tmp_path: Path) -> None:
                 namespace_id=wire.namespace_id,
                 request_id=name,
                 tokens=tokens,
-                grant_pages=grant,
+                grants=grants(grant),
             )
             found: pb.AcquireResponse = wire.call("Acquire", request)
             return found
 
-        lease = pb.LeaseCommit(
-            request_id=b"a", tokens=tokens[:-4], pages=acquire(b"a", 2).granted_pages
-        )
+        lease = pb.LeaseCommit(request_id=b"a", tokens=tokens[:-4], pages=acquire(b"a", 2).granted)
         wire.call("Commit", pb.CommitRequest(session=wire.head, leases=[lease]))
         wire.call("Release", pb.ReleaseRequest(session=wire.head, request_ids=[b"a"]))
         assert wire.call("Evict", pb.EvictRequest(tier="gpu")).evicted_blocks == 2

@@ -23,7 +23,7 @@ from kvc2.cache.explain import RECENT_MAX
 from kvc2.client import Admin, Client, LeaseCommit, NamespaceHandle
 from kvc2.config import LimitsConfig, TenantConfig
 from kvc2.errors import InvalidRequest, Kvc2Error, LimitReached, NotFound
-from kvc2.server.calls import DURABLE_WAITS_MAX
+from kvc2.server.callers import DURABLE_WAITS_MAX
 from kvc2.server.side import PENDING_MAX
 from kvc2.shares import SharedTable
 from tests.doubles.caches import running

@@ -79,7 +79,7 @@ def broken_stream(wire: Wire) -> None:
 
 
 def refused_at_hello(wire: Wire) -> None:
-    assert wire.stream_refusal(big_hello(kept_pages=b"", wire_version=2))[0] == "INVALID_ARGUMENT"
+    assert wire.stream_refusal(big_hello(kept_pages=b"", wire_version=1))[0] == "INVALID_ARGUMENT"
 
 
 def nonce_never_used(wire: Wire) -> None:

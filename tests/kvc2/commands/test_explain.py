@@ -20,7 +20,7 @@ from kvc2.v1 import cache_pb2 as pb
 from tests.doubles.byte_tokenizer import add_tokenizer
 from tests.doubles.daemons import ServedDaemon, serve_config
 from tests.doubles.engines import PAGE_SIZE, identity
-from tests.doubles.wires import Wire, u32
+from tests.doubles.wires import Wire, granted, grants, pages, u32
 
 BLOCKS = 4
 TOKENS = list(range(BLOCKS * PAGE_SIZE + 1))
@@ -56,14 +56,14 @@ def compute(wire: Wire, tokens: list[int], number: int | None = None) -> None:
     blocks = len(tokens) // PAGE_SIZE
     acquire = pb.AcquireRequest(
         session=wire.head, namespace_id=number, request_id=request_id, tokens=u32(*tokens),
-        grant_pages=blocks,
+        grants=grants(blocks),
     )  # fmt: skip
     found = wire.call("Acquire", acquire)
     held = found.matched_tokens // PAGE_SIZE
     part = pb.LeaseCommit(
         request_id=request_id, first_block=held,
         tokens=u32(*tokens[held * PAGE_SIZE : blocks * PAGE_SIZE]),
-        pages=found.granted_pages[: 4 * (blocks - held)],
+        pages=pages(granted(found)[: 4 * (blocks - held)]),
     )  # fmt: skip
     wire.call("Commit", pb.CommitRequest(session=wire.head, leases=[part]))
     wire.call("Release", pb.ReleaseRequest(session=wire.head, request_ids=[request_id]))

@@ -12,7 +12,7 @@ from kvc2.config import TenantConfig
 from kvc2.v1 import cache_pb2 as pb
 from tests.doubles.daemons import ServedDaemon, serve_config
 from tests.doubles.engines import PAGE_SIZE, identity, layout
-from tests.doubles.wires import Wire, hello, memfd, u32
+from tests.doubles.wires import Wire, grants, hello, memfd, u32
 
 BLOCKS = 4
 TOKENS = u32(*range(BLOCKS * PAGE_SIZE + 1))
@@ -39,7 +39,7 @@ def acquire(wire: Wire, *, tenant: str = "", salt: bytes = b"", **changes: Any) 
         namespace_id=number,
         request_id=b"%d" % number,
         tokens=TOKENS,
-        grant_pages=BLOCKS,
+        grants=grants(BLOCKS),
     )
     return wire.call("Acquire", request)
 
@@ -56,8 +56,8 @@ def served(tmp_path_factory: Any) -> Iterator[ServedDaemon]:
     )
     with ServedDaemon(config, cache=None) as daemon:
         with Wire(daemon.address) as wire:
-            granted = acquire(opened(wire)).granted_pages
-            part = pb.LeaseCommit(request_id=b"1", tokens=TOKENS[:-4], pages=granted)
+            computed = acquire(opened(wire)).granted
+            part = pb.LeaseCommit(request_id=b"1", tokens=TOKENS[:-4], pages=computed)
             commit = pb.CommitRequest(session=wire.head, leases=[part])
             assert wire.call("Commit", commit).durable
         yield daemon

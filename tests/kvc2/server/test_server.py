@@ -11,9 +11,9 @@ import pytest
 
 from kvc2.v1 import cache_pb2 as pb
 from tests.doubles.daemons import ServedDaemon, serve_config
-from tests.doubles.engines import POOL_BYTES, identity, layout
+from tests.doubles.engines import POOL_BYTES, identity
 from tests.doubles.fakes import FakeCache
-from tests.doubles.wires import SEALS, Wire, hello, memfd, u32
+from tests.doubles.wires import SEALS, Wire, granted, grants, hello, memfd, pages, u32
 
 
 @pytest.fixture(scope="module", params=["fake", "real"])
@@ -47,11 +47,13 @@ def acquire(wire: Wire, **changes: Any) -> pb.AcquireRequest:
         ({"tokens": b""}, "INVALID_ARGUMENT", "tokens"),
         ({"tokens": b"12345"}, "INVALID_ARGUMENT", "tokens"),
         ({"tokens": bytes(4 * ((1 << 17) + 1))}, "INVALID_ARGUMENT", "tokens"),
-        ({"grant_pages": 1 << 31}, "INVALID_ARGUMENT", "grant_pages"),
+        ({"grants": grants(1 << 31)}, "INVALID_ARGUMENT", "grants[0].pages"),
+        ({"grants": [pb.PageCount(component=1)]}, "UNIMPLEMENTED", "grants[0].component"),
+        ({"grants": 2 * grants(1)}, "INVALID_ARGUMENT", "grants"),
         ({"deadline_ms": 1 << 31}, "INVALID_ARGUMENT", "deadline_ms"),
         ({"namespace_id": 999}, "NOT_FOUND", "namespace_id"),
-        ({"key_mode": 1}, "UNIMPLEMENTED", "key_mode"),
-        ({"extras": b"x"}, "UNIMPLEMENTED", "extras"),
+        ({"keys": [b"x"]}, "UNIMPLEMENTED", "keys"),
+        ({"extras": [pb.BlockExtras()]}, "UNIMPLEMENTED", "extras"),
         ({"session": pb.SessionRef()}, "FAILED_PRECONDITION", "attach again"),
         ({"tokens": bytes(64 << 20)}, "RESOURCE_EXHAUSTED", "message"),
     ],
@@ -83,7 +85,7 @@ def test_other_epochs_and_secrets_are_fenced(wire: Wire) -> None:
 
 
 def lease_commit(**changes: Any) -> pb.LeaseCommit:
-    values: dict[str, Any] = {"request_id": b"c", "tokens": u32(*range(16)), "pages": u32(1)}
+    values: dict[str, Any] = {"request_id": b"c", "tokens": u32(*range(16)), "pages": pages(u32(1))}
     return pb.LeaseCommit(**{**values, **changes})
 
 
@@ -113,7 +115,7 @@ def lease_commit(**changes: Any) -> pb.LeaseCommit:
         ),
         ("Match", {"namespace_id": 999, "tokens": u32(1)}, "NOT_FOUND", "namespace_id"),
         ("Match", {"namespace_id": 1, "tokens": b"123"}, "INVALID_ARGUMENT", "tokens"),
-        ("Grant", {"pages": 1 << 20}, "INVALID_ARGUMENT", "pages"),
+        ("Grant", {"grants": grants(1 << 20)}, "INVALID_ARGUMENT", "grants[0].pages"),
         (
             "Commit",
             {"leases": [lease_commit(request_id=b"?")]},
@@ -123,15 +125,27 @@ def lease_commit(**changes: Any) -> pb.LeaseCommit:
         ("Commit", {"leases": [lease_commit(request_id=b"")]}, "INVALID_ARGUMENT", "request_id"),
         (
             "Commit",
-            {"leases": [lease_commit(pages=u32(64))]},
+            {"leases": [lease_commit(pages=pages(u32(64)))]},
             "INVALID_ARGUMENT",
             "leases[0].pages",
         ),
         (
             "Commit",
-            {"leases": [lease_commit(pages=u32(1, 1), tokens=u32(*range(32)))]},
+            {"leases": [lease_commit(pages=pages(u32(1, 1)), tokens=u32(*range(32)))]},
             "INVALID_ARGUMENT",
             "each page once",
+        ),
+        (
+            "Commit",
+            {"leases": [lease_commit(pages=[pb.ComponentPages(component=1, pages=u32(1))])]},
+            "UNIMPLEMENTED",
+            "leases[0].pages[0].component",
+        ),
+        (
+            "Commit",
+            {"leases": [lease_commit(pages=[pb.ComponentPages(offsets=bytes(8))])]},
+            "INVALID_ARGUMENT",
+            "leases[0].pages[0].offsets",
         ),
         (
             "Commit",
@@ -151,9 +165,9 @@ def lease_commit(**changes: Any) -> pb.LeaseCommit:
         ("Commit", {"prefill_tokens_per_s": math.inf}, "INVALID_ARGUMENT", "prefill_tokens_per_s"),
         ("Release", {"request_ids": [b"x"] * 1025}, "INVALID_ARGUMENT", "request_ids"),
         ("Release", {"request_ids": [b"a", b""]}, "INVALID_ARGUMENT", "request_ids[1]"),
-        ("Release", {"returned_pages": b"1"}, "INVALID_ARGUMENT", "returned_pages"),
-        ("Release", {"returned_pages": u32(64)}, "INVALID_ARGUMENT", "returned_pages"),
-        ("Release", {"returned_pages": u32(60)}, "INVALID_ARGUMENT", "returned_pages"),
+        ("Release", {"returned": pages(b"1")}, "INVALID_ARGUMENT", "returned[0].pages"),
+        ("Release", {"returned": pages(u32(64))}, "INVALID_ARGUMENT", "returned[0].pages"),
+        ("Release", {"returned": pages(u32(60))}, "INVALID_ARGUMENT", "returned"),
     ],
 )
 def test_calls_of_a_session_name_what_they_refuse(
@@ -185,28 +199,33 @@ def test_calls_without_a_session_name_what_they_refuse(wire: Wire) -> None:
 
 def test_a_refused_commit_changes_nothing(wire: Wire) -> None:
     wire.call("Acquire", acquire(wire, request_id=b"whole"))
-    page = wire.call("Grant", pb.GrantRequest(session=wire.head, pages=1)).granted_pages
-    good = lease_commit(request_id=b"whole", pages=page, tokens=u32(*range(900, 916)))
+    page = granted(wire.call("Grant", pb.GrantRequest(session=wire.head, grants=grants(1))))
+    good = lease_commit(request_id=b"whole", pages=pages(page), tokens=u32(*range(900, 916)))
     bad = lease_commit(request_id=b"nobody")
     request = pb.CommitRequest(session=wire.head, leases=[good, bad])
     assert wire.refusal("Commit", request)[0] == "NOT_FOUND"
-    returned = pb.ReleaseRequest(session=wire.head, returned_pages=page)
+    returned = pb.ReleaseRequest(session=wire.head, returned=pages(page))
     wire.call("Release", returned)  # still private, so it can be given back
 
 
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"wire_version": 2}, "hello.wire_version"),
+        ({"wire_version": 1}, "hello.wire_version = '1': this daemon speaks 2"),
+        ({"wire_version": 4, "wire_version_min": 3}, "'3 to 4': this daemon speaks 2"),
+        ({"wire_version": 0}, "hello.wire_version"),
+        ({"pools": []}, "hello.pools"),
+        ({"pools": [pb.Pool(), pb.Pool()]}, "hello.pools"),
+        ({"expiry_ms": 30_001}, "hello.expiry_ms"),
         ({"engine_name": "n" * 129}, "hello.engine_name"),
-        ({"num_pages": 0}, "hello.num_pages"),
-        ({"num_pages": 1 << 31}, "hello.num_pages"),
+        ({"num_pages": 0}, "hello.pools[0].memory_bytes"),
+        ({"num_pages": 1 << 31}, "hello.pools[0].num_pages"),
         ({"num_pages": 65}, "layout.segments"),
-        ({"memory_bytes": 0}, "hello.memory_bytes"),
-        ({"memory_bytes": 1 << 60}, "hello.memory_bytes"),
+        ({"memory_bytes": 0}, "hello.pools[0].memory_bytes"),
+        ({"memory_bytes": 1 << 60}, "hello.pools[0].memory_bytes"),
         ({"memory_bytes": POOL_BYTES - 1}, "layout.segments[3]"),
         ({"layout": pb.Layout()}, "layout.page_size"),
-        ({"layout": pb.Layout(page_size=16, layout_version=1, parts=1)}, "layout.segments"),
+        ({"layout": pb.Layout(page_size=16, layout_version=1)}, "layout.segments"),
     ],
 )
 def test_a_forged_hello_is_refused_by_name(
@@ -217,13 +236,35 @@ def test_a_forged_hello_is_refused_by_name(
     assert (status, field in words) == ("INVALID_ARGUMENT", True), words
 
 
-def test_reserved_parts_of_a_layout_are_refused_by_name(served: ServedDaemon) -> None:
-    for field in ("component", "part", "parts"):
-        forged = layout().to_proto()
-        setattr(forged, field, 3)
-        with Wire(served.address) as wire:
-            status, words = wire.stream_refusal(hello(layout=forged))
-        assert (status, f"layout.{field}" in words) == ("UNIMPLEMENTED", True), words
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("component", 1),
+        ("reach", 4),
+        ("part", 1),
+        ("parts", 0),
+        ("parts", 2),
+        ("memory_kind", 1),
+        ("device", "GPU-0"),
+    ],
+)
+def test_reserved_fields_of_a_pool_are_refused_by_name(
+    served: ServedDaemon, field: str, value: object
+) -> None:
+    with Wire(served.address) as wire:
+        status, words = wire.stream_refusal(hello(**{field: value}))
+    assert (status, f"hello.pools[0].{field}" in words) == ("UNIMPLEMENTED", True), words
+
+
+def test_a_client_learns_the_version_and_the_limits(served: ServedDaemon) -> None:
+    """The version is the highest that both speak; what it may ask for needs no copied constant."""
+    with Wire(served.address) as wire:
+        attached = wire.attach(hello(wire_version=9, wire_version_min=1, expiry_ms=30_000))
+    limits = served.config.limits
+    assert (attached.wire_version, attached.expiry_ms) == (2, 30_000)
+    assert attached.limits.max_tokens == limits.max_tokens
+    assert attached.limits.max_message_bytes == limits.message_bytes
+    assert attached.limits.acquire_deadline_ms == served.config.acquire_deadline_ms
 
 
 def test_the_first_message_must_be_hello(served: ServedDaemon) -> None:
@@ -271,4 +312,4 @@ def test_kept_pages_are_checked_before_the_session_is_ready(served: ServedDaemon
     for kept in (u32(64), u32(1, 1), b"1"):
         with Wire(served.address) as wire:
             attached = wire.attach(hello(kept_pages=kept))
-            assert b"hello.kept_pages" in wire.side(attached, attached.nonce, [memfd()])
+            assert b"kept_pages" in wire.side(attached, attached.nonce, [memfd()])

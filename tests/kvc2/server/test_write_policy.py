@@ -13,7 +13,7 @@ import pytest
 from kvc2.v1 import cache_pb2 as pb
 from tests.doubles.daemons import ServedDaemon, serve_config
 from tests.doubles.engines import NUM_PAGES, PAGE_SIZE
-from tests.doubles.wires import Wire, u32
+from tests.doubles.wires import Wire, grants, u32
 
 
 @contextmanager
@@ -34,10 +34,10 @@ def commit(wire: Wire, name: bytes, blocks: int, *, durable: bool = False) -> pb
             namespace_id=wire.namespace_id,
             request_id=name,
             tokens=tokens,
-            grant_pages=blocks,
+            grants=grants(blocks),
         ),
     )
-    part = pb.LeaseCommit(request_id=name, tokens=tokens[:-4], pages=lease.granted_pages)
+    part = pb.LeaseCommit(request_id=name, tokens=tokens[:-4], pages=lease.granted)
     request = pb.CommitRequest(session=wire.head, leases=[part], durable=durable)
     answer = wire.call("Commit", request)
     assert answer.results == [bytes(blocks)]
@@ -81,10 +81,12 @@ def test_back_copies_only_when_free_pages_run_short(tmp_path: Path) -> None:
     with opened(tmp_path, "back") as (served, wire):
         commit(wire, b"\1", 4)
         # 8 of the 64 pages are the session's first grant; a quarter free is enough
-        wire.call("Grant", pb.GrantRequest(session=wire.head, pages=NUM_PAGES - 16 - 4 - 8))
+        wire.call(
+            "Grant", pb.GrantRequest(session=wire.head, grants=grants(NUM_PAGES - 16 - 4 - 8))
+        )
         served.on_loop(lambda: None)
         assert resident(served) == {"gpu": 4, "cpu": 0, "disk": 0}
-        wire.call("Grant", pb.GrantRequest(session=wire.head, pages=4))
+        wire.call("Grant", pb.GrantRequest(session=wire.head, grants=grants(4)))
         deadline = time.monotonic() + 10
         while resident(served)["cpu"] < 4:
             assert time.monotonic() < deadline, "nothing was copied under pressure"
