@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from benchmarks import report
 from benchmarks.processes import SlowDaemon
 from benchmarks.slow_daemon import Mode
-from kvc2.client import Client, Detached, LeaseCommit, PoolMemory
+from kvc2.client import Client, Detached, LeaseCommit, PoolMemory, SessionOptions
 from kvc2.errors import Kvc2Error
 from kvc2.identity import Identity
 from kvc2.layout import layer_major
@@ -66,7 +66,11 @@ class BareEngine:
         layout = layer_major(LAYERS, pages, segment_bytes=SEGMENT_BYTES, page_size=PAGE_SIZE)
         self._pool = PoolMemory(pages * layout.payload_bytes)
         self._client = Client(
-            daemon.address, pool=self._pool, layout=layout, engine_name=name, engine=self
+            daemon.address,
+            pool=self._pool,
+            layout=layout,
+            engine=self,
+            options=SessionOptions(name),
         )
         if not self._client.wait_attached(20):
             raise RuntimeError(f"not attached: {self._client.last_refusal}\n{daemon.tail()}")

@@ -37,7 +37,7 @@ from benchmarks.ttft import PAGE_SIZE, PROMPTS, TOKEN_IDS, cached_tokens
 from engine import demo_model
 from engine.attention.base import KvShape
 from engine.config import ModelConfig
-from kvc2.client import Admin, Client, LeaseCommit, PoolMemory
+from kvc2.client import Admin, Client, LeaseCommit, PoolMemory, SessionOptions
 from kvc2.layout import layer_major
 
 PROMPT_TOKENS = PROMPTS["4k"]
@@ -91,7 +91,11 @@ class Bare:
         )
         self._last_layer, self._requests = shape.layers - 1, 0
         self._client = Client(
-            daemon.address, pool=pool, layout=layout, engine_name="bare", engine=PoolOwner()
+            daemon.address,
+            pool=pool,
+            layout=layout,
+            engine=PoolOwner(),
+            options=SessionOptions("bare"),
         )
         stack.callback(self._client.close)
         if not self._client.wait_attached(ATTACH_TIMEOUT_S):

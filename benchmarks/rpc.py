@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from benchmarks import clients, empty_server, report
 from benchmarks.processes import Daemon
 from engine import demo_model
-from kvc2.client import Client, Detached, LeaseCommit, NamespaceHandle, PoolMemory
+from kvc2.client import Client, Detached, LeaseCommit, NamespaceHandle, PoolMemory, SessionOptions
 from kvc2.client.channel import Channel
 from kvc2.errors import Kvc2Error
 from kvc2.host.address import Address
@@ -91,7 +91,7 @@ class BareEngine:
             daemon.address,
             pool=self._pool,
             layout=Layout(segments, PAGE_SIZE),
-            engine_name=engine_name,
+            options=SessionOptions(engine_name),
             engine=PoolOwner(),
         )
         if not self.client.wait_attached(ATTACH_TIMEOUT_S):

@@ -156,6 +156,7 @@ class Lease:
     pages: U32  # [blocks leased and committed so far]
     tiers: tuple[int, ...]  # of `pages` found at acquire, by the tier they were found in
     transfer: int  # the last transfer its pages depend on; 0 when all are resident
+    arrived: int  # leading ones of `pages` that are resident
     computing: int  # blocks right after `matched` that another open lease is computing now
     ahead: U32  # [m, 2] (tier, blocks): runs of matched blocks after `pages`, as acquire found them
     # of the blocks asked for, as acquire found it (16 siblings are looked at, not 4096); empty

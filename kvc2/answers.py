@@ -19,6 +19,7 @@ U64 = NDArray[np.uint64]
 NO_PAGES: U32 = np.zeros(0, dtype=np.uint32)
 NO_KEYS: U8 = np.zeros(0, dtype=np.uint8)
 NO_OFFSETS: U64 = np.zeros(0, dtype=np.uint64)
+NO_ROOM = 3  # result of a copied commit, beside _core.ADOPTED, DUPLICATE and REFUSED
 SIZES = (0.5, 1.0, 2.0, 4.0)  # of a tier, for which its hit rate is estimated
 
 
@@ -46,11 +47,17 @@ def shorter(ttl_s: int, other_s: int) -> int:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a lease is asked for with: pages for its delta, how long its prefix may take, hints."""
+    """What a lease is asked for with: pages for its delta, how long its prefix may take, hints.
+    in_arena: where it pins. skip_blocks: leading ones that the client has. at_once: answer with
+    what is there; `poll` counts how often that was asked for."""
 
     grant_pages: int
     deadline_s: float
     hints: Hints = NO_HINTS
+    in_arena: bool = False
+    skip_blocks: int = 0
+    at_once: bool = False
+    poll: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,11 @@ def of_pages(pages: U32) -> Components:
     return (ComponentPages(0, pages),) if pages.size else ()
 
 
+def of_offsets(offsets: U64) -> Components:
+    """Of component 0, in the arena."""
+    return (ComponentPages(0, offsets=offsets),) if offsets.size else ()
+
+
 def pages_of(components: Components) -> U32:
     """Of component 0."""
     return next((each.pages for each in components if not each.component), NO_PAGES)
@@ -125,6 +137,11 @@ class Acquired:
         return pages_of(self.held)
 
     @property
+    def offsets(self) -> U64:
+        """[blocks] where each payload begins in the arena."""
+        return next((each.offsets for each in self.held if not each.component), NO_OFFSETS)
+
+    @property
     def granted_pages(self) -> U32:
         return pages_of(self.granted)
 
@@ -142,8 +159,8 @@ class LeaseCommit:
 
 @dataclass(frozen=True)
 class Committed:
-    """results: of each lease [k] of 0 adopted, 1 duplicate, 2 refused. durable: all adopted blocks
-    are on disk; False unless asked for."""
+    """results: of each lease [k] of 0 adopted, 1 duplicate, 2 refused, 3 no room (copied). durable:
+    all adopted blocks are on disk; False unless asked for."""
 
     results: list[U8]
     durable: bool

@@ -114,6 +114,11 @@ class Arena:
         self.wait_populated()
         os.close(self.fd)
 
+    def open_for_reading(self) -> int:
+        """A descriptor of its memory that can't write, whatever it is used for. The caller closes
+        it."""
+        return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+
     def take(self, run_bytes: int) -> int | None:
         """Offset of the first free run of so many bytes (a multiple of unit_bytes); or None."""
         units = run_bytes // self.unit_bytes

@@ -40,7 +40,7 @@ FLOORS = {
         daemon
         wiring
         session_calls, shared_calls
-        attach
+        attach, commits
         callers, hello
         checks, claim, scrapes, side, tenants
     """,
@@ -49,6 +49,7 @@ FLOORS = {
         bridge
         calls
         client, namespaces, sessions
+        keeper
         admin, connection, health, share
         channel, counters, memory, pages
     """,
@@ -58,8 +59,8 @@ FLOORS = {
     "kvc2/cache": """
         assemble
         cache
-        prefetch
-        explain, pins, whole
+        leases, prefetch
+        copied, explain, pins, whole
         counts
         sessions
         namespaces, quotas, ticker

@@ -187,6 +187,7 @@ void bind_results(py::module_& module) {
       .def_property_readonly("tiers", [](const LeaseView& l) { return tuple_of(l.tiers); })
       .def_readonly("transfer", &LeaseView::transfer)
       .def_readonly("computing", &LeaseView::computing)
+      .def_readonly("arrived", &LeaseView::arrived)
       .def_property_readonly("explanation", [](const LeaseView& l) { return l.explanation; })
       .def_property_readonly("ahead",
                              [](const LeaseView& l) { return rows_of<uint32_t>(l.ahead); });

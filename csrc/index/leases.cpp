@@ -126,7 +126,7 @@ void Leases::unregister_computing(Lease& lease, uint32_t end) {
 LeaseView Leases::view_of(LeaseId id, const Lease& lease) const {
   const size_t tiers = pools_.chain(lease.pool).size();
   LeaseView view{id, lease.matched,   lease.first, {}, std::vector<uint32_t>(tiers, 0),
-                 0,  lease.computing, {}};
+                 0,  lease.computing, 0,           {}};
   for (const Held& held : lease.held) {
     view.pages.push_back(held.page);
     if (held.tier != kComputed) ++view.tiers[held.tier];
@@ -140,6 +140,11 @@ LeaseView Leases::view_of(LeaseId id, const Lease& lease) const {
   for (const TransferId transfer : lease.depends) {
     if (transfers_.is_open(transfer)) view.transfer = std::max(view.transfer, transfer);
   }
+  const auto filled = [&](const Held& held) {
+    return transfers_.into(lease.pool, held.page).has_value();
+  };
+  const auto end = view.transfer == 0 ? lease.held.end() : std::ranges::find_if(lease.held, filled);
+  view.arrived = static_cast<uint32_t>(end - lease.held.begin());
   return view;
 }
 

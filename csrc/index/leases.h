@@ -68,6 +68,7 @@ struct LeaseView {
   std::vector<uint32_t> tiers;
   TransferId transfer;
   uint32_t computing;
+  uint32_t arrived;            // leading ones of `pages` that are not being filled
   std::vector<TierRun> ahead;  // matched blocks after `pages`, by the tier they were found in
   Explanation explanation{};   // as acquire found it; empty later
 };

@@ -14,8 +14,10 @@ from functools import partial
 from kvc2 import _core
 from kvc2.arena import Arena
 from kvc2.cache.cache import Cache, Parts
+from kvc2.cache.copied import CopiedCommits
 from kvc2.cache.counts import Counts
 from kvc2.cache.explain import Explainer
+from kvc2.cache.leases import Leases
 from kvc2.cache.namespaces import Namespace, Namespaces
 from kvc2.cache.pins import Pins
 from kvc2.cache.prefetch import Prefetcher
@@ -77,7 +79,7 @@ async def assemble(
         ticker=ticker,
         pools=pools,
         mover=mover,
-        loader=loader,
+        leases=Leases(index, loader, explainer, tick=ticker.tick, wake=changes.woken),
         background=background,
         namespaces=namespaces,
         counts=counts,
@@ -86,6 +88,7 @@ async def assemble(
         prefetcher=Prefetcher(index, pins, pools, loader=loader, mover=mover),
         scrubber=Scrubber(index, pools, loader=loader, mover=mover),
         explainer=explainer,
+        copied=CopiedCommits(index, pools, tick=ticker.tick, wake=changes.woken),
         whole=Whole(index, namespaces, counts, loader=loader, background=background, config=config),
         gpus=gpus,
         sessions=sessions,

@@ -20,26 +20,23 @@ from numpy.typing import NDArray
 
 from kvc2 import _core, errors
 from kvc2.answers import (
-    NO_HINTS,
-    Acquired,
     CacheStats,
     Evicted,
     Explained,
     Flushed,
-    Hints,
     Invalidated,
     Matched,
-    Terms,
-    TierTokens,
-    of_pages,
 )
+from kvc2.arena import Arena
+from kvc2.cache.copied import CopiedCommits
 from kvc2.cache.counts import Counts
 from kvc2.cache.explain import Explainer
+from kvc2.cache.leases import Leases, tokens_by_tier, u32
 from kvc2.cache.namespaces import Namespace, Namespaces, Owner
 from kvc2.cache.pins import Pins
 from kvc2.cache.prefetch import Prefetcher
 from kvc2.cache.quotas import TenantQuotas
-from kvc2.cache.sessions import OpenLease, Session
+from kvc2.cache.sessions import Session
 from kvc2.cache.ticker import Ticker
 from kvc2.cache.whole import Whole
 from kvc2.config import ServeConfig
@@ -47,7 +44,6 @@ from kvc2.metrics import Metrics
 from kvc2.moving.background import Background
 from kvc2.moving.changes import Changes
 from kvc2.moving.gpu_pools import GpuPool
-from kvc2.moving.loading import Loader
 from kvc2.moving.mover import Mover
 from kvc2.moving.scrub import Scrubber
 from kvc2.tiers.base import TIER_NUMBERS, PageShape
@@ -73,7 +69,7 @@ class Parts:
     ticker: Ticker
     pools: Pools
     mover: Mover
-    loader: Loader
+    leases: Leases
     background: Background
     namespaces: Namespaces
     counts: Counts
@@ -82,6 +78,7 @@ class Parts:
     prefetcher: Prefetcher
     scrubber: Scrubber
     explainer: Explainer
+    copied: CopiedCommits
     whole: Whole
     gpus: dict[int, GpuPool]
     sessions: dict[int, Session]
@@ -99,10 +96,16 @@ class Cache:
         self.prefetcher, self.scrubber = parts.prefetcher, parts.scrubber
         self._config, self._metrics = parts.config, parts.metrics
         self._pools, self._background = parts.pools, parts.background
-        self._mover, self._loader = parts.mover, parts.loader
+        self._mover, self.leases = parts.mover, parts.leases
         self._gpus, self._sessions, self._copiers = parts.gpus, parts.sessions, parts.copiers
         self._whole, self._ticking, self._wake = parts.whole, parts.ticking, parts.woken
         self.tick = parts.ticker.tick
+        self.copied = parts.copied
+
+    @property
+    def arena(self) -> Arena:
+        """The cpu tier's memory."""
+        return self._pools.arena
 
     async def stop(self, deadline_s: float) -> Flushed:
         """Flush, then close sessions, threads and tiers."""
@@ -114,6 +117,7 @@ class Cache:
         self._ticking.cancel()
         await self._background.stop()
         await self._background.writer.save_recency()
+        await asyncio.to_thread(self.copied.close)
         await asyncio.to_thread(self._mover.close)
         await asyncio.to_thread(self._pools.tiers.close)
         return result
@@ -132,18 +136,20 @@ class Cache:
         """A gpu pool for the session, over the cpu and disk pools of its layout. No view of
         the engine's `memory` is left after close_session, nor when this raises a Kvc2Error."""
         layout = session.layout
-        layout.check_fits(session.num_pages, len(memory))
+        if session.num_pages:
+            layout.check_fits(session.num_pages, len(memory))
         pools = self._pools.of(PageShape.of(layout, self._config.slab_bytes))
         pool = self.index.add_pool(
             page_size=layout.page_size,
-            pages_per_slab=session.num_pages,
+            pages_per_slab=max(1, session.num_pages),
             below=next((each.id for each in pools.chain), None),
             durable=False,
             tier=TIER_NUMBERS["gpu"],
             page_bytes=layout.payload_bytes,
         )
-        self.index.add_slab(pool)
-        if kept_pages.size and not self.index.keep(pool, _u32(kept_pages)):
+        if session.num_pages:
+            self.index.add_slab(pool)
+        if kept_pages.size and not self.index.keep(pool, u32(kept_pages)):
             self.index.close_pool(pool)
             self.index.remove_pool(pool)
             raise errors.InvalidRequest("hello.kept_pages", kept_pages.size, "each page once")
@@ -166,7 +172,7 @@ class Cache:
         if not session.life.over:
             session.life.become("silent")
         self.index.close_pool(gpu.id)
-        session.end_leases()
+        self.index.release_all(session.end_leases())
         gpu.queue.shutdown(wait=False, cancel_futures=True)
         if await gpu.settle(at_rest or _may_change):
             await self._background.rescue(gpu, RESCUE_S)
@@ -194,10 +200,9 @@ class Cache:
     ) -> Namespace:
         """Its record; the identity goes to the catalogue with the next batch. Raises LimitReached:
         what the index knows stays known."""
-        page_size, pools = session.layout.page_size, session.mapped_pool().pools
-        namespace = self.namespaces.open(name, page_size, identity, owner, ttl_s=ttl_s)
-        namespace.pools = pools
-        entry = NamespaceEntry(page_size, identity)
+        pools = session.mapped_pool().pools
+        namespace = self.namespaces.open(name, pools, identity, owner, ttl_s=ttl_s)
+        entry = NamespaceEntry(namespace.page_size, identity)
         for disk in self._pools.tiers.disks:
             if not disk.catalogue.add_namespace(name, entry):
                 self._metrics.fault("catalogue_error")
@@ -213,9 +218,9 @@ class Cache:
         """The longest cached prefix of less than all tokens. Changes nothing."""
         self.tick()
         pool = session.mapped_pool().id
-        found = self.index.match(namespace.number, pool, _u32(tokens[:-1]))
+        found = self.index.match(namespace.number, pool, u32(tokens[:-1]))
         size = session.layout.page_size
-        return Matched(found.blocks * size, _tokens_by_tier(found.tiers, size))
+        return Matched(found.blocks * size, tokens_by_tier(found.tiers, size))
 
     def explain(self, session: Session | None, namespace: Namespace, tokens: U32) -> Explained:
         """What an acquire of these tokens would find, in this session or in any, and why not more.
@@ -223,103 +228,15 @@ class Cache:
         pool = None if session is None else session.mapped_pool().id
         return self.explainer.of_tokens(namespace, tokens, pool)
 
-    async def acquire(
-        self,
-        session: Session,
-        namespace: Namespace,
-        request_id: bytes,
-        tokens: U32,
-        terms: Terms,
-    ) -> Acquired:
-        """Open a lease on the longest prefix that comes sooner than it could be computed at
-        session.prefill_rate; awaits only what comes from disk, till its deadline. While the lease
-        is open the same request_id gets the same answer. Raises SessionOver."""
-        gpu = session.mapped_pool()
-        if (known := session.leases.get(request_id)) is not None:
-            return await asyncio.shield(known.reply)
-        self.tick()
-        blocks, grant_pages = (len(tokens) - 1) // session.layout.page_size, terms.grant_pages
-        number, hints = namespace.number, namespace.hints(terms.hints)
-        opened = self.index.acquire(number, gpu.id, _u32(tokens), blocks, hints)
-        self.explainer.keep(session.epoch, namespace, request_id, len(tokens), opened.explanation)
-        lease = session.leases[request_id] = OpenLease(request_id, opened.id, namespace)
-        try:
-            errand = self._loader.begin(gpu, lease.id, session.prefill_rate, terms.deadline_s)
-            if errand is not None:
-                await self._loader.settle(errand, lease.ended)
-        except BaseException:
-            grant_pages = 0  # nobody hears of them: they would be lost until the session's end
-            raise
-        finally:
-            # also when the caller went away: it may ask again under this request_id
-            answer = self._answer(session, lease, grant_pages) if lease.is_open else _nothing()
-            lease.reply.set_result(answer)
-        if session.state != "ready":
-            raise errors.SessionOver(f"session {session.epoch} is {session.state}")
-        return answer
-
-    def _answer(self, session: Session, lease: OpenLease, grant_pages: int) -> Acquired:
-        """What an open lease holds now, and pages to compute the rest into."""
-        gpu, size = session.mapped_pool(), session.layout.page_size
-        view = self.index.lease(lease.id)
-        held = view.pages.size
-        return Acquired(
-            matched_tokens=held * size,
-            tiers=_tokens_by_tier(view.tiers, size),
-            transfer=gpu.pending.get(view.transfer, 0),
-            computing_tokens=view.computing * size if held == view.matched else 0,
-            held=of_pages(view.pages),
-            granted=of_pages(self.grant(session, grant_pages, lease.namespace)),
-        )
-
-    def commit(
-        self, session: Session, request_id: bytes, first_block: int, tokens: U32, pages: U32
-    ) -> U8:
-        """[k] of ADOPTED, DUPLICATE, REFUSED. Raises NotFound for an unknown lease."""
-        lease = session.lease(request_id)
-        result = self.index.commit(lease.id, first_block, _u32(tokens), _u32(pages))
-        self.index.trim(session.mapped_pool().id)
-        self._wake()
-        return result
-
-    def release(self, session: Session, request_id: bytes, said: Hints = NO_HINTS) -> None:
-        """Close a lease; an acquire of it that is under way answers with nothing. What is said here
-        stands in the place of what acquire was told."""
-        gpu, lease = session.mapped_pool(), session.end_lease(request_id)
-        if lease is None:
-            return
-        self.tick()
-        if said == NO_HINTS:
-            self.index.release(lease.id)
-        else:
-            self.index.release(lease.id, lease.namespace.hints(said))
-        self.index.trim(gpu.id)  # what was pinned is to be had
-        self._wake()  # what it pinned may be dead
-
-    def grant(self, session: Session, pages: int, namespace: Namespace | None = None) -> U32:
-        """Up to `pages` pages to fill, evicting as needed; for a namespace, if it is known."""
-        if not pages:
-            return np.empty(0, np.uint32)
-        number = None if namespace is None else namespace.number
-        granted = self.index.grant(session.mapped_pool().id, pages, number)
-        self._wake()  # fewer are free now
-        return granted
-
-    def give_back(self, session: Session, pages: U32) -> None:
-        """Granted pages come back unused. Raises InvalidRequest when one was not granted."""
-        if not self.index.give_back(session.mapped_pool().id, _u32(pages)):
-            raise errors.InvalidRequest("returned", pages.size, "pages granted and not used")
-
     # ---- the whole (whole.py) ----
 
     async def invalidate(self, names: list[bytes]) -> Invalidated:
         """What is cached under these namespaces is dead. Raises NotFound and LimitReached."""
         return await self._whole.invalidate(names)
 
-    async def wait_durable(self, session: Session, requests: list[bytes], wait_s: float) -> bool:
-        """Whether all that these open leases have pages of is on disk, within that time."""
-        held = [session.leases[each].id for each in requests]
-        return await self._whole.wait_durable(session.mapped_pool(), held, wait_s)
+    async def wait_durable(self, session: Session, leases: list[int], wait_s: float) -> bool:
+        """Whether all that these leases of the index have pages of is on disk, within that time."""
+        return await self._whole.wait_durable(session.mapped_pool(), leases, wait_s)
 
     async def flush(self, deadline_s: float) -> Flushed:
         """Copy what is committed to the disk, within the deadline; what is not there, and why."""
@@ -332,19 +249,6 @@ class Cache:
     def stats(self) -> CacheStats:
         """Sizes and counts. Changes nothing."""
         return self.counts.stats()
-
-
-def _u32(array: NDArray[np.integer]) -> U32:
-    return np.ascontiguousarray(array, np.uint32)
-
-
-def _tokens_by_tier(blocks: tuple[int, ...], page_size: int) -> TierTokens:
-    return TierTokens(*(count * page_size for count in blocks))
-
-
-def _nothing() -> Acquired:
-    """The answer to an acquire that was released meanwhile."""
-    return Acquired(0, TierTokens())
 
 
 async def _may_change() -> bool:

@@ -52,8 +52,8 @@ class Namespace:
 
     `id` is what sessions know it by (the wire's is one more); it is never used again. `number` is
     the index's, of the present era. `ttl_s`, unless 0, is the longest that a block of it matches
-    after its last use, as it was opened last. `pools` are those of its layout below the gpu; None
-    where there is only the gpu tier. `gone`: let go of; its name may have another record.
+    after its last use, as it was opened last. `pools` are those of its layout below the engines'
+    own. `gone`: let go of; its name may have another record.
     """
 
     id: int
@@ -63,8 +63,8 @@ class Namespace:
     owner: Owner
     era: int
     number: int
+    pools: LayoutPools
     ttl_s: int = 0
-    pools: LayoutPools | None = None
     earlier: bytes | None = None  # name of the era before, if that ended in this run
     gone: bool = False
 
@@ -142,11 +142,17 @@ class Namespaces:
                 self._eras.put(0, of_era(name, era), Era(name, era, number))
 
     def open(
-        self, name: bytes, page_size: int, identity: bytes, owner: Owner, *, ttl_s: int = 0
+        self, name: bytes, pools: LayoutPools, identity: bytes, owner: Owner, *, ttl_s: int = 0
     ) -> Namespace:
-        """The record of a namespace, the same each time. Raises LimitReached."""
-        namespace = self._opened.get(name)
+        """The record of a namespace, the same each time. Raises LimitReached; InvalidRequest for
+        another layout than that of sessions that have it open."""
+        namespace, page_size = self._opened.get(name), pools.shape.page_size
         if namespace is not None:
+            if namespace.pools is not pools and namespace in set(self._held()):
+                have, told = namespace.pools.shape.layout_digest, pools.shape.layout_digest
+                allowed = f"that of other sessions: {have.hex()}"
+                raise errors.InvalidRequest("layout", told.hex(), allowed)
+            namespace.pools = pools
             # checks page_size
             self._number(name, namespace.era, page_size, namespace.owner.number)
             if shorter(namespace.ttl_s, ttl_s) != namespace.ttl_s:
@@ -159,7 +165,9 @@ class Namespaces:
         self._index.set_tenant(number, owner.number)
         if ttl_s:  # of what a restart brought not all is known when it expires
             self._expire(number, ttl_s)
-        opened = Namespace(self._next_id, name, page_size, identity, owner, era, number, ttl_s)
+        opened = Namespace(
+            self._next_id, name, page_size, identity, owner, era, number, pools, ttl_s
+        )
         self._next_id += 1
         self._opened[name] = opened
         return opened

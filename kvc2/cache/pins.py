@@ -80,8 +80,7 @@ class Pins:
 
     def _below(self, namespace: Namespace, tier: str) -> tuple[int, int]:
         """The index's id of the pool in cpu or disk, and the bytes of a page there."""
-        pools = namespace.pools
-        for link in () if pools is None else pools.chain:
+        for link in namespace.pools.chain:
             if link.tier == tier:
                 return link.id, link.store.shape.page_bytes
         raise errors.InvalidRequest("tier", tier, "a tier that this daemon has")
@@ -100,7 +99,7 @@ class Pins:
 
     def _bytes_of_others(self, tier: str, pool: int, *, hard: bool) -> int:
         """Pinned in the same way in the tier's pools of other layouts."""
-        chains = {each.pools.chain for each in self._namespaces if each.pools is not None}
+        chains = {each.pools.chain for each in self._namespaces}
         others = [link for chain in chains for link in chain if link.tier == tier]
         return sum(
             self._index.pinned_blocks(each.id, hard=hard) * each.store.shape.page_bytes

@@ -99,7 +99,7 @@ class Prefetcher:
             raise errors.InvalidRequest("tier", tier, "cpu, or gpu in a session")
         pool = self._pins.pool(session, namespace, tier)
         pools = namespace.pools
-        if pools is None or not self.pools.tiers.names:
+        if not self.pools.tiers.names:
             raise errors.InvalidRequest("tier", tier, "a tier with a slower one below it")
         gpu = session.pool if tier == "gpu" and session is not None else None
         return Wish(namespace, np.ascontiguousarray(tokens, np.uint32), pool, pools, gpu)

@@ -17,11 +17,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvc2 import errors
 from kvc2.answers import Acquired
 from kvc2.cache.namespaces import Namespace
 from kvc2.layout import Layout
 from kvc2.moving.gpu_pools import GpuPool, SessionLife, SessionState
+from kvc2.moving.loading import Destination
 from kvc2.shares import SharedTable
 
 T = TypeVar("T")
@@ -49,17 +53,28 @@ class OpenLease:
        nothing if the lease has ended meanwhile.
     4. `ended` is done when the lease isn't open any more. The acquire that opened it then stops
        waiting for slower tiers.
+    5. The same poll number gets the same answer (`polled`); the next one gets what is there by
+       then. `bringing` is what goes on meanwhile.
     """
 
     request_id: bytes
     id: int  # the index's
     namespace: Namespace
+    to: Destination
+    poll: int = 0
+    polled: Acquired | None = None
+    bringing: asyncio.Task[None] | None = None
     reply: asyncio.Future[Acquired] = field(default_factory=_future)
     ended: asyncio.Future[None] = field(default_factory=_future)
 
     @property
     def is_open(self) -> bool:
         return not self.ended.done()
+
+    @property
+    def is_brought(self) -> bool:
+        """Whether nothing of it comes any more."""
+        return self.bringing is None or self.bringing.done()
 
 
 @dataclass(eq=False)
@@ -114,10 +129,12 @@ class Session:
             lease.ended.set_result(None)
         return lease
 
-    def end_leases(self) -> None:
-        """All of them; the index ends its own with the pool."""
+    def end_leases(self) -> NDArray[np.uint64]:
+        """All of them. The index ends those in the session's pool with it: answers the others."""
+        in_arena = [each.id for each in self.leases.values() if each.to.in_arena]
         for request_id in list(self.leases):
             self.end_lease(request_id)
+        return np.array(in_arena, np.uint64)
 
 
 class SessionTable:

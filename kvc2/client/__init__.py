@@ -24,10 +24,10 @@ from kvc2.answers import (
 from kvc2.client.admin import Admin
 from kvc2.client.bridge import Bridge, Daemon, PrefixLostError, open_bridge
 from kvc2.client.calls import BridgeConfig
-from kvc2.client.client import Client
-from kvc2.client.connection import NamespaceHandle
+from kvc2.client.client import ArenaTerms, Client
+from kvc2.client.connection import NamespaceHandle, SessionOptions
 from kvc2.client.counters import Counters
-from kvc2.client.memory import PoolMemory
+from kvc2.client.memory import ArenaView, PoolMemory
 from kvc2.client.pages import PageBook
 from kvc2.client.sessions import Lease
 from kvc2.client.share import Share, SharedPool
@@ -36,6 +36,8 @@ from kvc2.errors import Detached
 __all__ = [
     "Acquired",
     "Admin",
+    "ArenaTerms",
+    "ArenaView",
     "Bridge",
     "BridgeConfig",
     "Client",
@@ -61,6 +63,7 @@ __all__ = [
     "PrefixPinned",
     "Released",
     "Scrubbed",
+    "SessionOptions",
     "SessionStats",
     "Share",
     "SharedPool",

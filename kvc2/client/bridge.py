@@ -23,6 +23,7 @@ from kvc2 import errors
 from kvc2.answers import NO_HINTS, U32, Explained, Hints, LeaseCommit
 from kvc2.client.calls import BridgeConfig, CacheClient, Calls
 from kvc2.client.client import Client
+from kvc2.client.connection import SessionOptions
 from kvc2.client.counters import NO_COUNTERS, Counters
 from kvc2.client.health import DaemonHealth
 from kvc2.client.memory import PoolMemory
@@ -260,7 +261,7 @@ class Daemon:
             self.address,
             pool=self.pool,
             layout=self.layout,
-            engine_name=self.engine_name,
+            options=SessionOptions(self.engine_name),
             engine=sessions,
         )
 

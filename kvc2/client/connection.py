@@ -5,7 +5,6 @@ Not here: when to attach again and what the engine is told (client.py).
 
 from __future__ import annotations
 
-import array
 import os
 import queue
 import select
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from kvc2 import _core, errors
 from kvc2.answers import ComponentPages, Limits, pages_of
 from kvc2.client.channel import Channel, absence_of, code, probe, translated
-from kvc2.client.memory import OverSignal, PoolMemory, Progress
+from kvc2.client.memory import ArenaView, OverSignal, PoolMemory, Progress
 from kvc2.host.address import Address
 from kvc2.layout import Layout
 from kvc2.v1 import cache_pb2
@@ -51,12 +50,24 @@ class NamespaceHandle:
 
 
 @dataclass(frozen=True)
+class SessionOptions:
+    """What an engine asks for with each session. `arena`: to read the cpu tier in place, for
+    processes of the daemon's own user. `expiry_s`: for how long it may send no heartbeat, at most
+    30 s; 0: the daemon's 3 s. `copy_threads`: of reads from the arena."""
+
+    engine_name: str
+    arena: bool = False
+    expiry_s: float = 0.0
+    copy_threads: int = 1
+
+
+@dataclass(frozen=True)
 class EnginePool:
     """The pool that an engine brings to each of its sessions, one after the other."""
 
     memory: PoolMemory
     layout: Layout
-    engine_name: str
+    options: SessionOptions
     kept_pages: Callable[[], NDArray[np.uint32]]
 
 
@@ -101,6 +112,7 @@ class Connection:
         self._over = OverSignal()
         self.pidfd = -1
         self.progress: Progress | None = None
+        self.arena: ArenaView | None = None
         self.ended = False
         self._beat: _core.Beat | None = None
         self._outbox: queue.SimpleQueue[cache_pb2.AttachRequest | None] = queue.SimpleQueue()
@@ -116,8 +128,10 @@ class Connection:
 
     def _attach(self, pool: EnginePool) -> None:
         hello = cache_pb2.Hello(
-            engine_name=pool.engine_name,
+            engine_name=pool.options.engine_name,
             wire_version=WIRE_VERSION,
+            arena=pool.options.arena,
+            expiry_ms=round(1000 * pool.options.expiry_s),
             pools=[
                 cache_pb2.Pool(
                     parts=1,
@@ -134,11 +148,23 @@ class Connection:
             secret=attached.secret, session_epoch=attached.session_epoch
         )
         self.key = self.head.SerializeToString()
-        self.limits = from_message(Limits, attached.limits)
-        self.heartbeat_s = max(0.05, attached.heartbeat_interval_ms / 1000)
-        self._join(attached, pool.memory)
+        self._attached = attached
+        arena_fd = self._join(attached, pool)
         ready = self._expect("ready", READY_S).ready
+        if arena_fd >= 0 and self.progress is not None:
+            self.arena = ArenaView(
+                arena_fd, ready.arena_bytes, self.progress, threads=pool.options.copy_threads
+            )
         self.granted = pages_of(tuple(from_message(ComponentPages, each) for each in ready.granted))
+
+    @property
+    def heartbeat_s(self) -> float:
+        return max(0.05, self._attached.heartbeat_interval_ms / 1000)
+
+    @property
+    def limits(self) -> Limits:
+        """What one call may be, as the daemon told."""
+        return from_message(Limits, self._attached.limits)
 
     def _expect(self, kind: str, timeout_s: float) -> cache_pb2.AttachResponse:
         message = self.receive(timeout_s)
@@ -149,31 +175,33 @@ class Connection:
             raise errors.Unreachable(told, "no_answer")
         return message
 
-    def _join(self, attached: cache_pb2.Attached, pool: PoolMemory) -> None:
+    def _join(self, attached: cache_pb2.Attached, pool: EnginePool) -> int:
         """Hand the pool over, learn who the daemon is, get the progress page, and go on beating on
         the side socket: the stream's heartbeats wait for the GIL, which others may hold for long.
+        Answers the arena's descriptor, or -1.
         """
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as side:
             side.settimeout(SIDE_S)
             try:
                 side.connect(attached.side_socket)
-                passed = array.array("i", [pool.fd])
-                side.sendmsg([attached.nonce], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed)])
+                passed = [pool.memory.fd] if pool.memory.num_bytes else []
+                socket.send_fds(side, [attached.nonce], passed)
                 packed = side.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
                 pid = _CREDENTIALS.unpack(packed)[0]
                 self.pidfd = os.pidfd_open(pid) if pid > 0 else -1
-                answer, fds, _, _ = socket.recv_fds(side, 600, 2)
+                answer, fds, _, _ = socket.recv_fds(side, 600, 3)
             except OSError as error:
                 raise absence_of(Address(Path(attached.side_socket)), error) from error
             for fd in fds:
                 os.set_inheritable(fd, False)
-            if answer != b"ok" or len(fds) != 2:
+            if answer != b"ok" or len(fds) != 2 + pool.options.arena:
                 for fd in fds:
                     os.close(fd)
                 told = f"side socket: {answer.decode(errors='replace')}"
                 raise errors.Unreachable(told, "refused")
             self.progress = Progress(fds[0], fds[1], self._over)
             self._beat = _core.Beat(side.fileno(), self.heartbeat_s)
+            return fds[2] if pool.options.arena else -1
 
     def _read(self) -> None:
         error: errors.Kvc2Error | None = None

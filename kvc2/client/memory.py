@@ -1,4 +1,4 @@
-"""Memory shared with the daemon: the pool, which the engine makes, and the progress page.
+"""Memory shared with the daemon: the pool, which the engine makes, the progress page, the arena.
 
 Not here: what lies in the pool (layout.py) and who owns a page of it.
 """
@@ -12,6 +12,10 @@ import select
 import time
 
 import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Buffer
+
+from kvc2 import _core
 
 LAYERS_MAX = 65536  # of the progress word's low part
 SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -19,7 +23,8 @@ POLL_S_MAX = 0.05  # another waiter may have drained the eventfd: look at the wo
 
 
 class PoolMemory:
-    """The KV pool of one engine: a memfd that nobody can resize, mapped read-write.
+    """The KV pool of one engine: a memfd that nobody can resize, mapped read-write. Of 0 bytes, for
+    an engine that reads the arena alone, it is nothing.
 
     It outlives sessions: the same memory is offered again at each attach. `map` is a writable
     memoryview of num_bytes; a numpy array or torch tensor over it must be dropped before `close`.
@@ -27,6 +32,9 @@ class PoolMemory:
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
+        if not num_bytes:
+            self.fd, self.map = -1, memoryview(bytearray())
+            return
         self.fd = os.memfd_create("kvc2-pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, num_bytes)
@@ -40,8 +48,9 @@ class PoolMemory:
     def close(self) -> None:
         """BufferError while an array still lies over it."""
         self.map.release()
-        self._mmap.close()
-        os.close(self.fd)
+        if self.fd >= 0:
+            self._mmap.close()
+            os.close(self.fd)
 
 
 class OverSignal:
@@ -70,6 +79,7 @@ class Progress:
         self._mmap = mmap.mmap(progress_fd, mmap.PAGESIZE, prot=mmap.PROT_READ)
         self._fd = progress_fd
         self._word = np.frombuffer(self._mmap, dtype="<u8", count=1)
+        self._fence = np.frombuffer(self._mmap, dtype="<u8", count=1, offset=8)
         self._event_fd = event_fd
         os.set_blocking(event_fd, False)
         self._over = over
@@ -77,6 +87,12 @@ class Progress:
     def reached(self, transfer: int, layer: int) -> bool:
         """Whether `layer` of the transfer and of all earlier ones is there. A read of one word."""
         return int(self._word[0]) >= transfer * LAYERS_MAX + layer + 1
+
+    @property
+    def fenced(self) -> bool:
+        """Whether the daemon has ended the session, and may have put other blocks where its leases
+        were. A read of one word. A daemon that has died changes nothing any more."""
+        return bool(self._fence[0])
 
     def wait(self, transfer: int, layer: int, timeout_s: float) -> bool:
         """False after timeout_s, or at once when the session is over."""
@@ -113,3 +129,41 @@ class Progress:
         # the last waiter holds a reference, so the descriptor can't be another file's by then
         os.close(self._event_fd)
         os.close(self._fd)
+
+
+class ArenaView:
+    """The daemon's cpu tier of one session, read in place. Threads may share it.
+
+    What a lease in the arena told stays there until the lease is released or the session is over.
+    So a copy counts only if the session is not over after it: `read` and `scatter` say so.
+    """
+
+    def __init__(self, fd: int, num_bytes: int, progress: Progress, *, threads: int = 1) -> None:
+        """Takes the descriptor over. `threads` copy at a time."""
+        try:
+            self._mmap = mmap.mmap(fd, num_bytes, prot=mmap.PROT_READ)
+        finally:
+            os.close(fd)
+        self.num_bytes = num_bytes
+        self._progress = progress
+        self._team = _core.ThreadTeam(threads)
+
+    def read(self, offsets: NDArray[np.uint64], num_bytes: int, into: Buffer) -> bool:
+        """Copy payloads of num_bytes, one after the other, into [n * num_bytes] writable bytes.
+        False: the session is over, and what was copied may be of other blocks. IndexError for what
+        lies outside of either."""
+        row = np.array([[0, num_bytes, num_bytes]], np.uint64)
+        return self.scatter(offsets, into, row, np.arange(offsets.size, dtype=np.uint32))
+
+    def scatter(
+        self,
+        offsets: NDArray[np.uint64],
+        memory: Buffer,
+        segments: NDArray[np.uint64],
+        pages: NDArray[np.uint32],
+    ) -> bool:
+        """Copy payloads into pages of an engine's own memory, whose layout has these segments
+        (`Layout.segment_table`). Answers and raises as `read`."""
+        ends = np.array([len(segments)], np.uint32)
+        _core.scatter(self._team, self._mmap, offsets, memory, segments, pages, layer_ends=ends)
+        return not self._progress.fenced

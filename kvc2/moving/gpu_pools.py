@@ -27,6 +27,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
+from kvc2 import _core
+from kvc2.tiers.base import U8, U32, U64
 from kvc2.tiers.gpu import GpuExecutor
 from kvc2.tiers.pools import LayoutPools
 
@@ -83,6 +87,12 @@ class GpuPool:
     _at_rest: asyncio.Future[bool] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
+
+    def read(self, pages: U32, offsets: U64) -> U8:
+        """Copy pages into the arena. [n] of BLOCK_OK or BLOCK_BAD_PAYLOAD. Blocks; they count only
+        if the pool `holds` them afterwards."""
+        came = self.store.read(pages, offsets)
+        return np.where(came == 0, _core.BLOCK_BAD_PAYLOAD, _core.BLOCK_OK).astype(np.uint8)
 
     def fail(self) -> None:
         """A promotion failed half-way: no later progress may be told, and the engine can't wait

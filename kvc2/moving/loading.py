@@ -32,6 +32,26 @@ HERE = Estimate(math.inf, 0.0)  # of what needs no transfer
 Step = asyncio.Future[Transferred] | asyncio.Future[None]
 
 
+@dataclass(frozen=True)
+class Destination:
+    """Where a lease pins, and what it brings comes to: the pool of this session, or the arena, in
+    the pools of this layout."""
+
+    gpu: GpuPool
+    pools: LayoutPools
+    in_arena: bool = False
+
+    @property
+    def pool(self) -> int:
+        """The index's id."""
+        return self.pools.cpu.id if self.in_arena else self.gpu.id
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """Of its chain, the fastest first: nothing of the first is brought."""
+        return TIERS[1:] if self.in_arena else TIERS
+
+
 @dataclass(eq=False)
 class Errand:
     """What one acquire waits for: the step under way, and how long that may take.
@@ -40,7 +60,7 @@ class Errand:
     `expected_s` long (0: not known). All steps together may be `patience_s` longer (None: until the
     caller's deadline)."""
 
-    gpu: GpuPool
+    to: Destination
     lease: int
     prefill_rate: float  # tokens/s; 0: not known
     deadline: float  # of the loop's clock
@@ -91,12 +111,12 @@ class Loader:
             await self.until_changed()
 
     def begin(
-        self, gpu: GpuPool, lease: int, prefill_rate: float, deadline_s: float
+        self, to: Destination, lease: int, prefill_rate: float, deadline_s: float
     ) -> Errand | None:
         """Promote what memory holds, begin to load what the disk holds, where that is sooner than
         computing at `prefill_rate`. None: it is settled."""
         deadline = asyncio.get_running_loop().time() + deadline_s
-        errand = Errand(gpu, lease, 0.0 if self._always else prefill_rate, deadline)
+        errand = Errand(to, lease, 0.0 if self._always else prefill_rate, deadline)
         self._advance(errand)
         errand.over = errand.step is None
         return None if errand.over else errand
@@ -125,7 +145,7 @@ class Loader:
                 self._give_up(errand, took_s, at_deadline=wait_s == left_s)
                 return
             self._came(errand, took_s)
-            self._promote(errand.gpu, errand.lease)  # what came is the lease's, whatever is chosen
+            self._promote(errand)  # what came is the lease's, whatever is chosen
             # a load of which the lease has nothing would be tried for ever
             self._advance(errand, last=errand.own and self._held(errand) == errand.held)
 
@@ -134,19 +154,22 @@ class Loader:
     def _advance(self, errand: Errand, *, last: bool = False) -> None:
         """Choose how much to bring, promote what memory holds of it, begin the next load."""
         self._choose(errand)
-        self._promote(errand.gpu, errand.lease)
+        self._promote(errand)
         errand.step = None
         if not last:
             self._next_load(errand, self._load_bytes())
+        if errand.step is None and errand.to.in_arena:
+            self._await_others(errand)
 
     def _choose(self, errand: Errand) -> None:
         """Shorten the lease where computing is sooner, by what the tiers have shown by now."""
-        shape, ahead = errand.gpu.pools.shape, self._index.lease(errand.lease).ahead
+        shape, ahead = errand.to.pools.shape, self._index.lease(errand.lease).ahead
         if ahead.size == 0:
             return
+        tiers = errand.to.tiers
         now = asyncio.get_running_loop().time()
         offers = [
-            pace.Offer(TIERS[tier], blocks, self._estimate(TIERS[tier]))
+            pace.Offer(tiers[tier], blocks, self._estimate(tiers[tier]) if tier else HERE)
             for tier, blocks in ahead.tolist()
         ]
         choice = pace.choose(
@@ -163,7 +186,13 @@ class Loader:
             self._shorten(errand, choice.blocks, "slower")
 
     def _estimate(self, tier: str) -> Estimate | None:
-        return HERE if tier == "gpu" else self._mover.meters[tier].estimate
+        return self._mover.meters[tier].estimate
+
+    def seconds(self, num_bytes: int) -> float:
+        """In which so much should come from the disk; 0: not known."""
+        estimate = self._estimate("disk")
+        found = 0.0 if estimate is None else estimate.seconds(num_bytes)
+        return found if math.isfinite(found) else 0.0
 
     def _probe(self, errand: Errand, offers: list[pace.Offer], chosen: int) -> None:
         """Load a little that nobody waits for, from a disk that seems too slow to wait for."""
@@ -183,7 +212,7 @@ class Loader:
         before = self._index.lease(errand.lease)
         self._index.shorten(errand.lease, before.pages.size + blocks)
         lost = before.matched - self._index.lease(errand.lease).matched
-        tokens = lost * errand.gpu.pools.shape.page_size
+        tokens = lost * errand.to.pools.shape.page_size
         self._metrics.recomputed_tokens.labels(why).inc(tokens)
 
     def _came(self, errand: Errand, took_s: float) -> None:
@@ -221,15 +250,24 @@ class Loader:
         """Promote what a load has brought, while the lease is open and waits for it."""
         if not errand.over:
             with suppress(KeyError, errors.SessionOver):
-                self._promote(errand.gpu, errand.lease)
+                self._promote(errand)
 
-    def _promote(self, gpu: GpuPool, lease: int) -> None:
-        """cpu -> gpu as far as pages go."""
+    def _promote(self, errand: Errand) -> None:
+        """cpu -> gpu as far as pages go; a lease in the arena has its blocks there."""
+        gpu = errand.to.gpu
         if gpu.life.state != "ready":
             raise errors.SessionOver(f"the session is {gpu.life.state}: attach again")
-        transfer = self._index.promote(lease)
+        if errand.to.in_arena:
+            return
+        transfer = self._index.promote(errand.lease)
         if transfer is not None:
             self._mover.promote(gpu, transfer)
+
+    def _await_others(self, errand: Errand) -> None:
+        """What the lease holds is there once the loads of others have brought it."""
+        transfer = self._index.lease(errand.lease).transfer
+        if transfer:
+            errand.step, errand.own, errand.expected_s = self._mover.ended(transfer), False, 0.0
 
     def _load_bytes(self) -> int:
         """Of one transfer from disk; little from one whose speed isn't known yet."""
@@ -240,7 +278,7 @@ class Loader:
 
     def _next_load(self, errand: Errand, bytes_max: int) -> None:
         """Begin the next load of the lease, or find the one that it waits for: its step."""
-        pools = errand.gpu.pools
+        pools = errand.to.pools
         if not isinstance(pools, LayoutOnDisk):
             return
         view = self._index.lease(errand.lease)
@@ -257,7 +295,10 @@ class Loader:
         pages = min(wanted, max(1, min(bytes_max, room) // page_bytes))
         growing = not arena.populated  # asked first: what comes after it is told by `changed`
         self.pools.make_room(pools, pages)
-        step = self._index.next_load(errand.lease, pages)
+        if errand.to.in_arena:
+            step: _core.Transfer | _core.Wait | None = self._index.promote(errand.lease, pages)
+        else:
+            step = self._index.next_load(errand.lease, pages)
         if isinstance(step, _core.Wait):
             errand.step = self._mover.ended(step.transfer)
         elif step is not None:

@@ -213,13 +213,9 @@ class Mover:
 
     async def demote(self, gpu: GpuPool, transfer: _core.Transfer) -> Transferred:
         """gpu -> cpu. Never raises."""
-        store, pages = gpu.store, transfer.source_pages
+        pages = transfer.source_pages
         offsets = gpu.pools.cpu.store.offsets(transfer.target_pages)
-
-        def copy() -> U8:
-            came = store.read(pages, offsets)
-            return np.where(came == 0, _core.BLOCK_BAD_PAYLOAD, _core.BLOCK_OK).astype(np.uint8)
-
+        copy = partial(gpu.read, pages, offsets)
         demoted = await self._carry(self._routes.demote, [transfer], [Part(pages.size, copy)])
         if demoted.good and not await gpu.holds():
             demoted = demoted.in_vain()

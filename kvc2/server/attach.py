@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics
 from kvc2.server import checks, hello
 from kvc2.server.hello import Greeting
-from kvc2.server.side import NONCE_BYTES, Handover
+from kvc2.server.side import NONCE_BYTES, Expected, Handover
 from kvc2.v1 import cache_pb2
 from kvc2.wire import to_message
 
@@ -176,13 +177,19 @@ class Attachments:
 
     # ---- the side socket
 
-    def expect(self, nonce: bytes, uid: int) -> int:
-        """Bytes of the pool that the engine with this nonce announced. Uses the nonce up."""
+    def expect(self, nonce: bytes, uid: int) -> Expected:
+        """What the engine with this nonce announced. Uses the nonce up. Raises Denied for the arena
+        of another user's daemon."""
         attachment = self._by_nonce.pop(nonce, None)
         if attachment is None:
             raise errors.InvalidRequest("nonce", None, "the one of an Attached message, once")
         attachment.session.uid = uid
-        return attachment.greeting.memory_bytes
+        greeting = attachment.greeting
+        if not greeting.arena:
+            return Expected(greeting.memory_bytes)
+        if uid != os.geteuid():
+            raise errors.Denied("hello.arena", f"user {uid}", f"user {os.geteuid()}, the daemon's")
+        return Expected(greeting.memory_bytes, self._cache.arena.open_for_reading())
 
     async def join(self, nonce: bytes, handover: Handover) -> Callable[[], None]:
         """The pool is mapped: open it in the cache and say Ready. What is answered takes beats."""
@@ -208,7 +215,7 @@ class Attachments:
         attachment.handover = handover
         self.table.join(session)
         first = min(greeting.num_pages // FIRST_GRANT_SHARE, FIRST_GRANT_PAGES)
-        granted = of_pages(self._cache.grant(session, first))
+        granted = of_pages(self._cache.leases.grant(session, first))
         if handover.pidfd >= 0:
             asyncio.get_running_loop().add_reader(handover.pidfd, attachment.end, "died")
         events.event(
@@ -219,7 +226,8 @@ class Attachments:
             kept=len(kept),
         )
         ready = cache_pb2.Ready(
-            granted=[to_message(each, cache_pb2.ComponentPages) for each in granted]
+            granted=[to_message(each, cache_pb2.ComponentPages) for each in granted],
+            arena_bytes=self._cache.arena.capacity_bytes if greeting.arena else 0,
         )
         await attachment.send(cache_pb2.AttachResponse(ready=ready))
         return functools.partial(self._beat, session)
@@ -236,10 +244,12 @@ class Attachments:
 
     def _close(self, attachment: _Attachment) -> asyncio.Task[None] | None:
         """Fence the session off at once; its pages follow in the task, if it had any."""
-        session = attachment.session
+        session, handover = attachment.session, attachment.handover
         joined = session.state != "joining"
         if not self.table.end(session):
             return None
+        if handover is not None:
+            handover.fence()  # before its leases end
         del self._open[session.epoch]
         self._by_nonce.pop(attachment.nonce, None)
         self._metrics.sessions.set(len(self.table))

@@ -41,6 +41,8 @@ def check(hello: cache_pb2.Hello, config: ServeConfig) -> Greeting:
     checks.text("hello.engine_name", hello.engine_name, checks.ENGINE_NAME_BYTES_MAX)
     if len(hello.pools) != 1:
         raise errors.InvalidRequest("hello.pools", f"{len(hello.pools)} of them", "one")
+    if hello.arena and config.gpu_only:
+        raise errors.InvalidRequest("hello.arena", True, "false: this daemon has no cpu tier")
     if hello.expiry_ms > EXPIRY_MS_MAX:
         raise errors.InvalidRequest("hello.expiry_ms", hello.expiry_ms, f"at most {EXPIRY_MS_MAX}")
     pool = hello.pools[0]

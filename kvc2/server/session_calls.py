@@ -7,15 +7,11 @@ that need no session (shared_calls.py).
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
-
 from kvc2 import errors
 from kvc2.answers import (
     NO_HINTS,
     Committed,
     Components,
-    LeaseCommit,
     Released,
     Terms,
     of_pages,
@@ -30,14 +26,10 @@ from kvc2.namespace import check_layout, decode
 from kvc2.server import checks
 from kvc2.server.attach import Attachments
 from kvc2.server.callers import Callers
+from kvc2.server.commits import Commits
 from kvc2.server.tenants import Tenants
 from kvc2.v1 import cache_pb2
 from kvc2.wire import to_message
-
-RESULTS = ("adopted", "duplicate", "refused")
-# Under write_policy through, a disk that is slower than this is not waited for: an engine takes a
-# daemon that is 5 s late for silent.
-THROUGH_S = 3.0
 
 
 class SessionCalls:
@@ -56,13 +48,12 @@ class SessionCalls:
         self._cache = cache
         self._attachments = attachments
         self._callers = callers
-        self._waits = callers.waits
+        self._commits = Commits(config, cache, callers.waits, metrics)
         self._metrics = metrics
         self._tenants = Tenants(config)
         self._acquire_deadline_s = config.acquire_deadline_ms / 1000
         tiers = ("gpu", "cpu", "disk", "remote")
         self._matched = [metrics.matched_tokens.labels(tier) for tier in tiers]
-        self._committed = [metrics.committed_blocks.labels(result) for result in RESULTS]
 
     async def OpenNamespace(
         self, request: cache_pb2.OpenNamespaceRequest
@@ -110,12 +101,20 @@ class SessionCalls:
         deadline_s = checks.deadline_s("deadline_ms", request.deadline_ms, self._acquire_deadline_s)
         for name in ("extras", "keys"):
             checks.reserved(name, len(getattr(request, name)), 0)
-        for name in ("place", "skip_blocks", "at_once", "poll"):
-            checks.reserved(name, getattr(request, name), 0)
+        checks.reserved("skip_blocks", request.skip_blocks, 0)
+        if request.place > 1:
+            raise errors.InvalidRequest("place", request.place, "0 (pool) or 1 (arena)")
         if len(session.leases) >= self._limits.max_leases and request_id not in session.leases:
             raise errors.LimitReached("limits.max_leases", self._limits.max_leases, "are open")
-        terms = Terms(grant, deadline_s, checks.hints("hints", request.hints))
-        found = await self._cache.acquire(session, namespace, request_id, tokens, terms)
+        terms = Terms(
+            grant,
+            deadline_s,
+            checks.hints("hints", request.hints),
+            in_arena=request.place == 1,
+            at_once=request.at_once,
+            poll=request.poll,
+        )
+        found = await self._cache.leases.acquire(session, namespace, request_id, tokens, terms)
         self._metrics.prompt_tokens.inc(len(tokens))
         for counter, count in zip(self._matched, found.tiers, strict=True):
             if count:
@@ -128,70 +127,20 @@ class SessionCalls:
         return to_message(Released(granted), cache_pb2.GrantResponse)
 
     def _grant(self, session: Session, count: int) -> Components:
-        return of_pages(self._cache.grant(session, count)) if count else ()
+        return of_pages(self._cache.leases.grant(session, count)) if count else ()
 
     async def Commit(self, request: cache_pb2.CommitRequest) -> cache_pb2.CommitResponse:
         session = self._callers.session(request.session)
-        checks.few("leases", len(request.leases), self._limits.max_leases_per_call)
-        checks.reserved("copied", request.copied, False)
         wanted = checks.grants(request.grants, self._limits)
         rate = checks.rate("prefill_tokens_per_s", request.prefill_tokens_per_s)
-        # all are checked before the first is committed: a refused call has changed nothing
-        commits = [
-            self._check_commit(session, f"leases[{index}]", each)
-            for index, each in enumerate(request.leases)
-        ]
+        commits = self._commits.check(session, request)
         if rate:
             session.prefill_rate = rate
             self._metrics.prefill_rate.labels(str(session.epoch)).set(rate)
-        through = self._config.write_policy == "through"
-        if request.durable or through:
-            with self._waits.one():
-                results = self._commit(session, commits)
-                wait_s = self._config.drain_timeout_s if request.durable else THROUGH_S
-                leases = [each.request_id for each in commits]
-                durable = await self._cache.wait_durable(session, leases, wait_s)
-            self._callers.session(request.session)  # waiting may have outlived the session
-        else:
-            results, durable = self._commit(session, commits), False
+        results, durable = await self._commits.run(session, commits, request)
+        self._callers.session(request.session)  # waiting may have outlived the session
         granted = self._grant(session, wanted)
         return to_message(Committed(results, durable, granted), cache_pb2.CommitResponse)
-
-    def _commit(self, session: Session, commits: list[LeaseCommit]) -> list[NDArray[np.uint8]]:
-        results = [
-            self._cache.commit(session, each.request_id, each.first_block, each.tokens, each.pages)
-            for each in commits
-        ]
-        for result in results:
-            counts = np.bincount(result, minlength=len(RESULTS))
-            for counter, count in zip(self._committed, counts, strict=False):
-                counter.inc(int(count))
-            if counts[2]:
-                self._metrics.fault("refused_commit", int(counts[2]))
-        return results
-
-    def _check_commit(
-        self, session: Session, field: str, commit: cache_pb2.LeaseCommit
-    ) -> LeaseCommit:
-        request_id = checks.request_id(f"{field}.request_id", commit.request_id)
-        if request_id not in session.leases:
-            raise errors.NotFound(f"{field}.request_id", request_id, "an open lease")
-        for name in ("keys", "extras"):
-            checks.reserved(f"{field}.{name}", len(getattr(commit, name)), 0)
-        checks.reserved(f"{field}.namespace_id", commit.namespace_id, 0)
-        pages = checks.component_pages(f"{field}.pages", commit.pages, session)
-        tokens = checks.tokens(f"{field}.tokens", commit.tokens, self._limits)
-        size = session.layout.page_size
-        if len(tokens) != len(pages) * size:
-            raise errors.InvalidRequest(
-                f"{field}.tokens", f"{len(tokens)} tokens", f"{size} for each of {len(pages)} pages"
-            )
-        most = self._limits.max_tokens // size
-        if commit.first_block + len(pages) > most:
-            raise errors.InvalidRequest(
-                f"{field}.first_block", commit.first_block, f"at most {most} blocks in all"
-            )
-        return LeaseCommit(request_id, commit.first_block, tokens, pages)
 
     async def Release(self, request: cache_pb2.ReleaseRequest) -> cache_pb2.ReleaseResponse:
         session = self._callers.session(request.session)
@@ -208,9 +157,9 @@ class SessionCalls:
             )
         said = [checks.hints(f"hints[{i}]", each) for i, each in enumerate(request.hints)]
         for each, hints in zip(ids, said or [NO_HINTS] * len(ids), strict=True):
-            self._cache.release(session, each, hints)
+            self._cache.leases.release(session, each, hints)
         if len(returned):
-            self._cache.give_back(session, returned)
+            self._cache.leases.give_back(session, returned)
         granted = self._grant(session, wanted)
         return to_message(Released(granted), cache_pb2.ReleaseResponse)
 

@@ -1,7 +1,10 @@
 """The side socket: file descriptors pass here, and here the kernel says who the engine is.
 
-One datagram each way on a SOCK_SEQPACKET connection: the engine's is the nonce of its Attach stream
-with its pool's memfd; the daemon's is `ok` with the progress memfd and an eventfd, or `error: ...`.
+One datagram each way on a SOCK_SEQPACKET connection: the engine's is the nonce of its Attach
+stream with its pool's memfd, unless the pool has no pages; the daemon's is `ok` with the progress
+memfd, an eventfd and, where its Hello asked for that, the arena to be read, or `error: ...`. The
+first 8 bytes of the progress page are the progress word; the next 8 are not zero once the session
+is over, and that before any page that it had leased may get another block.
 The connection stays open with the session: each further datagram of the engine, of any content, is
 a heartbeat. An engine that closes it beats on its stream alone.
 A memfd is mapped only when it is sealed against a change of its size and has the declared size: one
@@ -48,6 +51,7 @@ class Handover:
     progress: mmap.mmap
     progress_fd: int
     event_fd: int
+    arena_fd: int = -1
     beats: socket.socket | None = None  # the connection, once all is handed over
 
     async def died(self, within_s: float) -> bool:
@@ -68,7 +72,7 @@ class Handover:
 
     def close(self) -> None:
         """Close the descriptors and the maps. Idempotent. BufferError: someone still uses a map."""
-        for name in ("pidfd", "progress_fd", "event_fd"):
+        for name in ("pidfd", "progress_fd", "event_fd", "arena_fd"):
             fd = getattr(self, name)
             if fd >= 0:
                 setattr(self, name, -1)
@@ -77,6 +81,10 @@ class Handover:
         self.memory.close()
         self.progress.close()
 
+    def fence(self) -> None:
+        """Tell whoever reads the arena that what it reads from now on may be another block's."""
+        self.progress[8:16] = (1).to_bytes(8, "little")
+
     def close_beats(self) -> None:
         if self.beats is not None:
             asyncio.get_running_loop().remove_reader(self.beats)
@@ -84,8 +92,17 @@ class Handover:
             self.beats = None
 
 
-# (nonce, uid) -> bytes that the memfd must have. Raises a Kvc2Error for an unknown nonce.
-Expect = Callable[[bytes, int], int]
+@dataclass(frozen=True)
+class Expected:
+    """Of an engine: the bytes of its pool's memfd (0: it sends none), and a descriptor of the arena
+    that it gets (-1: none), which is the caller's to close."""
+
+    memory_bytes: int
+    arena_fd: int = -1
+
+
+# (nonce, uid) -> what comes and what goes. Raises a Kvc2Error for an unknown nonce.
+Expect = Callable[[bytes, int], Expected]
 # (nonce, handover): takes the handover over unless it raises a Kvc2Error. What it answers is called
 # at each heartbeat on the side socket.
 Join = Callable[[bytes, Handover], Awaitable[Callable[[], None]]]
@@ -197,14 +214,15 @@ class SideSocket:
         """Check and map what came; nothing is kept when it raises."""
         packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         pid, uid, _ = _CREDENTIALS.unpack(packed)
-        size = self._expect(nonce, uid)
-        if len(fds) != 1:
-            raise errors.InvalidRequest(
-                "side socket", f"{len(fds)} descriptors", "the pool's memfd"
-            )
-        memory = map_sealed(fds[0], size)
-        handover = Handover(pid, uid, -1, memory, mmap.mmap(-1, PROGRESS_BYTES), -1, -1)
+        expected = self._expect(nonce, uid)
+        empty = mmap.mmap(-1, PROGRESS_BYTES)  # in the place of what isn't there
+        handover = Handover(pid, uid, -1, empty, empty, -1, -1, expected.arena_fd)
         try:
+            if len(fds) != (expected.memory_bytes > 0):
+                allowed = "the pool's memfd" if expected.memory_bytes else "none: the pool is empty"
+                raise errors.InvalidRequest("side socket", f"{len(fds)} descriptors", allowed)
+            if fds:
+                handover.memory = map_sealed(fds[0], expected.memory_bytes)
             handover.pidfd = os.pidfd_open(pid) if pid > 0 else -1
             handover.progress_fd = _progress_memfd()
             handover.progress = mmap.mmap(handover.progress_fd, PROGRESS_BYTES)
@@ -270,4 +288,6 @@ def _read_datagram(connection: socket.socket) -> tuple[bytes, list[int]]:
 
 def _send_descriptors(connection: socket.socket, handover: Handover) -> None:
     passed = array.array("i", [handover.progress_fd, handover.event_fd])
+    if handover.arena_fd >= 0:
+        passed.append(handover.arena_fd)
     connection.sendmsg([b"ok"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed)])

@@ -19,7 +19,7 @@ from kvc2 import _core, errors
 from kvc2.arena import Arena
 from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics
-from kvc2.tiers.base import TIER_NUMBERS, PageShape
+from kvc2.tiers.base import TIER_NUMBERS, U32, U64, PageShape, payload_offsets
 from kvc2.tiers.cpu import CpuPool
 from kvc2.tiers.disk import restart
 from kvc2.tiers.disk.pool import DiskPool
@@ -79,6 +79,10 @@ class LayoutPools:
 
     shape: PageShape
     cpu: TierPool[CpuPool]
+
+    def payloads(self, pages: U32) -> U64:
+        """[n] where the payloads of cpu pages begin in the arena."""
+        return payload_offsets(self.cpu.store.offsets(pages))
 
     @property
     def chain(self) -> tuple[TierPool[CpuPool] | TierPool[DiskPool], ...]:

@@ -80,7 +80,7 @@ async def judge(image: Path, medium: Medium, chance: random.Random) -> int:
             await session.arrived(found.transfer)
             session.judge(tokens, found)
             assert found.matched_tokens >= depth * PAGE_SIZE, "what was acknowledged is spoiled"
-            cache.release(session.session, request)
+            cache.leases.release(session.session, request)
             count += depth
         for number, seed in chance.sample(rest, min(OTHERS, len(rest))):
             await sessions[number].ask(prompt_of(seed))

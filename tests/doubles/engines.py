@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvc2.client import Client, PoolMemory
+from kvc2.client import Client, PoolMemory, SessionOptions
 from kvc2.errors import Detached, Kvc2Error
 from kvc2.identity import Identity
 from kvc2.layout import Layout, layer_major
@@ -50,7 +50,7 @@ class TinyEngine:
         self.failures: list[Kvc2Error] = []
         self.changed = threading.Condition()
         self.client = Client(
-            address, pool=self.pool, layout=layout(), engine_name=name, engine=self
+            address, pool=self.pool, layout=layout(), engine=self, options=SessionOptions(name)
         )
 
     def kept_pages(self) -> NDArray[np.uint32]:

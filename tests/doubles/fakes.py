@@ -29,9 +29,10 @@ from kvc2.answers import (
     of_pages,
 )
 from kvc2.cache.namespaces import Namespace, Owner
-from kvc2.cache.sessions import Session
+from kvc2.cache.sessions import OpenLease, Session
 from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics
+from kvc2.moving.loading import Destination
 
 U32 = NDArray[np.uint32]
 
@@ -65,6 +66,7 @@ class FakeCache:
         self.sessions: list[Session] = []
         self.closed: list[tuple[int, bool]] = []
         self.names: list[bytes] = []
+        self.leases = self
         self.fail: BaseException | None = None
 
     @classmethod
@@ -103,7 +105,9 @@ class FakeCache:
         if name not in self.names:
             self.names.append(name)
         number = self.names.index(name)
-        return Namespace(number, name, session.layout.page_size, identity, owner, 0, number)
+        pools: Any = None  # nothing lies below
+        size = session.layout.page_size
+        return Namespace(number, name, size, identity, owner, 0, number, pools)
 
     def _prefix(self, session: Session, namespace: Namespace, tokens: U32) -> list[int]:
         size, pages = session.layout.page_size, []
@@ -129,7 +133,8 @@ class FakeCache:
         if self.fail is not None:
             raise self.fail
         pages = self._prefix(session, namespace, tokens)
-        session.leases[request_id] = namespace
+        to = Destination(session.pool, namespace.pools)
+        session.leases[request_id] = OpenLease(request_id, 0, namespace, to)
         session.pool.__dict__.setdefault("tokens", {})[request_id] = tokens.copy()
         count = len(pages) * session.layout.page_size
         return Acquired(
@@ -149,7 +154,7 @@ class FakeCache:
         self, session: Session, request_id: bytes, first_block: int, tokens: U32, pages: U32
     ) -> NDArray[np.uint8]:
         size = session.layout.page_size
-        namespace = session.leases[request_id]
+        namespace = session.leases[request_id].namespace
         whole = session.pool.__dict__["tokens"][request_id][: first_block * size]
         results = []
         for index, page in enumerate(pages.tolist()):
@@ -164,6 +169,10 @@ class FakeCache:
                 session.pool.private.remove(page)
                 results.append(0)
         return np.array(results, np.uint8)
+
+    def close_leases(self, leases: list[int]) -> None:
+        """There are no copied commits here."""
+        assert not leases
 
     def release(self, session: Session, request_id: bytes, said: Hints | None = None) -> None:
         session.leases.pop(request_id, None)

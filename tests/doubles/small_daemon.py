@@ -24,7 +24,7 @@ from kvc2.answers import (
     TierTokens,
     of_pages,
 )
-from kvc2.client.client import Engine
+from kvc2.client.keeper import Engine
 from kvc2.client.share import Share
 
 PAGE_SIZE = 4

@@ -114,7 +114,7 @@ class StandIn:
         hints: Hints = NO_HINTS,
     ) -> tuple[bytes, Acquired]:
         request = self.request_id()
-        found = await self.cache.acquire(
+        found = await self.cache.leases.acquire(
             self.session, self.opened, request, tokens, Terms(grant, deadline_s, hints)
         )
         return request, found
@@ -169,14 +169,14 @@ class StandIn:
         """A whole request: take the prefix and judge its bytes, compute and commit the rest,
         release. AssertionError when a byte is wrong."""
         request, found = await self.compute(tokens, hints)
-        self.cache.release(self.session, request)
+        self.cache.leases.release(self.session, request)
         return found
 
     async def ask_durably(self, tokens: U32) -> bool:
         """A whole request; whether all of its blocks were on disk, within 10 s, at its end."""
         request, _ = await self.compute(tokens)
-        durable = await self.cache.wait_durable(self.session, [request], 10)
-        self.cache.release(self.session, request)
+        durable = await self.cache.wait_durable(self.session, [self.session.leases[request].id], 10)
+        self.cache.leases.release(self.session, request)
         return durable
 
     async def compute(self, tokens: U32, hints: Hints = NO_HINTS) -> tuple[bytes, Acquired]:
@@ -191,8 +191,8 @@ class StandIn:
         pages = found.granted_pages[:count]
         self.fill(pages, truth[held : held + count])
         rest = tokens[held * size : (held + count) * size]
-        result = self.cache.commit(self.session, request, held, rest, pages)
+        result = self.cache.leases.commit(self.session, request, held, rest, pages)
         assert not (result == _core.REFUSED).any()
         if found.granted_pages.size > count:
-            self.cache.give_back(self.session, found.granted_pages[count:])
+            self.cache.leases.give_back(self.session, found.granted_pages[count:])
         return request, found

@@ -114,7 +114,7 @@ def test_a_bad_block_that_nobody_computes_again_leaves_no_record(tmp_path: Path)
             engine = StandIn(cache, 32)
             request, found = await engine.acquire(prompt(1, BLOCKS))
             assert found.matched_tokens == 7 * PAGE_SIZE
-            cache.release(engine.session, request)
+            cache.leases.release(engine.session, request)
             await cache.flush(10)
         report = check(tmp_path)
         assert report.sound

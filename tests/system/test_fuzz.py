@@ -97,7 +97,7 @@ class Fuzz:
         self._stubs: dict[str, Any] = {}
         self.statuses: Counter[str] = Counter()
         namespace = engine.client.open_namespace(identity().encode(), salt=b"fuzz")
-        session = engine.client._connection
+        session = engine.client._keeper.connection
         assert session is not None
         self._calls = valid(session.head, namespace.opened[1])
 

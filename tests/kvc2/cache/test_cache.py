@@ -226,7 +226,7 @@ def test_a_sessions_end_gives_its_leases_back_and_answers_what_waits(tmp_path: P
             with pytest.raises(errors.SessionOver):
                 await engine.acquire(prompt(1, 4))
             with pytest.raises(errors.SessionOver):
-                cache.grant(engine.session, 1)
+                cache.leases.grant(engine.session, 1)
 
     asyncio.run(run())
 
@@ -312,7 +312,7 @@ def test_two_acquires_of_one_prefix_load_it_once(tmp_path: Path) -> None:
             await on_disk_only(cache, first, 1, 16)
             await asyncio.gather(first.ask(prompt(1, 16)), second.ask(prompt(1, 16)))
             while cache._mover.promoting:  # the engine sees its last layer before the loop does
-                await cache._loader.until_changed()
+                await cache.leases._loader.until_changed()
             values = cache._metrics.values()
             assert values["transfer_blocks_total{source=disk,target=cpu}"] == 16
             assert values["transfer_blocks_total{source=cpu,target=gpu}"] == 32
@@ -328,7 +328,7 @@ def test_an_acquire_at_its_deadline_answers_with_what_is_settled(tmp_path: Path)
             request, found = await engine.acquire(prompt(1, 8), deadline_s=0)
             assert found.matched_tokens == 0
             assert faults(cache, "acquire_deadline") == 1
-            cache.release(engine.session, request)
+            cache.leases.release(engine.session, request)
             assert (await engine.ask(prompt(1, 8))).matched_tokens == 8 * PAGE_SIZE
 
     asyncio.run(run())
@@ -341,7 +341,7 @@ def test_a_release_cancels_the_acquire_under_way(tmp_path: Path) -> None:
             await on_disk_only(cache, engine, 1, 8)
             waiting = asyncio.ensure_future(engine.acquire(prompt(1, 8)))
             await asyncio.sleep(0)
-            cache.release(engine.session, engine.requests.to_bytes(4, "big"))
+            cache.leases.release(engine.session, engine.requests.to_bytes(4, "big"))
             _, found = await waiting
             assert found.prefix_pages.size == found.granted_pages.size == 0
             assert cache.index.counts().leases == 0
@@ -360,7 +360,7 @@ def test_a_cancelled_acquire_is_granted_nothing(tmp_path: Path) -> None:
             with pytest.raises(asyncio.CancelledError):
                 await waiting
             assert cache.stats().pools[0].private_pages == 0
-            cache.release(engine.session, engine.requests.to_bytes(4, "big"))
+            cache.leases.release(engine.session, engine.requests.to_bytes(4, "big"))
             assert (await engine.ask(prompt(1, 8))).matched_tokens == 8 * PAGE_SIZE
 
     asyncio.run(run())
@@ -372,15 +372,15 @@ def test_a_second_acquire_of_a_released_request_can_be_released_too(tmp_path: Pa
             engine = StandIn(cache, 32)
             await on_disk_only(cache, engine, 1, 8)
             ask = (engine.session, engine.opened, b"same", prompt(1, 8), Terms(0, 20.0))
-            first = asyncio.ensure_future(cache.acquire(*ask))
+            first = asyncio.ensure_future(cache.leases.acquire(*ask))
             await asyncio.sleep(0)
-            cache.release(engine.session, b"same")
-            second = asyncio.ensure_future(cache.acquire(*ask))
+            cache.leases.release(engine.session, b"same")
+            second = asyncio.ensure_future(cache.leases.acquire(*ask))
             await asyncio.sleep(0)
             later = engine.session.leases[b"same"]
             await first
             assert engine.session.leases[b"same"] is later
-            cache.release(engine.session, b"same")
+            cache.leases.release(engine.session, b"same")
             assert later.ended.done()
             await second
             assert not engine.session.leases
@@ -395,11 +395,11 @@ def test_an_acquire_is_idempotent_while_its_lease_is_open() -> None:
             engine = StandIn(cache, 32)
             await engine.ask(prompt(1, 4))
             ask = (engine.session, engine.opened, b"same", prompt(1, 4), Terms(3, 1.0))
-            first, second = await cache.acquire(*ask), await cache.acquire(*ask)
+            first, second = await cache.leases.acquire(*ask), await cache.leases.acquire(*ask)
             assert first is second
             assert cache.index.counts().leases == 1
-            cache.release(engine.session, b"same")
-            cache.release(engine.session, b"same")
+            cache.leases.release(engine.session, b"same")
+            cache.leases.release(engine.session, b"same")
             assert cache.index.counts().leases == 0
 
     asyncio.run(run())
@@ -411,7 +411,7 @@ def test_what_memory_holds_is_answered_without_awaiting() -> None:
             engine = StandIn(cache, 32)
             await engine.ask(prompt(1, 8))
             await cache.evict("gpu", 0)
-            waiting = cache.acquire(
+            waiting = cache.leases.acquire(
                 engine.session, engine.opened, b"r", prompt(1, 8), Terms(0, 1.0)
             )
             with pytest.raises(StopIteration) as stopped:

@@ -82,9 +82,9 @@ def test_an_open_lease_keeps_its_pages_and_commits_no_more(tmp_path: Path) -> No
             assert (engine.contents(found.prefix_pages) == truth[:4]).all()
             assert resident(cache) == {"gpu": 4, "cpu": 0, "disk": 0}
             rest = tokens[4 * PAGE_SIZE : 6 * PAGE_SIZE]
-            result = cache.commit(engine.session, request, 4, rest, found.granted_pages)
+            result = cache.leases.commit(engine.session, request, 4, rest, found.granted_pages)
             assert result.tolist() == [_core.REFUSED] * 2
-            cache.release(engine.session, request)
+            cache.leases.release(engine.session, request)
             await cache.flush(10)
             assert resident(cache) == {"gpu": 0, "cpu": 0, "disk": 0}
 

@@ -97,7 +97,10 @@ def test_no_part_begins_while_a_request_waits_for_its_own(tmp_path: Path) -> Non
 
 def test_a_prefix_longer_than_the_pool_comes_as_far_as_there_is_room(tmp_path: Path) -> None:
     async def work(house: House) -> None:
-        assert house.cache.grant(house.engine.session, LONG + LONG // 2).size == LONG + LONG // 2
+        assert (
+            house.cache.leases.grant(house.engine.session, LONG + LONG // 2).size
+            == LONG + LONG // 2
+        )
         found = await prefetch(house, 2, LATER_S, "gpu")
         in_gpu = found.tiers.gpu
         assert found.coming_tokens == 0

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvc2.client import Admin, Client, LeaseCommit
+from kvc2.client import Admin, Client, LeaseCommit, SessionOptions
 from kvc2.client.memory import OverSignal, PoolMemory, Progress
 from kvc2.errors import Detached, InvalidRequest, NotFound, Unreachable
 from kvc2.layout import Layout
@@ -116,14 +116,18 @@ def test_a_layout_that_the_daemon_refuses_leaves_the_pages_to_the_engine(tmp_pat
         def __init__(self, address: str) -> None:
             super().__init__(address)
             self.client.close()
-            right = self.client._pool.layout
+            right = self.client._keeper._pool.layout
             reversed_kv = object.__new__(Layout)
             values = {**vars(right), "page_size": 48}
             for name, value in values.items():
                 object.__setattr__(reversed_kv, name, value)
             self.detached.clear()
             self.client = Client(
-                address, pool=self.pool, layout=reversed_kv, engine_name="odd", engine=self
+                address,
+                pool=self.pool,
+                layout=reversed_kv,
+                engine=self,
+                options=SessionOptions("odd"),
             )
 
     with ServedDaemon(serve_config(tmp_path)) as served:
@@ -201,7 +205,7 @@ def test_a_call_whose_channel_closes_under_it_finds_the_client_detached(tmp_path
     """The thread that sees the daemon die closes the channel, and a call may be about to use it."""
     with ServedDaemon(serve_config(tmp_path)) as served, TinyEngine(served.address) as engine:
         handle = engine.client.open_namespace(identity().encode())
-        session = engine.client._connection
+        session = engine.client._keeper.connection
         assert session is not None
         session.channel.close()
         with pytest.raises(Detached):

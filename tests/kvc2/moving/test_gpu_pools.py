@@ -124,8 +124,10 @@ def test_a_broken_session_refuses_acquires_and_still_releases() -> None:
                 session.mapped_pool().fail()
             assert (session.state, ended) == ("broken", [session.epoch] * 2)
             with pytest.raises(errors.SessionOver, match="broken"):
-                await cache.acquire(session, engine.opened, b"b", prompt(1, 4), Terms(0, 1.0))
-            cache.release(session, b"b")
+                await cache.leases.acquire(
+                    session, engine.opened, b"b", prompt(1, 4), Terms(0, 1.0)
+                )
+            cache.leases.release(session, b"b")
             assert cache.index.counts().leases == 0
 
     asyncio.run(run())

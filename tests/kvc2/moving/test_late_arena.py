@@ -109,13 +109,13 @@ def one_slab_comes(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 async def until_in_cpu(cache: Cache, blocks: int) -> None:
     while cache.counts.tier("cpu").resident_pages < blocks:
-        await cache._loader.until_changed()
+        await cache.leases._loader.until_changed()
 
 
 async def until_it_waits(cache: Cache, task: asyncio.Task[Any]) -> None:
     """For a change, with the slab full; or is over."""
     await until_in_cpu(cache, SLAB_PAGES)
-    while not (cache._loader._waiters or task.done()):
+    while not (cache.leases._loader._waiters or task.done()):
         await asyncio.sleep(0)
 
 

@@ -43,7 +43,7 @@ class House:
         arena = self.cache._pools.arena
         assert arena is not None
         while not arena.populated:  # by a thread that virtual time knows nothing of
-            await self.cache._loader.until_changed()
+            await self.cache.leases._loader.until_changed()
         for seed in range(PROMPTS):
             await self.engine.ask(prompt(seed, BLOCKS))
             assert (await self.cache.flush(10)).not_durable_blocks == {}
@@ -60,7 +60,7 @@ class House:
         begun = self.clock()
         request, found = await self.engine.acquire(prompt(seed, BLOCKS))
         waited_s = self.clock() - begun
-        self.cache.release(self.engine.session, request)
+        self.cache.leases.release(self.engine.session, request)
         self.cache.index.check()
         return waited_s + (TOKENS - found.matched_tokens) / self.rate
 
@@ -71,7 +71,7 @@ class House:
 
     async def came(self) -> None:
         while self.cache._mover.loading_bytes:
-            await self.cache._loader.until_changed()
+            await self.cache.leases._loader.until_changed()
 
     async def settled(self) -> None:
         """What was given up on has come, and a probe may be made again."""
@@ -229,7 +229,7 @@ def test_a_load_of_which_a_request_can_have_nothing_is_its_last(tmp_path: Path) 
     """All pages of its pool are in use, and others evict what was loaded."""
 
     async def work(house: House) -> None:
-        assert house.cache.grant(house.engine.session, 2 * BLOCKS).size == 2 * BLOCKS
+        assert house.cache.leases.grant(house.engine.session, 2 * BLOCKS).size == 2 * BLOCKS
         cpu, next_load = house.engine.session.pool.pools.cpu.id, Loader._next_load
         looks = 0
 
@@ -255,7 +255,9 @@ def test_what_comes_for_a_request_that_was_answered_changes_nothing(tmp_path: Pa
 
         async def acquire() -> Acquired:
             terms = Terms(0, 100.0)
-            return await cache.acquire(session, house.engine.opened, b"1", prompt(0, BLOCKS), terms)
+            return await cache.leases.acquire(
+                session, house.engine.opened, b"1", prompt(0, BLOCKS), terms
+            )
 
         caller = asyncio.create_task(acquire())
         while not cache._mover.loading_bytes:

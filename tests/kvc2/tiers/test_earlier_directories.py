@@ -84,7 +84,7 @@ async def blocks_of(engine: StandIn, prompt: StoredPrompt) -> list[str]:
     request, found = await engine.acquire(prompt.tokens)
     await engine.arrived(found.transfer)
     digests = [payload_digest(row) for row in engine.contents(found.prefix_pages)]
-    engine.cache.release(engine.session, request)
+    engine.cache.leases.release(engine.session, request)
     return digests
 
 

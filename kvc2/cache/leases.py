@@ -1,0 +1,203 @@
+"""What a request does: a lease from its acquire to its release, commits, and pages to fill.
+
+All on the event loop's thread. Index calls are inline; bytes move on the mover's threads. Not here:
+sessions and what ends them (cache.py), which block goes where (csrc/index), how long it is worth to
+wait (moving/loading.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvc2 import _core, errors
+from kvc2.answers import (
+    NO_HINTS,
+    U8,
+    U32,
+    Acquired,
+    Hints,
+    Terms,
+    TierTokens,
+    of_offsets,
+    of_pages,
+)
+from kvc2.cache.explain import Explainer
+from kvc2.cache.namespaces import Namespace
+from kvc2.cache.sessions import OpenLease, Session
+from kvc2.moving.loading import Destination, Loader
+
+
+class Leases:
+    """`tick` tells the index what time it is. `wake`: there may be something to copy, or room."""
+
+    def __init__(
+        self,
+        index: _core.Index,
+        loader: Loader,
+        explainer: Explainer,
+        *,
+        tick: Callable[[], int],
+        wake: Callable[[], None],
+    ) -> None:
+        self._index = index
+        self._loader = loader
+        self._explainer = explainer
+        self._tick = tick
+        self._wake = wake
+
+    async def acquire(
+        self,
+        session: Session,
+        namespace: Namespace,
+        request_id: bytes,
+        tokens: U32,
+        terms: Terms,
+    ) -> Acquired:
+        """Open a lease on the longest prefix that comes sooner than it could be computed at
+        session.prefill_rate; awaits only what comes from disk, till its deadline. While the lease
+        is open the same request_id gets the same answer. Raises SessionOver."""
+        if (known := session.leases.get(request_id)) is not None:
+            return await self._again(session, known, terms)
+        if terms.poll:
+            raise errors.InvalidRequest("poll", terms.poll, "0, which opens the lease")
+        to = self._destination(session, namespace, terms)
+        self._tick()
+        blocks, grant_pages = (len(tokens) - 1) // namespace.page_size, terms.grant_pages
+        number, hints = namespace.number, namespace.hints(terms.hints)
+        opened = self._index.acquire(number, to.pool, u32(tokens), blocks, hints)
+        self._explainer.keep(session.epoch, namespace, request_id, len(tokens), opened.explanation)
+        lease = session.leases[request_id] = OpenLease(request_id, opened.id, namespace, to)
+        try:
+            errand = self._loader.begin(to, lease.id, session.prefill_rate, terms.deadline_s)
+            if errand is not None:
+                bringing = self._loader.settle(errand, lease.ended)
+                if terms.at_once:
+                    lease.bringing = asyncio.create_task(_suppressed(bringing))
+                else:
+                    await bringing
+        except BaseException:
+            grant_pages = 0  # nobody hears of them: they would be lost until the session's end
+            raise
+        finally:
+            # also when the caller went away: it may ask again under this request_id
+            answer = self._answer(session, lease, grant_pages) if lease.is_open else _nothing()
+            lease.reply.set_result(answer)
+        if session.state != "ready":
+            raise errors.SessionOver(f"session {session.epoch} is {session.state}")
+        return answer
+
+    def _destination(self, session: Session, namespace: Namespace, terms: Terms) -> Destination:
+        """Where its lease pins. Raises InvalidRequest for a place that there isn't."""
+        gpu, pools = session.mapped_pool(), namespace.pools
+        if terms.in_arena and not pools.chain:
+            raise errors.InvalidRequest("place", 1, "0: this daemon has no cpu tier")
+        if not terms.in_arena and pools is not gpu.pools:
+            raise errors.InvalidRequest("place", 0, "1: the namespace has another layout")
+        return Destination(gpu, pools, terms.in_arena)
+
+    async def _again(self, session: Session, lease: OpenLease, terms: Terms) -> Acquired:
+        """An acquire of a lease that is open: the same answer to the same question."""
+        first = await asyncio.shield(lease.reply)
+        if not terms.poll:
+            return first
+        if not terms.at_once or terms.poll not in (lease.poll, lease.poll + 1):
+            allowed = f"{lease.poll} or {lease.poll + 1}, with at_once"
+            raise errors.InvalidRequest("poll", terms.poll, allowed)
+        if terms.poll > lease.poll or lease.polled is None:
+            lease.poll = terms.poll
+            lease.polled = self._answer(session, lease, 0) if lease.is_open else _nothing()
+        return lease.polled
+
+    def _answer(self, session: Session, lease: OpenLease, grant_pages: int) -> Acquired:
+        """What an open lease holds now, and pages to compute the rest into."""
+        to, size, view = lease.to, lease.namespace.page_size, self._index.lease(lease.id)
+        pages = view.pages[: view.arrived] if to.in_arena else view.pages
+        tiers = (0, *_leading(view.tiers, pages.size)) if to.in_arena else view.tiers
+        coming = 0 if lease.is_brought else view.matched - pages.size
+        expected_s = self._loader.seconds(coming * to.pools.shape.page_bytes) if coming else 0.0
+        return Acquired(
+            matched_tokens=pages.size * size,
+            tiers=tokens_by_tier(tiers, size),
+            transfer=0 if to.in_arena else to.gpu.pending.get(view.transfer, 0),
+            computing_tokens=view.computing * size if pages.size == view.matched else 0,
+            held=of_offsets(to.pools.payloads(pages)) if to.in_arena else of_pages(pages),
+            granted=of_pages(self.grant(session, grant_pages, lease.namespace)),
+            coming_blocks=coming,
+            expected_ms=round(1000 * expected_s),
+        )
+
+    def commit(
+        self, session: Session, request_id: bytes, first_block: int, tokens: U32, pages: U32
+    ) -> U8:
+        """[k] of ADOPTED, DUPLICATE, REFUSED. Raises NotFound for an unknown lease."""
+        lease = session.lease(request_id)
+        result = self._index.commit(lease.id, first_block, u32(tokens), u32(pages))
+        self._index.trim(session.mapped_pool().id)
+        self._wake()
+        return result
+
+    def close_leases(self, leases: list[int]) -> None:
+        """Those that copied commits opened."""
+        self._index.release_all(np.array(leases, np.uint64))
+        self._wake()
+
+    def release(self, session: Session, request_id: bytes, said: Hints = NO_HINTS) -> None:
+        """Close a lease; an acquire of it that is under way answers with nothing. What is said here
+        stands in the place of what acquire was told."""
+        gpu, lease = session.mapped_pool(), session.end_lease(request_id)
+        if lease is None:
+            return
+        self._tick()
+        if said == NO_HINTS:
+            self._index.release(lease.id)
+        else:
+            self._index.release(lease.id, lease.namespace.hints(said))
+        self._index.trim(gpu.id)  # what was pinned is to be had
+        self._wake()  # what it pinned may be dead
+
+    def grant(self, session: Session, pages: int, namespace: Namespace | None = None) -> U32:
+        """Up to `pages` pages to fill, evicting as needed; for a namespace, if it is known."""
+        if not pages:
+            return np.empty(0, np.uint32)
+        number = None if namespace is None else namespace.number
+        granted = self._index.grant(session.mapped_pool().id, pages, number)
+        self._wake()  # fewer are free now
+        return granted
+
+    def give_back(self, session: Session, pages: U32) -> None:
+        """Granted pages come back unused. Raises InvalidRequest when one was not granted."""
+        if not self._index.give_back(session.mapped_pool().id, u32(pages)):
+            raise errors.InvalidRequest("returned", pages.size, "pages granted and not used")
+
+
+def u32(array: NDArray[np.integer]) -> U32:
+    return np.ascontiguousarray(array, np.uint32)
+
+
+def tokens_by_tier(blocks: Sequence[int], page_size: int) -> TierTokens:
+    return TierTokens(*(count * page_size for count in blocks))
+
+
+def _nothing() -> Acquired:
+    """The answer to an acquire that was released meanwhile."""
+    return Acquired(0, TierTokens())
+
+
+async def _suppressed(bringing: Awaitable[None]) -> None:
+    """What goes on behind an answer: a lease or session that ends meanwhile ends it."""
+    with suppress(KeyError, errors.SessionOver):
+        await bringing
+
+
+def _leading(tiers: Sequence[int], blocks: int) -> tuple[int, ...]:
+    """Of the first so many blocks, where the others came from the slowest tiers."""
+    found = []
+    for count in tiers:
+        found.append(min(count, blocks))
+        blocks -= found[-1]
+    return tuple(found)

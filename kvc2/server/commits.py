@@ -1,0 +1,161 @@
+"""The Commit call: blocks in a session's own pages, or copied into the arena; and until when its
+answer waits.
+
+Not here: other calls of a session (session_calls.py), and the copying (cache/copied.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvc2 import errors
+from kvc2.answers import U32
+from kvc2.cache.cache import Cache
+from kvc2.cache.copied import CopiedBlocks
+from kvc2.cache.namespaces import Namespace
+from kvc2.cache.sessions import OpenLease, Session
+from kvc2.config import ServeConfig
+from kvc2.metrics import Metrics
+from kvc2.server import checks
+from kvc2.server.callers import DurableWaits
+from kvc2.v1 import cache_pb2
+
+RESULTS = ("adopted", "duplicate", "refused", "no_room")
+# Under write_policy through, a disk that is slower than this is not waited for: an engine takes a
+# daemon that is 5 s late for silent.
+THROUGH_S = 3.0
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A LeaseCommit that was checked. `lease` None: copied, from the prompt's first block on."""
+
+    namespace: Namespace
+    lease: OpenLease | None
+    first_block: int
+    tokens: U32
+    pages: U32
+
+
+@dataclass(frozen=True)
+class Done:
+    """results: of each commit. leases: the index's, that have the blocks. opened: of these, those
+    that are to be closed."""
+
+    results: list[NDArray[np.uint8]]
+    leases: list[int]
+    opened: list[int]
+
+
+class Commits:
+    """Commits of all sessions."""
+
+    def __init__(
+        self, config: ServeConfig, cache: Cache, waits: DurableWaits, metrics: Metrics
+    ) -> None:
+        self._config = config
+        self._limits = config.limits
+        self._cache = cache
+        self._waits = waits
+        self._metrics = metrics
+        self._committed = [metrics.committed_blocks.labels(result) for result in RESULTS]
+
+    def check(self, session: Session, request: cache_pb2.CommitRequest) -> list[Checked]:
+        """Of the whole call, before the first is committed: a refused one has changed nothing."""
+        checks.few("leases", len(request.leases), self._limits.max_leases_per_call)
+        return [
+            self._check(session, f"leases[{index}]", each, copied=request.copied)
+            for index, each in enumerate(request.leases)
+        ]
+
+    async def run(
+        self, session: Session, commits: list[Checked], request: cache_pb2.CommitRequest
+    ) -> tuple[list[NDArray[np.uint8]], bool]:
+        """Results of each, and whether all adopted blocks are on disk: False unless asked for."""
+        wait_s = self._durable_wait_s(request)
+        if not wait_s:
+            done = await self._commit(session, commits, copied=request.copied)
+            self._cache.leases.close_leases(done.opened)
+            return done.results, False
+        with self._waits.one():
+            done = await self._commit(session, commits, copied=request.copied)
+            try:
+                durable = await self._cache.wait_durable(session, done.leases, wait_s)
+            finally:
+                self._cache.leases.close_leases(done.opened)
+        return done.results, durable
+
+    def _durable_wait_s(self, request: cache_pb2.CommitRequest) -> float:
+        """How long the answer may wait for the disk; 0: it doesn't."""
+        if request.durable:
+            return self._config.drain_timeout_s
+        return THROUGH_S if self._config.write_policy == "through" else 0.0
+
+    async def _commit(self, session: Session, commits: list[Checked], *, copied: bool) -> Done:
+        done = Done([], [], [])
+        try:
+            for each in commits:
+                if copied:
+                    await self._copy(session, each, done)
+                elif each.lease is not None:
+                    result = self._cache.leases.commit(
+                        session, each.lease.request_id, each.first_block, each.tokens, each.pages
+                    )
+                    done.results.append(result)
+                    done.leases.append(each.lease.id)
+        except BaseException:
+            self._cache.leases.close_leases(done.opened)
+            raise
+        for result in done.results:
+            counts = np.bincount(result, minlength=len(RESULTS))
+            for counter, count in zip(self._committed, counts, strict=True):
+                counter.inc(int(count))
+            if counts[2]:
+                self._metrics.fault("refused_commit", int(counts[2]))
+        return done
+
+    async def _copy(self, session: Session, each: Checked, done: Done) -> None:
+        lease = None if each.lease is None else each.lease.id
+        blocks = CopiedBlocks(each.namespace, each.first_block, each.tokens, each.pages, lease)
+        stored = await self._cache.copied.store(session, blocks)
+        done.results.append(stored.results)
+        done.leases.append(stored.lease)
+        if stored.opened:
+            done.opened.append(stored.lease)
+
+    def _check(
+        self, session: Session, field: str, commit: cache_pb2.LeaseCommit, *, copied: bool
+    ) -> Checked:
+        namespace, lease = self._whose(session, field, commit, copied=copied)
+        for name in ("keys", "extras"):
+            checks.reserved(f"{field}.{name}", len(getattr(commit, name)), 0)
+        pages = checks.component_pages(f"{field}.pages", commit.pages, session)
+        tokens = checks.tokens(f"{field}.tokens", commit.tokens, self._limits)
+        size = namespace.page_size
+        if len(tokens) != len(pages) * size:
+            raise errors.InvalidRequest(
+                f"{field}.tokens", f"{len(tokens)} tokens", f"{size} for each of {len(pages)} pages"
+            )
+        most = 0 if lease is None else self._limits.max_tokens // size - len(pages)
+        if commit.first_block > most:
+            allowed = f"0 to {most}: a prompt's blocks, and without a lease from the first on"
+            raise errors.InvalidRequest(f"{field}.first_block", commit.first_block, allowed)
+        return Checked(namespace, lease, commit.first_block, tokens, pages)
+
+    def _whose(
+        self, session: Session, field: str, commit: cache_pb2.LeaseCommit, *, copied: bool
+    ) -> tuple[Namespace, OpenLease | None]:
+        if copied and not commit.request_id:
+            return checks.namespace_id(session, commit.namespace_id), None
+        request_id = checks.request_id(f"{field}.request_id", commit.request_id)
+        checks.reserved(f"{field}.namespace_id", commit.namespace_id, 0)
+        lease = session.leases.get(request_id)
+        if lease is None:
+            raise errors.NotFound(f"{field}.request_id", request_id, "an open lease")
+        if lease.to.in_arena != copied:
+            allowed = "an open lease in the arena" if copied else "one in the pool, or `copied`"
+            raise errors.InvalidRequest(f"{field}.request_id", request_id, allowed)
+        return lease.namespace, lease
