@@ -169,6 +169,7 @@ class KeyLease:
     id: int
     found: U8  # [n] as match_keys, when it was acquired
     pages: U32  # [n] of the lease's pool, pinned; NO_PAGE where the key is not there (yet)
+    arrived: U8  # [n] 1 where the key has a page that is not being filled
     transfer: int  # the last transfer that fills one of `pages`; 0 when all are resident
 
 class Why(enum.Enum):

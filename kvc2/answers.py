@@ -19,6 +19,7 @@ U64 = NDArray[np.uint64]
 NO_PAGES: U32 = np.zeros(0, dtype=np.uint32)
 NO_KEYS: U8 = np.zeros(0, dtype=np.uint8)
 NO_OFFSETS: U64 = np.zeros(0, dtype=np.uint64)
+NOWHERE = np.uint64(0xFFFFFFFFFFFFFFFF)  # the offset of a key that isn't in the arena (yet)
 NO_ROOM = 3  # result of a copied commit, beside _core.ADOPTED, DUPLICATE and REFUSED
 SIZES = (0.5, 1.0, 2.0, 4.0)  # of a tier, for which its hit rate is estimated
 
@@ -43,6 +44,15 @@ NO_HINTS = Hints()
 def shorter(ttl_s: int, other_s: int) -> int:
     """Of two times to live, of which 0 is for ever."""
     return min(ttl_s or other_s, other_s or ttl_s)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which blocks a call means: those of a prompt's tokens, or those of opaque keys (1 to 64 bytes
+    each, every one for itself), as its namespace has it."""
+
+    tokens: U32 = field(default_factory=lambda: NO_PAGES)
+    keys: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,8 @@ void bind_keys(py::module_& module, py::class_<Index>& index) {
                              [](const KeyLeaseView& l) { return array_of<uint8_t>(l.found); })
       .def_property_readonly("pages",
                              [](const KeyLeaseView& l) { return array_of<uint32_t>(l.pages); })
+      .def_property_readonly("arrived",
+                             [](const KeyLeaseView& l) { return array_of<uint8_t>(l.arrived); })
       .def_readonly("transfer", &KeyLeaseView::transfer);
   index
       .def(

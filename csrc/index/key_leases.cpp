@@ -66,10 +66,11 @@ void KeyLeases::hold(Lease& lease, size_t key, Place at) {
 KeyLeaseView KeyLeases::view(LeaseId id) const {
   const Lease& lease = get(id);
   const auto asked = static_cast<std::ptrdiff_t>(lease.found.size());
-  KeyLeaseView view{id, lease.found, {lease.pages.begin(), lease.pages.begin() + asked}, 0};
+  KeyLeaseView view{id, lease.found, {lease.pages.begin(), lease.pages.begin() + asked}, {}, 0};
   for (const PageId page : view.pages) {
-    if (page == kNoPage) continue;
-    view.transfer = std::max(view.transfer, transfers_.into(lease.pool, page).value_or(0));
+    const TransferId filling = page == kNoPage ? 0 : transfers_.into(lease.pool, page).value_or(0);
+    view.arrived.push_back(page != kNoPage && filling == 0);
+    view.transfer = std::max(view.transfer, filling);
   }
   return view;
 }

@@ -29,9 +29,10 @@ namespace kvc2 {
 
 struct KeyLeaseView {
   LeaseId id;
-  std::vector<uint8_t> found;  // by key: 0, or 1 + the place in the chain of the fastest pool
-  std::vector<PageId> pages;   // by key: kNoPage where it is not in the lease's pool
-  TransferId transfer;         // the last one that fills one of the pages; 0: none does
+  std::vector<uint8_t> found;    // by key: 0, or 1 + the place in the chain of the fastest pool
+  std::vector<PageId> pages;     // by key: kNoPage where it is not in the lease's pool
+  std::vector<uint8_t> arrived;  // by key: 1 where its page is there, and not being filled
+  TransferId transfer;           // the last one that fills one of the pages; 0: none does
 };
 
 class KeyLeases {

@@ -40,6 +40,7 @@ from kvc2.cache.sessions import Session
 from kvc2.cache.ticker import Ticker
 from kvc2.cache.whole import Whole
 from kvc2.config import ServeConfig
+from kvc2.layout import Layout
 from kvc2.metrics import Metrics
 from kvc2.moving.background import Background
 from kvc2.moving.changes import Changes
@@ -85,6 +86,14 @@ class Parts:
     copiers: tuple[Copier, Copier]
     ticking: asyncio.Task[None]
     woken: Changes
+
+
+@dataclass(frozen=True)
+class KeyedLayout:
+    """Of a namespace's pages; opaque: keys name its blocks, not tokens."""
+
+    layout: Layout
+    opaque: bool = False
 
 
 class Cache:
@@ -197,12 +206,18 @@ class Cache:
         identity: bytes,
         ttl_s: int = 0,
         owner: Owner = NOBODY,
+        *,
+        of: KeyedLayout | None = None,
     ) -> Namespace:
-        """Its record; the identity goes to the catalogue with the next batch. Raises LimitReached:
-        what the index knows stays known."""
-        pools = session.mapped_pool().pools
-        namespace = self.namespaces.open(name, pools, identity, owner, ttl_s=ttl_s)
-        entry = NamespaceEntry(namespace.page_size, identity)
+        """Its record; the identity goes to the catalogue with the next batch. `of`: where its
+        layout is not that of the session's pool, or keys name its blocks. Raises LimitReached: what
+        the index knows stays known."""
+        pools, of = session.mapped_pool().pools, of or KeyedLayout(session.layout)
+        if of.layout.digest != session.layout.digest:
+            pools = self._pools.of(PageShape.of(of.layout, self._config.slab_bytes))
+        entry = NamespaceEntry(of.layout.page_size, identity, of.opaque)
+        namespace = self.namespaces.open(name, pools, entry, owner, ttl_s=ttl_s)
+        session.layouts[namespace.id] = pools
         for disk in self._pools.tiers.disks:
             if not disk.catalogue.add_namespace(name, entry):
                 self._metrics.fault("catalogue_error")

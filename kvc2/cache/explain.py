@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,15 +32,22 @@ SHOWN_MAX = 80  # letters of an identity's field
 UNSEEN = (_core.Why.NEVER_SEEN, _core.Why.DIVERGED)
 
 
+class Found(NamedTuple):
+    """What an acquire found, in these tiers."""
+
+    explanation: _core.Explanation
+    tiers: tuple[str, ...]
+
+
 @dataclass(frozen=True)
-class Asked:
+class Recent:
     """A request's answer as its acquire found it."""
 
     second: int
     epoch: int
     namespace: Namespace
     tokens: int
-    found: _core.Explanation
+    found: Found
 
 
 class Explainer:
@@ -59,7 +67,7 @@ class Explainer:
         self._counts = counts
         self._policy = config.eviction_policy
         self._now = tick
-        self._recent: OrderedDict[bytes, Asked] = OrderedDict()
+        self._recent: OrderedDict[bytes, Recent] = OrderedDict()
 
     def keep(
         self,
@@ -67,10 +75,10 @@ class Explainer:
         namespace: Namespace,
         request_id: bytes,
         tokens: int,
-        found: _core.Explanation,
+        found: Found,
     ) -> None:
         """What an acquire found, for who asks later; the oldest one is dropped for it."""
-        self._recent[request_id] = Asked(self._now(), epoch, namespace, tokens, found)
+        self._recent[request_id] = Recent(self._now(), epoch, namespace, tokens, found)
         self._recent.move_to_end(request_id)
         if len(self._recent) > RECENT_MAX:
             self._recent.popitem(last=False)
@@ -80,7 +88,7 @@ class Explainer:
         asked = self._recent.get(request_id)
         if asked is None or epoch not in (None, asked.epoch) or asked.namespace.gone:
             raise errors.NotFound("request_id", request_id, f"one of the last {RECENT_MAX}")
-        answer = self._told(asked.namespace, asked.tokens, asked.found, ("gpu", "cpu", "disk"))
+        answer = self._told(asked.namespace, asked.tokens, *asked.found)
         return replace(answer, asked_s_ago=float(self._now() - asked.second))
 
     def of_tokens(self, namespace: Namespace, tokens: U32, session_pool: int | None) -> Explained:

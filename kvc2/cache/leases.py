@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,16 +18,18 @@ from numpy.typing import NDArray
 from kvc2 import _core, errors
 from kvc2.answers import (
     NO_HINTS,
+    NOWHERE,
     U8,
     U32,
     Acquired,
     Hints,
+    Matched,
     Terms,
     TierTokens,
     of_offsets,
     of_pages,
 )
-from kvc2.cache.explain import Explainer
+from kvc2.cache.explain import Explainer, Found
 from kvc2.cache.namespaces import Namespace
 from kvc2.cache.sessions import OpenLease, Session
 from kvc2.moving.loading import Destination, Loader
@@ -67,13 +70,52 @@ class Leases:
             raise errors.InvalidRequest("poll", terms.poll, "0, which opens the lease")
         to = self._destination(session, namespace, terms)
         self._tick()
-        blocks, grant_pages = (len(tokens) - 1) // namespace.page_size, terms.grant_pages
-        number, hints = namespace.number, namespace.hints(terms.hints)
-        opened = self._index.acquire(number, to.pool, u32(tokens), blocks, hints)
-        self._explainer.keep(session.epoch, namespace, request_id, len(tokens), opened.explanation)
-        lease = session.leases[request_id] = OpenLease(request_id, opened.id, namespace, to)
+        opened = self._index.acquire(
+            namespace.number,
+            to.pool,
+            u32(tokens),
+            (len(tokens) - 1) // namespace.page_size,
+            namespace.hints(terms.hints),
+            skip_blocks=terms.skip_blocks,
+        )
+        found = Found(opened.explanation, to.tiers)
+        self._explainer.keep(session.epoch, namespace, request_id, len(tokens), found)
+        return await self._bring(session, OpenLease(request_id, opened.id, namespace, to), terms)
+
+    async def acquire_keys(
+        self,
+        session: Session,
+        namespace: Namespace,
+        request_id: bytes,
+        keys: Sequence[bytes],
+        terms: Terms,
+    ) -> Acquired:
+        """Open a lease, in the arena, on those of the opaque keys that are there; as `acquire`, but
+        there is nothing to compute in their place."""
+        if (known := session.leases.get(request_id)) is not None:
+            return await self._again(session, known, terms)
+        if terms.poll:
+            raise errors.InvalidRequest("poll", terms.poll, "0, which opens the lease")
+        if not terms.in_arena:
+            raise errors.InvalidRequest("place", 0, "1 (arena), for opaque keys")
+        to = self._destination(session, namespace, terms)
+        self._tick()
+        hints = namespace.hints(terms.hints)
+        opened = self._index.acquire_keys(namespace.number, to.pool, keys, hints)
+        return await self._bring(session, OpenLease(request_id, opened.id, namespace, to), terms)
+
+    async def _bring(self, session: Session, lease: OpenLease, terms: Terms) -> Acquired:
+        """What becomes of a lease that was opened just now: its answer."""
+        session.leases[lease.request_id] = lease
+        grant_pages = terms.grant_pages
         try:
-            errand = self._loader.begin(to, lease.id, session.prefill_rate, terms.deadline_s)
+            errand = self._loader.begin(
+                lease.to,
+                lease.id,
+                session.prefill_rate,
+                terms.deadline_s,
+                of_keys=lease.namespace.opaque,
+            )
             if errand is not None:
                 bringing = self._loader.settle(errand, lease.ended)
                 if terms.at_once:
@@ -93,7 +135,7 @@ class Leases:
 
     def _destination(self, session: Session, namespace: Namespace, terms: Terms) -> Destination:
         """Where its lease pins. Raises InvalidRequest for a place that there isn't."""
-        gpu, pools = session.mapped_pool(), namespace.pools
+        gpu, pools = session.mapped_pool(), session.layouts[namespace.id]
         if terms.in_arena and not pools.chain:
             raise errors.InvalidRequest("place", 1, "0: this daemon has no cpu tier")
         if not terms.in_arena and pools is not gpu.pools:
@@ -115,21 +157,59 @@ class Leases:
 
     def _answer(self, session: Session, lease: OpenLease, grant_pages: int) -> Acquired:
         """What an open lease holds now, and pages to compute the rest into."""
+        found = self._keys_there(lease) if lease.namespace.opaque else self._prefix_there(lease)
+        expected_s = 0.0
+        if found.coming_blocks:
+            expected_s = self._loader.seconds(found.coming_blocks * lease.to.pools.shape.page_bytes)
+        return replace(
+            found,
+            granted=of_pages(self.grant(session, grant_pages, lease.namespace)),
+            expected_ms=round(1000 * expected_s),
+        )
+
+    def _prefix_there(self, lease: OpenLease) -> Acquired:
         to, size, view = lease.to, lease.namespace.page_size, self._index.lease(lease.id)
         pages = view.pages[: view.arrived] if to.in_arena else view.pages
         tiers = (0, *_leading(view.tiers, pages.size)) if to.in_arena else view.tiers
-        coming = 0 if lease.is_brought else view.matched - pages.size
-        expected_s = self._loader.seconds(coming * to.pools.shape.page_bytes) if coming else 0.0
+        end = view.first_block + pages.size
         return Acquired(
-            matched_tokens=pages.size * size,
+            matched_tokens=end * size,
             tiers=tokens_by_tier(tiers, size),
             transfer=0 if to.in_arena else to.gpu.pending.get(view.transfer, 0),
-            computing_tokens=view.computing * size if pages.size == view.matched else 0,
+            computing_tokens=view.computing * size if end == view.matched else 0,
             held=of_offsets(to.pools.payloads(pages)) if to.in_arena else of_pages(pages),
-            granted=of_pages(self.grant(session, grant_pages, lease.namespace)),
-            coming_blocks=coming,
-            expected_ms=round(1000 * expected_s),
+            first_block=view.first_block,
+            coming_blocks=0 if lease.is_brought else view.matched - end,
         )
+
+    def _keys_there(self, lease: OpenLease) -> Acquired:
+        """By key where it is in the arena."""
+        view, pools = self._index.key_lease(lease.id), lease.to.pools
+        there = view.arrived.astype(bool)
+        offsets = np.full(there.size, NOWHERE, np.uint64)
+        offsets[there] = pools.payloads(view.pages[there])
+        found = tiers_of_keys(view.found, lease.to.tiers)
+        blocks = [int(np.count_nonzero(there & (found == tier))) for tier in (1, 2, 3)]
+        missing = np.count_nonzero(found) - np.count_nonzero(there)
+        return Acquired(
+            matched_tokens=sum(blocks) * lease.namespace.page_size,
+            tiers=tokens_by_tier(blocks, lease.namespace.page_size),
+            held=of_offsets(offsets),
+            found=found,
+            coming_blocks=0 if lease.is_brought else int(missing),
+        )
+
+    def match_keys(self, session: Session, namespace: Namespace, keys: Sequence[bytes]) -> Matched:
+        """The fastest tier that has each key: of the session's pool and below, or from the arena on
+        where that is of another layout. Changes nothing."""
+        self._tick()
+        to = self._destination(session, namespace, Terms(0, 0.0, in_arena=True))
+        if to.pools is to.gpu.pools:
+            to = replace(to, in_arena=False)
+        found = tiers_of_keys(self._index.match_keys(namespace.number, to.pool, keys), to.tiers)
+        blocks = [int(np.count_nonzero(found == tier)) for tier in (1, 2, 3)]
+        tiers = tokens_by_tier(blocks, namespace.page_size)
+        return Matched(sum(tiers), tiers, found)
 
     def commit(
         self, session: Session, request_id: bytes, first_block: int, tokens: U32, pages: U32
@@ -173,6 +253,11 @@ class Leases:
         """Granted pages come back unused. Raises InvalidRequest when one was not granted."""
         if not self._index.give_back(session.mapped_pool().id, u32(pages)):
             raise errors.InvalidRequest("returned", pages.size, "pages granted and not used")
+
+
+def tiers_of_keys(found: U8, tiers: Sequence[str]) -> U8:
+    """By key 0, or 1 gpu, 2 cpu, 3 disk, of what the index found in these tiers."""
+    return np.where(found, found + (3 - len(tiers)), 0).astype(np.uint8)
 
 
 def u32(array: NDArray[np.integer]) -> U32:

@@ -53,13 +53,12 @@ class Namespace:
     `id` is what sessions know it by (the wire's is one more); it is never used again. `number` is
     the index's, of the present era. `ttl_s`, unless 0, is the longest that a block of it matches
     after its last use, as it was opened last. `pools` are those of its layout below the engines'
-    own. `gone`: let go of; its name may have another record.
+    own, as it was opened last. `gone`: let go of; its name may have another record.
     """
 
     id: int
     name: bytes  # 32
-    page_size: int
-    identity: bytes  # canonical JSON
+    entry: NamespaceEntry
     owner: Owner
     era: int
     number: int
@@ -67,6 +66,20 @@ class Namespace:
     ttl_s: int = 0
     earlier: bytes | None = None  # name of the era before, if that ended in this run
     gone: bool = False
+
+    @property
+    def page_size(self) -> int:
+        return self.entry.page_size
+
+    @property
+    def identity(self) -> bytes:
+        """Canonical JSON."""
+        return self.entry.identity
+
+    @property
+    def opaque(self) -> bool:
+        """Whether keys name its blocks, not tokens."""
+        return self.entry.opaque
 
     @property
     def known(self) -> bytes:
@@ -142,32 +155,31 @@ class Namespaces:
                 self._eras.put(0, of_era(name, era), Era(name, era, number))
 
     def open(
-        self, name: bytes, pools: LayoutPools, identity: bytes, owner: Owner, *, ttl_s: int = 0
+        self,
+        name: bytes,
+        pools: LayoutPools,
+        entry: NamespaceEntry,
+        owner: Owner,
+        *,
+        ttl_s: int = 0,
     ) -> Namespace:
-        """The record of a namespace, the same each time. Raises LimitReached; InvalidRequest for
-        another layout than that of sessions that have it open."""
-        namespace, page_size = self._opened.get(name), pools.shape.page_size
+        """The record of a namespace, the same each time. Raises LimitReached."""
+        namespace = self._opened.get(name)
         if namespace is not None:
-            if namespace.pools is not pools and namespace in set(self._held()):
-                have, told = namespace.pools.shape.layout_digest, pools.shape.layout_digest
-                allowed = f"that of other sessions: {have.hex()}"
-                raise errors.InvalidRequest("layout", told.hex(), allowed)
             namespace.pools = pools
             # checks page_size
-            self._number(name, namespace.era, page_size, namespace.owner.number)
+            self._number(name, namespace.era, entry, namespace.owner.number)
             if shorter(namespace.ttl_s, ttl_s) != namespace.ttl_s:
                 self._expire(namespace.number, ttl_s)
             namespace.ttl_s = ttl_s
             self._opened.move_to_end(name)
             return namespace
         era = self._present_era(name)
-        number = self._number(name, era, page_size, owner.number)
+        number = self._number(name, era, entry, owner.number)
         self._index.set_tenant(number, owner.number)
         if ttl_s:  # of what a restart brought not all is known when it expires
             self._expire(number, ttl_s)
-        opened = Namespace(
-            self._next_id, name, page_size, identity, owner, era, number, pools, ttl_s
-        )
+        opened = Namespace(self._next_id, name, entry, owner, era, number, pools, ttl_s)
         self._next_id += 1
         self._opened[name] = opened
         return opened
@@ -177,14 +189,14 @@ class Namespaces:
         self._index.expire_by(number, min(self._now() + ttl_s, SECOND_MAX))
 
     def _number(
-        self, name: bytes, era: int, page_size: int, tenant: int, *, beside: bytes = b""
+        self, name: bytes, era: int, entry: NamespaceEntry, tenant: int, *, beside: bytes = b""
     ) -> int:
         """The index's for an era, used last now. `beside`: what stays meanwhile. Raises
         LimitReached."""
         known = of_era(name, era)
         if known not in self._eras and len(self._eras) >= self._known_max:
             self._make_room(tenant, beside)
-        number = self._index.open_namespace(known, page_size)
+        number = self._index.open_namespace(known, entry.page_size, opaque=entry.opaque)
         self._eras.put(tenant, known, Era(name, era, number))
         return number
 
@@ -250,7 +262,7 @@ class Namespaces:
         ended = len(self._present_eras.keys() | set(names))
         if self._disk is not None and ended > ERAS_MAX:
             raise errors.LimitReached("invalidated namespaces", ERAS_MAX, "are remembered at most")
-        return sum(self._begin_era(name, named[name].page_size) for name in names)
+        return sum(self._begin_era(name, named[name]) for name in names)
 
     async def write_eras(self) -> bool:
         """Whether a restart would know the present eras. If not, they are written with the next
@@ -263,17 +275,16 @@ class Namespaces:
     def _named(self) -> dict[bytes, NamespaceEntry]:
         """By name: what is open, and what the disk has of earlier runs."""
         stored = {} if self._disk is None else self._disk.catalogue.namespaces
-        opened = {each.name: NamespaceEntry(each.page_size, each.identity) for each in self}
-        return {**stored, **opened}
+        return {**stored, **{each.name: each.entry for each in self}}
 
-    def _begin_era(self, name: bytes, page_size: int) -> int:
+    def _begin_era(self, name: bytes, entry: NamespaceEntry) -> int:
         """Retires the present era and starts the next; returns how many blocks died."""
         namespace = self._opened.get(name)
         era, tenant = self._present_era(name), 0 if namespace is None else namespace.owner.number
-        number = self._number(name, era, page_size, tenant)
+        number = self._number(name, era, entry, tenant)
         if namespace is not None:
             beside = namespace.known
-            fresh = self._number(name, era + 1, page_size, tenant, beside=beside)
+            fresh = self._number(name, era + 1, entry, tenant, beside=beside)
         if self._disk is None:
             self._ended[name] = era + 1
         else:

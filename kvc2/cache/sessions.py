@@ -27,6 +27,7 @@ from kvc2.layout import Layout
 from kvc2.moving.gpu_pools import GpuPool, SessionLife, SessionState
 from kvc2.moving.loading import Destination
 from kvc2.shares import SharedTable
+from kvc2.tiers.pools import LayoutPools
 
 T = TypeVar("T")
 
@@ -85,7 +86,7 @@ class Session:
     `pool` is there from Cache.open_session until the end of Cache.close_session. `give_up` ends the
     attachment when the pool can't be filled any more; the engine attaches again. `leases` are the
     open ones by request_id. `namespaces` are those that this session has open, of each tenant, by
-    their ids.
+    their ids; `layouts` has the pools that each was opened with here.
     """
 
     epoch: int
@@ -102,6 +103,7 @@ class Session:
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(SECRET_BYTES), repr=False)
     leases: dict[bytes, OpenLease] = field(default_factory=dict)
     namespaces: SharedTable[str, int, Namespace] = field(default_factory=SharedTable)
+    layouts: dict[int, LayoutPools] = field(default_factory=dict)
     expiry_s: float = EXPIRY_S
     prefill_rate: float = 0.0  # tokens/s, as its engine measured last; 0: not known
 

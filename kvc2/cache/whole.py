@@ -10,6 +10,8 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 
+import numpy as np
+
 from kvc2 import _core
 from kvc2.answers import Evicted, Flushed, Invalidated
 from kvc2.cache.counts import Counts
@@ -67,9 +69,16 @@ class Whole:
 
     def _is_in(self, disk: int, lease: int) -> bool:
         try:
-            return self._index.held_in(lease, disk) == self._index.lease(lease).pages.size
+            return self._index.held_in(lease, disk) == self._held(lease)
         except KeyError:  # it was released while this waited: nothing keeps its blocks
             return False
+
+    def _held(self, lease: int) -> int:
+        """Blocks that it has pages of: of a prompt, or of keys."""
+        try:
+            return self._index.lease(lease).pages.size
+        except KeyError:
+            return int(np.count_nonzero(self._index.key_lease(lease).arrived))
 
     async def flush(self, deadline_s: float) -> Flushed:
         """Copy what is committed towards the disk until all of it is there or the time is over."""

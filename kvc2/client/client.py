@@ -89,7 +89,10 @@ class Client:
     ) -> NamespaceHandle:
         """A handle that stays good across sessions. Without one now, it is opened when needed. Its
         blocks match nobody ttl_s after their last use; 0: for ever."""
-        handle = NamespaceHandle(identity, tenant, salt, ttl_s)
+        return self.open_handle(NamespaceHandle(identity, tenant, salt, ttl_s))
+
+    def open_handle(self, handle: NamespaceHandle) -> NamespaceHandle:
+        """The same of a namespace of another layout than the pool's, or of opaque keys."""
         with contextlib.suppress(errors.Detached):
             self._keeper.number(self._keeper.current(), handle)
         return handle
@@ -178,6 +181,46 @@ class Client:
             raise
         return from_message(answers.Acquired, answer)
 
+    def acquire_keys(
+        self,
+        namespace: NamespaceHandle,
+        request_id: bytes,
+        keys: Sequence[bytes],
+        terms: ArenaTerms = IN_ARENA,
+    ) -> answers.Acquired:
+        """Open a lease in the arena on those of these opaque keys that are there: `found` and
+        `offsets` have an element for each, NOWHERE where it isn't there (yet)."""
+        request = cache_pb2.AcquireRequest(
+            request_id=request_id,
+            keys=keys,
+            deadline_ms=_milliseconds(terms.deadline_s),
+            hints=to_message(terms.hints, cache_pb2.Hints),
+            place=1,
+            at_once=terms.poll is not None,
+            poll=terms.poll or 0,
+        )
+        return self._acquire(namespace, request, terms.deadline_s)
+
+    def match_keys(self, namespace: NamespaceHandle, keys: Sequence[bytes]) -> NDArray[np.uint8]:
+        """[n] of each opaque key 0, or 1 gpu, 2 cpu, 3 disk: the fastest tier. Changes nothing."""
+        connection = self._keeper.current()
+        request = cache_pb2.MatchRequest(session=connection.head, keys=keys)
+        answer = self._keeper.call_in(connection, namespace, "Match", request)
+        return from_message(answers.Matched, answer).found
+
+    def commit_keys(
+        self,
+        namespace: NamespaceHandle,
+        keys: Sequence[bytes],
+        pages: NDArray[np.uint32],
+        *,
+        durable: bool = False,
+    ) -> answers.Committed:
+        """Copy filled pages into the arena, each as the block of an opaque key: they are this
+        client's again with the answer."""
+        commit = cache_pb2.LeaseCommit(keys=keys, pages=_pages(pages))
+        return self._commit_copies(namespace, [commit], durable=durable)
+
     def commit(
         self,
         commits: Sequence[answers.LeaseCommit],
@@ -210,9 +253,18 @@ class Client:
         """Copy filled pages into the arena: they are this client's again with the answer. Of leases
         in the arena, or, without a request_id, of prompts of the namespace from their first block
         on."""
+        return self._commit_copies(namespace, [_commit(each) for each in commits], durable=durable)
+
+    def _commit_copies(
+        self,
+        namespace: NamespaceHandle,
+        commits: list[cache_pb2.LeaseCommit],
+        *,
+        durable: bool,
+    ) -> answers.Committed:
         connection = self._keeper.current()
         request = cache_pb2.CommitRequest(
-            session=connection.head, leases=map(_commit, commits), durable=durable, copied=True
+            session=connection.head, leases=commits, durable=durable, copied=True
         )
 
         def named(number: int) -> None:

@@ -40,12 +40,15 @@ _CREDENTIALS = struct.Struct("iII")
 
 @dataclass(eq=False)
 class NamespaceHandle:
-    """An identity, tenant, salt and time to live, opened in whichever session there is."""
+    """An identity, tenant, salt and time to live, opened in whichever session there is. `layout`:
+    of its pages; None: the session's pool's. `opaque`: keys name its blocks, not tokens."""
 
     identity: bytes
-    tenant: str
-    salt: bytes
+    tenant: str = ""
+    salt: bytes = b""
     ttl_s: int = 0
+    layout: Layout | None = None
+    opaque: bool = False
     opened: tuple[bytes, int] = (b"", 0)  # (key of the session, id in it)
 
 

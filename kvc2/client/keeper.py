@@ -210,6 +210,8 @@ class Keeper:
                 tenant=handle.tenant,
                 salt=handle.salt,
                 ttl_s=handle.ttl_s,
+                layout=None if handle.layout is None else handle.layout.to_proto(),
+                key_mode=int(handle.opaque),
             )
             number = self.call(connection, "OpenNamespace", request).namespace_id
             handle.opened = (connection.key, number)

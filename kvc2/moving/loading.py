@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+
 from kvc2 import _core, errors
 from kvc2.metrics import Metrics
 from kvc2.moving import pace
@@ -52,6 +54,15 @@ class Destination:
         return TIERS[1:] if self.in_arena else TIERS
 
 
+@dataclass(frozen=True)
+class View:
+    """Of a lease: blocks that it wants pages of, those that it has, the last transfer of these."""
+
+    matched: int
+    held: int
+    transfer: int
+
+
 @dataclass(eq=False)
 class Errand:
     """What one acquire waits for: the step under way, and how long that may take.
@@ -71,6 +82,7 @@ class Errand:
     over: bool = False  # the lease's answer is given: it gets nothing more
     expected_s: float = 0.0
     patience_s: float | None = None
+    of_keys: bool = False  # nothing of it can be computed: it is waited for until the deadline
 
 
 class Loader:
@@ -111,12 +123,19 @@ class Loader:
             await self.until_changed()
 
     def begin(
-        self, to: Destination, lease: int, prefill_rate: float, deadline_s: float
+        self,
+        to: Destination,
+        lease: int,
+        prefill_rate: float,
+        deadline_s: float,
+        *,
+        of_keys: bool = False,
     ) -> Errand | None:
         """Promote what memory holds, begin to load what the disk holds, where that is sooner than
         computing at `prefill_rate`. None: it is settled."""
         deadline = asyncio.get_running_loop().time() + deadline_s
-        errand = Errand(to, lease, 0.0 if self._always else prefill_rate, deadline)
+        rate = 0.0 if self._always else prefill_rate
+        errand = Errand(to, lease, rate, deadline, of_keys=of_keys)
         self._advance(errand)
         errand.over = errand.step is None
         return None if errand.over else errand
@@ -163,6 +182,8 @@ class Loader:
 
     def _choose(self, errand: Errand) -> None:
         """Shorten the lease where computing is sooner, by what the tiers have shown by now."""
+        if errand.of_keys:
+            return
         shape, ahead = errand.to.pools.shape, self._index.lease(errand.lease).ahead
         if ahead.size == 0:
             return
@@ -209,8 +230,10 @@ class Loader:
 
     def _shorten(self, errand: Errand, blocks: int, why: str) -> None:
         """Bring `blocks` more than the lease has now; it computes the rest."""
+        if errand.of_keys:
+            return
         before = self._index.lease(errand.lease)
-        self._index.shorten(errand.lease, before.pages.size + blocks)
+        self._index.shorten(errand.lease, before.first_block + before.pages.size + blocks)
         lost = before.matched - self._index.lease(errand.lease).matched
         tokens = lost * errand.to.pools.shape.page_size
         self._metrics.recomputed_tokens.labels(why).inc(tokens)
@@ -244,7 +267,15 @@ class Loader:
 
     def _held(self, errand: Errand) -> int:
         """Pages that the lease has."""
-        return self._index.lease(errand.lease).pages.size
+        return self._view(errand).held
+
+    def _view(self, errand: Errand) -> View:
+        if errand.of_keys:
+            keys = self._index.key_lease(errand.lease)
+            found, held = np.count_nonzero(keys.found), keys.pages != _core.NO_PAGE
+            return View(int(found), int(np.count_nonzero(held)), keys.transfer)
+        lease = self._index.lease(errand.lease)
+        return View(lease.matched - lease.first_block, lease.pages.size, lease.transfer)
 
     def _take(self, errand: Errand) -> None:
         """Promote what a load has brought, while the lease is open and waits for it."""
@@ -265,7 +296,7 @@ class Loader:
 
     def _await_others(self, errand: Errand) -> None:
         """What the lease holds is there once the loads of others have brought it."""
-        transfer = self._index.lease(errand.lease).transfer
+        transfer = self._view(errand).transfer
         if transfer:
             errand.step, errand.own, errand.expected_s = self._mover.ended(transfer), False, 0.0
 
@@ -281,13 +312,13 @@ class Loader:
         pools = errand.to.pools
         if not isinstance(pools, LayoutOnDisk):
             return
-        view = self._index.lease(errand.lease)
-        wanted = view.matched - view.pages.size
+        view = self._view(errand)
+        wanted = view.matched - view.held
         if wanted == 0:
             return
         arena, page_bytes = self.pools.arena, pools.shape.page_bytes
         room = arena.capacity_bytes // ARENA_SHARE - self._mover.loading_bytes
-        errand.own, errand.held = False, view.pages.size
+        errand.own, errand.held = False, view.held
         if room < page_bytes and self._mover.loading_bytes:
             errand.step = self.until_changed()
             self._expect(errand, self._mover.loading_bytes)

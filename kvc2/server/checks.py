@@ -7,14 +7,14 @@ ranges but checks ownership (a page of another lease) itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
 from kvc2 import errors
-from kvc2.answers import NO_PAGES, Hints
+from kvc2.answers import NO_PAGES, Asked, Hints
 from kvc2.cache.namespaces import Namespace
 from kvc2.cache.sessions import Session
 from kvc2.config import LimitsConfig
@@ -22,6 +22,7 @@ from kvc2.namespace import is_weights_digest
 from kvc2.v1 import cache_pb2
 from kvc2.wire import from_message
 
+KEY_BYTES_MAX = 64
 REQUEST_ID_BYTES_MAX = 128
 ENGINE_NAME_BYTES_MAX = 128
 TENANT_BYTES_MAX = 64
@@ -33,6 +34,16 @@ RATE_MAX = 1e9  # tokens/s: no machine prefills faster
 TIERS = ("gpu", "cpu", "disk")
 
 M = TypeVar("M", bound=Message)
+
+
+class Asking(Protocol):
+    """A message that says which blocks it means."""
+
+    @property
+    def tokens(self) -> bytes: ...
+
+    @property
+    def keys(self) -> Sequence[bytes]: ...
 
 
 def message(kind: type[M], data: bytes) -> M:
@@ -61,6 +72,30 @@ def tokens(field: str, data: bytes, limits: LimitsConfig) -> NDArray[np.uint32]:
     if not len(found):
         raise errors.InvalidRequest(field, "empty", f"1 to {limits.max_tokens} tokens")
     return found
+
+
+def asked(request: Asking, namespace: Namespace, limits: LimitsConfig, field: str = "") -> Asked:
+    """Tokens, or keys in a namespace of opaque keys. `field`: what stands before their names."""
+    if not namespace.opaque:
+        if request.keys:
+            allowed = "none: the namespace knows its blocks by tokens"
+            raise errors.InvalidRequest(f"{field}keys", f"{len(request.keys)} of them", allowed)
+        return Asked(tokens(f"{field}tokens", request.tokens, limits))
+    if request.tokens:
+        allowed = "none: the namespace knows its blocks by opaque keys"
+        raise errors.InvalidRequest(f"{field}tokens", f"{len(request.tokens)} bytes", allowed)
+    if not 1 <= len(request.keys) <= limits.max_keys:
+        count = f"{len(request.keys)} of them"
+        raise errors.InvalidRequest(f"{field}keys", count, f"1 to at most {limits.max_keys}")
+    for index, each in enumerate(request.keys):
+        key(f"{field}keys[{index}]", each)
+    return Asked(keys=tuple(request.keys))
+
+
+def key(field: str, value: bytes) -> bytes:
+    if not 1 <= len(value) <= KEY_BYTES_MAX:
+        raise errors.InvalidRequest(field, f"{len(value)} bytes", f"1 to {KEY_BYTES_MAX} bytes")
+    return value
 
 
 def pages(field: str, data: bytes, session: Session) -> NDArray[np.uint32]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvc2 import errors
-from kvc2.answers import U32
+from kvc2.answers import U32, Asked
 from kvc2.cache.cache import Cache
 from kvc2.cache.copied import CopiedBlocks
 from kvc2.cache.namespaces import Namespace
@@ -36,7 +36,7 @@ class Checked:
     namespace: Namespace
     lease: OpenLease | None
     first_block: int
-    tokens: U32
+    asked: Asked
     pages: U32
 
 
@@ -102,7 +102,11 @@ class Commits:
                     await self._copy(session, each, done)
                 elif each.lease is not None:
                     result = self._cache.leases.commit(
-                        session, each.lease.request_id, each.first_block, each.tokens, each.pages
+                        session,
+                        each.lease.request_id,
+                        each.first_block,
+                        each.asked.tokens,
+                        each.pages,
                     )
                     done.results.append(result)
                     done.leases.append(each.lease.id)
@@ -119,7 +123,9 @@ class Commits:
 
     async def _copy(self, session: Session, each: Checked, done: Done) -> None:
         lease = None if each.lease is None else each.lease.id
-        blocks = CopiedBlocks(each.namespace, each.first_block, each.tokens, each.pages, lease)
+        blocks = CopiedBlocks(
+            each.namespace, each.first_block, each.asked.tokens, each.pages, lease, each.asked.keys
+        )
         stored = await self._cache.copied.store(session, blocks)
         done.results.append(stored.results)
         done.leases.append(stored.lease)
@@ -130,20 +136,30 @@ class Commits:
         self, session: Session, field: str, commit: cache_pb2.LeaseCommit, *, copied: bool
     ) -> Checked:
         namespace, lease = self._whose(session, field, commit, copied=copied)
-        for name in ("keys", "extras"):
-            checks.reserved(f"{field}.{name}", len(getattr(commit, name)), 0)
+        checks.reserved(f"{field}.extras", len(commit.extras), 0)
         pages = checks.component_pages(f"{field}.pages", commit.pages, session)
-        tokens = checks.tokens(f"{field}.tokens", commit.tokens, self._limits)
-        size = namespace.page_size
-        if len(tokens) != len(pages) * size:
-            raise errors.InvalidRequest(
-                f"{field}.tokens", f"{len(tokens)} tokens", f"{size} for each of {len(pages)} pages"
-            )
-        most = 0 if lease is None else self._limits.max_tokens // size - len(pages)
+        asked, size = (
+            checks.asked(commit, namespace, self._limits, f"{field}."),
+            namespace.page_size,
+        )
+        if namespace.opaque:
+            self._check_keys(field, asked.keys, pages)
+        elif len(asked.tokens) != len(pages) * size:
+            told, allowed = f"{len(asked.tokens)} tokens", f"{size} for each of {len(pages)} pages"
+            raise errors.InvalidRequest(f"{field}.tokens", told, allowed)
+        one_by_one = lease is None or namespace.opaque
+        most = 0 if one_by_one else self._limits.max_tokens // size - len(pages)
         if commit.first_block > most:
             allowed = f"0 to {most}: a prompt's blocks, and without a lease from the first on"
             raise errors.InvalidRequest(f"{field}.first_block", commit.first_block, allowed)
-        return Checked(namespace, lease, commit.first_block, tokens, pages)
+        return Checked(namespace, lease, commit.first_block, asked, pages)
+
+    def _check_keys(self, field: str, keys: tuple[bytes, ...], pages: U32) -> None:
+        if len(keys) != len(pages):
+            told, allowed = f"{len(keys)} keys", f"one for each of {len(pages)} pages"
+            raise errors.InvalidRequest(f"{field}.keys", told, allowed)
+        if len(set(keys)) != len(keys):
+            raise errors.InvalidRequest(f"{field}.keys", "a key twice", "each key once")
 
     def _whose(
         self, session: Session, field: str, commit: cache_pb2.LeaseCommit, *, copied: bool

@@ -17,10 +17,11 @@ from kvc2.answers import (
     of_pages,
     shorter,
 )
-from kvc2.cache.cache import Cache
+from kvc2.cache.cache import Cache, KeyedLayout
 from kvc2.cache.namespaces import Owner
 from kvc2.cache.sessions import Session
 from kvc2.config import DEFAULT_TENANT, ServeConfig
+from kvc2.layout import Layout
 from kvc2.metrics import Metrics
 from kvc2.namespace import check_layout, decode
 from kvc2.server import checks
@@ -61,16 +62,29 @@ class SessionCalls:
         session = self._callers.session(request.session)
         tenant = checks.text("tenant", request.tenant, checks.TENANT_BYTES_MAX)
         identity = decode(request.identity)
-        check_layout(identity, session.layout)
-        name = self._tenants.namespace(tenant, session.uid, request.identity, request.salt)
+        of = self._keyed_layout(session, request)
+        check_layout(identity, of.layout)
+        name = self._tenants.namespace(
+            tenant, session.uid, request.identity, request.salt, opaque=of.opaque
+        )
         ttl_s = shorter(request.ttl_s, self._tenants.ttl_s(tenant))
         quota = self._cache.quotas.number(tenant)
         owner = Owner(tenant or DEFAULT_TENANT, request.salt, quota)
-        namespace = self._cache.open_namespace(session, name, request.identity, ttl_s, owner)
+        namespace = self._cache.open_namespace(session, name, request.identity, ttl_s, owner, of=of)
         if namespace.id not in session.namespaces:
             self._make_room(session, owner.tenant)
         session.namespaces.put(owner.tenant, namespace.id, namespace)
         return cache_pb2.OpenNamespaceResponse(namespace_id=namespace.id + 1)
+
+    def _keyed_layout(
+        self, session: Session, request: cache_pb2.OpenNamespaceRequest
+    ) -> KeyedLayout:
+        if request.key_mode > 1:
+            raise errors.InvalidRequest("key_mode", request.key_mode, "0 (tokens) or 1 (keys)")
+        layout = session.layout
+        if request.HasField("layout"):
+            layout = Layout.from_proto(request.layout)
+        return KeyedLayout(layout, opaque=request.key_mode == 1)
 
     def _make_room(self, session: Session, tenant: str) -> None:
         """In the session's table, for a namespace of this tenant: salts are the callers' choice,
@@ -87,8 +101,13 @@ class SessionCalls:
     async def Match(self, request: cache_pb2.MatchRequest) -> cache_pb2.MatchResponse:
         session = self._callers.session(request.session)
         namespace = checks.namespace_id(session, request.namespace_id)
-        tokens = checks.tokens("tokens", request.tokens, self._limits)
-        return to_message(self._cache.match(session, namespace, tokens), cache_pb2.MatchResponse)
+        checks.reserved("extras", len(request.extras), 0)
+        asked = checks.asked(request, namespace, self._limits)
+        if namespace.opaque:
+            found = self._cache.leases.match_keys(session, namespace, asked.keys)
+        else:
+            found = self._cache.match(session, namespace, asked.tokens)
+        return to_message(found, cache_pb2.MatchResponse)
 
     async def Acquire(self, request: cache_pb2.AcquireRequest) -> cache_pb2.AcquireResponse:
         session = self._callers.session(request.session)
@@ -96,12 +115,10 @@ class SessionCalls:
             raise errors.Draining("the daemon drains: no new leases")
         namespace = checks.namespace_id(session, request.namespace_id)
         request_id = checks.request_id("request_id", request.request_id)
-        tokens = checks.tokens("tokens", request.tokens, self._limits)
+        checks.reserved("extras", len(request.extras), 0)
+        asked = checks.asked(request, namespace, self._limits)
         grant = checks.grants(request.grants, self._limits)
         deadline_s = checks.deadline_s("deadline_ms", request.deadline_ms, self._acquire_deadline_s)
-        for name in ("extras", "keys"):
-            checks.reserved(name, len(getattr(request, name)), 0)
-        checks.reserved("skip_blocks", request.skip_blocks, 0)
         if request.place > 1:
             raise errors.InvalidRequest("place", request.place, "0 (pool) or 1 (arena)")
         if len(session.leases) >= self._limits.max_leases and request_id not in session.leases:
@@ -111,11 +128,16 @@ class SessionCalls:
             deadline_s,
             checks.hints("hints", request.hints),
             in_arena=request.place == 1,
+            skip_blocks=request.skip_blocks,
             at_once=request.at_once,
             poll=request.poll,
         )
-        found = await self._cache.leases.acquire(session, namespace, request_id, tokens, terms)
-        self._metrics.prompt_tokens.inc(len(tokens))
+        leases = self._cache.leases
+        if namespace.opaque:
+            found = await leases.acquire_keys(session, namespace, request_id, asked.keys, terms)
+        else:
+            found = await leases.acquire(session, namespace, request_id, asked.tokens, terms)
+        self._metrics.prompt_tokens.inc(len(asked.tokens))
         for counter, count in zip(self._matched, found.tiers, strict=True):
             if count:
                 counter.inc(count)

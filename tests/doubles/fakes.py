@@ -33,6 +33,7 @@ from kvc2.cache.sessions import OpenLease, Session
 from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics
 from kvc2.moving.loading import Destination
+from kvc2.tiers.disk.records import NamespaceEntry
 
 U32 = NDArray[np.uint32]
 
@@ -107,7 +108,8 @@ class FakeCache:
         number = self.names.index(name)
         pools: Any = None  # nothing lies below
         size = session.layout.page_size
-        return Namespace(number, name, size, identity, owner, 0, number, pools)
+        entry = NamespaceEntry(size, identity)
+        return Namespace(number, name, entry, owner, 0, number, pools)
 
     def _prefix(self, session: Session, namespace: Namespace, tokens: U32) -> list[int]:
         size, pages = session.layout.page_size, []

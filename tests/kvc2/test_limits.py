@@ -187,7 +187,7 @@ def grant_pages(folder: Path) -> None:
 
 def pool_pages(folder: Path) -> None:
     """Refused by name; a smaller one attaches."""
-    for most, word in ((NUM_PAGES - 1, "hello.num_pages"), (NUM_PAGES, "")):
+    for most, word in ((NUM_PAGES - 1, "hello.pools[0].num_pages"), (NUM_PAGES, "")):
         config = serve_config(folder, limits=LimitsConfig(max_pool_pages=most))
         with ServedDaemon(config) as served:
             engine = TinyEngine(served.address)
@@ -195,6 +195,14 @@ def pool_pages(folder: Path) -> None:
                 assert engine.changed.wait_for(lambda e=engine: e.failures or e.granted, 10)
             assert [word in str(each) for each in engine.failures[:1]] == [True] * bool(word)
             engine.client.close()
+
+
+def keys(folder: Path) -> None:
+    """Such a call changes nothing; what is asked in two calls is answered."""
+    with attached(folder, max_keys=2) as (_, client):
+        handle = client.open_handle(NamespaceHandle(identity().encode(), opaque=True))
+        refused(lambda: client.match_keys(handle, [b"1", b"2", b"3"]), InvalidRequest, "at most 2")
+        assert client.match_keys(handle, [b"1", b"2"]).tolist() == [0, 0]
 
 
 def dead_blocks(folder: Path) -> None:
@@ -248,11 +256,11 @@ def requests_told_of(folder: Path) -> None:
 def durable_waits(folder: Path) -> None:
     """Refused by name until one is over."""
     with attached(folder) as (served, _), Admin(served.address) as admin:
-        calls, waits = served.daemon.calls, ExitStack()
+        counted, waits = served.daemon.calls.shared._waits, ExitStack()
 
         def wait() -> None:
             for _ in range(DURABLE_WAITS_MAX):
-                waits.enter_context(calls._waiting())
+                waits.enter_context(counted.one())
 
         served.on_loop(wait)
         refused(lambda: admin.flush(1.0), LimitReached, f"durable waits = {DURABLE_WAITS_MAX}")
@@ -290,9 +298,10 @@ LIMITS: dict[str, Callable[[Path], None] | str] = {
     "limits.max_tokens": tokens,
     "limits.max_pool_pages": pool_pages,
     "limits.max_grant_pages": grant_pages,
+    "limits.max_keys": keys,
     "limits.hard_pin_percent": hard_pins,
     "explain.RECENT_MAX": requests_told_of,
-    "calls.DURABLE_WAITS_MAX": durable_waits,
+    "callers.DURABLE_WAITS_MAX": durable_waits,
     "side.PENDING_MAX": side_sockets,
     "prefetch.AT_ONCE_MAX": "kvc2.cache.test_prefetch.test_only_so_many_at_once",
     "namespaces.NAMESPACES_MAX": "engine.test_scheduler.test_salts_end_nobodys_caching",

@@ -244,6 +244,8 @@ class KeysMachine(IndexLives):
             there = zip(at.paths, at.there, strict=True)
             pages = [blocks[path] if held else NO_PAGE for path, held in there]
             assert real.pages.tolist() == pages
+            rests = [page != NO_PAGE and state[page] == RESIDENT for page in pages]
+            assert real.arrived.tolist() == rests
             assert real.found.tolist() == at.found
             filled = [p for p in zip(at.paths, at.there, strict=True) if p[1]]
             ways = [self.model.filling(at.pool, path) for path, _ in filled

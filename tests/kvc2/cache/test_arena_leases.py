@@ -51,7 +51,7 @@ def payloads(seed: int, blocks: int = BLOCKS) -> NDArray[np.uint8]:
 class Reader(TinyEngine):
     """A client with a small staging pool, that reads in the arena."""
 
-    def __init__(self, address: str, pages: int = 8, name: str = "reader") -> None:
+    def __init__(self, address: str, pages: int = 16, name: str = "reader") -> None:
         super().__init__(address, name)
         self.client.close()
         self.staging = PoolMemory(pages * LAYOUT_BYTES)

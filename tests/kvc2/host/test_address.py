@@ -237,7 +237,9 @@ def test_files_of_every_name_are_read(name: str, home: Path) -> None:
     assert prompts.read_tokens(file).tolist() == [1, 2, 3]
     file.write_text("x" * 16)
     file.chmod(0o600)
-    assert Tenants(ServeConfig(tenants=(TenantConfig("t", file),))).namespace("t", 0, b"{}", b"")
+    assert Tenants(ServeConfig(tenants=(TenantConfig("t", file),))).namespace(
+        "t", 0, identity().encode(), b""
+    )
 
 
 def test_a_tilde_is_a_home_for_every_option(home: Path) -> None:
