@@ -177,7 +177,7 @@ class Client:
         try:
             answer = self._keeper.call_in(connection, namespace, "Acquire", request, wait_s)
         except errors.Detached:
-            self._keeper.orphan(request.request_id)
+            self._keeper.orphans.add(request.request_id)
             raise
         return from_message(answers.Acquired, answer)
 
@@ -234,7 +234,7 @@ class Client:
         connection = self._keeper.current()
         request = cache_pb2.CommitRequest(
             session=connection.head,
-            leases=[_commit(each) for each in commits],
+            leases=[lease_commit(each) for each in commits],
             grants=_grants(grant_pages),
             durable=durable,
             prefill_tokens_per_s=prefill_tokens_per_s,
@@ -253,7 +253,9 @@ class Client:
         """Copy filled pages into the arena: they are this client's again with the answer. Of leases
         in the arena, or, without a request_id, of prompts of the namespace from their first block
         on."""
-        return self._commit_copies(namespace, [_commit(each) for each in commits], durable=durable)
+        return self._commit_copies(
+            namespace, [lease_commit(each) for each in commits], durable=durable
+        )
 
     def _commit_copies(
         self,
@@ -390,7 +392,7 @@ def _grants(pages: int) -> list[cache_pb2.PageCount]:
     return [cache_pb2.PageCount(pages=pages)] if pages else []
 
 
-def _commit(each: answers.LeaseCommit) -> cache_pb2.LeaseCommit:
+def lease_commit(each: answers.LeaseCommit) -> cache_pb2.LeaseCommit:
     return cache_pb2.LeaseCommit(
         request_id=each.request_id,
         first_block=each.first_block,

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import grpc
@@ -67,6 +68,31 @@ class Engine(Protocol):
     def on_attach_failed(self, error: errors.Kvc2Error) -> None: ...
 
 
+class Orphans:
+    """Acquires that were not answered: their leases may have been opened all the same, and are
+    released when the daemon answers again. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._ids: deque[bytes] = deque(maxlen=ORPHANS_MAX)
+
+    def __bool__(self) -> bool:
+        return bool(self._ids)
+
+    def add(self, request_id: bytes) -> None:
+        self._ids.append(request_id)
+
+    def clear(self) -> None:
+        """The session that they were asked in is over."""
+        self._ids.clear()
+
+    def release(self, call: Callable[[Any, float], Any], connection: Connection) -> None:
+        """The oldest of them, by `call`: raises what that does, and they stay."""
+        ids = list(self._ids)[:ORPHANS_A_CALL]
+        call(cache_pb2.ReleaseRequest(session=connection.head, request_ids=ids), ORPHANS_S)
+        for _ in ids:
+            self._ids.popleft()
+
+
 class Keeper:
     """Keeps a session with the daemon at `address`. Threads may share it. Raises InvalidRequest for
     what is no address. Calls raise errors.Detached when there is no session, and another
@@ -92,7 +118,7 @@ class Keeper:
         self._connection: Connection | None = None
         self._state: State = "detached"
         self._changed = threading.Condition()
-        self._orphans: deque[bytes] = deque(maxlen=ORPHANS_MAX)
+        self.orphans = Orphans()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="kvc2-session", daemon=True)
         self._thread.start()
@@ -124,11 +150,6 @@ class Keeper:
     def connection(self) -> Connection | None:
         """Of the session that there is, silent or not."""
         return self._connection
-
-    def orphan(self, request_id: bytes) -> None:
-        """An acquire that was not answered: its lease may have been opened all the same, and is
-        released when the daemon answers again."""
-        self._orphans.append(request_id)
 
     # ---- calls
 
@@ -248,7 +269,7 @@ class Keeper:
                 self._engine.on_detached(errors.Detached(reason, f"can't attach: {error}"))
             return None
         self.last_refusal = None
-        self._orphans.clear()
+        self.orphans.clear()
         self._silent.forget()
         self._sharing.begin(connection.progress)
         self._engine.on_attached(connection.granted)
@@ -284,9 +305,10 @@ class Keeper:
             if time.monotonic() >= beat_at:
                 connection.send_heartbeat()
                 beat_at = time.monotonic() + connection.heartbeat_s
-            if self._orphans and self._state == "attached":
+            if self.orphans and self._state == "attached":
                 turn_s += ORPHANS_S
-                self._release_orphans(connection)
+                with contextlib.suppress(errors.Kvc2Error):
+                    self.orphans.release(partial(self.call, connection, "Release"), connection)
             message = connection.receive(max(0.0, min(beat_at - time.monotonic(), TICK_S)))
             if isinstance(message, Over):
                 return
@@ -300,14 +322,6 @@ class Keeper:
                 return
             if self._state == "attached" and silence.seconds > SILENT_S:
                 self._lose("silent")
-
-    def _release_orphans(self, connection: Connection) -> None:
-        ids = list(self._orphans)[:ORPHANS_A_CALL]
-        request = cache_pb2.ReleaseRequest(session=connection.head, request_ids=ids)
-        with contextlib.suppress(errors.Kvc2Error):
-            self.call(connection, "Release", request, ORPHANS_S)
-            for _ in request.request_ids:
-                self._orphans.popleft()
 
     def _lose(self, reason: Literal["dead", "silent"]) -> None:
         if self._connection is not None:

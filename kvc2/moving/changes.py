@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+
+
+class Waiters:
+    """Futures that are done at the next change, one for each who waits."""
+
+    def __init__(self) -> None:
+        self._waiting: list[asyncio.Future[None]] = []
+
+    def changed(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for each in waiting:
+            if not each.done():
+                each.set_result(None)
+
+    def until_changed(self) -> asyncio.Future[None]:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        return waiter
 
 
 class Changes:

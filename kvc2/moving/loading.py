@@ -18,6 +18,7 @@ import numpy as np
 from kvc2 import _core, errors
 from kvc2.metrics import Metrics
 from kvc2.moving import pace
+from kvc2.moving.changes import Waiters
 from kvc2.moving.gpu_pools import GpuPool
 from kvc2.moving.mover import Mover
 from kvc2.moving.routes import Transferred
@@ -85,6 +86,16 @@ class Errand:
     of_keys: bool = False  # nothing of it can be computed: it is waited for until the deadline
 
 
+def view_of(index: _core.Index, errand: Errand) -> View:
+    """The errand's lease, as it is now."""
+    if errand.of_keys:
+        keys = index.key_lease(errand.lease)
+        found, held = np.count_nonzero(keys.found), keys.pages != _core.NO_PAGE
+        return View(int(found), int(np.count_nonzero(held)), keys.transfer)
+    lease = index.lease(errand.lease)
+    return View(lease.matched - lease.first_block, lease.pages.size, lease.transfer)
+
+
 class Loader:
     """All on the event loop. always: also what an engine would compute sooner."""
 
@@ -101,21 +112,11 @@ class Loader:
         self._index = index
         self._mover = mover
         self._metrics = metrics
-        self._waiters: list[asyncio.Future[None]] = []
         self.pools = pools
-        pools.on_served = self.changed
-
-    def changed(self) -> None:
-        """A transfer has ended or the arena has grown."""
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-
-    def until_changed(self) -> asyncio.Future[None]:
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        return waiter
+        waiters = Waiters()
+        self.changed = waiters.changed  # a transfer has ended, or the arena has grown
+        self.until_changed = waiters.until_changed
+        pools.on_served = waiters.changed
 
     async def until_idle(self) -> None:
         """Until no transfer is under way that somebody waits for."""
@@ -267,15 +268,7 @@ class Loader:
 
     def _held(self, errand: Errand) -> int:
         """Pages that the lease has."""
-        return self._view(errand).held
-
-    def _view(self, errand: Errand) -> View:
-        if errand.of_keys:
-            keys = self._index.key_lease(errand.lease)
-            found, held = np.count_nonzero(keys.found), keys.pages != _core.NO_PAGE
-            return View(int(found), int(np.count_nonzero(held)), keys.transfer)
-        lease = self._index.lease(errand.lease)
-        return View(lease.matched - lease.first_block, lease.pages.size, lease.transfer)
+        return view_of(self._index, errand).held
 
     def _take(self, errand: Errand) -> None:
         """Promote what a load has brought, while the lease is open and waits for it."""
@@ -296,7 +289,7 @@ class Loader:
 
     def _await_others(self, errand: Errand) -> None:
         """What the lease holds is there once the loads of others have brought it."""
-        transfer = self._view(errand).transfer
+        transfer = view_of(self._index, errand).transfer
         if transfer:
             errand.step, errand.own, errand.expected_s = self._mover.ended(transfer), False, 0.0
 
@@ -312,7 +305,7 @@ class Loader:
         pools = errand.to.pools
         if not isinstance(pools, LayoutOnDisk):
             return
-        view = self._view(errand)
+        view = view_of(self._index, errand)
         wanted = view.matched - view.held
         if wanted == 0:
             return

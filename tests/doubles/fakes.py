@@ -28,6 +28,7 @@ from kvc2.answers import (
     TierTokens,
     of_pages,
 )
+from kvc2.cache.cache import KeyedLayout
 from kvc2.cache.namespaces import Namespace, Owner
 from kvc2.cache.sessions import OpenLease, Session
 from kvc2.config import ServeConfig
@@ -102,6 +103,8 @@ class FakeCache:
         identity: bytes,
         ttl_s: int,
         owner: Owner,
+        *,
+        of: KeyedLayout | None = None,
     ) -> Namespace:
         if name not in self.names:
             self.names.append(name)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvc2 import answers
+from kvc2.client.client import lease_commit
 from kvc2.v1 import cache_pb2
 from kvc2.wire import from_message, packed, to_message, unpacked
 
@@ -21,7 +22,6 @@ KINDS: dict[type, Any] = {
     answers.TierTokens: cache_pb2.TierTokens,
     answers.Matched: cache_pb2.MatchResponse,
     answers.Acquired: cache_pb2.AcquireResponse,
-    answers.LeaseCommit: cache_pb2.LeaseCommit,
     answers.Committed: cache_pb2.CommitResponse,
     answers.Released: cache_pb2.ReleaseResponse,
     answers.Explained: cache_pb2.ExplainResponse,
@@ -133,7 +133,8 @@ def test_what_only_the_daemon_knows_stays_there() -> None:
 
 def test_arrays_of_other_integers_and_lists_go_as_u32() -> None:
     commit = answers.LeaseCommit(b"r", 0, [1, 2], np.array([3], np.int64))  # type: ignore[arg-type]
-    sent = to_message(commit, cache_pb2.LeaseCommit)
-    assert (sent.tokens, sent.pages) == (packed(np.array([1, 2])), b"\3\0\0\0")
+    sent = lease_commit(commit)
+    assert sent.tokens == packed(np.array([1, 2]))
+    assert [each.pages for each in sent.pages] == [b"\3\0\0\0"]
     assert unpacked(sent.tokens).tolist() == [1, 2]
     assert not unpacked(sent.tokens).flags.writeable
