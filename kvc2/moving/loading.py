@@ -113,7 +113,7 @@ class Loader:
         self._mover = mover
         self._metrics = metrics
         self.pools = pools
-        waiters = Waiters()
+        self._waiters = waiters = Waiters()
         self.changed = waiters.changed  # a transfer has ended, or the arena has grown
         self.until_changed = waiters.until_changed
         pools.on_served = waiters.changed

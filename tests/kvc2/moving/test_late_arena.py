@@ -115,7 +115,7 @@ async def until_in_cpu(cache: Cache, blocks: int) -> None:
 async def until_it_waits(cache: Cache, task: asyncio.Task[Any]) -> None:
     """For a change, with the slab full; or is over."""
     await until_in_cpu(cache, SLAB_PAGES)
-    while not (cache.leases._loader._waiters or task.done()):
+    while not (cache.leases._loader._waiters._waiting or task.done()):
         await asyncio.sleep(0)
 
 

@@ -52,7 +52,7 @@ def acquire(wire: Wire, **changes: Any) -> pb.AcquireRequest:
         ({"grants": 2 * grants(1)}, "INVALID_ARGUMENT", "grants"),
         ({"deadline_ms": 1 << 31}, "INVALID_ARGUMENT", "deadline_ms"),
         ({"namespace_id": 999}, "NOT_FOUND", "namespace_id"),
-        ({"keys": [b"x"]}, "UNIMPLEMENTED", "keys"),
+        ({"keys": [b"x"]}, "INVALID_ARGUMENT", "keys"),
         ({"extras": [pb.BlockExtras()]}, "UNIMPLEMENTED", "extras"),
         ({"session": pb.SessionRef()}, "FAILED_PRECONDITION", "attach again"),
         ({"tokens": bytes(64 << 20)}, "RESOURCE_EXHAUSTED", "message"),

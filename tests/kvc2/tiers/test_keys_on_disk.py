@@ -48,7 +48,7 @@ def records_of(keys: list[bytes], page_size: int) -> _core.Records:
 
 
 def tier_in(path: Path, arena: U8) -> DiskTier:
-    return DiskTier(DiskConfig.of_bytes(path, 16 << 20), arena, Metrics())
+    return DiskTier(path, DiskConfig.of_bytes(path, 16 << 20), arena, Metrics())
 
 
 def store(path: Path, shape: PageShape, arena: U8) -> None:
