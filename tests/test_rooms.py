@@ -85,7 +85,7 @@ FLOORS = {
         tier
         batch, rebuild
         beside, budget, pool, restart
-        catalogue, live, spaces_file
+        catalogue, live, names_file
         records
         lmdb_file, recency, slab_file
     """,

@@ -15,7 +15,6 @@ import hmac
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,17 +28,11 @@ from kvc2.moving.loading import Destination
 from kvc2.shares import SharedTable
 from kvc2.tiers.pools import LayoutPools
 
-T = TypeVar("T")
-
 HEARTBEAT_INTERVAL_S = 1.0
 EXPIRY_S = 3.0  # three heartbeats
 JOIN_S = 10.0  # for the side socket; an earlier session of the engine may have to end first
 INSTANCE_BYTES = 16
 SECRET_BYTES = 16
-
-
-def _future() -> asyncio.Future[T]:
-    return asyncio.get_running_loop().create_future()
 
 
 @dataclass(eq=False)
@@ -65,8 +58,12 @@ class OpenLease:
     poll: int = 0
     polled: Acquired | None = None
     bringing: asyncio.Task[None] | None = None
-    reply: asyncio.Future[Acquired] = field(default_factory=_future)
-    ended: asyncio.Future[None] = field(default_factory=_future)
+    reply: asyncio.Future[Acquired] = field(init=False)
+    ended: asyncio.Future[None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.reply, self.ended = loop.create_future(), loop.create_future()
 
     @property
     def is_open(self) -> bool:

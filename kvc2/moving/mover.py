@@ -29,7 +29,7 @@ import numpy as np
 from kvc2 import _core
 from kvc2.metrics import Metrics
 from kvc2.moving.gpu_pools import GpuPool
-from kvc2.moving.routes import NO_PAGES, Part, Route, Routes, Transferred, leading, none_of
+from kvc2.moving.routes import NO_PAGES, Part, Route, Routes, Transferred, none_of
 from kvc2.tiers.base import U8, U32, joined, part_of, records_of
 from kvc2.tiers.disk.batch import WriteBatch, Writing
 from kvc2.tiers.disk.tier import FAULT_OF_STATUS, Outcome
@@ -292,16 +292,14 @@ class Mover:
     ) -> Transferred:
         """What came is the index's now, and whoever waits is told. The result says too which pages
         moved blocks have left."""
-        route.measure(pools.shape, came)
+        counts = route.judge(pools.shape, came, [each.target_pages.size for each in transfers])
         if route.meter is not None:
             self._publish(route.source)
-        left, first = [NO_PAGES], 0
-        for each in transfers:
-            last = first + each.target_pages.size
-            good = leading(came.status[first:last])
-            left.append(self._complete(route, pools, each, good, came.asked))
-            first = last
-        return replace(came, left=np.concatenate(left))
+        left = [
+            self._complete(route, pools, each, good, came.asked)
+            for each, good in zip(transfers, counts, strict=True)
+        ]
+        return replace(came, left=np.concatenate([NO_PAGES, *left]))
 
     def _complete(
         self,

@@ -6,6 +6,7 @@ Not here: which copies there are (mover.py), what a part does (tiers/).
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -104,12 +105,16 @@ class Route:
             each.add_done_callback(ended)
         return carried
 
-    def measure(self, shape: PageShape, came: Transferred) -> None:
-        """Tell the meter of a copy that came whole."""
+    def judge(self, shape: PageShape, came: Transferred, sizes: Sequence[int]) -> list[int]:
+        """Tell the meter of a copy that came whole. Of each of the transfers of so many pages that
+        it carried: how many leading ones came."""
         if self.meter is not None and came.whole:
             page_bytes = shape.page_bytes if self.whole_pages else shape.payload_bytes
             num_bytes = came.status.size * page_bytes
             self.meter.saw(num_bytes, came.ended - came.began, came.began - came.asked)
+        ends = list(itertools.accumulate(sizes))
+        starts = [end - size for end, size in zip(ends, sizes, strict=True)]
+        return [leading(came.status[slice(*each)]) for each in zip(starts, ends, strict=True)]
 
     def _begin(self, work: Callable[[], Timed]) -> asyncio.Future[Timed]:
         loop = asyncio.get_running_loop()

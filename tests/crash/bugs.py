@@ -316,7 +316,7 @@ REBUILDS = (
         "            self._files.unlink(self.path)\n",
         "",
     ),
-    bug("namespaces not synced", "kvc2/tiers/disk/spaces_file.py", "        files.sync(fd)\n", ""),
+    bug("namespaces not synced", "kvc2/tiers/disk/names_file.py", "        files.sync(fd)\n", ""),
     bug(
         "a rebuild counts starts anew",
         REBUILD,

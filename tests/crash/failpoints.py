@@ -23,7 +23,7 @@ import kvc2.moving.batches
 import kvc2.server
 from kvc2.moving.disk_writer import DiskWriter
 from kvc2.moving.mover import Mover
-from kvc2.tiers.disk import catalogue, spaces_file
+from kvc2.tiers.disk import catalogue, names_file
 from kvc2.tiers.disk.beside import Beside
 from kvc2.tiers.disk.catalogue import Catalogue
 from kvc2.tiers.disk.live import LiveTable
@@ -58,7 +58,7 @@ FAILPOINTS: dict[str, tuple[Any, str, bool]] = {
     "deletes_taken": (DiskPool, "take", AFTER),
     "beside_saving": (Beside, "save", BEFORE),
     "table_begun": (LiveTable, "begin", AFTER),
-    "names_written": (spaces_file, "write", AFTER),
+    "names_written": (names_file, "write", AFTER),
     "beside_saved": (Beside, "save", AFTER),
     "committing": (Catalogue, "commit", BEFORE),
     "committed_not_whole": (Catalogue, "_keep_whole", BEFORE),

@@ -2,7 +2,7 @@
 
 It may know less than the catalogue, and never as alive what is dead there: each change is durable
 here before the catalogue's transaction, and of one that failed what it would have added is taken
-back. Not here: the files themselves (live.py, spaces_file.py), reading them (rebuild.py).
+back. Not here: the files themselves (live.py, names_file.py), reading them (rebuild.py).
 
 The writer's thread alone calls what changes something.
 """
@@ -16,7 +16,7 @@ import numpy as np
 
 from kvc2 import _core
 from kvc2.tiers.base import U32, PageShape
-from kvc2.tiers.disk import spaces_file
+from kvc2.tiers.disk import names_file
 from kvc2.tiers.disk.catalogue import Catalogue, Change
 from kvc2.tiers.disk.live import LiveTable
 from kvc2.tiers.disk.records import Stored
@@ -37,7 +37,7 @@ class Beside:
         self._files = files
         self._tables: dict[int, LiveTable] = {}
         self._revision = -1  # of the catalogue's namespaces, as they are in the file
-        names = spaces_file.read(path / "namespaces") or spaces_file.Names()
+        names = names_file.read(path / "namespaces") or names_file.Names()
         for name, era in names.eras.items():
             catalogue.raise_era(name, era)
 
@@ -89,9 +89,9 @@ class Beside:
         revision, path = self._catalogue.revision, self._path / "namespaces"
         if revision == self._revision:
             return True
-        names = spaces_file.Names(dict(self._catalogue.namespaces), dict(self._catalogue.eras))
+        names = names_file.Names(dict(self._catalogue.namespaces), dict(self._catalogue.eras))
         try:
-            spaces_file.write(path, names, self._names_bytes, self._files)
+            names_file.write(path, names, self._names_bytes, self._files)
         except OSError as error:
             LOG.warning("disk: %s: %s; without it nothing can be rebuilt", path, error)
             self._files.unlink(path)

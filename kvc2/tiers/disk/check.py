@@ -21,7 +21,7 @@ import numpy as np
 from kvc2 import _core
 from kvc2.namespace import of_era
 from kvc2.tiers.base import U8, U32, PageShape
-from kvc2.tiers.disk import live, rebuild, restart, spaces_file
+from kvc2.tiers.disk import live, names_file, rebuild, restart
 from kvc2.tiers.disk.catalogue import DATA_FILE, SLACK_BYTES_MIN, Catalogue
 from kvc2.tiers.disk.lmdb_file import Damaged
 from kvc2.tiers.disk.pool import READ_FAILED, DiskPool
@@ -239,7 +239,7 @@ class _Checker:
         path = self._path / "namespaces"
         if not path.exists():
             return
-        names = spaces_file.read(path)
+        names = names_file.read(path)
         eras = self._catalogue.eras.items()
         if names is None or any(names.eras.get(name, 0) < era for name, era in eras):
             self._report.damage["namespaces"] += 1

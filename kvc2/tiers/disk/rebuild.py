@@ -2,7 +2,7 @@
 
 A header proves what its page holds; that the block is still there, not evicted, its generation in
 the layout's table (live.py); that its namespace wasn't invalidated, the list of names
-(spaces_file.py). All three or it is no record: what one of them has lost is a miss. Payloads are
+(names_file.py). All three or it is no record: what one of them has lost is a miss. Payloads are
 verified when they are loaded, as ever. It is built aside and becomes the catalogue by a rename.
 Not here: when it is asked for (disk.py).
 """
@@ -24,7 +24,7 @@ from kvc2 import _core
 from kvc2.metrics import Metrics
 from kvc2.namespace import of_era
 from kvc2.tiers.base import U8, U32, PageShape
-from kvc2.tiers.disk import budget, live, spaces_file
+from kvc2.tiers.disk import budget, live, names_file
 from kvc2.tiers.disk.catalogue import (
     DATA_FILE,
     Catalogue,
@@ -46,7 +46,7 @@ class Layouts:
     """What lies beside a catalogue: tables by layout digest, and the names; None: no such list."""
 
     tables: dict[bytes, live.Found]
-    names: spaces_file.Names | None
+    names: names_file.Names | None
 
     @property
     def starts(self) -> int:
@@ -56,7 +56,7 @@ class Layouts:
 
 def look(path: Path) -> Layouts:
     """What a rebuild of this directory would go by. Raises StartRefused for unknown formats."""
-    names = spaces_file.read(path / "namespaces")
+    names = names_file.read(path / "namespaces")
     tables: dict[bytes, live.Found] = {}
     numbers: set[int] = set()
     folder = path / "live"
@@ -169,15 +169,15 @@ def _fill(
     path: Path,
     catalogue: Catalogue,
     tables: dict[bytes, live.Found],
-    names: spaces_file.Names,
+    names: names_file.Names,
     files: Files,
 ) -> int:
     for name, era in names.eras.items():
         catalogue.raise_era(name, era)
-    spaces = {}
+    page_sizes = {}
     for name, entry in names.namespaces.items():
         if catalogue.add_namespace(name, entry):
-            spaces[of_era(name, names.eras.get(name, 0))] = entry.page_size
+            page_sizes[of_era(name, names.eras.get(name, 0))] = entry.page_size
     for found in tables.values():
         catalogue.adopt_layout(found.number, found.shape)
     catalogue.commit(Change())
@@ -193,7 +193,7 @@ def _fill(
                 slabs.add(number)
             room += len(whole) * room_bytes(found.shape)
             catalogue.make_room(room)
-            for batch in _batches(slabs, found, spaces):
+            for batch in _batches(slabs, found, page_sizes):
                 catalogue.commit(Change(inserts=batch))
                 count += len(batch)
         finally:
@@ -202,11 +202,11 @@ def _fill(
 
 
 def _batches(
-    slabs: SlabFiles, found: live.Found, spaces: dict[bytes, int]
+    slabs: SlabFiles, found: live.Found, page_sizes: dict[bytes, int]
 ) -> Iterator[list[tuple[bytes, bytes]]]:
     """Records of blocks whose header, generation and namespace say that they are there."""
     shape = found.shape
-    alive = {bytes(name) for name, page_size in spaces.items() if page_size == shape.page_size}
+    alive = {bytes(name) for name, page_size in page_sizes.items() if page_size == shape.page_size}
     pages = np.flatnonzero(found.generations).astype(np.uint32)
     pages = pages[np.isin(pages // shape.pages_per_slab, slabs.numbers())]
     memory = aligned(PART_PAGES * live.SECTOR)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kvc2.tiers.base import PageShape
-from kvc2.tiers.disk import spaces_file
+from kvc2.tiers.disk import names_file
 from kvc2.tiers.disk.catalogue import SLACK_BYTES_MIN, Catalogue, Change
 from kvc2.tiers.disk.lmdb_file import Damaged
 from kvc2.tiers.disk.records import (
@@ -194,8 +194,8 @@ def test_a_namespace_keeps_how_its_blocks_are_named(tmp_path: Path) -> None:
         b"k" * 32: NamespaceEntry(512, b"{}", opaque=True),
     }
     assert [each.word for each in entries.values()] == [16, 512 | 1 << 16]
-    spaces_file.write(tmp_path / "namespaces", spaces_file.Names(entries), 4096, Files())
-    found = spaces_file.read(tmp_path / "namespaces")
+    names_file.write(tmp_path / "namespaces", names_file.Names(entries), 4096, Files())
+    found = names_file.read(tmp_path / "namespaces")
     assert found is not None
     assert found.namespaces == entries
     catalogue = Catalogue(tmp_path / "catalogue", SLACK_BYTES_MIN)
