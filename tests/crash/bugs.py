@@ -281,8 +281,8 @@ REBUILDS = (
     bug(
         "an invalidated namespace is rebuilt",
         REBUILD,
-        "            spaces[of_era(name, names.eras.get(name, 0))] = entry.page_size\n",
-        "            spaces[name] = entry.page_size\n            catalogue.eras.clear()\n",
+        "            page_sizes[of_era(name, names.eras.get(name, 0))] = entry.page_size\n",
+        "            page_sizes[name] = entry.page_size\n            catalogue.eras.clear()\n",
     ),
     bug(
         "an Invalidate answers before the list is written",
