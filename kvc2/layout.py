@@ -219,6 +219,14 @@ def check_page_size(field: str, page_size: int) -> None:
         raise errors.InvalidRequest(field, page_size, f"a power of two from 1 to {PAGE_SIZE_MAX}")
 
 
+def block_size(engine_block: int) -> int:
+    """The tokens of a block of ours for an engine whose blocks have so many: the largest power of
+    two that divides it, at most PAGE_SIZE_MAX. A block of the engine's is then several of ours."""
+    if engine_block < 1:
+        raise errors.InvalidRequest("engine_block", engine_block, "at least 1 token")
+    return min(engine_block & -engine_block, PAGE_SIZE_MAX)
+
+
 @dataclass(frozen=True)
 class SlabShape:
     slab_bytes: int

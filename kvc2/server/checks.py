@@ -6,11 +6,14 @@ ranges but checks ownership (a page of another lease) itself.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
 from numpy.typing import NDArray
 
 from kvc2 import errors
@@ -48,14 +51,43 @@ class Asking(Protocol):
 
 def message(kind: type[M], data: bytes) -> M:
     """The message of that kind. Raises InvalidRequest, which quotes none of the bytes: there may be
-    a secret among them."""
+    a secret among them; also for a field that this version of the wire doesn't have, since what it
+    asks for would not be done."""
     try:
-        return kind.FromString(data)
+        found = kind.FromString(data)
     except DecodeError as error:
         name = kind.DESCRIPTOR.full_name
         raise errors.InvalidRequest(
             name, f"{len(data)} bytes", f"no such message: {error}"
         ) from None
+    if (unknown := unknown_field(found)) is not None:
+        raise errors.InvalidRequest(*unknown, "a field that this daemon's version of the wire has")
+    return found
+
+
+def unknown_field(message: Message) -> tuple[str, str] | None:
+    """Where the message, or one right in it, has a field that its kind doesn't know, and that
+    field's number."""
+    parts = [message]
+    for name, repeated in _inner(message.DESCRIPTOR):
+        if repeated:
+            parts += getattr(message, name)
+        elif message.HasField(name):
+            parts.append(getattr(message, name))
+    for each in parts:
+        if len(unknown := UnknownFieldSet(each)):
+            return each.DESCRIPTOR.full_name, f"field {unknown[0].field_number}"
+    return None
+
+
+@functools.cache
+def _inner(kind: Descriptor) -> tuple[tuple[str, bool], ...]:
+    """Its fields that are messages themselves, and whether there may be several."""
+    return tuple(
+        (each.name, each.is_repeated)
+        for each in kind.fields
+        if each.message_type is not None and not each.message_type.GetOptions().map_entry
+    )
 
 
 def array(field: str, data: bytes, most: int) -> NDArray[np.uint32]:

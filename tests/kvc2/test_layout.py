@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvc2.errors import InvalidRequest
-from kvc2.layout import REPLICATED, Layout, Segment, layer_major, slab_shape
+from kvc2.layout import (
+    PAGE_SIZE_MAX,
+    REPLICATED,
+    Layout,
+    Segment,
+    block_size,
+    check_page_size,
+    layer_major,
+    slab_shape,
+)
 from kvc2.v1 import cache_pb2
 
 
@@ -123,3 +132,11 @@ def test_a_row_is_what_lies_side_by_side() -> None:
     told.row_bytes = 64
     with pytest.raises(InvalidRequest, match=r"layout\.row_bytes"):
         Layout.from_proto(told)
+
+
+@given(st.integers(1, 1 << 20))
+def test_a_block_of_ours_divides_any_engine_s(tokens: int) -> None:
+    found = block_size(tokens)
+    check_page_size("page_size", found)
+    assert tokens % found == 0
+    assert found == PAGE_SIZE_MAX or tokens % (2 * found)

@@ -256,6 +256,18 @@ def test_reserved_fields_of_a_pool_are_refused_by_name(
     assert (status, f"hello.pools[0].{field}" in words) == ("UNIMPLEMENTED", True), words
 
 
+def test_a_field_of_a_later_version_is_refused_by_its_number(wire: Wire) -> None:
+    """It asks for something that would not be done. Also deep in a message."""
+    later = b"\xf8\x06\x01"  # field 111, a varint
+    head = pb.SessionRef.FromString(wire.head.SerializeToString() + later)
+    for request in (
+        pb.AcquireRequest.FromString(acquire(wire).SerializeToString() + later),
+        acquire(wire, session=head),
+    ):
+        status, words = wire.refusal("Acquire", request)
+        assert (status, "field 111" in words) == ("INVALID_ARGUMENT", True), words
+
+
 def test_a_client_learns_the_version_and_the_limits(served: ServedDaemon) -> None:
     """The version is the highest that both speak; what it may ask for needs no copied constant."""
     with Wire(served.address) as wire:
