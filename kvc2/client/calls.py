@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, get_args
 
@@ -21,6 +22,7 @@ from kvc2.answers import (
     Explained,
     Hints,
     LeaseCommit,
+    Limits,
     Matched,
     Released,
 )
@@ -79,6 +81,9 @@ class CacheClient(Protocol):
     def wait_layer(self, transfer: int, layer: int, timeout_s: float) -> bool: ...
 
     def wait_attached(self, timeout_s: float) -> bool: ...
+
+    @property
+    def limits(self) -> Limits: ...
 
     def share(self) -> Share: ...
 
@@ -242,6 +247,8 @@ class Calls:
             return error
 
     def _open_namespace(self, tenant: str, salt: bytes) -> Any:
+        with suppress(errors.Detached):
+            self._namespaces.most = self.client.limits.max_namespaces
         return self.client.open_namespace(self._config.identity, tenant, salt)
 
     def _commit(self, session: int, batch: Batch, wanted: int, prefill_rate: float) -> None:

@@ -19,7 +19,6 @@ from kvc2.layout import Layout
 from kvc2.v1 import cache_pb2
 from kvc2.wire import from_message, packed, to_message
 
-ACQUIRE_DEADLINE_S = 2.0  # the daemon's default
 ACQUIRE_MARGIN_S = 1.0  # the daemon answers at its deadline; then it is silent
 DURABLE_S = 60.0  # a commit that waits for the disk
 
@@ -173,7 +172,9 @@ class Client:
     ) -> answers.Acquired:
         connection = self._keeper.current()
         request.session.CopyFrom(connection.head)
-        wait_s = (ACQUIRE_DEADLINE_S if deadline_s is None else deadline_s) + ACQUIRE_MARGIN_S
+        if deadline_s is None:
+            deadline_s = connection.limits.acquire_deadline_ms / 1000
+        wait_s = deadline_s + ACQUIRE_MARGIN_S
         try:
             answer = self._keeper.call_in(connection, namespace, "Acquire", request, wait_s)
         except errors.Detached:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import grpc
@@ -164,7 +165,7 @@ class Connection:
     def heartbeat_s(self) -> float:
         return max(0.05, self._attached.heartbeat_interval_ms / 1000)
 
-    @property
+    @cached_property
     def limits(self) -> Limits:
         """What one call may be, as the daemon told."""
         return from_message(Limits, self._attached.limits)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from kvc2.client.counters import Counters
 from kvc2.shares import SharedTable
 
-NAMESPACES_MAX = 1024  # whose handles are kept, the daemon's default of a session
+NAMESPACES_MAX = 1024  # whose handles are kept until a daemon has said how many a session may open
 
 
 class Caller(Protocol):
@@ -30,11 +30,12 @@ class Caller(Protocol):
 
 
 class Namespaces:
-    """Handles by caller; `make` opens one. Threads may share it."""
+    """Handles by caller, `most` of them; `make` opens one. Threads may share it."""
 
     def __init__(self, make: Callable[[str, bytes], Any], counters: Counters) -> None:
         self._make = make
         self._counters = counters
+        self.most = NAMESPACES_MAX
         self._lock = threading.Lock()
         self._handles: SharedTable[str, Caller, Any] = SharedTable()
 
@@ -47,7 +48,7 @@ class Namespaces:
             return known
         opened = self._make(caller.tenant, caller.salt)
         with self._lock:
-            if len(self._handles) >= NAMESPACES_MAX and caller not in self._handles:
+            if len(self._handles) >= self.most and caller not in self._handles:
                 self._handles.drop(next(self._handles.victims(caller.tenant)))
                 self._counters.salt_let_go()
             self._handles.put(caller.tenant, caller, opened)

@@ -18,6 +18,7 @@ from kvc2.answers import (
     Explained,
     Hints,
     LeaseCommit,
+    Limits,
     Matched,
     Released,
     TierBlocks,
@@ -62,6 +63,7 @@ class SmallDaemon:
         self.refuse = False
         self.engine: Engine | None = None
         self.computing_extra = 0
+        self.max_namespaces = 1024
 
     # sessions
 
@@ -198,6 +200,10 @@ class SmallDaemon:
         if request_id not in self.found:
             raise errors.NotFound("request_id", request_id, "a recent one")
         return self.found[request_id]
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(1 << 20, 4096, self.max_namespaces, 1024, 1 << 16, 4096, 1 << 24, 2000)
 
     def wait_attached(self, timeout_s: float) -> bool:
         return self.fault is None

@@ -273,9 +273,9 @@ def test_callers_share_nothing() -> None:
         assert asked.tokens == expected_tokens(prompt(30), 2)
 
 
-def test_salts_end_nobodys_caching(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvc2.client.namespaces.NAMESPACES_MAX", 8)
+def test_salts_end_nobodys_caching() -> None:
     house = build(256)
+    house.daemon.max_namespaces = 8
 
     def matched(caller: Caller) -> list[int]:
         asked = [house.ask(prompt(9), 1, caller=caller) for _ in range(2)]
