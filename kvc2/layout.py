@@ -235,7 +235,8 @@ class SlabShape:
 
 def slab_shape(page_bytes: int, slab_bytes: int) -> SlabShape:
     """The smallest multiple of slab_bytes of which pages of page_bytes leave at most 5 % unused."""
-    for multiple in range(1, page_bytes * 20 // slab_bytes + 2):
+    fits = -(-page_bytes // slab_bytes)  # the first that holds a page
+    for multiple in range(max(1, fits), page_bytes * 20 // slab_bytes + 2):
         size = multiple * slab_bytes
         pages = size // page_bytes
         if pages and size - pages * page_bytes <= SLAB_TAIL_MAX * size:

@@ -97,6 +97,7 @@ class SessionCalls:
         if gone is None:
             raise errors.LimitReached("limits.max_namespaces", most, "have open leases")
         session.namespaces.drop(gone)
+        session.layouts.pop(gone, None)
 
     async def Match(self, request: cache_pb2.MatchRequest) -> cache_pb2.MatchResponse:
         session = self._callers.session(request.session)

@@ -89,7 +89,7 @@ def namespaces(folder: Path) -> None:
         assert [ask(client, each) for each in handles] == [0] * 10
         assert [ask(client, each) for each in handles] == [3 * PAGE_SIZE] * 10  # each anew
         session = next(iter(served.daemon.attachments.table))
-        assert len(session.namespaces) == 3
+        assert len(session.namespaces) == len(session.layouts) == 3
         for n, each in enumerate(handles[:3]):  # all three are in use
             client.acquire(each, b"open %d" % n, TOKENS)
         refused(lambda: ask(client, handles[5]), LimitReached, "limits.max_namespaces = 3")
