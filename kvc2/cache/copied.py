@@ -14,28 +14,50 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvc2 import _core, errors
-from kvc2.answers import NO_ROOM, U8, U32
+from kvc2.answers import NO_HINTS, NO_PAGES, NO_ROOM, U8, U32
 from kvc2.cache.namespaces import Namespace
-from kvc2.cache.sessions import Session
+from kvc2.cache.sessions import OpenLease, Session
 from kvc2.moving.gpu_pools import GpuPool
 from kvc2.moving.routes import Part, Route
-from kvc2.tiers.pools import Pools
+from kvc2.tiers.pools import LayoutPools, Pools
 
 
 @dataclass(frozen=True)
 class CopiedBlocks:
     """Blocks [first_block, first_block + k) of a prompt of this namespace: `tokens` [k * page_size]
-    and the session's `pages` [k] that hold them. `lease`: the index's, of a lease in the arena;
-    None: the tokens begin with the prompt's first block. Or blocks of opaque `keys` [k]."""
+    and the session's `pages` [k] that hold them. `lease`: one in the arena; None: the tokens begin
+    with the prompt's first block. Or blocks of opaque `keys` [k]."""
 
     namespace: Namespace
     first_block: int
     tokens: U32
     pages: U32
-    lease: int | None = None
+    lease: OpenLease | None = None
     keys: tuple[bytes, ...] = ()
+
+    def cut(self, chosen: NDArray[np.intp]) -> tuple[U32, list[bytes]]:
+        """Tokens or keys of the blocks at these places, which for tokens are the last ones."""
+        if self.keys:
+            return NO_PAGES, [self.keys[each] for each in chosen.tolist()]
+        size = self.namespace.page_size
+        first = int(chosen[0]) if chosen.size else 0
+        tokens = self.tokens[first * size : (first + chosen.size) * size]
+        return np.ascontiguousarray(tokens, np.uint32), []
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """What is under way: those of the blocks at `chosen` [n] go into the cpu pool's `granted` [n],
+    and are then committed in this lease of the index."""
+
+    blocks: CopiedBlocks
+    lease: int
+    number: int
+    chosen: NDArray[np.intp]
+    granted: U32
 
 
 @dataclass(frozen=True)
@@ -72,102 +94,117 @@ class CopiedCommits:
         self._route.threads.shutdown(wait=True, cancel_futures=True)
 
     async def store(self, session: Session, blocks: CopiedBlocks) -> Stored:
-        """Answers when the bytes are in the arena. It goes on when its caller doesn't wait any
-        more. Raises SessionOver, and InvalidRequest for a namespace of another layout."""
+        """Answers when the bytes are in the arena. What its caller doesn't wait for any more is
+        not committed. Raises SessionOver, NotFound for a namespace that was let go of, and
+        InvalidRequest for one of another layout."""
         gpu = session.mapped_pool()
         self._tick()
-        if session.layouts[blocks.namespace.id] is not gpu.pools or not gpu.pools.chain:
-            raise errors.InvalidRequest(
-                "copied", True, "a namespace of the pool's layout, and a daemon with a cpu tier"
-            )
-        if blocks.keys:
-            return await self._store_keys(gpu, blocks)
-        lease, held, opened = self._lease(blocks, gpu.pools.cpu.id)
+        self._check_pools(session, blocks, gpu)
+        lease, number, results = self._lease(blocks, gpu.pools.cpu.id)
+        opened = blocks.lease is None
         try:
-            task = asyncio.ensure_future(self._copy(gpu, blocks, lease, held))
-            stored = await asyncio.shield(task)
+            # all that is decided here is decided before anything waits
+            lacking = np.flatnonzero(results == NO_ROOM)
+            granted = self._grant(gpu.pools, lacking.size, number)
+            copy = _Copy(blocks, lease, number, lacking[: granted.size], granted)
+            await asyncio.shield(asyncio.ensure_future(self._carry_out(gpu, copy, results)))
         except BaseException:
             if opened:
-                self._index.release(lease)
+                self._index.release_all(np.array([lease], np.uint64))
             raise
         self._wake()
-        known = np.full(held, _core.DUPLICATE, np.uint8)
-        return Stored(np.concatenate([known, stored]), lease, opened)
+        return Stored(results, lease, opened)
 
-    def _lease(self, blocks: CopiedBlocks, cpu: int) -> tuple[int, int, bool]:
-        """The lease that the blocks are committed in, how many of them it has already, and whether
-        it was opened for this."""
+    def _check_pools(self, session: Session, blocks: CopiedBlocks, gpu: GpuPool) -> None:
         if blocks.lease is not None:
-            return blocks.lease, 0, False
+            pools: LayoutPools | None = blocks.lease.to.pools
+        else:
+            pools = session.layouts.get(blocks.namespace.id)
+        if pools is None:  # while an earlier commit of the call was copied
+            wire_id, allowed = blocks.namespace.id + 1, "opened by this session with OpenNamespace"
+            raise errors.NotFound("namespace_id", wire_id, allowed)
+        if pools is not gpu.pools or not pools.chain:
+            allowed = "a namespace of the pool's layout, and a daemon with a cpu tier"
+            raise errors.InvalidRequest("copied", True, allowed)
+
+    def _lease(self, blocks: CopiedBlocks, cpu: int) -> tuple[int, int, U8]:
+        """The index's lease that they are committed in; its namespace's number, which is no other's
+        while the lease is open; results [k], NO_ROOM of those whose bytes are to be copied."""
+        results = np.full(blocks.pages.size, NO_ROOM, np.uint8)
+        if (lease := blocks.lease) is not None:
+            if not lease.is_open:
+                results[:] = _core.REFUSED
+            elif blocks.keys:
+                found = self._index.match_keys(lease.number, cpu, list(blocks.keys))
+                results[found == 1] = _core.DUPLICATE
+            else:
+                self._commit_again(lease.id, blocks, results)
+            return lease.id, lease.number, results
+        number, hints = blocks.namespace.number, blocks.namespace.hints(NO_HINTS)
+        if blocks.keys:
+            of_keys = self._index.acquire_keys(number, cpu, list(blocks.keys), hints)
+            results[of_keys.pages != _core.NO_PAGE] = _core.DUPLICATE
+            return of_keys.id, number, results
         tokens = np.ascontiguousarray(blocks.tokens, np.uint32)
-        opened = self._index.acquire(blocks.namespace.number, cpu, tokens, blocks.pages.size)
-        self._index.shorten(opened.id, 0)  # what isn't in memory comes from the client
-        return opened.id, opened.pages.size, True
+        of_tokens = self._index.acquire(number, cpu, tokens, blocks.pages.size, hints)
+        self._index.shorten(of_tokens.id, 0)  # what isn't in memory comes from the client
+        results[: of_tokens.pages.size] = _core.DUPLICATE
+        return of_tokens.id, number, results
 
-    async def _copy(self, gpu: GpuPool, blocks: CopiedBlocks, lease: int, held: int) -> U8:
-        """Results of the blocks after the first `held`."""
-        pages = blocks.pages[held:]
-        granted = await self._into_arena(gpu, blocks, pages)
-        results = np.full(pages.size, NO_ROOM, np.uint8)
-        results[: granted.size] = self._commit(blocks, lease, held, granted)
-        refused = granted[results[: granted.size] == _core.REFUSED]
-        if refused.size:  # a duplicate's page is free with the lease's end
-            self._index.give_back(gpu.pools.cpu.id, refused)
-        return results
-
-    async def _into_arena(self, gpu: GpuPool, blocks: CopiedBlocks, pages: U32) -> U32:
-        """Private pages of the cpu pool that hold what is in these of the session; fewer where
-        there is no room. Raises SessionOver."""
-        pools = gpu.pools
-        self._pools.make_room(pools, pages.size)
-        granted = self._index.grant(pools.cpu.id, pages.size, blocks.namespace.number)
-        if not granted.size:
-            return granted
-        read = partial(gpu.read, pages[: granted.size], pools.cpu.store.offsets(granted))
-        async with gpu.demoting:  # while this reads its memory, it stays mapped
-            came = await self._route.carry([Part(granted.size, read)], time.monotonic)
-            whole = came.whole and await gpu.holds()
-        if not whole:
-            self._index.give_back(pools.cpu.id, granted)
-            raise errors.SessionOver("the session ended while its pages were copied")
-        return granted
-
-    async def _store_keys(self, gpu: GpuPool, blocks: CopiedBlocks) -> Stored:
-        results = await asyncio.shield(asyncio.ensure_future(self._copy_keys(gpu, blocks)))
-        self._wake()
-        if blocks.lease is not None:
-            return Stored(results, blocks.lease, opened=False)
-        opened = self._index.acquire_keys(
-            blocks.namespace.number, gpu.pools.cpu.id, list(blocks.keys)
+    def _commit_again(self, lease: int, blocks: CopiedBlocks, results: U8) -> None:
+        """What the lease has of them, as it may of a call that comes again, stays as it is."""
+        view = self._index.lease(lease)
+        skipped = blocks.first_block - view.first_block
+        held = view.pages[skipped : skipped + results.size] if skipped >= 0 else NO_PAGES
+        if not held.size:
+            return
+        tokens = np.ascontiguousarray(
+            blocks.tokens[: held.size * blocks.namespace.page_size], np.uint32
         )
-        return Stored(results, opened.id, opened=True)
+        again = self._index.commit(lease, blocks.first_block, tokens, held)
+        results[: held.size] = again
+        if (again == _core.REFUSED).any():  # it is another prompt's from there on
+            results[held.size :] = _core.REFUSED
 
-    async def _copy_keys(self, gpu: GpuPool, blocks: CopiedBlocks) -> U8:
-        """Results by key. What is in memory already isn't copied again."""
-        number, pool = blocks.namespace.number, gpu.pools.cpu.id
-        lacking = np.flatnonzero(self._index.match_keys(number, pool, list(blocks.keys)) != 1)
-        results = np.full(len(blocks.keys), _core.DUPLICATE, np.uint8)
-        results[lacking] = NO_ROOM
-        granted = await self._into_arena(gpu, blocks, blocks.pages[lacking])
-        taken = lacking[: granted.size]
-        keys = [blocks.keys[each] for each in taken.tolist()]
-        try:
-            results[taken] = self._index.commit_keys(
-                number, pool, keys, granted, lease=blocks.lease
-            )
-        except KeyError:  # the lease was released meanwhile
-            results[taken] = _core.REFUSED
-        unused = granted[results[taken] != _core.ADOPTED]
+    def _grant(self, pools: LayoutPools, pages: int, number: int) -> U32:
+        """Private pages of the cpu pool; fewer where there is no room."""
+        if not pages:
+            return NO_PAGES
+        self._pools.make_room(pools, pages)
+        return self._index.grant(pools.cpu.id, pages, number)
+
+    async def _carry_out(self, gpu: GpuPool, copy: _Copy, results: U8) -> None:
+        """Into `results`. Pages that no block has then are free again. Raises SessionOver."""
+        granted, cpu = copy.granted, gpu.pools.cpu.id
+        if not granted.size:
+            return
+        if not await self._into_arena(gpu, copy):
+            self._index.give_back(cpu, granted)
+            raise errors.SessionOver("the session ended while its pages were copied")
+        answers = self._commit(cpu, copy)
+        results[copy.chosen] = answers
+        # of tokens, a duplicate's page is the lease's until its end
+        kept = (_core.ADOPTED,) if copy.blocks.keys else (_core.ADOPTED, _core.DUPLICATE)
+        unused = granted[~np.isin(answers, kept)]
         if unused.size:
-            self._index.give_back(pool, unused)
-        return results
+            self._index.give_back(cpu, unused)
 
-    def _commit(self, blocks: CopiedBlocks, lease: int, held: int, granted: U32) -> U8:
-        size = blocks.namespace.page_size
-        tokens = blocks.tokens[held * size : (held + granted.size) * size]
+    async def _into_arena(self, gpu: GpuPool, copy: _Copy) -> bool:
+        """Whether the granted pages hold what the session's had."""
+        pages = copy.blocks.pages[copy.chosen]
+        read = partial(gpu.read, pages, gpu.pools.cpu.store.offsets(copy.granted))
+        async with gpu.demoting:  # while this reads its memory, it stays mapped
+            came = await self._route.carry([Part(pages.size, read)], time.monotonic)
+            return came.whole and await gpu.holds()
+
+    def _commit(self, cpu: int, copy: _Copy) -> U8:
+        tokens, keys = copy.blocks.cut(copy.chosen)
         try:
-            return self._index.commit(
-                lease, blocks.first_block + held, np.ascontiguousarray(tokens, np.uint32), granted
-            )
-        except KeyError:  # it was released meanwhile
-            return np.full(granted.size, _core.REFUSED, np.uint8)
+            if keys:
+                return self._index.commit_keys(
+                    copy.number, cpu, keys, copy.granted, lease=copy.lease
+                )
+            first = copy.blocks.first_block + int(copy.chosen[0])
+            return self._index.commit(copy.lease, first, tokens, copy.granted)
+        except KeyError:  # the lease ended meanwhile
+            return np.full(copy.granted.size, _core.REFUSED, np.uint8)

@@ -80,7 +80,8 @@ class Leases:
         )
         found = Found(opened.explanation, to.tiers)
         self._explainer.keep(session.epoch, namespace, request_id, len(tokens), found)
-        return await self._bring(session, OpenLease(request_id, opened.id, namespace, to), terms)
+        lease = OpenLease(request_id, opened.id, namespace, namespace.number, to)
+        return await self._bring(session, lease, terms)
 
     async def acquire_keys(
         self,
@@ -102,7 +103,8 @@ class Leases:
         self._tick()
         hints = namespace.hints(terms.hints)
         opened = self._index.acquire_keys(namespace.number, to.pool, keys, hints)
-        return await self._bring(session, OpenLease(request_id, opened.id, namespace, to), terms)
+        lease = OpenLease(request_id, opened.id, namespace, namespace.number, to)
+        return await self._bring(session, lease, terms)
 
     async def _bring(self, session: Session, lease: OpenLease, terms: Terms) -> Acquired:
         """What becomes of a lease that was opened just now: its answer."""

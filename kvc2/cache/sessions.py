@@ -54,6 +54,7 @@ class OpenLease:
     request_id: bytes
     id: int  # the index's
     namespace: Namespace
+    number: int  # the index's, of the namespace's era then
     to: Destination
     poll: int = 0
     polled: Acquired | None = None
@@ -107,6 +108,11 @@ class Session:
     @property
     def state(self) -> SessionState:
         return self.life.state
+
+    def let_go(self, namespace_id: int) -> None:
+        """Of a namespace that it has open, or was about to have."""
+        self.namespaces.drop(namespace_id)
+        self.layouts.pop(namespace_id, None)
 
     def mapped_pool(self) -> GpuPool:
         """Raises SessionOver when the session has no pool yet, or has none any more."""

@@ -10,8 +10,6 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 
-import numpy as np
-
 from kvc2 import _core
 from kvc2.answers import Evicted, Flushed, Invalidated
 from kvc2.cache.counts import Counts
@@ -63,22 +61,22 @@ class Whole:
         await self._background.drained(deadline_s)
         if not isinstance(gpu.pools, LayoutOnDisk):
             return False
-        if not all(self._is_in(gpu.pools.disk.id, lease) for lease in leases):
+        if not all(self._is_on_disk(gpu.pools, lease) for lease in leases):
             return False
         return await self._background.synced()
 
-    def _is_in(self, disk: int, lease: int) -> bool:
+    def _is_on_disk(self, pools: LayoutOnDisk, lease: int) -> bool:
         try:
-            return self._index.held_in(lease, disk) == self._held(lease)
+            return self._index.held_in(lease, pools.disk.id) == self._held(pools, lease)
         except KeyError:  # it was released while this waited: nothing keeps its blocks
             return False
 
-    def _held(self, lease: int) -> int:
-        """Blocks that it has pages of: of a prompt, or of keys."""
+    def _held(self, pools: LayoutOnDisk, lease: int) -> int:
+        """Blocks that it has pages of: of a prompt, or of keys, with those that it has stored."""
         try:
             return self._index.lease(lease).pages.size
         except KeyError:
-            return int(np.count_nonzero(self._index.key_lease(lease).arrived))
+            return self._index.held_in(lease, pools.cpu.id)
 
     async def flush(self, deadline_s: float) -> Flushed:
         """Copy what is committed towards the disk until all of it is there or the time is over."""

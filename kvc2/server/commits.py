@@ -122,9 +122,9 @@ class Commits:
         return done
 
     async def _copy(self, session: Session, each: Checked, done: Done) -> None:
-        lease = None if each.lease is None else each.lease.id
+        asked = each.asked
         blocks = CopiedBlocks(
-            each.namespace, each.first_block, each.asked.tokens, each.pages, lease, each.asked.keys
+            each.namespace, each.first_block, asked.tokens, each.pages, each.lease, asked.keys
         )
         stored = await self._cache.copied.store(session, blocks)
         done.results.append(stored.results)

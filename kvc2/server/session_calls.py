@@ -18,7 +18,7 @@ from kvc2.answers import (
     shorter,
 )
 from kvc2.cache.cache import Cache, KeyedLayout
-from kvc2.cache.namespaces import Owner
+from kvc2.cache.namespaces import Namespace, Owner
 from kvc2.cache.sessions import Session
 from kvc2.config import DEFAULT_TENANT, ServeConfig
 from kvc2.layout import Layout
@@ -72,7 +72,7 @@ class SessionCalls:
         owner = Owner(tenant or DEFAULT_TENANT, request.salt, quota)
         namespace = self._cache.open_namespace(session, name, request.identity, ttl_s, owner, of=of)
         if namespace.id not in session.namespaces:
-            self._make_room(session, owner.tenant)
+            self._make_room(session, namespace, owner.tenant)
         session.namespaces.put(owner.tenant, namespace.id, namespace)
         return cache_pb2.OpenNamespaceResponse(namespace_id=namespace.id + 1)
 
@@ -86,18 +86,18 @@ class SessionCalls:
             layout = Layout.from_proto(request.layout)
         return KeyedLayout(layout, opaque=request.key_mode == 1)
 
-    def _make_room(self, session: Session, tenant: str) -> None:
-        """In the session's table, for a namespace of this tenant: salts are the callers' choice,
-        and end neither an open lease's nor another tenant's. Raises LimitReached."""
+    def _make_room(self, session: Session, namespace: Namespace, tenant: str) -> None:
+        """In the session's table, for this namespace, of this tenant: salts are the callers'
+        choice, and end neither an open lease's nor another tenant's. Raises LimitReached."""
         most = self._limits.max_namespaces
         if len(session.namespaces) < most:
             return
         used = self._cache.leased_namespaces(session)
         gone = next((each for each in session.namespaces.victims(tenant) if each not in used), None)
         if gone is None:
+            session.let_go(namespace.id)
             raise errors.LimitReached("limits.max_namespaces", most, "have open leases")
-        session.namespaces.drop(gone)
-        session.layouts.pop(gone, None)
+        session.let_go(gone)
 
     async def Match(self, request: cache_pb2.MatchRequest) -> cache_pb2.MatchResponse:
         session = self._callers.session(request.session)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import tempfile
 import time
@@ -46,6 +47,14 @@ async def running(
         yield cache
     finally:
         await cache.stop(10)
+
+
+@asynccontextmanager
+async def with_arena(path: Path | None, **more: object) -> AsyncIterator[Cache]:
+    """`running`, with all of the arena to be had from the start."""
+    async with running(path, **more) as cache:  # type: ignore[arg-type]
+        await asyncio.to_thread(cache.arena.wait_populated, 30)
+        yield cache
 
 
 def is_slab(fd: int) -> bool:

@@ -139,7 +139,7 @@ class FakeCache:
             raise self.fail
         pages = self._prefix(session, namespace, tokens)
         to = Destination(session.pool, namespace.pools)
-        session.leases[request_id] = OpenLease(request_id, 0, namespace, to)
+        session.leases[request_id] = OpenLease(request_id, 0, namespace, 0, to)
         session.pool.__dict__.setdefault("tokens", {})[request_id] = tokens.copy()
         count = len(pages) * session.layout.page_size
         return Acquired(

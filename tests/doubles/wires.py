@@ -127,9 +127,15 @@ class Wire:
         attached = self.attach()
         assert self.side(attached, attached.nonce, [memfd()]) == b"ok"
         assert next(self.stream).WhichOneof("message") == "ready"
-        request = cache_pb2.OpenNamespaceRequest(session=self.head, identity=identity().encode())
-        self.namespace_id = self.call("OpenNamespace", request).namespace_id
+        self.open_namespace()
         return self
+
+    def open_namespace(self, **changes: Any) -> int:
+        """Its id, which is then `namespace_id`."""
+        values = {"session": self.head, "identity": identity().encode(), **changes}
+        request = cache_pb2.OpenNamespaceRequest(**values)
+        self.namespace_id = self.call("OpenNamespace", request).namespace_id
+        return self.namespace_id
 
     def stream_refusal(self, first: cache_pb2.AttachRequest) -> tuple[str, str]:
         with pytest.raises(grpc.RpcError) as caught:

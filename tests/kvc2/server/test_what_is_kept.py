@@ -15,10 +15,11 @@ from pathlib import Path
 import grpc
 import pytest
 
+from kvc2.config import LimitsConfig
 from kvc2.v1 import cache_pb2 as pb
 from tests.doubles.daemons import ServedDaemon, serve_config
 from tests.doubles.engines import TinyEngine
-from tests.doubles.wires import Wire, hello, memfd
+from tests.doubles.wires import Wire, granted, grants, hello, memfd, pages, u32
 from tests.kvc2.server.test_server import acquire
 
 SESSIONS = 4  # of each ending: one too many of anything shows
@@ -100,8 +101,23 @@ def pool_of_another_size(wire: Wire, _: Clocked) -> None:
     assert b"memory_bytes" in wire.side(attached, attached.nonce, [memfd(4096)])
 
 
+def reading(wire: Wire, _: Clocked) -> None:
+    """It has the arena, a lease there whose poll goes on, and a copied commit."""
+    attached = wire.attach(hello(arena=True))
+    assert wire.side(attached, attached.nonce, [memfd()]) == b"ok"
+    assert next(wire.stream).WhichOneof("message") == "ready"
+    wire.open_namespace()
+    wire.call("Acquire", acquire(wire, place=1, at_once=True))
+    grant = pb.GrantRequest(session=wire.head, grants=grants(1))
+    copied = pb.LeaseCommit(tokens=u32(*range(16)), namespace_id=wire.namespace_id)
+    copied.pages.extend(pages(granted(wire.call("Grant", grant))))
+    wire.call("Commit", pb.CommitRequest(session=wire.head, leases=[copied], copied=True))
+    wire.stream.cancel()
+
+
 ENDINGS = (
     detached,
+    reading,
     broken,
     misused,
     expired,
@@ -187,6 +203,24 @@ def test_nothing_is_kept_of_a_session_that_is_over(
         sessions()
         wait_settled(daemon.served, before)
     assert not left
+
+
+def test_a_session_keeps_nothing_of_the_namespaces_that_it_has_let_go_of(tmp_path: Path) -> None:
+    limits = LimitsConfig(max_namespaces=2)
+    config = serve_config(tmp_path, limits=limits)
+    with ServedDaemon(config, cache=None) as served, Wire(served.address) as wire:
+        wire.open()
+        for number in range(5):
+            wire.open_namespace(salt=b"%d" % number)
+        session = next(iter(served.daemon.attachments.table))
+        assert set(session.layouts) == set(session.namespaces)
+        assert len(session.layouts) == 2
+        for number in range(2):
+            wire.open_namespace(salt=b"leased %d" % number)
+            wire.call("Acquire", acquire(wire, request_id=b"%d" % number))
+        with pytest.raises(grpc.RpcError, match="max_namespaces"):
+            wire.open_namespace(salt=b"one too many")
+        assert len(session.layouts) == 2
 
 
 def test_an_engine_keeps_nothing_of_its_earlier_sessions(tmp_path: Path) -> None:
