@@ -6,7 +6,7 @@ come from a message are read-only views of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -52,7 +52,12 @@ class Asked:
     each, every one for itself), as its namespace has it."""
 
     tokens: U32 = field(default_factory=lambda: NO_PAGES)
-    keys: tuple[bytes, ...] = ()
+    keys: Sequence[bytes] = ()
+
+    @staticmethod
+    def of(what: U32 | Asked) -> Asked:
+        """Tokens alone stand for their prompt."""
+        return what if isinstance(what, Asked) else Asked(what)
 
 
 @dataclass(frozen=True)
@@ -284,11 +289,14 @@ class TenantUse:
 
 @dataclass(frozen=True)
 class PrefixPinned:
-    """In blocks: of the prompt, of them in the tier now, of all pins of this kind in its pool."""
+    """In blocks: of the prompt, or of the keys that are pinned now; of them in the tier now; of all
+    pins of this kind in its pool. pinned [n]: 1 for each key that is pinned, 0 where there was no
+    room."""
 
     blocks: int
     resident_blocks: int
     pinned_blocks: int
+    pinned: U8 = field(default_factory=lambda: NO_KEYS)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from kvc2 import _core, errors
 from kvc2.answers import (
+    Asked,
     CacheStats,
     Evicted,
     Explained,
@@ -31,7 +32,7 @@ from kvc2.arena import Arena
 from kvc2.cache.copied import CopiedCommits
 from kvc2.cache.counts import Counts
 from kvc2.cache.explain import Explainer
-from kvc2.cache.leases import Leases, tokens_by_tier, u32
+from kvc2.cache.leases import Leases, u32
 from kvc2.cache.namespaces import Namespace, Namespaces, Owner
 from kvc2.cache.pins import Pins
 from kvc2.cache.prefetch import Prefetcher
@@ -231,17 +232,13 @@ class Cache:
 
     def match(self, session: Session, namespace: Namespace, tokens: U32) -> Matched:
         """The longest cached prefix of less than all tokens. Changes nothing."""
-        self.tick()
-        pool = session.mapped_pool().id
-        found = self.index.match(namespace.number, pool, u32(tokens[:-1]))
-        size = session.layout.page_size
-        return Matched(found.blocks * size, tokens_by_tier(found.tiers, size))
+        return self.leases.match(session, namespace, tokens)
 
-    def explain(self, session: Session | None, namespace: Namespace, tokens: U32) -> Explained:
-        """What an acquire of these tokens would find, in this session or in any, and why not more.
-        Changes nothing."""
+    def explain(self, session: Session | None, namespace: Namespace, asked: Asked) -> Explained:
+        """What an acquire would find, in this session or in any, and why not more. Changes
+        nothing."""
         pool = None if session is None else session.mapped_pool().id
-        return self.explainer.of_tokens(namespace, tokens, pool)
+        return self.explainer.of_asked(namespace, asked, pool)
 
     # ---- the whole (whole.py) ----
 

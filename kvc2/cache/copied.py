@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +36,7 @@ class CopiedBlocks:
     tokens: U32
     pages: U32
     lease: OpenLease | None = None
-    keys: tuple[bytes, ...] = ()
+    keys: Sequence[bytes] = ()
 
     def cut(self, chosen: NDArray[np.intp]) -> tuple[U32, list[bytes]]:
         """Tokens or keys of the blocks at these places, which for tokens are the last ones."""

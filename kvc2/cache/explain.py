@@ -14,17 +14,12 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from kvc2 import _core, errors
-from kvc2.answers import NO_PAGES, DifferingField, Explained, OtherNamespace, TierBlocks
+from kvc2.answers import NO_PAGES, Asked, DifferingField, Explained, OtherNamespace, TierBlocks
 from kvc2.cache.counts import Counts
 from kvc2.cache.namespaces import Namespace, Namespaces
 from kvc2.config import ServeConfig
 from kvc2.namespace import fields_of
-
-U32 = NDArray[np.uint32]
 
 RECENT_MAX = 1024  # requests whose answers are kept: under 1 KB each
 OTHERS_MAX = 16  # namespaces of a tenant that are asked, those opened last first
@@ -91,25 +86,31 @@ class Explainer:
         answer = self._told(asked.namespace, asked.tokens, *asked.found)
         return replace(answer, asked_s_ago=float(self._now() - asked.second))
 
-    def of_tokens(self, namespace: Namespace, tokens: U32, session_pool: int | None) -> Explained:
-        """What an acquire of these tokens would find now: in the session of that gpu pool, or
-        (None) in any session."""
-        whole = np.ascontiguousarray(tokens[:-1], np.uint32)
+    def of_asked(self, namespace: Namespace, asked: Asked, session_pool: int | None) -> Explained:
+        """What an acquire of these tokens, or of one key, would find now: in the session of that
+        gpu pool, or (None) in any session."""
         page_size = namespace.page_size
+        count = page_size if namespace.opaque else len(asked.tokens)
         tiers, pools = self._pools(page_size, session_pool)
-        found = self._index.explain(namespace.number, pools, whole) if pools else None
-        if found is None:
-            return Explained(page_size, len(tokens), why="never_seen", uptime_s=float(self._now()))
-        answer = self._told(namespace, len(tokens), found, tiers)
+        if not pools:
+            return Explained(page_size, count, why="never_seen", uptime_s=float(self._now()))
+        found = self._explanation(namespace.number, pools, asked)
+        answer = self._told(namespace, count, found, tiers)
         if found.why not in UNSEEN:
             return answer
         earlier = self._namespaces.earlier(namespace)
         if earlier is not None:
-            before = self._index.explain(earlier, pools, whole)
+            before = self._explanation(earlier, pools, asked)
             if before.death is not None:
                 return self._buried(answer, before.death)
-        other = self._elsewhere(namespace, whole, answer.hit_blocks * page_size)
+        other = self._elsewhere(namespace, asked, answer.hit_blocks * page_size)
         return answer if other is None else replace(answer, why="other_namespace", other=other)
+
+    def _explanation(self, number: int, pools: list[int], asked: Asked) -> _core.Explanation:
+        """The index's, of all full blocks before a prompt's last token, or of a key."""
+        if asked.keys:
+            return self._index.explain_keys(number, pools, asked.keys)[0]
+        return self._index.explain(number, pools, asked.tokens[:-1])
 
     def _pools(self, page_size: int, session_pool: int | None) -> tuple[list[str], list[int]]:
         """Pools of pages of this size with their tiers, fastest first."""
@@ -160,19 +161,20 @@ class Explainer:
             died_s_ago=float(max(0, self._now() - death.when)),
         )
 
-    def _elsewhere(self, namespace: Namespace, tokens: U32, hit: int) -> OtherNamespace | None:
+    def _elsewhere(self, namespace: Namespace, asked: Asked, hit: int) -> OtherNamespace | None:
         """The namespace of the same owner that has more of these tokens than `hit`, if one has."""
+        alike = (namespace.owner, namespace.opaque)
         same = (
             each
             for each in self._namespaces
-            if each.owner == namespace.owner and each is not namespace
+            if (each.owner, each.opaque) == alike and each is not namespace
         )
         best: OtherNamespace | None = None
         for other in islice(same, OTHERS_MAX):
             _, pools = self._pools(other.page_size, None)
             if not pools:
                 continue
-            found = self._index.explain(other.number, pools, tokens).blocks * other.page_size
+            found = self._explanation(other.number, pools, asked).blocks * other.page_size
             if found > max(hit, 0 if best is None else best.hit_tokens):
                 fields = differing(namespace.identity, other.identity)
                 best = OtherNamespace(other.name.hex(), found, fields)

@@ -144,6 +144,12 @@ class Leases:
             raise errors.InvalidRequest("place", 0, "1: the namespace has another layout")
         return Destination(gpu, pools, terms.in_arena)
 
+    def _nearest(self, session: Session, namespace: Namespace) -> Destination:
+        """The session's pool, or the arena where the namespace is of another layout."""
+        self._tick()
+        other = session.layouts[namespace.id] is not session.mapped_pool().pools
+        return self._destination(session, namespace, Terms(0, 0.0, in_arena=other))
+
     async def _again(self, session: Session, lease: OpenLease, terms: Terms) -> Acquired:
         """An acquire of a lease that is open: the same answer to the same question."""
         first = await asyncio.shield(lease.reply)
@@ -201,13 +207,18 @@ class Leases:
             coming_blocks=0 if lease.is_brought else int(missing),
         )
 
+    def match(self, session: Session, namespace: Namespace, tokens: U32) -> Matched:
+        """The longest cached prefix of less than all tokens. Changes nothing."""
+        to = self._nearest(session, namespace)
+        found = self._index.match(namespace.number, to.pool, u32(tokens[:-1]))
+        tiers = (*(0,) * (3 - len(to.tiers)), *found.tiers)
+        return Matched(
+            found.blocks * namespace.page_size, tokens_by_tier(tiers, namespace.page_size)
+        )
+
     def match_keys(self, session: Session, namespace: Namespace, keys: Sequence[bytes]) -> Matched:
-        """The fastest tier that has each key: of the session's pool and below, or from the arena on
-        where that is of another layout. Changes nothing."""
-        self._tick()
-        to = self._destination(session, namespace, Terms(0, 0.0, in_arena=True))
-        if to.pools is to.gpu.pools:
-            to = replace(to, in_arena=False)
+        """The fastest tier that has each key. Changes nothing."""
+        to = self._nearest(session, namespace)
         found = tiers_of_keys(self._index.match_keys(namespace.number, to.pool, keys), to.tiers)
         blocks = [int(np.count_nonzero(found == tier)) for tier in (1, 2, 3)]
         tiers = tokens_by_tier(blocks, namespace.page_size)

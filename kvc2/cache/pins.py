@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvc2 import _core, errors
-from kvc2.answers import U32, PrefixPinned
+from kvc2.answers import U8, Asked, PrefixPinned
 from kvc2.cache.counts import Counts
 from kvc2.cache.namespaces import Namespace, Namespaces
 from kvc2.cache.sessions import Session
@@ -37,13 +37,24 @@ class Pins:
         self._hard_percent = config.limits.hard_pin_percent
 
     def pin(
-        self, session: Session | None, namespace: Namespace, tokens: U32, *, tier: str, hard: bool
+        self, session: Session | None, namespace: Namespace, asked: Asked, *, tier: str, hard: bool
     ) -> PrefixPinned:
-        """Keep the full blocks of `tokens`. Raises InvalidRequest, and LimitReached when no more
-        may be pinned: then nothing changes."""
-        blocks = self._blocks(namespace, tokens)
+        """Keep the full blocks of a prompt, or each of some keys. Raises InvalidRequest, and
+        LimitReached when no more may be pinned: then nothing changes. Of keys those are kept that
+        there is room for, and the answer tells which."""
+        self._check(namespace, asked)
         room = self._room(session, namespace, tier, hard=hard)
         number = namespace.number
+        if namespace.opaque:
+            kept = self._index.pin_keys(
+                number, room.pool, asked.keys, hard=hard, max_blocks=room.room
+            )
+            found = self._index.match_keys(number, room.pool, asked.keys)
+            all_pinned = self._index.pinned_blocks(room.pool, hard=hard)
+            return PrefixPinned(
+                _distinct(asked, kept), _distinct(asked, kept & (found == 1)), all_pinned, kept
+            )
+        tokens = asked.tokens
         if not self._index.pin(number, room.pool, tokens, hard=hard, max_blocks=room.room):
             percent = self._hard_percent if hard else 100
             raise errors.LimitReached(
@@ -52,29 +63,35 @@ class Pins:
                 f"% of the {tier} tier ({room.room} blocks of this layout) may be pinned so",
             )
         resident = self._index.match(number, room.pool, tokens).tiers[0]
+        blocks = len(tokens) // namespace.page_size
         return PrefixPinned(blocks, resident, self._index.pinned_blocks(room.pool, hard=hard))
 
     def unpin(
-        self, session: Session | None, namespace: Namespace, tokens: U32, *, tier: str
+        self, session: Session | None, namespace: Namespace, asked: Asked, *, tier: str
     ) -> int:
-        """The blocks of the pin that has ended; 0: there was none. Raises InvalidRequest."""
-        self._blocks(namespace, tokens)
-        room = self._room(session, namespace, tier, hard=False)
-        return self._index.unpin(namespace.number, room.pool, tokens)
+        """The blocks of the pin that has ended, or of those of keys; 0: there was none. Raises
+        InvalidRequest."""
+        self._check(namespace, asked)
+        pool = self.pool(session, namespace, tier)
+        if namespace.opaque:
+            return int(self._index.unpin_keys(namespace.number, pool, asked.keys).sum())
+        return self._index.unpin(namespace.number, pool, asked.tokens)
 
-    def _blocks(self, namespace: Namespace, tokens: U32) -> int:
+    def _check(self, namespace: Namespace, asked: Asked) -> None:
         size = namespace.page_size
-        if len(tokens) < size:
+        if not namespace.opaque and len(asked.tokens) < size:
             raise errors.InvalidRequest(
-                "tokens", f"{len(tokens)} tokens", f"at least a block of {size}"
+                "tokens", f"{len(asked.tokens)} tokens", f"at least a block of {size}"
             )
-        return len(tokens) // size
 
     def pool(self, session: Session | None, namespace: Namespace, tier: str) -> int:
         """The index's id. Raises InvalidRequest for a tier that this caller or daemon lacks."""
         if tier == "gpu":
             if session is None or session.pool is None:
                 raise errors.InvalidRequest("tier", tier, "cpu or disk, outside of a session")
+            if session.layouts[namespace.id] is not session.pool.pools or namespace.opaque:
+                allowed = "cpu or disk, for keys and for another layout than the session's"
+                raise errors.InvalidRequest("tier", tier, allowed)
             return session.pool.id
         return self._below(namespace, tier)[0]
 
@@ -106,3 +123,8 @@ class Pins:
             for each in others
             if each.id != pool
         )
+
+
+def _distinct(asked: Asked, chosen: U8) -> int:
+    """How many keys were chosen, each counted once."""
+    return len({key for key, one in zip(asked.keys, chosen.tolist(), strict=True) if one})

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvc2 import _core, errors
-from kvc2.answers import U32, Prefetched, TierTokens
+from kvc2.answers import Asked, Prefetched, TierTokens
 from kvc2.cache.namespaces import Namespace
 from kvc2.cache.pins import Pins
 from kvc2.cache.sessions import Session
@@ -33,13 +33,19 @@ PART_BYTES_MAX = 16 << 20  # ... on a fast tier, too
 
 @dataclass(eq=False)
 class Wish:
-    """A prefix that shall come to `pool`: that of a session (`gpu`), or of the cpu tier."""
+    """A prefix, or some keys, that shall come to `pool`: that of a session (`gpu`), or of the cpu
+    tier."""
 
     namespace: Namespace
-    tokens: U32
+    asked: Asked
     pool: int
     pools: LayoutPools
     gpu: GpuPool | None = None
+
+    @property
+    def blocks(self) -> int:
+        tokens = len(self.asked.tokens) // self.pools.shape.page_size
+        return len(self.asked.keys) if self.namespace.opaque else tokens
 
 
 class Prefetcher:
@@ -66,15 +72,16 @@ class Prefetcher:
         self,
         session: Session | None,
         namespace: Namespace,
-        tokens: U32,
+        asked: Asked,
         *,
         tier: str,
         deadline_s: float,
     ) -> Prefetched:
-        """Bring the longest cached prefix of the full blocks of `tokens` to cpu or to the session's
-        gpu pool, and answer when it is there or the time is over; then it goes on by itself. Raises
-        InvalidRequest, and LimitReached when too many are under way."""
-        wish = self._wish(session, namespace, tokens, tier)
+        """Bring the longest cached prefix of the full blocks of a prompt to cpu or to the session's
+        gpu pool, or those of some keys that are cached to cpu, and answer when it is there or the
+        time is over; then it goes on by itself. Raises InvalidRequest, and LimitReached when too
+        many are under way."""
+        wish = self._wish(session, namespace, asked, tier)
         if len(self._under_way) >= AT_ONCE_MAX:
             raise errors.LimitReached("prefetches", AT_ONCE_MAX, "are under way")
         task = asyncio.create_task(self._bring(wish))
@@ -94,7 +101,7 @@ class Prefetcher:
         if not task.cancelled() and (error := task.exception()) is not None:
             LOG.error("prefetch failed: %r", error)
 
-    def _wish(self, session: Session | None, namespace: Namespace, tokens: U32, tier: str) -> Wish:
+    def _wish(self, session: Session | None, namespace: Namespace, asked: Asked, tier: str) -> Wish:
         if tier == "disk":
             raise errors.InvalidRequest("tier", tier, "cpu, or gpu in a session")
         pool = self._pins.pool(session, namespace, tier)
@@ -102,7 +109,7 @@ class Prefetcher:
         if not self.pools.tiers.names:
             raise errors.InvalidRequest("tier", tier, "a tier with a slower one below it")
         gpu = session.pool if tier == "gpu" and session is not None else None
-        return Wish(namespace, np.ascontiguousarray(tokens, np.uint32), pool, pools, gpu)
+        return Wish(namespace, asked, pool, pools, gpu)
 
     def _result(self, wish: Wish, tier: str, *, over: bool) -> Prefetched:
         size = wish.pools.shape.page_size
@@ -119,7 +126,7 @@ class Prefetcher:
     async def _bring(self, wish: Wish) -> None:
         """Each block moves once from tier to tier, unless others evict it as fast as it comes: then
         it is given up on."""
-        left, touches = 2 * (len(wish.tokens) // wish.pools.shape.page_size), True
+        left, touches = 2 * wish.blocks, True
         while left > 0:
             async with self._turn:
                 await self._loader.until_idle()
@@ -147,11 +154,15 @@ class Prefetcher:
         return not over and not wish.namespace.gone
 
     def _match(self, wish: Wish) -> tuple[int, ...]:
-        """Blocks of the prefix by tier, from the one that it shall come to."""
-        return self._index.match(wish.namespace.number, wish.pool, wish.tokens).tiers
+        """Blocks that are cached by tier, from the one that they shall come to."""
+        number, asked = wish.namespace.number, wish.asked
+        if not wish.namespace.opaque:
+            return self._index.match(number, wish.pool, asked.tokens).tiers
+        found = self._index.match_keys(number, wish.pool, asked.keys)
+        return tuple(np.bincount(found, minlength=1 + len(wish.pools.chain))[1:].tolist())
 
     def _on_disk(self, wish: Wish) -> int:
-        """Blocks of the prefix."""
+        """Blocks of what is cached."""
         return self._match(wish)[-1] if isinstance(wish.pools, LayoutOnDisk) else 0
 
     def _next(
@@ -164,8 +175,10 @@ class Prefetcher:
             self.pools.make_room(wish.pools, min(pages, on_disk))
             if growing:  # nothing is evicted for want of memory that comes
                 pages = min(pages, self._index.pool_counts(wish.pools.cpu.id).free)
-        number = wish.namespace.number
-        return self._index.prefetch(number, wish.pool, wish.tokens, pages, touches=touches)
+        number, asked = wish.namespace.number, wish.asked
+        if wish.namespace.opaque:
+            return self._index.prefetch_keys(number, wish.pool, asked.keys, pages, touches=touches)
+        return self._index.prefetch(number, wish.pool, asked.tokens, pages, touches=touches)
 
     def _part_bytes(self, wish: Wish) -> int:
         """What comes in PART_S from the slowest tier on the way whose speed is known."""

@@ -2,6 +2,7 @@
 
 from kvc2.answers import (
     Acquired,
+    Asked,
     Committed,
     DaemonStats,
     Evicted,
@@ -38,6 +39,7 @@ __all__ = [
     "Admin",
     "ArenaTerms",
     "ArenaView",
+    "Asked",
     "Bridge",
     "BridgeConfig",
     "Client",

@@ -52,14 +52,22 @@ class Admin:
         return from_message(answers.Evicted, answer)
 
     def explain(
-        self, *, request_id: bytes = b"", tokens: answers.U32 | None = None, namespace: bytes = b""
+        self,
+        *,
+        request_id: bytes = b"",
+        tokens: answers.U32 | None = None,
+        key: bytes = b"",
+        namespace: bytes = b"",
     ) -> answers.Explained:
-        """Why a recent request hit or missed, or a prompt would now, in any session. Needs the unix
-        socket. namespace: 32 bytes, for `tokens`; empty: the only one. Changes nothing."""
-        if tokens is None:
-            request = cache_pb2.ExplainRequest(request_id=request_id)
-        else:
+        """Why a recent request hit or missed, or a prompt or an opaque key would now, in any
+        session. Needs the unix socket. namespace: 32 bytes, for `tokens` and `key`; empty: the only
+        one. Changes nothing."""
+        if key:
+            request = cache_pb2.ExplainRequest(key=key, namespace=namespace)
+        elif tokens is not None:
             request = cache_pb2.ExplainRequest(tokens=packed(tokens), namespace=namespace)
+        else:
+            request = cache_pb2.ExplainRequest(request_id=request_id)
         return from_message(answers.Explained, self._call("Explain", request))
 
     def invalidate(
@@ -84,32 +92,51 @@ class Admin:
         return from_message(answers.TenantUse, self._call("SetQuota", request).use)
 
     def pin(
-        self, tokens: answers.U32, *, tier: str = "cpu", hard: bool, namespace: bytes = b""
+        self,
+        what: answers.U32 | answers.Asked,
+        *,
+        tier: str = "cpu",
+        hard: bool,
+        namespace: bytes = b"",
     ) -> answers.PrefixPinned:
-        """Keep the full blocks of a prompt in cpu or disk, there or not: hard, they are never
-        evicted; else last. namespace: 32 bytes; empty: the only one. Needs the unix socket."""
+        """Keep the full blocks of a prompt, or of opaque keys, in cpu or disk, there or not: hard,
+        they are never evicted; else last. namespace: 32 bytes; empty: the only one. Needs the unix
+        socket."""
+        asked = answers.Asked.of(what)
         request = cache_pb2.PinRequest(
-            tokens=packed(tokens), tier=tier, hard=hard, namespace=namespace
+            tokens=packed(asked.tokens),
+            keys=asked.keys,
+            tier=tier,
+            hard=hard,
+            namespace=namespace,
         )
         return from_message(answers.PrefixPinned, self._call("Pin", request))
 
-    def unpin(self, tokens: answers.U32, *, tier: str = "cpu", namespace: bytes = b"") -> int:
-        """End the pin of exactly these blocks; how many, 0: there was none."""
-        request = cache_pb2.UnpinRequest(tokens=packed(tokens), tier=tier, namespace=namespace)
+    def unpin(
+        self, what: answers.U32 | answers.Asked, *, tier: str = "cpu", namespace: bytes = b""
+    ) -> int:
+        """End the pin of exactly these blocks, or of each key; how many, 0: there was none."""
+        asked = answers.Asked.of(what)
+        request = cache_pb2.UnpinRequest(
+            tokens=packed(asked.tokens), keys=asked.keys, tier=tier, namespace=namespace
+        )
         return int(self._call("Unpin", request).blocks)
 
     def prefetch(
         self,
-        tokens: answers.U32,
+        what: answers.U32 | answers.Asked,
         *,
         tier: str = "cpu",
         namespace: bytes = b"",
         deadline_s: float = 0.0,
     ) -> answers.Prefetched:
-        """Bring a prompt's longest cached prefix to the cpu tier; answers when it is there or the
-        time is over (0: at once), and it goes on. Needs the unix socket."""
+        """Bring a prompt's longest cached prefix, or what is cached of opaque keys, to the cpu
+        tier; answers when it is there or the time is over (0: at once), and it goes on. Needs the
+        unix socket."""
+        asked = answers.Asked.of(what)
         request = cache_pb2.PrefetchRequest(
-            tokens=packed(tokens),
+            tokens=packed(asked.tokens),
+            keys=asked.keys,
             tier=tier,
             namespace=namespace,
             deadline_ms=round(deadline_s * 1000),

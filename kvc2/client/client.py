@@ -106,13 +106,14 @@ class Client:
         answer = self._keeper.call_in(connection, namespace, "Match", request)
         return from_message(answers.Matched, answer)
 
-    def explain(self, namespace: NamespaceHandle, tokens: NDArray[np.uint32]) -> answers.Explained:
-        """What an acquire of these tokens would find now, and why not more. Changes nothing."""
+    def explain(
+        self, namespace: NamespaceHandle, what: answers.U32 | answers.Asked
+    ) -> answers.Explained:
+        """What an acquire of these tokens, or of one opaque key, would find now, and why not more.
+        Changes nothing."""
         connection = self._keeper.current()
-        request = cache_pb2.ExplainRequest(
-            session=connection.head,
-            tokens=packed(tokens),
-        )
+        request = explained(what)
+        request.session.CopyFrom(connection.head)
         answer = self._keeper.call_in(connection, namespace, "Explain", request)
         return from_message(answers.Explained, answer)
 
@@ -313,26 +314,36 @@ class Client:
         return from_message(answers.Invalidated, answer)
 
     def pin(
-        self, namespace: NamespaceHandle, tokens: answers.U32, *, tier: str = "cpu", hard: bool
+        self,
+        namespace: NamespaceHandle,
+        what: answers.U32 | answers.Asked,
+        *,
+        tier: str = "cpu",
+        hard: bool,
     ) -> answers.PrefixPinned:
-        """Keep the full blocks of `tokens` in gpu (this session's), cpu or disk, there or not:
-        hard, they are never evicted; else last. A pin of cpu or disk outlives the session."""
-        connection = self._keeper.current()
+        """Keep the full blocks of some tokens in gpu (this session's), cpu or disk, there or not,
+        or those of opaque keys in cpu or disk: hard, they are never evicted; else last. A pin of
+        cpu or disk outlives the session."""
+        connection, asked = self._keeper.current(), answers.Asked.of(what)
         request = cache_pb2.PinRequest(
             session=connection.head,
-            tokens=packed(tokens),
+            tokens=packed(asked.tokens),
+            keys=asked.keys,
             tier=tier,
             hard=hard,
         )
         answer = self._keeper.call_in(connection, namespace, "Pin", request)
         return from_message(answers.PrefixPinned, answer)
 
-    def unpin(self, namespace: NamespaceHandle, tokens: answers.U32, *, tier: str = "cpu") -> int:
-        """End the pin of exactly these blocks; how many, 0: there was none."""
-        connection = self._keeper.current()
+    def unpin(
+        self, namespace: NamespaceHandle, what: answers.U32 | answers.Asked, *, tier: str = "cpu"
+    ) -> int:
+        """End the pin of exactly these blocks, or of each key; how many, 0: there was none."""
+        connection, asked = self._keeper.current(), answers.Asked.of(what)
         request = cache_pb2.UnpinRequest(
             session=connection.head,
-            tokens=packed(tokens),
+            tokens=packed(asked.tokens),
+            keys=asked.keys,
             tier=tier,
         )
         return int(self._keeper.call_in(connection, namespace, "Unpin", request).blocks)
@@ -340,17 +351,19 @@ class Client:
     def prefetch(
         self,
         namespace: NamespaceHandle,
-        tokens: answers.U32,
+        what: answers.U32 | answers.Asked,
         *,
         tier: str = "cpu",
         deadline_s: float = 0.0,
     ) -> answers.Prefetched:
-        """Bring the longest cached prefix of `tokens` to cpu or gpu (this session's), without a
-        lease; answers when it is there or the time is over (0: at once), and it goes on."""
-        connection = self._keeper.current()
+        """Bring the longest cached prefix of some tokens to cpu or gpu (this session's), or what is
+        cached of opaque keys to cpu, without a lease; answers when it is there or the time is over
+        (0: at once), and it goes on."""
+        connection, asked = self._keeper.current(), answers.Asked.of(what)
         request = cache_pb2.PrefetchRequest(
             session=connection.head,
-            tokens=packed(tokens),
+            tokens=packed(asked.tokens),
+            keys=asked.keys,
             tier=tier,
             deadline_ms=round(deadline_s * 1000),
         )
@@ -400,3 +413,13 @@ def lease_commit(each: answers.LeaseCommit) -> cache_pb2.LeaseCommit:
         tokens=packed(each.tokens),
         pages=_pages(each.pages),
     )
+
+
+def explained(what: answers.U32 | answers.Asked) -> cache_pb2.ExplainRequest:
+    """Of a prompt, or of one key. Raises InvalidRequest for several keys."""
+    asked = answers.Asked.of(what)
+    if not asked.keys:
+        return cache_pb2.ExplainRequest(tokens=packed(asked.tokens))
+    if len(asked.keys) > 1:
+        raise errors.InvalidRequest("keys", f"{len(asked.keys)} of them", "one is explained")
+    return cache_pb2.ExplainRequest(key=asked.keys[0])

@@ -306,7 +306,9 @@ def pin(
         name = _bytes("namespace", namespace)
         found = admin.pin(prompt, tier=tier.value, hard=hard, namespace=name)
         if as_json:
-            print(json.dumps(asdict(found)))
+            told = asdict(found)
+            del told["pinned"]  # of keys
+            print(json.dumps(told))
         else:
             kind = "hard" if hard else "soft"
             print(

@@ -124,6 +124,20 @@ def asked(request: Asking, namespace: Namespace, limits: LimitsConfig, field: st
     return Asked(keys=tuple(request.keys))
 
 
+def explained(
+    request: cache_pb2.ExplainRequest, namespace: Namespace, limits: LimitsConfig
+) -> Asked:
+    """As `asked`, of tokens or of one key."""
+    what = request.WhichOneof("what") or "tokens"
+    if (what == "key") != namespace.opaque:
+        told, known = len(getattr(request, what)), "opaque keys" if namespace.opaque else "tokens"
+        allowed = f"none: the namespace knows its blocks by {known}"
+        raise errors.InvalidRequest(what, f"{told} bytes", allowed)
+    if namespace.opaque:
+        return Asked(keys=(key("key", request.key),))
+    return Asked(tokens("tokens", request.tokens, limits))
+
+
 def key(field: str, value: bytes) -> bytes:
     if not 1 <= len(value) <= KEY_BYTES_MAX:
         raise errors.InvalidRequest(field, f"{len(value)} bytes", f"1 to {KEY_BYTES_MAX} bytes")

@@ -6,6 +6,7 @@ Not here: other calls of a session (session_calls.py), and the copying (cache/co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -154,7 +155,7 @@ class Commits:
             raise errors.InvalidRequest(f"{field}.first_block", commit.first_block, allowed)
         return Checked(namespace, lease, commit.first_block, asked, pages)
 
-    def _check_keys(self, field: str, keys: tuple[bytes, ...], pages: U32) -> None:
+    def _check_keys(self, field: str, keys: Sequence[bytes], pages: U32) -> None:
         if len(keys) != len(pages):
             told, allowed = f"{len(keys)} keys", f"one for each of {len(pages)} pages"
             raise errors.InvalidRequest(f"{field}.keys", told, allowed)

@@ -11,11 +11,9 @@ import functools
 import importlib.metadata
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
-
-import numpy as np
 
 from kvc2.answers import (
+    Asked,
     DaemonStats,
     Explained,
     Flushed,
@@ -33,6 +31,13 @@ from kvc2.server import checks
 from kvc2.server.callers import Callers
 from kvc2.v1 import cache_pb2
 from kvc2.wire import to_message
+
+InNamespace = (
+    cache_pb2.PinRequest
+    | cache_pb2.UnpinRequest
+    | cache_pb2.PrefetchRequest
+    | cache_pb2.ExplainRequest
+)
 
 
 class SharedCalls:
@@ -66,12 +71,10 @@ class SharedCalls:
             request_id = checks.request_id("request_id", request.request_id)
             epoch = None if session is None else session.epoch
             return self._cache.explainer.of_request(request_id, epoch)
-        tokens = checks.tokens("tokens", request.tokens, self._limits)
-        if session is None:
-            namespace = self._cache.namespaces.find(request.namespace)
-        else:
-            namespace = checks.namespace_id(session, request.namespace_id)
-        return self._cache.explain(session, namespace, tokens)
+        namespace = self._namespace(session, request)
+        checks.reserved("extras", len(request.extras), 0)
+        asked = checks.explained(request, namespace, self._limits)
+        return self._cache.explain(session, namespace, asked)
 
     async def Flush(self, request: cache_pb2.FlushRequest) -> cache_pb2.FlushResponse:
         deadline_s = checks.deadline_s(
@@ -106,23 +109,24 @@ class SharedCalls:
         return cache_pb2.SetQuotaResponse(use=to_message(found, cache_pb2.TenantUse))
 
     async def Pin(self, request: cache_pb2.PinRequest) -> cache_pb2.PinResponse:
-        session, namespace, tokens = self._prefix(request)
+        session, namespace, asked = self._asked(request)
         tier = checks.tier(request.tier or "cpu")
-        found = self._cache.pins.pin(session, namespace, tokens, tier=tier, hard=request.hard)
+        checks.reserved("ttl_s", request.ttl_s, 0)
+        found = self._cache.pins.pin(session, namespace, asked, tier=tier, hard=request.hard)
         return to_message(found, cache_pb2.PinResponse)
 
     async def Unpin(self, request: cache_pb2.UnpinRequest) -> cache_pb2.UnpinResponse:
-        session, namespace, tokens = self._prefix(request)
+        session, namespace, asked = self._asked(request)
         tier = checks.tier(request.tier or "cpu")
-        blocks = self._cache.pins.unpin(session, namespace, tokens, tier=tier)
+        blocks = self._cache.pins.unpin(session, namespace, asked, tier=tier)
         return cache_pb2.UnpinResponse(blocks=blocks)
 
     async def Prefetch(self, request: cache_pb2.PrefetchRequest) -> cache_pb2.PrefetchResponse:
-        session, namespace, tokens = self._prefix(request)
+        session, namespace, asked = self._asked(request)
         found = await self._cache.prefetcher.prefetch(
             session,
             namespace,
-            tokens,
+            asked,
             tier=checks.tier(request.tier or "cpu"),
             deadline_s=checks.deadline_s("deadline_ms", request.deadline_ms, 0.0),
         )
@@ -136,15 +140,19 @@ class SharedCalls:
             await scrubber.stop()
         return to_message(scrubber.progress(), cache_pb2.ScrubResponse)
 
-    def _prefix(
+    def _asked(
         self, request: cache_pb2.PinRequest | cache_pb2.UnpinRequest | cache_pb2.PrefetchRequest
-    ) -> tuple[Session | None, Namespace, np.ndarray[Any, Any]]:
-        """Who asks (None: the socket's owner), the namespace, and tokens in it."""
+    ) -> tuple[Session | None, Namespace, Asked]:
+        """Who asks (None: the socket's owner), the namespace, and which blocks of it."""
         session = self._callers.session_or_owner(request)
-        tokens = checks.tokens("tokens", request.tokens, self._limits)
+        namespace = self._namespace(session, request)
+        checks.reserved("extras", len(request.extras), 0)
+        return session, namespace, checks.asked(request, namespace, self._limits)
+
+    def _namespace(self, session: Session | None, request: InNamespace) -> Namespace:
         if session is None:
-            return session, self._cache.namespaces.find(request.namespace), tokens
-        return session, checks.namespace_id(session, request.namespace_id), tokens
+            return self._cache.namespaces.find(request.namespace)
+        return checks.namespace_id(session, request.namespace_id)
 
     async def Stats(self, request: cache_pb2.StatsRequest) -> cache_pb2.StatsResponse:
         stats = self._cache.stats()

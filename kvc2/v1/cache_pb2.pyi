@@ -560,14 +560,16 @@ class PinRequest(_message.Message):
     def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., namespace: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., tier: _Optional[str] = ..., hard: _Optional[bool] = ..., ttl_s: _Optional[int] = ..., keys: _Optional[_Iterable[bytes]] = ..., extras: _Optional[_Iterable[_Union[BlockExtras, _Mapping]]] = ...) -> None: ...
 
 class PinResponse(_message.Message):
-    __slots__ = ("blocks", "resident_blocks", "pinned_blocks")
+    __slots__ = ("blocks", "resident_blocks", "pinned_blocks", "pinned")
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     PINNED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
     blocks: int
     resident_blocks: int
     pinned_blocks: int
-    def __init__(self, blocks: _Optional[int] = ..., resident_blocks: _Optional[int] = ..., pinned_blocks: _Optional[int] = ...) -> None: ...
+    pinned: bytes
+    def __init__(self, blocks: _Optional[int] = ..., resident_blocks: _Optional[int] = ..., pinned_blocks: _Optional[int] = ..., pinned: _Optional[bytes] = ...) -> None: ...
 
 class UnpinRequest(_message.Message):
     __slots__ = ("session", "namespace_id", "namespace", "tokens", "tier", "keys", "extras")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvc2.answers import NOWHERE
+from kvc2.answers import NOWHERE, Asked
 from kvc2.client import Admin, NamespaceHandle
 from kvc2.errors import InvalidRequest
 from kvc2.layout import Layout, Segment
@@ -117,3 +117,130 @@ def test_one_session_has_namespaces_of_several_layouts(tmp_path: Path) -> None:
         assert one.client.match_keys(at, KEYS[:2]).tolist() == [0, 0]
         with pytest.raises(InvalidRequest, match="layout"):
             put(one, at, KEYS[:1])
+
+
+# ---- kept, brought and explained ----
+
+
+def in_tiers(reader: Reader, at: NamespaceHandle, keys: list[bytes]) -> list[int]:
+    return list(reader.client.match_keys(at, keys).tolist())
+
+
+def test_each_pinned_key_is_kept_when_all_else_is_evicted(tmp_path: Path) -> None:
+    """Whether it is there or comes later; each pin ends for itself."""
+    with reading(tmp_path, disk=False) as (served, reader), Admin(served.address) as admin:
+        at = handle(reader)
+        put(reader, at, KEYS[:4])
+        kept = [KEYS[1], KEYS[2], KEYS[5], KEYS[1]]
+        found = reader.client.pin(at, Asked(keys=kept), hard=True)
+        assert found.pinned.tolist() == [1] * 4
+        assert (found.blocks, found.resident_blocks, found.pinned_blocks) == (3, 2, 3)
+        put(reader, at, KEYS[4:])
+        admin.evict("cpu")
+        assert in_tiers(reader, at, KEYS) == [0, 2, 2, 0, 0, 2, 0, 0]
+        assert reader.client.unpin(at, Asked(keys=[KEYS[1], b"absent", KEYS[1]])) == 1
+        admin.evict("cpu")
+        assert in_tiers(reader, at, KEYS) == [0, 0, 2, 0, 0, 2, 0, 0]
+
+
+def test_keys_that_there_is_no_room_for_are_told_and_the_others_are_pinned(tmp_path: Path) -> None:
+    with reading(tmp_path, disk=False) as (_, reader):
+        at = handle(reader)
+        room, most = 0, reader.client.limits.max_keys
+        for begin in range(0, 1 << 20, most):
+            keys = [b"%d" % each for each in range(begin, begin + most)]
+            found = reader.client.pin(at, Asked(keys=keys), hard=True)
+            room += found.blocks
+            assert found.pinned_blocks == room
+            assert found.pinned.tolist() == [1] * found.blocks + [0] * (most - found.blocks)
+            if found.blocks < most:
+                break
+        else:
+            raise AssertionError("it pinned all")
+        assert room > 0
+        assert reader.client.pin(at, Asked(keys=[b"0", b"more"]), hard=True).pinned.tolist() == [
+            1,
+            0,
+        ]
+
+
+def test_keys_are_prefetched_each_for_itself(tmp_path: Path) -> None:
+    with reading(tmp_path) as (served, reader), Admin(served.address) as admin:
+        at = handle(reader)
+        put(reader, at, KEYS)
+        admin.flush(10)
+        admin.evict("cpu")
+        wanted = [KEYS[6], b"absent", KEYS[0]]
+        found = reader.client.prefetch(at, Asked(keys=wanted), deadline_s=30.0)
+        size = found.tiers.cpu // 2
+        assert (size > 0, found.tiers.disk, found.coming_tokens) == (True, 0, 0)
+        assert in_tiers(reader, at, KEYS) == [2, 3, 3, 3, 3, 3, 2, 3]
+        assert leases(served) == 0
+        name = bytes.fromhex(reader.client.explain(at, Asked(keys=[KEYS[0]])).namespace)
+        admin.prefetch(Asked(keys=KEYS), namespace=name, deadline_s=30.0)
+        assert in_tiers(reader, at, KEYS) == [2] * len(KEYS)
+
+
+def test_a_key_is_explained(tmp_path: Path) -> None:
+    with reading(tmp_path) as (served, reader), Admin(served.address) as admin:
+        at, other = handle(reader), handle(reader, b"salt")
+        put(reader, at, KEYS[:2])
+        found = reader.client.explain(at, Asked(keys=[KEYS[0]]))
+        assert (found.hit_blocks, found.runs[0].tier, found.why) == (1, "cpu", "nothing")
+        missed = reader.client.explain(at, Asked(keys=[b"absent"]))
+        assert (missed.hit_blocks, missed.why, missed.sibling.size) == (0, "never_seen", 0)
+        assert reader.client.explain(other, Asked(keys=[KEYS[0]])).why == "never_seen"  # a salt
+        name = bytes.fromhex(found.namespace)
+        assert admin.explain(key=KEYS[0], namespace=name).hit_blocks == 1
+        reader.client.invalidate(at)
+        assert admin.explain(key=KEYS[0], namespace=name).why == "invalidated"
+
+
+def test_what_is_never_seen_is_not_looked_for_among_names_of_the_other_kind(
+    tmp_path: Path,
+) -> None:
+    """One tenant has tokens and keys, of pages of the same size."""
+    with reading(tmp_path) as (_, reader):
+        at, tokens = handle(reader), reader.handle
+        put(reader, at, KEYS[:1])
+        reader.store(1)
+        assert reader.client.explain(tokens, prompt(2)).why == "diverged"
+        assert reader.client.explain(at, Asked(keys=[b"absent"])).why == "never_seen"
+
+
+@pytest.mark.parametrize("call", ["pin", "unpin", "prefetch", "explain"])
+def test_every_call_refuses_the_other_kind_of_name(tmp_path: Path, call: str) -> None:
+    hard = {"hard": True} if call == "pin" else {}
+    with reading(tmp_path) as (_, reader):
+        at, tokens = handle(reader), reader.handle
+        with pytest.raises(InvalidRequest, match=r"tokens.*opaque keys"):
+            getattr(reader.client, call)(at, prompt(1), **hard)
+        with pytest.raises(InvalidRequest, match=r"key.*tokens"):
+            getattr(reader.client, call)(tokens, Asked(keys=[b"k"]), **hard)
+        with pytest.raises(InvalidRequest, match=r"key.*1 to 64 bytes"):
+            getattr(reader.client, call)(at, Asked(keys=[b"x" * 65]), **hard)
+
+
+def test_keys_are_kept_and_brought_where_they_are_read(tmp_path: Path) -> None:
+    with reading(tmp_path) as (_, reader):
+        at = handle(reader)
+        with pytest.raises(InvalidRequest, match=r"tier.*keys"):
+            reader.client.pin(at, Asked(keys=KEYS), tier="gpu", hard=True)
+        with pytest.raises(InvalidRequest, match=r"tier.*keys"):
+            reader.client.prefetch(at, Asked(keys=KEYS), tier="gpu")
+
+
+def test_tokens_in_a_namespace_of_another_layout_are_asked_for_in_the_arena(tmp_path: Path) -> None:
+    """Every call that takes a prompt answers there, or refuses a place that it can't have."""
+    small = Layout((Segment(0, 0, 512, 0, 512), Segment(1, 0, 512, 512, 512)), 8)
+    foreign = b'{"engine":"other","fields":{"page_size":8},"schema":"foreign/1","weights":"w"}'
+    with ServedDaemon(serve_config(tmp_path), cache=None) as served, Reader(served.address) as one:
+        at, client = one.client.open_handle(NamespaceHandle(foreign, layout=small)), one.client
+        assert client.match(at, prompt(1)).matched_tokens == 0
+        assert client.acquire_in_arena(at, b"a", prompt(1)).matched_tokens == 0
+        assert client.explain(at, prompt(1)).why == "never_seen"
+        assert client.explain_request(b"a").why == "never_seen"
+        assert client.pin(at, prompt(1), hard=True).blocks == len(prompt(1)) // 8
+        for call, terms in ((client.pin, {"hard": True}), (client.prefetch, {})):
+            with pytest.raises(InvalidRequest, match=r"tier.*layout"):
+                call(at, prompt(1), tier="gpu", **terms)  # type: ignore[operator]

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvc2 import _core, errors
-from kvc2.answers import Prefetched, TierTokens
+from kvc2.answers import Asked, Prefetched, TierTokens
 from kvc2.cache.prefetch import AT_ONCE_MAX
 from kvc2.client import Admin, NamespaceHandle
 from kvc2.commands import cli
@@ -37,7 +37,7 @@ async def prefetch(
     return await house.cache.prefetcher.prefetch(
         house.engine.session if session else None,
         house.engine.opened,
-        prompt(seed, LONG),
+        Asked(prompt(seed, LONG)),
         tier=tier,
         deadline_s=deadline_s,
     )
@@ -149,12 +149,14 @@ def test_who_waits_for_others_in_vain_gives_up(
 
     async def work(house: House) -> None:
         looks, crowds = crowded(house, monkeypatch), Loader.until_idle
-        wish = house.cache.prefetcher._wish(None, house.engine.opened, prompt(1, LONG), "cpu")
+        wish = house.cache.prefetcher._wish(
+            None, house.engine.opened, Asked(prompt(1, LONG)), "cpu"
+        )
 
         async def others(loader: Loader) -> None:
             await crowds(loader)
             index, number = house.cache.index, wish.namespace.number
-            step = index.prefetch(number, wish.pool, wish.tokens, 1, touches=False)
+            step = index.prefetch(number, wish.pool, wish.asked.tokens, 1, touches=False)
             assert isinstance(step, _core.Transfer)
             house.cache._mover.load(wish.pools, step)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvc2.answers import Prefetched, TierTokens
+from kvc2.answers import Asked, Prefetched, TierTokens
 from kvc2.arena import Arena
 from kvc2.cache.cache import Cache
 from kvc2.moving.demotion import Demotion
@@ -69,7 +69,7 @@ def after_a_page_was_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def prefetch(engine: StandIn) -> Prefetched:
     return await engine.cache.prefetcher.prefetch(
-        engine.session, engine.opened, prompt(1, BLOCKS), tier="cpu", deadline_s=20.0
+        engine.session, engine.opened, Asked(prompt(1, BLOCKS)), tier="cpu", deadline_s=20.0
     )
 
 
