@@ -628,8 +628,12 @@ def scatter(
     segments there are up to the end of each layer, rising. After layer i the 8-byte word
     `progress` is set (release order) to progress_base + i + 1 and 1 is written to event_fd."""
 
+def copy_each(team: ThreadTeam, sources: Sequence[Buffer], targets: Sequence[Buffer]) -> None:
+    """Copy each source into its target, of as many bytes: ValueError otherwise, before anything is
+    copied. Targets must not overlap."""
+
 def copy_backend() -> str:
-    """The instruction set that gather and scatter use here: avx512, avx2 or portable."""
+    """The instruction set that these copies use here: avx512, avx2 or portable."""
 
 # ---- beat (csrc/bindings) --------------------------------------------------------------------
 

@@ -1,13 +1,15 @@
-// kvc2._core, section "copy": the thread team, gather and scatter.
+// kvc2._core, section "copy": the thread team, gather, scatter and copies of single buffers.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "bindings/arrays.h"
 #include "copy/pages.h"
@@ -49,6 +51,28 @@ void gather_pages(ThreadTeam& team, const py::object& pool, const py::object& se
   check_inside(list, from.bytes(), to.bytes());
   const py::gil_scoped_release released;
   gather(team, list, {from.data(), from.bytes()}, {to.data(), to.bytes()});
+}
+
+void copy_each_of(ThreadTeam& team, const py::sequence& sources, const py::sequence& targets) {
+  if (sources.size() != targets.size()) {
+    throw py::value_error(std::to_string(sources.size()) + " sources for " +
+                          std::to_string(targets.size()) + " targets");
+  }
+  std::deque<Exported> exported;  // which can't be moved
+  std::vector<Piece> pieces;
+  for (size_t i = 0; i < sources.size(); ++i) {
+    const py::object from = sources[i], to = targets[i];
+    const Exported& source = exported.emplace_back(from, "sources", false);
+    const Exported& target = exported.emplace_back(to, "targets", true);
+    if (source.bytes() != target.bytes()) {
+      throw py::value_error("sources[" + std::to_string(i) + "] has " +
+                            std::to_string(source.bytes()) + " bytes, its target " +
+                            std::to_string(target.bytes()));
+    }
+    pieces.push_back({target.data(), source.data(), source.bytes()});
+  }
+  const py::gil_scoped_release released;
+  copy_each(team, pieces);
 }
 
 // Tells an engine in another process how far its pages are.
@@ -129,5 +153,6 @@ void bind_copy(py::module_& module) {
              py::arg("pool"), py::arg("segments"), py::arg("pages"), py::kw_only(),
              py::arg("layer_ends"), py::arg("progress") = py::none(), py::arg("progress_base") = 0,
              py::arg("event_fd") = -1);
+  module.def("copy_each", &copy_each_of, py::arg("team"), py::arg("sources"), py::arg("targets"));
   module.def("copy_backend", [] { return std::string(isa_name(copy_isa())); });
 }

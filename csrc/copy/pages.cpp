@@ -144,6 +144,24 @@ void gather(ThreadTeam& team, const PageList& list, Memory<const uint8_t> pool,
   team.parallel_for(items, pieces_grain(starts.back(), segments), copy_items);
 }
 
+void copy_each(ThreadTeam& team, std::span<const Piece> pieces) {
+  std::vector<Piece> parts;
+  for (const Piece& piece : pieces) {
+    for (size_t done = 0; done < piece.bytes; done += kPieceBytes) {
+      parts.push_back(
+          {piece.to + done, piece.from + done, std::min<size_t>(kPieceBytes, piece.bytes - done)});
+    }
+  }
+  const copy::Stream stream = stream_here();
+  team.parallel_for(parts.size(), 1, [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end; ++i) {
+      const Piece& next = parts[std::min(i + 1, parts.size() - 1)];
+      stream(parts[i].to, parts[i].from, parts[i].bytes, next.from);
+    }
+    _mm_sfence();
+  });
+}
+
 bool are_layer_ends(std::span<const uint32_t> layer_ends, size_t segments) {
   size_t last = 0;
   for (const uint32_t end : layer_ends) {

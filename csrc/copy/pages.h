@@ -55,7 +55,17 @@ bool are_layer_ends(std::span<const uint32_t> layer_ends, size_t segments);
 void scatter(ThreadTeam& team, const PageList& list, Memory<const uint8_t> arena,
              Memory<uint8_t> pool, std::span<const uint32_t> layer_ends, const LayersDone& done);
 
-// The instruction set that both use on this machine.
+// One contiguous copy; none of a list may overlap what another one writes.
+struct Piece {
+  uint8_t* to;
+  const uint8_t* from;
+  size_t bytes;
+};
+
+// Copies that have nothing in common but their caller, shared out by their bytes.
+void copy_each(ThreadTeam& team, std::span<const Piece> pieces);
+
+// The instruction set that all three use on this machine.
 Isa copy_isa();
 
 }  // namespace kvc2

@@ -227,3 +227,28 @@ def test_copies_agree_on_every_instruction_set(isa: str):
         backend, env=os.environ | {"KVC2_ISA": isa}, capture_output=True, text=True, check=True
     )
     assert said.stdout.split()[-1] == isa
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [1, 1023, 0, 1024, 70_001], [300_000, 5, 1 << 20]])
+def test_each_buffer_is_copied_into_its_own(team, sizes):
+    random = np.random.default_rng(7)
+    sources = [random.integers(0, 256, size, np.uint8) for size in sizes]
+    memory = np.full(sum(sizes) + len(sizes) + 1, 0xEE, np.uint8)
+    expected, targets, begin = memory.copy(), [], 1
+    for source in sources:  # a byte apart: nothing between them is touched
+        targets.append(memory[begin : begin + source.size])
+        expected[begin : begin + source.size] = source
+        begin += source.size + 1
+    _core.copy_each(team, [bytes(each) for each in sources], targets)
+    np.testing.assert_array_equal(memory, expected)
+
+
+def test_a_target_that_does_not_fit_is_named_and_nothing_is_copied(team):
+    sources, mine = [b"abc", b"abc"], [bytearray(3), bytearray(2)]
+    with pytest.raises(ValueError, match=r"sources\[1\] has 3 bytes, its target 2"):
+        _core.copy_each(team, sources, mine)
+    assert mine[0] == bytearray(3)
+    with pytest.raises(ValueError, match="2 sources for 1 targets"):
+        _core.copy_each(team, sources, mine[:1])
+    with pytest.raises(TypeError, match="writable"):
+        _core.copy_each(team, sources, [bytearray(3), b"abc"])
