@@ -46,15 +46,15 @@ FLOORS = {
     """,
     "kvc2/client": """
         examples
-        bridge
+        bridge, objects
         calls
         client, namespaces, sessions
         keeper
         admin, connection, health, share
-        channel, counters, memory, pages
+        channel, completions, counters, memory, pages, staging
     """,
     "kvc2/client/examples": """
-        engine, workers
+        engine, flat_keys, private_memory, workers
     """,
     "kvc2/cache": """
         assemble

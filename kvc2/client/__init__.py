@@ -26,9 +26,11 @@ from kvc2.client.admin import Admin
 from kvc2.client.bridge import Bridge, Daemon, PrefixLostError, open_bridge
 from kvc2.client.calls import BridgeConfig
 from kvc2.client.client import ArenaTerms, Client
+from kvc2.client.completions import Completions
 from kvc2.client.connection import NamespaceHandle, SessionOptions
 from kvc2.client.counters import Counters
 from kvc2.client.memory import ArenaView, PoolMemory
+from kvc2.client.objects import Objects, open_objects
 from kvc2.client.pages import PageBook
 from kvc2.client.sessions import Lease
 from kvc2.client.share import Share, SharedPool
@@ -44,6 +46,7 @@ __all__ = [
     "BridgeConfig",
     "Client",
     "Committed",
+    "Completions",
     "Counters",
     "Daemon",
     "DaemonStats",
@@ -58,6 +61,7 @@ __all__ = [
     "LeaseCommit",
     "Matched",
     "NamespaceHandle",
+    "Objects",
     "PageBook",
     "PoolMemory",
     "Prefetched",
@@ -73,4 +77,5 @@ __all__ = [
     "TierStats",
     "TierTokens",
     "open_bridge",
+    "open_objects",
 ]

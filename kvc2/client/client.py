@@ -170,8 +170,9 @@ class Client:
         namespace: NamespaceHandle,
         request: cache_pb2.AcquireRequest,
         deadline_s: float | None,
+        arena: ArenaView | None = None,
     ) -> answers.Acquired:
-        connection = self._keeper.current()
+        connection = self._keeper.current(arena)
         request.session.CopyFrom(connection.head)
         if deadline_s is None:
             deadline_s = connection.limits.acquire_deadline_ms / 1000
@@ -189,9 +190,12 @@ class Client:
         request_id: bytes,
         keys: Sequence[bytes],
         terms: ArenaTerms = IN_ARENA,
+        *,
+        arena: ArenaView | None = None,
     ) -> answers.Acquired:
         """Open a lease in the arena on those of these opaque keys that are there: `found` and
-        `offsets` have an element for each, NOWHERE where it isn't there (yet)."""
+        `offsets` have an element for each, NOWHERE where it isn't there (yet). With `arena` only in
+        the session that this view is of: Detached otherwise."""
         request = cache_pb2.AcquireRequest(
             request_id=request_id,
             keys=keys,
@@ -201,7 +205,7 @@ class Client:
             at_once=terms.poll is not None,
             poll=terms.poll or 0,
         )
-        return self._acquire(namespace, request, terms.deadline_s)
+        return self._acquire(namespace, request, terms.deadline_s, arena)
 
     def match_keys(self, namespace: NamespaceHandle, keys: Sequence[bytes]) -> NDArray[np.uint8]:
         """[n] of each opaque key 0, or 1 gpu, 2 cpu, 3 disk: the fastest tier. Changes nothing."""
@@ -217,11 +221,12 @@ class Client:
         pages: NDArray[np.uint32],
         *,
         durable: bool = False,
+        arena: ArenaView | None = None,
     ) -> answers.Committed:
         """Copy filled pages into the arena, each as the block of an opaque key: they are this
-        client's again with the answer."""
+        client's again with the answer. `arena` as in acquire_keys."""
         commit = cache_pb2.LeaseCommit(keys=keys, pages=_pages(pages))
-        return self._commit_copies(namespace, [commit], durable=durable)
+        return self._commit_copies(namespace, [commit], durable=durable, arena=arena)
 
     def commit(
         self,
@@ -265,8 +270,9 @@ class Client:
         commits: list[cache_pb2.LeaseCommit],
         *,
         durable: bool,
+        arena: ArenaView | None = None,
     ) -> answers.Committed:
-        connection = self._keeper.current()
+        connection = self._keeper.current(arena)
         request = cache_pb2.CommitRequest(
             session=connection.head, leases=commits, durable=durable, copied=True
         )

@@ -33,7 +33,7 @@ from kvc2.client.connection import (
     Silence,
     SilentDaemon,
 )
-from kvc2.client.memory import PoolMemory
+from kvc2.client.memory import ArenaView, PoolMemory
 from kvc2.client.share import Share, Sharing
 from kvc2.host.address import Address
 from kvc2.layout import Layout
@@ -153,11 +153,13 @@ class Keeper:
 
     # ---- calls
 
-    def current(self) -> Connection:
-        """Of the session that there is. Raises Detached."""
+    def current(self, arena: ArenaView | None = None) -> Connection:
+        """Of the session that there is. Raises Detached, also where `arena` is another one's."""
         connection = self._connection
         if connection is None or self._state != "attached":
             raise errors.Detached("silent" if self._state == "silent" else "dead")
+        if arena is not None and connection.arena is not arena:
+            raise errors.Detached("dead", "the session that this arena was of is over")
         return connection
 
     def call_in(

@@ -10,6 +10,7 @@ import mmap
 import os
 import select
 import time
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,7 +136,7 @@ class ArenaView:
     """The daemon's cpu tier of one session, read in place. Threads may share it.
 
     What a lease in the arena told stays there until the lease is released or the session is over.
-    So a copy counts only if the session is not over after it: `read` and `scatter` say so.
+    So a copy counts only if the session is not over after it: each call says so.
     """
 
     def __init__(self, fd: int, num_bytes: int, progress: Progress, *, threads: int = 1) -> None:
@@ -154,6 +155,16 @@ class ArenaView:
         lies outside of either."""
         row = np.array([[0, num_bytes, num_bytes]], np.uint64)
         return self.scatter(offsets, into, row, np.arange(offsets.size, dtype=np.uint32))
+
+    def read_each(
+        self, offsets: NDArray[np.uint64], num_bytes: int, targets: Sequence[Buffer]
+    ) -> bool:
+        """Copy payloads of num_bytes, each into a writable buffer of as many. Answers as `read`;
+        ValueError for what doesn't fit, before anything is copied."""
+        whole = memoryview(self._mmap)
+        sources = [whole[begin : begin + num_bytes] for begin in offsets.tolist()]
+        _core.copy_each(self._team, sources, targets)
+        return not self._progress.fenced
 
     def scatter(
         self,

@@ -18,6 +18,14 @@ PRINTED = {  # by a first run, and by one after it
         ["first: 0 tokens cached, KV equal", "again: 96 tokens cached, KV equal"],
         ["first: 96 tokens cached, KV equal", "again: 96 tokens cached, KV equal"],
     ),
+    "flat_keys": (
+        ["0 of 8 were there", "8 stored", "8 loaded, equal"],
+        ["8 of 8 were there", "8 stored", "8 loaded, equal"],
+    ),
+    "private_memory": (
+        ["0 of 8 blocks cached, 8 stored, KV equal"],
+        ["8 of 8 blocks cached, 0 stored, KV equal"],
+    ),
     "workers": (["0 tokens cached, KV equal"], ["96 tokens cached, KV equal"]),
 }
 

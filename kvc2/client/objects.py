@@ -1,0 +1,236 @@
+"""Blocks under keys of an engine's own, in batches: asked for, read into buffers that the engine
+chooses, stored from them. For engines whose memory is theirs alone, and whose keys are hashes.
+
+    objects = open_objects(address, identity, num_bytes)
+    objects.put_from(keys, buffers); objects.exists(keys); objects.get_into(keys, buffers)
+
+Calls block, and threads may share them; completions.py makes futures of them, with an eventfd. They
+answer a bool for each key. A fault is a no: without a daemon nothing is there, and nothing is
+stored; when there is one again it goes on. Not here: sessions (keeper.py), staging pages
+(staging.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Buffer
+
+from kvc2 import _core, errors
+from kvc2.answers import NOWHERE
+from kvc2.client.client import Client
+from kvc2.client.connection import NamespaceHandle, SessionOptions
+from kvc2.client.memory import ArenaView, PoolMemory
+from kvc2.client.staging import Staging
+from kvc2.layout import Layout, Segment
+
+Bools: TypeAlias = NDArray[np.bool_]
+# One contiguous buffer of all, or a list of one for each key. An address is a buffer too:
+# (ctypes.c_ubyte * num_bytes).from_address(address).
+Buffers: TypeAlias = Buffer | list[Buffer]
+
+KEYS_A_CALL = 1024  # the daemon's index is locked for 1.5 to 3 us a key
+BYTES_A_CALL = 64 << 20  # what one lease brings from the disk before its deadline
+STAGING_BYTES = 64 << 20
+_request_numbers = itertools.count()
+
+
+class Objects:
+    """Blocks of num_bytes each, of one namespace. Threads may share it."""
+
+    def __init__(
+        self,
+        client: Client,
+        pool: PoolMemory,
+        staging: Staging,
+        namespace: NamespaceHandle,
+        *,
+        num_bytes: int,
+        copy_threads: int = 1,
+    ) -> None:
+        """The client's session reads the arena, its engine is `staging`, of whose pages each holds
+        a block. `open_objects` makes all of them."""
+        self.client = client
+        self.num_bytes = num_bytes
+        self._namespace = client.open_handle(namespace)
+        self._staging = staging
+        self._pages = pool.map
+        self._stride = pool.num_bytes // staging.num_pages
+        self._team = _core.ThreadTeam(copy_threads)
+        self._lock = threading.Lock()
+        self._locked: dict[int, list[bytes]] = {}  # leases by token
+        self._tokens = itertools.count(1)
+
+    def exists(self, keys: Sequence[bytes]) -> Bools:
+        """[n] whether each is in any tier. Changes nothing."""
+        return self._in_parts(
+            keys, lambda part: self.client.match_keys(self._namespace, keys[part]) != 0
+        )
+
+    def get_into(self, keys: Sequence[bytes], buffers: Buffers) -> Bools:
+        """[n] whether each was read into its part of `buffers`, writable. Where it was not, the
+        part's content is undefined. InvalidRequest for what doesn't fit."""
+        targets = self._rows(buffers, len(keys), writable=True)
+        return self._in_parts(keys, lambda part: self._get(keys[part], targets[part]))
+
+    def put_from(self, keys: Sequence[bytes], buffers: Buffers) -> Bools:
+        """[n] whether each is in memory now; what was there stays as it is. The buffers are the
+        caller's again."""
+        sources = self._rows(buffers, len(keys), writable=False)
+        first = {key: index for index, key in reversed(list(enumerate(keys)))}
+        once = sorted(first.values())  # a call may name a key once
+        alone, of_alone = [keys[each] for each in once], [sources[each] for each in once]
+        stored = self._in_parts(alone, lambda part: self._put(alone[part], of_alone[part]))
+        by_key = dict(zip(alone, stored.tolist(), strict=True))
+        return np.array([by_key[key] for key in keys], np.bool_)
+
+    def lock(self, keys: Sequence[bytes]) -> tuple[int, Bools]:
+        """Bring them to memory and keep them there until `unlock` of the token, or the session's
+        end; [n] which are."""
+        leases: list[bytes] = []
+        found = self._in_parts(keys, lambda part: self._hold(keys[part], leases))
+        with self._lock:
+            token = next(self._tokens)
+            self._locked[token] = leases
+        return token, found
+
+    def unlock(self, token: int) -> None:
+        """Idempotent."""
+        with self._lock:
+            leases = self._locked.pop(token, [])
+        if leases:
+            self._release(leases)
+
+    def close(self) -> None:
+        """End the client's session in order. No other call may be under way, or follow."""
+        self.client.close()
+
+    # ---- one call's worth
+
+    def _in_parts(self, keys: Sequence[bytes], do: Callable[[slice], Bools]) -> Bools:
+        """Of all keys, by calls of as many as the daemon takes, until one is in vain."""
+        done = np.zeros(len(keys), np.bool_)
+        with suppress(errors.Detached, errors.LimitReached):
+            most = min(KEYS_A_CALL, self.client.limits.max_keys)
+            step = max(1, min(most, BYTES_A_CALL // self.num_bytes))
+            for begin in range(0, len(keys), step):
+                part = slice(begin, begin + step)
+                done[part] = do(part)
+        return done
+
+    def _get(self, keys: Sequence[bytes], targets: list[Buffer]) -> Bools:
+        arena, lease = self.client.arena, _request_id()
+        offsets = self.client.acquire_keys(self._namespace, lease, keys, arena=arena).offsets
+        try:
+            there = offsets != NOWHERE
+            into = [targets[each] for each in np.flatnonzero(there).tolist()]
+            whole = arena.read_each(offsets[there], self.num_bytes, into)
+        finally:
+            self._release([lease])
+        return there if whole else np.zeros(len(keys), np.bool_)
+
+    def _hold(self, keys: Sequence[bytes], leases: list[bytes]) -> Bools:
+        lease = _request_id()
+        found = self.client.acquire_keys(self._namespace, lease, keys)
+        leases.append(lease)
+        return np.asarray(found.offsets != NOWHERE)
+
+    def _put(self, keys: Sequence[bytes], sources: list[Buffer]) -> Bools:
+        done = np.zeros(len(keys), np.bool_)
+        begin = 0
+        while begin < len(keys):
+            arena, era = self._session()
+            pages = self._staging.take(len(keys) - begin)
+            end = begin + pages.size
+            self._fill(pages, sources[begin:end])
+            done[begin:end] = self._commit(keys[begin:end], pages, arena, era)
+            begin = end
+        return done
+
+    def _session(self) -> tuple[ArenaView, int]:
+        """Of the session that there is, its arena and era. Raises Detached."""
+        era = self._staging.era
+        arena = self.client.arena
+        if self._staging.era != era:
+            raise errors.Detached("dead", "the session has changed")
+        return arena, era
+
+    def _fill(self, pages: NDArray[np.uint32], sources: list[Buffer]) -> None:
+        starts = (pages.astype(np.int64) * self._stride).tolist()
+        targets = [self._pages[each : each + self.num_bytes] for each in starts]
+        try:
+            _core.copy_each(self._team, sources, targets)
+        except BaseException:
+            self._staging.give_back(pages)
+            raise
+
+    def _commit(
+        self, keys: Sequence[bytes], pages: NDArray[np.uint32], arena: ArenaView, era: int
+    ) -> Bools:
+        try:
+            answer = self.client.commit_keys(self._namespace, keys, pages, arena=arena)
+        except BaseException as error:
+            if isinstance(error, errors.Kvc2Error) and not isinstance(error, errors.Detached):
+                self._staging.give_back(pages)  # it was answered
+            else:
+                self._staging.hold(pages, era)
+            raise
+        self._staging.give_back(pages)
+        return np.asarray(answer.results[0] <= _core.DUPLICATE)
+
+    def _release(self, leases: list[bytes]) -> None:
+        with suppress(errors.Detached):  # they have ended with their session
+            self.client.release(leases)
+
+    def _rows(self, buffers: Buffers, count: int, *, writable: bool) -> list[Buffer]:
+        """One for each key. Raises InvalidRequest."""
+        if not isinstance(buffers, list):
+            self._check(buffers, count * self.num_bytes, writable=writable)
+            rows = np.frombuffer(memoryview(buffers), np.uint8).reshape(count, self.num_bytes)
+            return list(rows)
+        if len(buffers) != count:
+            raise errors.InvalidRequest("buffers", f"{len(buffers)} of them", f"{count}, by key")
+        for each in buffers:
+            self._check(each, self.num_bytes, writable=writable)
+        return buffers
+
+    def _check(self, buffer: Buffer, num_bytes: int, *, writable: bool) -> None:
+        view = memoryview(buffer)
+        if view.nbytes != num_bytes or not view.c_contiguous or (writable and view.readonly):
+            kind = "read-only" if view.readonly else "writable"
+            wanted = f"contiguous{' and writable' if writable else ''}, {num_bytes} bytes"
+            raise errors.InvalidRequest("buffers", f"{kind}, {view.nbytes} bytes", wanted)
+
+
+def open_objects(
+    address: str,
+    identity: bytes,
+    num_bytes: int,
+    *,
+    engine_name: str = "objects",
+    staging_bytes: int = STAGING_BYTES,
+    copy_threads: int = 2,
+) -> Objects:
+    """Blocks of num_bytes under keys, with a client of their own, attached in the background. The
+    identity's page_size is 1: a block holds what its key says."""
+    num_pages = max(1, staging_bytes // num_bytes)
+    pool, staging = PoolMemory(num_pages * num_bytes), Staging(num_pages)
+    client = Client(
+        address,
+        pool=pool,
+        layout=Layout((Segment(0, 0, num_bytes, 0, num_bytes),), 1),
+        engine=staging,
+        options=SessionOptions(engine_name, arena=True, copy_threads=copy_threads),
+    )
+    namespace = NamespaceHandle(identity, opaque=True)
+    return Objects(client, pool, staging, namespace, num_bytes=num_bytes, copy_threads=copy_threads)
+
+
+def _request_id() -> bytes:
+    return b"objects-%d" % next(_request_numbers)
