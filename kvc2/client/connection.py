@@ -256,7 +256,7 @@ class Connection:
         if self._beat is not None:
             self._beat.close()
             self._beat = None
-        self.progress = None
+        self.progress, self.arena = None, None
         self._outbox.put(None)
         self._stream.cancel()
         self.channel.close()

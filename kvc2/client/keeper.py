@@ -273,7 +273,7 @@ class Keeper:
         self.last_refusal = None
         self.orphans.clear()
         self._silent.forget()
-        self._sharing.begin(connection.progress)
+        self._sharing.begin(connection.progress, connection.arena)
         self._engine.on_attached(connection.granted)
         self._set(connection, "attached")
         return connection

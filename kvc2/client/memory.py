@@ -136,15 +136,18 @@ class ArenaView:
     """The daemon's cpu tier of one session, read in place. Threads may share it.
 
     What a lease in the arena told stays there until the lease is released or the session is over.
-    So a copy counts only if the session is not over after it: each call says so.
+    So a copy counts only if the session is not over after it: each call says so. A daemon that has
+    died keeps its memory until the last view of it is dropped.
     """
 
     def __init__(self, fd: int, num_bytes: int, progress: Progress, *, threads: int = 1) -> None:
         """Takes the descriptor over. `threads` copy at a time."""
         try:
             self._mmap = mmap.mmap(fd, num_bytes, prot=mmap.PROT_READ)
-        finally:
+        except BaseException:
             os.close(fd)
+            raise
+        self._fd = fd
         self.num_bytes = num_bytes
         self._progress = progress
         self._team = _core.ThreadTeam(threads)
@@ -178,3 +181,11 @@ class ArenaView:
         ends = np.array([len(segments)], np.uint32)
         _core.scatter(self._team, self._mmap, offsets, memory, segments, pages, layer_ends=ends)
         return not self._progress.fenced
+
+    def descriptors(self) -> list[int]:
+        """What another process of this engine makes the same of."""
+        return [self._fd]
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):  # it was made
+            os.close(self._fd)

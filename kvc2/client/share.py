@@ -7,6 +7,7 @@ waits for layers of the session under way.
     with share.open() as pool:                              in the worker
         kv = numpy.frombuffer(pool.map, ...)
         pool.wait_layer(lease.session, lease.transfer, layer, timeout_s)
+        pool.arena(session).read(offsets, num_bytes, into)   where the engine reads the arena
 
 A `Share` is the name of a socket, so that a worker may be older than the client and may outlive a
 session: it asks again when it is told of a session that it doesn't know. The descriptors go only to
@@ -25,18 +26,23 @@ import socket
 import struct
 import threading
 import time
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
 from kvc2 import errors
-from kvc2.client.memory import OverSignal, PoolMemory, Progress
+from kvc2.client.memory import ArenaView, OverSignal, PoolMemory, Progress
 
 BACKLOG = 64  # workers that ask at once
 ASK_S = 10.0  # for the engine's answer
 LOOK_S = 0.1  # how often a wait looks whether the engine's process still lives
 RETRY_S = 0.1  # after descriptors ran out
-FDS_MAX = 4
-_TOLD = struct.Struct("<QQ")  # bytes of the pool, number of the session (0: there was none yet)
+PROGRESS_FDS = 3
+FDS_MAX = 1 + PROGRESS_FDS + 1  # the pool's and the arena's
+# bytes of the pool, number of the session (0: there was none yet), bytes of the arena; a descriptor
+# of what has none isn't sent
+_TOLD = struct.Struct("<QQQ")
 _CREDENTIALS = struct.Struct("iII")
 
 
@@ -49,14 +55,17 @@ class Sharing:
         self._lock = threading.Lock()
         self._session = 0  # how many there have been
         self._progress: Progress | None = None  # of the last one
+        # not held: a daemon that has died would keep its memory
+        self._arena: Callable[[], ArenaView | None] = _no_arena
         self._name = ""
         self._listener: socket.socket | None = None
 
-    def begin(self, progress: Progress | None) -> None:
+    def begin(self, progress: Progress | None, arena: ArenaView | None) -> None:
         """A session begins. It is over when its progress says so."""
         with self._lock:
             self._session += 1
             self._progress = progress
+            self._arena = _no_arena if arena is None else weakref.ref(arena)
 
     def share(self) -> Share:
         """Where it answers."""
@@ -96,11 +105,16 @@ class Sharing:
 
     def _tell(self, peer: socket.socket) -> None:
         with self._lock:
-            session, progress = self._session, self._progress
-        fds = [self._pool.fd]
+            session, progress, arena = self._session, self._progress, self._arena()
+        fds = [self._pool.fd] if self._pool.num_bytes else []
         if progress is not None:
             fds += progress.descriptors()
-        socket.send_fds(peer, [_TOLD.pack(self._pool.num_bytes, session)], fds)
+        arena_bytes = 0
+        if progress is not None and arena is not None:
+            fds += arena.descriptors()
+            arena_bytes = arena.num_bytes
+        told = _TOLD.pack(self._pool.num_bytes, session, arena_bytes)
+        socket.send_fds(peer, [told], fds)
 
 
 @dataclass(frozen=True)
@@ -126,7 +140,7 @@ class SharedPool:
         self._progress: Progress | None = None
         with _Answer(share.name, ASK_S) as told:
             self.num_bytes = told.num_bytes
-            self._mmap = mmap.mmap(told.fds[0], told.num_bytes)
+            self._mmap = told.map_pool()
             self.map = memoryview(self._mmap)
             self._engine = told.take_engine()
             self._learn(told)
@@ -149,10 +163,27 @@ class SharedPool:
         progress = self._of(session, ASK_S)
         return progress is None or progress.over or self._engine_is_dead()
 
+    def arena(self, session: int, threads: int = 1) -> ArenaView:
+        """The daemon's cpu tier as this session reads it; `threads` copy at a time. Drop it when
+        the session is over. Raises Detached when it is, or the engine doesn't say; InvalidRequest
+        when the engine doesn't read the arena."""
+        try:
+            with _Answer(self._share.name, ASK_S) as told:
+                progress = told.take_progress()
+                if told.session != session or progress is None or progress.over:
+                    raise errors.Detached("dead", f"session {session} is over")
+                arena = told.take_arena(progress, threads)
+        except errors.Unreachable as error:
+            raise errors.Detached("dead", str(error)) from error
+        if arena is None:
+            raise errors.InvalidRequest("options.arena", False, "True, to read the arena")
+        return arena
+
     def close(self) -> None:
         """BufferError while an array still lies over `map`."""
         self.map.release()
-        self._mmap.close()
+        if isinstance(self._mmap, mmap.mmap):
+            self._mmap.close()
         if self._engine >= 0:
             os.close(self._engine)
             self._engine = -1
@@ -204,7 +235,11 @@ class _Answer:
                 told, self.fds, _, _ = socket.recv_fds(
                     asking, _TOLD.size, FDS_MAX, socket.MSG_CMSG_CLOEXEC
                 )
-            if len(told) != _TOLD.size or len(self.fds) not in (1, FDS_MAX):
+            if len(told) != _TOLD.size:
+                raise errors.Unreachable("the engine refused to share", "refused")
+            self.num_bytes, self.session, self._arena_bytes = _TOLD.unpack(told)
+            pools, arenas = int(self.num_bytes > 0), int(self._arena_bytes > 0)
+            if len(self.fds) - pools - arenas not in (0, PROGRESS_FDS):
                 raise errors.Unreachable("the engine refused to share", "refused")
         except (OSError, errors.Unreachable) as error:
             self.close()
@@ -212,20 +247,32 @@ class _Answer:
                 raise
             told_why = f"no engine shares at {name}: {error}"
             raise errors.Unreachable(told_why, "nobody_listens") from error
-        self.num_bytes, self.session = _TOLD.unpack(told)
 
     def take_engine(self) -> int:
         """Its process; -1 where the kernel doesn't name it."""
         taken, self._engine = self._engine, -1
         return taken
 
+    def map_pool(self) -> mmap.mmap | bytearray:
+        """Of no bytes where the engine has none."""
+        return mmap.mmap(self.fds[0], self.num_bytes) if self.num_bytes else bytearray()
+
     def take_progress(self) -> Progress | None:
-        """None: there has been no session."""
-        if len(self.fds) < FDS_MAX:
+        """None: there is no session."""
+        begin = int(self.num_bytes > 0)
+        progress, self.fds[begin:] = (
+            self.fds[begin : begin + PROGRESS_FDS],
+            self.fds[begin + PROGRESS_FDS :],
+        )
+        if not progress:
             return None
-        _, progress, event, over = self.fds
-        del self.fds[1:]
-        return Progress(progress, event, OverSignal(over))
+        return Progress(progress[0], progress[1], OverSignal(progress[2]))
+
+    def take_arena(self, progress: Progress, threads: int) -> ArenaView | None:
+        """None: the engine doesn't read it. Taken after the progress."""
+        if not self._arena_bytes:
+            return None
+        return ArenaView(self.fds.pop(), self._arena_bytes, progress, threads=threads)
 
     def close(self) -> None:
         for fd in [*self.fds, *([self._engine] if self._engine >= 0 else [])]:
@@ -237,6 +284,10 @@ class _Answer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _no_arena() -> None:
+    return None
 
 
 def _socket() -> socket.socket:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkContext, SpawnContext
@@ -15,9 +16,10 @@ import pytest
 
 from kvc2.client import BridgeConfig, Daemon, LeaseCommit, PoolMemory, Share, open_bridge
 from kvc2.client.share import SharedPool
-from kvc2.errors import Unreachable
+from kvc2.errors import Detached, InvalidRequest, Unreachable
 from tests.doubles.daemons import ServedDaemon, serve_config
 from tests.doubles.engines import NUM_PAGES, PAGE_SIZE, POOL_BYTES, TinyEngine, identity, layout
+from tests.kvc2.cache.test_arena_leases import LAYOUT_BYTES, Reader, payloads, prompt
 from tests.system.daemon import DaemonProcess, EngineProcess
 
 TOKENS = np.arange(100, dtype=np.uint32)
@@ -114,6 +116,83 @@ def test_sessions_have_the_numbers_of_leases_and_one_is_never_taken_for_another(
             assert not shared.wait_layer(first.session, again.transfer, LAST_LAYER, 0.0)
         bridge.close()
         pool.close()
+
+
+def read_arena(share: Share, pipe: Connection) -> None:
+    """A worker: is told (session, offsets, bytes of a payload), tells what it reads; once more
+    after the session's end, by the view that it has and by a new one."""
+    with share.open() as shared:
+        session, offsets, num_bytes = pipe.recv()
+        arena = shared.arena(session, threads=2)
+        into = bytearray(num_bytes * offsets.size)
+        pipe.send((arena.read(offsets, num_bytes, into), bytes(into)))
+        pipe.recv()  # the session has ended
+        deadline = time.monotonic() + WAIT_S
+        while arena.read(offsets, num_bytes, into) and time.monotonic() < deadline:
+            pass
+        again = arena.read(offsets, num_bytes, into)
+        while True:  # until the engine has another session, or knows that it has none
+            try:
+                shared.arena(session)
+            except Detached:
+                break
+        pipe.send(again)
+
+
+@pytest.mark.parametrize("pages", [0, 16])
+def test_a_worker_reads_the_arena_and_knows_when_it_does_not_count(
+    pages: int, tmp_path: Path
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    with (
+        ServedDaemon(serve_config(tmp_path), cache=None) as served,
+        Reader(served.address) as writer,
+        Reader(served.address, pages, "parent") as reader,
+    ):
+        writer.store(1)
+        ours, theirs = context.Pipe()
+        worker = context.Process(target=read_arena, args=(reader.client.share(), theirs))
+        worker.start()
+        offsets = reader.client.acquire_in_arena(reader.handle, b"a", prompt(1)).offsets
+        ours.send((1, offsets, LAYOUT_BYTES))
+        assert ours.poll(WAIT_S)
+        assert ours.recv() == (True, payloads(1).tobytes())
+        for attachment in list(served.daemon.attachments._open.values()):
+            served.on_loop(lambda each=attachment: each.end("broken"))
+        ours.send("ended")
+        assert ours.poll(WAIT_S)
+        assert ours.recv() is False
+        worker.join(WAIT_S)
+        assert worker.exitcode == 0
+
+
+def test_an_engine_that_does_not_read_the_arena_does_not_share_it(tmp_path: Path) -> None:
+    with (
+        ServedDaemon(serve_config(tmp_path), cache=None) as served,
+        TinyEngine(served.address) as engine,
+        engine.client.share().open() as shared,
+    ):
+        with pytest.raises(InvalidRequest, match=r"options\.arena"):
+            shared.arena(1)
+        with pytest.raises(Detached):
+            shared.arena(2)
+
+
+def test_an_arena_is_not_held_by_what_is_shared(tmp_path: Path) -> None:
+    """A daemon that has died would keep its memory: only a view that is in use may."""
+    with (
+        ServedDaemon(serve_config(tmp_path), cache=None) as served,
+        Reader(served.address) as reader,
+        reader.client.share().open() as shared,
+    ):
+        held = weakref.ref(reader.client.arena)
+        assert shared.arena(1).num_bytes == reader.client.arena.num_bytes
+        break_session(served)
+        assert reader.wait_detached(1, WAIT_S)
+        deadline = time.monotonic() + WAIT_S
+        while held() is not None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert held() is None
 
 
 def test_a_worker_sees_a_session_of_a_silent_daemon_end(tmp_path: Path) -> None:
