@@ -83,7 +83,7 @@ proto: $(READY)  ## generate kvc2/v1 from proto/
 		$(shell cd proto && find . -name '*.proto' | sed 's,^\./,proto/,')
 
 # Half an hour; with TRACES=DIR also those that replay traces.
-BENCHMARKS := rpc restart page_copy overlap disk index_ops ttft mixed_models slow_disk
+BENCHMARKS := rpc objects restart page_copy overlap disk index_ops ttft mixed_models slow_disk
 bench: $(READY)  ## every benchmark of benchmarks/README.md, JSON into build/bench
 	mkdir -p build/bench
 	for each in $(BENCHMARKS); do $(PYTHON) -m benchmarks.$$each --json build/bench/$$each.json; done

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TypeAlias
 
@@ -37,6 +39,7 @@ Buffers: TypeAlias = Buffer | list[Buffer]
 
 KEYS_A_CALL = 1024  # the daemon's index is locked for 1.5 to 3 us a key
 BYTES_A_CALL = 64 << 20  # what one lease brings from the disk before its deadline
+LEASES_A_CALL = 32
 STAGING_BYTES = 64 << 20
 _request_numbers = itertools.count()
 
@@ -63,6 +66,9 @@ class Objects:
         self._pages = pool.map
         self._stride = pool.num_bytes // staging.num_pages
         self._team = _core.ThreadTeam(copy_threads)
+        # nobody waits for the end of a lease whose bytes are read
+        self._releasing = ThreadPoolExecutor(1, "kvc2-release")
+        self._read: deque[bytes] = deque()
         self._lock = threading.Lock()
         self._locked: dict[int, list[bytes]] = {}  # leases by token
         self._tokens = itertools.count(1)
@@ -109,6 +115,7 @@ class Objects:
 
     def close(self) -> None:
         """End the client's session in order. No other call may be under way, or follow."""
+        self._releasing.shutdown(wait=True)
         self.client.close()
 
     # ---- one call's worth
@@ -132,7 +139,8 @@ class Objects:
             into = [targets[each] for each in np.flatnonzero(there).tolist()]
             whole = arena.read_each(offsets[there], self.num_bytes, into)
         finally:
-            self._release([lease])
+            self._read.append(lease)
+            self._releasing.submit(self._release_read)
         return there if whole else np.zeros(len(keys), np.bool_)
 
     def _hold(self, keys: Sequence[bytes], leases: list[bytes]) -> Bools:
@@ -183,6 +191,14 @@ class Objects:
             raise
         self._staging.give_back(pages)
         return np.asarray(answer.results[0] <= _core.DUPLICATE)
+
+    def _release_read(self) -> None:
+        leases: list[bytes] = []
+        with suppress(IndexError):
+            while len(leases) < LEASES_A_CALL:
+                leases.append(self._read.popleft())
+        if leases:
+            self._release(leases)
 
     def _release(self, leases: list[bytes]) -> None:
         with suppress(errors.Detached):  # they have ended with their session

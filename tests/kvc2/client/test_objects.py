@@ -45,7 +45,7 @@ def serving(folder: Path, **changes: object) -> Iterator[tuple[ServedDaemon, Obj
         objects = opened(served.address)
         assert objects.client.wait_attached(WAIT_S), objects.client.last_refusal
         yield served, objects
-        assert served.on_loop(served.daemon.cache.stats).leases == 0
+        wait_until(lambda: served.on_loop(served.daemon.cache.stats).leases == 0)
         assert sorted(objects._staging._free) == list(range(objects._staging.num_pages))
         objects.close()
         served.on_loop(served.daemon.cache.index.check)
