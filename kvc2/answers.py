@@ -207,6 +207,7 @@ class Limits:
     max_keys: int
     max_message_bytes: int
     acquire_deadline_ms: int
+    max_streams: int
 
 
 class TierBlocks(NamedTuple):

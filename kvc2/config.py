@@ -238,6 +238,9 @@ class LimitsConfig:
     )
     max_grant_pages: Annotated[int, Flag("Pages of one grant.", between(1, 1 << 24))] = 1 << 16
     max_keys: Annotated[int, Flag("Opaque keys of one call.", between(1, 1 << 20))] = 4096
+    max_streams: Annotated[
+        int, Flag("Reads and writes of a session at a time.", between(1, 32))
+    ] = 8
     hard_pin_percent: Annotated[
         int, Flag("Percent of a tier that hard pins may keep from eviction.", between(0, 90))
     ] = 25
@@ -247,8 +250,9 @@ class LimitsConfig:
 
     @property
     def message_bytes(self) -> int:
-        """The largest message, both ways: a prompt's tokens and as many page ids, and room."""
-        return 8 * self.max_tokens + (1 << 20)
+        """The largest message, both ways: a prompt's tokens and as many page ids, or a stream's
+        1 MiB, and room."""
+        return 8 * self.max_tokens + (1 << 20) + 4096
 
 
 Quota = between(0, 1e6)

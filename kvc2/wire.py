@@ -19,6 +19,7 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from numpy.typing import NDArray
+from typing_extensions import Buffer
 
 M = TypeVar("M", bound=Message)
 V = TypeVar("V")
@@ -43,6 +44,24 @@ def packed(array: NDArray[np.uint32]) -> bytes:
 def unpacked(data: bytes) -> NDArray[np.uint32]:
     """The u32 array of a message: read-only, a view."""
     return np.frombuffer(data, dtype="<u4")
+
+
+def with_payload(message: Message, name: str, payload: Buffer) -> bytes:
+    """The message as bytes, whose bytes field `name` is the payload: a message is its fields one
+    after the other, so that this one is copied once and not three times."""
+    number = message.DESCRIPTOR.fields_by_name[name].number
+    view = memoryview(payload)
+    head = message.SerializeToString()
+    return b"".join((head, varint(number << 3 | 2), varint(view.nbytes), view))
+
+
+def varint(value: int) -> bytes:
+    found = bytearray()
+    while value > 0x7F:
+        found.append(value & 0x7F | 0x80)
+        value >>= 7
+    found.append(value)
+    return bytes(found)
 
 
 def to_message(value: object, kind: type[M]) -> M:

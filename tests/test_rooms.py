@@ -39,7 +39,7 @@ FLOORS = {
     "kvc2/server": """
         daemon
         wiring
-        session_calls, shared_calls
+        session_calls, shared_calls, streams
         attach, commits
         callers, hello
         checks, claim, scrapes, side, tenants
@@ -48,6 +48,7 @@ FLOORS = {
         examples
         bridge, objects
         calls
+        streams
         client, namespaces, sessions
         keeper
         admin, connection, health, share

@@ -1,4 +1,5 @@
-"""Copied commits: the bytes of a client's pages go to the arena, and the pages stay the client's.
+"""Copied commits: bytes go to the arena, out of a client's pages, which stay the client's, or as
+they come over the wire.
 
 The blocks are then in the cpu tier as if they had come there by themselves, and go on to the disk
 from there. Not here: which pages of the arena (csrc/index), the copy itself (moving/routes.py).
@@ -28,8 +29,9 @@ from kvc2.tiers.pools import LayoutPools, Pools
 @dataclass(frozen=True)
 class CopiedBlocks:
     """Blocks [first_block, first_block + k) of a prompt of this namespace: `tokens` [k * page_size]
-    and the session's `pages` [k] that hold them. `lease`: one in the arena; None: the tokens begin
-    with the prompt's first block. Or blocks of opaque `keys` [k]."""
+    and the session's `pages` [k] that hold them; none where they come over the wire. `lease`: one
+    in the arena; None: the tokens begin with the prompt's first block. Or blocks of opaque `keys`
+    [k]."""
 
     namespace: Namespace
     first_block: int
@@ -37,6 +39,10 @@ class CopiedBlocks:
     pages: U32
     lease: OpenLease | None = None
     keys: Sequence[bytes] = ()
+
+    @property
+    def count(self) -> int:
+        return len(self.keys) or self.tokens.size // self.namespace.page_size
 
     def cut(self, chosen: NDArray[np.intp]) -> tuple[U32, list[bytes]]:
         """Tokens or keys of the blocks at these places, which for tokens are the last ones."""
@@ -58,6 +64,16 @@ class _Copy:
     number: int
     chosen: NDArray[np.intp]
     granted: U32
+
+
+@dataclass(frozen=True)
+class _Into:
+    """Where blocks that come over the wire are committed: the pools, and a lease of the index."""
+
+    blocks: CopiedBlocks
+    to: LayoutPools
+    lease: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -115,6 +131,16 @@ class CopiedCommits:
         self._wake()
         return Stored(results, lease, opened)
 
+    def written(self, blocks: CopiedBlocks, to: LayoutPools) -> WrittenBlocks:
+        """For blocks that come over the wire, into the pools of their layout. The caller closes it.
+        Raises InvalidRequest where there is no arena."""
+        if not to.chain:
+            raise errors.InvalidRequest("commit", None, "a daemon with a cpu tier: this has none")
+        self._tick()
+        lease, number, results = self._lease(blocks, to.cpu.id)
+        into = _Into(blocks, to, lease, number)
+        return WrittenBlocks(self._index, self._pools, into, results, self._wake)
+
     def _check_pools(self, session: Session, blocks: CopiedBlocks, gpu: GpuPool) -> None:
         if blocks.lease is not None:
             pools: LayoutPools | None = blocks.lease.to.pools
@@ -130,7 +156,7 @@ class CopiedCommits:
     def _lease(self, blocks: CopiedBlocks, cpu: int) -> tuple[int, int, U8]:
         """The index's lease that they are committed in; its namespace's number, which is no other's
         while the lease is open; results [k], NO_ROOM of those whose bytes are to be copied."""
-        results = np.full(blocks.pages.size, NO_ROOM, np.uint8)
+        results = np.full(blocks.count, NO_ROOM, np.uint8)
         if (lease := blocks.lease) is not None:
             if not lease.is_open:
                 results[:] = _core.REFUSED
@@ -146,7 +172,7 @@ class CopiedCommits:
             results[of_keys.pages != _core.NO_PAGE] = _core.DUPLICATE
             return of_keys.id, number, results
         tokens = np.ascontiguousarray(blocks.tokens, np.uint32)
-        of_tokens = self._index.acquire(number, cpu, tokens, blocks.pages.size, hints)
+        of_tokens = self._index.acquire(number, cpu, tokens, blocks.count, hints)
         self._index.shorten(of_tokens.id, 0)  # what isn't in memory comes from the client
         results[: of_tokens.pages.size] = _core.DUPLICATE
         return of_tokens.id, number, results
@@ -208,3 +234,86 @@ class CopiedCommits:
             return self._index.commit(copy.lease, first, tokens, copy.granted)
         except KeyError:  # the lease ended meanwhile
             return np.full(copy.granted.size, _core.REFUSED, np.uint8)
+
+
+class WrittenBlocks:
+    """Blocks that come over the wire, one after the other, each into a page of its own. `results`
+    [count] as in Stored.
+
+        waiting -> filling [begin: a page is granted]
+        filling -> waiting [commit: it is the block's, or was not needed]
+        filling -> waiting [close: it goes back]
+
+    What is committed stays, whatever becomes of the rest; it is pinned until `close`, since later
+    blocks go on from it. So one that doesn't close holds a page, and pins what a lease would.
+    """
+
+    def __init__(
+        self,
+        index: _core.Index,
+        pools: Pools,
+        into: _Into,
+        results: U8,
+        wake: Callable[[], None],
+    ) -> None:
+        self.results = results
+        self.done = 0
+        self.payload_bytes = into.to.shape.payload_bytes
+        self.lease = into.lease  # the index's, that has the blocks until `close`
+        self._index, self._pools, self._into, self._wake = index, pools, into, wake
+        self._page: U32 = NO_PAGES
+
+    @property
+    def is_whole(self) -> bool:
+        return self.done == self.results.size
+
+    @property
+    def block(self) -> int:
+        """The next one, as the wire counts."""
+        return self._into.blocks.first_block + self.done
+
+    def begin(self) -> memoryview | None:
+        """Where the next block's payload is to be written, [payload_bytes]. None: there is no room
+        now."""
+        to = self._into.to
+        self._pools.make_room(to, 1)
+        self._page = self._index.grant(to.cpu.id, 1, self._into.number)
+        if not self._page.size:
+            return None
+        start = int(to.payloads(self._page)[0])
+        return to.cpu.store.arena.memory.data[start : start + self.payload_bytes]
+
+    def commit(self) -> None:
+        """The page holds the block, whole and checked. Its lease is open."""
+        if self.results[self.done] == NO_ROOM:
+            self.results[self.done] = result = self._commit()
+            # of tokens, a duplicate's page is the lease's until its end
+            if result == _core.ADOPTED or (
+                result == _core.DUPLICATE and not self._into.blocks.keys
+            ):
+                self._page = NO_PAGES
+            self._wake()
+        self._give_back()
+        self.done += 1
+
+    def _commit(self) -> int:
+        into = self._into
+        tokens, keys = into.blocks.cut(np.array([self.done]))
+        if keys:
+            found = self._index.commit_keys(
+                into.number, into.to.cpu.id, keys, self._page, lease=into.lease
+            )
+        else:
+            found = self._index.commit(into.lease, self.block, tokens, self._page)
+        return int(found[0])
+
+    def close(self) -> None:
+        self._give_back()
+        if self._into.blocks.lease is None:
+            self._index.release_all(np.array([self.lease], np.uint64))
+        self._wake()  # what was pinned is to be had
+
+    def _give_back(self) -> None:
+        if self._page.size:
+            self._index.give_back(self._into.to.cpu.id, self._page)
+        self._page = NO_PAGES

@@ -165,7 +165,7 @@ class Leases:
 
     def _answer(self, session: Session, lease: OpenLease, grant_pages: int) -> Acquired:
         """What an open lease holds now, and pages to compute the rest into."""
-        found = self._keys_there(lease) if lease.namespace.opaque else self._prefix_there(lease)
+        found = self.there(lease)
         expected_s = 0.0
         if found.coming_blocks:
             expected_s = self._loader.seconds(found.coming_blocks * lease.to.pools.shape.page_bytes)
@@ -174,6 +174,10 @@ class Leases:
             granted=of_pages(self.grant(session, grant_pages, lease.namespace)),
             expected_ms=round(1000 * expected_s),
         )
+
+    def there(self, lease: OpenLease) -> Acquired:
+        """What an open lease holds now. Changes nothing."""
+        return self._keys_there(lease) if lease.namespace.opaque else self._prefix_there(lease)
 
     def _prefix_there(self, lease: OpenLease) -> Acquired:
         to, size, view = lease.to, lease.namespace.page_size, self._index.lease(lease.id)

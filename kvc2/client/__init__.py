@@ -34,6 +34,7 @@ from kvc2.client.objects import Objects, open_objects
 from kvc2.client.pages import PageBook
 from kvc2.client.sessions import Lease
 from kvc2.client.share import Share, SharedPool
+from kvc2.client.streams import Streams
 from kvc2.errors import Detached
 
 __all__ = [
@@ -73,6 +74,7 @@ __all__ = [
     "SessionStats",
     "Share",
     "SharedPool",
+    "Streams",
     "TenantUse",
     "TierStats",
     "TierTokens",

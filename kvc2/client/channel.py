@@ -93,6 +93,27 @@ class Channel:
                 request_serializer=getattr(cache_pb2, f"{name}Request").SerializeToString,
                 response_deserializer=getattr(cache_pb2, f"{name}Response").FromString,
             )
+        return self._begun(stub, request, timeout_s)
+
+    def read(self, request: cache_pb2.ReadRequest, timeout_s: float) -> Any:
+        """The Read stream: iterate for responses, `cancel()` to stop it."""
+        stub = self._channel.unary_stream(
+            "/kvc2.v1.Cache/Read",
+            request_serializer=cache_pb2.ReadRequest.SerializeToString,
+            response_deserializer=cache_pb2.ReadResponse.FromString,
+        )
+        return self._begun(stub, request, timeout_s)
+
+    def write(self, messages: Iterator[bytes], timeout_s: float) -> cache_pb2.WriteResponse:
+        """The answer to the Write stream of these WriteRequests. Raises grpc.RpcError."""
+        stub = self._channel.stream_unary(
+            "/kvc2.v1.Cache/Write",
+            request_serializer=None,  # bytes already
+            response_deserializer=cache_pb2.WriteResponse.FromString,
+        )
+        return self._begun(stub, messages, timeout_s)  # type: ignore[no-any-return]
+
+    def _begun(self, stub: Any, request: Any, timeout_s: float) -> Any:
         try:
             return stub(request, timeout=timeout_s)
         except ValueError as error:

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import grpc
 import numpy as np
@@ -39,6 +39,7 @@ from kvc2.host.address import Address
 from kvc2.layout import Layout
 from kvc2.v1 import cache_pb2
 
+T = TypeVar("T")
 State = Literal["attached", "detached", "silent"]
 BACKOFF_S_MIN = 0.05
 BACKOFF_S_MAX = 1.0  # attached again within 2 s of the daemon being back
@@ -188,15 +189,24 @@ class Keeper:
         timeout_s: float,
     ) -> Any:
         """The same, where `named` writes the namespace's id into the request."""
-        named(self.number(connection, namespace))
-        try:
+
+        def ask(number: int) -> Any:
+            named(number)
             return self.call(connection, name, request, timeout_s)
+
+        return self.in_namespace(connection, namespace, ask)
+
+    def in_namespace(
+        self, connection: Connection, namespace: NamespaceHandle, ask: Callable[[int], T]
+    ) -> T:
+        """What `ask` answers with the namespace's id."""
+        try:
+            return ask(self.number(connection, namespace))
         except errors.NotFound as error:
             if not str(error).startswith("namespace_id"):
                 raise
         namespace.opened = (b"", 0)
-        named(self.number(connection, namespace))
-        return self.call(connection, name, request, timeout_s)
+        return ask(self.number(connection, namespace))
 
     def call(
         self,
@@ -212,16 +222,12 @@ class Keeper:
         try:
             return connection.channel.call(name, request, timeout_s)
         except grpc.RpcError as broken:
-            error = channel.translated(broken)
-            late = channel.code(broken) == "DEADLINE_EXCEEDED"
-        if isinstance(error, errors.Unreachable):
-            if retries and not late and not connection.ended and self._connection is connection:
-                return self.call(connection, name, request, timeout_s, retries=retries - 1)
-            dead = connection.daemon_is_dead(0 if late else DEATH_S)
-            raise errors.Detached("dead" if dead else "silent", f"{name}: {error}")
-        if isinstance(error, errors.SessionOver | errors.Draining):
-            raise errors.Detached("silent", f"{name}: {error}")
-        raise error
+            kept = retries > 0 and self._connection is connection
+            again = kept and _may_work_again(connection, broken)
+            error = None if again else raised(connection, name, broken)
+        if error is not None:
+            raise error
+        return self.call(connection, name, request, timeout_s, retries=retries - 1)
 
     def number(self, connection: Connection, handle: NamespaceHandle) -> int:
         """The handle's id in this session."""
@@ -335,6 +341,24 @@ class Keeper:
         with self._changed:
             self._connection, self._state = connection, state
             self._changed.notify_all()
+
+
+def raised(connection: Connection, name: str, broken: grpc.RpcError) -> errors.Kvc2Error:
+    """What a call raises that ended so."""
+    error = channel.translated(broken)
+    if isinstance(error, errors.Unreachable):
+        late = channel.code(broken) == "DEADLINE_EXCEEDED"
+        dead = connection.daemon_is_dead(0 if late else DEATH_S)
+        return errors.Detached("dead" if dead else "silent", f"{name}: {error}")
+    if isinstance(error, errors.SessionOver | errors.Draining):
+        return errors.Detached("silent", f"{name}: {error}")
+    return error
+
+
+def _may_work_again(connection: Connection, broken: grpc.RpcError) -> bool:
+    """A call that broke, and not for want of time."""
+    lost = isinstance(channel.translated(broken), errors.Unreachable)
+    return lost and channel.code(broken) != "DEADLINE_EXCEEDED" and not connection.ended
 
 
 def _failed(error: OSError) -> errors.Kvc2Error:

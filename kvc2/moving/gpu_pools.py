@@ -46,10 +46,12 @@ TRANSITIONS: dict[SessionState, tuple[SessionState, ...]] = {
 
 
 class SessionLife:
-    """The state of one session: the session, its pool and who moves its pages share this object."""
+    """The state of one session: the session, its pool and who moves its pages share this object.
+    What is in `on_over` is called once, when the session is fenced off."""
 
     def __init__(self) -> None:
         self._state: SessionState = "joining"
+        self.on_over: set[Callable[[], None]] = set()
 
     @property
     def state(self) -> SessionState:
@@ -64,7 +66,10 @@ class SessionLife:
         """Raises RuntimeError for what the table of transitions doesn't have."""
         if state not in TRANSITIONS[self._state]:
             raise RuntimeError(f"a session that is {self._state} can't become {state}")
-        self._state = state
+        was_over, self._state = self.over, state
+        if self.over and not was_over:
+            for each in list(self.on_over):
+                each()
 
 
 @dataclass(eq=False)

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvc2 import errors
-from kvc2.answers import U32, Asked
+from kvc2.answers import NO_PAGES, U32, Asked
 from kvc2.cache.cache import Cache
-from kvc2.cache.copied import CopiedBlocks
+from kvc2.cache.copied import CopiedBlocks, WrittenBlocks
 from kvc2.cache.namespaces import Namespace
 from kvc2.cache.sessions import OpenLease, Session
 from kvc2.config import ServeConfig
@@ -72,6 +72,35 @@ class Commits:
             for index, each in enumerate(request.leases)
         ]
 
+    def check_written(
+        self, session: Session, field: str, commit: cache_pb2.LeaseCommit
+    ) -> CopiedBlocks:
+        """Of blocks whose bytes come over the wire: as one that is copied, without pages."""
+        namespace, lease = self._whose(session, field, commit, copied=True)
+        checks.reserved(f"{field}.extras", len(commit.extras), 0)
+        if commit.pages:
+            raise errors.InvalidRequest(f"{field}.pages", f"{len(commit.pages)} of them", "none")
+        asked, size = checks.asked(commit, namespace, self._limits, f"{field}."), 1
+        if not namespace.opaque:
+            size = namespace.page_size
+        count, rest = divmod(len(asked.keys) or len(asked.tokens), size)
+        if rest:
+            told, allowed = f"{len(asked.tokens)} tokens", f"{size} for each block"
+            raise errors.InvalidRequest(f"{field}.tokens", told, allowed)
+        if len(set(asked.keys)) != len(asked.keys):
+            raise errors.InvalidRequest(f"{field}.keys", "a key twice", "each key once")
+        self._check_first(field, commit, count, None if namespace.opaque else lease)
+        tokens, first = asked.tokens, commit.first_block
+        return CopiedBlocks(namespace, first, tokens, NO_PAGES, lease, asked.keys)
+
+    def count(self, results: NDArray[np.uint8]) -> None:
+        """Of one commit's blocks, in the daemon's metrics."""
+        counts = np.bincount(results, minlength=len(RESULTS))
+        for counter, count in zip(self._committed, counts, strict=True):
+            counter.inc(int(count))
+        if counts[2]:
+            self._metrics.fault("refused_commit", int(counts[2]))
+
     async def run(
         self, session: Session, commits: list[Checked], request: cache_pb2.CommitRequest
     ) -> tuple[list[NDArray[np.uint8]], bool]:
@@ -88,6 +117,12 @@ class Commits:
             finally:
                 self._cache.leases.close_leases(done.opened)
         return done.results, durable
+
+    async def settle(self, session: Session, written: WrittenBlocks) -> None:
+        """Under write_policy through, what came over the wire is waited for too."""
+        if self._config.write_policy == "through":
+            with self._waits.one():
+                await self._cache.wait_durable(session, [written.lease], THROUGH_S)
 
     def _durable_wait_s(self, request: cache_pb2.CommitRequest) -> float:
         """How long the answer may wait for the disk; 0: it doesn't."""
@@ -115,11 +150,7 @@ class Commits:
             self._cache.leases.close_leases(done.opened)
             raise
         for result in done.results:
-            counts = np.bincount(result, minlength=len(RESULTS))
-            for counter, count in zip(self._committed, counts, strict=True):
-                counter.inc(int(count))
-            if counts[2]:
-                self._metrics.fault("refused_commit", int(counts[2]))
+            self.count(result)
         return done
 
     async def _copy(self, session: Session, each: Checked, done: Done) -> None:
@@ -148,12 +179,17 @@ class Commits:
         elif len(asked.tokens) != len(pages) * size:
             told, allowed = f"{len(asked.tokens)} tokens", f"{size} for each of {len(pages)} pages"
             raise errors.InvalidRequest(f"{field}.tokens", told, allowed)
-        one_by_one = lease is None or namespace.opaque
-        most = 0 if one_by_one else self._limits.max_tokens // size - len(pages)
+        self._check_first(field, commit, len(pages), None if namespace.opaque else lease)
+        return Checked(namespace, lease, commit.first_block, asked, pages)
+
+    def _check_first(
+        self, field: str, commit: cache_pb2.LeaseCommit, count: int, lease: OpenLease | None
+    ) -> None:
+        """Of `count` blocks. `lease`: None where the prompt's first is the first, and of keys."""
+        most = 0 if lease is None else self._limits.max_tokens // lease.namespace.page_size - count
         if commit.first_block > most:
             allowed = f"0 to {most}: a prompt's blocks, and without a lease from the first on"
             raise errors.InvalidRequest(f"{field}.first_block", commit.first_block, allowed)
-        return Checked(namespace, lease, commit.first_block, asked, pages)
 
     def _check_keys(self, field: str, keys: Sequence[bytes], pages: U32) -> None:
         if len(keys) != len(pages):

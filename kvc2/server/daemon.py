@@ -32,6 +32,7 @@ from kvc2.server.scrapes import Scrapes
 from kvc2.server.session_calls import SessionCalls
 from kvc2.server.shared_calls import SharedCalls
 from kvc2.server.side import SideSocket
+from kvc2.server.streams import Streams
 from kvc2.server.wiring import Calls
 
 STOP_GRACE_S = 0.5  # for calls under way when the last flush has ended
@@ -92,6 +93,7 @@ class Daemon:
         self.calls = Calls(
             SessionCalls(config, cache, self.attachments, callers, metrics),
             SharedCalls(config, cache, callers, metrics, self._drain_call),
+            Streams(config, cache, callers, metrics),
         )
         self._flushed: asyncio.Task[Flushed] | None = None
         self._deadline = 0.0

@@ -108,4 +108,5 @@ def limits(config: ServeConfig) -> Limits:
         max_keys=of.max_keys,
         max_message_bytes=of.message_bytes,
         acquire_deadline_ms=config.acquire_deadline_ms,
+        max_streams=of.max_streams,
     )

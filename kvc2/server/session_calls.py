@@ -2,7 +2,7 @@
 
 Index calls run inline on the event loop; what waits (slower tiers, the disk) is awaited. Acquire is
 the one call a request waits for, so nothing in it is made per block or per token. Not here: calls
-that need no session (shared_calls.py).
+that need no session (shared_calls.py), and streams (streams.py).
 """
 
 from __future__ import annotations
@@ -185,9 +185,3 @@ class SessionCalls:
             self._cache.leases.give_back(session, returned)
         granted = self._grant(session, wanted)
         return to_message(Released(granted), cache_pb2.ReleaseResponse)
-
-    async def Read(self, request: cache_pb2.ReadRequest) -> cache_pb2.ReadResponse:
-        raise errors.Reserved("Read", None, "reserved: this version serves shared memory only")
-
-    async def Write(self, request: cache_pb2.WriteRequest) -> cache_pb2.WriteResponse:
-        raise errors.Reserved("Write", None, "reserved: this version serves shared memory only")

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import grpc
@@ -22,6 +23,7 @@ from kvc2.server import checks
 from kvc2.server.attach import Attachments
 from kvc2.server.session_calls import SessionCalls
 from kvc2.server.shared_calls import SharedCalls
+from kvc2.server.streams import Streams
 from kvc2.v1 import cache_pb2
 
 SERVICES = ("kvc2.v1.Sessions", "kvc2.v1.Cache")
@@ -42,9 +44,10 @@ class Calls(NamedTuple):
 
     session: SessionCalls
     shared: SharedCalls
+    streams: Streams
 
     def of(self, name: str) -> Handler:
-        """The one of this rpc."""
+        """The one of this rpc, which is no stream."""
         found: Handler | None = getattr(self.session, name, None)
         return found or getattr(self.shared, name)
 
@@ -81,13 +84,10 @@ def register(
         )
         for name in UNARY
     }
-    handlers["Read"] = grpc.unary_stream_rpc_method_handler(
-        answered("Read", calls.of("Read"), metrics),
-        response_serializer=cache_pb2.ReadResponse.SerializeToString,
-    )
+    read, write = _streamed(calls.streams, metrics)
+    handlers["Read"] = grpc.unary_stream_rpc_method_handler(read)  # it writes bytes itself
     handlers["Write"] = grpc.stream_unary_rpc_method_handler(
-        answered("Write", lambda _: calls.of("Write")(cache_pb2.WriteRequest()), metrics),
-        response_serializer=cache_pb2.WriteResponse.SerializeToString,
+        write, response_serializer=cache_pb2.WriteResponse.SerializeToString
     )
     attach = grpc.stream_stream_rpc_method_handler(
         _attach(attachments, metrics),
@@ -104,7 +104,7 @@ def register(
 
 def answered(name: str, handler: Handler, metrics: Metrics) -> Callable[[Any, Any], Awaitable[Any]]:
     """The handler as gRPC calls it: its request parsed, timed, its exceptions turned into statuses.
-    A stream of requests is handed on as it is."""
+    What is no bytes is handed on as it is."""
     seconds = metrics.rpc_seconds.labels(name)
     ok = metrics.rpcs.labels(name, "OK")
     clock = time.perf_counter
@@ -127,6 +127,20 @@ def answered(name: str, handler: Handler, metrics: Metrics) -> Callable[[Any, An
         return response
 
     return call
+
+
+def _streamed(
+    streams: Streams, metrics: Metrics
+) -> tuple[Callable[[Any, Context], Awaitable[None]], Callable[[Any, Context], Awaitable[Any]]]:
+    """Read and Write as gRPC calls them."""
+
+    async def read(request: bytes, context: Context) -> None:
+        await answered("Read", partial(streams.Read, context), metrics)(request, context)
+
+    async def write(_: Any, context: Context) -> Any:
+        return await answered("Write", streams.Write, metrics)(context, context)
+
+    return read, write
 
 
 def _attach(attachments: Attachments, metrics: Metrics) -> Callable[[Any, Any], Awaitable[None]]:

@@ -151,7 +151,7 @@ class Attached(_message.Message):
     def __init__(self, secret: _Optional[bytes] = ..., session_epoch: _Optional[int] = ..., nonce: _Optional[bytes] = ..., side_socket: _Optional[str] = ..., heartbeat_interval_ms: _Optional[int] = ..., expiry_ms: _Optional[int] = ..., wire_version: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_tokens", "max_leases", "max_namespaces", "max_leases_per_call", "max_grant_pages", "max_keys", "max_message_bytes", "acquire_deadline_ms")
+    __slots__ = ("max_tokens", "max_leases", "max_namespaces", "max_leases_per_call", "max_grant_pages", "max_keys", "max_message_bytes", "acquire_deadline_ms", "max_streams")
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_LEASES_FIELD_NUMBER: _ClassVar[int]
     MAX_NAMESPACES_FIELD_NUMBER: _ClassVar[int]
@@ -160,6 +160,7 @@ class Limits(_message.Message):
     MAX_KEYS_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     ACQUIRE_DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    MAX_STREAMS_FIELD_NUMBER: _ClassVar[int]
     max_tokens: int
     max_leases: int
     max_namespaces: int
@@ -168,7 +169,8 @@ class Limits(_message.Message):
     max_keys: int
     max_message_bytes: int
     acquire_deadline_ms: int
-    def __init__(self, max_tokens: _Optional[int] = ..., max_leases: _Optional[int] = ..., max_namespaces: _Optional[int] = ..., max_leases_per_call: _Optional[int] = ..., max_grant_pages: _Optional[int] = ..., max_keys: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., acquire_deadline_ms: _Optional[int] = ...) -> None: ...
+    max_streams: int
+    def __init__(self, max_tokens: _Optional[int] = ..., max_leases: _Optional[int] = ..., max_namespaces: _Optional[int] = ..., max_leases_per_call: _Optional[int] = ..., max_grant_pages: _Optional[int] = ..., max_keys: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., acquire_deadline_ms: _Optional[int] = ..., max_streams: _Optional[int] = ...) -> None: ...
 
 class DrainNotice(_message.Message):
     __slots__ = ()

@@ -361,7 +361,8 @@ class CacheServicer:
 
     def Read(self, request, context):
         """Read streams the payloads of a lease's blocks to a client without shared memory. Each block comes in
-        messages of at most 1 MiB, in order, and its last one has the hash of the whole. Cancel it to stop.
+        messages of at most 1 MiB, in order, and its last one has the hash of the whole. Cancel it to stop. A
+        lease that is released meanwhile ends it with NOT_FOUND, a session that ends with FAILED_PRECONDITION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -369,8 +370,9 @@ class CacheServicer:
 
     def Write(self, request_iterator, context):
         """Write takes the payloads of blocks from a client without shared memory, in messages of at most 1 MiB,
-        each block in order, its last one with the hash of the whole, and commits them as `copied`. A block that
-        didn't come whole is no block.
+        each block in order, its last one with the hash of the whole, and commits each as `copied` when it is
+        whole: that block stays, whatever becomes of the stream. A block that didn't come whole is no block. Where
+        there is no room it answers at once. A client that sends nothing for 10 s is ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

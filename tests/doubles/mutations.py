@@ -9,11 +9,13 @@ from typing import Any
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
+from kvc2 import _core
 from kvc2.server.wiring import SERVICES
 from kvc2.v1 import cache_pb2 as pb
-from tests.doubles.engines import identity
+from tests.doubles.engines import identity, layout
 from tests.doubles.wires import grants, hello, pages, u32
 
+PAYLOAD_BYTES = layout().payload_bytes
 NUMBERS = (0, 1, 2, 15, 16, 17, 63, 64, 127, 128, 1 << 16, (1 << 31) - 1, (1 << 32) - 1)
 TEXTS = ("", "gpu", "cpu", "tape", "x" * 300, "\0", "\u2028é", "default")
 
@@ -45,13 +47,28 @@ def valid(head: pb.SessionRef, namespace_id: int) -> dict[str, list[Message]]:
         pb.FlushRequest(deadline_ms=10),
         pb.ScrubRequest(stop=True),
         pb.StatsRequest(),
-        pb.ReadRequest(),
+        pb.AcquireRequest(**prefix, request_id=b"a", place=1),
+        pb.ReadRequest(**session, request_id=b"a"),
+        written(head, namespace_id)[0],
     ]
     found: dict[str, list[Message]] = {}
     for each in calls:
         name = type(each).__name__.removesuffix("Request")
         found.setdefault(f"{SERVICES[1]}/{name}", []).append(each)
     return found
+
+
+def written(head: pb.SessionRef, namespace_id: int, seed: int = 0) -> list[Message]:
+    """A whole Write of two blocks, the first in two messages: all of them on one stream."""
+    commit = pb.LeaseCommit(namespace_id=namespace_id, tokens=u32(*range(seed, seed + 32)))
+    first, second = bytes([seed]) * PAYLOAD_BYTES, bytes([seed + 1]) * PAYLOAD_BYTES
+    of_first, of_second = _core.xxh3_128(first), _core.xxh3_128(second)
+    return [
+        pb.WriteRequest(session=head, commit=commit),
+        pb.WriteRequest(block=0, payload=first[:100]),
+        pb.WriteRequest(block=0, offset=100, payload=first[100:], checksum=of_first),
+        pb.WriteRequest(block=1, payload=second, checksum=of_second),
+    ]
 
 
 def first_messages() -> list[Message]:

@@ -299,6 +299,7 @@ LIMITS: dict[str, Callable[[Path], None] | str] = {
     "limits.max_pool_pages": pool_pages,
     "limits.max_grant_pages": grant_pages,
     "limits.max_keys": keys,
+    "limits.max_streams": "kvc2.server.test_streams.test_one_stream_too_many_is_refused_by_name",
     "limits.hard_pin_percent": hard_pins,
     "explain.RECENT_MAX": requests_told_of,
     "callers.DURABLE_WAITS_MAX": durable_waits,

@@ -6,7 +6,7 @@ import grpc
 import pytest
 
 from kvc2.client import Admin
-from kvc2.server.wiring import SERVICES, UNARY
+from kvc2.server.wiring import RPCS, SERVICES
 from tests.doubles.daemons import ServedDaemon, serve_config
 from tests.doubles.wires import Wire, hello, status_of
 from tests.kvc2.server.test_server import acquire
@@ -30,8 +30,8 @@ def raw_status(channel: grpc.Channel, path: str, *messages: bytes) -> tuple[str,
 
 @pytest.mark.parametrize(
     "path",
-    [f"{SERVICES[1]}/{name}" for name in UNARY]
-    + [f"{SERVICES[1]}/Read", f"{SERVICES[0]}/Attach"]
+    [f"{SERVICES[1]}/{name}" for name in RPCS]
+    + [f"{SERVICES[0]}/Attach"]
     + [f"{HEALTH}/{name}" for name in ("Check", "List", "Watch")]
     + [REFLECTION],
 )

@@ -193,8 +193,6 @@ def test_calls_without_a_session_name_what_they_refuse(wire: Wire) -> None:
     for rpc in ("Flush", "Drain"):
         request = getattr(pb, f"{rpc}Request")(deadline_ms=1 << 31)
         assert "deadline_ms" in wire.refusal(rpc, request)[1]
-    status, words = wire.refusal("Read", pb.ReadRequest())
-    assert (status, "Read" in words) == ("UNIMPLEMENTED", True)
 
 
 def test_a_refused_commit_changes_nothing(wire: Wire) -> None:

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import queue
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -69,6 +70,23 @@ def expired(wire: Wire, daemon: Clocked) -> None:
     until_over(wire)
 
 
+def broken_in_mid_stream(wire: Wire, _: Clocked) -> None:
+    """A Write that waits for the rest of a block, when its session ends."""
+    wire.open()
+    sent: queue.SimpleQueue[pb.WriteRequest | None] = queue.SimpleQueue()
+    commit = pb.LeaseCommit(namespace_id=wire.namespace_id, tokens=u32(*range(16)))
+    sent.put(pb.WriteRequest(session=wire.head, commit=commit))
+    sent.put(pb.WriteRequest(payload=bytes(100)))
+    write = wire._channel.stream_unary(
+        "/kvc2.v1.Cache/Write", request_serializer=pb.WriteRequest.SerializeToString
+    )
+    call = write.future(iter(sent.get, None), timeout=20)
+    wire.call("Acquire", acquire(wire))
+    wire.stream.cancel()
+    assert call.code().name == "FAILED_PRECONDITION"
+    sent.put(None)
+
+
 def given_up(wire: Wire, daemon: Clocked) -> None:
     wire.open()
     daemon.served.on_loop(next(iter(daemon.served.daemon.attachments.table)).give_up)
@@ -121,6 +139,7 @@ ENDINGS = (
     broken,
     misused,
     expired,
+    broken_in_mid_stream,
     given_up,
     refused_at_hello,
     nonce_never_used,

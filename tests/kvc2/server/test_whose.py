@@ -10,13 +10,12 @@ import pytest
 
 from kvc2.server import callers
 from kvc2.server.callers import WHOSE
-from kvc2.server.wiring import STREAMS
 from kvc2.v1 import cache_pb2 as pb
 from tests.doubles.daemons import ServedDaemon, serve_config
 from tests.doubles.wires import Wire, u32
 
 README = Path(callers.__file__).with_name("README.md")
-OF_SESSIONS = sorted(each for each in WHOSE if WHOSE[each] == "session" and each not in STREAMS)
+OF_SESSIONS = sorted(each for each in WHOSE if WHOSE[each] == "session")
 NAMESPACE = {"namespace": bytes(32), "tokens": u32(*range(16))}
 
 
@@ -44,7 +43,9 @@ def test_the_readme_has_a_row_for_each_rpc() -> None:
 @pytest.mark.parametrize("rpc", OF_SESSIONS)
 def test_a_session_s_call_needs_its_secret(on_tcp: ServedDaemon, rpc: str) -> None:
     kind = getattr(pb, f"{rpc}Request")
-    with Wire(f"127.0.0.1:{on_tcp.daemon.port}") as wire:
+    with Wire(
+        f"127.0.0.1:{on_tcp.daemon.port}"
+    ) as wire:  # on the wire all kinds of calls are alike
         assert wire.refusal(rpc, kind())[0] == "FAILED_PRECONDITION"
 
 

@@ -1,0 +1,283 @@
+"""Read and Write: payloads of blocks over the wire, for clients without shared memory.
+
+A message has at most 1 MiB of one block; its last one has the block's hash. A stream has one
+message of its own in memory: gRPC's flow control says when the next one may go, or comes. What is
+copied here is at most a message, on the event loop; longer hashes are made on threads. Not here:
+what a block is written into (cache/copied.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import numpy as np
+
+from kvc2 import _core, errors
+from kvc2.answers import NOWHERE
+from kvc2.cache.cache import Cache
+from kvc2.cache.copied import WrittenBlocks
+from kvc2.cache.sessions import OpenLease, Session
+from kvc2.config import ServeConfig
+from kvc2.metrics import Metrics
+from kvc2.server import checks
+from kvc2.server.callers import Callers
+from kvc2.server.commits import Commits
+from kvc2.v1 import cache_pb2
+from kvc2.wire import with_payload
+
+MESSAGE_BYTES = 1 << 20  # of a payload
+SILENT_S = 10.0  # a client that sends nothing for so long holds neither pages nor pins
+HASH_BYTES = 2 << 20  # hashed on the event loop: 0.1 ms; more on a thread
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Streams:
+    """Handlers, named as the rpcs. They raise errors.Kvc2Error; wiring.py answers."""
+
+    def __init__(
+        self, config: ServeConfig, cache: Cache, callers: Callers, metrics: Metrics
+    ) -> None:
+        self._limits = config.limits
+        self._cache = cache
+        self._callers = callers
+        self._commits = Commits(config, cache, callers.waits, metrics)
+
+    async def Read(self, context: Context, request: cache_pb2.ReadRequest) -> None:
+        session = self._callers.session(request.session)
+        lease = session.lease(checks.request_id("request_id", request.request_id))
+        if not lease.to.in_arena:
+            allowed = "a lease in the arena"
+            raise errors.InvalidRequest("request_id", request.request_id, allowed)
+        with self._one(session), Life(session, lease).cancels():
+            # now: a status that is sent while a message waits can't bring it along
+            await context.send_initial_metadata(())
+            await self._send(Sender(context, Life(session, lease)), lease, request)
+
+    async def _send(self, sender: Sender, lease: OpenLease, request: cache_pb2.ReadRequest) -> None:
+        blocks, starts = self._asked(lease, request)
+        memory = self._cache.arena.memory.data
+        size = lease.to.pools.shape.payload_bytes
+        for block, start in zip(blocks.tolist(), starts.tolist(), strict=True):
+            await sender.send(block, memory[start : start + size])
+
+    def _asked(
+        self, lease: OpenLease, request: cache_pb2.ReadRequest
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Numbers of the blocks that are meant and there, and where each begins in the arena."""
+        found = self._cache.leases.there(lease)
+        first, end = found.first_block, found.first_block + found.offsets.size
+        if not first <= request.first_block < end and (request.first_block or first):
+            allowed = f"{first} to {end - 1}, which the lease holds"
+            raise errors.InvalidRequest("first_block", request.first_block, allowed)
+        most = end - request.first_block
+        if request.blocks > most:
+            raise errors.InvalidRequest("blocks", request.blocks, f"at most {most}, which it holds")
+        numbers = request.first_block + np.arange(request.blocks or most)
+        starts = found.offsets[numbers - first]
+        return numbers[starts != NOWHERE], starts[starts != NOWHERE]
+
+    async def Write(self, context: Context) -> cache_pb2.WriteResponse:
+        async with Receiver(context) as receiver:
+            first = await receiver.next()
+            if first is None:
+                raise errors.InvalidRequest("commit", "nothing", "the stream's first message")
+            session = self._callers.session(first.session)
+            for name in ("block", "offset", "payload", "checksum"):
+                if getattr(first, name):
+                    raise errors.InvalidRequest(name, getattr(first, name), "in later messages")
+            with self._one(session):
+                return await self._write(session, first.commit, receiver)
+
+    async def _write(
+        self, session: Session, commit: cache_pb2.LeaseCommit, receiver: Receiver
+    ) -> cache_pb2.WriteResponse:
+        blocks = self._commits.check_written(session, "commit", commit)
+        life = Life(session, blocks.lease)
+        with life.cancels():
+            to = session.layouts[blocks.namespace.id] if life.lease is None else life.lease.to.pools
+            written = self._cache.copied.written(blocks, to)
+            try:
+                await receive(written, receiver, life)
+                receiver.wait_no_more()
+                await self._commits.settle(session, written)
+            except BaseException:
+                self._commits.count(written.results[: written.done])
+                raise
+            finally:
+                written.close()
+        self._commits.count(written.results)
+        return cache_pb2.WriteResponse(results=written.results.tobytes())
+
+    @contextmanager
+    def _one(self, session: Session) -> Iterator[None]:
+        """Raises LimitReached."""
+        most = self._limits.max_streams
+        if session.streams >= most:
+            raise errors.LimitReached("limits.max_streams", most, "are under way")
+        session.streams += 1
+        try:
+            yield
+        finally:
+            session.streams -= 1
+
+
+class Life:
+    """Until when a stream may go on: its session's end, or its lease's."""
+
+    def __init__(self, session: Session, lease: OpenLease | None) -> None:
+        self._session = session
+        self.lease = lease
+
+    def check(self) -> None:
+        """After each wait. Raises SessionOver and NotFound."""
+        if self._session.life.over:
+            raise errors.SessionOver(f"session {self._session.epoch} ended during the stream")
+        if self.lease is not None and not self.lease.is_open:
+            allowed = "an open lease: it was released during the stream"
+            raise errors.NotFound("request_id", self.lease.request_id, allowed)
+
+    @contextmanager
+    def cancels(self) -> Iterator[None]:
+        """What the body waits for ends with it too, and raises as `check` does: a peer that doesn't
+        read, or sends nothing, may be waited for."""
+        task, ended = asyncio.current_task(), False
+
+        def end(_: object = None) -> None:
+            nonlocal ended
+            if task is not None and not ended:
+                ended = task.cancel()
+
+        over = self._session.life.on_over
+        over.add(end)
+        if self.lease is not None:
+            self.lease.ended.add_done_callback(end)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not ended or task is None or task.uncancel():
+                raise
+            self.check()
+            raise
+        finally:
+            over.discard(end)
+            if self.lease is not None:
+                self.lease.ended.remove_done_callback(end)
+
+
+class Sender:
+    """Sends blocks, each in messages."""
+
+    def __init__(self, context: Context, life: Life) -> None:
+        self._context = context
+        self._life = life
+
+    async def send(self, block: int, payload: memoryview) -> None:
+        """It stays where it is while its lease is open; what was copied counts if it still is."""
+        checksum = await hash_of(payload)
+        for offset in range(0, len(payload), MESSAGE_BYTES):
+            part = payload[offset : offset + MESSAGE_BYTES]
+            head = cache_pb2.ReadResponse(block=block, offset=offset)
+            if offset + len(part) == len(payload):
+                head.checksum = checksum
+            message = with_payload(head, "payload", part)
+            self._life.check()
+            try:
+                await self._context.write(message)
+            except grpc.aio.BaseError:  # its client has gone
+                raise asyncio.CancelledError from None
+
+
+class Receiver:
+    """Takes the messages of a Write, each within SILENT_S. Raises InvalidRequest for a client that
+    sends nothing for longer."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._loop = asyncio.get_running_loop()
+        self._patience = asyncio.timeout(SILENT_S)
+
+    async def __aenter__(self) -> Receiver:
+        await self._patience.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        try:
+            await self._patience.__aexit__(*error)
+        except TimeoutError:
+            raise errors.InvalidRequest("message", "nothing", f"within {SILENT_S:g} s") from None
+
+    async def next(self) -> cache_pb2.WriteRequest | None:
+        """None: the client has ended the stream, or has gone."""
+        self._patience.reschedule(self._loop.time() + SILENT_S)
+        try:
+            data = await self._context.read()
+        except grpc.aio.BaseError:  # the server has stopped
+            raise asyncio.CancelledError from None
+        if not isinstance(data, bytes):
+            return None
+        return checks.message(cache_pb2.WriteRequest, data)
+
+    def wait_no_more(self) -> None:
+        """All has come."""
+        self._patience.reschedule(None)
+
+
+async def receive(written: WrittenBlocks, receiver: Receiver, life: Life) -> None:
+    """Blocks, until all have come or there is no room. Raises InvalidRequest for a stream that ends
+    before, and for one that goes on."""
+    while not written.is_whole:
+        life.check()
+        page = written.begin()
+        if page is None:
+            return
+        await receive_block(page, written.block, receiver, life)
+        written.commit()
+    if await receiver.next() is not None:
+        told = f"more than {written.results.size} blocks"
+        raise errors.InvalidRequest("block", told, f"{written.results.size}, as `commit` says")
+
+
+async def receive_block(page: memoryview, block: int, receiver: Receiver, life: Life) -> None:
+    """Into a page. Raises InvalidRequest unless it comes whole, in order, and as it was sent."""
+    at, told = 0, b""
+    while at < len(page):
+        message = await receiver.next()
+        life.check()
+        if message is None:
+            raise errors.InvalidRequest("block", "nothing", f"{block}, whole: the stream ended")
+        size = len(message.payload)
+        check_next(message, block, at, len(page))
+        page[at : at + size] = message.payload
+        at, told = at + size, message.checksum
+        if told and at < len(page):
+            raise errors.InvalidRequest("checksum", told, "only in a block's last message")
+    checksum = await hash_of(page)
+    life.check()
+    if told != checksum:
+        allowed = f"{checksum!r}, the hash of what came as block {block}"
+        raise errors.InvalidRequest("checksum", told, allowed)
+
+
+def check_next(message: cache_pb2.WriteRequest, block: int, at: int, payload_bytes: int) -> None:
+    """Whether a message of a Write goes on at byte `at` of a block."""
+    for name in ("session", "commit"):
+        if message.HasField(name):
+            raise errors.InvalidRequest(name, "set", "only in the first message")
+    if message.block != block:
+        raise errors.InvalidRequest("block", message.block, f"{block}, the next one")
+    if message.offset != at:
+        raise errors.InvalidRequest("offset", message.offset, f"{at}, where the last one ended")
+    most = min(MESSAGE_BYTES, payload_bytes - at)
+    if not 1 <= len(message.payload) <= most:
+        raise errors.InvalidRequest("payload", f"{len(message.payload)} bytes", f"1 to {most}")
+
+
+async def hash_of(payload: memoryview) -> bytes:
+    if len(payload) <= HASH_BYTES:
+        return _core.xxh3_128(payload)
+    return await asyncio.to_thread(_core.xxh3_128, payload)
