@@ -108,11 +108,12 @@ class DaemonProcess:
 
 
 class EngineProcess:
-    """tests/system/tiny_engine.py: takes commands as JSON lines and answers each with one."""
+    """tests/system/tiny_engine.py: takes commands as JSON lines and answers each with one. So does
+    arena_reader.py, which takes more `arguments`."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *arguments: str, program: str = "tiny_engine") -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.system.tiny_engine", address],
+            [sys.executable, "-m", f"tests.system.{program}", address, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

@@ -81,8 +81,8 @@ class Commands:
         return {}
 
 
-def main() -> None:
-    commands = Commands(sys.argv[1])
+def answer_lines(commands: object) -> None:
+    """A method's answer for each line, until there is none."""
     for line in sys.stdin:
         values = json.loads(line)
         try:
@@ -93,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    answer_lines(Commands(sys.argv[1]))
