@@ -40,18 +40,18 @@ def identity(**changes: Any) -> Identity:
 
 
 class TinyEngine:
-    """A pool and a client; notes what it is told. Keeps `kept` across sessions."""
+    """A pool and a client; notes what it is told. Keeps `kept` across sessions. `arena`: it reads
+    there too."""
 
-    def __init__(self, address: str, name: str = "tiny") -> None:
+    def __init__(self, address: str, name: str = "tiny", *, arena: bool = False) -> None:
         self.pool = PoolMemory(POOL_BYTES)
         self.kept: list[int] = []
         self.granted: list[list[int]] = []
         self.detached: list[str] = []
         self.failures: list[Kvc2Error] = []
         self.changed = threading.Condition()
-        self.client = Client(
-            address, pool=self.pool, layout=layout(), engine=self, options=SessionOptions(name)
-        )
+        options = SessionOptions(name, arena=arena)
+        self.client = Client(address, pool=self.pool, layout=layout(), engine=self, options=options)
 
     def kept_pages(self) -> NDArray[np.uint32]:
         return np.array(self.kept, np.uint32)
