@@ -24,6 +24,7 @@ from typing_extensions import Buffer
 M = TypeVar("M", bound=Message)
 V = TypeVar("V")
 Convert = Callable[[Any], Any]
+SIZED = (np.ndarray, tuple, list, dict, str, bytes)
 
 
 class _Field(NamedTuple):
@@ -69,7 +70,10 @@ def to_message(value: object, kind: type[M]) -> M:
     found: dict[str, Any] = {}
     for name, pack, _, _ in _fields(type(value), kind):
         item = getattr(value, name)
-        found[name] = item if pack is None else pack(item)
+        if pack is None:
+            found[name] = item
+        elif not (isinstance(item, SIZED) and len(item) == 0):  # what is empty need not be said
+            found[name] = pack(item)
     return kind(**found)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +21,7 @@ from kvc2.answers import (
     U8,
     U32,
     Acquired,
+    Components,
     Hints,
     Matched,
     Terms,
@@ -81,7 +81,23 @@ class Leases:
         found = Found(opened.explanation, to.tiers)
         self._explainer.keep(session.epoch, namespace, request_id, len(tokens), found)
         lease = OpenLease(request_id, opened.id, namespace, namespace.number, to)
-        return await self._bring(session, lease, terms)
+        if opened.ahead.size or (to.in_arena and opened.transfer):
+            return await self._bring(session, lease, terms)
+        return self._settled(session, lease, terms, opened)
+
+    def _settled(
+        self, session: Session, lease: OpenLease, terms: Terms, view: _core.Lease
+    ) -> Acquired:
+        """The answer of a lease that was opened just now, for which nothing has to come."""
+        session.leases[lease.request_id] = lease
+        ready = session.state == "ready"
+        grant_pages = terms.grant_pages if ready else 0  # nobody would hear of them
+        granted = of_pages(self.grant(session, grant_pages, lease.namespace))
+        answer = self._prefix_there(lease, granted, view)
+        lease.reply.set_result(answer)
+        if not ready:
+            raise errors.SessionOver(f"session {session.epoch} is {session.state}")
+        return answer
 
     async def acquire_keys(
         self,
@@ -165,36 +181,33 @@ class Leases:
 
     def _answer(self, session: Session, lease: OpenLease, grant_pages: int) -> Acquired:
         """What an open lease holds now, and pages to compute the rest into."""
-        found = self.there(lease)
-        expected_s = 0.0
-        if found.coming_blocks:
-            expected_s = self._loader.seconds(found.coming_blocks * lease.to.pools.shape.page_bytes)
-        return replace(
-            found,
-            granted=of_pages(self.grant(session, grant_pages, lease.namespace)),
-            expected_ms=round(1000 * expected_s),
-        )
+        return self.there(lease, of_pages(self.grant(session, grant_pages, lease.namespace)))
 
-    def there(self, lease: OpenLease) -> Acquired:
+    def there(self, lease: OpenLease, granted: Components = ()) -> Acquired:
         """What an open lease holds now. Changes nothing."""
-        return self._keys_there(lease) if lease.namespace.opaque else self._prefix_there(lease)
+        if lease.namespace.opaque:
+            return self._keys_there(lease, granted)
+        return self._prefix_there(lease, granted, self._index.lease(lease.id))
 
-    def _prefix_there(self, lease: OpenLease) -> Acquired:
-        to, size, view = lease.to, lease.namespace.page_size, self._index.lease(lease.id)
+    def _prefix_there(self, lease: OpenLease, granted: Components, view: _core.Lease) -> Acquired:
+        to, size = lease.to, lease.namespace.page_size
         pages = view.pages[: view.arrived] if to.in_arena else view.pages
         tiers = (0, *_leading(view.tiers, pages.size)) if to.in_arena else view.tiers
         end = view.first_block + pages.size
+        coming = 0 if lease.is_brought else view.matched - end
         return Acquired(
             matched_tokens=end * size,
             tiers=tokens_by_tier(tiers, size),
             transfer=0 if to.in_arena else to.gpu.pending.get(view.transfer, 0),
             computing_tokens=view.computing * size if end == view.matched else 0,
             held=of_offsets(to.pools.payloads(pages)) if to.in_arena else of_pages(pages),
+            granted=granted,
             first_block=view.first_block,
-            coming_blocks=0 if lease.is_brought else view.matched - end,
+            coming_blocks=coming,
+            expected_ms=_expected_ms(self._loader, lease, coming),
         )
 
-    def _keys_there(self, lease: OpenLease) -> Acquired:
+    def _keys_there(self, lease: OpenLease, granted: Components) -> Acquired:
         """By key where it is in the arena."""
         view, pools = self._index.key_lease(lease.id), lease.to.pools
         there = view.arrived.astype(bool)
@@ -202,13 +215,16 @@ class Leases:
         offsets[there] = pools.payloads(view.pages[there])
         found = tiers_of_keys(view.found, lease.to.tiers)
         blocks = [int(np.count_nonzero(there & (found == tier))) for tier in (1, 2, 3)]
-        missing = np.count_nonzero(found) - np.count_nonzero(there)
+        missing = int(np.count_nonzero(found) - np.count_nonzero(there))
+        coming = 0 if lease.is_brought else missing
         return Acquired(
             matched_tokens=sum(blocks) * lease.namespace.page_size,
             tiers=tokens_by_tier(blocks, lease.namespace.page_size),
             held=of_offsets(offsets),
+            granted=granted,
             found=found,
-            coming_blocks=0 if lease.is_brought else int(missing),
+            coming_blocks=coming,
+            expected_ms=_expected_ms(self._loader, lease, coming),
         )
 
     def match(self, session: Session, namespace: Namespace, tokens: U32) -> Matched:
@@ -270,6 +286,13 @@ class Leases:
         """Granted pages come back unused. Raises InvalidRequest when one was not granted."""
         if not self._index.give_back(session.mapped_pool().id, u32(pages)):
             raise errors.InvalidRequest("returned", pages.size, "pages granted and not used")
+
+
+def _expected_ms(loader: Loader, lease: OpenLease, coming_blocks: int) -> int:
+    """In which they should be there; 0: it isn't known, or nothing comes."""
+    if not coming_blocks:
+        return 0
+    return round(1000 * loader.seconds(coming_blocks * lease.to.pools.shape.page_bytes))
 
 
 def tiers_of_keys(found: U8, tiers: Sequence[str]) -> U8:
