@@ -66,9 +66,9 @@ class Objects:
         self._pages = pool.map
         self._stride = pool.num_bytes // staging.num_pages
         self._team = _core.ThreadTeam(copy_threads)
-        # nobody waits for the end of a lease whose bytes are read
+        # nobody waits for the end of a lease
         self._releasing = ThreadPoolExecutor(1, "kvc2-release")
-        self._read: deque[bytes] = deque()
+        self._ended: deque[bytes] = deque()
         self._lock = threading.Lock()
         self._locked: dict[int, list[bytes]] = {}  # leases by token
         self._tokens = itertools.count(1)
@@ -107,11 +107,10 @@ class Objects:
         return token, found
 
     def unlock(self, token: int) -> None:
-        """Idempotent."""
+        """Idempotent. Doesn't wait for the daemon."""
         with self._lock:
             leases = self._locked.pop(token, [])
-        if leases:
-            self._release(leases)
+        self._release(leases)
 
     def close(self) -> None:
         """End the client's session in order. No other call may be under way, or follow."""
@@ -139,8 +138,7 @@ class Objects:
             into = [targets[each] for each in np.flatnonzero(there).tolist()]
             whole = arena.read_each(offsets[there], self.num_bytes, into)
         finally:
-            self._read.append(lease)
-            self._releasing.submit(self._release_read)
+            self._release([lease])
         return there if whole else np.zeros(len(keys), np.bool_)
 
     def _hold(self, keys: Sequence[bytes], leases: list[bytes]) -> Bools:
@@ -192,17 +190,19 @@ class Objects:
         self._staging.give_back(pages)
         return np.asarray(answer.results[0] <= _core.DUPLICATE)
 
-    def _release_read(self) -> None:
+    def _release(self, leases: list[bytes]) -> None:
+        self._ended.extend(leases)
+        self._releasing.submit(self._release_ended)
+
+    def _release_ended(self) -> None:
+        """Many in one call, where they come faster than it is answered."""
         leases: list[bytes] = []
         with suppress(IndexError):
             while len(leases) < LEASES_A_CALL:
-                leases.append(self._read.popleft())
+                leases.append(self._ended.popleft())
         if leases:
-            self._release(leases)
-
-    def _release(self, leases: list[bytes]) -> None:
-        with suppress(errors.Detached):  # they have ended with their session
-            self.client.release(leases)
+            with suppress(errors.Detached):  # they have ended with their session
+                self.client.release(leases)
 
     def _rows(self, buffers: Buffers, count: int, *, writable: bool) -> list[Buffer]:
         """One for each key. Raises InvalidRequest."""

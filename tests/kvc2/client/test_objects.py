@@ -180,6 +180,7 @@ def test_what_is_locked_is_not_evicted(tmp_path: Path) -> None:
         assert objects.exists(KEYS[:6]).tolist() == [True] * 4 + [False] * 2
         objects.unlock(token)
         objects.unlock(token)
+        wait_until(lambda: admin.stats().leases == 0)
         admin.evict("cpu")
         assert not objects.exists(KEYS[:4]).any()
 
