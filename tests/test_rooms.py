@@ -24,6 +24,7 @@ FLOORS = {
         tiers
         config
         namespace
+        integrations
         client
         earlier_identity, foreign_identity
         arena, flags, identity
@@ -53,6 +54,9 @@ FLOORS = {
         keeper
         admin, connection, health, share
         channel, completions, counters, memory, pages, staging
+    """,
+    "kvc2/integrations": """
+        lmcache_l2, sglang_hicache
     """,
     "kvc2/client/examples": """
         engine, flat_keys, private_memory, workers
