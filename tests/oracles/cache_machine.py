@@ -48,10 +48,12 @@ def tokens_of(prompt: tuple[int, ...]) -> U32:
 
 @dataclass
 class Model:
-    """Committed since the namespace's era began; of these, `durable` ones are on disk for sure."""
+    """Committed since the namespace's era began; of these, `durable` ones are on disk for sure.
+    `evicted`: maybe evicted from it, so that no flush brings them there again."""
 
     committed: set[Block] = field(default_factory=set)
     durable: set[Block] = field(default_factory=set)
+    evicted: set[Block] = field(default_factory=set)
 
     def add(self, block: Block) -> None:
         self.committed.add(block)
@@ -67,6 +69,7 @@ class Model:
         """All blocks of tokens (tuple) or of keys (bytes)."""
         self.committed = {each for each in self.committed if not isinstance(each, kind)}
         self.durable = {each for each in self.durable if not isinstance(each, kind)}
+        self.evicted = {each for each in self.evicted if not isinstance(each, kind)}
 
 
 @dataclass
@@ -246,7 +249,7 @@ class CacheMachine(RuleBasedStateMachine):
     def flush(self) -> None:
         found = self.run(self.cache.flush(WAIT_S))
         assert not found.not_durable_blocks
-        self.model.durable |= self.there()
+        self.model.durable |= self.there() - self.model.evicted
 
     def there(self) -> set[Block]:
         """Of what was committed, what some tier has now: evictions may have ended the rest."""
@@ -271,6 +274,7 @@ class CacheMachine(RuleBasedStateMachine):
         SEEN[f"evicted: {tier}"] += found.evicted_blocks > 0
         if tier == "disk" and found.evicted_blocks:
             self.model.durable.clear()
+            self.model.evicted = set(self.model.committed)
 
     @rule(of_keys=st.booleans())
     def invalidate(self, of_keys: bool) -> None:
