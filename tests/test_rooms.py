@@ -96,7 +96,7 @@ FLOORS = {
     """,
     "kvc2/host": """
         address
-        machine, numa, paths, priority
+        heap, machine, numa, paths, priority
     """,
     "engine": """
         __main__

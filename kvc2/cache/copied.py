@@ -25,6 +25,8 @@ from kvc2.moving.gpu_pools import GpuPool
 from kvc2.moving.routes import Part, Route
 from kvc2.tiers.pools import LayoutPools, Pools
 
+AHEAD_BYTES = 1 << 20  # of pages that a Write holds and that aren't filled
+
 
 @dataclass(frozen=True)
 class CopiedBlocks:
@@ -240,12 +242,13 @@ class WrittenBlocks:
     """Blocks that come over the wire, one after the other, each into a page of its own. `results`
     [count] as in Stored.
 
-        waiting -> filling [begin: a page is granted]
-        filling -> waiting [commit: it is the block's, or was not needed]
-        filling -> waiting [close: it goes back]
+        waiting -> filling [begin: into a page that was granted for it]
+        filling -> waiting [commit: the page is the block's, or the next one's too]
+        filling -> waiting [close: pages without a block go back]
 
     What is committed stays, whatever becomes of the rest; it is pinned until `close`, since later
-    blocks go on from it. So one that doesn't close holds a page, and pins what a lease would.
+    blocks go on from it. So until then one holds a page, or AHEAD_BYTES of them, and pins what a
+    lease would.
     """
 
     def __init__(
@@ -261,7 +264,8 @@ class WrittenBlocks:
         self.payload_bytes = into.to.shape.payload_bytes
         self.lease = into.lease  # the index's, that has the blocks until `close`
         self._index, self._pools, self._into, self._wake = index, pools, into, wake
-        self._page: U32 = NO_PAGES
+        self._starts: list[int] = []  # where payloads begin in the arena, of the last grant's pages
+        self._pages: U32 = NO_PAGES  # granted, of which the first is filled now
 
     @property
     def is_whole(self) -> bool:
@@ -275,25 +279,31 @@ class WrittenBlocks:
     def begin(self) -> memoryview | None:
         """Where the next block's payload is to be written, [payload_bytes]. None: there is no room
         now."""
-        to = self._into.to
-        self._pools.make_room(to, 1)
-        self._page = self._index.grant(to.cpu.id, 1, self._into.number)
-        if not self._page.size:
+        if not self._pages.size:
+            self._grant()
+        if not self._pages.size:
             return None
-        start = int(to.payloads(self._page)[0])
+        to, start = self._into.to, self._starts[-self._pages.size]
         return to.cpu.store.arena.memory.data[start : start + self.payload_bytes]
 
+    def _grant(self) -> None:
+        """A page, or as many as AHEAD_BYTES has, which small blocks take too."""
+        self._wake()  # those of before are filled
+        to, left = self._into.to, self.results.size - self.done
+        pages = min(left, max(1, AHEAD_BYTES // self.payload_bytes))
+        self._pools.make_room(to, pages)
+        self._pages = self._index.grant(to.cpu.id, pages, self._into.number)
+        self._starts = to.payloads(self._pages).tolist()
+
     def commit(self) -> None:
-        """The page holds the block, whole and checked. Its lease is open."""
+        """The first page holds the block, whole and checked. Its lease is open."""
         if self.results[self.done] == NO_ROOM:
             self.results[self.done] = result = self._commit()
             # of tokens, a duplicate's page is the lease's until its end
             if result == _core.ADOPTED or (
                 result == _core.DUPLICATE and not self._into.blocks.keys
             ):
-                self._page = NO_PAGES
-            self._wake()
-        self._give_back()
+                self._pages = self._pages[1:]
         self.done += 1
 
     def _commit(self) -> int:
@@ -301,19 +311,16 @@ class WrittenBlocks:
         tokens, keys = into.blocks.cut(np.array([self.done]))
         if keys:
             found = self._index.commit_keys(
-                into.number, into.to.cpu.id, keys, self._page, lease=into.lease
+                into.number, into.to.cpu.id, keys, self._pages[:1], lease=into.lease
             )
         else:
-            found = self._index.commit(into.lease, self.block, tokens, self._page)
+            found = self._index.commit(into.lease, self.block, tokens, self._pages[:1])
         return int(found[0])
 
     def close(self) -> None:
-        self._give_back()
+        if self._pages.size:
+            self._index.give_back(self._into.to.cpu.id, self._pages)
+            self._pages = NO_PAGES
         if self._into.blocks.lease is None:
             self._index.release_all(np.array([self.lease], np.uint64))
         self._wake()  # what was pinned is to be had
-
-    def _give_back(self) -> None:
-        if self._page.size:
-            self._index.give_back(self._into.to.cpu.id, self._page)
-        self._page = NO_PAGES

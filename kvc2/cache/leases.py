@@ -231,10 +231,9 @@ class Leases:
         """The longest cached prefix of less than all tokens. Changes nothing."""
         to = self._nearest(session, namespace)
         found = self._index.match(namespace.number, to.pool, u32(tokens[:-1]))
-        tiers = (*(0,) * (3 - len(to.tiers)), *found.tiers)
-        return Matched(
-            found.blocks * namespace.page_size, tokens_by_tier(tiers, namespace.page_size)
-        )
+        blocks = (*(0,) * (3 - len(to.tiers)), *found.tiers)
+        tiers = tokens_by_tier(blocks, namespace.page_size)
+        return Matched(sum(tiers), tiers)
 
     def match_keys(self, session: Session, namespace: Namespace, keys: Sequence[bytes]) -> Matched:
         """The fastest tier that has each key. Changes nothing."""

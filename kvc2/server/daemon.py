@@ -22,6 +22,7 @@ from kvc2.cache.assemble import assemble
 from kvc2.cache.cache import Cache
 from kvc2.cache.sessions import SessionTable
 from kvc2.config import ServeConfig
+from kvc2.host.heap import keep_freed_memory
 from kvc2.metrics import Metrics, TierSample
 from kvc2.periodic import periodically
 from kvc2.server import wiring
@@ -226,6 +227,7 @@ def tier_samples(cache: Cache) -> list[TierSample]:
 
 async def serve(config: ServeConfig) -> None:
     """Run a daemon until it is told to stop. Raises StartRefused and InvalidConfig."""
+    keep_freed_memory()
     async with running(config) as daemon:
         daemon.stop_on_signals()
         await daemon.stopped.wait()

@@ -372,7 +372,7 @@ class CacheServicer:
         """Write takes the payloads of blocks from a client without shared memory, in messages of at most 1 MiB,
         each block in order, its last one with the hash of the whole, and commits each as `copied` when it is
         whole: that block stays, whatever becomes of the stream. A block that didn't come whole is no block. Where
-        there is no room it answers at once. A client that sends nothing for 10 s is ended.
+        there is no room it answers at once. A client that sends nothing for 15 s is ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
