@@ -94,8 +94,8 @@ class Process:
 
 
 class Daemon(Process):
-    """`kvc2 serve` on a unix socket, or `listen`, and a disk directory in `folder`; both outlive
-    it."""
+    """`kvc2 serve` on a unix socket, or `listen`, and a disk directory in `folder` (disk_gb 0:
+    none); both outlive it."""
 
     def __init__(
         self,
@@ -109,7 +109,8 @@ class Daemon(Process):
         self.address = listen or f"unix:{folder / 'kvc2.sock'}"
         command = [script("kvc2"), "serve", "--listen", self.address]
         command += ["--cpu-memory-size-gb", str(cpu_gb)]
-        command += ["--disk-path", str(folder / "disk"), "--disk-size-gb", str(disk_gb)]
+        if disk_gb:
+            command += ["--disk-path", str(folder / "disk"), "--disk-size-gb", str(disk_gb)]
         if metrics_port is not None:
             command += ["--metrics-port", str(metrics_port)]
         super().__init__("kvc2", command, folder)
