@@ -1,7 +1,7 @@
 """Blocks under keys of an engine's own, as its process sees them: looked up, read, stored.
 
 A look-up of 32 keys beside an empty gRPC call. Reads from the arena and stores into it beside plain
-memcpy of the same buffers in the same process, one thread each; all calls that they need are in the
+memcpy of the same buffers in the same process, by one thread; all calls that they need are in the
 time. What is read lies in the arena; what comes from the disk is disk.py's and disk_path.py's. What
 is stored goes to memory that the arena touches for the first time, and to the disk behind that.
 """
@@ -47,8 +47,7 @@ def mean_s(call: Callable[[], object], calls: int) -> float:
 
 
 def opened(daemon: Daemon, num_bytes: int) -> Objects:
-    # two threads share a copy, of the two cores that the goal was set for
-    objects = open_objects(daemon.address, IDENTITY, num_bytes, copy_threads=2)
+    objects = open_objects(daemon.address, IDENTITY, num_bytes)
     if not objects.client.wait_attached(ATTACH_S):
         raise RuntimeError(f"not attached: {objects.client.last_refusal}\n{daemon.tail()}")
     return objects

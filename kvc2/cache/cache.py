@@ -212,10 +212,15 @@ class Cache:
     ) -> Namespace:
         """Its record; the identity goes to the catalogue with the next batch. `of`: where its
         layout is not that of the session's pool, or keys name its blocks. Raises LimitReached: what
-        the index knows stays known."""
+        the index knows stays known; InvalidRequest where the session has it open with another
+        layout, whose offsets would be read as this one's."""
         pools, of = session.mapped_pool().pools, of or KeyedLayout(session.layout)
         if of.layout.digest != session.layout.digest:
             pools = self._pools.of(PageShape.of(of.layout, self._config.slab_bytes))
+        with suppress(errors.NotFound):
+            if session.layouts.get(self.namespaces.find(name).id, pools) is not pools:
+                told = f"{of.layout.payload_bytes} bytes a page"
+                raise errors.InvalidRequest("layout", told, "one layout for an identity")
         entry = NamespaceEntry(of.layout.page_size, identity, of.opaque)
         namespace = self.namespaces.open(name, pools, entry, owner, ttl_s=ttl_s)
         session.layouts[namespace.id] = pools

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ from kvc2.client.client import Client
 from kvc2.client.connection import NamespaceHandle, SessionOptions
 from kvc2.client.memory import ArenaView, PoolMemory
 from kvc2.client.staging import Staging
+from kvc2.client.streams import Streams
 from kvc2.layout import Layout, Segment
 
 Bools: TypeAlias = NDArray[np.bool_]
@@ -41,37 +42,48 @@ KEYS_A_CALL = 1024  # the daemon's index is locked for 1.5 to 3 us a key
 BYTES_A_CALL = 64 << 20  # what one lease brings from the disk before its deadline
 LEASES_A_CALL = 32
 STAGING_BYTES = 64 << 20
+COPY_THREADS = 2  # share one copy of many bytes
 _request_numbers = itertools.count()
 
 
+class Storing(Protocol):
+    """How blocks come into the arena."""
+
+    def store(self, keys: Sequence[bytes], sources: list[Buffer]) -> Bools:
+        """[n] whether each is there then; each key once. Raises Detached and LimitReached."""
+
+
 class Objects:
-    """Blocks of num_bytes each, of one namespace. Threads may share it."""
+    """Blocks of num_bytes each, of one namespace, in a session that reads the arena. Threads may
+    share it. `open_objects` makes one, and `of` one of another size on the same client."""
 
     def __init__(
         self,
         client: Client,
-        pool: PoolMemory,
-        staging: Staging,
         namespace: NamespaceHandle,
+        storing: Storing,
         *,
         num_bytes: int,
-        copy_threads: int = 1,
+        close: Callable[[], None],
     ) -> None:
-        """The client's session reads the arena, its engine is `staging`, of whose pages each holds
-        a block. `open_objects` makes all of them."""
         self.client = client
         self.num_bytes = num_bytes
         self._namespace = client.open_handle(namespace)
-        self._staging = staging
-        self._pages = pool.map
-        self._stride = pool.num_bytes // staging.num_pages
-        self._team = _core.ThreadTeam(copy_threads)
+        self._storing = storing
+        self._close = close
         # nobody waits for the end of a lease
         self._releasing = ThreadPoolExecutor(1, "kvc2-release")
         self._ended: deque[bytes] = deque()
         self._lock = threading.Lock()
         self._locked: dict[int, list[bytes]] = {}  # leases by token
         self._tokens = itertools.count(1)
+
+    def of(self, identity: bytes, num_bytes: int) -> Objects:
+        """Blocks of another size, on this one's client: they are read in the same way, but come to
+        the daemon by a stream, since a session copies from pages of one layout."""
+        handle = NamespaceHandle(identity, layout=_layout(num_bytes), opaque=True)
+        storing = Streamed(Streams(self.client), handle)
+        return Objects(self.client, handle, storing, num_bytes=num_bytes, close=lambda: None)
 
     def exists(self, keys: Sequence[bytes]) -> Bools:
         """[n] whether each is in any tier. Changes nothing."""
@@ -92,7 +104,9 @@ class Objects:
         first = {key: index for index, key in reversed(list(enumerate(keys)))}
         once = sorted(first.values())  # a call may name a key once
         alone, of_alone = [keys[each] for each in once], [sources[each] for each in once]
-        stored = self._in_parts(alone, lambda part: self._put(alone[part], of_alone[part]))
+        stored = self._in_parts(
+            alone, lambda part: self._storing.store(alone[part], of_alone[part])
+        )
         by_key = dict(zip(alone, stored.tolist(), strict=True))
         return np.array([by_key[key] for key in keys], np.bool_)
 
@@ -113,9 +127,10 @@ class Objects:
         self._release(leases)
 
     def close(self) -> None:
-        """End the client's session in order. No other call may be under way, or follow."""
+        """End the client's session in order, if it is this one's own. No other call may be under
+        way, or follow."""
         self._releasing.shutdown(wait=True)
-        self.client.close()
+        self._close()
 
     # ---- one call's worth
 
@@ -146,49 +161,6 @@ class Objects:
         found = self.client.acquire_keys(self._namespace, lease, keys)
         leases.append(lease)
         return np.asarray(found.offsets != NOWHERE)
-
-    def _put(self, keys: Sequence[bytes], sources: list[Buffer]) -> Bools:
-        done = np.zeros(len(keys), np.bool_)
-        begin = 0
-        while begin < len(keys):
-            arena, era = self._session()
-            pages = self._staging.take(len(keys) - begin)
-            end = begin + pages.size
-            self._fill(pages, sources[begin:end])
-            done[begin:end] = self._commit(keys[begin:end], pages, arena, era)
-            begin = end
-        return done
-
-    def _session(self) -> tuple[ArenaView, int]:
-        """Of the session that there is, its arena and era. Raises Detached."""
-        era = self._staging.era
-        arena = self.client.arena
-        if self._staging.era != era:
-            raise errors.Detached("dead", "the session has changed")
-        return arena, era
-
-    def _fill(self, pages: NDArray[np.uint32], sources: list[Buffer]) -> None:
-        starts = (pages.astype(np.int64) * self._stride).tolist()
-        targets = [self._pages[each : each + self.num_bytes] for each in starts]
-        try:
-            _core.copy_each(self._team, sources, targets)
-        except BaseException:
-            self._staging.give_back(pages)
-            raise
-
-    def _commit(
-        self, keys: Sequence[bytes], pages: NDArray[np.uint32], arena: ArenaView, era: int
-    ) -> Bools:
-        try:
-            answer = self.client.commit_keys(self._namespace, keys, pages, arena=arena)
-        except BaseException as error:
-            if isinstance(error, errors.Kvc2Error) and not isinstance(error, errors.Detached):
-                self._staging.give_back(pages)  # it was answered
-            else:
-                self._staging.hold(pages, era)
-            raise
-        self._staging.give_back(pages)
-        return np.asarray(answer.results[0] <= _core.DUPLICATE)
 
     def _release(self, leases: list[bytes]) -> None:
         self._ended.extend(leases)
@@ -224,6 +196,77 @@ class Objects:
             raise errors.InvalidRequest("buffers", f"{kind}, {view.nbytes} bytes", wanted)
 
 
+class Copied:
+    """Storing by copied commits, from the pages of a pool of which each holds a block."""
+
+    def __init__(
+        self, client: Client, pool: PoolMemory, staging: Staging, namespace: NamespaceHandle
+    ) -> None:
+        """The client's engine is `staging`, whose pages are those of the pool."""
+        self._client = client
+        self._staging = staging
+        self._namespace = namespace
+        self._pages = pool.map
+        self._num_bytes = pool.num_bytes // staging.num_pages
+        self._team = _core.ThreadTeam(COPY_THREADS)
+
+    def store(self, keys: Sequence[bytes], sources: list[Buffer]) -> Bools:
+        done = np.zeros(len(keys), np.bool_)
+        begin = 0
+        while begin < len(keys):
+            arena, era = self._session()
+            pages = self._staging.take(len(keys) - begin)
+            end = begin + pages.size
+            self._fill(pages, sources[begin:end])
+            done[begin:end] = self._commit(keys[begin:end], pages, arena, era)
+            begin = end
+        return done
+
+    def _session(self) -> tuple[ArenaView, int]:
+        """Of the session that there is, its arena and era. Raises Detached."""
+        era = self._staging.era
+        arena = self._client.arena
+        if self._staging.era != era:
+            raise errors.Detached("dead", "the session has changed")
+        return arena, era
+
+    def _fill(self, pages: NDArray[np.uint32], sources: list[Buffer]) -> None:
+        starts = (pages.astype(np.int64) * self._num_bytes).tolist()
+        targets = [self._pages[each : each + self._num_bytes] for each in starts]
+        try:
+            _core.copy_each(self._team, sources, targets)
+        except BaseException:
+            self._staging.give_back(pages)
+            raise
+
+    def _commit(
+        self, keys: Sequence[bytes], pages: NDArray[np.uint32], arena: ArenaView, era: int
+    ) -> Bools:
+        try:
+            answer = self._client.commit_keys(self._namespace, keys, pages, arena=arena)
+        except BaseException as error:
+            if isinstance(error, errors.Kvc2Error) and not isinstance(error, errors.Detached):
+                self._staging.give_back(pages)  # it was answered
+            else:
+                self._staging.hold(pages, era)
+            raise
+        self._staging.give_back(pages)
+        return np.asarray(answer.results[0] <= _core.DUPLICATE)
+
+
+class Streamed:
+    """Storing by streams, for blocks of another layout than the pool's."""
+
+    def __init__(self, streams: Streams, namespace: NamespaceHandle) -> None:
+        self._streams = streams
+        self._namespace = namespace
+
+    def store(self, keys: Sequence[bytes], sources: list[Buffer]) -> Bools:
+        payloads = [np.frombuffer(memoryview(each), np.uint8).data for each in sources]
+        results = self._streams.write_keys(self._namespace, keys, payloads)
+        return np.asarray(results <= _core.DUPLICATE)
+
+
 def open_objects(
     address: str,
     identity: bytes,
@@ -231,7 +274,6 @@ def open_objects(
     *,
     engine_name: str = "objects",
     staging_bytes: int = STAGING_BYTES,
-    copy_threads: int = 2,
 ) -> Objects:
     """Blocks of num_bytes under keys, with a client of their own, attached in the background. The
     identity's page_size is 1: a block holds what its key says."""
@@ -240,12 +282,17 @@ def open_objects(
     client = Client(
         address,
         pool=pool,
-        layout=Layout((Segment(0, 0, num_bytes, 0, num_bytes),), 1),
+        layout=_layout(num_bytes),
         engine=staging,
-        options=SessionOptions(engine_name, arena=True, copy_threads=copy_threads),
+        options=SessionOptions(engine_name, arena=True, copy_threads=COPY_THREADS),
     )
     namespace = NamespaceHandle(identity, opaque=True)
-    return Objects(client, pool, staging, namespace, num_bytes=num_bytes, copy_threads=copy_threads)
+    storing = Copied(client, pool, staging, namespace)
+    return Objects(client, namespace, storing, num_bytes=num_bytes, close=client.close)
+
+
+def _layout(num_bytes: int) -> Layout:
+    return Layout((Segment(0, 0, num_bytes, 0, num_bytes),), 1)
 
 
 def _request_id() -> bytes:

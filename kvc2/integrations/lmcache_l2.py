@@ -25,8 +25,6 @@ try:
 except ImportError:
     Bitmap = L2StoreResult = L2AdapterInterface = object
 
-IDENTITY = Foreign("lmcache", "named by its keys", {"page_size": 1}).encode()
-
 
 class Kvc2L2(L2AdapterInterface):  # type: ignore[misc]
     """Blocks of several sizes, each with a client of its own. A fault is a bit that isn't set."""
@@ -114,7 +112,8 @@ class Kvc2L2(L2AdapterInterface):  # type: ignore[misc]
         for size in set(sizes):
             with self._lock:
                 if size not in self._of_size:
-                    self._of_size[size] = open_objects(self._address, IDENTITY, size)
+                    identity = Foreign("lmcache", "keys say", {"page_size": 1, "bytes": size})
+                    self._of_size[size] = open_objects(self._address, identity.encode(), size)
             at = [index for index, each in enumerate(sizes) if each == size]
             names = [name_of(keys[index]) for index in at]
             done[at] = call(self._of_size[size], names, [more[index] for index in at])

@@ -34,7 +34,8 @@ class Kvc2HiCache(HiCacheStorage):  # type: ignore[misc]
         if len(set(sizes)) != 1:
             raise InvalidConfig("pieces of a page", sizes, "pieces of one size")
         self._pieces = len(sizes)
-        lies = {"layout": str(mem_pool_host.layout), "dtype": str(mem_pool_host.dtype)}
+        pool = mem_pool_host
+        lies = {"layout": str(pool.layout), "dtype": str(pool.dtype), "bytes": sizes[0]}
         part = {"tp_rank": config.tp_rank, "tp_size": config.tp_size, "page_size": 1}
         identity = Foreign("sglang", config.model_name, {**lies, **part})
         address = config.extra_config["address"]

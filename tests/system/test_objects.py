@@ -91,7 +91,9 @@ def test_a_daemon_that_goes_in_the_midst_of_it_is_a_no_and_never_a_lie(
                 load.stop.set()
             for each in running:
                 each.result(WAIT_S)
-        assert sorted(objects._staging._free + objects._staging._unsure) == list(range(16))
+        assert sorted(objects._storing._staging._free + objects._storing._staging._unsure) == list(
+            range(16)
+        )
         objects.close()
         with daemon.admin() as admin:
             assert admin.stats().leases == 0

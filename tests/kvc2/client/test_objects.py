@@ -46,7 +46,9 @@ def serving(folder: Path, **changes: object) -> Iterator[tuple[ServedDaemon, Obj
         assert objects.client.wait_attached(WAIT_S), objects.client.last_refusal
         yield served, objects
         wait_until(lambda: served.on_loop(served.daemon.cache.stats).leases == 0)
-        assert sorted(objects._staging._free) == list(range(objects._staging.num_pages))
+        assert sorted(objects._storing._staging._free) == list(
+            range(objects._storing._staging.num_pages)
+        )
         objects.close()
         served.on_loop(served.daemon.cache.index.check)
 
@@ -73,6 +75,38 @@ def test_what_was_put_is_got_from_memory_and_from_disk(tmp_path: Path) -> None:
             np.testing.assert_array_equal(into[there], want[there])
             admin.flush(10)
             admin.evict("cpu")
+
+
+def test_one_client_has_blocks_of_several_sizes(tmp_path: Path) -> None:
+    """Under the same keys; larger ones than the staging pages too."""
+    with serving(tmp_path) as (served, objects), Admin(served.address) as admin:
+        for size in (100, 3 * BYTES):
+            identity = Foreign("test", "w", {"page_size": 1, "bytes": size}).encode()
+            other = objects.of(identity, size)
+            values = np.random.default_rng(size).integers(0, 256, (12, size), np.uint8)
+            first = (ctypes.c_ubyte * size).from_address(values.ctypes.data)
+            assert not other.exists(KEYS).any()
+            assert other.put_from(KEYS[:1], [first]).all()
+            assert other.put_from(KEYS[:12], values.data).all()
+            admin.flush(10)
+            admin.evict("cpu")
+            into = np.zeros_like(values)
+            assert other.get_into(KEYS[:13], [*into, bytearray(size)]).tolist() == [True] * 12 + [
+                False
+            ]
+            np.testing.assert_array_equal(into, values)
+            assert not objects.exists(KEYS).any()
+            other.close()
+        assert objects.put_from(KEYS, rows(1)).all()
+
+
+def test_one_identity_has_one_size_in_a_session(tmp_path: Path) -> None:
+    """What is told of one layout would be read as the other's."""
+    with serving(tmp_path) as (_, objects):
+        assert objects.put_from(KEYS, rows(1)).all()
+        with pytest.raises(InvalidRequest, match="layout"):
+            objects.of(IDENTITY, 100)
+        np.testing.assert_array_equal(read(objects, KEYS)[1], rows(1))
 
 
 def test_an_engine_chooses_the_memory(tmp_path: Path) -> None:
