@@ -107,8 +107,7 @@ class Leases:
         keys: Sequence[bytes],
         terms: Terms,
     ) -> Acquired:
-        """Open a lease, in the arena, on those of the opaque keys that are there; as `acquire`, but
-        there is nothing to compute in their place."""
+        """As `acquire`, in the arena, of those of the opaque keys that are there."""
         if (known := session.leases.get(request_id)) is not None:
             return await self._again(session, known, terms)
         if terms.poll:

@@ -569,7 +569,11 @@ class IndexMachine(RuleBasedStateMachine):
             chain = self.model.chain(at.pool)
             assert real.tiers == tuple(tiers.count(t) for t in range(len(chain)))
             assert real.transfer == self.model.depends(at)
-            there = [self.model.pools[at.pool].resident(held.path) for held in at.held]
+            pool = self.model.pools[at.pool]
+            # a duplicate's own page is not being filled, whatever its block's is
+            there = [
+                pool.blocks[held.path] != held.page or pool.resident(held.path) for held in at.held
+            ]
             assert real.arrived == [*there, False].index(False)
             assert (real.matched, real.computing) == (len(at.found), at.computing)
             ahead = [tier for tier, blocks in real.ahead.tolist() for _ in range(blocks)]
