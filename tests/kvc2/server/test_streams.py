@@ -34,6 +34,7 @@ from kvc2.config import CpuConfig, LimitsConfig
 from kvc2.errors import InvalidRequest, LimitReached, NotFound
 from kvc2.layout import Layout, Segment
 from kvc2.v1 import cache_pb2 as pb
+from kvc2.wire import with_payload
 from tests.doubles.daemons import ServedDaemon, serve_config
 from tests.doubles.engines import LAYERS, PAGE_SIZE, TinyEngine, identity
 from tests.doubles.mutations import Mutator, written
@@ -246,7 +247,10 @@ class Hand:
 
     def __init__(self, served: ServedDaemon, one: Remote, seed: int = 1) -> None:
         self.one, self.payloads = one, one.payloads(seed)
-        self.channel = grpc.insecure_channel(served.address)
+        self.channel = grpc.insecure_channel(
+            served.address,
+            [("grpc.http2.bdp_probe", 0)],  # the window doesn't grow
+        )
         connection = one.client._keeper.current()
         self.commit = pb.LeaseCommit(
             namespace_id=one.client._keeper.number(connection, one.tokens),
@@ -381,17 +385,49 @@ def test_reads_name_what_they_refuse(tmp_path: Path) -> None:
             one.streams.read(b"a", np.zeros((4, SMALL - 1), np.uint8))
 
 
+def test_a_block_that_comes_damaged_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with remote(tmp_path) as (_, one):
+        one.store(1)
+        one.lease(b"a", 1)
+        bad = _core.xxh3_128(one.payloads(1)[1])
+
+        async def wrong(payload: memoryview) -> bytes:
+            found = _core.xxh3_128(payload)
+            return bytes(16) if found == bad else found
+
+        monkeypatch.setattr("kvc2.server.streams.hash_of", wrong)
+        into = one.rows()
+        assert one.streams.read(b"a", into).tolist() == [0, 2, 3]
+        np.testing.assert_array_equal(into[:3], one.payloads(1)[[0, 2, 3]])
+
+
 def test_a_lease_that_holds_nothing_reads_as_nothing(tmp_path: Path) -> None:
     with remote(tmp_path) as (_, one):
         one.lease(b"a", 1)
         assert one.streams.read(b"a", one.rows()).tolist() == []
 
 
-def stalled(hand: Hand, served: ServedDaemon, request_id: bytes = b"a") -> Any:
-    """A Read whose client has taken one message, of more than the transport has room for."""
-    call = hand.read(request_id)
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Has an element for each message that a Read has made."""
+    counted: list[int] = []
+
+    def count(message: Any, *rest: Any) -> bytes:
+        counted.append(message.block)
+        return with_payload(message, *rest)
+
+    monkeypatch.setattr("kvc2.server.streams.with_payload", count)
+    return counted
+
+
+def stalled(hand: Hand, served: ServedDaemon, made: list[int]) -> Any:
+    """A Read that waits: its client has taken one message, and there is no room for another."""
+    del made[:]
+    call = hand.read(b"a")
     next(call)
-    until(served, lambda: session_of(served).streams == 1)
+    until(served, lambda: len(made) >= 2)
     return call
 
 
@@ -402,11 +438,13 @@ def rest_of(call: Any) -> tuple[list[Any], str, str]:
     return messages, call.code().name, call.details()
 
 
-def test_a_lease_that_is_released_ends_its_read_and_no_byte_is_wrong(tmp_path: Path) -> None:
+def test_a_lease_that_is_released_ends_its_read_and_no_byte_is_wrong(
+    tmp_path: Path, made: list[int]
+) -> None:
     with remote(tmp_path, LARGE) as (served, one), Hand(served, one) as hand:
         one.store(1)
         one.lease(b"a", 1)
-        call = stalled(hand, served)
+        call = stalled(hand, served, made)
         one.client.release([b"a"])
         until(served, lambda: session_of(served).streams == 0)
         with Admin(served.address) as admin:
@@ -421,14 +459,14 @@ def test_a_lease_that_is_released_ends_its_read_and_no_byte_is_wrong(tmp_path: P
             assert part.tobytes() == each.payload
 
 
-def test_a_session_that_ends_ends_its_streams(tmp_path: Path) -> None:
+def test_a_session_that_ends_ends_its_streams(tmp_path: Path, made: list[int]) -> None:
     config = serve_config(tmp_path, cpu=CpuConfig.of_bytes(64 * MIB), slab_bytes=8 * MIB)
     with ServedDaemon(config, cache=None) as served, Remote(served.address, LARGE) as one:
         one.store(1)
         one.lease(b"a", 1)
         session, go_on = session_of(served), threading.Event()
         with Hand(served, one, seed=3) as hand:
-            call = stalled(hand, served)
+            call = stalled(hand, served, made)
 
             def messages() -> Iterator[pb.WriteRequest]:
                 yield hand.first
@@ -448,7 +486,7 @@ def test_a_session_that_ends_ends_its_streams(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rpc", ["Read", "Write"])
-def test_a_cancelled_stream_leaves_nothing(tmp_path: Path, rpc: str) -> None:
+def test_a_cancelled_stream_leaves_nothing(tmp_path: Path, rpc: str, made: list[int]) -> None:
     with remote(tmp_path, LARGE) as (served, one), Hand(served, one, seed=3) as hand:
         one.store(1)
         one.lease(b"a", 1)
@@ -460,7 +498,7 @@ def test_a_cancelled_stream_leaves_nothing(tmp_path: Path, rpc: str) -> None:
             go_on.wait(20)
 
         if rpc == "Read":
-            call = stalled(hand, served)
+            call = stalled(hand, served, made)
         else:
             call = hand.begin(messages())
             until(served, lambda: private_pages(served) == 1)
@@ -515,13 +553,13 @@ def test_a_full_arena_answers_no_room_at_once_and_works_again(tmp_path: Path) ->
         assert one.store(5000) == [0] * BLOCKS
 
 
-def test_one_stream_too_many_is_refused_by_name(tmp_path: Path) -> None:
+def test_one_stream_too_many_is_refused_by_name(tmp_path: Path, made: list[int]) -> None:
     limits = LimitsConfig(max_tokens=1 << 17, max_streams=1)
     with remote(tmp_path, LARGE, limits=limits) as (served, one), Hand(served, one) as hand:
         assert one.client.limits.max_streams == 1
         one.store(1)
         one.lease(b"a", 1)
-        call = stalled(hand, served)
+        call = stalled(hand, served, made)
         with pytest.raises(LimitReached, match=r"limits\.max_streams = 1"):
             one.store(2)
         with pytest.raises(LimitReached, match=r"limits\.max_streams = 1"):
