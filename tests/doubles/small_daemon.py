@@ -203,7 +203,7 @@ class SmallDaemon:
 
     @property
     def limits(self) -> Limits:
-        return Limits(1 << 20, 4096, self.max_namespaces, 1024, 1 << 16, 4096, 1 << 24, 2000)
+        return Limits(1 << 20, 4096, self.max_namespaces, 1024, 1 << 16, 4096, 1 << 24, 2000, 8)
 
     def wait_attached(self, timeout_s: float) -> bool:
         return self.fault is None
