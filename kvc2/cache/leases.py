@@ -275,7 +275,7 @@ class Leases:
         """Up to `pages` pages to fill, evicting as needed; for a namespace, if it is known."""
         if not pages:
             return np.empty(0, np.uint32)
-        number = None if namespace is None else namespace.number
+        number = _number_in_pool(session, namespace)
         granted = self._index.grant(session.mapped_pool().id, pages, number)
         self._wake()  # fewer are free now
         return granted
@@ -284,6 +284,14 @@ class Leases:
         """Granted pages come back unused. Raises InvalidRequest when one was not granted."""
         if not self._index.give_back(session.mapped_pool().id, u32(pages)):
             raise errors.InvalidRequest("returned", pages.size, "pages granted and not used")
+
+
+def _number_in_pool(session: Session, namespace: Namespace | None) -> int | None:
+    """The index's, where the namespace has its pages in the session's pool: then its tenant's quota
+    counts there."""
+    if namespace is None or session.layouts.get(namespace.id) is not session.mapped_pool().pools:
+        return None
+    return namespace.number
 
 
 def _expected_ms(loader: Loader, lease: OpenLease, coming_blocks: int) -> int:

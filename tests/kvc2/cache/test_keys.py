@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvc2.answers import NOWHERE, Asked
-from kvc2.client import Admin, NamespaceHandle
+from kvc2.client import Admin, ArenaTerms, NamespaceHandle
 from kvc2.errors import InvalidRequest
 from kvc2.layout import Layout, Segment
 from tests.doubles.daemons import ServedDaemon, serve_config
@@ -238,6 +238,8 @@ def test_tokens_in_a_namespace_of_another_layout_are_asked_for_in_the_arena(tmp_
         at, client = one.client.open_handle(NamespaceHandle(foreign, layout=small)), one.client
         assert client.match(at, prompt(1)).matched_tokens == 0
         assert client.acquire_in_arena(at, b"a", prompt(1)).matched_tokens == 0
+        granted = client.acquire_in_arena(at, b"b", prompt(1), ArenaTerms(grant_pages=2))
+        assert granted.granted_pages.size == 2  # of the pool, whose layout is another
         assert client.explain(at, prompt(1)).why == "never_seen"
         assert client.explain_request(b"a").why == "never_seen"
         assert client.pin(at, prompt(1), hard=True).blocks == len(prompt(1)) // 8
