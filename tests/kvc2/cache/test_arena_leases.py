@@ -20,7 +20,7 @@ from kvc2.client import (
     PoolMemory,
     SessionOptions,
 )
-from kvc2.errors import InvalidRequest
+from kvc2.errors import InvalidRequest, NotFound
 from kvc2.layout import Layout, Segment
 from tests.doubles.daemons import ServedDaemon, serve_config
 from tests.doubles.engines import PAGE_SIZE, TinyEngine, identity
@@ -239,3 +239,32 @@ def test_a_daemon_without_a_cpu_tier_has_no_arena(tmp_path: Path) -> None:
         handle = engine.client.open_namespace(identity().encode())
         with pytest.raises(InvalidRequest, match="place"):
             engine.client.acquire_in_arena(handle, b"a", prompt(1))
+
+
+def test_a_request_in_the_arena_is_explained_by_the_tiers_of_its_chain(tmp_path: Path) -> None:
+    """As its acquire found them: skipped blocks too, and what came later changes nothing."""
+    with reading(tmp_path) as (served, reader), Admin(served.address) as admin:
+        client = reader.client
+        reader.store(1, durable=True)
+        longer = np.concatenate([prompt(1)[:-1], prompt(2, 1)])
+
+        def told(request: bytes) -> tuple[list[tuple[str, int]], str, int]:
+            found = client.explain_request(request)
+            runs = [(run.tier, run.blocks) for run in found.runs]
+            return runs, found.why, found.tokens
+
+        client.acquire_in_arena(reader.handle, b"cpu", prompt(1))
+        assert told(b"cpu") == ([("cpu", BLOCKS)], "nothing", len(prompt(1)))
+        client.release([b"cpu"])
+        admin.evict("cpu", 2)
+        terms = ArenaTerms(skip_blocks=BLOCKS - 1)
+        client.acquire_in_arena(reader.handle, b"skips", longer, terms)
+        mixed = [("cpu", BLOCKS - 2), ("disk", 2)]
+        assert told(b"skips") == (mixed, "never_seen", len(longer))
+        client.acquire_in_arena(reader.handle, b"all", longer)  # of what is in cpu by now
+        assert told(b"all")[0] == [("cpu", BLOCKS - 2), ("disk", 1), ("cpu", 1)]
+        assert told(b"skips")[0] == mixed
+        at = client.open_handle(NamespaceHandle(identity().encode(), opaque=True))
+        client.acquire_keys(at, b"keys", [b"k"])  # its answer tells it of each key
+        with pytest.raises(NotFound, match="request_id"):
+            client.explain_request(b"keys")
