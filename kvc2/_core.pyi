@@ -410,7 +410,14 @@ class Index:
         """As `prefetch`: some of the keys one pool nearer to `pool`; Wait where all that could be
         brought is on its way already."""
     def pin_keys(
-        self, namespace: int, pool: int, keys: Sequence[bytes], *, hard: bool, max_blocks: int
+        self,
+        namespace: int,
+        pool: int,
+        keys: Sequence[bytes],
+        *,
+        hard: bool,
+        max_blocks: int,
+        ttl_s: int = 0,
     ) -> U8:
         """[n] 1 where `pin` of this key holds now, 0 where it was refused."""
     def unpin_keys(self, namespace: int, pool: int, keys: Sequence[bytes]) -> U8:
@@ -458,12 +465,21 @@ class Index:
     def keep_free(self, pool: int, pages: int) -> Evicted:
         """Evict, in the order of `evict`, until `pages` are free in the pool, but only copies that
         a slower pool also holds. Fewer are free when there are no more such copies."""
-    def pin(self, namespace: int, pool: int, tokens: U32, *, hard: bool, max_blocks: int) -> bool:
+    def pin(
+        self,
+        namespace: int,
+        pool: int,
+        tokens: U32,
+        *,
+        hard: bool,
+        max_blocks: int,
+        ttl_s: int = 0,
+    ) -> bool:
         """Keep the full blocks of `tokens` (at least one) in `pool`, whether they are there now or
         come later. hard: they are never evicted from it; else they are evicted last. Dead blocks
         are not kept. False, and nothing changes, if more than `max_blocks` blocks of the pool would
         be pinned in this way, or the namespace is retired. Pinning the same prefix again replaces
-        its pin. Walks the path."""
+        its pin. With ttl_s it is over after so many seconds. Walks the path."""
     def unpin(self, namespace: int, pool: int, tokens: U32) -> int:
         """End the pin of exactly these full blocks. Returns how many blocks it had, 0: there is no
         such pin. Blocks of other pins stay pinned. Walks the path."""
@@ -471,8 +487,8 @@ class Index:
         """Blocks with a pin of this kind, whether the pool has them or not."""
     def advance(self, now: int) -> int:
         """It is second `now`; an earlier one than before changes nothing. Blocks that have expired
-        are dead, and requests that are late are awaited no more. Returns in how many nodes of the
-        tree either happened."""
+        are dead, requests that are late are awaited no more, and pins that are over keep nothing.
+        Returns in how many nodes of the tree any of these happened."""
     def reap(self, pool: int, pages: int) -> Evicted:
         """Evict up to `pages` pages of dead, unpinned blocks from this pool. A last copy goes only
         when the blocks below it in the tree have gone from all pools."""

@@ -435,11 +435,12 @@ void bind_lives(py::class_<Index>& index) {
       .def(
           "pin",
           [](Index& self, uint32_t space, PoolId pool, const py::object& tokens, bool hard,
-             uint32_t max_blocks) {
+             uint32_t max_blocks, uint32_t ttl) {
             const auto given = view<uint32_t>(tokens, "tokens", 1);
-            return unlocked([&] { return self.pin(space, pool, given, hard, max_blocks); });
+            return unlocked([&] { return self.pin(space, pool, given, {hard, max_blocks, ttl}); });
           },
-          "namespace"_a, "pool"_a, "tokens"_a, py::kw_only(), "hard"_a, "max_blocks"_a)
+          "namespace"_a, "pool"_a, "tokens"_a, py::kw_only(), "hard"_a, "max_blocks"_a,
+          "ttl_s"_a = 0)
       .def(
           "unpin",
           [](Index& self, uint32_t space, PoolId pool, const py::object& tokens) {

@@ -64,12 +64,12 @@ static void bind_pins_of_keys(py::class_<Index>& index) {
       .def(
           "pin_keys",
           [](Index& self, uint32_t space, PoolId pool, const py::object& keys, bool hard,
-             uint32_t max_blocks) {
+             uint32_t max_blocks, uint32_t ttl) {
             const auto blocks = blocks_of(keys);
-            return array_of<uint8_t>(
-                unlocked([&] { return self.pin_keys(space, pool, blocks, hard, max_blocks); }));
+            return array_of<uint8_t>(unlocked(
+                [&] { return self.pin_keys(space, pool, blocks, {hard, max_blocks, ttl}); }));
           },
-          "namespace"_a, "pool"_a, "keys"_a, py::kw_only(), "hard"_a, "max_blocks"_a)
+          "namespace"_a, "pool"_a, "keys"_a, py::kw_only(), "hard"_a, "max_blocks"_a, "ttl_s"_a = 0)
       .def(
           "unpin_keys",
           [](Index& self, uint32_t space, PoolId pool, const py::object& keys) {

@@ -48,10 +48,14 @@ void PagePool::check(PoolId self) const {
 }
 
 void PrefixPins::check() const {
-  for (const OfPool& of : pools_) {
+  size_t ends = 0;
+  for (PoolId pool = 0; pool < pools_.size(); ++pool) {
+    const OfPool& of = pools_[pool];
     OfPool counted;
     for (const auto& [last, pin] : of.pins) {
       KVC2_CHECK(!pin.keys.empty() && pin.keys.back() == last, "I10: a pin has another name");
+      KVC2_CHECK(pin.ends == 0 || ends_.contains({pin.ends, pool, last}), "I10: a pin for ever");
+      ends += pin.ends > 0;
       count(counted, pin);
     }
     KVC2_CHECK(counted.soft == of.soft && counted.hard == of.hard &&
@@ -65,6 +69,7 @@ void PrefixPins::check() const {
                  "I10: the pins of a block");
     }
   }
+  KVC2_CHECK(ends == ends_.size(), "I10: %zu ends of %zu pins", ends_.size(), ends);
 }
 
 void RadixTree::check_residency(NodeId id, const Residency& in) const {

@@ -145,7 +145,7 @@ class Index {
   uint32_t retire(uint32_t space);
   uint32_t advance(uint32_t now);
   Evicted reap(PoolId pool, uint32_t pages);
-  bool pin(uint32_t space, PoolId pool, Tokens tokens, bool hard, uint32_t max_blocks);
+  bool pin(uint32_t space, PoolId pool, Tokens tokens, const Keeping& as);
   uint32_t unpin(uint32_t space, PoolId pool, Tokens tokens);
   uint32_t pinned_blocks(PoolId pool, bool hard) const;
 
@@ -177,7 +177,7 @@ class Index {
   Load prefetch_keys(uint32_t space, PoolId pool, std::span<const KeyBlock> keys,
                      uint32_t max_pages, bool touches);
   std::vector<uint8_t> pin_keys(uint32_t space, PoolId pool, std::span<const KeyBlock> keys,
-                                bool hard, uint32_t max_blocks);
+                                const Keeping& as);
   std::vector<uint8_t> unpin_keys(uint32_t space, PoolId pool, std::span<const KeyBlock> keys);
 
   std::vector<PageId> grant(PoolId pool, uint32_t pages, std::optional<uint32_t> space = {});
@@ -237,7 +237,7 @@ class Index {
 
   // lives.cpp
   std::vector<BlockKey> path_keys(uint32_t space, Tokens tokens) const;
-  bool pin_path(uint32_t space, PoolId pool, Tokens tokens, bool hard, uint32_t max_blocks);
+  bool pin_path(uint32_t space, PoolId pool, Tokens tokens, const Keeping& as);
   uint32_t unpin_path(uint32_t space, PoolId pool, Tokens tokens);
   void refresh_path(uint32_t space, Tokens tokens);
 

@@ -87,11 +87,11 @@ Load Index::prefetch_keys(uint32_t space, PoolId head, std::span<const KeyBlock>
 
 // One pin a key, so that each may be ended for itself.
 std::vector<uint8_t> Index::pin_keys(uint32_t space, PoolId pool, std::span<const KeyBlock> keys,
-                                     bool hard, uint32_t max_blocks) {
+                                     const Keeping& as) {
   const Lock lock(mutex_);
   check_keys(space, pool);
   std::vector<uint8_t> pinned;
-  for (const KeyBlock& key : keys) pinned.push_back(pin_path(space, pool, key, hard, max_blocks));
+  for (const KeyBlock& key : keys) pinned.push_back(pin_path(space, pool, key, as));
   return pinned;
 }
 

@@ -26,6 +26,11 @@ struct Life {
   bool expired(uint32_t now) const { return expires != 0 && expires <= now; }
 };
 
+// The second that is so much later; 0 where nothing is said.
+inline uint32_t seconds_later(uint32_t now, uint32_t seconds) {
+  return seconds == 0 ? 0 : now + std::min(seconds, ~now);
+}
+
 // What a request says; 0 and false say nothing.
 struct Hints {
   uint32_t ttl = 0;             // seconds after its last use that what it uses may be matched
@@ -35,11 +40,10 @@ struct Hints {
 
   bool operator==(const Hints&) const = default;
   Life life(uint32_t now) const {
-    const auto in = [&](uint32_t seconds) {
-      return seconds == 0 ? 0 : now + std::min(seconds, ~now);
-    };
     const uint32_t patience = std::min(returns_within, ~0U / kReturnSlack) * kReturnSlack;
-    return {.expires = in(ttl), .returns = in(patience), .priority = priority};
+    return {.expires = seconds_later(now, ttl),
+            .returns = seconds_later(now, patience),
+            .priority = priority};
   }
 };
 

@@ -59,17 +59,18 @@ void Index::refresh_path(uint32_t space, Tokens tokens) {
   for (const Run& run : tree_.find(space, tokens)) tree_.refresh(run.node);
 }
 
-bool Index::pin(uint32_t space, PoolId id, Tokens tokens, bool hard, uint32_t max_blocks) {
+bool Index::pin(uint32_t space, PoolId id, Tokens tokens, const Keeping& as) {
   const Lock lock(mutex_);
   check_tokens(space, id);
-  return pin_path(space, id, tokens, hard, max_blocks);
+  return pin_path(space, id, tokens, as);
 }
 
-bool Index::pin_path(uint32_t space, PoolId id, Tokens tokens, bool hard, uint32_t max_blocks) {
+bool Index::pin_path(uint32_t space, PoolId id, Tokens tokens, const Keeping& as) {
   std::vector<BlockKey> keys = path_keys(space, tokens);
   if (tree_.spaces[space].retired) return false;
-  const Pinned how = hard ? Pinned::kHard : Pinned::kSoft;
-  const bool pinned = tree_.pins.pin(id, space, std::move(keys), how, max_blocks);
+  const Pinned how = as.hard ? Pinned::kHard : Pinned::kSoft;
+  const uint32_t ends = seconds_later(tree_.now(), as.ttl);
+  const bool pinned = tree_.pins.pin(id, space, std::move(keys), how, as.max_blocks, ends);
   refresh_path(space, tokens);
   return pinned;
 }

@@ -181,6 +181,12 @@ uint32_t RadixTree::advance(uint32_t now) {
     set_lives(id, std::vector<LifeRun>(lives_[id].runs));
     refresh(id);
   }
+  for (const BlockKey& block : pins.advance(now_)) {
+    const NodeId id = heads_.get(block);  // or one of the same key, which that does no harm
+    if (id == kNoNode) continue;
+    refresh(id);
+    ++nodes;
+  }
   return nodes;
 }
 

@@ -25,17 +25,19 @@ void PrefixPins::discount(OfPool& of, const Pin& pin) {
 }
 
 bool PrefixPins::pin(PoolId pool, uint32_t space, std::vector<BlockKey>&& keys, Pinned how,
-                     uint32_t most) {
+                     uint32_t most, uint32_t ends) {
   if (pool >= pools_.size()) pools_.resize(pool + 1);
   OfPool& of = pools_[pool];
   const BlockKey last = keys.back();
   const auto known = of.pins.find(last);
   if (known != of.pins.end()) discount(of, known->second);
-  Pin pin{space, how, std::move(keys)};
+  Pin pin{space, how, ends, std::move(keys)};
   count(of, pin);
   const bool fits = of_kind(of, how) <= most;
   if (!fits) discount(of, pin);
   if (fits) {
+    if (known != of.pins.end()) ends_.erase({known->second.ends, pool, last});
+    if (ends > 0) ends_.insert({ends, pool, last});
     of.pins.insert_or_assign(last, std::move(pin));
   } else if (known != of.pins.end()) {
     count(of, known->second);
@@ -48,20 +50,36 @@ uint32_t PrefixPins::unpin(PoolId pool, const BlockKey& last) {
   const auto found = pools_[pool].pins.find(last);
   if (found == pools_[pool].pins.end()) return 0;
   const auto blocks = static_cast<uint32_t>(found->second.keys.size());
+  ends_.erase({found->second.ends, pool, last});
   discount(pools_[pool], found->second);
   pools_[pool].pins.erase(found);
   return blocks;
 }
 
+std::vector<BlockKey> PrefixPins::advance(uint32_t now) {
+  std::vector<BlockKey> blocks;
+  while (!ends_.empty() && std::get<0>(*ends_.begin()) <= now) {
+    const auto [ends, pool, last] = *ends_.begin();
+    const Pin& pin = pools_[pool].pins.at(last);
+    blocks.insert(blocks.end(), pin.keys.begin(), pin.keys.end());
+    unpin(pool, last);
+  }
+  return blocks;
+}
+
 void PrefixPins::forget_pool(PoolId pool) {
-  if (pool < pools_.size()) pools_[pool] = {};
+  if (pool >= pools_.size()) return;
+  for (const auto& [last, pin] : pools_[pool].pins) ends_.erase({pin.ends, pool, last});
+  pools_[pool] = {};
 }
 
 void PrefixPins::forget_space(uint32_t space) {
-  for (OfPool& of : pools_) {
-    std::erase_if(of.pins, [&](const auto& each) {
-      if (each.second.space != space) return false;
-      discount(of, each.second);
+  for (PoolId pool = 0; pool < pools_.size(); ++pool) {
+    std::erase_if(pools_[pool].pins, [&](const auto& each) {
+      const auto& [last, pin] = each;
+      if (pin.space != space) return false;
+      ends_.erase({pin.ends, pool, last});
+      discount(pools_[pool], pin);
       return true;
     });
   }
@@ -81,6 +99,7 @@ uint32_t PrefixPins::blocks(PoolId pool, Pinned how) const {
 size_t PrefixPins::metadata_bytes() const {
   size_t bytes = pools_.capacity() * sizeof(OfPool);
   constexpr size_t kLink = 2 * sizeof(void*);  // of a hash map's entry
+  bytes += ends_.size() * (sizeof(*ends_.begin()) + 2 * kLink);
   for (const OfPool& of : pools_) {
     bytes += of.blocks.size() * (sizeof(BlockKey) + sizeof(Counts) + kLink);
     for (const auto& [last, pin] : of.pins) {

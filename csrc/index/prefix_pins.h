@@ -5,12 +5,14 @@
 //     pin A = [b0 b1], hard     pin B = [b0 b1 b2], soft
 //     b0, b1: one hard, one soft     b2: one soft     -> without A, B's blocks stay soft
 //
-// A pin is known by its pool and its last block: pinning a prefix again replaces its pin. Costs:
-// about 70 bytes a block of a pin; `of` hashes once, or not at all where a pool has no pins. Not
-// thread-safe: the index holds its lock.
+// A pin is known by its pool and its last block: pinning a prefix again replaces its pin. One with
+// an end is over from that second on. Costs: about 70 bytes a block of a pin; `of` hashes once, or
+// not at all where a pool has no pins. Not thread-safe: the index holds its lock.
 #pragma once
 
 #include <cstdint>
+#include <set>
+#include <tuple>
 #include <unordered_map>
 #include <vector>
 
@@ -21,12 +23,22 @@ namespace kvc2 {
 
 enum class Pinned : uint8_t { kNot, kSoft, kHard };
 
+// How a prefix is to be kept. max_blocks: of its pool, that may be pinned in this way. ttl: how
+// many seconds; 0: until unpin.
+struct Keeping {
+  bool hard = false;
+  uint32_t max_blocks = ~uint32_t{0};
+  uint32_t ttl = 0;
+};
+
 class PrefixPins {
  public:
   // `keys`, at least one, name the blocks of the prefix. False, and nothing changes, if more than
-  // `most` blocks of the pool would be pinned in this way.
-  bool pin(PoolId pool, uint32_t space, std::vector<BlockKey>&& keys, Pinned how, uint32_t most);
+  // `most` blocks of the pool would be pinned in this way. ends: a second, 0 for none.
+  bool pin(PoolId pool, uint32_t space, std::vector<BlockKey>&& keys, Pinned how, uint32_t most,
+           uint32_t ends = 0);
   uint32_t unpin(PoolId pool, const BlockKey& last);  // the blocks of that pin; 0: there is none
+  std::vector<BlockKey> advance(uint32_t now);        // blocks of the pins that are over
   void forget_pool(PoolId pool);
   void forget_space(uint32_t space);
   bool of_space(uint32_t space) const;  // whether a pin is on a prefix of this namespace
@@ -48,6 +60,7 @@ class PrefixPins {
   struct Pin {
     uint32_t space;
     Pinned how;
+    uint32_t ends;  // 0: not by itself
     std::vector<BlockKey> keys;
   };
   struct OfPool {
@@ -60,6 +73,7 @@ class PrefixPins {
   static void discount(OfPool& of, const Pin& pin);
 
   std::vector<OfPool> pools_;
+  std::set<std::tuple<uint32_t, PoolId, BlockKey>> ends_;  // of the pins that have one
 };
 
 }  // namespace kvc2

@@ -68,7 +68,7 @@ async def assemble(
     namespaces = Namespaces(index, mover, disk, limits, now=ticker.tick, held=held)
     namespaces.adopt(pools.restore())
     counts = Counts(index, (gpus, sessions), pools)
-    pins = Pins(index, namespaces, counts, config)
+    pins = Pins(index, namespaces, counts, config, tick=ticker.tick)
     explainer = Explainer(index, namespaces, counts, config, tick=ticker.tick)
     background = Background(index, mover, pools, gpus, config=config, metrics=metrics)
     changes.connect(loader, background)

@@ -1,12 +1,14 @@
 """Prefixes that somebody asked to keep in a tier: which pool that is, and how much may be kept.
 
 A pin is on the names of blocks (csrc/index/prefix_pins.h): it holds for what comes later too, and
-ends with unpin, with its namespace, its session's pool or the daemon. Hard pins take at most
-limits.hard_pin_percent of a tier, soft ones all of it. Not here: what a pin forbids (csrc/index).
+ends with unpin, after its time, with its namespace, its session's pool or the daemon. Hard pins
+take at most limits.hard_pin_percent of a tier, soft ones all of it. Not here: what a pin forbids
+(csrc/index).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvc2 import _core, errors
@@ -25,29 +27,47 @@ class PinRoom:
     room: int
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """How a prefix is kept. ttl_s: how long; 0: until it is unpinned."""
+
+    tier: str
+    hard: bool
+    ttl_s: int = 0
+
+
 class Pins:
-    """One thread (the event loop's) uses this."""
+    """One thread (the event loop's) uses this. `tick` tells the index the time."""
 
     def __init__(
-        self, index: _core.Index, namespaces: Namespaces, counts: Counts, config: ServeConfig
+        self,
+        index: _core.Index,
+        namespaces: Namespaces,
+        counts: Counts,
+        config: ServeConfig,
+        *,
+        tick: Callable[[], int],
     ) -> None:
+        self._tick = tick
         self._index = index
         self._namespaces = namespaces
         self._counts = counts
         self._hard_percent = config.limits.hard_pin_percent
 
     def pin(
-        self, session: Session | None, namespace: Namespace, asked: Asked, *, tier: str, hard: bool
+        self, session: Session | None, namespace: Namespace, asked: Asked, keeping: Keeping
     ) -> PrefixPinned:
         """Keep the full blocks of a prompt, or each of some keys. Raises InvalidRequest, and
         LimitReached when no more may be pinned: then nothing changes. Of keys those are kept that
         there is room for, and the answer tells which."""
         self._check(namespace, asked)
+        self._tick()
+        tier, hard, ttl_s = keeping.tier, keeping.hard, keeping.ttl_s
         room = self._room(session, namespace, tier, hard=hard)
         number = namespace.number
         if namespace.opaque:
             kept = self._index.pin_keys(
-                number, room.pool, asked.keys, hard=hard, max_blocks=room.room
+                number, room.pool, asked.keys, hard=hard, max_blocks=room.room, ttl_s=ttl_s
             )
             found = self._index.match_keys(number, room.pool, asked.keys)
             all_pinned = self._index.pinned_blocks(room.pool, hard=hard)
@@ -55,7 +75,9 @@ class Pins:
                 _distinct(asked, kept), _distinct(asked, kept & (found == 1)), all_pinned, kept
             )
         tokens = asked.tokens
-        if not self._index.pin(number, room.pool, tokens, hard=hard, max_blocks=room.room):
+        if not self._index.pin(
+            number, room.pool, tokens, hard=hard, max_blocks=room.room, ttl_s=ttl_s
+        ):
             percent = self._hard_percent if hard else 100
             raise errors.LimitReached(
                 "limits.hard_pin_percent" if hard else "tier",

@@ -97,17 +97,19 @@ class Admin:
         *,
         tier: str = "cpu",
         hard: bool,
+        ttl_s: int = 0,
         namespace: bytes = b"",
     ) -> answers.PrefixPinned:
         """Keep the full blocks of a prompt, or of opaque keys, in cpu or disk, there or not: hard,
-        they are never evicted; else last. namespace: 32 bytes; empty: the only one. Needs the unix
-        socket."""
+        they are never evicted; else last. ttl_s: how long; 0: until unpin. namespace: 32 bytes;
+        empty: the only one. Needs the unix socket."""
         asked = answers.Asked.of(what)
         request = cache_pb2.PinRequest(
             tokens=packed(asked.tokens),
             keys=asked.keys,
             tier=tier,
             hard=hard,
+            ttl_s=ttl_s,
             namespace=namespace,
         )
         return from_message(answers.PrefixPinned, self._call("Pin", request))

@@ -326,10 +326,11 @@ class Client:
         *,
         tier: str = "cpu",
         hard: bool,
+        ttl_s: int = 0,
     ) -> answers.PrefixPinned:
         """Keep the full blocks of some tokens in gpu (this session's), cpu or disk, there or not,
         or those of opaque keys in cpu or disk: hard, they are never evicted; else last. A pin of
-        cpu or disk outlives the session."""
+        cpu or disk outlives the session. It ends after ttl_s; 0: not by itself."""
         connection, asked = self._keeper.current(), answers.Asked.of(what)
         request = cache_pb2.PinRequest(
             session=connection.head,
@@ -337,6 +338,7 @@ class Client:
             keys=asked.keys,
             tier=tier,
             hard=hard,
+            ttl_s=ttl_s,
         )
         answer = self._keeper.call_in(connection, namespace, "Pin", request)
         return from_message(answers.PrefixPinned, answer)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kvc2.client import Admin, Flushed
 
 AS_ASKED = ("no_disk", "not_admitted")  # how the daemon was asked to run: no failure
+TTL_MAX = (1 << 32) - 1  # seconds
 
 app = typer.Typer(
     name="kvc2",
@@ -286,7 +287,7 @@ def quota(
 
 @app.command(
     epilog="Example: kvc2 pin --text system.txt --tokenizer /models/qwen3 --hard. A pin ends with "
-    "unpin, with an invalidate or with the daemon. Needs the unix socket."
+    "unpin, after --ttl, with an invalidate or with the daemon. Needs the unix socket."
 )
 def pin(
     tokens: PromptTokens = None,
@@ -296,6 +297,12 @@ def pin(
     hard: Annotated[
         bool, typer.Option("--hard", help="Never evicted, instead of evicted last.")
     ] = False,
+    ttl: Annotated[
+        int,
+        typer.Option(
+            help="Seconds until the pin ends by itself; 0: it doesn't.", min=0, max=TTL_MAX
+        ),
+    ] = 0,
     namespace: Namespace = "",
     address: Address = None,
     as_json: Json = False,
@@ -304,7 +311,7 @@ def pin(
     with exit_codes(), _admin(address) as admin:
         prompt = _prompt(tokens, text, tokenizer)
         name = _bytes("namespace", namespace)
-        found = admin.pin(prompt, tier=tier.value, hard=hard, namespace=name)
+        found = admin.pin(prompt, tier=tier.value, hard=hard, ttl_s=ttl, namespace=name)
         if as_json:
             told = asdict(found)
             del told["pinned"]  # of keys

@@ -24,6 +24,7 @@ from kvc2.answers import (
 )
 from kvc2.cache.cache import Cache
 from kvc2.cache.namespaces import Namespace
+from kvc2.cache.pins import Keeping
 from kvc2.cache.sessions import Session
 from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics
@@ -111,8 +112,8 @@ class SharedCalls:
     async def Pin(self, request: cache_pb2.PinRequest) -> cache_pb2.PinResponse:
         session, namespace, asked = self._asked(request)
         tier = checks.tier(request.tier or "cpu")
-        checks.reserved("ttl_s", request.ttl_s, 0)
-        found = self._cache.pins.pin(session, namespace, asked, tier=tier, hard=request.hard)
+        keeping = Keeping(tier, request.hard, request.ttl_s)
+        found = self._cache.pins.pin(session, namespace, asked, keeping)
         return to_message(found, cache_pb2.PinResponse)
 
     async def Unpin(self, request: cache_pb2.UnpinRequest) -> cache_pb2.UnpinResponse:

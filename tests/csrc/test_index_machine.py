@@ -63,6 +63,7 @@ AT_LEAST = {
     "pin: what is there": 15,
     "pin: what is not there": 15,
     "pin: refused": 15,
+    "pin: ends by itself": 15,
     "expire_by: what lived for ever": 15,
     "advance: blocks expire": 15,
     "advance: not all of a path": 5,

@@ -67,6 +67,55 @@ def test_pins_end_with_their_namespace() -> None:
     at.index.check()
 
 
+def test_a_pin_with_an_end_is_over_at_that_second() -> None:
+    """Its blocks may go at once; what another pin keeps stays."""
+    at = Pool()
+    at.index.advance(10)
+    at.commit(0, 1, 2, 3)
+    for block, ttl_s in ((1, 5), (2, 7), (3, 0)):
+        assert at.index.pin(0, at.pool, u32([block]), hard=True, max_blocks=ROOM, ttl_s=ttl_s)
+    left = []
+    for second in (14, 15, 17):
+        assert (at.index.advance(second) > 0) == (second != 14)  # who waits for room is told
+        at.index.check()
+        at.index.evict(at.pool, ROOM)
+        left.append([at.held(0, range(block, block + 1)) for block in (1, 2, 3)])
+    assert left == [[1, 1, 1], [0, 1, 1], [0, 0, 1]]
+
+
+def test_the_end_of_a_pin_is_that_of_its_last_pinning() -> None:
+    """Sooner, later or none; what was unpinned, retired or removed meanwhile leaves no end."""
+    at = Pool()
+    index, pool = at.index, at.pool
+
+    def pin(block: int, ttl_s: int, space: int = 0, most: int = ROOM) -> bool:
+        return index.pin(space, pool, u32([block]), hard=True, max_blocks=most, ttl_s=ttl_s)
+
+    def pinned(second: int) -> int:
+        index.advance(second)
+        index.check()
+        return index.pinned_blocks(pool, hard=True)
+
+    index.advance(10)
+    for block, ttls in enumerate([(5, 9), (9, 5), (5, 0), (0, 5)]):
+        assert all(pin(block, ttl_s) for ttl_s in ttls)
+    assert not pin(1, 1, most=3)  # refused: its end stays too
+    assert [pinned(second) for second in (14, 15, 18, 19, 99)] == [4, 2, 2, 1, 1]
+    assert pin(5, 5)
+    assert index.unpin(0, pool, u32([5])) == 1
+    assert pin(5, 0)
+    assert pin(6, 5, space=1)
+    index.retire(1)
+    assert pinned(200) == 2
+    assert pin(7, (1 << 32) - 1)  # longer than there are seconds
+    assert pinned(300) == 3
+    assert pin(8, 5)
+    index.close_pool(pool)
+    index.remove_pool(pool)
+    index.advance(400)
+    index.check()
+
+
 def test_second_uses_are_known_after_a_branch_has_gone() -> None:
     """Two runs that become one again: what the lower one's blocks were used twice counts on."""
     index = _core.Index()

@@ -106,7 +106,7 @@ class IndexDeaths(IndexEndings):
         skip: int = 0,
     ) -> int:
         """Acquire explains what it found before it changed anything; meanwhile time goes on."""
-        self.model.now += limit % 3
+        self.model.advance(limit % 3)
         self.index.advance(self.model.now)
         lease = super().open(namespace, pool, prompt, limit, hints, skip=skip)
         blocks = prompt[:limit]

@@ -77,8 +77,13 @@ class IndexEndings(IndexMachine):
     @rule(seconds=st.integers(0, 3))
     def advance(self, seconds: int) -> None:
         living = [path for path in self.model.stamps if not self.model.dead(path)]
-        self.model.now += seconds
+        pinned = dict(self.model.prefix_pins)
+        over = self.model.advance(seconds)
         self.index.advance(self.model.now)
+        there = any(path in self.model.pools[pool].blocks for pool, path in over)
+        SEEN["pin: ends by itself"] += bool(over)
+        SEEN["pin: a hard one of what is there ends"] += there and any(pinned[at] for at in over)
+        self.pins_agree()
         SEEN["advance: blocks expire"] += any(map(self.model.dead, living))
         SEEN["advance: not all of a path"] += any(
             self.model.dead(p) and not self.model.dead(p[:-1]) and len(p) > 2 for p in living
@@ -102,14 +107,19 @@ class IndexEndings(IndexMachine):
             old_pool, (old_namespace, *blocks) = mine[0]  # else soon nothing may be evicted
             known = self.index.unpin(old_namespace, old_pool, u32(blocks))  # type: ignore[arg-type]
             assert known == self.model.unpin(old_pool, (old_namespace, *blocks))
-        pinned = self.index.pin(prefix[0], at, tokens, hard=hard, max_blocks=most)  # type: ignore[arg-type]
-        assert pinned == self.model.pin(at, prefix, hard=hard, most=most)
-        for kind in (False, True):
-            count = self.index.pinned_blocks(at, hard=kind)
-            assert count == self.model.pinned_blocks(at, hard=kind)
+        ttl = (0, 1, 2)[pool // 7 % 3]
+        pinned = self.index.pin(prefix[0], at, tokens, hard=hard, max_blocks=most, ttl_s=ttl)  # type: ignore[arg-type]
+        assert pinned == self.model.pin(at, prefix, hard=hard, most=most, ttl=ttl)
+        self.pins_agree()
         SEEN["pin: what is there"] += pinned and prefix in there
         SEEN["pin: what is not there"] += pinned and prefix not in there
         SEEN["pin: refused"] += not pinned
+
+    def pins_agree(self) -> None:
+        for at in self.model.pools:
+            for kind in (False, True):
+                count = self.index.pinned_blocks(at, hard=kind)
+                assert count == self.model.pinned_blocks(at, hard=kind)
 
     @rule(which=st.integers(0, 1), pool=choice, blocks=st.integers(0, 4), of_bytes=st.booleans(),
           joins=st.sampled_from([False, False, True]), trims=st.booleans())  # fmt: skip

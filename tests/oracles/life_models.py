@@ -13,6 +13,7 @@ class LivesModel:
         self.lives: dict[Path, Life] = {}  # of the same blocks as stamps, where not Life()
         self.now = 0  # seconds
         self.prefix_pins: dict[tuple[int, Path], bool] = {}  # (pool, prefix) -> hard
+        self.pin_ends: dict[tuple[int, Path], int] = {}  # the second, of those that have one
 
     def dead(self, path: Path) -> bool:
         return path[0] in self.retired or self.life(path).expires <= self.now
@@ -30,15 +31,29 @@ class LivesModel:
         pins = [p for (at, p), how in self.prefix_pins.items() if at == pool and how == hard]
         return len({prefix[:n] for prefix in pins for n in range(2, len(prefix) + 1)})
 
-    def pin(self, pool: int, prefix: Path, *, hard: bool, most: int) -> bool:
+    def pin(self, pool: int, prefix: Path, *, hard: bool, most: int, ttl: int = 0) -> bool:
         before = dict(self.prefix_pins)
         self.prefix_pins[pool, prefix] = hard
         fits = prefix[0] not in self.retired and self.pinned_blocks(pool, hard=hard) <= most
         self.prefix_pins = self.prefix_pins if fits else before
+        if fits:
+            self.pin_ends[pool, prefix] = self.now + ttl
+            if not ttl:
+                del self.pin_ends[pool, prefix]
         return fits
 
     def unpin(self, pool: int, prefix: Path) -> int:
+        self.pin_ends.pop((pool, prefix), None)
         return 0 if self.prefix_pins.pop((pool, prefix), None) is None else len(prefix) - 1
+
+    def advance(self, seconds: int) -> list[tuple[int, Path]]:
+        """The pins that end."""
+        self.now += seconds
+        over = [at for at, end in self.pin_ends.items() if end <= self.now]
+        known = [at for at in over if at in self.prefix_pins]
+        for at in over:
+            self.unpin(*at)
+        return known
 
     def expire_by(self, namespace: object, second: int) -> None:
         for path in [each for each in self.stamps if each[0] == namespace]:

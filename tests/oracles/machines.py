@@ -323,6 +323,17 @@ class IndexMachine(RuleBasedStateMachine):
         expected = self.model.promote(at, count, None if real is None else real.id, pages)
         self.check_transfer(real, expected)
 
+    @rule(pick=choice, count=st.sampled_from([9, 1]))
+    def read_from_disk(self, pick: int, count: int) -> None:
+        """Into the cpu's pool, under a lease there."""
+        below, above = (self.model.pools[pool].blocks for pool in (self.disk, self.cpu))
+        named = {number: which for which, number in self.current.items()}
+        paths = [path for path in below if path not in above and path[0] in named]
+        if paths:
+            namespace, *blocks = sorted(paths, key=repr)[pick % len(paths)]
+            lease = self.open(named[namespace], self.cpu, blocks, len(blocks))  # type: ignore[index, arg-type]
+            self.promote(lease, count)
+
     @precondition(lambda self: self.model.leases)
     @rule(lease=choice, count=st.integers(1, 4))
     def next_load(self, lease: int, count: int) -> None:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from kvc2.answers import Asked
+from kvc2.cache.pins import Keeping
 from kvc2.client import Admin, LeaseCommit, NamespaceHandle
 from kvc2.commands import cli
 from kvc2.commands.exits import FAILED
 from kvc2.errors import InvalidRequest, LimitReached, NotFound
+from tests.doubles.caches import running
 from tests.doubles.daemons import ServedDaemon, serve_config
 from tests.doubles.engines import TinyEngine, identity
+from tests.doubles.stand_in import StandIn, prompt
 from tests.kvc2.cache.test_life_calls import BLOCKS, TOKENS, commit
+from tests.kvc2.cache.test_lives import Clock, resident
 
 FIRST = TOKENS[:48]  # three blocks
 
@@ -127,6 +134,65 @@ def test_a_pin_ends_with_its_namespace(served: ServedDaemon, engine: TinyEngine)
     assert engine.client.unpin(handle, FIRST) == 0
 
 
+def test_a_pin_ends_by_itself(tmp_path: Path) -> None:
+    """At its second, and not before; what it kept may go then, without a call. The same prefix
+    again has the new end, and an unpin before it is the end."""
+
+    async def run() -> None:
+        clock, tokens = Clock(), prompt(1, 3)
+        async with running(tmp_path, clock=clock) as cache:
+            engine = StandIn(cache, 32)
+            pin = partial(cache.pins.pin, None, engine.opened)
+            hour, minute = Keeping("cpu", True, 3600), Keeping("cpu", True, 60)
+
+            async def in_cpu() -> int:
+                await cache.flush(10)
+                await cache.evict("gpu", 0)
+                await cache.evict("cpu", 0)
+                return resident(cache)["cpu"]
+
+            async def again() -> None:
+                await cache.evict("disk", 0)
+                await engine.ask(tokens)
+
+            await again()
+            assert pin(Asked(tokens), hour).blocks == 3
+            assert pin(Asked(tokens), minute).pinned_blocks == 3
+            assert pin(Asked(prompt(2, 2)), Keeping("cpu", True)).pinned_blocks == 5
+            clock.now += 59
+            cache.tick()
+            assert await in_cpu() == 3
+            clock.now += 1
+            cache.tick()
+            assert await in_cpu() == 0
+            assert cache.pins.unpin(None, engine.opened, Asked(tokens), tier="cpu") == 0
+            assert pin(Asked(tokens), minute).pinned_blocks == 5  # without an end it is there
+            assert cache.pins.unpin(None, engine.opened, Asked(tokens), tier="cpu") == 3
+            assert pin(Asked(tokens), Keeping("cpu", True)).blocks == 3
+            clock.now += 1 << 30
+            cache.tick()
+            await again()
+            assert await in_cpu() == 3
+            cache.index.check()
+
+    asyncio.run(run())
+
+
+def test_a_client_gives_a_pin_its_time(served: ServedDaemon, engine: TinyEngine) -> None:
+    handle, index = opened(engine), served.daemon.cache.index
+    engine.client.pin(handle, FIRST, hard=True, ttl_s=100)
+    with Admin(served.address) as admin:
+        admin.pin(TOKENS, hard=True, ttl_s=200)
+    pool = next(iter(served.daemon.cache._pools.layouts.values())).cpu.id
+    now = served.on_loop(served.daemon.cache.tick)
+    pinned = []
+    for second in (now, now + 101, now + 201):
+        served.on_loop(partial(index.advance, second))
+        pinned.append(served.on_loop(partial(index.pinned_blocks, pool, hard=True)))
+    assert pinned == [BLOCKS, BLOCKS, 0]
+    assert engine.client.unpin(handle, FIRST) == 0
+
+
 def test_a_command_pins_and_unpins(
     served: ServedDaemon, engine: TinyEngine, tmp_path: Path
 ) -> None:
@@ -137,6 +203,10 @@ def test_a_command_pins_and_unpins(
     command = ["--tokens", str(prompt), "--address", served.address]
     run = CliRunner().invoke(cli.app, ["pin", *command, "--hard", "--json"])
     assert json.loads(run.stdout)["blocks"] == 3
+    run = CliRunner().invoke(cli.app, ["pin", *command, "--hard", "--ttl", "3600", "--json"])
+    assert json.loads(run.stdout)["pinned_blocks"] == 3
+    run = CliRunner().invoke(cli.app, ["pin", *command, "--ttl", str(1 << 32)])
+    assert (run.exit_code, "--ttl" in run.stderr) == (2, True)
     evict_all(served)
     assert in_cpu(served) == 3
     run = CliRunner().invoke(cli.app, ["unpin", *command])
