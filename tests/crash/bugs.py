@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Bug:
-    """`edits`: texts that are once in the file, and what they become."""
+    """`edits`: texts that are once in the file, and what they become. `tests`: one of these fails
+    then, the quick ones first; none: those of the disk's path."""
 
     name: str
     file: str
     edits: tuple[tuple[str, str], ...]
+    tests: tuple[tuple[str, ...], ...] = ()
 
 
 def bug(name: str, file: str, before: str, after: str) -> Bug:

@@ -1,5 +1,5 @@
-"""Do the tests catch bugs of the disk's path? Plants each in a copy of the tree, one by one, runs
-the tests that are about the disk over it, and demands that one fails.
+"""Do the tests catch bugs of the disk's path, and of leases in the arena? Plants each in a copy of
+the tree, one by one, runs the tests that are about it, and demands that one fails.
 
     python -m tests.crash.planted [--only WORD ...] [--jobs N]
 
@@ -17,13 +17,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kvc2 import _core
 from tests import ROOT
-from tests.crash.bugs import BUGS, Bug
+from tests.crash.bugs import BUGS as DISK_BUGS
+from tests.crash.bugs import Bug
+from tests.crash.lease_bugs import LEASE_BUGS
+from tests.crash.lease_bugs import TESTS as LEASE_TESTS
 
 HOUSE = ROOT
 FOLDERS = ("kvc2", "tests")
@@ -40,6 +43,7 @@ TESTS = (  # the quick ones first
     ("tests/crash/test_power_cuts.py",),
     ("tests/crash/test_migration.py", "tests/crash/test_kills.py"),
 )
+BUGS = (*DISK_BUGS, *LEASE_BUGS)
 LIMIT_S = 600  # a bug that makes a test hang is caught too
 # An editable install answers for kvc2 before the path does: not here.
 SITE = """
@@ -59,14 +63,14 @@ def copy_to(folder: Path) -> None:
     (site / "sitecustomize.py").write_text(SITE)
 
 
-def failure(folder: Path) -> str | None:
+def failure(folder: Path, groups: Iterable[Sequence[str]]) -> str | None:
     """What failed first; None when all held."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(folder / "site"), str(folder)]),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    for tests in TESTS:
+    for tests in groups:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", *tests]
         try:
             done = subprocess.run(
@@ -113,7 +117,7 @@ def caught(folder: Path, bug: Bug) -> bool:
     """Plants it in this copy, tells what failed."""
     start = time.monotonic()
     with planted(folder, bug):
-        found = failure(folder)
+        found = failure(folder, bug.tests or TESTS)
     took_s = time.monotonic() - start
     print(f"{bug.name:44} {took_s:4.0f} s  {found or 'SURVIVES'}", flush=True)
     return found is not None
@@ -132,7 +136,7 @@ def main() -> int:
             folder.mkdir()
             copy_to(folder)
             folders.put(folder)
-        if "" in asked.only and (sound := failure(folder)):
+        if "" in asked.only and (sound := failure(folder, (*TESTS, *LEASE_TESTS))):
             print(f"without any bug: {sound}")
             return 1
 

@@ -6,8 +6,8 @@ import ast
 
 import pytest
 
-from tests.crash.bugs import BUGS, Bug
-from tests.crash.planted import HOUSE, changed
+from tests.crash.bugs import Bug
+from tests.crash.planted import BUGS, HOUSE, changed
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from kvc2 import _core, errors
+from kvc2.answers import NO_PAGES
 from kvc2.cache.cache import Cache, KeyedLayout
+from kvc2.cache.copied import CopiedBlocks
 from kvc2.config import LimitsConfig
 from tests.doubles.caches import with_arena
 from tests.doubles.in_arena import KEYED, InArena
@@ -232,5 +234,47 @@ def test_a_session_keeps_nothing_of_namespaces_that_it_has_let_go_of() -> None:
             cache.open_namespace(engine.session, OTHER, b"{}")
             engine.session.let_go(cache.namespaces.find(OTHER).id)
             assert engine.session.layouts == known
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("keys", [False, True])
+def test_of_two_copies_at_a_time_one_is_the_blocks_and_the_others_pages_come_back(
+    keys: bool,
+) -> None:
+    async def run() -> None:
+        async with with_arena(None) as cache:
+            engine, other = InArena(cache, 32), InArena(cache, 32)
+            copies = [
+                each.copy_keys(KEYS) if keys else each.copy(prompt(1, 3))
+                for each in (engine, other)
+            ]
+            results = await asyncio.gather(*copies)
+            assert results == [ALL_ADOPTED, [_core.DUPLICATE] * 3]
+            assert (private(cache), cache.stats().blocks) == (0, 3)
+
+    asyncio.run(run())
+
+
+def test_copies_of_a_lease_that_has_ended_are_refused() -> None:
+    async def run() -> None:
+        async with with_arena(None) as cache:
+            engine = InArena(cache, 32)
+            for keys in (False, True):
+                reading = engine.read_keys(KEYS) if keys else engine.read(prompt(1, 3))
+                request, _ = await reading
+                lease = engine.session.leases[request]
+                engine.release(request)
+                blocks = CopiedBlocks(
+                    lease.namespace,
+                    0,
+                    NO_PAGES if keys else prompt(1, 3)[: 3 * PAGE_SIZE],
+                    cache.leases.grant(engine.session, 3),
+                    lease,
+                    KEYS if keys else (),
+                )
+                stored = await cache.copied.store(engine.session, blocks)
+                assert stored.results.tolist() == [_core.REFUSED] * 3
+                assert (private(cache), cache.stats().blocks) == (0, 0)
 
     asyncio.run(run())
