@@ -16,6 +16,7 @@ HELLO, CALLS = "kvc2/server/hello.py", "kvc2/server/session_calls.py"
 MEMORY = "kvc2/client/memory.py"
 TESTS = (
     (
+        "tests/kvc2/cache/test_polls.py",
         "tests/kvc2/cache/test_copied.py",
         "tests/kvc2/cache/test_arena_leases.py",
         "tests/kvc2/cache/test_keys.py",
