@@ -119,8 +119,10 @@ def asked(request: Asking, namespace: Namespace, limits: LimitsConfig, field: st
     if not 1 <= len(request.keys) <= limits.max_keys:
         count = f"{len(request.keys)} of them"
         raise errors.InvalidRequest(f"{field}keys", count, f"1 to at most {limits.max_keys}")
-    for index, each in enumerate(request.keys):
-        key(f"{field}keys[{index}]", each)
+    sizes = list(map(len, request.keys))
+    if min(sizes) < 1 or max(sizes) > KEY_BYTES_MAX:
+        wrong = next(i for i, size in enumerate(sizes) if not 1 <= size <= KEY_BYTES_MAX)
+        key(f"{field}keys[{wrong}]", request.keys[wrong])
     return Asked(keys=tuple(request.keys))
 
 
