@@ -154,7 +154,12 @@ class Connection:
         self.key = self.head.SerializeToString()
         self._attached = attached
         arena_fd = self._join(attached, pool)
-        ready = self._expect("ready", READY_S).ready
+        try:
+            ready = self._expect("ready", READY_S).ready
+        except BaseException:
+            if arena_fd >= 0:
+                os.close(arena_fd)
+            raise
         if arena_fd >= 0 and self.progress is not None:
             self.arena = ArenaView(
                 arena_fd, ready.arena_bytes, self.progress, threads=pool.options.copy_threads
