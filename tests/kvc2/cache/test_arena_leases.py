@@ -142,6 +142,17 @@ def test_a_poll_answers_what_is_there_and_the_same_number_the_same(tmp_path: Pat
             client.acquire_in_arena(handle, b"b", tokens, ArenaTerms(poll=1))
 
 
+def test_blocks_that_the_client_has_are_matched_and_not_told(tmp_path: Path) -> None:
+    with reading(tmp_path) as (_, reader):
+        reader.store(1)
+        terms = ArenaTerms(skip_blocks=2)
+        found = reader.client.acquire_in_arena(reader.handle, b"a", prompt(1), terms)
+        assert (found.first_block, found.matched_tokens) == (2, BLOCKS * PAGE_SIZE)
+        np.testing.assert_array_equal(reader.read(found.offsets), payloads(1)[2:])
+        other = reader.client.acquire_in_arena(reader.handle, b"b", prompt(2), terms)
+        assert (other.first_block, other.offsets.size) == (0, 0)
+
+
 def test_a_lease_in_the_arena_takes_copies_where_its_prefix_ends(tmp_path: Path) -> None:
     with reading(tmp_path) as (_, reader):
         client, handle, tokens = reader.client, reader.handle, prompt(1)

@@ -15,6 +15,7 @@ from kvc2.answers import NO_PAGES
 from kvc2.cache.cache import Cache, KeyedLayout
 from kvc2.cache.copied import CopiedBlocks
 from kvc2.config import LimitsConfig
+from kvc2.layout import layer_major
 from tests.doubles.caches import with_arena
 from tests.doubles.in_arena import KEYED, InArena
 from tests.doubles.stand_in import NAMESPACE, PAGE_SIZE, prompt
@@ -276,5 +277,24 @@ def test_copies_of_a_lease_that_has_ended_are_refused() -> None:
                 stored = await cache.copied.store(engine.session, blocks)
                 assert stored.results.tolist() == [_core.REFUSED] * 3
                 assert (private(cache), cache.stats().blocks) == (0, 0)
+
+    asyncio.run(run())
+
+
+def test_the_sessions_pool_takes_no_blocks_of_another_layout() -> None:
+    """Of as many tokens, so that nothing else tells the two apart."""
+
+    async def run() -> None:
+        async with with_arena(None) as cache:
+            engine = InArena(cache, 32)
+            other = layer_major(2, 32, segment_bytes=512, page_size=PAGE_SIZE)
+            engine.opened = cache.open_namespace(
+                engine.session, OTHER, b"{}", of=KeyedLayout(other)
+            )
+            with pytest.raises(errors.InvalidRequest, match="place"):
+                await engine.acquire(prompt(1, 3))
+            with pytest.raises(errors.InvalidRequest, match="copied"):
+                await engine.copy(prompt(1, 3))
+            assert (private(cache), cache.stats().leases) == (0, 0)
 
     asyncio.run(run())

@@ -81,6 +81,19 @@ def test_three_heartbeats_missed_is_expiry() -> None:
         sessions.of_call(session.secret, session.epoch)
 
 
+def test_a_session_may_be_silent_for_as_long_as_it_has_said() -> None:
+    clock = Clock()
+    sessions = table(clock)
+    plain, patient = open_ready(sessions), sessions.open("e", layout(), NUM_PAGES, expiry_s=30.0)
+    sessions.join(patient)
+    clock.now += EXPIRY_S
+    assert sessions.expired() == [plain]
+    clock.now += 30.0 - EXPIRY_S - 0.1
+    assert sessions.expired() == [plain]
+    clock.now += 0.1
+    assert sessions.expired() == [plain, patient]
+
+
 def test_heartbeats_do_not_keep_a_session_that_never_joins() -> None:
     clock = Clock()
     sessions = table(clock)
