@@ -10,6 +10,7 @@ import pytest
 
 from kvc2.answers import NOWHERE, Asked
 from kvc2.client import Admin, ArenaTerms, NamespaceHandle
+from kvc2.config import LimitsConfig
 from kvc2.errors import InvalidRequest
 from kvc2.layout import Layout, Segment
 from tests.doubles.daemons import ServedDaemon, serve_config
@@ -95,6 +96,15 @@ def test_keys_and_tokens_are_other_namespaces_and_neither_is_taken_for_the_other
 def test_a_key_has_1_to_64_bytes(tmp_path: Path, keys: list[bytes]) -> None:
     with reading(tmp_path) as (_, reader), pytest.raises(InvalidRequest, match="keys"):
         reader.client.match_keys(handle(reader), keys)
+
+
+def test_a_call_has_as_many_keys_as_the_daemon_says(tmp_path: Path) -> None:
+    limits = LimitsConfig(max_keys=2)
+    with reading(tmp_path, limits=limits) as (_, reader):
+        at = handle(reader)
+        assert reader.client.match_keys(at, KEYS[:2]).tolist() == [0, 0]
+        with pytest.raises(InvalidRequest, match="keys"):
+            reader.client.match_keys(at, KEYS[:3])
 
 
 def test_a_key_twice_in_one_commit_is_refused_and_nothing_is_stored(tmp_path: Path) -> None:
