@@ -279,7 +279,7 @@ def disk_move_s(folder: Path) -> float:
             assert copy.records is not None
             offsets = copy.source_pages.astype(np.uint64) * np.uint64(shape.page_bytes)
             batch = WriteBatch(pool, copy.target_pages, offsets, copy.records)
-            tier.store(pool, tier.begin(batch))
+            tier.finish(pool, tier.begin(batch))
             index.complete(copy.id, copy.target_pages.size)
         index.add_slab(disk)
         tier.grow(pool)
@@ -291,7 +291,7 @@ def disk_move_s(folder: Path) -> float:
             if (status != _core.BLOCK_OK).any():
                 raise RuntimeError(f"blocks did not come whole: {status}")
             pool.moved(index.complete(move.id, status.size), move.target_pages)
-            tier.store(pool)
+            tier.finish(pool)
         seconds = time.perf_counter() - begin
         if not index.take_slab(disk, 0):
             raise RuntimeError("the slab is not empty")

@@ -269,7 +269,7 @@ class Namespaces:
         batch, and nothing of theirs before them."""
         if self._disk is None:
             return True
-        outcome = await self._mover.on_writer(self._disk.store)
+        outcome = await self._mover.on_writer(self._disk.finish)
         return outcome.committed
 
     def _named(self) -> dict[bytes, NamespaceEntry]:

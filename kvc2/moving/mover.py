@@ -240,7 +240,7 @@ class Mover:
             nonlocal outcome
             if transfers and writing is None:
                 return none_of(count)
-            outcome = pools.files.store(pool, writing)
+            outcome = pools.files.finish(pool, writing)
             return None if outcome.written else none_of(count)
 
         written = await self._carry(self._routes.write, transfers, [Part(count, commit)])

@@ -190,11 +190,11 @@ OVERLAP = (
     bug(
         "a batch is acknowledged with the next one's commit to come",
         MOVER,
-        "            outcome = pools.files.store(pool, writing)\n",
+        "            outcome = pools.files.finish(pool, writing)\n",
         "            if writing is None:\n"
-        "                outcome = pools.files.store(pool, writing)\n"
+        "                outcome = pools.files.finish(pool, writing)\n"
         "            else:\n"
-        "                self._routes.writer.submit(pools.files.store, pool, writing)\n"
+        "                self._routes.writer.submit(pools.files.finish, pool, writing)\n"
         "                writing.written()\n"
         "                outcome = Outcome(True, True)\n",
     ),

@@ -64,7 +64,7 @@ FAILPOINTS: dict[str, tuple[Any, str, bool]] = {
     "committed_not_whole": (Catalogue, "_keep_whole", BEFORE),
     "committed": (Catalogue, "commit", AFTER),
     "settling": (DiskPool, "ended", BEFORE),
-    "stored": (DiskTier, "store", AFTER),
+    "stored": (DiskTier, "finish", AFTER),
     "ending": (Mover, "_complete", BEFORE),
     "ended": (Mover, "_complete", AFTER),
     # what was evicted

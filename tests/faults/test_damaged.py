@@ -95,7 +95,7 @@ class Pages:
         memory[:] = self.chance.integers(0, 256, memory.shape, np.uint8)
         payloads = memory[:, 4096 : 4096 + self.shape.payload_bytes].copy()
         batch = WriteBatch(self.pool, self.pages, self.offsets, records)
-        assert self.tier.store(self.pool, self.tier.begin(batch)).written
+        assert self.tier.finish(self.pool, self.tier.begin(batch)).written
         return records, payloads
 
     def read(self, page: int) -> bytes:

@@ -9,7 +9,7 @@ is acknowledged. While a batch is synced and committed the next one may be writt
 more: it is synced when its own writes have ended and that commit is over. A page whose delete isn't
 committed is never planned into (`DiskPool.settled`). Not here: which blocks go to disk.
 
-`store`, `grow`, `shrink` and `save_recency` run on one thread, the writer, in the order of their
+`finish`, `grow`, `shrink` and `save_recency` run on one thread, the writer, in the order of their
 batches; `begin` on any.
 """
 
@@ -162,11 +162,11 @@ class DiskTier:
     # ---- batches ----
 
     def begin(self, batch: WriteBatch, before: Writing | None = None) -> Writing:
-        """Have a batch written, behind what was begun before; `store` makes it durable. `before`:
+        """Have a batch written, behind what was begun before; `finish` makes it durable. `before`:
         what may fail yet, and this batch with it, for its blocks may hang below those."""
         return self._writers.begin(batch, before)
 
-    def store(self, pool: DiskPool | None = None, writing: Writing | None = None) -> Outcome:
+    def finish(self, pool: DiskPool | None = None, writing: Writing | None = None) -> Outcome:
         """Commit a batch of the pool, and what the pool has dropped and moved, durable when this
         returns. Never raises for a fault of the disk: it is counted, and the outcome says what did
         not happen."""
@@ -189,7 +189,7 @@ class DiskTier:
         return outcome
 
     def commit(self, change: Change, added: Added | None = None) -> Outcome:
-        """One transaction, of blocks whose data is durable; else as `store`."""
+        """One transaction, of blocks whose data is durable; else as `finish`."""
         written = added is not None
         try:
             if not self._beside.save(change, added):
@@ -279,7 +279,7 @@ class DiskTier:
         _count_lost(self._metrics, slabs[~held], stored.unread)
         pool.drop(np.concatenate([stored.pages[~held], stored.unread]))
         if not pool.settled:
-            self.store(pool)
+            self.finish(pool)
         return stored.chosen(held)
 
     def _open_catalogue(self) -> None:

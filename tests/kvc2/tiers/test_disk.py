@@ -62,14 +62,14 @@ def test_a_failed_batch_is_answered_when_none_of_its_parts_is_being_written(
             outcomes: list[tuple[bool, int]] = []
             disk = cache._pools.tiers.disks[0]
             assert disk is not None
-            store = disk.store
+            finish = disk.finish
 
             def noted(pool: DiskPool | None = None, writing: Writing | None = None) -> Outcome:
-                outcome = store(pool, writing)
+                outcome = finish(pool, writing)
                 outcomes.append((outcome.written, files.begun - files.ended))
                 return outcome
 
-            disk.store = noted  # type: ignore[method-assign]
+            disk.finish = noted  # type: ignore[method-assign]
             await StandIn(cache, 32).ask(prompt(1, 16))
             await cache.flush(10)
             assert files.ended > 1

@@ -59,7 +59,7 @@ def store(path: Path, shape: PageShape, arena: U8) -> None:
     count = np.arange(len(KEYS))
     offsets = count.astype(np.uint64) * np.uint64(shape.page_bytes)
     batch = WriteBatch(pool, count.astype(np.uint32), offsets, records_of(KEYS, shape.page_size))
-    assert tier.store(pool, tier.begin(batch)).written
+    assert tier.finish(pool, tier.begin(batch)).written
     tier.close()
 
 
