@@ -93,7 +93,7 @@ class Attachments:
 
     async def attach(self, context: Context) -> None:
         """The Attach rpc. Its cleanup is a task of its own: a broken stream cancels this one."""
-        greeting = hello.check(await self._read_hello(context), self._config)
+        greeting = hello.check(await self._read_first(context), self._config)
         session = self.table.open(
             greeting.engine_name, greeting.layout, greeting.num_pages, expiry_s=greeting.expiry_s
         )
@@ -126,7 +126,7 @@ class Attachments:
         if reason == "failed":
             raise errors.SessionOver(f"a transfer into the pool of session {session.epoch} failed")
 
-    async def _read_hello(self, context: Context) -> cache_pb2.Hello:
+    async def _read_first(self, context: Context) -> cache_pb2.AttachRequest:
         if self.draining:
             raise errors.Draining("the daemon drains: no new sessions")
         try:
@@ -134,10 +134,8 @@ class Attachments:
                 first = await context.read()
         except TimeoutError:
             raise errors.InvalidRequest("hello", "nothing", f"within {HELLO_S} s") from None
-        message = _message(first)
-        if message is None or message.WhichOneof("message") != "hello":
-            raise errors.InvalidRequest("message", None, "hello must be the first")
-        return message.hello
+        said = first if isinstance(first, bytes) else b""  # its client has ended it
+        return checks.parsed(cache_pb2.AttachRequest, said)
 
     def _attached(self, attachment: _Attachment) -> cache_pb2.AttachResponse:
         return cache_pb2.AttachResponse(

@@ -50,19 +50,28 @@ class Asking(Protocol):
 
 
 def message(kind: type[M], data: bytes) -> M:
-    """The message of that kind. Raises InvalidRequest, which quotes none of the bytes: there may be
-    a secret among them; also for a field that this version of the wire doesn't have, since what it
-    asks for would not be done."""
+    """The message of that kind, `known` whole. Raises InvalidRequest."""
+    found = parsed(kind, data)
+    known(found)
+    return found
+
+
+def parsed(kind: type[M], data: bytes) -> M:
+    """Raises InvalidRequest, which quotes none of the bytes: there may be a secret among them."""
     try:
-        found = kind.FromString(data)
+        return kind.FromString(data)
     except DecodeError as error:
         name = kind.DESCRIPTOR.full_name
         raise errors.InvalidRequest(
             name, f"{len(data)} bytes", f"no such message: {error}"
         ) from None
-    if (unknown := unknown_field(found)) is not None:
+
+
+def known(message: Message) -> None:
+    """Raises InvalidRequest for a field that this version of the wire doesn't have: what it asks
+    for would not be done."""
+    if (unknown := unknown_field(message)) is not None:
         raise errors.InvalidRequest(*unknown, "a field that this daemon's version of the wire has")
-    return found
 
 
 def unknown_field(message: Message) -> tuple[str, str] | None:

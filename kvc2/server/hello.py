@@ -35,9 +35,14 @@ class Greeting:
     expiry_s: float
 
 
-def check(hello: cache_pb2.Hello, config: ServeConfig) -> Greeting:
-    """Raises InvalidRequest and Reserved with the field's name."""
+def check(first: cache_pb2.AttachRequest, config: ServeConfig) -> Greeting:
+    """The Hello of a stream's first message. Raises InvalidRequest and Reserved with the field's
+    name."""
+    if first.WhichOneof("message") != "hello":
+        raise errors.InvalidRequest("message", None, "hello must be the first")
+    hello = first.hello
     version = _version(hello)
+    checks.known(first)  # behind the version: another one has other fields
     checks.text("hello.engine_name", hello.engine_name, checks.ENGINE_NAME_BYTES_MAX)
     if len(hello.pools) != 1:
         raise errors.InvalidRequest("hello.pools", f"{len(hello.pools)} of them", "one")

@@ -266,6 +266,27 @@ def test_a_field_of_a_later_version_is_refused_by_its_number(wire: Wire) -> None
         assert (status, "field 111" in words) == ("INVALID_ARGUMENT", True), words
 
 
+def test_an_engine_of_the_version_before_is_told_both_versions(served: ServedDaemon) -> None:
+    """Not of the first of its fields that the wire has no more."""
+    before = b"\x10\x08\x18\x80\x80\x04\x2a\x00"  # pages, bytes, pages it keeps: fields 2, 3, 5
+    said = pb.Hello(engine_name="old", wire_version=1).SerializeToString() + before
+    with Wire(served.address) as wire:
+        first = pb.AttachRequest(hello=pb.Hello.FromString(said))
+        status, words = wire.stream_refusal(first)
+    assert (status, words) == (
+        "INVALID_ARGUMENT",
+        "hello.wire_version = '1': this daemon speaks 2",
+    )
+
+
+def test_a_hello_of_this_version_has_no_other_field(served: ServedDaemon) -> None:
+    said = hello().hello.SerializeToString() + b"\xf8\x06\x01"  # field 111, a varint
+    with Wire(served.address) as wire:
+        first = pb.AttachRequest(hello=pb.Hello.FromString(said))
+        status, words = wire.stream_refusal(first)
+    assert (status, "field 111" in words) == ("INVALID_ARGUMENT", True), words
+
+
 def test_a_client_learns_the_version_and_the_limits(served: ServedDaemon) -> None:
     """The version is the highest that both speak; what it may ask for needs no copied constant."""
     with Wire(served.address) as wire:
