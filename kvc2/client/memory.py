@@ -66,7 +66,8 @@ class OverSignal:
         os.eventfd_write(self.fd, 1)
 
     def __del__(self) -> None:
-        os.close(self.fd)
+        if hasattr(self, "fd"):  # it was made
+            os.close(self.fd)
 
 
 class Progress:

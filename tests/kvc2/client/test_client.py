@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import os
 import struct
 import threading
@@ -179,6 +181,19 @@ def test_a_wait_ends_with_its_session() -> None:
     assert time.monotonic() - started < 10
     os.close(fd)
     os.close(event)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_process_out_of_descriptors_is_told_so_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def none_left(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "eventfd", none_left)
+    with pytest.raises(OSError, match="Too many"):
+        OverSignal()
+    gc.collect()
 
 
 def test_two_threads_wait_for_a_layer_at_once() -> None:
