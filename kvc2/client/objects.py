@@ -114,7 +114,11 @@ class Objects:
         """Bring them to memory and keep them there until `unlock` of the token, or the session's
         end; [n] which are."""
         leases: list[bytes] = []
-        found = self._in_parts(keys, lambda part: self._hold(keys[part], leases))
+        try:
+            found = self._in_parts(keys, lambda part: self._hold(keys[part], leases))
+        except BaseException:
+            self._release(leases)  # nobody is told a token
+            raise
         with self._lock:
             token = next(self._tokens)
             self._locked[token] = leases
@@ -276,19 +280,26 @@ def open_objects(
     staging_bytes: int = STAGING_BYTES,
 ) -> Objects:
     """Blocks of num_bytes under keys, with a client of their own, attached in the background. The
-    identity's page_size is 1: a block holds what its key says."""
+    identity's page_size is 1: a block holds what its key says. Raises InvalidRequest for what is no
+    address, or no size."""
+    layout = _layout(num_bytes)
     num_pages = max(1, staging_bytes // num_bytes)
     pool, staging = PoolMemory(num_pages * num_bytes), Staging(num_pages)
     client = Client(
         address,
         pool=pool,
-        layout=_layout(num_bytes),
+        layout=layout,
         engine=staging,
         options=SessionOptions(engine_name, arena=True, copy_threads=COPY_THREADS),
     )
     namespace = NamespaceHandle(identity, opaque=True)
     storing = Copied(client, pool, staging, namespace)
-    return Objects(client, namespace, storing, num_bytes=num_bytes, close=client.close)
+
+    def close() -> None:
+        client.close()
+        pool.close()
+
+    return Objects(client, namespace, storing, num_bytes=num_bytes, close=close)
 
 
 def _layout(num_bytes: int) -> Layout:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import select
 import threading
 import time
@@ -311,6 +312,40 @@ def test_without_a_daemon_nothing_is_there_and_nothing_is_stored(tmp_path: Path)
     assert not found.any()
     objects.unlock(token)
     objects.close()
+
+
+def test_what_was_opened_is_given_back_when_it_is_closed(tmp_path: Path) -> None:
+    """The staging pages, tens of megabytes."""
+
+    def pools() -> int:
+        found = 0
+        for each in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed since
+                found += "kvc2-pool" in os.readlink(each)
+        return found
+
+    before = pools()
+    objects = opened(f"unix:{tmp_path}/none")
+    assert pools() > before
+    objects.close()
+    assert pools() == before
+
+
+@pytest.mark.parametrize("num_bytes", [0, -4, 1 << 40])
+def test_blocks_of_a_size_that_can_not_be_are_refused_by_name(
+    tmp_path: Path, num_bytes: int
+) -> None:
+    with pytest.raises(InvalidRequest, match=rf"bytes = {num_bytes}: 1 to"):
+        open_objects(f"unix:{tmp_path}/none", IDENTITY, num_bytes)
+
+
+def test_a_lock_that_fails_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second part of its keys is refused; `serving` waits until no lease is open."""
+    monkeypatch.setattr(objects_module, "KEYS_A_CALL", 4)
+    with serving(tmp_path) as (_, objects):
+        assert objects.put_from(KEYS, rows(1)).all()
+        with pytest.raises(InvalidRequest, match="keys"):
+            objects.lock([*KEYS[:4], b""])
 
 
 def test_a_page_of_an_unanswered_copy_is_not_filled_before_its_session_is_over() -> None:
