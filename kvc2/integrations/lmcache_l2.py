@@ -98,6 +98,8 @@ class Kvc2L2(L2AdapterInterface):  # type: ignore[misc]
 
     def _hold(self, objects: Objects, names: list[bytes], _: object) -> Bools:
         token, found = objects.lock(names)
+        if not found.any():
+            objects.unlock(token)  # nobody else will
         held = Held(objects, token, int(found.sum()))
         with self._lock:
             for index in np.flatnonzero(found).tolist():

@@ -211,6 +211,20 @@ def test_what_is_locked_stays_until_each_of_its_keys_is_unlocked(
             assert admin.stats().leases == left
 
 
+def test_a_lookup_that_finds_nothing_holds_nothing(adapter: Any, served: ServedDaemon) -> None:
+    """Nobody unlocks its keys, and a session may have only so many leases."""
+    store(adapter, keys(1), blocks(content(1, 1)))
+    for first in range(1, 4):
+        assert look_up(adapter, [Key(b"%32d" % first)]) == [False]
+    assert look_up(adapter, keys(1)) == [True]
+    with Admin(served.address) as admin:
+        while admin.stats().leases > 1:
+            pass
+        adapter.submit_unlock(keys(1))
+        while admin.stats().leases:
+            pass
+
+
 def test_without_a_daemon_nothing_is_there_and_nothing_raises(
     adapter_class: Any, tmp_path: Path
 ) -> None:
