@@ -81,7 +81,7 @@ class Bridge:
         ordered: Executor,
         acquires: Executor,
     ) -> None:
-        """From now on there may be sessions, which the client tells of as `client.Engine` says. The
+        """From now on there may be sessions, which the client tells of as `keeper.Engine` says. The
         executors are closed with the bridge (see Calls)."""
         self._calls = Calls(
             make_client(self._sessions),

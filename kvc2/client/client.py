@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kvc2 import answers, errors
 from kvc2.client import channel
-from kvc2.client.connection import NamespaceHandle, SessionOptions
+from kvc2.client.connection import EnginePool, NamespaceHandle, SessionOptions
 from kvc2.client.keeper import Engine, Keeper, State
 from kvc2.client.memory import ArenaView, PoolMemory
 from kvc2.client.share import Share
@@ -56,8 +56,7 @@ class Client:
         engine: Engine,
         options: SessionOptions,
     ) -> None:
-        self.address = address
-        self._keeper = Keeper(address, pool=pool, layout=layout, engine=engine, options=options)
+        self._keeper = Keeper(address, EnginePool(pool, layout, options), engine)
 
     @property
     def state(self) -> State:

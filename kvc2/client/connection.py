@@ -1,6 +1,6 @@
 """The engine's end of one session: hello, hand-over on the side socket, the stream's messages.
 
-Not here: when to attach again and what the engine is told (client.py).
+Not here: when to attach again and what the engine is told (keeper.py).
 """
 
 from __future__ import annotations
@@ -67,12 +67,11 @@ class SessionOptions:
 
 @dataclass(frozen=True)
 class EnginePool:
-    """The pool that an engine brings to each of its sessions, one after the other."""
+    """What an engine brings to each of its sessions, one after the other, and asks for."""
 
     memory: PoolMemory
     layout: Layout
     options: SessionOptions
-    kept_pages: Callable[[], NDArray[np.uint32]]
 
 
 class Over:
@@ -106,9 +105,12 @@ class Silence:
 
 class Connection:
     """Attaches when it is made: raises a Kvc2Error when the daemon refuses, Unreachable when it
-    does not answer. `close` it in any case. Calls may use `head` and `channel` from any thread."""
+    does not answer. `close` it in any case. Calls may use `head` and `channel` from any thread.
+    kept_pages: asked right before the hello."""
 
-    def __init__(self, address: Address, pool: EnginePool) -> None:
+    def __init__(
+        self, address: Address, pool: EnginePool, kept_pages: Callable[[], NDArray[np.uint32]]
+    ) -> None:
         self.channel = Channel(address)
         if (why := self.channel.absence(SERVES_S)) is not None:
             self.channel.close()
@@ -125,12 +127,12 @@ class Connection:
         reader = threading.Thread(target=self._read, name="kvc2-stream", daemon=True)
         reader.start()
         try:
-            self._attach(pool)
+            self._attach(pool, kept_pages)
         except BaseException:
             self.close()
             raise
 
-    def _attach(self, pool: EnginePool) -> None:
+    def _attach(self, pool: EnginePool, kept_pages: Callable[[], NDArray[np.uint32]]) -> None:
         hello = cache_pb2.Hello(
             engine_name=pool.options.engine_name,
             wire_version=WIRE_VERSION,
@@ -141,7 +143,7 @@ class Connection:
                     parts=1,
                     layout=pool.layout.to_proto(),
                     num_pages=pool.memory.num_bytes // pool.layout.payload_bytes,
-                    kept_pages=packed(pool.kept_pages()),
+                    kept_pages=packed(kept_pages()),
                     memory_bytes=pool.memory.num_bytes,
                 )
             ],

@@ -29,14 +29,12 @@ from kvc2.client.connection import (
     EnginePool,
     NamespaceHandle,
     Over,
-    SessionOptions,
     Silence,
     SilentDaemon,
 )
-from kvc2.client.memory import ArenaView, PoolMemory
+from kvc2.client.memory import ArenaView
 from kvc2.client.share import Share, Sharing
 from kvc2.host.address import Address
-from kvc2.layout import Layout
 from kvc2.v1 import cache_pb2
 
 T = TypeVar("T")
@@ -99,21 +97,12 @@ class Keeper:
     what is no address. Calls raise errors.Detached when there is no session, and another
     errors.Kvc2Error when the daemon refuses what was asked."""
 
-    def __init__(
-        self,
-        address: str,
-        *,
-        pool: PoolMemory,
-        layout: Layout,
-        engine: Engine,
-        options: SessionOptions,
-    ) -> None:
-        self.address = address
+    def __init__(self, address: str, pool: EnginePool, engine: Engine) -> None:
         self._daemon = Address.of_daemon(address)
         self.last_refusal: errors.Kvc2Error | None = None
         self._engine = engine
-        self._pool = EnginePool(pool, layout, options, self._ask_kept_pages)
-        self._sharing = Sharing(pool)
+        self._pool = pool
+        self._sharing = Sharing(pool.memory)
         self._asked = False  # for the pages it keeps, in the attach under way
         self._silent = SilentDaemon(self._daemon)
         self._connection: Connection | None = None
@@ -267,7 +256,7 @@ class Keeper:
         try:
             if (why := channel.absence(self._daemon)) is not None:
                 raise why
-            connection = Connection(self._daemon, self._pool)
+            connection = Connection(self._daemon, self._pool, self._ask_kept_pages)
         except (errors.Kvc2Error, OSError) as broken:  # OSError: out of descriptors, or so
             error = broken if isinstance(broken, errors.Kvc2Error) else _failed(broken)
             self.last_refusal = error

@@ -1,6 +1,6 @@
 """The handles of the namespaces whose KV an engine's callers share, as many as may be kept.
 
-Not here: opening one in a session (client.py), and what the daemon knows of it.
+Not here: opening one in a session (keeper.py), and what the daemon knows of it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The sessions of one engine as they come and go: what each means for its pages and open leases.
 
-Not responsible for when one begins or ends (client.py), nor for who owns a page in it (pages.py).
+Not responsible for when one begins or ends (keeper.py), nor for who owns a page in it (pages.py).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Lease:
 
 class Sessions:
     """The page book, and the leases that are open in the session under way. The client calls the
-    first four methods on its thread (client.Engine), any thread the others.
+    first four methods on its thread (keeper.Engine), any thread the others.
 
     One lock over both: a session that ends while a lease opens must see the lease, or the lease its
     end. `spare`: free pages that the engine keeps when a session begins.
