@@ -13,9 +13,9 @@ from typing import Any
 
 import grpc.aio
 
+from benchmarks.processes import READY
 from kvc2.v1 import cache_pb2
 
-READY = "ready"
 GRPC_SOCKET, RAW_SOCKET = "empty.sock", "raw.sock"
 RAW_BYTES_MAX = 1 << 20
 

@@ -1,9 +1,10 @@
 """Blocks under keys of an engine's own, as its process sees them: looked up, read, stored.
 
 A look-up of 32 keys beside an empty gRPC call. Reads from the arena and stores into it beside plain
-memcpy of the same buffers in the same process, by one thread; all calls that they need are in the
-time. What is read lies in the arena; what comes from the disk is disk.py's and disk_path.py's. What
-is stored goes to memory that the arena touches for the first time, and to the disk behind that.
+memcpy of the same buffers in the same process by one thread, where a client has two; all calls that
+they need are in the time. What is read lies in the arena; what comes from the disk is disk.py's and
+disk_path.py's. What is stored goes to memory that the arena touches for the first time, and to the
+disk behind that.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import empty_server, report
-from benchmarks.processes import Daemon
-from benchmarks.rpc import empty_handler
+from benchmarks.processes import Daemon, peer
 from kvc2.client import Objects, open_objects
 from kvc2.client.channel import Channel
 from kvc2.foreign_identity import Foreign
@@ -135,7 +135,7 @@ def main() -> int:
         daemon = Daemon(folder, cpu_gb=3.0, disk_gb=4.0)
         try:
             daemon.wait_ready()
-            with empty_handler(folder):
+            with peer("empty_server", folder):
                 rows += look_up_rows(daemon, folder, flags.repeats)
             for num_bytes, count in SIZES:
                 rows += copied_rows(daemon, num_bytes, count, flags.repeats)

@@ -12,9 +12,9 @@ from typing import Any
 
 import grpc.aio
 
+from benchmarks.processes import READY
 from kvc2.v1 import cache_pb2
 
-READY = "ready"
 SOCKET = "plain.sock"
 MESSAGE_BYTES = 1 << 20
 

@@ -14,7 +14,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ START_TIMEOUT_S = 120.0  # an engine that reads 1.4 GB on a busy machine
 STOP_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 300.0
 POLL_S = 0.02
+READY = "ready"  # what a peer prints when it can be called
 
 
 class ProcessError(Exception):
@@ -53,7 +55,7 @@ class Answer:
 
 
 class Process:
-    """A child whose output goes to a file. Ends when told to, or with the block that holds it."""
+    """A child whose output goes to a file. Ends when told to."""
 
     def __init__(self, name: str, command: Sequence[str], folder: Path) -> None:
         self.name = name
@@ -226,6 +228,19 @@ def _answer(payload: dict[str, Any], seconds: float) -> Answer:
         ttft_ms=details["ttft_ms"],
         seconds=seconds,
     )
+
+
+@contextmanager
+def peer(name: str, folder: Path, *arguments: object) -> Iterator[None]:
+    """benchmarks/`name`.py, which something is measured against, as a process that can be
+    called."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", str(folder), *map(str, arguments)]
+    process = Process(name, command, folder)
+    try:
+        process.wait_until(lambda: READY in process.log.read_text(), READY)
+        yield
+    finally:
+        process.stop()
 
 
 def script(name: str) -> str:

@@ -15,8 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import clients, empty_server, report
-from benchmarks.processes import Daemon
+from benchmarks.processes import Daemon, peer
 from engine import demo_model
 from kvc2.client import Client, Detached, LeaseCommit, NamespaceHandle, PoolMemory, SessionOptions
 from kvc2.client.channel import Channel
@@ -176,29 +175,13 @@ class Bench(BareEngine):
         return counters[name.format("sum")], counters[name.format("count")]
 
 
-@contextmanager
-def empty_handler(folder: Path) -> Iterator[None]:
-    """benchmarks/empty_server.py as a process, ready to be called."""
-    command = [sys.executable, "-m", "benchmarks.empty_server", str(folder)]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert child.stdout is not None
-        line = child.stdout.readline().strip()
-        if line != empty_server.READY:
-            raise RuntimeError(f"the empty handler did not start: {line!r}")
-        yield
-    finally:
-        child.terminate()
-        child.wait()
-
-
 def acquire_rows(folder: Path, repeats: int) -> list[report.Row]:
     random = np.random.default_rng(1)
     known, unknown = (random.integers(0, 50_000, TOKENS, dtype=np.uint32) for _ in range(2))
     daemon = Daemon(folder, cpu_gb=0.5, disk_gb=0.5)
     try:
         daemon.wait_ready()
-        with empty_handler(folder):
+        with peer("empty_server", folder):
             bench = Bench(daemon, folder)
             bench.store(b"prime", known)
             daemon.flush()

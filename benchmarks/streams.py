@@ -7,12 +7,10 @@ to memory. Blocks lie in the arena; each Write is of keys that are new.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import plain_streams, report
-from benchmarks.processes import Daemon
+from benchmarks.processes import Daemon, peer
 from benchmarks.rpc import ATTACH_TIMEOUT_S, PoolOwner
 from kvc2.client import Client, NamespaceHandle, PoolMemory, SessionOptions, Streams
+from kvc2.foreign_identity import Foreign
 from kvc2.layout import Layout, Segment
 from kvc2.v1 import cache_pb2
 
@@ -31,7 +30,7 @@ TOTAL_BYTES = 256 << 20  # of a stream
 SIZES = (64 << 10, 1 << 20, 4 << 20)  # of a payload
 PAGE_SIZE = 16
 TURNS = 3  # of each in a repeat; the best counts: others share the machine
-IDENTITY = b'{"engine":"bench","fields":{"page_size":16},"schema":"foreign/1","weights":"w"}'
+IDENTITY = Foreign("benchmark", "none", {"page_size": PAGE_SIZE}).encode()
 
 
 class Remote:
@@ -109,22 +108,6 @@ class Plain:
         self._channel.close()
 
 
-@contextmanager
-def plain_server(folder: Path, payloads: NDArray[np.uint8]) -> Iterator[None]:
-    sizes = [str(each) for each in payloads.shape]
-    command = [sys.executable, "-m", "benchmarks.plain_streams", str(folder), *sizes]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert child.stdout is not None
-        line = child.stdout.readline().strip()
-        if line != plain_streams.READY:
-            raise RuntimeError(f"the plain server did not start: {line!r}")
-        yield
-    finally:
-        child.terminate()
-        child.wait()
-
-
 def seconds(call: Any, *arguments: Any) -> float:
     begin = time.perf_counter()
     call(*arguments)
@@ -140,7 +123,7 @@ def rows_of(folder: Path, payload_bytes: int, repeats: int) -> list[report.Row]:
     daemon = Daemon(folder, cpu_gb=3.0, disk_gb=0.0)
     try:
         daemon.wait_ready()
-        with plain_server(folder, payloads):
+        with peer("plain_streams", folder, *payloads.shape):
             ours, plain = Remote(daemon, payloads), Plain(folder, payloads)
             for _ in range(repeats):
                 turns = [
