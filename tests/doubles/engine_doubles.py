@@ -171,7 +171,7 @@ class House:
     def check(self) -> None:
         self.scheduler.check()
         if self.daemon is not None and self.bridge.book.session and not self.ordered.calls:
-            self.daemon.check()
+            self.daemon.pages.check()
 
 
 def build(

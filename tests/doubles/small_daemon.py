@@ -1,6 +1,6 @@
-"""A daemon in 250 lines, as an engine's bridge sees it: its page laws asserted, no processes.
+"""A small daemon, as an engine's bridge sees it: leases and calls, no processes.
 
-Not here: the model that reads and writes the pages (engine_doubles).
+Not here: whose each page is (small_pages), the model that reads and writes them (engine_doubles).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from kvc2.answers import (
 )
 from kvc2.client.keeper import Engine
 from kvc2.client.share import Share
+from tests.doubles.small_pages import Moves, SmallPages
 
 PAGE_SIZE = 4
 NOTHING_SAID = Hints()
@@ -44,15 +45,9 @@ class SmallDaemon:
     """The cache as an engine sees it, with its page laws asserted. One namespace a caller."""
 
     def __init__(self, pool: np.ndarray, first_grant: int = 4) -> None:
-        self.pool = pool
         self.first_grant = first_grant
-        self.free: set[int] = set()
-        self.private: set[int] = set()
-        self.resident: dict[tuple[Any, ...], int] = {}  # (namespace, tokens...) -> page
-        self.order: list[tuple[Any, ...]] = []  # least recently used first
-        self.lower: dict[tuple[Any, ...], np.ndarray] = {}  # the cpu tier
+        self.pages = SmallPages(pool, self._pinned)
         self.leases: dict[bytes, OpenLease] = {}
-        self.transfers: list[list[tuple[int, np.ndarray]]] = []
         self.prefill_rates: list[float] = []  # told with commits
         self.prefetched: list[tuple[Any, list[int]]] = []  # namespace, tokens
         self.said: list[tuple[str, bytes, Hints]] = []  # with acquires and releases
@@ -69,10 +64,8 @@ class SmallDaemon:
 
     def attach(self, engine: Engine) -> SmallDaemon:
         self.engine = engine
-        kept = set(engine.kept_pages().tolist())
-        self.free = set(range(len(self.pool))) - kept
-        self.private = set(kept)
-        engine.on_attached(self._grant(self.first_grant))
+        self.pages.begin(engine.kept_pages().tolist())
+        engine.on_attached(self.pages.grant(self.first_grant))
         return self
 
     def detach(self, reason: str) -> None:
@@ -84,9 +77,6 @@ class SmallDaemon:
     def reattach(self) -> None:
         assert self.engine is not None
         self.fault = None
-        self.resident.clear()
-        self.order.clear()
-        self.transfers.clear()
         self.attach(self.engine)
 
     # calls
@@ -111,33 +101,27 @@ class SmallDaemon:
         most = (len(path) - 1) // PAGE_SIZE
         pages: list[int] = []
         found = {"gpu": 0, "cpu": 0}
-        moves: list[tuple[int, np.ndarray]] = []
+        moves: Moves = []
         lease = OpenLease(path, pages, 0)
         self.leases[request_id] = lease  # pins as it goes
         for block in range(most):
             key = self._key(namespace, path, block)
-            if key in self.resident:
-                found["gpu"] += PAGE_SIZE
-            elif key in self.lower and (page := self._one_page()) is not None:
-                self.resident[key] = page
-                moves.append((page, self.lower[key]))
-                found["cpu"] += PAGE_SIZE
-            else:
+            if (tier := self.pages.bring(key, moves)) is None:
                 break
-            pages.append(self.resident[key])
-            self._touch(key)
+            found[tier] += PAGE_SIZE
+            pages.append(self.pages.resident[key])
         lease.blocks = len(pages)
         self.found[request_id] = self._explained(len(path), found, missing=len(pages) < most)
         lease.tokens = [namespace, *path]  # type: ignore[list-item]
         if moves:
-            self.transfers.append(moves)
+            self.pages.transfers.append(moves)
         computing = self._computing(request_id, namespace, path, len(pages))
         return Acquired(
             matched_tokens=len(pages) * PAGE_SIZE,
             tiers=TierTokens(**found),
             held=of_pages(np.array(pages, np.uint32)),
-            transfer=len(self.transfers) if self.transfers else 0,
-            granted=of_pages(self._grant(grant_pages)),
+            transfer=len(self.pages.transfers),
+            granted=of_pages(self.pages.grant(grant_pages)),
             computing_tokens=computing,
         )
 
@@ -155,7 +139,9 @@ class SmallDaemon:
             lease = self.leases[part.request_id]
             assert part.first_block == lease.blocks, "a commit doesn't continue its lease"
             results.append(np.array(self._commit(lease, part), np.uint8))
-        return Committed(results=results, durable=False, granted=of_pages(self._grant(grant_pages)))
+        return Committed(
+            results=results, durable=False, granted=of_pages(self.pages.grant(grant_pages))
+        )
 
     def release(
         self,
@@ -172,13 +158,13 @@ class SmallDaemon:
         for request_id in request_ids:
             lease = self.leases.pop(request_id, None)
             if lease is not None:
-                self._move(lease.duplicates, self.private, self.free)
-        self._move([int(p) for p in returned], self.private, self.free)
-        return Released(granted=of_pages(self._grant(grant_pages)))
+                self.pages.give_back(lease.duplicates)
+        self.pages.give_back([int(p) for p in returned])
+        return Released(granted=of_pages(self.pages.grant(grant_pages)))
 
     def grant(self, pages: int) -> Any:
         self._raise()
-        return self._grant(pages)
+        return self.pages.grant(pages)
 
     def prefetch(self, namespace: Any, tokens: Any) -> None:
         self._raise()
@@ -189,7 +175,7 @@ class SmallDaemon:
         path = [int(t) for t in tokens]
         blocks = 0
         while blocks < (len(path) - 1) // PAGE_SIZE:
-            if self._key(namespace, path, blocks) not in self.resident:
+            if self._key(namespace, path, blocks) not in self.pages.resident:
                 break
             blocks += 1
         tiers = TierTokens()
@@ -209,13 +195,9 @@ class SmallDaemon:
         return self.fault is None
 
     def wait_layer(self, transfer: int, layer: int, timeout_s: float) -> bool:
-        if not self.arrive:
-            return False
-        for moves in self.transfers[:transfer]:
-            for page, values in moves:
-                self.pool[page] = values
-            moves.clear()
-        return True
+        if self.arrive:
+            self.pages.arrive(transfer)
+        return self.arrive
 
     def share(self) -> Share:
         raise AssertionError("it has no pool that another process could map")
@@ -227,13 +209,11 @@ class SmallDaemon:
 
     def demote_and_evict(self) -> None:
         """All that nobody pins goes to the cpu tier."""
-        self.wait_layer(len(self.transfers), 0, 0.0)
-        for key in list(self.order):
-            self._evict(key)
+        self.wait_layer(len(self.pages.transfers), 0, 0.0)
+        self.pages.evict(enough=len(self.pages.pool))
 
-    def check(self) -> None:
-        owned = [*self.free, *self.private, *self.resident.values()]
-        assert len(owned) == len(set(owned)) == len(self.pool), "a page has no owner, or two"
+    def _pinned(self) -> set[int]:
+        return {page for lease in self.leases.values() for page in lease.pinned}
 
     def _key(self, namespace: Any, path: list[int], block: int) -> tuple[Any, ...]:
         return (namespace, *path[: (block + 1) * PAGE_SIZE])
@@ -266,22 +246,16 @@ class SmallDaemon:
         tokens = part.tokens.tolist()
         namespace, *path = lease.tokens
         for index, page in enumerate(part.pages.tolist()):
-            assert page in self.private, f"page {page} is not the engine's"
+            assert page in self.pages.private, f"page {page} is not the engine's"
             begin = (part.first_block + index) * PAGE_SIZE
             path[begin:] = tokens[index * PAGE_SIZE : (index + 1) * PAGE_SIZE]
             key = self._key(namespace, path, part.first_block + index)
             if self.refuse:
                 answers.append(2)
                 continue
-            if key in self.resident:
-                lease.duplicates.append(page)
-                answers.append(1)
-            else:
-                self._move([page], self.private, set())
-                self.resident[key] = page
-                lease.pinned.append(page)
-                answers.append(0)
-            self._touch(key)
+            adopted = self.pages.adopt(key, page)
+            (lease.pinned if adopted else lease.duplicates).append(page)
+            answers.append(0 if adopted else 1)
         lease.tokens = [namespace, *path]
         lease.blocks += len(answers)
         return answers
@@ -299,41 +273,6 @@ class SmallDaemon:
         return (
             min(blocks, (len(path) - 1) // PAGE_SIZE - matched) * PAGE_SIZE + self.computing_extra
         )
-
-    def _grant(self, count: int) -> Any:
-        pages = []
-        while len(pages) < count and (page := self._one_page()) is not None:
-            pages.append(page)
-            self.private.add(page)
-        return np.array(pages, np.uint32)
-
-    def _one_page(self) -> int | None:
-        for key in list(self.order):
-            if self.free:
-                break
-            self._evict(key)
-        return self.free.pop() if self.free else None
-
-    def _evict(self, key: tuple[Any, ...]) -> None:
-        pinned = {page for lease in self.leases.values() for page in lease.pinned}
-        pinned |= {page for moves in self.transfers for page, _ in moves}
-        page = self.resident[key]
-        if page not in pinned:
-            self.lower[key] = self.pool[page].copy()
-            del self.resident[key]
-            self.order.remove(key)
-            self.free.add(page)
-
-    def _touch(self, key: tuple[Any, ...]) -> None:
-        if key in self.order:
-            self.order.remove(key)
-        self.order.append(key)
-
-    @staticmethod
-    def _move(pages: Sequence[int], source: set[int], target: set[int]) -> None:
-        for page in pages:
-            source.remove(page)
-            target.add(page)
 
     def _raise(self) -> None:
         if self.fault is not None:

@@ -115,7 +115,7 @@ def test_a_prefix_from_below_is_waited_for_layer_by_layer() -> None:
     house.run()
     assert house.daemon is not None
     house.daemon.demote_and_evict()
-    house.model.pool[sorted(house.daemon.free)] = -7
+    house.model.pool[sorted(house.daemon.pages.free)] = -7
     again = house.ask(prompt(30), 3)
     house.run()
     assert again.tokens == first.tokens
@@ -128,7 +128,7 @@ def test_a_prefix_that_does_not_arrive_is_recomputed() -> None:
     house.run()
     assert house.daemon is not None
     house.daemon.demote_and_evict()
-    house.model.pool[sorted(house.daemon.free)] = -7
+    house.model.pool[sorted(house.daemon.pages.free)] = -7
     house.daemon.arrive = False
     other = house.ask(prompt(9, 5), 6)
     again = house.ask(prompt(30), 3)
@@ -350,7 +350,9 @@ def test_a_silent_daemons_pages_are_not_touched() -> None:
     house.ask(prompt(60), 3)
     house.run()
     assert house.daemon is not None
-    resident = {page: house.model.pool[page].copy() for page in house.daemon.resident.values()}
+    resident = {
+        page: house.model.pool[page].copy() for page in house.daemon.pages.resident.values()
+    }
     house.daemon.detach("silent")
     house.ask(prompt(6, 3), 3)
     house.run()

@@ -201,14 +201,14 @@ class BridgeMachine(RuleBasedStateMachine):
     def thaw(self) -> None:
         """It writes what it promised, to whomever the pages belong by now."""
         arrive, self.daemon.arrive = self.daemon.arrive, True
-        self.daemon.wait_layer(len(self.daemon.transfers), 0, 0.0)
+        self.daemon.wait_layer(len(self.daemon.pages.transfers), 0, 0.0)
         self.daemon.arrive = arrive
 
     @precondition(lambda self: self.lost == "silent")
     @rule()
     def die(self) -> None:
         self.daemon.detach("dead")
-        self.daemon.transfers.clear()
+        self.daemon.pages.transfers.clear()
 
     @precondition(lambda self: self.lost)
     @rule()
@@ -222,7 +222,7 @@ class BridgeMachine(RuleBasedStateMachine):
         leases = [each.lease for each in self.running if each.future.done()]
         self.bridge.book.check([lease.pages for lease in leases] if quiet else None)
         if quiet and self.bridge.book.session:
-            self.daemon.check()
+            self.daemon.pages.check()
 
     @invariant()
     def the_daemon_and_the_book_agree(self) -> None:
@@ -230,7 +230,7 @@ class BridgeMachine(RuleBasedStateMachine):
         if self.clean and self.bridge.book.session and not self.world.ordered.calls:
             owners = self.bridge.book._owner
             ours = np.flatnonzero((owners == Owner.FREE) | (owners == Owner.USED))
-            assert set(ours.tolist()) == self.daemon.private
+            assert set(ours.tolist()) == self.daemon.pages.private
 
     @invariant()
     def the_kv_of_a_lease_is_its_prompts(self) -> None:
@@ -252,7 +252,7 @@ class BridgeMachine(RuleBasedStateMachine):
         assert self.bridge.book.counts().held == 0
         assert not self.bridge.leases()
         assert not self.heard or not self.daemon.leases
-        self.daemon.check()
+        self.daemon.pages.check()
 
 
 def leased(world: Bridged) -> Lease:
