@@ -15,18 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from kvc2 import _core, errors
 from kvc2.answers import (
+    U32,
     Asked,
     CacheStats,
     Evicted,
     Explained,
     Flushed,
     Invalidated,
-    Matched,
 )
 from kvc2.arena import Arena
 from kvc2.cache.copied import CopiedCommits
@@ -52,9 +49,6 @@ from kvc2.tiers.base import TIER_NUMBERS, PageShape
 from kvc2.tiers.disk.records import NamespaceEntry
 from kvc2.tiers.gpu import Copier, GpuMemory, SharedMemoryPool
 from kvc2.tiers.pools import Pools
-
-U8 = NDArray[np.uint8]
-U32 = NDArray[np.uint32]
 
 RESCUE_S = 2.0  # for a dead engine's uncopied blocks
 NOBODY = Owner()
@@ -162,7 +156,9 @@ class Cache:
         if kept_pages.size and not self.index.keep(pool, u32(kept_pages)):
             self.index.close_pool(pool)
             self.index.remove_pool(pool)
-            raise errors.InvalidRequest("hello.kept_pages", kept_pages.size, "each page once")
+            raise errors.InvalidRequest(
+                "hello.pools[0].kept_pages", kept_pages.size, "each page once"
+            )
         mapped = GpuMemory(layout, memory, progress, event_fd)
         store = SharedMemoryPool(mapped, self._pools.arena.memory, *self._copiers)
         queue = ThreadPoolExecutor(1, f"kvc2-promote-{session.epoch}")
@@ -234,10 +230,6 @@ class Cache:
         return {each.namespace.id for each in session.leases.values()}
 
     # ---- requests ----
-
-    def match(self, session: Session, namespace: Namespace, tokens: U32) -> Matched:
-        """The longest cached prefix of less than all tokens. Changes nothing."""
-        return self.leases.match(session, namespace, tokens)
 
     def explain(self, session: Session | None, namespace: Namespace, asked: Asked) -> Explained:
         """What an acquire would find, in this session or in any, and why not more. Changes

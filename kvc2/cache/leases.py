@@ -64,10 +64,8 @@ class Leases:
         """Open a lease on the longest prefix that comes sooner than it could be computed at
         session.prefill_rate; awaits only what comes from disk, till its deadline. While the lease
         is open the same request_id gets the same answer. Raises SessionOver."""
-        if (known := session.leases.get(request_id)) is not None:
-            return await self._again(session, known, terms)
-        if terms.poll:
-            raise errors.InvalidRequest("poll", terms.poll, "0, which opens the lease")
+        if (again := await self._again(session, request_id, terms)) is not None:
+            return again
         to = self._destination(session, namespace, terms)
         self._tick()
         opened = self._index.acquire(
@@ -108,10 +106,8 @@ class Leases:
         terms: Terms,
     ) -> Acquired:
         """As `acquire`, in the arena, of those of the opaque keys that are there."""
-        if (known := session.leases.get(request_id)) is not None:
-            return await self._again(session, known, terms)
-        if terms.poll:
-            raise errors.InvalidRequest("poll", terms.poll, "0, which opens the lease")
+        if (again := await self._again(session, request_id, terms)) is not None:
+            return again
         if not terms.in_arena:
             raise errors.InvalidRequest("place", 0, "1 (arena), for opaque keys")
         to = self._destination(session, namespace, terms)
@@ -165,8 +161,13 @@ class Leases:
         other = session.layouts[namespace.id] is not session.mapped_pool().pools
         return self._destination(session, namespace, Terms(0, 0.0, in_arena=other))
 
-    async def _again(self, session: Session, lease: OpenLease, terms: Terms) -> Acquired:
-        """An acquire of a lease that is open: the same answer to the same question."""
+    async def _again(self, session: Session, request_id: bytes, terms: Terms) -> Acquired | None:
+        """Of a lease that is open, the same answer to the same question. None: there is none."""
+        lease = session.leases.get(request_id)
+        if lease is None:
+            if terms.poll:
+                raise errors.InvalidRequest("poll", terms.poll, "0, which opens the lease")
+            return None
         first = await asyncio.shield(lease.reply)
         if not terms.poll:
             return first
@@ -175,7 +176,7 @@ class Leases:
             raise errors.InvalidRequest("poll", terms.poll, allowed)
         if terms.poll > lease.poll or lease.polled is None:
             lease.poll = terms.poll
-            lease.polled = self._answer(session, lease, 0) if lease.is_open else _nothing()
+            lease.polled = self.there(lease) if lease.is_open else _nothing()
         return lease.polled
 
     def _answer(self, session: Session, lease: OpenLease, grant_pages: int) -> Acquired:

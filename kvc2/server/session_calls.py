@@ -107,7 +107,7 @@ class SessionCalls:
         if namespace.opaque:
             found = self._cache.leases.match_keys(session, namespace, asked.keys)
         else:
-            found = self._cache.match(session, namespace, asked.tokens)
+            found = self._cache.leases.match(session, namespace, asked.tokens)
         return to_message(found, cache_pb2.MatchResponse)
 
     async def Acquire(self, request: cache_pb2.AcquireRequest) -> cache_pb2.AcquireResponse:

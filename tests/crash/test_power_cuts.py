@@ -74,7 +74,7 @@ async def judge(image: Path, medium: Medium, chance: random.Random) -> int:
             keys = digests(number, tokens)
             depth = next((n for n, key in enumerate(keys) if key not in held), len(keys))
             session = sessions[number]
-            match = cache.match(session.session, session.opened, tokens)
+            match = cache.leases.match(session.session, session.opened, tokens)
             assert match.matched_tokens >= depth * PAGE_SIZE, "what was acknowledged is lost"
             request, found = await session.acquire(tokens)
             await session.arrived(found.transfer)

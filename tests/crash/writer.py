@@ -154,7 +154,7 @@ def acknowledge(ledger: Ledger, asked: list[list[int]], sessions: list[StandIn])
     for number, engine in enumerate(sessions):
         for seed in asked[number][-KNOWN:]:
             tokens = prompt_of(seed)
-            match = engine.cache.match(engine.session, engine.opened, tokens)
+            match = engine.cache.leases.match(engine.session, engine.opened, tokens)
             held = digests(number, tokens)[: match.matched_tokens // PAGE_SIZE]
             found.append([number, seed, [each for each in held if each in ledger.stored]])
     ledger.note(ack=found)

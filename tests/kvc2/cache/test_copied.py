@@ -50,7 +50,9 @@ def test_copies_live_as_long_as_their_namespace_says(tmp_path: Path) -> None:
             assert await engine.copy_keys(KEYS) == [_core.DUPLICATE] * 3
             now[0] += 6
             cache.tick()
-            assert cache.match(engine.session, engine.opened, prompt(1, 3)).matched_tokens == 0
+            assert (
+                cache.leases.match(engine.session, engine.opened, prompt(1, 3)).matched_tokens == 0
+            )
             found = cache.leases.match_keys(engine.session, engine.keyed, KEYS)
             assert found.found.tolist() == [0] * 3
 

@@ -34,7 +34,7 @@ def test_what_is_invalidated_is_gone_from_every_tier_and_the_rest_stays(tmp_path
             assert resident(cache) == {"gpu": 12, "cpu": 12, "disk": 12}
             found = await cache.invalidate([NAMESPACE])
             assert (found.namespaces, found.blocks, found.durable) == (1, 6, True)
-            assert cache.match(engine.session, engine.opened, tokens).matched_tokens == 0
+            assert cache.leases.match(engine.session, engine.opened, tokens).matched_tokens == 0
             await cache.flush(10)
             assert resident(cache) == {"gpu": 6, "cpu": 6, "disk": 6}
             cache.index.check()
@@ -64,7 +64,7 @@ def test_a_crash_after_the_answer_does_not_bring_it_back(tmp_path: Path) -> None
         for _ in range(2):
             async with running(crashed) as cache:
                 engine = StandIn(cache, 32)
-                assert cache.match(engine.session, engine.opened, tokens).matched_tokens == 0
+                assert cache.leases.match(engine.session, engine.opened, tokens).matched_tokens == 0
 
     asyncio.run(run())
 
@@ -135,12 +135,12 @@ def test_what_has_expired_matches_nobody_and_gives_its_pages_up(tmp_path: Path) 
             await engine.ask(stem)
             await cache.flush(10)
             clock.now += 59
-            assert cache.match(engine.session, engine.opened, tokens).matched_tokens == 24
+            assert cache.leases.match(engine.session, engine.opened, tokens).matched_tokens == 24
             await engine.ask(tokens, Hints(ttl_s=60))
             clock.now += 59
-            assert cache.match(engine.session, engine.opened, tokens).matched_tokens == 24
+            assert cache.leases.match(engine.session, engine.opened, tokens).matched_tokens == 24
             clock.now += 1
-            assert cache.match(engine.session, engine.opened, tokens).matched_tokens == 8
+            assert cache.leases.match(engine.session, engine.opened, tokens).matched_tokens == 8
             await cache.flush(10)
             assert resident(cache) == {"gpu": 2, "cpu": 2, "disk": 2}
             assert (await engine.ask(tokens)).matched_tokens == 8
@@ -159,7 +159,10 @@ def test_the_shorter_of_a_namespaces_and_a_requests_time_to_live_counts() -> Non
                 await engine.ask(prompt(seed, 2), Hints(ttl_s=ttl_s))
             for seconds, left in [(4, [8, 8, 8]), (2, [8, 0, 8]), (4, [0, 0, 0])]:
                 clock.now += seconds
-                found = [cache.match(engine.session, engine.opened, prompt(i, 2)) for i in range(3)]
+                found = [
+                    cache.leases.match(engine.session, engine.opened, prompt(i, 2))
+                    for i in range(3)
+                ]
                 assert [each.matched_tokens for each in found] == left
 
     asyncio.run(run())
@@ -175,7 +178,8 @@ def test_a_session_that_ends_leaves_first_and_priority_last() -> None:
 
             def left() -> list[int]:
                 found = [
-                    cache.match(engine.session, engine.opened, prompt(i, 4)) for i in (1, 2, 3)
+                    cache.leases.match(engine.session, engine.opened, prompt(i, 4))
+                    for i in (1, 2, 3)
                 ]
                 return [each.matched_tokens // PAGE_SIZE for each in found]
 

@@ -45,7 +45,9 @@ class World:
 
 def left(cache: Cache, engine: StandIn, *seeds: int) -> list[int]:
     """Blocks of each prompt that match."""
-    found = [cache.match(engine.session, engine.opened, prompt(seed, BLOCKS)) for seed in seeds]
+    found = [
+        cache.leases.match(engine.session, engine.opened, prompt(seed, BLOCKS)) for seed in seeds
+    ]
     return [each.matched_tokens // PAGE_SIZE for each in found]
 
 

@@ -135,7 +135,7 @@ def test_a_prefetch_evicts_nothing_for_memory_that_comes(
             found = await task
             assert (found.tiers, found.coming_tokens) == (TierTokens(cpu=BLOCKS * PAGE_SIZE), 0)
             await cache.evict("gpu", 0)
-            kept = cache.match(engine.session, engine.opened, prompt(2, 2))
+            kept = cache.leases.match(engine.session, engine.opened, prompt(2, 2))
             assert kept.tiers == TierTokens(cpu=2 * PAGE_SIZE)
 
     asyncio.run(run())

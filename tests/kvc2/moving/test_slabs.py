@@ -114,7 +114,7 @@ async def kept_by(cache: Cache, model: Model) -> set[int]:
     kept = set()
     for seed in range(PROMPTS):
         tokens = prompt(1000 * model.number + seed, BLOCKS, size)
-        found = cache.match(model.engine.session, model.engine.opened, tokens)
+        found = cache.leases.match(model.engine.session, model.engine.opened, tokens)
         if found.matched_tokens == BLOCKS * size:
             kept.add(seed)
     return kept
