@@ -29,11 +29,11 @@ AHEAD_BYTES = 1 << 20  # of pages that a Write holds and that aren't filled
 
 
 @dataclass(frozen=True)
-class CopiedBlocks:
-    """Blocks [first_block, first_block + k) of a prompt of this namespace: `tokens` [k * page_size]
-    and the session's `pages` [k] that hold them; none where they come over the wire. `lease`: one
-    in the arena; None: the tokens begin with the prompt's first block. Or blocks of opaque `keys`
-    [k]."""
+class GivenBlocks:
+    """What a commit names: blocks [first_block, first_block + k) of a prompt of this namespace, by
+    their `tokens` [k * page_size], or blocks of opaque `keys` [k]. `pages` [k] of the session's
+    hold them; none where they come over the wire. `lease`: whose they are; None: they are to be
+    copied, and the tokens begin with the prompt's first block."""
 
     namespace: Namespace
     first_block: int
@@ -45,6 +45,12 @@ class CopiedBlocks:
     @property
     def count(self) -> int:
         return len(self.keys) or self.tokens.size // self.namespace.page_size
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Results after which a granted page isn't to be given back: of tokens, a duplicate's is
+        the lease's until its end."""
+        return (_core.ADOPTED,) if self.keys else (_core.ADOPTED, _core.DUPLICATE)
 
     def cut(self, chosen: NDArray[np.intp]) -> tuple[U32, list[bytes]]:
         """Tokens or keys of the blocks at these places, which for tokens are the last ones."""
@@ -61,7 +67,7 @@ class _Copy:
     """What is under way: those of the blocks at `chosen` [n] go into the cpu pool's `granted` [n],
     and are then committed in this lease of the index."""
 
-    blocks: CopiedBlocks
+    blocks: GivenBlocks
     lease: int
     number: int
     chosen: NDArray[np.intp]
@@ -72,7 +78,7 @@ class _Copy:
 class _Into:
     """Where blocks that come over the wire are committed: the pools, and a lease of the index."""
 
-    blocks: CopiedBlocks
+    blocks: GivenBlocks
     to: LayoutPools
     lease: int
     number: int
@@ -111,7 +117,7 @@ class CopiedCommits:
         """Waits for what runs."""
         self._route.threads.shutdown(wait=True, cancel_futures=True)
 
-    async def store(self, session: Session, blocks: CopiedBlocks) -> Stored:
+    async def store(self, session: Session, blocks: GivenBlocks) -> Stored:
         """Answers when the bytes are in the arena. What its caller doesn't wait for any more is
         not committed. Raises SessionOver, NotFound for a namespace that was let go of, and
         InvalidRequest for one of another layout."""
@@ -133,7 +139,7 @@ class CopiedCommits:
         self._wake()
         return Stored(results, lease, opened)
 
-    def written(self, blocks: CopiedBlocks, to: LayoutPools) -> WrittenBlocks:
+    def written(self, blocks: GivenBlocks, to: LayoutPools) -> WrittenBlocks:
         """For blocks that come over the wire, into the pools of their layout. The caller closes it.
         Raises InvalidRequest where there is no arena."""
         if not to.chain:
@@ -143,7 +149,7 @@ class CopiedCommits:
         into = _Into(blocks, to, lease, number)
         return WrittenBlocks(self._index, self._pools, into, results, self._wake)
 
-    def _check_pools(self, session: Session, blocks: CopiedBlocks, gpu: GpuPool) -> None:
+    def _check_pools(self, session: Session, blocks: GivenBlocks, gpu: GpuPool) -> None:
         if blocks.lease is not None:
             pools: LayoutPools | None = blocks.lease.to.pools
         else:
@@ -155,7 +161,7 @@ class CopiedCommits:
             allowed = "a namespace of the pool's layout, and a daemon with a cpu tier"
             raise errors.InvalidRequest("copied", True, allowed)
 
-    def _lease(self, blocks: CopiedBlocks, cpu: int) -> tuple[int, int, U8]:
+    def _lease(self, blocks: GivenBlocks, cpu: int) -> tuple[int, int, U8]:
         """The index's lease that they are committed in; its namespace's number, which is no other's
         while the lease is open; results [k], NO_ROOM of those whose bytes are to be copied."""
         results = np.full(blocks.count, NO_ROOM, np.uint8)
@@ -179,7 +185,7 @@ class CopiedCommits:
         results[: of_tokens.pages.size] = _core.DUPLICATE
         return of_tokens.id, number, results
 
-    def _commit_again(self, lease: int, blocks: CopiedBlocks, results: U8) -> None:
+    def _commit_again(self, lease: int, blocks: GivenBlocks, results: U8) -> None:
         """What the lease has of them, as it may of a call that comes again, stays as it is."""
         view = self._index.lease(lease)
         skipped = blocks.first_block - view.first_block
@@ -211,9 +217,7 @@ class CopiedCommits:
             raise errors.SessionOver("the session ended while its pages were copied")
         answers = self._commit(cpu, copy)
         results[copy.chosen] = answers
-        # of tokens, a duplicate's page is the lease's until its end
-        kept = (_core.ADOPTED,) if copy.blocks.keys else (_core.ADOPTED, _core.DUPLICATE)
-        unused = granted[~np.isin(answers, kept)]
+        unused = granted[~np.isin(answers, copy.blocks.kept)]
         if unused.size:
             self._index.give_back(cpu, unused)
 
@@ -299,10 +303,7 @@ class WrittenBlocks:
         """The first page holds the block, whole and checked. Its lease is open."""
         if self.results[self.done] == NO_ROOM:
             self.results[self.done] = result = self._commit()
-            # of tokens, a duplicate's page is the lease's until its end
-            if result == _core.ADOPTED or (
-                result == _core.DUPLICATE and not self._into.blocks.keys
-            ):
+            if result in self._into.blocks.kept:
                 self._pages = self._pages[1:]
         self.done += 1
 

@@ -6,16 +6,15 @@ Not here: other calls of a session (session_calls.py), and the copying (cache/co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvc2 import errors
-from kvc2.answers import NO_PAGES, U32, Asked
+from kvc2.answers import NO_PAGES, U32
 from kvc2.cache.cache import Cache
-from kvc2.cache.copied import CopiedBlocks, WrittenBlocks
+from kvc2.cache.copied import GivenBlocks, WrittenBlocks
 from kvc2.cache.namespaces import Namespace
 from kvc2.cache.sessions import OpenLease, Session
 from kvc2.config import ServeConfig
@@ -28,17 +27,6 @@ RESULTS = ("adopted", "duplicate", "refused", "no_room")
 # Under write_policy through, a disk that is slower than this is not waited for: an engine takes a
 # daemon that is 5 s late for silent.
 THROUGH_S = 3.0
-
-
-@dataclass(frozen=True)
-class Checked:
-    """A LeaseCommit that was checked. `lease` None: copied, from the prompt's first block on."""
-
-    namespace: Namespace
-    lease: OpenLease | None
-    first_block: int
-    asked: Asked
-    pages: U32
 
 
 @dataclass(frozen=True)
@@ -64,7 +52,7 @@ class Commits:
         self._metrics = metrics
         self._committed = [metrics.committed_blocks.labels(result) for result in RESULTS]
 
-    def check(self, session: Session, request: cache_pb2.CommitRequest) -> list[Checked]:
+    def check(self, session: Session, request: cache_pb2.CommitRequest) -> list[GivenBlocks]:
         """Of the whole call, before the first is committed: a refused one has changed nothing."""
         checks.few("leases", len(request.leases), self._limits.max_leases_per_call)
         return [
@@ -74,24 +62,16 @@ class Commits:
 
     def check_written(
         self, session: Session, field: str, commit: cache_pb2.LeaseCommit
-    ) -> CopiedBlocks:
+    ) -> GivenBlocks:
         """Of blocks whose bytes come over the wire: as one that is copied, without pages."""
-        namespace, lease = self._whose(session, field, commit, copied=True)
-        checks.reserved(f"{field}.extras", len(commit.extras), 0)
         if commit.pages:
             raise errors.InvalidRequest(f"{field}.pages", f"{len(commit.pages)} of them", "none")
-        asked, size = checks.asked(commit, namespace, self._limits, f"{field}."), 1
-        if not namespace.opaque:
-            size = namespace.page_size
-        count, rest = divmod(len(asked.keys) or len(asked.tokens), size)
-        if rest:
-            told, allowed = f"{len(asked.tokens)} tokens", f"{size} for each block"
+        blocks = self._given(session, field, commit, NO_PAGES, copied=True)
+        size = blocks.namespace.page_size
+        if blocks.tokens.size % size:
+            told, allowed = f"{blocks.tokens.size} tokens", f"{size} for each block"
             raise errors.InvalidRequest(f"{field}.tokens", told, allowed)
-        if len(set(asked.keys)) != len(asked.keys):
-            raise errors.InvalidRequest(f"{field}.keys", "a key twice", "each key once")
-        self._check_first(field, commit, count, None if namespace.opaque else lease)
-        tokens, first = asked.tokens, commit.first_block
-        return CopiedBlocks(namespace, first, tokens, NO_PAGES, lease, asked.keys)
+        return blocks
 
     def count(self, results: NDArray[np.uint8]) -> None:
         """Of one commit's blocks, in the daemon's metrics."""
@@ -102,7 +82,7 @@ class Commits:
             self._metrics.fault("refused_commit", int(counts[2]))
 
     async def run(
-        self, session: Session, commits: list[Checked], request: cache_pb2.CommitRequest
+        self, session: Session, commits: list[GivenBlocks], request: cache_pb2.CommitRequest
     ) -> tuple[list[NDArray[np.uint8]], bool]:
         """Results of each, and whether all adopted blocks are on disk: False unless asked for."""
         wait_s = self._durable_wait_s(request)
@@ -130,7 +110,7 @@ class Commits:
             return self._config.drain_timeout_s
         return THROUGH_S if self._config.write_policy == "through" else 0.0
 
-    async def _commit(self, session: Session, commits: list[Checked], *, copied: bool) -> Done:
+    async def _commit(self, session: Session, commits: list[GivenBlocks], *, copied: bool) -> Done:
         done = Done([], [], [])
         try:
             for each in commits:
@@ -141,7 +121,7 @@ class Commits:
                         session,
                         each.lease.request_id,
                         each.first_block,
-                        each.asked.tokens,
+                        each.tokens,
                         each.pages,
                     )
                     done.results.append(result)
@@ -153,11 +133,7 @@ class Commits:
             self.count(result)
         return done
 
-    async def _copy(self, session: Session, each: Checked, done: Done) -> None:
-        asked = each.asked
-        blocks = CopiedBlocks(
-            each.namespace, each.first_block, asked.tokens, each.pages, each.lease, asked.keys
-        )
+    async def _copy(self, session: Session, blocks: GivenBlocks, done: Done) -> None:
         stored = await self._cache.copied.store(session, blocks)
         done.results.append(stored.results)
         done.leases.append(stored.lease)
@@ -166,37 +142,46 @@ class Commits:
 
     def _check(
         self, session: Session, field: str, commit: cache_pb2.LeaseCommit, *, copied: bool
-    ) -> Checked:
+    ) -> GivenBlocks:
+        pages = checks.component_pages(f"{field}.pages", commit.pages, session)
+        blocks = self._given(session, field, commit, pages, copied=copied)
+        keys, tokens, size = len(blocks.keys), blocks.tokens.size, blocks.namespace.page_size
+        if keys and keys != pages.size:
+            told, allowed = f"{keys} keys", f"one for each of {pages.size} pages"
+            raise errors.InvalidRequest(f"{field}.keys", told, allowed)
+        if not keys and tokens != pages.size * size:
+            told, allowed = f"{tokens} tokens", f"{size} for each of {pages.size} pages"
+            raise errors.InvalidRequest(f"{field}.tokens", told, allowed)
+        return blocks
+
+    def _given(
+        self,
+        session: Session,
+        field: str,
+        commit: cache_pb2.LeaseCommit,
+        pages: U32,
+        *,
+        copied: bool,
+    ) -> GivenBlocks:
+        """What a commit names, whatever brings its bytes; how many blocks is not checked."""
         namespace, lease = self._whose(session, field, commit, copied=copied)
         checks.reserved(f"{field}.extras", len(commit.extras), 0)
-        pages = checks.component_pages(f"{field}.pages", commit.pages, session)
-        asked, size = (
-            checks.asked(commit, namespace, self._limits, f"{field}."),
-            namespace.page_size,
-        )
-        if namespace.opaque:
-            self._check_keys(field, asked.keys, pages)
-        elif len(asked.tokens) != len(pages) * size:
-            told, allowed = f"{len(asked.tokens)} tokens", f"{size} for each of {len(pages)} pages"
-            raise errors.InvalidRequest(f"{field}.tokens", told, allowed)
-        self._check_first(field, commit, len(pages), None if namespace.opaque else lease)
-        return Checked(namespace, lease, commit.first_block, asked, pages)
-
-    def _check_first(
-        self, field: str, commit: cache_pb2.LeaseCommit, count: int, lease: OpenLease | None
-    ) -> None:
-        """Of `count` blocks. `lease`: None where the prompt's first is the first, and of keys."""
-        most = 0 if lease is None else self._limits.max_tokens // lease.namespace.page_size - count
-        if commit.first_block > most:
-            allowed = f"0 to {most}: a prompt's blocks, and without a lease from the first on"
-            raise errors.InvalidRequest(f"{field}.first_block", commit.first_block, allowed)
-
-    def _check_keys(self, field: str, keys: Sequence[bytes], pages: U32) -> None:
-        if len(keys) != len(pages):
-            told, allowed = f"{len(keys)} keys", f"one for each of {len(pages)} pages"
-            raise errors.InvalidRequest(f"{field}.keys", told, allowed)
-        if len(set(keys)) != len(keys):
+        asked = checks.asked(commit, namespace, self._limits, f"{field}.")
+        if len(set(asked.keys)) != len(asked.keys):
             raise errors.InvalidRequest(f"{field}.keys", "a key twice", "each key once")
+        first = commit.first_block
+        blocks = GivenBlocks(namespace, first, asked.tokens, pages, lease, asked.keys)
+        self._check_first(field, blocks)
+        return blocks
+
+    def _check_first(self, field: str, blocks: GivenBlocks) -> None:
+        """Only a lease of tokens has blocks before its commit's."""
+        most = 0
+        if blocks.lease is not None and not blocks.keys:
+            most = self._limits.max_tokens // blocks.namespace.page_size - blocks.count
+        if blocks.first_block > most:
+            allowed = f"0 to {most}: a prompt's blocks, and without a lease from the first on"
+            raise errors.InvalidRequest(f"{field}.first_block", blocks.first_block, allowed)
 
     def _whose(
         self, session: Session, field: str, commit: cache_pb2.LeaseCommit, *, copied: bool

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kvc2.answers import NO_PAGES, NOWHERE, U8, U32, Acquired, Terms
 from kvc2.cache.cache import Cache, KeyedLayout
-from kvc2.cache.copied import CopiedBlocks, Stored
+from kvc2.cache.copied import GivenBlocks, Stored
 from kvc2.cache.namespaces import Namespace
 from tests.doubles.stand_in import StandIn, payloads
 
@@ -53,7 +53,7 @@ class InArena(StandIn):
         if pages is None:
             return None
         of = self.session.lease(lease) if lease else None
-        return await self._store(CopiedBlocks(self.opened, first, part, pages, of))
+        return await self._store(GivenBlocks(self.opened, first, part, pages, of))
 
     async def copy_keys(self, keys: Sequence[bytes], lease: bytes = b"") -> list[int] | None:
         """Results by key; None as in `copy`."""
@@ -61,7 +61,7 @@ class InArena(StandIn):
         if pages is None:
             return None
         of = self.session.lease(lease) if lease else None
-        return await self._store(CopiedBlocks(self.keyed, 0, NO_PAGES, pages, of, tuple(keys)))
+        return await self._store(GivenBlocks(self.keyed, 0, NO_PAGES, pages, of, tuple(keys)))
 
     def _filled(self, rows: U8) -> U32 | None:
         pages = self.cache.leases.grant(self.session, len(rows))
@@ -71,7 +71,7 @@ class InArena(StandIn):
         self.fill(pages, rows)
         return pages
 
-    async def _store(self, blocks: CopiedBlocks) -> list[int]:
+    async def _store(self, blocks: GivenBlocks) -> list[int]:
         """The pages are to be had again afterwards, whatever comes of it."""
         try:
             stored: Stored = await self.cache.copied.store(self.session, blocks)

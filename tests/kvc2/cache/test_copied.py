@@ -13,7 +13,7 @@ import pytest
 from kvc2 import _core, errors
 from kvc2.answers import NO_PAGES
 from kvc2.cache.cache import Cache, KeyedLayout
-from kvc2.cache.copied import CopiedBlocks
+from kvc2.cache.copied import GivenBlocks
 from kvc2.config import LimitsConfig
 from kvc2.layout import layer_major
 from tests.doubles.caches import with_arena
@@ -268,7 +268,7 @@ def test_copies_of_a_lease_that_has_ended_are_refused() -> None:
                 request, _ = await reading
                 lease = engine.session.leases[request]
                 engine.release(request)
-                blocks = CopiedBlocks(
+                blocks = GivenBlocks(
                     lease.namespace,
                     0,
                     NO_PAGES if keys else prompt(1, 3)[: 3 * PAGE_SIZE],
