@@ -103,7 +103,6 @@ class Session:
     namespaces: SharedTable[str, int, Namespace] = field(default_factory=SharedTable)
     layouts: dict[int, LayoutPools] = field(default_factory=dict)
     expiry_s: float = EXPIRY_S
-    streams: int = 0  # Reads and Writes under way
     prefill_rate: float = 0.0  # tokens/s, as its engine measured last; 0: not known
 
     @property

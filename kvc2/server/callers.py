@@ -51,7 +51,7 @@ class Callers:
         self._owner_is_known = listen_address(config.listen).path is not None
         self._metrics = metrics
         self.table = table
-        self.waits = DurableWaits()
+        self.waits = UnderWay("durable waits", DURABLE_WAITS_MAX)
 
     def session(self, head: cache_pb2.SessionRef) -> Session:
         """Raises SessionOver."""
@@ -70,19 +70,27 @@ class Callers:
         return None
 
 
-class DurableWaits:
-    """Calls that wait for the disk, of any caller."""
+class UnderWay:
+    """Calls that hold something while they wait: so many at a time (`most`) of each caller."""
 
-    def __init__(self) -> None:
-        self._waiting = 0
+    def __init__(self, limit: str, most: int) -> None:
+        self._limit = limit
+        self._most = most
+        self._counts: dict[object, int] = {}
 
     @contextmanager
-    def one(self) -> Iterator[None]:
-        """Raises LimitReached."""
-        if self._waiting >= DURABLE_WAITS_MAX:
-            raise errors.LimitReached("durable waits", DURABLE_WAITS_MAX, "calls wait already")
-        self._waiting += 1
+    def one(self, of: object = None) -> Iterator[None]:
+        """Of this caller; None: of all together. Raises LimitReached."""
+        before = self._counts.get(of, 0)
+        if before >= self._most:
+            raise errors.LimitReached(self._limit, self._most, "are under way")
+        self._counts[of] = before + 1
         try:
             yield
         finally:
-            self._waiting -= 1
+            self._counts[of] -= 1
+            if not self._counts[of]:
+                del self._counts[of]
+
+    def __len__(self) -> int:
+        return sum(self._counts.values())

@@ -20,7 +20,7 @@ from kvc2.cache.sessions import OpenLease, Session
 from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics
 from kvc2.server import checks
-from kvc2.server.callers import DurableWaits
+from kvc2.server.callers import UnderWay
 from kvc2.v1 import cache_pb2
 
 RESULTS = ("adopted", "duplicate", "refused", "no_room")
@@ -43,7 +43,7 @@ class Commits:
     """Commits of all sessions."""
 
     def __init__(
-        self, config: ServeConfig, cache: Cache, waits: DurableWaits, metrics: Metrics
+        self, config: ServeConfig, cache: Cache, waits: UnderWay, metrics: Metrics
     ) -> None:
         self._config = config
         self._limits = config.limits

@@ -29,6 +29,7 @@ from kvc2.server import wiring
 from kvc2.server.attach import EXPIRY_CHECK_S, Attachments
 from kvc2.server.callers import Callers
 from kvc2.server.claim import Claim
+from kvc2.server.commits import Commits
 from kvc2.server.scrapes import Scrapes
 from kvc2.server.session_calls import SessionCalls
 from kvc2.server.shared_calls import SharedCalls
@@ -91,10 +92,11 @@ class Daemon:
         self._claim = claim
         self.attachments = Attachments(config, cache, table, metrics)
         callers = Callers(config, table, metrics)
+        commits = Commits(config, cache, callers.waits, metrics)
         self.calls = Calls(
-            SessionCalls(config, cache, self.attachments, callers, metrics),
+            SessionCalls(config, cache, self.attachments, callers, commits, metrics),
             SharedCalls(config, cache, callers, metrics, self._drain_call),
-            Streams(config, cache, callers, metrics),
+            Streams(config.limits, cache, callers, commits),
         )
         self._flushed: asyncio.Task[Flushed] | None = None
         self._deadline = 0.0

@@ -42,6 +42,7 @@ class SessionCalls:
         cache: Cache,
         attachments: Attachments,
         callers: Callers,
+        commits: Commits,
         metrics: Metrics,
     ) -> None:
         self._config = config
@@ -49,7 +50,7 @@ class SessionCalls:
         self._cache = cache
         self._attachments = attachments
         self._callers = callers
-        self._commits = Commits(config, cache, callers.waits, metrics)
+        self._commits = commits
         self._metrics = metrics
         self._tenants = Tenants(config)
         self._acquire_deadline_s = config.acquire_deadline_ms / 1000

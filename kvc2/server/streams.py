@@ -21,10 +21,9 @@ from kvc2.answers import NOWHERE
 from kvc2.cache.cache import Cache
 from kvc2.cache.copied import WrittenBlocks
 from kvc2.cache.sessions import OpenLease, Session
-from kvc2.config import ServeConfig
-from kvc2.metrics import Metrics
+from kvc2.config import LimitsConfig
 from kvc2.server import checks
-from kvc2.server.callers import Callers
+from kvc2.server.callers import Callers, UnderWay
 from kvc2.server.commits import Commits
 from kvc2.v1 import cache_pb2
 from kvc2.wire import with_payload
@@ -40,12 +39,12 @@ class Streams:
     """Handlers, named as the rpcs. They raise errors.Kvc2Error; wiring.py answers."""
 
     def __init__(
-        self, config: ServeConfig, cache: Cache, callers: Callers, metrics: Metrics
+        self, limits: LimitsConfig, cache: Cache, callers: Callers, commits: Commits
     ) -> None:
-        self._limits = config.limits
+        self.under_way = UnderWay("limits.max_streams", limits.max_streams)
         self._cache = cache
         self._callers = callers
-        self._commits = Commits(config, cache, callers.waits, metrics)
+        self._commits = commits
 
     async def Read(self, context: Context, request: cache_pb2.ReadRequest) -> None:
         session = self._callers.session(request.session)
@@ -53,7 +52,7 @@ class Streams:
         if not lease.to.in_arena:
             allowed = "a lease in the arena"
             raise errors.InvalidRequest("request_id", request.request_id, allowed)
-        with self._one(session), Life(session, lease).cancels():
+        with self.under_way.one(session.epoch), Life(session, lease).cancels():
             # now: a status that is sent while a message waits can't bring it along
             await context.send_initial_metadata(())
             await self._send(Sender(context, Life(session, lease)), lease, request)
@@ -90,7 +89,7 @@ class Streams:
             for name in ("block", "offset", "payload", "checksum"):
                 if getattr(first, name):
                     raise errors.InvalidRequest(name, getattr(first, name), "in later messages")
-            with self._one(session):
+            with self.under_way.one(session.epoch):
                 return await self._write(session, first.commit, receiver)
 
     async def _write(
@@ -112,18 +111,6 @@ class Streams:
                 written.close()
         self._commits.count(written.results)
         return cache_pb2.WriteResponse(results=written.results.tobytes())
-
-    @contextmanager
-    def _one(self, session: Session) -> Iterator[None]:
-        """Raises LimitReached."""
-        most = self._limits.max_streams
-        if session.streams >= most:
-            raise errors.LimitReached("limits.max_streams", most, "are under way")
-        session.streams += 1
-        try:
-            yield
-        finally:
-            session.streams -= 1
 
 
 class Life:

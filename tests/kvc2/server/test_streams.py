@@ -122,13 +122,17 @@ def session_of(served: ServedDaemon) -> Any:
     return next(iter(served.daemon.attachments.table))
 
 
+def streams_under_way(served: ServedDaemon) -> int:
+    return len(served.daemon.calls.streams.under_way)
+
+
 def nothing_is_held(served: ServedDaemon, *, leases: int = 0) -> None:
     """No page is private, no lease open but these, and no stream counted."""
     served.on_loop(served.daemon.cache.index.check)
     stats = served.on_loop(served.daemon.cache.stats)
     cpu = next(each for each in stats.tiers if each.tier == "cpu")
     assert (cpu.private_pages, stats.leases) == (0, leases)
-    assert [each.streams for each in served.daemon.attachments.table] == [0]
+    assert streams_under_way(served) == 0
 
 
 def until(served: ServedDaemon, condition: Any) -> None:
@@ -446,7 +450,7 @@ def test_a_lease_that_is_released_ends_its_read_and_no_byte_is_wrong(
         one.lease(b"a", 1)
         call = stalled(hand, served, made)
         one.client.release([b"a"])
-        until(served, lambda: session_of(served).streams == 0)
+        until(served, lambda: streams_under_way(served) == 0)
         with Admin(served.address) as admin:
             admin.flush(10)
             admin.evict("cpu")
@@ -474,10 +478,10 @@ def test_a_session_that_ends_ends_its_streams(tmp_path: Path, made: list[int]) -
                 go_on.wait(20)
 
             write = hand.begin(messages())
-            until(served, lambda: session.streams == 2)
+            until(served, lambda: streams_under_way(served) == 2)
             served.on_loop(session.give_up)
             assert write.code().name == "FAILED_PRECONDITION"
-            until(served, lambda: session.streams == 0)
+            until(served, lambda: streams_under_way(served) == 0)
             assert rest_of(call)[1] == "FAILED_PRECONDITION"
             go_on.set()
         assert one.wait_detached(1)
@@ -504,7 +508,7 @@ def test_a_cancelled_stream_leaves_nothing(tmp_path: Path, rpc: str, made: list[
             until(served, lambda: private_pages(served) == 1)
         call.cancel()
         go_on.set()
-        until(served, lambda: session_of(served).streams == 0)
+        until(served, lambda: streams_under_way(served) == 0)
         assert one.found(3) == 0
 
 
@@ -565,7 +569,7 @@ def test_one_stream_too_many_is_refused_by_name(tmp_path: Path, made: list[int])
         with pytest.raises(LimitReached, match=r"limits\.max_streams = 1"):
             one.streams.read(b"a", one.rows())
         call.cancel()
-        until(served, lambda: session_of(served).streams == 0)
+        until(served, lambda: streams_under_way(served) == 0)
         assert one.store(2) == [0] * BLOCKS
 
 
@@ -617,12 +621,14 @@ def test_a_client_that_is_killed_in_mid_stream_leaves_nothing(tmp_path: Path) ->
         try:
             assert child.stdout is not None
             assert child.stdout.readline() == "ready\n"
-            session = session_of(served)
-            until(served, lambda: session.streams == 2 and private_pages(served) == 1)
+            until(served, lambda: streams_under_way(served) == 2 and private_pages(served) == 1)
         finally:
             os.kill(child.pid, signal.SIGKILL)
             child.wait()
-        until(served, lambda: not len(served.daemon.attachments.table) and not session.streams)
+        until(
+            served,
+            lambda: not len(served.daemon.attachments.table) and not streams_under_way(served),
+        )
         until(served, lambda: private_pages(served) == 0)
         with Remote(served.address, LARGE) as one:
             assert one.found(1) == BLOCKS
