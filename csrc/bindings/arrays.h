@@ -1,6 +1,6 @@
 // Arguments of the bindings as spans of memory: dtype, shape and order are checked by name, nothing
 // is converted or copied. The checks need the GIL; the spans live on without it, as long as the
-// object that was checked.
+// object that was checked. Results are copied into new arrays.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -14,6 +14,30 @@
 namespace kvc2::bindings {
 
 constexpr pybind11::ssize_t kAnyLength = -1;
+
+// Runs `work` without the GIL.
+template <class Work>
+auto unlocked(Work&& work) {
+  const pybind11::gil_scoped_release release;
+  return work();
+}
+
+template <class T>
+pybind11::array_t<T> array_of(std::span<const T> values) {
+  return pybind11::array_t<T>(static_cast<pybind11::ssize_t>(values.size()), values.data());
+}
+
+template <class T>
+pybind11::array_t<T> array_of(const std::vector<T>& values) {
+  return array_of(std::span<const T>(values));
+}
+
+// Enums of one byte as their numbers.
+template <class Answer>
+pybind11::array_t<uint8_t> answers_of(const std::vector<Answer>& answers) {
+  static_assert(sizeof(Answer) == 1);
+  return array_of(std::span(reinterpret_cast<const uint8_t*>(answers.data()), answers.size()));
+}
 
 // Elements of a C-contiguous array of T with this shape. TypeError or ValueError names `name`.
 template <class T>

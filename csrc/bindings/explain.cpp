@@ -63,6 +63,5 @@ void bind_explain(py::module_& module, py::class_<Index>& index) {
       .def_property_readonly("death", &death_of)
       .def_property_readonly("sibling", &sibling_of);
   index.def("explain", &explain, "namespace"_a, "pools"_a, "tokens"_a)
-      .def("page_size", &Index::page_size, "pool"_a, py::call_guard<py::gil_scoped_release>())
-      .def("advance", &Index::advance, "now"_a, py::call_guard<py::gil_scoped_release>());
+      .def("page_size", &Index::page_size, "pool"_a, py::call_guard<py::gil_scoped_release>());
 }

@@ -8,11 +8,17 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstring>
 #include <string>
+
+#include "bindings/arrays.h"
 
 namespace py = pybind11;
 using namespace py::literals;
 using namespace kvc2;
+using bindings::answers_of;
+using bindings::array_of;
+using bindings::unlocked;
 
 namespace {
 
@@ -61,29 +67,12 @@ std::span<const Digest> digests_of(const py::object& given, const char* name) {
   return {reinterpret_cast<const Digest*>(bytes.data()), bytes.size() / sizeof(Digest)};
 }
 
-template <typename T>
-Array<T> array_of(std::span<const T> values) {
-  return Array<T>(static_cast<py::ssize_t>(values.size()), values.data());
-}
-
-template <typename T>
-Array<T> array_of(const std::vector<T>& values) {
-  return array_of(std::span<const T>(values));
-}
-
 // Small fixed-size items (names, extents, answers) as rows of their elements.
 template <typename T, typename Item>
 Array<T> rows_of(const std::vector<Item>& items) {
   constexpr auto width = static_cast<py::ssize_t>(sizeof(Item) / sizeof(T));
   return Array<T>({static_cast<py::ssize_t>(items.size()), width},
                   reinterpret_cast<const T*>(items.data()));
-}
-
-template <typename Answer>
-Array<uint8_t> answers_of(const std::vector<Answer>& answers) {
-  static_assert(sizeof(Answer) == 1);
-  return Array<uint8_t>(static_cast<py::ssize_t>(answers.size()),
-                        reinterpret_cast<const uint8_t*>(answers.data()));
 }
 
 py::tuple tuple_of(const std::vector<uint32_t>& values) { return py::tuple(py::cast(values)); }
@@ -241,13 +230,6 @@ void bind_transfer(py::module_& module) {
       .def_property_readonly("records", [](const Transfer& t) -> py::object {
         return t.records ? py::cast(arrays_of(*t.records)) : py::none();
       });
-}
-
-// Runs `work` without the GIL.
-template <typename Work>
-auto unlocked(Work&& work) {
-  const py::gil_scoped_release release;
-  return work();
 }
 
 void bind_pools(py::class_<Index>& index) {

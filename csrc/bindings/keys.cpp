@@ -1,14 +1,15 @@
 // kvc2._core, part "keys": blocks that their engine names itself. The contract is kvc2/_core.pyi.
 #include <pybind11/stl.h>
 
-#include <cstring>
-
 #include "bindings/arrays.h"
 #include "index/index.h"
 
 namespace py = pybind11;
 using namespace py::literals;
 using namespace kvc2;
+using bindings::answers_of;
+using bindings::array_of;
+using bindings::unlocked;
 
 static py::value_error wrong_key(size_t i, size_t bytes) {
   return py::value_error("keys[" + std::to_string(i) + "]: " + std::to_string(bytes) +
@@ -37,25 +38,12 @@ static std::vector<KeyBlock> blocks_of(const py::object& keys) {
   return blocks;
 }
 
-template <typename T, typename From>
-static py::array_t<T> array_of(const std::vector<From>& values) {
-  static_assert(sizeof(T) == sizeof(From));
-  return py::array_t<T>(static_cast<py::ssize_t>(values.size()),
-                        reinterpret_cast<const T*>(values.data()));
-}
-
-template <typename Work>
-static auto unlocked(Work&& work) {
-  const py::gil_scoped_release release;
-  return work();
-}
-
 static py::array_t<uint8_t> commit(Index& self, uint32_t space, PoolId pool, const py::object& keys,
                                    const py::object& pages, std::optional<LeaseId> lease,
                                    const Hints& hints) {
   const auto blocks = blocks_of(keys);
   const auto ids = bindings::elements<uint32_t>(pages, "pages", {bindings::kAnyLength});
-  return array_of<uint8_t>(
+  return answers_of(
       unlocked([&] { return self.commit_keys(space, pool, blocks, ids, lease, hints); }));
 }
 
@@ -66,7 +54,7 @@ static void bind_pins_of_keys(py::class_<Index>& index) {
           [](Index& self, uint32_t space, PoolId pool, const py::object& keys, bool hard,
              uint32_t max_blocks, uint32_t ttl) {
             const auto blocks = blocks_of(keys);
-            return array_of<uint8_t>(unlocked(
+            return array_of(unlocked(
                 [&] { return self.pin_keys(space, pool, blocks, {hard, max_blocks, ttl}); }));
           },
           "namespace"_a, "pool"_a, "keys"_a, py::kw_only(), "hard"_a, "max_blocks"_a, "ttl_s"_a = 0)
@@ -74,8 +62,7 @@ static void bind_pins_of_keys(py::class_<Index>& index) {
           "unpin_keys",
           [](Index& self, uint32_t space, PoolId pool, const py::object& keys) {
             const auto blocks = blocks_of(keys);
-            return array_of<uint8_t>(
-                unlocked([&] { return self.unpin_keys(space, pool, blocks); }));
+            return array_of(unlocked([&] { return self.unpin_keys(space, pool, blocks); }));
           },
           "namespace"_a, "pool"_a, "keys"_a);
 }
@@ -85,20 +72,16 @@ void bind_keys(py::module_& module, py::class_<Index>& index) {
   module.attr("OPAQUE_KEY_MAX") = kOpaqueKeyMax;
   py::class_<KeyLeaseView>(module, "KeyLease")
       .def_readonly("id", &KeyLeaseView::id)
-      .def_property_readonly("found",
-                             [](const KeyLeaseView& l) { return array_of<uint8_t>(l.found); })
-      .def_property_readonly("pages",
-                             [](const KeyLeaseView& l) { return array_of<uint32_t>(l.pages); })
-      .def_property_readonly("arrived",
-                             [](const KeyLeaseView& l) { return array_of<uint8_t>(l.arrived); })
+      .def_property_readonly("found", [](const KeyLeaseView& l) { return array_of(l.found); })
+      .def_property_readonly("pages", [](const KeyLeaseView& l) { return array_of(l.pages); })
+      .def_property_readonly("arrived", [](const KeyLeaseView& l) { return array_of(l.arrived); })
       .def_readonly("transfer", &KeyLeaseView::transfer);
   index
       .def(
           "match_keys",
           [](const Index& self, uint32_t space, PoolId pool, const py::object& keys) {
             const auto blocks = blocks_of(keys);
-            return array_of<uint8_t>(
-                unlocked([&] { return self.match_keys(space, pool, blocks); }));
+            return array_of(unlocked([&] { return self.match_keys(space, pool, blocks); }));
           },
           "namespace"_a, "pool"_a, "keys"_a)
       .def(
