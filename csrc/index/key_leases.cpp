@@ -5,8 +5,6 @@
 
 namespace kvc2 {
 
-constexpr uint32_t kNoneFresh = 0xFFFFFFFF;
-
 template <typename Map>
 static auto& found_in(Map& leases, LeaseId id) {
   const auto found = leases.find(id);
@@ -144,9 +142,11 @@ std::vector<CommitResult> KeyLeases::commit(Commit asked, std::optional<LeaseId>
   std::vector<CommitResult> results(asked.keys.size(), CommitResult::kRefused);
   if (tree_.spaces[asked.space].retired) return results;
   for (size_t i = 0; i < results.size(); ++i) {
+    // What was private until now is in no lease: only for a call that comes again all are searched.
+    const bool again = !pools_.at(asked.pool).is(asked.pages[i], PageState::kPrivate);
     results[i] = commit_one(asked, i);
     if (!lease || results[i] != CommitResult::kAdopted) continue;
-    if (std::ranges::find(lease->pages, asked.pages[i]) != lease->pages.end()) continue;
+    if (again && std::ranges::find(lease->pages, asked.pages[i]) != lease->pages.end()) continue;
     lease->keys.push_back(asked.keys[i]);
     lease->pages.push_back(kNoPage);
     hold(*lease, lease->pages.size() - 1, tree_.owner(asked.pool, asked.pages[i]));

@@ -77,10 +77,12 @@ Load Index::prefetch_keys(uint32_t space, PoolId head, std::span<const KeyBlock>
   const Lock lock(mutex_);
   check_keys(space, head);
   const std::vector<PoolId> pools = pools_.chain(head);
-  const uint32_t stamp = touches ? tick() : 0;
-  for (const KeyBlock& key : keys) {
-    if (!touches || key_leases_.find(space, pools, key) == 0) continue;
-    for (const Run& run : tree_.find(space, key)) tree_.touch(run, stamp);
+  if (touches) {
+    const uint32_t stamp = tick();
+    for (const KeyBlock& key : keys) {
+      if (key_leases_.find(space, pools, key) == 0) continue;
+      for (const Run& run : tree_.find(space, key)) tree_.touch(run, stamp);
+    }
   }
   return key_leases_.prefetch(space, pools, keys, max_pages);
 }

@@ -125,8 +125,11 @@ void Leases::unregister_computing(Lease& lease, uint32_t end) {
 
 LeaseView Leases::view_of(LeaseId id, const Lease& lease) const {
   const size_t tiers = pools_.chain(lease.pool).size();
-  LeaseView view{id, lease.matched,   lease.first, {}, std::vector<uint32_t>(tiers, 0),
-                 0,  lease.computing, 0,           {}};
+  LeaseView view{.id = id,
+                 .matched = lease.matched,
+                 .first_block = lease.first,
+                 .tiers = std::vector<uint32_t>(tiers, 0),
+                 .computing = lease.computing};
   for (const Held& held : lease.held) {
     view.pages.push_back(held.page);
     if (held.tier != kComputed) ++view.tiers[held.tier];

@@ -64,13 +64,13 @@ struct LeaseView {
   LeaseId id;
   uint32_t matched;
   uint32_t first_block;  // of `pages`
-  std::vector<PageId> pages;
+  std::vector<PageId> pages{};
   std::vector<uint32_t> tiers;
-  TransferId transfer;
+  TransferId transfer = 0;
   uint32_t computing;
-  uint32_t arrived;            // leading ones of `pages` that are not being filled
-  std::vector<TierRun> ahead;  // matched blocks after `pages`, by the tier they were found in
-  Explanation explanation{};   // as acquire found it; empty later
+  uint32_t arrived = 0;          // leading ones of `pages` that are not being filled
+  std::vector<TierRun> ahead{};  // matched blocks after `pages`, by the tier they were found in
+  Explanation explanation{};     // as acquire found it; empty later
 };
 
 class Leases {
@@ -114,7 +114,7 @@ class Leases {
 
  private:
   static constexpr uint8_t kComputed = 0xFF;
-  static constexpr uint32_t kNoneFresh = 0xFFFFFFFF, kEveryBlock = 0xFFFFFFFF;
+  static constexpr uint32_t kEveryBlock = 0xFFFFFFFF;
 
   // One block of a lease. `page` is what the engine uses, `anchor` the block's page in the pool,
   // pinned: the same, unless `page` is a duplicate's. The anchor's owner is how the lease finds its

@@ -182,7 +182,7 @@ uint32_t RadixTree::advance(uint32_t now) {
     refresh(id);
   }
   for (const BlockKey& block : pins.advance(now_)) {
-    const NodeId id = heads_.get(block);  // or one of the same key, which that does no harm
+    const NodeId id = heads_.get(block);  // its node, or one with an equal key: no harm is done
     if (id == kNoNode) continue;
     refresh(id);
     ++nodes;

@@ -48,6 +48,7 @@ namespace kvc2 {
 
 constexpr NodeId kNoNode = 0xFFFFFFFF;
 constexpr uint32_t kBeforeFirst = 0xFFFFFFFF;  // + 1 == 0
+constexpr uint32_t kNoneFresh = 0xFFFFFFFF;    // of `say`: no block of the path is new
 
 // A block: the offset-th of a node's run. {root, kBeforeFirst} is where a path begins.
 struct Place {
@@ -167,7 +168,8 @@ class RadixTree {
   // last to use, and from which no other path branches.
   void end_tail(Place at, uint32_t stamp);
   void expire_by(uint32_t space, uint32_t second);  // all blocks of a namespace; walks it
-  uint32_t advance(uint32_t now);                   // in how many nodes blocks expired or lapsed
+  // In how many nodes blocks expired, lapsed, or are pinned no more.
+  uint32_t advance(uint32_t now);
   uint32_t now() const { return now_; }
 
   // Identity.
