@@ -69,10 +69,7 @@ void Index::close_pool(PoolId id) {
     leases = leases_.in_pool(id);
     std::ranges::copy(key_leases_.in_pool(id), std::back_inserter(leases));
   }
-  for (const LeaseId lease : leases) {
-    const Lock lock(mutex_);
-    if (!leases_.close(lease)) key_leases_.close(lease);
-  }
+  release_all(leases);
   in_slices(id, [&, page = PageId{0}]() mutable {
     PagePool& from = pools_.at(id);
     if (page == from.size()) return false;

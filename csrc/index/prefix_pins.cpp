@@ -33,16 +33,15 @@ bool PrefixPins::pin(PoolId pool, uint32_t space, std::vector<BlockKey>&& keys, 
   if (known != of.pins.end()) discount(of, known->second);
   Pin pin{space, how, ends, std::move(keys)};
   count(of, pin);
-  const bool fits = of_kind(of, how) <= most;
-  if (!fits) discount(of, pin);
-  if (fits) {
-    if (known != of.pins.end()) ends_.erase({known->second.ends, pool, last});
-    if (ends > 0) ends_.insert({ends, pool, last});
-    of.pins.insert_or_assign(last, std::move(pin));
-  } else if (known != of.pins.end()) {
-    count(of, known->second);
+  if (of_kind(of, how) > most) {
+    discount(of, pin);
+    if (known != of.pins.end()) count(of, known->second);
+    return false;
   }
-  return fits;
+  if (known != of.pins.end()) ends_.erase({known->second.ends, pool, last});
+  if (ends > 0) ends_.insert({ends, pool, last});
+  of.pins.insert_or_assign(last, std::move(pin));
+  return true;
 }
 
 uint32_t PrefixPins::unpin(PoolId pool, const BlockKey& last) {
