@@ -79,9 +79,8 @@ bool equal(const uint8_t* a, const uint8_t* b, size_t bytes) {
   return std::memcmp(a, b, bytes) == 0;
 }
 
-template <typename T>
-bool all_zero(std::span<const T> values) {
-  return std::all_of(values.begin(), values.end(), [](T value) { return value == 0; });
+bool all_zero(const auto& values) {
+  return std::ranges::all_of(values, [](auto value) { return value == 0; });
 }
 
 // Tokens, or a key and zeros after it.
@@ -90,13 +89,12 @@ bool named_in_one_way(const Header& header) {
   if (header.key_mode == kTokens) return header.external_bytes == 0 && all_zero(key);
   return header.key_mode == kExternal && header.external_bytes > 0 &&
          header.external_bytes <= key.size() && all_zero(key.subspan(header.external_bytes)) &&
-         all_zero(std::span<const uint32_t>(header.tokens));
+         all_zero(header.tokens);
 }
 
 bool reserved_as_allowed(const Header& header) {
-  const auto zero = [](std::span<const uint8_t> bytes) { return all_zero(bytes); };
   return header.flags == 0 && header.component == 0 && header.part == 0 && header.parts == 1 &&
-         zero(header.mac) && zero(header.reserved_low) && zero(header.reserved_high);
+         all_zero(header.mac) && all_zero(header.reserved_low) && all_zero(header.reserved_high);
 }
 
 bool sound(const Header& header) {
