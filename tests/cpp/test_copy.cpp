@@ -99,10 +99,15 @@ void a_reported_layer_is_readable() {
   ThreadTeam team(3);
   std::atomic<uint64_t> progress{0};
   std::vector<size_t> reports;
+  std::vector<uint32_t> layer_ends;  // of one segment and of three, in turn
+  for (uint32_t layer = 0; layer < 40; ++layer) {
+    layer_ends.push_back(2 * (layer + 1) - (layer % 2 == 0));
+  }
   std::thread reader([&] {
+    size_t j = 0;
     for (uint64_t layer = 0; layer < 40; ++layer) {
       while (progress.load(std::memory_order_acquire) <= layer) std::this_thread::yield();
-      for (size_t j = 2 * layer; j < 2 * layer + 2; ++j) {
+      for (; j < layer_ends[layer]; ++j) {
         for (const uint32_t page : pages) {
           const uint8_t* data = pool.segment(j, page);
           EXPECT(data[0] == 0xAB && data[pool.segments[j].bytes - 1] == 0xAB);
@@ -110,8 +115,8 @@ void a_reported_layer_is_readable() {
       }
     }
   });
-  scatter(team, list, {arena.data(), arena.size()}, {pool.data.data(), pool.data.size()}, pairs(40),
-          [&](size_t layers) {
+  scatter(team, list, {arena.data(), arena.size()}, {pool.data.data(), pool.data.size()},
+          layer_ends, [&](size_t layers) {
             reports.push_back(layers);
             progress.store(layers, std::memory_order_release);
           });

@@ -45,6 +45,19 @@ def offsets_for(pool: Pool, count: int, seed: int = 4) -> np.ndarray:
     return order * np.uint64(pool.payload_bytes + 5) + np.uint64(3)
 
 
+def scatter(
+    team: _core.ThreadTeam,
+    arena: np.ndarray,
+    offsets: np.ndarray,
+    pool: Pool,
+    pages: np.ndarray,
+    **told: object,
+) -> None:
+    """Into the pool's memory; with two segments a layer, unless `told` says otherwise."""
+    told = {"segments": pool.segments, "layer_ends": ends(pool, 2)} | told
+    _core.scatter(team, arena, offsets, pool.memory, pages=pages, **told)
+
+
 @pytest.fixture(params=[1, 2, 3])
 def team(request: pytest.FixtureRequest) -> _core.ThreadTeam:
     return _core.ThreadTeam(request.param)
@@ -82,18 +95,11 @@ def test_scatter_counts_layers_in_the_progress_word_and_the_event(team, segments
     arena = np.zeros(int(offsets.max()) + pool.payload_bytes, np.uint8)
     progress, event = np.zeros(1, np.uint64), os.eventfd(0, os.EFD_NONBLOCK)
     try:
-        _core.scatter(
-            team,
-            arena,
-            offsets,
-            pool.memory,
-            pool.segments,
-            pages,
+        scatter(
+            team, arena, offsets, pool, pages,
             layer_ends=ends(pool, segments_per_layer),
-            progress=progress,
-            progress_base=1 << 40,
-            event_fd=event,
-        )
+            progress=progress, progress_base=1 << 40, event_fd=event,
+        )  # fmt: skip
         layers = len(pool.segments) // segments_per_layer
         assert progress[0] == (1 << 40) + layers
         assert os.eventfd_read(event) == layers
@@ -111,16 +117,7 @@ def test_layers_need_not_have_the_same_segments(team):
     for last in range(1, 5):
         ends_here = np.array([*layer_ends[: last - 1], count], np.uint32)
         pool.memory[:] = 0
-        _core.scatter(
-            team,
-            arena,
-            offsets,
-            pool.memory,
-            pool.segments,
-            pages,
-            layer_ends=ends_here,
-            progress=progress,
-        )
+        scatter(team, arena, offsets, pool, pages, layer_ends=ends_here, progress=progress)
         assert progress[0] == last
         assert {pool.payload(page) for page in (3, 1)} == {bytes([7]) * pool.payload_bytes}
 
@@ -132,16 +129,7 @@ def test_a_closed_event_is_an_error_but_the_pages_are_there():
     event = os.eventfd(0)
     os.close(event)
     with pytest.raises(OSError, match="Bad file descriptor"):
-        _core.scatter(
-            _core.ThreadTeam(2),
-            arena,
-            offsets,
-            pool.memory,
-            pool.segments,
-            pages,
-            layer_ends=ends(pool, 2),
-            event_fd=event,
-        )
+        scatter(_core.ThreadTeam(2), arena, offsets, pool, pages, event_fd=event)
     assert pool.payload(1) == bytes(arena)
 
 
@@ -161,9 +149,7 @@ def test_what_lies_outside_is_named_and_nothing_moves(page: int, offset: int, sa
     with pytest.raises(IndexError, match=says):
         _core.gather(team, pool.memory, pool.segments, pages, arena, offsets)
     with pytest.raises(IndexError, match=says):
-        _core.scatter(
-            team, arena, offsets, pool.memory, pool.segments, pages, layer_ends=ends(pool, 2)
-        )
+        scatter(team, arena, offsets, pool, pages)
     assert (arena == 0xEE).all()
     np.testing.assert_array_equal(pool.memory, before)
 
@@ -182,25 +168,20 @@ def test_a_wrong_argument_is_named():
     pages, offsets = np.array([0], np.uint32), np.array([0], np.uint64)
     arena = np.zeros(pool.payload_bytes, np.uint8)
 
-    def scatter(**changes: object) -> None:
-        arguments = {
-            "segments": pool.segments,
-            "pages": pages,
-            "layer_ends": ends(pool, 2),
-        } | changes
-        _core.scatter(team, arena, offsets, pool.memory, **arguments)
+    def refused(pages: np.ndarray = pages, **told: object) -> None:
+        scatter(team, arena, offsets, pool, pages, **told)
 
     with pytest.raises(TypeError, match="pages"):
-        scatter(pages=pages.astype(np.int32))
+        refused(pages=pages.astype(np.int32))
     with pytest.raises(ValueError, match="offsets has shape"):
-        scatter(pages=np.array([0, 1], np.uint32))
+        refused(pages=np.array([0, 1], np.uint32))
     with pytest.raises(ValueError, match="segments has shape"):
-        scatter(segments=pool.segments[:, :2].copy())
+        refused(segments=pool.segments[:, :2].copy())
     for wrong in ([], [0, 4], [2, 2, 4], [2], [2, 5]):
         with pytest.raises(ValueError, match="layer_ends does not rise to the"):
-            scatter(layer_ends=np.array(wrong, np.uint32))
+            refused(layer_ends=np.array(wrong, np.uint32))
     with pytest.raises(ValueError, match="progress"):
-        scatter(progress=bytearray(7))
+        refused(progress=bytearray(7))
     with pytest.raises(TypeError, match="arena is not a writable"):
         _core.gather(team, pool.memory, pool.segments, pages, bytes(arena), offsets)
     for threads in (0, -1, 1025):
@@ -213,7 +194,7 @@ def test_copies_agree_on_every_instruction_set(isa: str):
     """The tests above, in a process whose core may use nothing better than `isa`."""
     if INSTRUCTION_SETS.index(_core.copy_backend()) < INSTRUCTION_SETS.index(isa):
         pytest.skip(f"this machine, or KVC2_ISA, has no {isa}")
-    tests = ["-k", "exactly or counts", __file__]
+    tests = ["-k", "exactly or counts or layers or each_buffer", __file__]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         env=os.environ | {"KVC2_ISA": isa},

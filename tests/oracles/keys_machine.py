@@ -206,9 +206,10 @@ class KeysMachine(IndexLives):
         assert self.index.retire(self.space) == self.model.retire(self.space)
         self.open_keys()
 
-    @rule(pool=choice, keys=some_keys, hard=st.booleans(), most=st.sampled_from([9, 1]))
-    def pin_keys(self, pool: int, keys: list[bytes], hard: bool, most: int) -> None:
-        at, ttl = self.a_pool(pool), (0, 1, 3)[pool // 7 % 3]
+    @rule(pool=choice, keys=some_keys, hard=st.booleans(), most=st.sampled_from([9, 1]),
+          ttl=st.sampled_from([0, 1, 3]))  # fmt: skip
+    def pin_keys(self, pool: int, keys: list[bytes], hard: bool, most: int, ttl: int) -> None:
+        at = self.a_pool(pool)
         pins = [p for p in self.model.prefix_pins if p[1][0] in self.key_spaces]
         for old_pool, path in pins:  # else soon nothing may be evicted
             [key] = [key for key in KEYS if words(key) == path[1]]
