@@ -21,7 +21,6 @@ from tests.oracles.machines import (
     SEEN,
     IndexMachine,
     Prompt,
-    block_bytes,
     choice,
     namespaces,
     prompts,
@@ -29,7 +28,7 @@ from tests.oracles.machines import (
     some_hints,
     u32,
 )
-from tests.oracles.model_parts import RESIDENT, Hints, digests
+from tests.oracles.model_parts import RESIDENT, Hints
 
 
 class IndexEndings(IndexMachine):
@@ -200,10 +199,7 @@ class IndexEndings(IndexMachine):
             fresh.open_namespace(name, PAGE_SIZE, opaque=number in self.key_spaces)
         for namespace in self.model.retired:
             assert fresh.retire(namespace) == 0
-        chains = [
-            [self.names[n], *digests(self.names[n], [block_bytes(b) for b in bs])]  # type: ignore[call-overload]
-            for (n, *bs), _ in rows
-        ]
+        chains = [self.names_of(p) for p, _ in rows]
         ends = [self.model.life(p).expires for p, _ in rows]
         none = (0,) * 17
         keys: list[tuple[int, ...]] = [

@@ -27,6 +27,7 @@ from tests.oracles.model_parts import (
     TransferModel,
     digests,
 )
+from tests.oracles.records import check_record
 from tests.oracles.slab_models import SlabModel
 
 PAGE_SIZE = 2
@@ -68,10 +69,6 @@ def of_hints(hints: Hints) -> _core.Hints:
         priority=hints.priority,
         session_end=hints.end,
     )
-
-
-def block_bytes(block: object) -> bytes:
-    return u32(block).tobytes()
 
 
 class IndexMachine(RuleBasedStateMachine):
@@ -402,29 +399,13 @@ class IndexMachine(RuleBasedStateMachine):
         assert records is not None
         assert records.generations.tolist() == [self.generations[page] for page in durable]
         for i, path in enumerate(expected.paths):
-            self.check_record(records, i, path)
+            check_record(records, i, path, self.names_of(path), opaque=path[0] in self.key_spaces)
 
-    def check_record(self, records: "_core.Records", i: int, path: Path) -> None:
+    def names_of(self, path: Path) -> list[bytes]:
+        """Its namespace's, and the digest of each of its blocks."""
         namespace, *blocks = path
         name = self.names[namespace]  # type: ignore[call-overload]
-        chain = [name, *digests(name, [block_bytes(block) for block in blocks])]
-        assert records.namespaces[i].tobytes() == name
-        assert [records.parents[i].tobytes(), records.digests[i].tobytes()] == chain[-2:]
-        assert not records.extras[i].any()
-        if namespace in self.key_spaces:
-            self.check_key_record(records, i, path)
-            return
-        assert (records.external_bytes[i], records.external_keys[i].any()) == (0, False)
-        assert tuple(records.tokens[i].tolist()) == blocks[-1]
-        keys = _core.chain_keys(name, u32(blocks), PAGE_SIZE)
-        assert records.keys[i].tobytes() == keys[-1].tobytes()
-
-    def check_key_record(self, records: "_core.Records", i: int, path: Path) -> None:
-        named = [records.external_bytes[i], *records.external_keys[i].view(np.uint32).tolist()]
-        assert tuple(named) == path[1]
-        assert not records.tokens[i].any()
-        root = _core.xxh3_128(self.names[path[0]])  # type: ignore[call-overload]
-        assert records.keys[i].tobytes() == _core.xxh3_128(root + block_bytes(path[1]))
+        return [name, *digests(name, [u32(block).tobytes() for block in blocks])]
 
     @precondition(lambda self: self.model.transfers)
     @rule(transfer=choice, short=st.sampled_from([0, 0, 0, 1, 2, 9]))
@@ -471,8 +452,8 @@ class IndexMachine(RuleBasedStateMachine):
         SEEN["evict: a last copy"] += gone > 0
         SEEN["evict: a copy"] += gone < len(paths)
         if at == self.disk:
-            chains = [digests(self.names[n], [block_bytes(b) for b in bs]) for n, *bs in paths]  # type: ignore[call-overload]
-            assert [d.tobytes() for d in real.digests] == [chain[-1] for chain in chains]
+            names = [self.names_of(path)[-1] for path in paths]
+            assert [digest.tobytes() for digest in real.digests] == names
         else:
             assert real.digests.shape == (0, 32)
 

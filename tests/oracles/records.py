@@ -1,0 +1,26 @@
+"""What a record must say of a block, from the block's path: by its tokens, or by its key."""
+
+import numpy as np
+
+from kvc2 import _core
+from tests.oracles.model_parts import Path
+
+
+def check_record(
+    records: _core.Records, i: int, path: Path, names: list[bytes], *, opaque: bool
+) -> None:
+    """`names`: the namespace's, and the digest of each block of the path."""
+    assert records.namespaces[i].tobytes() == names[0]
+    assert [records.parents[i].tobytes(), records.digests[i].tobytes()] == names[-2:]
+    assert not records.extras[i].any()
+    blocks = np.array(path[1:], np.uint32)
+    if opaque:
+        key = [records.external_bytes[i], *records.external_keys[i].view(np.uint32)]
+        assert (key, records.tokens[i].any()) == (blocks[0].tolist(), False)
+        root = _core.xxh3_128(names[0])
+        assert records.keys[i].tobytes() == _core.xxh3_128(root + blocks[0].tobytes())
+        return
+    assert (records.external_bytes[i], records.external_keys[i].any()) == (0, False)
+    assert records.tokens[i].tolist() == blocks[-1].tolist()
+    keys = _core.chain_keys(names[0], blocks.reshape(-1), blocks.shape[1])
+    assert records.keys[i].tobytes() == keys[-1].tobytes()
