@@ -177,7 +177,8 @@ def test_a_wrong_argument_is_named():
         refused(pages=np.array([0, 1], np.uint32))
     with pytest.raises(ValueError, match="segments has shape"):
         refused(segments=pool.segments[:, :2].copy())
-    for wrong in ([], [0, 4], [2, 2, 4], [2], [2, 5]):
+    count = len(pool.segments)
+    for wrong in ([], [0, count], [2, 2, count], [4, 2, count], [2], [2, count + 1]):
         with pytest.raises(ValueError, match="layer_ends does not rise to the"):
             refused(layer_ends=np.array(wrong, np.uint32))
     with pytest.raises(ValueError, match="progress"):
