@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, get_args
 
-from kvc2 import errors
+from kvc2 import _core, errors
 from kvc2.answers import (
     NO_HINTS,
     U32,
@@ -33,7 +33,6 @@ from kvc2.client.share import Share
 
 log = logging.getLogger(__name__)
 
-REFUSED = 2
 ANSWERS: tuple[Answer, ...] = get_args(Answer)  # by what Commit's results say
 Batch = Sequence[tuple[Lease, LeaseCommit]]
 
@@ -268,12 +267,12 @@ class Calls:
             self._fault("commit", error)
             return
         except errors.Kvc2Error as error:
-            results = [[REFUSED] * len(part.pages) for _, part in batch]
+            results = [[_core.REFUSED] * len(part.pages) for _, part in batch]
             self._fault("commit", error)
         for (lease, part), each in zip(batch, results, strict=True):
             self._book.committed(session, part.pages.tolist(), each)
             lease.settled += len(each)
-            lease.refused |= REFUSED in each
+            lease.refused |= _core.REFUSED in each
             for code, name in enumerate(ANSWERS):
                 self._counters.committed(name, each.count(code))
 

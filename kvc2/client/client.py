@@ -151,18 +151,7 @@ class Client:
         terms: ArenaTerms = IN_ARENA,
     ) -> answers.Acquired:
         """Open a lease on the longest cached prefix in the cpu tier, to be read by `arena`."""
-        request = cache_pb2.AcquireRequest(
-            request_id=request_id,
-            tokens=packed(tokens),
-            grants=_grants(terms.grant_pages),
-            deadline_ms=_milliseconds(terms.deadline_s),
-            hints=to_message(terms.hints, cache_pb2.Hints),
-            place=1,
-            skip_blocks=terms.skip_blocks,
-            at_once=terms.poll is not None,
-            poll=terms.poll or 0,
-        )
-        return self._acquire(namespace, request, terms.deadline_s)
+        return self._acquire_in_arena(namespace, request_id, answers.Asked(tokens), terms)
 
     def _acquire(
         self,
@@ -195,12 +184,26 @@ class Client:
         """Open a lease in the arena on those of these opaque keys that are there: `found` and
         `offsets` have an element for each, NOWHERE where it isn't there (yet). With `arena` only in
         the session that this view is of: Detached otherwise."""
+        asked = answers.Asked(keys=keys)
+        return self._acquire_in_arena(namespace, request_id, asked, terms, arena)
+
+    def _acquire_in_arena(
+        self,
+        namespace: NamespaceHandle,
+        request_id: bytes,
+        asked: answers.Asked,
+        terms: ArenaTerms,
+        arena: ArenaView | None = None,
+    ) -> answers.Acquired:
         request = cache_pb2.AcquireRequest(
             request_id=request_id,
-            keys=keys,
+            tokens=packed(asked.tokens),
+            keys=asked.keys,
+            grants=_grants(terms.grant_pages),
             deadline_ms=_milliseconds(terms.deadline_s),
             hints=to_message(terms.hints, cache_pb2.Hints),
             place=1,
+            skip_blocks=terms.skip_blocks,
             at_once=terms.poll is not None,
             poll=terms.poll or 0,
         )

@@ -25,9 +25,8 @@ from enum import IntEnum
 
 import numpy as np
 
+from kvc2 import _core
 from kvc2.answers import U32
-
-ADOPTED, DUPLICATE = 0, 1  # answers to a commit; anything else is a refusal
 
 
 class Owner(IntEnum):
@@ -105,13 +104,11 @@ class PageBook:
 
     # what the daemon says
 
-    def granted(self, session: int, pages: U32) -> int:
-        """DAEMON -> FREE; how many. None if that session is over: its promises are void."""
+    def granted(self, session: int, pages: U32) -> None:
+        """DAEMON -> FREE. No change if that session is over: its promises are void."""
         with self._lock:
-            if session != self.session:
-                return 0
-            self._set(pages, Owner.FREE)
-            return len(pages)
+            if session == self.session:
+                self._set(pages, Owner.FREE)
 
     def give_back(self, keep: int) -> U32:
         """FREE -> DAEMON: what exceeds `keep` free pages; to be sent with the next release."""
@@ -139,8 +136,8 @@ class PageBook:
             index = np.asarray(pages, np.int64)
             answers = np.asarray(results, np.int64)
             self._unsure[index] = False
-            self._duplicate[index[answers == DUPLICATE]] = True
-            self._owner[index[answers == ADOPTED]] = Owner.DAEMON
+            self._duplicate[index[answers == _core.DUPLICATE]] = True
+            self._owner[index[answers == _core.ADOPTED]] = Owner.DAEMON
 
     # sessions
 

@@ -61,6 +61,15 @@ def test_what_was_put_is_found_and_read_key_by_key(tmp_path: Path) -> None:
         assert reader.client.match_keys(handle(reader, b"salt"), KEYS).tolist() == [0] * len(KEYS)
 
 
+def test_pages_are_granted_with_a_lease_on_keys(tmp_path: Path) -> None:
+    """To compute what is not there into."""
+    with reading(tmp_path) as (_, reader):
+        terms = ArenaTerms(grant_pages=2)
+        found = reader.client.acquire_keys(handle(reader), b"a", KEYS, terms)
+        assert (found.found.any(), found.granted_pages.size) == (False, 2)
+        reader.client.release([b"a"], returned=found.granted_pages)
+
+
 def test_keys_come_from_disk_and_survive_a_restart(tmp_path: Path) -> None:
     with reading(tmp_path) as (served, reader), Admin(served.address) as admin:
         at = handle(reader)
