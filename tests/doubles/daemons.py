@@ -29,7 +29,7 @@ def serve_config(folder: Path, **changes: Any) -> ServeConfig:
 
 class ServedDaemon:
     """`with ServedDaemon(config) as served:` its daemon lives on the loop's thread; `on_loop` runs
-    a function there. `cache=None`: the real one."""
+    a function there. `cache=None`: the real one, with all of its arena to be had from the start."""
 
     def __init__(
         self,
@@ -71,6 +71,8 @@ class ServedDaemon:
         if self._failure is not None:
             self._thread.join()
             raise self._failure
+        if not self._options.get("open_cache"):
+            assert self.daemon.cache.arena.wait_populated(30)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -69,7 +69,7 @@ class Remote(TinyEngine):
             pool=PoolMemory(0),
             layout=record(payload_bytes),
             engine=self,
-            options=SessionOptions("remote"),
+            options=SessionOptions("remote", expiry_s=30),  # a busy machine is no fault of it
         )
         self.streams = Streams(self.client)
 
