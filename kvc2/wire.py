@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from google.protobuf import message_factory
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from numpy.typing import NDArray
@@ -24,15 +23,16 @@ from typing_extensions import Buffer
 M = TypeVar("M", bound=Message)
 V = TypeVar("V")
 Convert = Callable[[Any], Any]
-SIZED = (np.ndarray, tuple, list, dict, str, bytes)
+Put = Callable[[Any, Any], None]
 
 
 class _Field(NamedTuple):
-    """One field of a kind of value: how it gets into its message, and out of it; None: as it is.
-    `optional`: it is a message that may not be set."""
+    """One field of a kind of value: what puts it into its message (None: a number, set as it is),
+    and what makes it of the message's (None: taken as it is). `optional`: it is a message that may
+    not be set."""
 
     name: str
-    pack: Convert | None
+    put: Put | None
     unpack: Convert | None
     optional: bool = False
 
@@ -67,14 +67,19 @@ def varint(value: int) -> bytes:
 
 def to_message(value: object, kind: type[M]) -> M:
     """The message of a value, which has all of its fields. What else the value has stays here."""
-    found: dict[str, Any] = {}
-    for name, pack, _, _ in _fields(type(value), kind):
+    message = kind()
+    _fill(message, value)
+    return message
+
+
+def _fill(message: Message, value: object) -> None:
+    """In place: messages within others are not copied. What is 0 or empty need not be said."""
+    for name, put, _, _ in _fields(type(value), type(message)):
         item = getattr(value, name)
-        if pack is None:
-            found[name] = item
-        elif not (isinstance(item, SIZED) and len(item) == 0):  # what is empty need not be said
-            found[name] = pack(item)
-    return kind(**found)
+        if put is not None:
+            put(message, item)
+        elif item:
+            setattr(message, name, item)
 
 
 def from_message(kind: type[V], message: Message) -> V:
@@ -99,43 +104,106 @@ _fields: Callable[[Any, Any], tuple[_Field, ...]] = functools.cache(_fields_of)
 
 
 def _field(field: Any, hint: Any) -> _Field:
-    inside, container = typing.get_args(hint), typing.get_origin(hint)
+    name, inside, container = field.name, typing.get_args(hint), typing.get_origin(hint)
     if isinstance(hint, types.UnionType):
-        pack, unpack = _one(field, inside[0])
-        return _Field(field.name, lambda each: None if each is None else pack(each), unpack, True)
+        return _Field(name, _optional(_put(field)), _unpack(field, inside[0]), True)
     if container is dict:
-        pack, unpack = _one(field.message_type.fields_by_name["value"], inside[1])
-        return _Field(field.name, _mapped(pack), _mapped(unpack))
+        entry = field.message_type.fields_by_name["value"]
+        unpack = _unpack(entry, inside[1])
+        return _Field(
+            name, _put_each_named(field, entry), lambda of: {k: unpack(v) for k, v in of.items()}
+        )
     if container in (list, tuple):
-        pack, unpack = _one(field, inside[0])
-        return _Field(field.name, _each(list, pack), _each(container, unpack))
-    if field.type in (FieldDescriptor.TYPE_MESSAGE, FieldDescriptor.TYPE_BYTES):
-        return _Field(field.name, *_one(field, hint))
-    return _Field(field.name, None, None)
-
-
-def _one(field: Any, hint: Any) -> tuple[Convert, Convert]:
-    """Of one element: into a message, and out of it."""
+        unpack = _unpack(field, inside[0])
+        put = _put_each(field, _pack(field, inside[0]))
+        return _Field(name, put, lambda of: container(unpack(each) for each in of))
     if field.type == FieldDescriptor.TYPE_MESSAGE:
-        kind = message_factory.GetMessageClass(field.message_type)
-        return lambda value: to_message(value, kind), lambda message: from_message(hint, message)
+        return _Field(name, _put(field), _unpack(field, hint))
+    if field.type == FieldDescriptor.TYPE_BYTES:
+        return _Field(name, _put_bytes(field, _pack(field, hint)), _unpack(field, hint))
+    if field.has_presence:
+        return _Field(name, lambda message, item: setattr(message, name, item), None)
+    return _Field(name, None, None)
+
+
+def _put(field: Any) -> Put:
+    name = field.name
+
+    def put(message: Any, item: Any) -> None:
+        inner = getattr(message, name)
+        inner.SetInParent()
+        _fill(inner, item)
+
+    return put
+
+
+def _optional(put: Put) -> Put:
+    return lambda message, item: None if item is None else put(message, item)
+
+
+def _put_bytes(field: Any, pack: Convert) -> Put:
+    name, presence = field.name, field.has_presence
+
+    def put(message: Any, item: Any) -> None:
+        if len(item) or presence:
+            setattr(message, name, pack(item))
+
+    return put
+
+
+def _put_each(field: Any, pack: Convert) -> Put:
+    name, inner = field.name, field.type == FieldDescriptor.TYPE_MESSAGE
+
+    def put(message: Any, items: Any) -> None:
+        for each in items:
+            if inner:
+                _fill(getattr(message, name).add(), each)
+            else:
+                getattr(message, name).append(pack(each))
+
+    return put
+
+
+def _put_each_named(field: Any, entry: Any) -> Put:
+    name, inner = field.name, entry.type == FieldDescriptor.TYPE_MESSAGE
+
+    def put(message: Any, items: Any) -> None:
+        found = getattr(message, name)
+        for key, each in items.items():
+            if inner:
+                _fill(found[key], each)
+            else:
+                found[key] = each
+
+    return put
+
+
+def _pack(field: Any, hint: Any) -> Convert:
+    """Of one element, into its message: bytes of an array, or of a str in hexadecimal."""
     if field.type != FieldDescriptor.TYPE_BYTES or hint is bytes:
-        return _same, _same
+        return _same
     if hint is str:
-        return bytes.fromhex, bytes.hex
-    dtype = np.dtype(typing.get_args(typing.get_args(hint)[1])[0]).newbyteorder("<")
-    return (
-        lambda array: np.ascontiguousarray(array, dtype).tobytes(),
-        lambda data: np.frombuffer(data, dtype),
-    )
+        return bytes.fromhex
+    dtype = _dtype(hint)
+    return lambda array: np.ascontiguousarray(array, dtype).tobytes()
 
 
-def _mapped(convert: Convert) -> Convert:
-    return lambda values: {key: convert(each) for key, each in values.items()}
+def _unpack(field: Any, hint: Any) -> Convert:
+    """Of one element, out of its message."""
+    if field.type == FieldDescriptor.TYPE_MESSAGE:
+        return lambda message: from_message(hint, message)
+    if field.type != FieldDescriptor.TYPE_BYTES or hint is bytes:
+        return _same
+    if hint is str:
+        return bytes.hex
+    dtype = _dtype(hint)
+    return lambda data: np.frombuffer(data, dtype)
 
 
-def _each(container: Any, convert: Convert) -> Convert:
-    return lambda values: container(convert(each) for each in values)
+def _dtype(hint: Any) -> np.dtype[Any]:
+    """Of an NDArray's type, as the wire has it."""
+    kind: type[np.generic] = typing.get_args(typing.get_args(hint)[1])[0]
+    return np.dtype(kind).newbyteorder("<")
 
 
 def _same(value: Any) -> Any:
