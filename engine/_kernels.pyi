@@ -16,7 +16,8 @@ I64: TypeAlias = NDArray[np.int64]
 F32: TypeAlias = NDArray[np.float32]
 
 def instruction_sets() -> list[str]:
-    """Of portable, avx2, avx512, amx: those that this machine offers, plainest first."""
+    """Of portable, avx2, avx512, avx512_vnni, avx512_bf16, amx: those that this machine offers,
+    plainest first; each includes the ones before it."""
 
 class Workbench:
     """An instruction set, threads and scratch memory. Calls from several threads take turns."""

@@ -28,7 +28,7 @@ def numerics(dtype: torch.dtype) -> str:
     best = _kernels.instruction_sets()[-1]
     if best == "amx" and dtype != torch.bfloat16:
         best = "avx512"
-    return "" if best == "avx512" else best
+    return "" if best.startswith("avx512") else best
 
 
 def claim_threads() -> None:

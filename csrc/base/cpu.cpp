@@ -14,7 +14,8 @@
 namespace kvc2 {
 namespace {
 
-constexpr std::array<std::string_view, 4> kNames = {"portable", "avx2", "avx512", "amx"};
+constexpr std::array<std::string_view, 6> kNames = {"portable",    "avx2",        "avx512",
+                                                    "avx512_vnni", "avx512_bf16", "amx"};
 
 struct Registers {
   uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -61,10 +62,13 @@ Cpu detect() {
   // F, DQ, BW, VL
   if (!zmm || !all_bits(seven.ebx, bit(16) | bit(17) | bit(30) | bit(31))) return found;
   found.isa = Isa::kAvx512;
-  found.avx512_bf16 = all_bits(seven_one.eax, bit(5));
+  if (!all_bits(seven.ecx, bit(11))) return found;
+  found.isa = Isa::kAvx512Vnni;
+  if (!all_bits(seven_one.eax, bit(5))) return found;
+  found.isa = Isa::kAvx512Bf16;
   // AMX-BF16, AMX-TILE, AMX-INT8; tile configuration and data saved
-  if (found.avx512_bf16 && all_bits(seven.edx, bit(22) | bit(24) | bit(25)) &&
-      all_bits(saved, bit(17) | bit(18)) && tiles_allowed()) {
+  if (all_bits(seven.edx, bit(22) | bit(24) | bit(25)) && all_bits(saved, bit(17) | bit(18)) &&
+      tiles_allowed()) {
     found.isa = Isa::kAmx;
   }
   return found;
@@ -74,11 +78,11 @@ Cpu lower(Cpu found, std::string_view wanted) {
   const auto at = std::find(kNames.begin(), kNames.end(), wanted);
   if (at == kNames.end()) {
     throw std::invalid_argument("KVC2_ISA is '" + std::string(wanted) +
-                                "'; it may be portable, avx2, avx512 or amx");
+                                "'; it may be portable, avx2, avx512, avx512_vnni, "
+                                "avx512_bf16 or amx");
   }
   found.isa = std::min(found.isa, static_cast<Isa>(at - kNames.begin()));
   found.sha_ni = found.sha_ni && found.isa > Isa::kPortable;
-  found.avx512_bf16 = found.avx512_bf16 && found.isa >= Isa::kAvx512;
   return found;
 }
 

@@ -6,41 +6,34 @@
 
 namespace kvc2 {
 
-// Widest first choice of a kernel. Each level includes the ones before it.
-//   kPortable  any x86-64
-//   kAvx2      AVX2, FMA, F16C
-//   kAvx512    F, BW, VL, DQ
-//   kAmx       kAvx512, AVX512-BF16, and tiles with BF16 and INT8, which the kernel lets us use
-enum class Isa { kPortable, kAvx2, kAvx512, kAmx };
+// Each level includes the ones before it.
+//   kPortable    any x86-64
+//   kAvx2        AVX2, FMA, F16C
+//   kAvx512      F, BW, VL, DQ
+//   kAvx512Vnni  and VNNI: products of bytes (Cascade Lake, Ice Lake)
+//   kAvx512Bf16  and BF16: products of bfloat16 (Cooper Lake, Zen 4)
+//   kAmx         and tiles with BF16 and INT8, which the kernel lets us use (Sapphire Rapids)
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmx };
 
 struct Cpu {
   Isa isa = Isa::kPortable;
-  bool avx512_bf16 = false;  // some machines of level kAvx512 lack it
-  bool sha_ni = false;       // SHA extensions, with SSSE3 and SSE4.1
+  bool sha_ni = false;  // SHA extensions, with SSSE3 and SSE4.1
 };
 
-// Detected at the first call, then constant. The environment variable KVC2_ISA (portable, avx2,
-// avx512, amx) lowers the level for tests and never raises it; features that belong to a higher
-// level go with it (sha_ni counts as avx2). Throws std::invalid_argument for another word.
+// Detected at the first call, then constant. The environment variable KVC2_ISA (a word of
+// isa_name) lowers the level for tests and never raises it; features that belong to a higher level
+// go with it (sha_ni counts as avx2). Throws std::invalid_argument for another word.
 const Cpu& cpu();
 
 // The word of KVC2_ISA for a level.
 std::string_view isa_name(Isa isa);
 
-// Of the same thing made for each level, the one for `isa`.
+// Of the same thing made for some of the levels, the one for `isa`.
 template <class T>
 const T& chosen(Isa isa, const T& portable, const T& avx2, const T& avx512, const T& amx) {
-  switch (isa) {
-    case Isa::kAmx:
-      return amx;
-    case Isa::kAvx512:
-      return avx512;
-    case Isa::kAvx2:
-      return avx2;
-    case Isa::kPortable:
-      break;
-  }
-  return portable;
+  if (isa >= Isa::kAmx) return amx;
+  if (isa >= Isa::kAvx512) return avx512;
+  return isa >= Isa::kAvx2 ? avx2 : portable;
 }
 
 }  // namespace kvc2

@@ -19,16 +19,9 @@ namespace {
 constexpr uint64_t kPieceBytes = 128 * 1024;
 
 copy::Stream stream_here() {
-  switch (copy_isa()) {
-    case Isa::kAmx:
-    case Isa::kAvx512:
-      return copy::stream_avx512;
-    case Isa::kAvx2:
-      return copy::stream_avx2;
-    case Isa::kPortable:
-      break;
-  }
-  return copy::stream_portable;
+  const Isa isa = copy_isa();
+  if (isa >= Isa::kAvx512) return copy::stream_avx512;
+  return isa >= Isa::kAvx2 ? copy::stream_avx2 : copy::stream_portable;
 }
 
 // Where each segment begins in a payload; one more entry for the end.
