@@ -1,10 +1,10 @@
 """`kvc2 serve` on a disk that is as slow, and fails as often, as a file in its folder says: for
 slow_disk.py and faulty_disk.py.
 
-The throttle lies where the system calls are (kvc2.tiers.disk.slab_file.Files): reads take turns, as on
-one disk; writes are left alone unless `writes_too`. `failing`: this share of reads, writes and
-syncs is EIO. `regardless` leaves the choice between loading and computing out:
-every prefix is loaded, up to the acquire's deadline.
+The throttle lies where the system calls are (kvc2.tiers.disk.slab_file.Files): reads take turns,
+as on one disk; writes are left alone unless `writes_too`. `failing`: this share of reads, writes
+and syncs is EIO. `regardless` leaves the choice between loading and computing out: every prefix is
+loaded, up to the acquire's deadline.
 """
 
 from __future__ import annotations
