@@ -201,7 +201,7 @@ class Obituary:
 class Sibling:
     """The resident block in the missing one's place that begins most like it."""
 
-    common: int  # leading tokens of the block that are the same
+    common: int  # leading tokens of the block that are the same; all: the extras differ
     tokens: U32  # [page_size] of the sibling
 
 class Explanation:
@@ -211,8 +211,15 @@ class Explanation:
     death: Obituary | None  # of DIED; of a HOLE where it is remembered
     sibling: Sibling | None  # of DIVERGED; of DIED where there is one
 
+class PromptExtras:
+    """Extras of some blocks of a prompt: each is part of its block's names, beside the tokens."""
+
+    def __init__(self, blocks: U32, digests: U8) -> None:
+        """blocks [n], rising: positions in the prompt; digests [n, 32], of which zeros mean none.
+        ValueError for others."""
+
 class Index:
-    """The tree, its pools and the leases on it; csrc/index/index.h states its laws, I1-I12.
+    """The tree, its pools and the leases on it; csrc/index/index.h states its laws, I1-I13.
 
     It never moves a byte, waits, or reads a clock. Threads may share it: one lock inside.
     """
@@ -302,11 +309,19 @@ class Index:
         committed, demoted or loaded, and `reap` frees its pages as pins end. Returns how many
         blocks it had; 0 when it was retired already. Walks the namespace."""
 
-    # requests
-    def match(self, namespace: int, pool: int, tokens: U32) -> Match:
+    # requests; `extras` are of the blocks of `tokens`, and of what lies beyond them none counts
+    def match(
+        self, namespace: int, pool: int, tokens: U32, extras: PromptExtras | None = None
+    ) -> Match:
         """The longest cached prefix of full blocks along the chain of `pool`. Changes nothing. All
         full blocks of `tokens` count; a caller that must compute the last token cuts it off."""
-    def explain(self, namespace: int, pools: Sequence[int], tokens: U32) -> Explanation:
+    def explain(
+        self,
+        namespace: int,
+        pools: Sequence[int],
+        tokens: U32,
+        extras: PromptExtras | None = None,
+    ) -> Explanation:
         """The leading full blocks that some of `pools` (at most 255, fastest first) hold, and why
         the next one is missing. A tier is a position in `pools`. Changes nothing."""
     def acquire(
@@ -318,6 +333,7 @@ class Index:
         hints: Hints = ...,
         *,
         skip_blocks: int = 0,
+        extras: PromptExtras | None = None,
     ) -> Lease:
         """Open a lease on at most max_blocks matched blocks. Touches them, pins the leading ones
         that are in `pool` or on their way there, and registers the other full blocks of `tokens` as
@@ -333,7 +349,14 @@ class Index:
         it, evicting there; None when there is nothing left that can be loaded and must be. Always
         None where that pool is the lease's own: `promote` brings from the pool below."""
     def prefetch(
-        self, namespace: int, pool: int, tokens: U32, max_pages: int, *, touches: bool
+        self,
+        namespace: int,
+        pool: int,
+        tokens: U32,
+        max_pages: int,
+        *,
+        touches: bool,
+        extras: PromptExtras | None = None,
     ) -> Transfer | Wait | None:
         """Bring the longest prefix that is cached in the chain of `pool` one pool nearer to `pool`:
         its next part, in prefix order, evicting there; None when there is nothing left that can be
@@ -352,11 +375,18 @@ class Index:
         pages that were there at acquire."""
     def held_in(self, lease: int, pool: int) -> int:
         """Of the blocks that the lease has pages of, how many are resident in `pool` too."""
-    def commit(self, lease: int, first_block: int, tokens: U32, pages: U32) -> U8:
+    def commit(
+        self,
+        lease: int,
+        first_block: int,
+        tokens: U32,
+        pages: U32,
+        extras: PromptExtras | None = None,
+    ) -> U8:
         """[k] of ADOPTED, DUPLICATE, REFUSED for blocks [first_block, first_block + k) of the
-        lease's prompt, tokens [k * page_size], pages [k] private to the lease's pool. The same call
-        again has the same answer, if page and tokens are the same. After one REFUSED all are
-        refused."""
+        lease's prompt, tokens [k * page_size], pages [k] private to the lease's pool. `extras`
+        count from the prompt's first block. The same call again has the same answer, if pages,
+        tokens and extras are the same. After one REFUSED all are refused."""
     def release(self, lease: int, hints: Hints = ...) -> None:
         """Close the lease: its pages are unpinned, the pages of duplicates are free, its blocks no
         longer count as being computed. `hints` replace acquire's, unless they say nothing. They
@@ -474,13 +504,16 @@ class Index:
         hard: bool,
         max_blocks: int,
         ttl_s: int = 0,
+        extras: PromptExtras | None = None,
     ) -> bool:
         """Keep the full blocks of `tokens` (at least one) in `pool`, whether they are there now or
         come later. hard: they are never evicted from it; else they are evicted last. Dead blocks
         are not kept. False, and nothing changes, if more than `max_blocks` blocks of the pool would
         be pinned in this way, or the namespace is retired. Pinning the same prefix again replaces
         its pin. With ttl_s it is over after so many seconds. Walks the path."""
-    def unpin(self, namespace: int, pool: int, tokens: U32) -> int:
+    def unpin(
+        self, namespace: int, pool: int, tokens: U32, extras: PromptExtras | None = None
+    ) -> int:
         """End the pin of exactly these full blocks. Returns how many blocks it had, 0: there is no
         such pin. Blocks of other pins stay pinned. Walks the path."""
     def pinned_blocks(self, pool: int, *, hard: bool) -> int:
@@ -508,12 +541,14 @@ class Index:
         *,
         external_bytes: U8 | None = None,
         external_keys: U8 | None = None,
+        extras: U8 | None = None,
     ) -> U8:
         """[n] of RESTORED, ORPHAN, FORGED, CONFLICT: rebuild a durable pool's residency from its
         catalogue, in any order. Slabs and namespaces must be there before. expires [n]: the second
         (as `advance` tells it) from which a block is dead, 0: never; without it none ever is.
-        external_bytes [n], external_keys [n, 64]: as in Records; both or neither. A key's block in
-        a namespace of tokens, or the other way round, is an ORPHAN."""
+        external_bytes [n], external_keys [n, 64]: as in Records; both or neither. extras [n, 32],
+        zeros: none. A key's block in a namespace of tokens, or the other way round, is an ORPHAN;
+        so is one with extras."""
     def lifetimes(self, pool: int) -> U32:
         """[2 * pages] by page the second from which its block is dead (0: never, or no block), and
         the lower 32 bits of the page's generation (0 in a pool that is not durable)."""
@@ -531,7 +566,7 @@ class Index:
         tokens would have had (NO_LIMIT: any size); learnt from a sample since the start."""
     def counts(self) -> IndexCounts: ...
     def check(self) -> None:
-        """Prove the laws I1-I12; ends the process with the facts if one is broken."""
+        """Prove the laws I1-I13; ends the process with the facts if one is broken."""
 
 NO_LIMIT: Final[int]  # capacity of an unlimited cache
 NO_PAGE: Final[int]  # in KeyLease.pages
@@ -553,8 +588,10 @@ class ReuseCurve:
     sampled: int
     metadata_bytes: int
 
-def chain_keys(namespace: bytes, tokens: U32, page_size: int) -> U8:
-    """[blocks, 16] xxh3_128(key[i-1] || tokens[i]) of the full blocks; key[-1] =
+def chain_keys(
+    namespace: bytes, tokens: U32, page_size: int, extras: PromptExtras | None = None
+) -> U8:
+    """[blocks, 16] xxh3_128(key[i-1] || tokens[i] || extras[i]) of the full blocks; key[-1] =
     xxh3_128(namespace)."""
 
 # ---- block (csrc/block) ----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/arrays.h"
+#include "bindings/extras.h"
 #include "index/index.h"
 
 namespace py = pybind11;
@@ -27,10 +28,11 @@ static py::array tokens_of(const Sibling& s) {
 }
 
 static Explanation explain(const Index& self, uint32_t space, const std::vector<PoolId>& pools,
-                           const py::object& tokens) {
-  const auto given = bindings::elements<uint32_t>(tokens, "tokens", {bindings::kAnyLength});
+                           const py::object& tokens, const bindings::PromptExtras* extras) {
+  const Content prompt(bindings::elements<uint32_t>(tokens, "tokens", {bindings::kAnyLength}),
+                       bindings::rows_of(extras));
   const py::gil_scoped_release release;
-  return self.explain(space, pools, given);
+  return self.explain(space, pools, prompt);
 }
 
 void bind_explain(py::module_& module, py::class_<Index>& index) {
@@ -62,6 +64,6 @@ void bind_explain(py::module_& module, py::class_<Index>& index) {
       .def_property_readonly("why", [](const Explanation& e) { return e.miss.why; })
       .def_property_readonly("death", &death_of)
       .def_property_readonly("sibling", &sibling_of);
-  index.def("explain", &explain, "namespace"_a, "pools"_a, "tokens"_a)
+  index.def("explain", &explain, "namespace"_a, "pools"_a, "tokens"_a, "extras"_a = py::none())
       .def("page_size", &Index::page_size, "pool"_a, py::call_guard<py::gil_scoped_release>());
 }

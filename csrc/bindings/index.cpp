@@ -12,12 +12,14 @@
 #include <string>
 
 #include "bindings/arrays.h"
+#include "bindings/extras.h"
 
 namespace py = pybind11;
 using namespace py::literals;
 using namespace kvc2;
 using bindings::answers_of;
 using bindings::array_of;
+using bindings::PromptExtras;
 using bindings::unlocked;
 
 namespace {
@@ -65,6 +67,10 @@ std::span<const ExternalKey> external_keys_of(const py::object& given, const cha
 std::span<const Digest> digests_of(const py::object& given, const char* name) {
   const auto bytes = view<uint8_t>(given, name, 2, sizeof(Digest));
   return {reinterpret_cast<const Digest*>(bytes.data()), bytes.size() / sizeof(Digest)};
+}
+
+Content content_of(const py::object& tokens, const PromptExtras* extras, uint64_t first = 0) {
+  return {view<uint32_t>(tokens, "tokens", 1), bindings::rows_of(extras), first};
 }
 
 // Small fixed-size items (names, extents, answers) as rows of their elements.
@@ -323,31 +329,34 @@ void bind_requests(py::class_<Index>& index) {
   index
       .def(
           "match",
-          [](const Index& self, uint32_t space, PoolId pool, const py::object& tokens) {
-            const auto given = view<uint32_t>(tokens, "tokens", 1);
-            return unlocked([&] { return self.match(space, pool, given); });
+          [](const Index& self, uint32_t space, PoolId pool, const py::object& tokens,
+             const PromptExtras* extras) {
+            const Content prompt = content_of(tokens, extras);
+            return unlocked([&] { return self.match(space, pool, prompt); });
           },
-          "namespace"_a, "pool"_a, "tokens"_a)
+          "namespace"_a, "pool"_a, "tokens"_a, "extras"_a = py::none())
       .def(
           "acquire",
           [](Index& self, uint32_t space, PoolId pool, const py::object& tokens,
-             uint32_t max_blocks, const Hints& hints, uint32_t skip_blocks) {
-            const auto given = view<uint32_t>(tokens, "tokens", 1);
+             uint32_t max_blocks, const Hints& hints, uint32_t skip_blocks,
+             const PromptExtras* extras) {
+            const Content prompt = content_of(tokens, extras);
             return unlocked(
-                [&] { return self.acquire(space, pool, given, max_blocks, hints, skip_blocks); });
+                [&] { return self.acquire(space, pool, prompt, max_blocks, hints, skip_blocks); });
           },
           "namespace"_a, "pool"_a, "tokens"_a, "max_blocks"_a, "hints"_a = Hints{}, py::kw_only(),
-          "skip_blocks"_a = 0)
+          "skip_blocks"_a = 0, "extras"_a = py::none())
       .def("next_load", &Index::next_load, "lease"_a, "max_pages"_a,
            py::call_guard<py::gil_scoped_release>())
       .def(
           "prefetch",
           [](Index& self, uint32_t space, PoolId pool, const py::object& tokens, uint32_t max_pages,
-             bool touches) {
-            const auto given = view<uint32_t>(tokens, "tokens", 1);
-            return unlocked([&] { return self.prefetch(space, pool, given, max_pages, touches); });
+             bool touches, const PromptExtras* extras) {
+            const Content prefix = content_of(tokens, extras);
+            return unlocked([&] { return self.prefetch(space, pool, prefix, max_pages, touches); });
           },
-          "namespace"_a, "pool"_a, "tokens"_a, "max_pages"_a, py::kw_only(), "touches"_a)
+          "namespace"_a, "pool"_a, "tokens"_a, "max_pages"_a, py::kw_only(), "touches"_a,
+          "extras"_a = py::none())
       .def("promote", &Index::promote, "lease"_a, "max_pages"_a = ~uint32_t{0},
            py::call_guard<py::gil_scoped_release>())
       .def("lease", &Index::lease, "lease"_a, py::call_guard<py::gil_scoped_release>())
@@ -356,13 +365,12 @@ void bind_requests(py::class_<Index>& index) {
       .def(
           "commit",
           [](Index& self, LeaseId lease, uint32_t first_block, const py::object& tokens,
-             const py::object& pages) {
-            const auto given = view<uint32_t>(tokens, "tokens", 1);
+             const py::object& pages, const PromptExtras* extras) {
+            const Content blocks = content_of(tokens, extras, first_block);
             const auto ids = view<uint32_t>(pages, "pages", 1);
-            return answers_of(
-                unlocked([&] { return self.commit(lease, first_block, given, ids); }));
+            return answers_of(unlocked([&] { return self.commit(lease, blocks, ids); }));
           },
-          "lease"_a, "first_block"_a, "tokens"_a, "pages"_a)
+          "lease"_a, "first_block"_a, "tokens"_a, "pages"_a, "extras"_a = py::none())
       .def("release", &Index::release, "lease"_a, "hints"_a = Hints{},
            py::call_guard<py::gil_scoped_release>())
       .def(
@@ -378,7 +386,7 @@ Array<uint8_t> restore(Index& self, PoolId pool, const py::object& digests,
                        const py::object& parents, const py::object& tokens, const py::object& pages,
                        const py::object& generations, const py::object& stamps,
                        const std::optional<py::object>& expires, const py::object& external_bytes,
-                       const py::object& external_keys) {
+                       const py::object& external_keys, const py::object& extras) {
   const RestoreBatch batch{
       digests_of(digests, "digests"),
       digests_of(parents, "parents"),
@@ -390,7 +398,8 @@ Array<uint8_t> restore(Index& self, PoolId pool, const py::object& digests,
       external_bytes.is_none() ? std::span<const uint8_t>{}
                                : view<uint8_t>(external_bytes, "external_bytes", 1),
       external_bytes.is_none() ? std::span<const ExternalKey>{}
-                               : external_keys_of(external_keys, "external_keys")};
+                               : external_keys_of(external_keys, "external_keys"),
+      extras.is_none() ? std::span<const Digest>{} : digests_of(extras, "extras")};
   const size_t rows = batch.digests.size();
   same_length(batch.parents, rows, "parents");
   if (batch.tokens.size() != rows * self.page_size(pool)) {
@@ -400,6 +409,7 @@ Array<uint8_t> restore(Index& self, PoolId pool, const py::object& digests,
   same_length(batch.generations, rows, "generations");
   same_length(batch.stamps, rows, "stamps");
   if (expires) same_length(batch.expires, rows, "expires");
+  if (!extras.is_none()) same_length(batch.extras, rows, "extras");
   if (!external_bytes.is_none()) {
     same_length(batch.external_bytes, rows, "external_bytes");
     same_length(batch.external_keys, rows, "external_keys");
@@ -417,19 +427,20 @@ void bind_lives(py::class_<Index>& index) {
       .def(
           "pin",
           [](Index& self, uint32_t space, PoolId pool, const py::object& tokens, bool hard,
-             uint32_t max_blocks, uint32_t ttl) {
-            const auto given = view<uint32_t>(tokens, "tokens", 1);
-            return unlocked([&] { return self.pin(space, pool, given, {hard, max_blocks, ttl}); });
+             uint32_t max_blocks, uint32_t ttl, const PromptExtras* extras) {
+            const Content prefix = content_of(tokens, extras);
+            return unlocked([&] { return self.pin(space, pool, prefix, {hard, max_blocks, ttl}); });
           },
           "namespace"_a, "pool"_a, "tokens"_a, py::kw_only(), "hard"_a, "max_blocks"_a,
-          "ttl_s"_a = 0)
+          "ttl_s"_a = 0, "extras"_a = py::none())
       .def(
           "unpin",
-          [](Index& self, uint32_t space, PoolId pool, const py::object& tokens) {
-            const auto given = view<uint32_t>(tokens, "tokens", 1);
-            return unlocked([&] { return self.unpin(space, pool, given); });
+          [](Index& self, uint32_t space, PoolId pool, const py::object& tokens,
+             const PromptExtras* extras) {
+            const Content prefix = content_of(tokens, extras);
+            return unlocked([&] { return self.unpin(space, pool, prefix); });
           },
-          "namespace"_a, "pool"_a, "tokens"_a)
+          "namespace"_a, "pool"_a, "tokens"_a, "extras"_a = py::none())
       .def("pinned_blocks", &Index::pinned_blocks, "pool"_a, py::kw_only(), "hard"_a,
            py::call_guard<py::gil_scoped_release>())
       .def(
@@ -478,7 +489,7 @@ void bind_behind(py::class_<Index>& index) {
           "pool"_a, "pages"_a)
       .def("restore", &restore, "pool"_a, "digests"_a, "parents"_a, "tokens"_a, "pages"_a,
            "generations"_a, "stamps"_a, "expires"_a = py::none(), py::kw_only(),
-           "external_bytes"_a = py::none(), "external_keys"_a = py::none())
+           "external_bytes"_a = py::none(), "external_keys"_a = py::none(), "extras"_a = py::none())
       .def(
           "stamps",
           [](const Index& self, PoolId pool) {
@@ -504,6 +515,7 @@ int number(Answer answer) {
 }  // namespace
 
 void bind_reuse_curve(py::module_& module);                        // reuse_curve.cpp
+void bind_extras(py::module_& module);                             // extras.cpp
 void bind_explain(py::module_& module, py::class_<Index>& index);  // explain.cpp
 void bind_keys(py::module_& module, py::class_<Index>& index);     // keys.cpp
 
@@ -525,6 +537,7 @@ void bind_index(py::module_& module) {
   module.attr("CONFLICT") = number(RestoreResult::kConflict);
   bind_results(module);
   bind_transfer(module);
+  bind_extras(module);
   py::class_<Index> index(module, "Index");
   index.def(py::init<uint64_t, uint32_t, std::string_view, uint64_t, uint32_t>(), py::kw_only(),
             "first_generation"_a = 1, "first_stamp"_a = 1, "policy"_a = "lru", "seed"_a = 0,
@@ -538,13 +551,14 @@ void bind_index(py::module_& module) {
   bind_keys(module, index);
   module.def(
       "chain_keys",
-      [](const py::bytes& space, const py::object& tokens, uint32_t page_size) {
+      [](const py::bytes& space, const py::object& tokens, uint32_t page_size,
+         const PromptExtras* extras) {
         const Digest name = namespace_of(space);
-        const auto given = view<uint32_t>(tokens, "tokens", 1);
+        const Content prompt = content_of(tokens, extras);
         if (page_size == 0 || page_size > kMaxPageSize)
           throw py::value_error("page_size: 1 to 512");
         return rows_of<uint8_t>(
-            unlocked([&] { return chain_keys(root_key(name), given, page_size); }));
+            unlocked([&] { return chain_keys(root_key(name), prompt, page_size); }));
       },
-      "namespace"_a, "tokens"_a, "page_size"_a);
+      "namespace"_a, "tokens"_a, "page_size"_a, "extras"_a = py::none());
 }

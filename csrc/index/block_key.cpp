@@ -8,14 +8,30 @@
 
 namespace kvc2 {
 
+constexpr size_t kNoExtras = size_t{1} << 32;  // beyond any prompt's blocks
+
 BlockKey root_key(const Digest& space) { return xxh3_128(space.data(), space.size()); }
 
-BlockKey next_key(BlockKey parent, Tokens block) {
+static Extras::iterator first_from(Extras extras, uint64_t block) {
+  return std::ranges::lower_bound(extras, block, {}, &BlockExtras::block);
+}
+
+const Digest* Content::extras_of(size_t index) const {
+  const auto found = first_from(extras, first + index);
+  return found != extras.end() && found->block == first + index ? &found->digest : nullptr;
+}
+
+size_t Content::next_extras(size_t index) const {
+  const auto found = first_from(extras, first + index);
+  return found == extras.end() ? kNoExtras : found->block - first;
+}
+
+BlockKey next_key(BlockKey parent, Tokens block, const Digest* extras) {
   KVC2_CHECK(block.size() <= kMaxPageSize, "%zu tokens in a block", block.size());
   const size_t bytes = sizeof parent + block.size_bytes();
   struct {
     BlockKey parent;
-    uint32_t tokens[kMaxPageSize];
+    uint32_t tokens[kMaxPageSize + sizeof(Digest) / sizeof(uint32_t)];
   } joined;
   joined.parent = parent;
   // In steps of a fixed size: for one that varies GCC writes `rep movs`, which takes as long to
@@ -25,15 +41,18 @@ BlockKey next_key(BlockKey parent, Tokens block) {
   for (; block.size() >= kStep; block = block.subspan(kStep), to += kStep) {
     std::memcpy(to, block.data(), kStep * sizeof(uint32_t));
   }
-  std::ranges::copy(block, to);
-  return xxh3_128(&joined, bytes);
+  to = std::ranges::copy(block, to).out;
+  if (!extras) return xxh3_128(&joined, bytes);
+  std::memcpy(to, extras, sizeof *extras);
+  return xxh3_128(&joined, bytes + sizeof *extras);
 }
 
-std::vector<BlockKey> chain_keys(const BlockKey& parent, Tokens tokens, uint32_t page_size) {
-  std::vector<BlockKey> keys(tokens.size() / page_size);
+std::vector<BlockKey> chain_keys(const BlockKey& parent, const Content& content,
+                                 uint32_t page_size) {
+  std::vector<BlockKey> keys(content.tokens.size() / page_size);
   BlockKey last = parent;
   for (size_t i = 0; i < keys.size(); ++i) {
-    last = next_key(last, tokens.subspan(i * page_size, page_size));
+    last = next_key(last, content.block(i, page_size));
     keys[i] = last;
   }
   return keys;
@@ -46,9 +65,13 @@ KeyBlock key_block(std::span<const uint8_t> key) {
   return block;
 }
 
-Digest next_digest(const Digest& parent, Tokens block) {
-  const auto* bytes = reinterpret_cast<const uint8_t*>(block.data());
-  return sha256(parent, std::span(bytes, block.size_bytes()));
+Digest next_digest(const Digest& parent, const Block& block) {
+  const auto* bytes = reinterpret_cast<const uint8_t*>(block.tokens.data());
+  const std::span words(bytes, block.tokens.size_bytes());
+  if (!block.extras) return sha256(parent, words);
+  std::vector<uint8_t> joined(words.begin(), words.end());
+  joined.insert(joined.end(), block.extras->begin(), block.extras->end());
+  return sha256(parent, joined);
 }
 
 }  // namespace kvc2

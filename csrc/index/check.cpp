@@ -1,4 +1,4 @@
-// The proofs of the laws I1-I12 (index.h), L1-L4 (leases.h) and T1-T3 (transfers.h), each named by
+// The proofs of the laws I1-I13 (index.h), L1-L4 (leases.h) and T1-T3 (transfers.h), each named by
 // its number where it is broken: what is maintained step by step is counted again from scratch.
 // O(everything): for tests, and for `kvc2` when it is asked to.
 #include "base/check.h"
@@ -152,15 +152,17 @@ void RadixTree::check_node(NodeId id) const {
   KVC2_CHECK(!space.opaque || (node.parent == space.root && node.blocks() == 1),
              "I1: node %u hangs on a key, or has several", id);
   KVC2_CHECK(heads_.get(node.keys[0]) == id, "I1: node %u is not found", id);
+  KVC2_CHECK(node.has_extras == extras_.contains(id) && !(space.opaque && node.has_extras),
+             "I13: node %u has extras: %d", id, node.has_extras);
   const Node& above = nodes_[node.parent];
   BlockKey key = above.keys.empty() ? root_key(space.name) : above.keys.back();
   for (uint32_t i = 0; i < node.blocks(); ++i) {
-    key = next_key(key, tokens_at(node, i));
+    key = next_key(key, block({id, i}));
     KVC2_CHECK(key == node.keys[i], "I1: the key of block %u of node %u", i, id);
   }
   Digest digest = above.digests.empty() ? space.name : above.digests.back();
   for (uint32_t i = 0; i < node.digests.size(); ++i) {
-    digest = next_digest(digest, tokens_at(node, i));
+    digest = next_digest(digest, block({id, i}));
     KVC2_CHECK(digest == node.digests[i], "I7: the digest of block %u of node %u", i, id);
   }
   KVC2_CHECK(node.first_child != kNoNode || anywhere({id, node.blocks() - 1}),
@@ -243,7 +245,7 @@ void RadixTree::check_counts() const {
 
 void RadixTree::check() const {
   heads_.check();
-  uint32_t live = 0, all = 0, empty = 0;
+  uint32_t live = 0, all = 0, empty = 0, with_extras = 0;
   size_t ranked = 0, ordered = 0;
   std::vector<uint32_t> present(pools_.size(), 0);
   for (NodeId id = 0; id < nodes_.size(); ++id) {
@@ -251,6 +253,7 @@ void RadixTree::check() const {
     if (!node.live) continue;
     check_node(id);
     ++live;
+    with_extras += node.has_extras;
     all += node.blocks();
     for (uint32_t i = 0; i < node.blocks(); ++i) empty += !anywhere({id, i});
     for (const Residency& in : node.pools) {
@@ -266,6 +269,8 @@ void RadixTree::check() const {
              live, all, empty);
   KVC2_CHECK(live == heads_.size() + open_spaces(), "I1: %zu heads of %u nodes", heads_.size(),
              live);
+  KVC2_CHECK(with_extras == extras_.size(), "I13: the extras of %zu nodes, %u have some",
+             extras_.size(), with_extras);
   KVC2_CHECK(ranked == ordered, "I3: %zu of %zu in the orders are there", ranked, ordered);
   for (PoolId pool = 0; pool < pools_.size(); ++pool) {
     if (!pools_.alive(pool)) continue;

@@ -74,22 +74,22 @@ static std::vector<TierRun> runs_of(std::span<const uint8_t> tiers) {
 }
 
 Explanation explanation_of(const RadixTree& tree, const Obituaries& dead, const Found& found,
-                           Tokens tokens, uint32_t siblings) {
+                           const Content& prompt, uint32_t siblings) {
   Explanation answer{.blocks = static_cast<uint32_t>(found.tiers.size()),
                      .runs = runs_of(found.tiers)};
   const size_t size = tree.spaces[found.space].words;
-  if (tokens.size() / size <= answer.blocks) return answer;
+  if (prompt.tokens.size() / size <= answer.blocks) return answer;
   if (found.passed) {
     answer.miss = why_passed(tree, dead, *found.passed);
     return answer;
   }
-  const Tokens block = tokens.subspan(answer.blocks * size, size);
+  const Block block = prompt.block(answer.blocks, size);
   const Node& node = tree[found.last.node];
   const bool first = found.last.offset == kBeforeFirst;
   const BlockKey before =
       first ? root_key(tree.spaces[found.space].name) : node.keys[found.last.offset];
-  answer.miss =
-      why_absent(dead.find(next_key(before, block)), sibling_of(tree, found.last, block, siblings));
+  answer.miss = why_absent(dead.find(next_key(before, block)),
+                           sibling_of(tree, found.last, block.tokens, siblings));
   return answer;
 }
 

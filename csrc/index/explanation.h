@@ -25,7 +25,7 @@ struct TierRun {  // consecutive blocks of one tier (a place in the chain, or am
 
 // The resident block in the missing one's place that begins most like it.
 struct Sibling {
-  uint32_t common = 0;  // leading tokens of the block that are the same
+  uint32_t common = 0;  // leading tokens of the block that are the same; all: its extras differ
   std::vector<uint32_t> tokens{};
 };
 

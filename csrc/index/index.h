@@ -47,6 +47,8 @@
 //      for want of a page there, as long as one of them may go (quotas.h).
 //   I12 A block waits at most once in each of a pool's two queues of blocks to demote. A pool with
 //      second_access takes only reused blocks, and the reused blocks of a path are leading ones.
+//   I13 Blocks of equal tokens and other extras are other blocks, and so is all below them. A block
+//      with extras is the first of its node.
 //
 // A block is present in a pool while its page there is resident or in flight. Whether a block is a
 // leaf, and whether a pool has it already, is a question of presence. What matches, what can be the
@@ -107,6 +109,7 @@ struct RestoreBatch {  // by block; tokens are page_size each
   std::span<const uint32_t> expires{};        // seconds as of `advance`, 0: never; empty: all never
   std::span<const uint8_t> external_bytes{};  // of the key in the place of tokens; empty: all 0
   std::span<const ExternalKey> external_keys{};
+  std::span<const Digest> extras{};  // zeros: none; empty: none has any
 };
 
 // The contract of each function is in kvc2/_core.pyi. Throws UnknownId, or std::invalid_argument
@@ -145,20 +148,21 @@ class Index {
   uint32_t retire(uint32_t space);
   uint32_t advance(uint32_t now);
   Evicted reap(PoolId pool, uint32_t pages);
-  bool pin(uint32_t space, PoolId pool, Tokens tokens, const Keeping& as);
-  uint32_t unpin(uint32_t space, PoolId pool, Tokens tokens);
+  bool pin(uint32_t space, PoolId pool, const Content& prefix, const Keeping& as);
+  uint32_t unpin(uint32_t space, PoolId pool, const Content& prefix);
   uint32_t pinned_blocks(PoolId pool, bool hard) const;
 
-  Match match(uint32_t space, PoolId pool, Tokens tokens) const;
-  Explanation explain(uint32_t space, std::span<const PoolId> pools, Tokens tokens) const;
-  LeaseView acquire(uint32_t space, PoolId pool, Tokens tokens, uint32_t max_blocks,
+  Match match(uint32_t space, PoolId pool, const Content& prompt) const;
+  Explanation explain(uint32_t space, std::span<const PoolId> pools, const Content& prompt) const;
+  LeaseView acquire(uint32_t space, PoolId pool, const Content& prompt, uint32_t max_blocks,
                     const Hints& hints = {}, uint32_t skip_blocks = 0);
   Load next_load(LeaseId lease, uint32_t max_pages);
-  Load prefetch(uint32_t space, PoolId pool, Tokens tokens, uint32_t max_pages, bool touches);
+  Load prefetch(uint32_t space, PoolId pool, const Content& prefix, uint32_t max_pages,
+                bool touches);
   std::optional<Transfer> promote(LeaseId lease, uint32_t max_pages = ~uint32_t{0});
   LeaseView lease(LeaseId lease) const;
   void shorten(LeaseId lease, uint32_t blocks);
-  std::vector<CommitResult> commit(LeaseId lease, uint32_t first_block, Tokens tokens,
+  std::vector<CommitResult> commit(LeaseId lease, const Content& blocks,
                                    std::span<const PageId> pages);
   void release(LeaseId lease, const Hints& hints = {});
   uint32_t release_all(std::span<const LeaseId> leases);  // how many of them were open
@@ -236,10 +240,10 @@ class Index {
   void check_keys(uint32_t space, PoolId pool) const;
 
   // lives.cpp
-  std::vector<BlockKey> path_keys(uint32_t space, Tokens tokens) const;
-  bool pin_path(uint32_t space, PoolId pool, Tokens tokens, const Keeping& as);
-  uint32_t unpin_path(uint32_t space, PoolId pool, Tokens tokens);
-  void refresh_path(uint32_t space, Tokens tokens);
+  std::vector<BlockKey> path_keys(uint32_t space, const Content& prefix) const;
+  bool pin_path(uint32_t space, PoolId pool, const Content& prefix, const Keeping& as);
+  uint32_t unpin_path(uint32_t space, PoolId pool, const Content& prefix);
+  void refresh_path(uint32_t space, const Content& prefix);
 
   // restore.cpp
   struct Known {  // what a record can hang on: a resident page, or (kNoPage) a namespace's root

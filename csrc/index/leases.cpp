@@ -2,6 +2,7 @@
 #include "index/leases.h"
 
 #include <algorithm>
+#include <iterator>
 #include <unordered_set>
 #include <utility>
 
@@ -27,8 +28,11 @@ LeaseView Leases::open(LeaseId id, const Request& request, Found&& found) {
               .matched = static_cast<uint32_t>(found.tiers.size()),
               .found = std::move(found.tiers)};
   lease.first = std::min(request.skip, lease.matched);
-  const Tokens skipped = request.tokens.first(lease.first * size);
+  const Content& asked = request.content;
+  const Tokens skipped = asked.tokens.first(lease.first * size);
   lease.skipped.assign(skipped.begin(), skipped.end());
+  const auto matches = [&](const BlockExtras& each) { return each.block < lease.matched; };
+  std::ranges::copy_if(asked.extras, std::back_inserter(lease.extras), matches);
   hold_leading(lease, found.path);
   for (const Run& run : found.path) {
     tree_.touch(run, lease.stamp);
@@ -37,9 +41,9 @@ LeaseView Leases::open(LeaseId id, const Request& request, Found&& found) {
   }
   tree_.say(found.last, lease.hints.life(tree_.now()), kNoneFresh);
   lease.tokens_from = lease.end();
-  const Tokens rest = request.tokens.first(lease.matched * size).subspan(lease.tokens_from * size);
+  const Tokens rest = asked.tokens.first(lease.matched * size).subspan(lease.tokens_from * size);
   lease.tokens.assign(rest.begin(), rest.end());
-  register_computing(lease, keys_after(lease, found.path, request.tokens));
+  register_computing(lease, keys_after(lease, found.path, asked));
   learn(lease, found.path, request);
   return view_of(id, leases_.emplace(id, std::move(lease)).first->second);
 }
@@ -81,18 +85,17 @@ void Leases::learn(const Lease& lease, const std::vector<Run>& path, const Reque
   }
   const size_t rest = std::min(request.blocks - keys.size(), lease.unmatched.size());
   keys.insert(keys.end(), lease.unmatched.begin(), lease.unmatched.begin() + rest);
-  curve_.access(keys, tree_.spaces[lease.space].page_size, request.tokens.size());
+  curve_.access(keys, tree_.spaces[lease.space].page_size, request.content.tokens.size());
 }
 
 // The keys of the prompt's full blocks after those of the path.
 std::vector<BlockKey> Leases::keys_after(const Lease& lease, const std::vector<Run>& path,
-                                         Tokens tokens) const {
+                                         const Content& content) const {
   const Space& space = tree_.spaces[lease.space];
   BlockKey key = root_key(space.name);
   if (!path.empty())
     key = tree_[path.back().node].keys[path.back().offset + path.back().blocks - 1];
-  const Tokens rest = tokens.subspan(size_t{lease.matched} * space.page_size);
-  return chain_keys(key, rest, space.page_size);
+  return chain_keys(key, content.after(lease.matched, space.page_size), space.page_size);
 }
 
 // From now on the lease computes the blocks with these keys, which follow `matched`.
@@ -163,8 +166,7 @@ void Leases::shorten(LeaseId id, uint32_t blocks) {
     return;
   }
   const Space& space = tree_.spaces[lease.space];
-  const Tokens after =
-      Tokens(lease.tokens).subspan(size_t{held - lease.tokens_from} * space.page_size);
+  const Content after = lease.content().after(held - lease.tokens_from, space.page_size);
   std::vector<BlockKey> keys = chain_keys(last_key(lease), after, space.page_size);
   keys.erase(keys.begin(), keys.begin() + (end - held));
   keys.insert(keys.end(), lease.unmatched.begin(), lease.unmatched.end());
@@ -180,7 +182,7 @@ std::optional<Place> Leases::cursor(const Lease& lease) const {
   if (!lease.held.empty()) return tree_.owner(lease.pool, lease.held.back().anchor);
   if (lease.first == 0) return Place{tree_.spaces[lease.space].root, kBeforeFirst};
   uint32_t blocks = 0;
-  const std::vector<Run> path = tree_.find(lease.space, lease.skipped);
+  const std::vector<Run> path = tree_.find(lease.space, lease.skipped_content());
   for (const Run& run : path) blocks += run.blocks;
   if (blocks < lease.first) return std::nullopt;
   return Place{path.back().node, path.back().offset + path.back().blocks - 1};
@@ -194,7 +196,7 @@ BlockKey Leases::last_key(const Lease& lease) const {
     return tree_[at.node].keys[at.offset];
   }
   if (lease.first == 0) return root_key(space.name);
-  return chain_keys(root_key(space.name), lease.skipped, space.page_size).back();
+  return chain_keys(root_key(space.name), lease.skipped_content(), space.page_size).back();
 }
 
 // The lease's `block`, which follows `at`; none if acquire did not match it, if it has left the
@@ -202,13 +204,12 @@ BlockKey Leases::last_key(const Lease& lease) const {
 std::optional<Place> Leases::step(const Lease& lease, Place at, uint32_t block) const {
   if (block < lease.tokens_from || block >= lease.matched) return std::nullopt;
   const size_t size = tree_.spaces[lease.space].page_size;
-  const auto next =
-      tree_.next(at, Tokens(lease.tokens).subspan((block - lease.tokens_from) * size, size));
+  const auto next = tree_.next(at, lease.content().block(block - lease.tokens_from, size));
   if (next && tree_.dead(*next)) return std::nullopt;
   return next;
 }
 
-void Leases::commit(LeaseId id, uint64_t first_block, Tokens tokens, std::span<const PageId> pages,
+void Leases::commit(LeaseId id, const Content& blocks, std::span<const PageId> pages,
                     std::span<CommitResult> results) {
   Lease& lease = get(id);
   const size_t size = tree_.spaces[lease.space].page_size;
@@ -219,8 +220,8 @@ void Leases::commit(LeaseId id, uint64_t first_block, Tokens tokens, std::span<c
   const uint32_t known = tree_.blocks;
   uint32_t fresh = kNoneFresh;  // the first block that is new to the tree
   for (size_t i = 0; i < pages.size(); ++i) {
-    const Tokens block = tokens.subspan(i * size, size);
-    const uint64_t position = first_block + i;
+    const Block block = blocks.block(i, size);
+    const uint64_t position = blocks.first + i;
     if (position < lease.first || position > lease.end()) break;
     results[i] = position < lease.end()
                      ? commit_again(lease, static_cast<uint32_t>(position), block, pages[i])
@@ -228,11 +229,14 @@ void Leases::commit(LeaseId id, uint64_t first_block, Tokens tokens, std::span<c
     if (results[i] == CommitResult::kRefused) break;
     if (fresh == kNoneFresh && tree_.blocks > known) fresh = static_cast<uint32_t>(position);
     if (lease.end() == position + 1 && tree_.last(at)) {  // the rest is in no tree
-      const uint32_t adopted =
-          commit_rest(lease, at.node, tokens.subspan((i + 1) * size), pages.subspan(i + 1));
+      const Tokens plain = blocks.until_extras(i + 1, size).subspan((i + 1) * size);
+      const size_t most = std::min(pages.size() - i - 1, plain.size() / size);
+      const uint32_t adopted = commit_rest(lease, at.node, plain, pages.subspan(i + 1, most));
       std::ranges::fill(results.subspan(i + 1, adopted), CommitResult::kAdopted);
       if (fresh == kNoneFresh) fresh = static_cast<uint32_t>(position) + 1;
-      break;
+      if (adopted < most) break;
+      i += adopted;
+      at = {at.node, tree_[at.node].blocks() - 1};
     }
   }
   learn_committed(lease, before);
@@ -250,22 +254,21 @@ void Leases::learn_committed(const Lease& lease, size_t from) {
   }
 }
 
-CommitResult Leases::commit_again(const Lease& lease, uint32_t block, Tokens tokens,
+CommitResult Leases::commit_again(const Lease& lease, uint32_t position, const Block& block,
                                   PageId page) const {
-  const Held& held = lease.held[block - lease.first];
+  const Held& held = lease.held[position - lease.first];
   if (held.page != page) return CommitResult::kRefused;
-  const Place at = tree_.owner(lease.pool, held.anchor);
-  if (!std::ranges::equal(tree_.tokens(at), tokens)) return CommitResult::kRefused;
+  if (!tree_.is(tree_.owner(lease.pool, held.anchor), block)) return CommitResult::kRefused;
   return held.page == held.anchor ? CommitResult::kAdopted : CommitResult::kDuplicate;
 }
 
 // Commits the block after `at`, and moves `at` to that block.
-CommitResult Leases::commit_next(Lease& lease, Place& at, Tokens tokens, PageId page) {
+CommitResult Leases::commit_next(Lease& lease, Place& at, const Block& block, PageId page) {
   PagePool& into = pools_.at(lease.pool);
   if (!into.is(page, PageState::kPrivate) || into[page].held) return CommitResult::kRefused;
-  const auto block = tree_.insert(at, tokens, lease.stamp);
-  if (!block) return CommitResult::kRefused;
-  at = *block;
+  const auto inserted = tree_.insert(at, block, lease.stamp);
+  if (!inserted) return CommitResult::kRefused;
+  at = *inserted;
   if (tree_[at.node].uses[at.offset].stamp < lease.stamp) {
     tree_.touch({at.node, at.offset, 1}, lease.stamp);
   }

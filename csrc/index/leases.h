@@ -77,7 +77,7 @@ class Leases {
  public:
   struct Request {
     std::span<const PoolId> pools;  // the chain of the lease's pool
-    Tokens tokens;                  // of the whole prompt
+    Content content;                // of the whole prompt
     size_t blocks;                  // asked for, the leading ones of it
     uint32_t stamp;
     const Hints& hints;
@@ -93,8 +93,8 @@ class Leases {
   void shorten(LeaseId id, uint32_t blocks);
   Load next_load(LeaseId id, uint32_t max_pages);
   std::optional<Transfer> promote(LeaseId id, uint32_t max_pages);
-  // Fills `results`, one a page, which are kRefused before; `tokens` are page_size of each.
-  void commit(LeaseId id, uint64_t first_block, Tokens tokens, std::span<const PageId> pages,
+  // Fills `results`, one a page, which are kRefused before; `blocks` has as many.
+  void commit(LeaseId id, const Content& blocks, std::span<const PageId> pages,
               std::span<CommitResult> results);
   void release(LeaseId id, const Hints& hints);
   uint32_t held_in(LeaseId id, PoolId pool) const;  // of its held blocks, those resident there
@@ -138,11 +138,14 @@ class Leases {
     std::vector<uint8_t> found{};       // by matched block: the fastest tier at acquire
     uint32_t tokens_from = 0;           // first block that `tokens` has
     std::vector<uint32_t> tokens{};     // of matched blocks that were not in the pool at acquire
+    std::vector<BlockExtras> extras{};  // of matched blocks
     std::vector<TransferId> depends{};  // transfers that fill held pages
     std::vector<BlockKey> unmatched{};  // keys of the full blocks after `matched`
     uint32_t computing_from = 0;        // of them, from here on registered in computing_
 
     uint32_t end() const { return first + static_cast<uint32_t>(held.size()); }
+    Content skipped_content() const { return {skipped, extras, 0}; }
+    Content content() const { return {tokens, extras, tokens_from}; }
   };
 
   Lease& get(LeaseId id);
@@ -155,11 +158,12 @@ class Leases {
   void hold_leading(Lease& lease, const std::vector<Run>& path);
   void learn(const Lease& lease, const std::vector<Run>& path, const Request& request);
   std::vector<BlockKey> keys_after(const Lease& lease, const std::vector<Run>& path,
-                                   Tokens tokens) const;
+                                   const Content& content) const;
   void register_computing(Lease& lease, std::vector<BlockKey>&& keys);
   void unregister_computing(Lease& lease, uint32_t end);
-  CommitResult commit_again(const Lease& lease, uint32_t block, Tokens tokens, PageId page) const;
-  CommitResult commit_next(Lease& lease, Place& at, Tokens tokens, PageId page);
+  CommitResult commit_again(const Lease& lease, uint32_t position, const Block& block,
+                            PageId page) const;
+  CommitResult commit_next(Lease& lease, Place& at, const Block& block, PageId page);
   uint32_t commit_rest(Lease& lease, NodeId node, Tokens tokens, std::span<const PageId> pages);
   void learn_committed(const Lease& lease, size_t from);
   void lose_from(Lease& lease, const std::unordered_set<PageId>& failed);

@@ -49,41 +49,41 @@ Evicted Index::reap(PoolId id, uint32_t pages) {
   return evicted;
 }
 
-std::vector<BlockKey> Index::path_keys(uint32_t space, Tokens tokens) const {
+std::vector<BlockKey> Index::path_keys(uint32_t space, const Content& prefix) const {
   const Space& of = tree_.spaces[space];
-  if (tokens.size() < of.words) throw std::invalid_argument("tokens: less than a block");
-  return chain_keys(root_key(of.name), tokens, of.words);
+  if (prefix.tokens.size() < of.words) throw std::invalid_argument("tokens: less than a block");
+  return chain_keys(root_key(of.name), prefix, of.words);
 }
 
-void Index::refresh_path(uint32_t space, Tokens tokens) {
-  for (const Run& run : tree_.find(space, tokens)) tree_.refresh(run.node);
+void Index::refresh_path(uint32_t space, const Content& prefix) {
+  for (const Run& run : tree_.find(space, prefix)) tree_.refresh(run.node);
 }
 
-bool Index::pin(uint32_t space, PoolId id, Tokens tokens, const Keeping& as) {
+bool Index::pin(uint32_t space, PoolId id, const Content& prefix, const Keeping& as) {
   const Lock lock(mutex_);
   check_tokens(space, id);
-  return pin_path(space, id, tokens, as);
+  return pin_path(space, id, prefix, as);
 }
 
-bool Index::pin_path(uint32_t space, PoolId id, Tokens tokens, const Keeping& as) {
-  std::vector<BlockKey> keys = path_keys(space, tokens);
+bool Index::pin_path(uint32_t space, PoolId id, const Content& prefix, const Keeping& as) {
+  std::vector<BlockKey> keys = path_keys(space, prefix);
   if (tree_.spaces[space].retired) return false;
   const Pinned how = as.hard ? Pinned::kHard : Pinned::kSoft;
   const uint32_t ends = seconds_later(tree_.now(), as.ttl);
   const bool pinned = tree_.pins.pin(id, space, std::move(keys), how, as.max_blocks, ends);
-  refresh_path(space, tokens);
+  refresh_path(space, prefix);
   return pinned;
 }
 
-uint32_t Index::unpin(uint32_t space, PoolId id, Tokens tokens) {
+uint32_t Index::unpin(uint32_t space, PoolId id, const Content& prefix) {
   const Lock lock(mutex_);
   check_tokens(space, id);
-  return unpin_path(space, id, tokens);
+  return unpin_path(space, id, prefix);
 }
 
-uint32_t Index::unpin_path(uint32_t space, PoolId id, Tokens tokens) {
-  const uint32_t blocks = tree_.pins.unpin(id, path_keys(space, tokens).back());
-  refresh_path(space, tokens);
+uint32_t Index::unpin_path(uint32_t space, PoolId id, const Content& prefix) {
+  const uint32_t blocks = tree_.pins.unpin(id, path_keys(space, prefix).back());
+  refresh_path(space, prefix);
   return blocks;
 }
 

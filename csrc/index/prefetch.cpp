@@ -8,14 +8,14 @@ namespace kvc2 {
 // There is no lease: only the transfer pins what is planned, and what has come may be evicted
 // again. No request computes the missing blocks meanwhile, and no block lives longer since it is
 // prefetched.
-Load Transfers::prefetch(const Found& found, std::span<const PoolId> pools, Tokens tokens,
+Load Transfers::prefetch(const Found& found, std::span<const PoolId> pools, const Content& prefix,
                          uint32_t max_pages) {
   const size_t size = tree_.spaces[found.space].page_size;
   max_pages = std::min(max_pages, kPagesMax);
   Plan plan{};
   Place at{tree_.spaces[found.space].root, kBeforeFirst};
   for (size_t block = 0; block < found.tiers.size(); ++block) {
-    const auto next = tree_.next(at, tokens.subspan(block * size, size));
+    const auto next = tree_.next(at, prefix.block(block, size));
     if (!next) break;  // evicted for those before it
     at = *next;
     const bool there = tree_.page(at, pools[0]) != kNoPage;

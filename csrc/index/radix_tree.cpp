@@ -68,12 +68,34 @@ Tokens RadixTree::tokens_at(const Node& node, uint32_t offset) const {
 
 Tokens RadixTree::tokens(Place at) const { return tokens_at(nodes_[at.node], at.offset); }
 
-NodeId RadixTree::child(NodeId node, const BlockKey& key, Tokens block) const {
+const Digest* RadixTree::extras_of(NodeId node) const {
+  return nodes_[node].has_extras ? &extras_.at(node) : nullptr;
+}
+
+Block RadixTree::block(Place at) const {
+  return {tokens(at), at.offset == 0 ? extras_of(at.node) : nullptr};
+}
+
+static bool same_extras(const Digest* a, const Digest* b) { return a == b || (a && b && *a == *b); }
+
+bool RadixTree::is(Place at, const Block& block) const {
+  const Block there = this->block(at);
+  return std::ranges::equal(there.tokens, block.tokens) && same_extras(there.extras, block.extras);
+}
+
+// The first block of `from` is that of `to` now.
+void RadixTree::give_extras(NodeId from, NodeId to) {
+  if (!nodes_[from].has_extras) return;
+  extras_[to] = extras_.at(from);
+  extras_.erase(from);
+  nodes_[from].has_extras = false;
+  nodes_[to].has_extras = true;
+}
+
+NodeId RadixTree::child(NodeId node, const BlockKey& key, const Block& block) const {
   const NodeId found = heads_.get(key);
   if (found == kNoNode) return kNoNode;
-  const Node& candidate = nodes_[found];
-  const bool same = candidate.parent == node && std::ranges::equal(tokens_at(candidate, 0), block);
-  return same ? found : kNoNode;
+  return nodes_[found].parent == node && is({found, 0}, block) ? found : kNoNode;
 }
 
 // How many leading blocks of `wanted` are `held`. One memcmp when all are, the usual case.
@@ -87,21 +109,21 @@ static uint32_t equal_blocks(Tokens held, Tokens wanted, uint32_t page_size) {
   return static_cast<uint32_t>((differ - held.begin()) / page_size);
 }
 
-std::vector<Run> RadixTree::find(uint32_t space, Tokens tokens) const {
+std::vector<Run> RadixTree::find(uint32_t space, Content content) const {
   const uint32_t size = spaces[space].words;
   std::vector<Run> path;
   NodeId node = spaces[space].root;
-  while (tokens.size() >= size) {
+  while (content.tokens.size() >= size) {
     const Node& at = nodes_[node];
-    const Tokens block = tokens.first(size);
+    const Block block = content.block(0, size);
     node = child(node,
                  next_key(at.keys.empty() ? root_key(spaces[space].name) : at.keys.back(), block),
                  block);
     if (node == kNoNode) break;
-    const uint32_t same = equal_blocks(nodes_[node].tokens, tokens, size);
+    const uint32_t same = equal_blocks(nodes_[node].tokens, content.until_extras(1, size), size);
     path.push_back({node, 0, same});
     if (same < nodes_[node].blocks()) break;
-    tokens = tokens.subspan(size_t{same} * size);
+    content = content.after(same, size);
   }
   return path;
 }
@@ -113,11 +135,11 @@ std::optional<Place> RadixTree::parent(Place at) const {
   return Place{above, nodes_[above].blocks() - 1};
 }
 
-std::optional<Place> RadixTree::next(Place at, Tokens block) const {
+std::optional<Place> RadixTree::next(Place at, const Block& block) const {
   const Node& node = nodes_[at.node];
   const uint32_t offset = at.offset + 1;
   if (offset < node.blocks()) {
-    if (!std::ranges::equal(tokens_at(node, offset), block)) return std::nullopt;
+    if (!is({at.node, offset}, block)) return std::nullopt;
     return Place{at.node, offset};
   }
   if (node.first_child == kNoNode) return std::nullopt;  // the usual commit: nothing to hash
@@ -138,7 +160,8 @@ bool RadixTree::collides(Place at, const BlockKey& key) const {
   return branches && taken(node.keys[offset]);  // the key that a split adds
 }
 
-std::optional<Place> RadixTree::insert(Place at, Tokens block, uint32_t stamp, bool restored) {
+std::optional<Place> RadixTree::insert(Place at, const Block& block, uint32_t stamp,
+                                       bool restored) {
   if (const auto there = next(at, block)) return there;
   const Node& node = nodes_[at.node];
   const uint32_t offset = at.offset + 1;
@@ -149,7 +172,8 @@ std::optional<Place> RadixTree::insert(Place at, Tokens block, uint32_t stamp, b
     return std::nullopt;
   }
   const NodeId above = offset < node.blocks() ? split(at.node, offset) : at.node;
-  const bool extend = nodes_[above].parent != kNoNode && nodes_[above].first_child == kNoNode;
+  const bool extend =
+      nodes_[above].parent != kNoNode && nodes_[above].first_child == kNoNode && !block.extras;
   NodeId into = above;
   if (!extend) {
     into = new_node();
@@ -157,8 +181,10 @@ std::optional<Place> RadixTree::insert(Place at, Tokens block, uint32_t stamp, b
     nodes_[into].first = nodes_[above].first + nodes_[above].blocks();
     adopt_child(above, into);
     heads_.put(key, into);
+    if (block.extras) extras_[into] = *block.extras;
+    nodes_[into].has_extras = block.extras != nullptr;
   }
-  const Run added = append(into, {&key, 1}, block, stamp, restored);
+  const Run added = append(into, {&key, 1}, block.tokens, stamp, restored);
   refresh(above);
   return Place{added.node, added.offset};
 }
@@ -259,6 +285,7 @@ NodeId RadixTree::split(NodeId node, uint32_t at) {
   head.digests = cut_front(tail.digests, at);
   heads_.put(head.keys[0], head_id);
   heads_.put(tail.keys[0], node);
+  give_extras(node, head_id);
   split_residency(head, head_id, tail, at);
   split_lives(head_id, node, at);
   refresh(head_id);
@@ -275,7 +302,7 @@ constexpr uint32_t kJoins = 256;  // of one path at a time
 bool RadixTree::may_join(NodeId above, NodeId node) const {
   const Node &head = nodes_[above], &tail = nodes_[node];
   return head.parent != kNoNode && head.first_child == node && tail.next == kNoNode &&
-         head.blocks() <= 2 * tail.blocks() &&
+         !tail.has_extras && head.blocks() <= 2 * tail.blocks() &&
          head.tokens.size() + tail.tokens.size() <= kJoinTokens;
 }
 
@@ -313,6 +340,7 @@ void RadixTree::join(NodeId above, NodeId node) {
   put_front(tail.keys, head.keys);
   put_front(tail.uses, head.uses);
   put_front(tail.digests, head.digests);
+  give_extras(above, node);
   const NodeId parent = head.parent;
   orphan_child(node);
   orphan_child(above);
@@ -338,6 +366,7 @@ void RadixTree::join_residency(NodeId above, NodeId node) {
 }
 
 void RadixTree::forget_node(NodeId id) {
+  if (nodes_[id].has_extras) extras_.erase(id);
   nodes_[id] = Node{};
   free_nodes_.push_back(id);
   --live_nodes;
@@ -385,7 +414,7 @@ const Digest& RadixTree::digest(Place at) {
     Node& to = nodes_[*node];
     const uint32_t end = *node == at.node ? at.offset + 1 : to.blocks();
     for (auto i = static_cast<uint32_t>(to.digests.size()); i < end; ++i) {
-      const Digest name = next_digest(parent_digest({*node, i}), tokens_at(to, i));
+      const Digest name = next_digest(parent_digest({*node, i}), block({*node, i}));
       to.digests.push_back(name);
     }
   }
@@ -412,6 +441,8 @@ size_t RadixTree::table_bytes() const {
   constexpr size_t kOrderBytes = 48;  // a node of an order's set
   size_t bytes = heads_.metadata_bytes() + free_nodes_.capacity() * sizeof(NodeId);
   for (const EvictionOrder& order : orders_) bytes += order.size() * kOrderBytes;
+  constexpr size_t kLink = 2 * sizeof(void*);  // of a hash map's entry
+  bytes += extras_.size() * (sizeof(*extras_.begin()) + kLink);
   for (const auto& [id, lives] : lives_) {
     bytes += sizeof(NodeLives) + 2 * kOrderBytes + lives.runs.capacity() * sizeof(LifeRun);
   }

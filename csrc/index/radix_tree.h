@@ -16,6 +16,9 @@
 //
 // Laws of index.h that are kept here: I1, I2 (`trim`: a run never ends in a hole), I3 (`rank_of`
 // ranks only what may go).
+// Only the first block of a node may have extras (I13): an image begins a node, which is joined to
+// none above. The tree's side table has its digest, so that a block without extras pays nothing.
+//
 // A root may have millions of children (opaque keys): a child is found by its key in a hash table,
 // and only what walks the whole namespace goes from sibling to sibling.
 //
@@ -92,6 +95,7 @@ struct Node {
   uint32_t first = 0;          // position of its first block on the path
   uint32_t reused_blocks = 0;  // leading ones that an acquire has matched
   bool live = false;
+  bool has_extras = false;  // its first block has
   std::vector<uint32_t> tokens;
   std::vector<BlockKey> keys;
   std::vector<Use> uses;        // by block
@@ -110,14 +114,15 @@ class RadixTree {
   uint32_t add_space(const Digest& name, uint32_t page_size, bool opaque = false);
   bool close_space(uint32_t space);  // false: it has blocks
   size_t open_spaces() const { return spaces.size() - free_spaces_.size(); }
-  uint32_t retire(uint32_t space);                             // the blocks in it
-  std::vector<Run> find(uint32_t space, Tokens tokens) const;  // leading blocks, holes included
-  std::optional<Place> next(Place at, Tokens block) const;     // the one after `at`, if it is there
+  uint32_t retire(uint32_t space);                                // the blocks in it
+  std::vector<Run> find(uint32_t space, Content content) const;   // leading blocks, holes included
+  std::optional<Place> next(Place at, const Block& block) const;  // the one after `at`, if there
   // Find or add; none: a collision, which is counted. A block that a restart found on disk teaches
   // the policy nothing.
-  std::optional<Place> insert(Place at, Tokens block, uint32_t stamp, bool restored = false);
-  bool last(Place at) const;                               // nothing hangs on it
-  Run append(NodeId node, Tokens tokens, uint32_t stamp);  // to a node without children
+  std::optional<Place> insert(Place at, const Block& block, uint32_t stamp, bool restored = false);
+  bool last(Place at) const;  // nothing hangs on it
+  // To a node without children, blocks without extras.
+  Run append(NodeId node, Tokens tokens, uint32_t stamp);
   std::vector<Run> join(std::span<const Run> path);  // the path, in fewer nodes where that is cheap
   void trim(NodeId node);  // drop trailing blocks without a page, and nodes that this empties
   std::optional<Place> parent(Place at) const;  // none before the first block
@@ -176,6 +181,8 @@ class RadixTree {
   const Digest& digest(Place at);         // makes the digests that are missing on its path
   const Digest& parent_digest(Place at);  // of a first block: the name of the namespace
   Tokens tokens(Place at) const;
+  Block block(Place at) const;  // good until the tree changes
+  bool is(Place at, const Block& block) const;
 
   const Node& operator[](NodeId node) const { return nodes_[node]; }
   void check() const;
@@ -195,7 +202,9 @@ class RadixTree {
   NodeId new_node();
   Tokens tokens_at(const Node& node, uint32_t offset) const;
   bool collides(Place at, const BlockKey& key) const;
-  NodeId child(NodeId node, const BlockKey& key, Tokens block) const;
+  const Digest* extras_of(NodeId node) const;
+  void give_extras(NodeId from, NodeId to);
+  NodeId child(NodeId node, const BlockKey& key, const Block& block) const;
   NodeId split(NodeId node, uint32_t at);
   void split_residency(Node& head, NodeId head_id, Node& tail, uint32_t at);
   bool may_join(NodeId above, NodeId node) const;
@@ -237,8 +246,9 @@ class RadixTree {
   std::deque<Node> nodes_;  // a deque never moves what it holds
   std::vector<NodeId> free_nodes_;
   std::vector<uint32_t> free_spaces_;
-  KeyTable heads_;                     // nodes by the key of their first block
-  std::vector<EvictionOrder> orders_;  // by pool
+  KeyTable heads_;                             // nodes by the key of their first block
+  std::unordered_map<NodeId, Digest> extras_;  // of the nodes that have some
+  std::vector<EvictionOrder> orders_;          // by pool
   std::map<std::pair<PoolId, TenantId>, EvictionOrder> tenant_orders_;  // of those with a quota
   struct NodeLives {
     std::vector<LifeRun> runs;  // what follows the last one lives as Life{}

@@ -3,7 +3,8 @@
 namespace kvc2 {
 
 void Records::append(RadixTree& tree, Place at, uint64_t generation) {
-  const Tokens block = tree.tokens(at);
+  const Block named = tree.block(at);
+  const Tokens block = named.tokens;
   const Space& space = tree.spaces[tree[at.node].space];
   namespaces.push_back(space.name);
   digests.push_back(tree.digest(at));
@@ -17,7 +18,7 @@ void Records::append(RadixTree& tree, Place at, uint64_t generation) {
   } else {
     tokens.insert(tokens.end(), block.begin(), block.end());
   }
-  extras.push_back({});
+  extras.push_back(named.extras ? *named.extras : Digest{});
   generations.push_back(generation);
 }
 

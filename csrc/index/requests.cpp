@@ -76,37 +76,38 @@ uint32_t Index::tick() {
   return ++stamp_;
 }
 
-Match Index::match(uint32_t space, PoolId head, Tokens tokens) const {
+Match Index::match(uint32_t space, PoolId head, const Content& prompt) const {
   const Lock lock(mutex_);
   check_tokens(space, head);
   const std::vector<PoolId> pools = pools_.chain(head);
-  const Found found = find_resident(tree_, space, pools, tree_.find(space, tokens));
+  const Found found = find_resident(tree_, space, pools, tree_.find(space, prompt));
   Match match{static_cast<uint32_t>(found.tiers.size()), std::vector<uint32_t>(pools.size(), 0)};
   for (const uint8_t tier : found.tiers) ++match.tiers[tier];
   return match;
 }
 
-Explanation Index::explain(uint32_t space, std::span<const PoolId> pools, Tokens tokens) const {
+Explanation Index::explain(uint32_t space, std::span<const PoolId> pools,
+                           const Content& prompt) const {
   const Lock lock(mutex_);
   if (pools.empty() || pools.size() > 0xFF) throw std::invalid_argument("pools: 1 to 255 of them");
   for (const PoolId each : pools) check_tokens(space, each);
-  const Found found = find_resident(tree_, space, pools, tree_.find(space, tokens));
-  return explanation_of(tree_, evictor_.obituaries(), found, tokens, kSiblingsMax);
+  const Found found = find_resident(tree_, space, pools, tree_.find(space, prompt));
+  return explanation_of(tree_, evictor_.obituaries(), found, prompt, kSiblingsMax);
 }
 
-LeaseView Index::acquire(uint32_t space, PoolId head, Tokens tokens, uint32_t max_blocks,
+LeaseView Index::acquire(uint32_t space, PoolId head, const Content& prompt, uint32_t max_blocks,
                          const Hints& hints, uint32_t skip_blocks) {
   const Lock lock(mutex_);
   check_tokens(space, head);
   check_leasable(head);
   const size_t size = tree_.spaces[space].page_size;
-  const size_t blocks = std::min<size_t>(tokens.size() / size, max_blocks);
-  const Tokens asked = tokens.first(blocks * size);
+  const size_t blocks = std::min<size_t>(prompt.tokens.size() / size, max_blocks);
+  const Content asked = prompt.before(blocks, size);
   const std::vector<PoolId> pools = pools_.chain(head);
   const uint32_t stamp = tick();
   Found found = find_resident(tree_, space, pools, tree_.join(tree_.find(space, asked)));
   Explanation why = explanation_of(tree_, evictor_.obituaries(), found, asked, kSiblingsOfAcquire);
-  LeaseView opened = leases_.open(++last_lease_, {pools, tokens, blocks, stamp, hints, skip_blocks},
+  LeaseView opened = leases_.open(++last_lease_, {pools, prompt, blocks, stamp, hints, skip_blocks},
                                   std::move(found));
   opened.explanation = std::move(why);
   return opened;
@@ -135,18 +136,18 @@ std::optional<Transfer> Index::promote(LeaseId id, uint32_t max_pages) {
 }
 
 // In slices. Where the lease is released between two slices, the next one throws UnknownId.
-std::vector<CommitResult> Index::commit(LeaseId id, uint32_t first_block, Tokens tokens,
+std::vector<CommitResult> Index::commit(LeaseId id, const Content& all,
                                         std::span<const PageId> pages) {
   std::vector<CommitResult> results(pages.size(), CommitResult::kRefused);
   size_t done = 0, blocks = 0;
   do {
     const Lock lock(mutex_);
     const size_t size = leases_.page_size(id);
-    if (tokens.size() != pages.size() * size) {
+    if (all.tokens.size() != pages.size() * size) {
       throw std::invalid_argument("tokens: not page_size for each of pages");
     }
     blocks = std::min<size_t>(pages.size() - done, kSliceCommits);
-    leases_.commit(id, uint64_t{first_block} + done, tokens.subspan(done * size, blocks * size),
+    leases_.commit(id, all.before(done + blocks, size).after(done, size),
                    pages.subspan(done, blocks), std::span(results).subspan(done, blocks));
     done += blocks;
   } while (done < pages.size() && results[done - 1] != CommitResult::kRefused);
@@ -195,16 +196,17 @@ uint32_t Index::held_in(LeaseId id, PoolId of) const {
   return leases_.held_in(id, of);
 }
 
-Load Index::prefetch(uint32_t space, PoolId head, Tokens tokens, uint32_t max_pages, bool touches) {
+Load Index::prefetch(uint32_t space, PoolId head, const Content& prefix, uint32_t max_pages,
+                     bool touches) {
   const Lock lock(mutex_);
   check_tokens(space, head);
   const std::vector<PoolId> pools = pools_.chain(head);
-  const Found found = find_resident(tree_, space, pools, tree_.find(space, tokens));
+  const Found found = find_resident(tree_, space, pools, tree_.find(space, prefix));
   if (touches) {
     const uint32_t stamp = tick();
     for (const Run& run : found.path) tree_.touch(run, stamp);
   }
-  return transfers_.prefetch(found, pools, tokens, max_pages);
+  return transfers_.prefetch(found, pools, prefix, max_pages);
 }
 
 std::optional<Transfer> Index::plan_demote(PoolId id, uint32_t max_pages) {

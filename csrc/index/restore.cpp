@@ -23,19 +23,22 @@ std::deque<Index::Known> Index::known_parents(PoolId id) {
   return known;
 }
 
-// What names a record's block: its tokens, or, in `room`, what stands for its key.
-static Tokens block_of(const RestoreBatch& batch, size_t i, size_t page_size, KeyBlock& room) {
+// What names a record's block: its tokens, or, in `room`, what stands for its key; and its extras.
+static Block block_of(const RestoreBatch& batch, size_t i, size_t page_size, KeyBlock& room) {
+  const bool any = !batch.extras.empty() && batch.extras[i] != Digest{};
+  const Digest* extras = any ? &batch.extras[i] : nullptr;
   const uint8_t bytes = batch.external_bytes.empty() ? 0 : batch.external_bytes[i];
-  if (bytes == 0) return batch.tokens.subspan(i * page_size, page_size);
+  if (bytes == 0) return {batch.tokens.subspan(i * page_size, page_size), extras};
   room = key_block(std::span(batch.external_keys[i]).first(bytes));
-  return room;
+  return {room, extras};
 }
 
-// A key's block hangs on the root of an opaque namespace, and nothing else does.
+// A key's block hangs on the root of an opaque namespace, without extras, and nothing else does.
 bool Index::may_hang(const RestoreBatch& batch, size_t i, Place parent) const {
   const bool opaque = tree_.spaces[tree_[parent.node].space].opaque;
   const bool of_key = !batch.external_bytes.empty() && batch.external_bytes[i] > 0;
-  return opaque == of_key && (!opaque || parent.offset == kBeforeFirst);
+  const bool has_extras = !batch.extras.empty() && batch.extras[i] != Digest{};
+  return opaque == of_key && (!opaque || (parent.offset == kBeforeFirst && !has_extras));
 }
 
 RestoreResult Index::restore_one(PoolId id, const RestoreBatch& batch, size_t i, Place parent) {
@@ -71,8 +74,8 @@ std::vector<RestoreResult> Index::restore(PoolId id, const RestoreBatch& batch) 
   std::unordered_map<Digest, std::vector<size_t>, NameHash> children;
   for (size_t i = 0; i < count; ++i) {
     KeyBlock room;
-    const Tokens tokens = block_of(batch, i, size, room);
-    if (next_digest(batch.parents[i], tokens) != batch.digests[i]) {
+    const Block block = block_of(batch, i, size, room);
+    if (next_digest(batch.parents[i], block) != batch.digests[i]) {
       results[i] = RestoreResult::kForged;
     } else {
       children[batch.parents[i]].push_back(i);

@@ -91,7 +91,7 @@ class Transfers {
   void requeue(const Run& run, std::span<const PoolId> pools);
   std::optional<Transfer> plan_move(PoolId pool, uint32_t slab, uint32_t max_pages);
   // What brings the found blocks, which are those of `tokens`, one pool nearer to pools[0].
-  Load prefetch(const Found& found, std::span<const PoolId> pools, Tokens tokens,
+  Load prefetch(const Found& found, std::span<const PoolId> pools, const Content& prefix,
                 uint32_t max_pages);
 
   // Ends. Throws UnknownId, or std::invalid_argument where `done` is more than the transfer has.

@@ -28,7 +28,7 @@ static void a_split_moves_the_owners_before_the_branch() {
   }
   const NodeId tail = at.node;
   const std::vector<uint32_t> branch{9};
-  const Place joined = *tree.insert(tree.owner(0, pages[1]), branch, 2);
+  const Place joined = *tree.insert(tree.owner(0, pages[1]), Tokens(branch), 2);
   pages.push_back(*pools[0].allocate(PageState::kPrivate));
   pools[0].move(pages.back(), PageState::kResident);
   tree.place(joined, 0, pages.back());
@@ -81,14 +81,15 @@ static void one_thread_matches_while_another_completes_transfers() {
   });
   for (uint32_t turn = 0; turn < 2000 || moved == 0; ++turn) {
     const std::vector<uint32_t> path{turn % 3, turn % 5, turn % 7, turn % 2};
-    const LeaseView lease = index.acquire(space, gpu, path, 4);
+    const LeaseView lease = index.acquire(space, gpu, Tokens(path), 4);
     const Load load = index.next_load(lease.id, 2);
     if (const auto* plan = std::get_if<Transfer>(&load)) index.complete(plan->id, 1);
     if (const auto plan = index.promote(lease.id)) index.complete(plan->id, turn % 2);
     const auto held = static_cast<uint32_t>(index.lease(lease.id).pages.size());
     const std::vector<PageId> pages = index.grant(gpu, 4 - held);
-    index.commit(lease.id, held, Tokens(path).subspan(held, pages.size()), pages);
-    KVC2_CHECK(index.match(space, gpu, path).blocks <= 4, "longer than the path");
+    const Tokens computed = Tokens(path).subspan(held, pages.size());
+    index.commit(lease.id, {computed, {}, held}, pages);
+    KVC2_CHECK(index.match(space, gpu, Tokens(path)).blocks <= 4, "longer than the path");
     index.release(lease.id);
     index.give_back(gpu, pages);  // false where they have become blocks
     if (turn % 50 == 0) index.check();

@@ -38,17 +38,16 @@ struct House {
 
   // What the last block's commit answered.
   CommitResult compute(const Path& path) {
-    const LeaseView lease = index.acquire(space, pool, path, 9);
+    const LeaseView lease = index.acquire(space, pool, Tokens(path), 9);
     const size_t held = lease.pages.size();
     const auto pages = index.grant(pool, static_cast<uint32_t>(path.size() / 2 - held));
-    const auto results =
-        index.commit(lease.id, static_cast<uint32_t>(held), Tokens(path).subspan(held * 2), pages);
+    const auto results = index.commit(lease.id, Content(Tokens(path)).after(held, 2), pages);
     index.release(lease.id);
     index.check();
     return results.back();
   }
 
-  uint32_t matched(const Path& path) const { return index.match(space, pool, path).blocks; }
+  uint32_t matched(const Path& path) const { return index.match(space, pool, Tokens(path)).blocks; }
 };
 
 static void the_second_first_block_with_a_key_is_refused_and_counted() {

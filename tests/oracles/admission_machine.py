@@ -2,7 +2,8 @@
 
 from hypothesis.stateful import invariant
 
-from tests.oracles.machines import SEEN, Prompt
+from tests.oracles.blocks import Prompt
+from tests.oracles.machines import SEEN
 from tests.oracles.model_parts import NO_HINTS, Hints, Path
 from tests.oracles.prefetch_machine import PrefetchMachine, PrefetchModel
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from hypothesis.stateful import invariant
 
 from kvc2._core import Cause, Explanation, Why
+from tests.oracles.blocks import PAGE_SIZE, Prompt, extras_of, tokens_of
 from tests.oracles.endings import IndexEndings
-from tests.oracles.machines import DEAD_BLOCKS, SEEN, Prompt, u32
+from tests.oracles.machines import DEAD_BLOCKS, SEEN
 from tests.oracles.model_parts import NO_HINTS, Death, Hints, Path
 from tests.oracles.models import IndexModel
 
@@ -52,8 +53,8 @@ def explain(model: IndexModel, namespace: int, pools: list[int], blocks: Prompt)
 
 
 def common(one: object, two: object) -> int:
-    """Leading tokens that are the same."""
-    same = [a == b for a, b in zip(one, two, strict=True)]  # type: ignore[call-overload]
+    """Leading tokens that are the same; all of them where extras differ."""
+    same = [a == b for a, b in zip(one[:PAGE_SIZE], two[:PAGE_SIZE], strict=True)]  # type: ignore[index]
     return same.index(False) if False in same else len(same)
 
 
@@ -73,7 +74,7 @@ class IndexDeaths(IndexEndings):
         assert (counts.deaths, counts.dead_known) == (deaths, min(deaths, DEAD_BLOCKS))
 
     def check_prompt(self, namespace: int, pools: list[int], prompt: Prompt) -> None:
-        real = self.index.explain(namespace, pools, u32(prompt))
+        real = self.index.explain(namespace, pools, tokens_of(prompt), extras_of(prompt))
         self.check_explained(real, explain(self.model, namespace, pools, prompt), prompt)
 
     def check_explained(self, real: Explanation, expected: Explained, prompt: Prompt) -> None:
@@ -90,9 +91,10 @@ class IndexDeaths(IndexEndings):
         if real.sibling is not None:
             block = prompt[len(expected.tiers)]
             tokens = tuple(real.sibling.tokens.tolist())
-            assert tokens in {path[-1] for path in expected.siblings}
+            assert tokens in {path[-1][:PAGE_SIZE] for path in expected.siblings}  # type: ignore[index]
             assert real.sibling.common == common(tokens, block)
             assert real.sibling.common == max(common(p[-1], block) for p in expected.siblings)
+            SEEN["explain: a sibling with other extras"] += real.sibling.common == PAGE_SIZE
             SEEN["explain: the sibling that is most like it"] += len(expected.siblings) > 1
 
     def open(

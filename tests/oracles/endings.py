@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 
 from kvc2 import _core
+from tests.oracles.blocks import PAGE_SIZE, Prompt, extras_digest, extras_of, tokens_of
 from tests.oracles.machines import (
     PAGE_BYTES,
-    PAGE_SIZE,
     PER_SLAB,
     SEEN,
     IndexMachine,
-    Prompt,
     choice,
     namespaces,
     prompts,
@@ -100,14 +99,22 @@ class IndexEndings(IndexMachine):
             prefix = (self.current[namespace], *prompt)
         if not prompt:
             return
-        tokens = u32(prompt)
+        tokens, extras = tokens_of(prompt), extras_of(prompt)
         pins = self.model.prefix_pins
         while len(mine := [at for at in pins if at[1][0] not in self.key_spaces]) >= 3:
             old_pool, (old_namespace, *blocks) = mine[0]  # else soon nothing may be evicted
-            known = self.index.unpin(old_namespace, old_pool, u32(blocks))  # type: ignore[arg-type]
+            known = self.index.unpin(old_namespace, old_pool, tokens_of(blocks), extras_of(blocks))  # type: ignore[arg-type]
             assert known == self.model.unpin(old_pool, (old_namespace, *blocks))
         ttl = (0, 1, 2)[pool // 7 % 3]
-        pinned = self.index.pin(prefix[0], at, tokens, hard=hard, max_blocks=most, ttl_s=ttl)  # type: ignore[arg-type]
+        pinned = self.index.pin(
+            prefix[0],  # type: ignore[arg-type]
+            at,
+            tokens,
+            hard=hard,
+            max_blocks=most,
+            ttl_s=ttl,
+            extras=extras,
+        )
         assert pinned == self.model.pin(at, prefix, hard=hard, most=most, ttl=ttl)
         self.pins_agree()
         SEEN["pin: what is there"] += pinned and prefix in there
@@ -160,7 +167,8 @@ class IndexEndings(IndexMachine):
         if not prompt:
             return
         at, prefix = self.a_pool(pool), (self.current[namespace], *prompt)
-        assert self.index.unpin(prefix[0], at, u32(prompt)) == self.model.unpin(at, prefix)  # type: ignore[arg-type]
+        real = self.index.unpin(prefix[0], at, tokens_of(prompt), extras_of(prompt))  # type: ignore[arg-type]
+        assert real == self.model.unpin(at, prefix)
 
     @rule(which=st.integers(0, 1), seconds=st.sampled_from([0, 2, 9, 9, 9]))
     def expire_by(self, which: int, seconds: int) -> None:
@@ -210,7 +218,7 @@ class IndexEndings(IndexMachine):
             disk,
             np.frombuffer(b"".join(c[-1] for c in chains), np.uint8).reshape(-1, 32),
             np.frombuffer(b"".join(c[-2] for c in chains), np.uint8).reshape(-1, 32),
-            u32([(0, 0) if p[0] in self.key_spaces else p[-1] for p, _ in rows]).reshape(
+            tokens_of([(0, 0) if p[0] in self.key_spaces else p[-1] for p, _ in rows]).reshape(  # type: ignore[misc]
                 -1, PAGE_SIZE
             ),
             u32([page for _, page in rows]),
@@ -219,6 +227,10 @@ class IndexEndings(IndexMachine):
             u32([0 if math.isinf(e) else max(1, e) for e in ends]),
             external_bytes=np.array([key[0] for key in keys], np.uint8),
             external_keys=u32([key[1:] for key in keys]).view(np.uint8).reshape(-1, 64),
+            extras=np.frombuffer(
+                b"".join(extras_digest(p[-1]) or bytes(32) for p, _ in rows),  # type: ignore[arg-type]
+                np.uint8,
+            ).reshape(-1, 32),
         )
         fresh.advance(self.model.now)
         fresh.check()
@@ -235,7 +247,8 @@ class IndexEndings(IndexMachine):
             living = {p for p in whole if not self.model.dead(p)}
             longest = next(n for n in range(len(blocks), -1, -1)
                            if n == 0 or (namespace, *blocks[:n]) in living)  # fmt: skip
-            assert fresh.match(namespace, disk, u32(blocks)).blocks == longest  # type: ignore[arg-type]
+            found = fresh.match(namespace, disk, tokens_of(blocks), extras_of(blocks))  # type: ignore[arg-type]
+            assert found.blocks == longest
 
     def used_by_leases(self) -> set[object]:
         return {lease.namespace for lease in self.model.leases.values()}

@@ -7,10 +7,11 @@ from hypothesis.stateful import initialize, invariant, precondition, rule
 
 from kvc2 import _core
 from kvc2._core import Why
+from tests.oracles.blocks import PAGE_SIZE
 from tests.oracles.deaths import Explained, explain
 from tests.oracles.key_models import KeysModel, words
 from tests.oracles.lives import IndexLives
-from tests.oracles.machines import PAGE_SIZE, SEEN, choice, of_hints, small, some_hints, u32
+from tests.oracles.machines import SEEN, choice, of_hints, small, some_hints, u32
 from tests.oracles.model_parts import DUPLICATE, NO_HINTS, PRIVATE, REFUSED, RESIDENT, Hints
 
 KEYS = [b"a", b"a\0", b"k" * 32, b"k" * 64, b"image of a cat", b"b", b"c", b"d"]

@@ -9,18 +9,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
 from tests.oracles.admission_machine import AdmissionMachine
+from tests.oracles.blocks import Prompt
 from tests.oracles.deaths import IndexDeaths
-from tests.oracles.machines import (
+from tests.oracles.machines import (  # fmt: skip
     BLOCKS,
     PER_SLAB,
     SEEN,
-    Prompt,
     choice,
     namespaces,
     prompts,
     skips,
+    some_blocks,
     some_hints,
-)  # fmt: skip
+)
 from tests.oracles.model_parts import NO_HINTS, PRIVATE, Hints, Path
 
 HOWS = [
@@ -134,7 +135,7 @@ class IndexLives(IndexDeaths, AdmissionMachine):
 
     @precondition(lambda self: any(at.blocks for at in self.model.pools.values()))
     @rule(
-        gpu=choice, known=choice, own=st.lists(st.sampled_from(BLOCKS), max_size=2),
+        gpu=choice, known=choice, own=st.lists(some_blocks, max_size=2),
         calm=st.booleans(), deep=st.booleans(),
         hows=st.lists(st.sampled_from(HOWS), min_size=2, max_size=7), end=ends, skip=skips,
     )  # fmt: skip
@@ -262,7 +263,7 @@ class IndexLives(IndexDeaths, AdmissionMachine):
     @precondition(
         lambda self: any(len(p) > 2 for at in self.model.pools.values() for p in at.blocks)
     )
-    @rule(pick=choice, own=st.lists(st.sampled_from(BLOCKS), max_size=1),
+    @rule(pick=choice, own=st.lists(some_blocks, max_size=1),
           then=st.sampled_from(["", "again", "death"]))  # fmt: skip
     def a_block_rots(self, pick: int, own: Prompt, then: str) -> None:
         """A block above others is lost in all pools, or in all but an engine's that dies then."""

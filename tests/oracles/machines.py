@@ -15,6 +15,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvc2 import _core
+from tests.oracles.blocks import (
+    PAGE_SIZE,
+    Prompt,
+    block_bytes,
+    extras_digest,
+    extras_of,
+    tokens_of,
+)
 from tests.oracles.model_parts import (
     IN_FLIGHT,
     NO_HINTS,
@@ -30,19 +38,20 @@ from tests.oracles.model_parts import (
 from tests.oracles.records import check_record
 from tests.oracles.slab_models import SlabModel
 
-PAGE_SIZE = 2
 DEAD_BLOCKS = 12  # so few that walks forget some
 PER_SLAB = 3
 PAGE_BYTES = 10
 NAMESPACES = [b"a" * 32, b"b" * 32]
-BLOCKS = [(0, 0), (0, 1), (7, 7)]  # two begin alike: tokens are compared whole
+# Two begin alike: tokens are compared whole. What follows the tokens of a block are its extras.
+BLOCKS = [(0, 0), (0, 1), (7, 7)]
+PICTURES = [(0, 1, 1), (0, 1, 2)]
+some_blocks = st.sampled_from([*BLOCKS, *PICTURES])
 
-Prompt = list[tuple[int, ...]]
-STEM = [BLOCKS[0], BLOCKS[1], BLOCKS[0], BLOCKS[2]]  # of most prompts, for some length
+STEM = [BLOCKS[0], BLOCKS[1], PICTURES[0], BLOCKS[2]]  # of most prompts, for some length
 prompts = st.builds(
     lambda shared, own: STEM[:shared] + own,
     st.integers(0, len(STEM)),
-    st.lists(st.sampled_from(BLOCKS), max_size=3),
+    st.lists(some_blocks, max_size=3),
 )
 namespaces = st.sampled_from([0, 0, 0, 1])
 some_hints = st.builds(
@@ -178,16 +187,25 @@ class IndexMachine(RuleBasedStateMachine):
         if len(self.model.leases) == 5:
             self.release(min(self.model.leases))
         namespace = self.current.get(namespace, namespace)
-        tokens = np.concatenate([u32(prompt), u32([7] * (limit % PAGE_SIZE))])
+        tokens = np.concatenate([tokens_of(prompt), u32([7] * (limit % PAGE_SIZE))])
         nodes = self.index.counts().nodes
         real = self.opened = self.index.acquire(
-            namespace, pool, tokens, limit, of_hints(hints), skip_blocks=skip
+            namespace,
+            pool,
+            tokens,
+            limit,
+            of_hints(hints),
+            skip_blocks=skip,
+            extras=extras_of(prompt),
         )
         SEEN["acquire: nodes are joined"] += self.index.counts().nodes < nodes
         self.model.acquire(real.id, namespace, pool, prompt, limit, hints, skip)
         lease, state = self.model.leases[real.id], self.model.pools[pool].state
         assert (real.matched, real.computing) == (len(lease.found), lease.computing)
         SEEN["acquire: some blocks are skipped"] += 0 < lease.first < len(lease.found)
+        SEEN["acquire: past a block with extras"] += any(
+            map(extras_digest, prompt[: len(lease.found) - 1])
+        )
         SEEN["acquire: an arriving page"] += any(state[h.page] == IN_FLIGHT for h in lease.held)
         SEEN["acquire: another computes it"] += lease.computing > 0
         for tier in set(lease.found) if pool != self.cpu else ():
@@ -226,7 +244,8 @@ class IndexMachine(RuleBasedStateMachine):
         holes = self.model.holes()
         state = self.model.pools[self.model.leases[lease].pool].state
         before = dict(state)
-        answers = list(self.index.commit(lease, first, u32(blocks), u32(pages)))
+        extras = extras_of(blocks, first)
+        answers = list(self.index.commit(lease, first, tokens_of(blocks), u32(pages), extras))
         assert answers == self.model.commit(lease, first, blocks, pages)
         SEEN["commit: refused"] += REFUSED in answers
         SEEN["commit: a hole closed"] += self.model.holes() < holes
@@ -405,7 +424,7 @@ class IndexMachine(RuleBasedStateMachine):
         """Its namespace's, and the digest of each of its blocks."""
         namespace, *blocks = path
         name = self.names[namespace]  # type: ignore[call-overload]
-        return [name, *digests(name, [u32(block).tobytes() for block in blocks])]
+        return [name, *digests(name, [block_bytes(block) for block in blocks])]  # type: ignore[arg-type]
 
     @precondition(lambda self: self.model.transfers)
     @rule(transfer=choice, short=st.sampled_from([0, 0, 0, 1, 2, 9]))
@@ -548,7 +567,7 @@ class IndexMachine(RuleBasedStateMachine):
             for pool in [*self.gpus, self.cpu]:
                 chain = self.model.chain(pool)
                 found = self.model.tiers(namespace, chain, blocks)  # type: ignore[arg-type]
-                match = self.index.match(namespace, pool, u32(blocks))  # type: ignore[arg-type]
+                match = self.index.match(namespace, pool, tokens_of(blocks), extras_of(blocks))  # type: ignore[arg-type]
                 assert match.blocks == len(found)
                 assert match.tiers == tuple(found.count(t) for t in range(len(chain)))
 

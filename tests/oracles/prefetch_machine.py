@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
 from kvc2 import _core
-from tests.oracles.machines import SEEN, Prompt, choice, namespaces, prompts, u32
+from tests.oracles.blocks import Prompt, extras_of, tokens_of
+from tests.oracles.machines import SEEN, choice, namespaces, prompts
 from tests.oracles.model_parts import TransferModel
 from tests.oracles.slab_machine import SlabMachine
 from tests.oracles.slab_models import SlabModel
@@ -89,7 +90,9 @@ class PrefetchMachine(SlabMachine):
         self, space: int, at: int, prompt: Prompt, count: int, *, touches: bool
     ) -> int | None:
         """The transfer that has begun."""
-        real = self.index.prefetch(space, at, u32(prompt), count, touches=touches)
+        real = self.index.prefetch(
+            space, at, tokens_of(prompt), count, touches=touches, extras=extras_of(prompt)
+        )
         if touches:
             self.model.touch(space, at, prompt)
         if isinstance(real, _core.Wait):

@@ -3,6 +3,7 @@
 import numpy as np
 
 from kvc2 import _core
+from tests.oracles.blocks import PAGE_SIZE, block_bytes, extras_digest, extras_of, tokens_of
 from tests.oracles.model_parts import Path
 
 
@@ -12,15 +13,15 @@ def check_record(
     """`names`: the namespace's, and the digest of each block of the path."""
     assert records.namespaces[i].tobytes() == names[0]
     assert [records.parents[i].tobytes(), records.digests[i].tobytes()] == names[-2:]
-    assert not records.extras[i].any()
-    blocks = np.array(path[1:], np.uint32)
+    blocks: list[tuple[int, ...]] = list(path[1:])  # type: ignore[arg-type]
+    assert records.extras[i].tobytes() == (extras_digest(blocks[-1]) or bytes(32))
     if opaque:
         key = [records.external_bytes[i], *records.external_keys[i].view(np.uint32)]
-        assert (key, records.tokens[i].any()) == (blocks[0].tolist(), False)
+        assert (tuple(key), records.tokens[i].any()) == (blocks[0], False)
         root = _core.xxh3_128(names[0])
-        assert records.keys[i].tobytes() == _core.xxh3_128(root + blocks[0].tobytes())
+        assert records.keys[i].tobytes() == _core.xxh3_128(root + block_bytes(blocks[0]))
         return
     assert (records.external_bytes[i], records.external_keys[i].any()) == (0, False)
-    assert records.tokens[i].tolist() == blocks[-1].tolist()
-    keys = _core.chain_keys(names[0], blocks.reshape(-1), blocks.shape[1])
+    assert records.tokens[i].tolist() == tokens_of(blocks[-1:]).tolist()
+    keys = _core.chain_keys(names[0], tokens_of(blocks), PAGE_SIZE, extras_of(blocks))
     assert records.keys[i].tobytes() == keys[-1].tobytes()
