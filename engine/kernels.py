@@ -12,6 +12,9 @@ from torch import Tensor
 
 from engine import _kernels
 
+# Rises whenever the order of any sum in csrc/experts or csrc/attention changes.
+_ORDER_OF_SUMS = 2
+
 
 @functools.cache
 def workbench() -> _kernels.Workbench:
@@ -20,15 +23,16 @@ def workbench() -> _kernels.Workbench:
     return _kernels.Workbench(_kernels.instruction_sets()[-1], torch.get_num_threads())
 
 
-def numerics(dtype: torch.dtype) -> str:
-    """The class of what computes in this dtype here, by the best instruction set: bits are equal
-    within one, and nowhere else. Our lanes give AVX2 and AVX-512 the same, torch's softmax and silu
-    do not; portable lanes lack the fused multiply-add; tiles take bfloat16 alone. Empty: AVX-512,
-    whose bits are what identities without a class are taken for."""
-    best = _kernels.instruction_sets()[-1]
-    if best == "amx" and dtype != torch.bfloat16:
-        best = "avx512"
-    return "" if best.startswith("avx512") else best
+def numerics(dtype: torch.dtype, instruction_set: str | None = None) -> str:
+    """The class of what computes in this dtype here, or by another instruction set: bits are equal
+    within one, and nowhere else. Our products by AVX2 and AVX-512 give the same, torch's softmax
+    and silu do not; portable lanes lack the fused multiply-add; tiles and AVX512-BF16 add products
+    of bfloat16 in orders of their own."""
+    computing = instruction_set or _kernels.instruction_sets()[-1]
+    of_bfloat16 = computing in ("avx512_bf16", "amx") and dtype == torch.bfloat16
+    if computing not in ("portable", "avx2") and not of_bfloat16:
+        computing = "avx512"
+    return f"{computing}.{_ORDER_OF_SUMS}"
 
 
 def claim_threads() -> None:

@@ -43,9 +43,9 @@ class Identity:
     attention, state, experts: by layer, as `by_layer` makes them, what attends (full, window:128,
     latent, linear, none), what is cached for it (kv, latent, recurrent, none), and whether a layer
     has experts (dense, moe). formats_digest: how weights are stored where that is not as they are
-    computed, of `formats_digest`. numerics: the class of kernels whose bits these are (amx, avx2,
-    cuda, portable); empty: our engine's on AVX-512. adapter_digest: 64 hex digits, of a LoRA;
-    empty: none.
+    computed, of `formats_digest`. numerics: the class of kernels whose bits these are, our engine's
+    by engine/kernels.py; empty: an earlier engine's on AVX-512. adapter_digest: 64 hex digits, of a
+    LoRA; empty: none.
 
     deferral: layers by which cold experts are late. experts_per_token: as computed, whatever the
     model's file says. normalize_top_k: 1 where the chosen experts' weights are scaled to sum to 1.

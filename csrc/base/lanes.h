@@ -141,5 +141,32 @@ inline void transpose(Lanes (&rows)[kLanes]) {
   exchange_rows<8>(rows);
 }
 
+// Halves the number of vectors: lanes of `rows[i]` and of `rows[i + kStep]` are added in pairs.
+template <int kStep>
+inline void fold_rows(Lanes (&rows)[kLanes]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kStep; ++i) {
+    exchange<kStep>(rows[i], rows[i + kStep]);
+    rows[i] += rows[i + kStep];
+  }
+}
+
+// Lane i is sum(rows[i]), added in the same order. Changes the rows.
+inline Lanes sums(Lanes (&rows)[kLanes]) {
+  fold_rows<8>(rows);
+  fold_rows<4>(rows);
+  fold_rows<2>(rows);
+  fold_rows<1>(rows);
+  return rows[0];
+}
+
+// Quarter j of quads[i] becomes quarter i of quads[j].
+inline void transpose_quarters(Lanes (&quads)[4]) {
+  exchange<4>(quads[0], quads[1]);
+  exchange<4>(quads[2], quads[3]);
+  exchange<8>(quads[0], quads[2]);
+  exchange<8>(quads[1], quads[3]);
+}
+
 }  // namespace
 }  // namespace kvc2

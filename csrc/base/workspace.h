@@ -3,10 +3,8 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdlib>
 #include <memory>
 
-#include "base/check.h"
 #include "base/thread_team.h"
 
 namespace kvc2 {
@@ -15,18 +13,11 @@ namespace kvc2 {
 class Scratch {
  public:
   // At least `bytes`, valid until the next call.
-  void* reserve(size_t bytes) {
-    if (bytes > size_) {
-      size_ = (bytes + 4095) / 4096 * 4096;
-      memory_.reset(std::aligned_alloc(4096, size_));
-      KVC2_CHECK(memory_ != nullptr, "no %zu bytes of scratch", size_);
-    }
-    return memory_.get();
-  }
+  void* reserve(size_t bytes);
 
  private:
   struct Free {
-    void operator()(void* memory) const { std::free(memory); }
+    void operator()(void* memory) const;
   };
   std::unique_ptr<void, Free> memory_;
   size_t size_ = 0;

@@ -42,10 +42,12 @@ struct Kernels {
   void (*ffn)(const Ffn&, Workspace&);
 };
 
-// The kernels for an instruction set, which the machine must have. amx does bfloat16 whose sizes
-// are multiples of 32 (outputs: 16) in tiles, and leaves the rest to avx512.
+// The kernels for an instruction set, which the machine must have. Tiles add one product after the
+// other and can't give the bits of lanes: amx does bfloat16 whose sizes are multiples of 32
+// (outputs: 16) in tiles, for one token as for many, and leaves the rest to avx512_bf16.
 Kernels kernels(Isa isa);
 
-extern const Kernels kPortableKernels, kAvx2Kernels, kAvx512Kernels, kAmxKernels;
+extern const Kernels kPortableKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels,
+    kAmxKernels;
 
 }  // namespace kvc2::experts

@@ -10,19 +10,13 @@ namespace {
 
 struct TilesProduct {
   using Element = uint16_t;
+  static constexpr size_t kTokens = kLanes;
 
   // A panel is [in / 2][16] pairs: the pair (x[2k], x[2k + 1]) of sixteen tokens is a tile row.
   static size_t panel_bytes(size_t in) { return in / 2 * kTileRowBytes; }
 
   static void pack(const uint16_t* const (&rows)[kLanes], size_t in, std::byte* panel) {
     pack_pairs(rows, in, panel);
-  }
-
-  static void pack_output(std::byte* panel, size_t index, const Lanes (&outputs)[kLanes], size_t) {
-    for (size_t i = 0; i < kLanes; i += 2) {
-      const WordLanes pair = (round_to_bf16(outputs[i]) >> 16) | round_to_bf16(outputs[i + 1]);
-      store(panel + (index + i) / 2 * kTileRowBytes, reinterpret_cast<Lanes>(pair));
-    }
   }
 
   class Multiplier {
@@ -32,15 +26,18 @@ struct TilesProduct {
              const Epilogue& epilogue) {
       // A missing second run is computed as the first again, and dropped by the caller.
       const uint16_t* second = rows.second_count > 0 ? rows.second : rows.first;
-      const bool fetch = panels.count <= 2;  // then it is the weights that we wait for
+      const size_t count = divided_up(panels.tokens, kTokens);
+      const bool fetch = count <= 2;  // then it is the weights that we wait for
       size_t p = 0;
-      for (; p + 2 <= panels.count; p += 2) {
+      for (; p + 2 <= count; p += 2) {
         multiply_two(rows.first, second, in, panels.at(p), panels.at(p + 1), fetch);
+        for (auto& tile : sums_) transpose(tile);
         epilogue(p, sums_[0], sums_[1]);
         epilogue(p + 1, sums_[2], sums_[3]);
       }
-      if (p < panels.count) {
+      if (p < count) {
         multiply_one(rows.first, second, in, panels.at(p), fetch);
+        for (size_t i = 0; i < 2; ++i) transpose(sums_[i]);
         epilogue(p, sums_[0], sums_[1]);
       }
     }
@@ -93,18 +90,18 @@ struct TilesProduct {
     }
 
     Tiles tiles_;
-    Lanes sums_[4][kLanes];
+    Lanes sums_[4][kLanes];  // a lane is a token, and after `transpose` a weight row
   };
 };
 
 void amx_linear(const Linear& call, Workspace& workspace) {
   const bool fits = call.type == Type::kBfloat16 && call.in % 32 == 0 && call.out % 16 == 0;
-  fits ? linear<TilesProduct>(call, workspace) : kAvx512Kernels.linear(call, workspace);
+  fits ? linear<TilesProduct>(call, workspace) : kAvx512Bf16Kernels.linear(call, workspace);
 }
 
 void amx_ffn(const Ffn& call, Workspace& workspace) {
   const bool fits = call.type == Type::kBfloat16 && call.hidden % 32 == 0 && call.size % 32 == 0;
-  fits ? ffn<TilesProduct>(call, workspace) : kAvx512Kernels.ffn(call, workspace);
+  fits ? ffn<TilesProduct>(call, workspace) : kAvx512Bf16Kernels.ffn(call, workspace);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
-#include "experts/lanes_product.h"
+#include "experts/rows_product.h"
 
 namespace kvc2::experts {
 
-const Kernels kAvx2Kernels = {lanes_linear, lanes_ffn};
+const Kernels kAvx2Kernels = FloatKernels<32, 2, 2>::kernels;
 
 }  // namespace kvc2::experts

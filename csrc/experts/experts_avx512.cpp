@@ -1,7 +1,7 @@
-#include "experts/lanes_product.h"
+#include "experts/rows_product.h"
 
 namespace kvc2::experts {
 
-const Kernels kAvx512Kernels = {lanes_linear, lanes_ffn};
+const Kernels kAvx512Kernels = FloatKernels<64, 4, 4>::kernels;
 
 }  // namespace kvc2::experts

@@ -1,7 +1,7 @@
-#include "experts/lanes_product.h"
+#include "experts/rows_product.h"
 
 namespace kvc2::experts {
 
-const Kernels kPortableKernels = {lanes_linear, lanes_ffn};
+const Kernels kPortableKernels = FloatKernels<16, 1, 2>::kernels;
 
 }  // namespace kvc2::experts

@@ -1,28 +1,28 @@
-// The shape that all instruction sets share. Tokens are packed into panels of sixteen, transposed,
-// so that a lane is a token; a weight's rows then go through as they are stored, and each output
-// row comes out as sixteen lanes. A `Product` supplies:
+// The shape that all instruction sets share. Token rows are packed into panels, in the form that
+// the product wants; a weight's rows then go through as they are stored, sixteen at a time, and
+// each token of a panel gets sixteen outputs as lanes. A `Product` supplies:
 //
-//   Element, panel_bytes(in)                     how a panel stores sixteen tokens
-//   pack(rows, in, panel)                        sixteen rows (null: zeros) into a panel
-//   pack_output(panel, index, outputs)           sixteen outputs as the next product's inputs
+//   Element                                      of x, w and y
+//   kTokens, panel_bytes(in)                     of a panel
+//   pack(rows, in, panel)                        kTokens rows (null: zeros) into a panel
 //   Multiplier                                   what a thread holds while it computes
 //   multiplier.run(rows, in, panels, epilogue)   two times sixteen weight rows with each panel;
-//                                                epilogue(panel, first[16], second[16])
+//                                                epilogue(panel, first[kTokens], second[kTokens])
 //
 // Costs: packing is tokens x in; a row of a weight is read from memory once for all its tokens.
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
-#include <vector>
 
 #include "base/lanes.h"
 #include "experts/experts.h"
+#include "experts/grouping.h"
 
 namespace kvc2::experts {
 namespace {
 
-// Two runs of weight rows of `in` elements each; counts up to sixteen.
+// Two runs of weight rows of `in` elements each; counts up to sixteen, the second's may be none.
 template <class Element>
 struct WeightRows {
   const Element* first;
@@ -30,101 +30,84 @@ struct WeightRows {
   size_t first_count, second_count;
 };
 
+// Consecutive panels: all are full but the last.
 struct Panels {
   const std::byte* data;
-  size_t count, bytes;  // bytes of one
+  size_t tokens, bytes;  // of all, of one
   const std::byte* at(size_t i) const { return data + i * bytes; }
 };
 
-// So that each thread gets some four pieces: they may differ in cost.
+// Each thread gets several pieces: they may differ in cost. More pieces would cost the stream of
+// weights, which begins anew with each.
 inline size_t grain(size_t items, const ThreadTeam& team) {
-  return std::max<size_t>(1, items / (4 * team.threads()));
+  return std::max<size_t>(1, items / (16 * team.threads()));
 }
 
-inline size_t panels_of(size_t tokens) { return (tokens + kLanes - 1) / kLanes; }
+// Waking a thread costs as much as packing this much.
+constexpr size_t kPackedBytes = 128 * 1024;
 
-// Sixteen outputs of sixteen tokens, transposed into the rows of a [tokens, stride] array.
-template <class T>
-inline void store_outputs(const Lanes (&outputs)[kLanes], size_t count, T* const (&rows)[kLanes],
-                          size_t column) {
-  Lanes by_token[kLanes];
-  for (size_t i = 0; i < kLanes; ++i) by_token[i] = outputs[i];
-  transpose(by_token);
-  for (size_t t = 0; t < kLanes && rows[t] != nullptr; ++t) {
-    if (count == kLanes) {
-      store_from_floats(rows[t] + column, by_token[t]);
-    } else {
-      store_some(rows[t] + column, by_token[t], count);
-    }
-  }
+inline size_t packing_grain(size_t panels, size_t panel_bytes, const ThreadTeam& team) {
+  return std::max(grain(panels, team), kPackedBytes / panel_bytes + 1);
 }
+
+inline size_t divided_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
 template <class Product>
-void linear(const Linear& call, Workspace& workspace) {
+class LinearRun {
+ public:
   using T = typename Product::Element;
-  const auto* x = static_cast<const T*>(call.x);
-  const auto* w = static_cast<const T*>(call.w);
-  auto* y = static_cast<T*>(call.y);
-  const size_t count = panels_of(call.tokens), bytes = Product::panel_bytes(call.in);
-  auto* packed = static_cast<std::byte*>(workspace.scratch.reserve(count * bytes));
-  workspace.team.parallel_for(count, grain(count, workspace.team), [&](size_t begin, size_t end) {
-    for (size_t p = begin; p < end; ++p) {
-      const T* rows[kLanes];
-      for (size_t t = 0; t < kLanes; ++t) {
-        const size_t token = p * kLanes + t;
-        rows[t] = token < call.tokens ? x + token * call.in : nullptr;
-      }
-      Product::pack(rows, call.in, packed + p * bytes);
-    }
-  });
-  const Panels panels{packed, count, bytes};
-  const size_t blocks = (call.out + 2 * kLanes - 1) / (2 * kLanes);
-  workspace.team.parallel_for(blocks, grain(blocks, workspace.team), [&](size_t begin, size_t end) {
-    typename Product::Multiplier multiplier;
-    for (size_t block = begin; block < end; ++block) {
-      const size_t first = block * 2 * kLanes, second = std::min(first + kLanes, call.out);
-      const WeightRows<T> rows{w + first * call.in, w + second * call.in, second - first,
-                               std::min(call.out - second, kLanes)};
-      multiplier.run(rows, call.in, panels, [&](size_t p, const auto& low, const auto& high) {
-        T* targets[kLanes];
-        for (size_t t = 0; t < kLanes; ++t) {
-          const size_t token = p * kLanes + t;
-          targets[t] = token < call.tokens ? y + token * call.out : nullptr;
-        }
-        store_outputs(low, rows.first_count, targets, first);
-        if (rows.second_count > 0) store_outputs(high, rows.second_count, targets, second);
-      });
-    }
-  });
-}
 
-// The (token, choice) slots in the order of their experts, cut into panels of one expert each.
-struct Grouping {
-  struct Panel {
-    size_t begin, count;  // of `slots`
-  };
-  std::vector<size_t> slots;
-  std::vector<Panel> panels;
-  std::vector<size_t> first_panel;  // [experts + 1]
-  std::vector<size_t> used;         // experts that have tokens
+  LinearRun(const Linear& call, Workspace& workspace)
+      : call_(call),
+        team_(workspace.team),
+        packed_(static_cast<std::byte*>(workspace.scratch.reserve(panels_ * bytes_))) {}
 
-  explicit Grouping(const Ffn& call) : slots(call.tokens * call.chosen) {
-    std::vector<size_t> next(call.experts + 1);
-    for (size_t s = 0; s < slots.size(); ++s) ++next[static_cast<size_t>(call.expert_ids[s]) + 1];
-    for (size_t e = 0; e < call.experts; ++e) {
-      const size_t begin = next[e], end = begin + next[e + 1];
-      first_panel.push_back(panels.size());
-      for (size_t at = begin; at < end; at += kLanes) {
-        panels.push_back({at, std::min(kLanes, end - at)});
-      }
-      if (begin < end) used.push_back(e);
-      next[e + 1] = end;
-    }
-    first_panel.push_back(panels.size());
-    for (size_t s = 0; s < slots.size(); ++s) {
-      slots[next[static_cast<size_t>(call.expert_ids[s])]++] = s;
-    }
+  void run() {
+    pack();
+    const size_t blocks = divided_up(call_.out, 2 * kLanes);
+    team_.parallel_for(blocks, grain(blocks, team_), [&](size_t begin, size_t end) {
+      typename Product::Multiplier multiplier;
+      for (size_t block = begin; block < end; ++block) multiply(multiplier, block * 2 * kLanes);
+    });
   }
+
+ private:
+  size_t count(size_t panel) const {
+    return std::min(Product::kTokens, call_.tokens - panel * Product::kTokens);
+  }
+
+  void pack() {
+    const auto* x = static_cast<const T*>(call_.x);
+    const size_t pieces = packing_grain(panels_, bytes_, team_);
+    team_.parallel_for(panels_, pieces, [&](size_t begin, size_t end) {
+      for (size_t p = begin; p < end; ++p) {
+        const T* rows[Product::kTokens] = {};
+        for (size_t t = 0; t < count(p); ++t) rows[t] = x + (p * Product::kTokens + t) * call_.in;
+        Product::pack(rows, call_.in, packed_ + p * bytes_);
+      }
+    });
+  }
+
+  void multiply(typename Product::Multiplier& multiplier, size_t first) {
+    const auto* w = static_cast<const T*>(call_.w);
+    const size_t second = std::min(first + kLanes, call_.out);
+    const WeightRows<T> rows{w + first * call_.in, w + second * call_.in, second - first,
+                             std::min(call_.out - second, kLanes)};
+    const Panels panels{packed_, call_.tokens, bytes_};
+    multiplier.run(rows, call_.in, panels, [&](size_t p, const auto& low, const auto& high) {
+      T* y = static_cast<T*>(call_.y) + p * Product::kTokens * call_.out;
+      for (size_t t = 0; t < count(p); ++t, y += call_.out) {
+        store_some(y + first, low[t], rows.first_count);
+        store_some(y + second, high[t], rows.second_count);
+      }
+    });
+  }
+
+  const Linear& call_;
+  ThreadTeam& team_;
+  const size_t panels_ = divided_up(call_.tokens, Product::kTokens);
+  const size_t bytes_ = Product::panel_bytes(call_.in);
+  std::byte* packed_;
 };
 
 template <class Product>
@@ -133,103 +116,103 @@ class FfnRun {
   using T = typename Product::Element;
 
   FfnRun(const Ffn& call, Workspace& workspace)
-      : call_(call), team_(workspace.team), groups_(call) {
-    const size_t inputs = groups_.panels.size() * in_bytes_;
-    const size_t hidden = groups_.panels.size() * hidden_bytes_;
-    const size_t outputs = groups_.slots.size() * call.hidden * sizeof(float);
-    inputs_ = static_cast<std::byte*>(workspace.scratch.reserve(inputs + hidden + outputs));
-    hidden_ = inputs_ + inputs;
-    outputs_ = reinterpret_cast<float*>(hidden_ + hidden);
+      : call_(call), team_(workspace.team), groups_(call, Product::kTokens) {
+    const size_t inputs = groups_.num_panels * in_bytes_;
+    const size_t packed = groups_.num_panels * hidden_bytes_;
+    const size_t outputs = groups_.num_slots * call.hidden * sizeof(float);
+    const size_t hidden = groups_.num_slots * call.size * sizeof(T);
+    auto* memory = workspace.scratch.reserve(inputs + packed + outputs + hidden);
+    inputs_ = static_cast<std::byte*>(memory);
+    packed_hidden_ = inputs_ + inputs;
+    outputs_ = reinterpret_cast<float*>(packed_hidden_ + packed);
+    hidden_ = reinterpret_cast<T*>(packed_hidden_ + packed + outputs);
   }
 
   void run() {
-    pack_tokens();
+    const auto* x = static_cast<const T*>(call_.x);
+    pack(call_.hidden, inputs_, in_bytes_,
+         [&](size_t place) { return x + groups_.slots[place] / call_.chosen * call_.hidden; });
     gate_and_up();
+    pack(call_.size, packed_hidden_, hidden_bytes_,
+         [&](size_t place) { return hidden_ + place * call_.size; });
     down();
     combine();
   }
 
  private:
-  Panels panels_of_expert(size_t expert, const std::byte* data, size_t bytes) const {
-    const size_t first = groups_.first_panel[expert];
-    return {data + first * bytes, groups_.first_panel[expert + 1] - first, bytes};
+  // The panels of all experts, from the row of each place.
+  template <class RowOf>
+  void pack(size_t columns, std::byte* data, size_t bytes, const RowOf& row_of) {
+    const size_t pieces = packing_grain(groups_.num_panels, bytes, team_);
+    team_.parallel_for(groups_.num_panels, pieces, [&](size_t begin, size_t end) {
+      for (size_t p = begin; p < end; ++p) {
+        const auto [first, count] = groups_.panels[p];
+        const T* rows[Product::kTokens] = {};
+        for (size_t t = 0; t < count; ++t) rows[t] = row_of(first + t);
+        Product::pack(rows, columns, data + p * bytes);
+      }
+    });
   }
 
-  void pack_tokens() {
-    const auto* x = static_cast<const T*>(call_.x);
-    const size_t count = groups_.panels.size();
-    team_.parallel_for(count, grain(count, team_), [&](size_t begin, size_t end) {
-      for (size_t p = begin; p < end; ++p) {
-        const auto [first, slots] = groups_.panels[p];
-        const T* rows[kLanes] = {};
-        for (size_t t = 0; t < slots; ++t) {
-          rows[t] = x + groups_.slots[first + t] / call_.chosen * call_.hidden;
-        }
-        Product::pack(rows, call_.hidden, inputs_ + p * in_bytes_);
+  // Calls body(multiplier, share, block) for each block of each expert that has tokens.
+  template <class Body>
+  void for_blocks(size_t blocks, const Body& body) {
+    const size_t items = groups_.num_shares * blocks;
+    team_.parallel_for(items, grain(items, team_), [&](size_t begin, size_t end) {
+      typename Product::Multiplier multiplier;
+      for (size_t item = begin; item < end; ++item) {
+        body(multiplier, groups_.shares[item / blocks], item % blocks);
       }
     });
   }
 
   void gate_and_up() {
     const auto* w = static_cast<const T*>(call_.gate_up);
-    const size_t blocks = (call_.size + kLanes - 1) / kLanes, items = groups_.used.size() * blocks;
-    team_.parallel_for(items, grain(items, team_), [&](size_t begin, size_t end) {
-      typename Product::Multiplier multiplier;
-      for (size_t item = begin; item < end; ++item) {
-        const size_t expert = groups_.used[item / blocks], row = item % blocks * kLanes;
-        const size_t count = std::min(kLanes, call_.size - row);
-        const T* gate = w + (2 * expert * call_.size + row) * call_.hidden;
-        const WeightRows<T> rows{gate, gate + call_.size * call_.hidden, count, count};
-        std::byte* hidden = hidden_ + groups_.first_panel[expert] * hidden_bytes_;
-        multiplier.run(rows, call_.hidden, panels_of_expert(expert, inputs_, in_bytes_),
-                       [&](size_t p, const auto& gates, const auto& ups) {
-                         Lanes gated[kLanes];
-                         for (size_t i = 0; i < kLanes; ++i) {
-                           gated[i] = gates[i] / (1.0f + exponential(-gates[i])) * ups[i];
-                         }
-                         Product::pack_output(hidden + p * hidden_bytes_, row, gated, count);
-                       });
-      }
+    for_blocks(divided_up(call_.size, kLanes), [&](auto& multiplier, const auto& share, size_t b) {
+      const size_t row = b * kLanes, count = std::min(kLanes, call_.size - row);
+      const T* gate = w + (2 * share.expert * call_.size + row) * call_.hidden;
+      const WeightRows<T> rows{gate, gate + call_.size * call_.hidden, count, count};
+      const Panels panels{inputs_ + share.first_panel * in_bytes_, share.count, in_bytes_};
+      multiplier.run(rows, call_.hidden, panels, [&](size_t p, const auto& gates, const auto& ups) {
+        const Grouping::Panel& panel = groups_.panels[share.first_panel + p];
+        for (size_t t = 0; t < panel.count; ++t) {
+          const Lanes gated = gates[t] / (1.0f + exponential(-gates[t])) * ups[t];
+          store_some(hidden_ + (panel.begin + t) * call_.size + row, gated, count);
+        }
+      });
     });
   }
 
   void down() {
     const auto* w = static_cast<const T*>(call_.down);
-    const size_t blocks = (call_.hidden + 2 * kLanes - 1) / (2 * kLanes);
-    const size_t items = groups_.used.size() * blocks;
-    team_.parallel_for(items, grain(items, team_), [&](size_t begin, size_t end) {
-      typename Product::Multiplier multiplier;
-      for (size_t item = begin; item < end; ++item) {
-        const size_t expert = groups_.used[item / blocks], first = item % blocks * 2 * kLanes;
-        const size_t second = std::min(first + kLanes, call_.hidden);
-        const T* rows_at = w + (expert * call_.hidden + first) * call_.size;
-        const WeightRows<T> rows{rows_at, rows_at + (second - first) * call_.size, second - first,
-                                 std::min(call_.hidden - second, kLanes)};
-        multiplier.run(rows, call_.size, panels_of_expert(expert, hidden_, hidden_bytes_),
-                       [&](size_t p, const auto& low, const auto& high) {
-                         const auto [at, slots] = groups_.panels[groups_.first_panel[expert] + p];
-                         float* targets[kLanes] = {};
-                         for (size_t t = 0; t < slots; ++t) {
-                           targets[t] = outputs_ + groups_.slots[at + t] * call_.hidden;
-                         }
-                         store_outputs(low, rows.first_count, targets, first);
-                         if (rows.second_count == 0) return;
-                         store_outputs(high, rows.second_count, targets, second);
-                       });
-      }
+    const size_t blocks = divided_up(call_.hidden, 2 * kLanes);
+    for_blocks(blocks, [&](auto& multiplier, const auto& share, size_t b) {
+      const size_t first = b * 2 * kLanes, second = std::min(first + kLanes, call_.hidden);
+      const T* rows_at = w + (share.expert * call_.hidden + first) * call_.size;
+      const WeightRows<T> rows{rows_at, rows_at + (second - first) * call_.size, second - first,
+                               std::min(call_.hidden - second, kLanes)};
+      const Panels panels{packed_hidden_ + share.first_panel * hidden_bytes_, share.count,
+                          hidden_bytes_};
+      multiplier.run(rows, call_.size, panels, [&](size_t p, const auto& low, const auto& high) {
+        const Grouping::Panel& panel = groups_.panels[share.first_panel + p];
+        for (size_t t = 0; t < panel.count; ++t) {
+          float* y = outputs_ + groups_.slots[panel.begin + t] * call_.hidden;
+          store_some(y + first, low[t], rows.first_count);
+          store_some(y + second, high[t], rows.second_count);
+        }
+      });
     });
   }
 
   void combine() {
     auto* y = static_cast<T*>(call_.y);
-    team_.parallel_for(call_.tokens, std::max<size_t>(8, grain(call_.tokens, team_)),
-                       [&](size_t begin, size_t end) {
-                         for (size_t t = begin; t < end; ++t) {
-                           const float* slot = outputs_ + t * call_.chosen * call_.hidden;
-                           sum_choices(slot, call_.weights + t * call_.chosen,
-                                       y + t * call_.hidden);
-                         }
-                       });
+    const size_t tokens = std::max<size_t>(8, grain(call_.tokens, team_));
+    team_.parallel_for(call_.tokens, tokens, [&](size_t begin, size_t end) {
+      for (size_t t = begin; t < end; ++t) {
+        const float* slot = outputs_ + t * call_.chosen * call_.hidden;
+        sum_choices(slot, call_.weights + t * call_.chosen, y + t * call_.hidden);
+      }
+    });
   }
 
   void sum_choices(const float* slots, const float* weights, T* y) const {
@@ -248,10 +231,16 @@ class FfnRun {
   const Grouping groups_;
   const size_t in_bytes_ = Product::panel_bytes(call_.hidden);
   const size_t hidden_bytes_ = Product::panel_bytes(call_.size);
-  std::byte* inputs_;
-  std::byte* hidden_;
-  float* outputs_;  // [slots, hidden]
+  std::byte* inputs_;         // panels of x, expert by expert
+  std::byte* packed_hidden_;  // panels of hidden_
+  float* outputs_;            // [slots, hidden], in the order of the tokens
+  T* hidden_;                 // [slots, size], in the order of the experts
 };
+
+template <class Product>
+void linear(const Linear& call, Workspace& workspace) {
+  LinearRun<Product>(call, workspace).run();
+}
 
 template <class Product>
 void ffn(const Ffn& call, Workspace& workspace) {

@@ -1,4 +1,5 @@
-"""Every instruction set computes what the plain formula says, and a row's bits are its own."""
+"""Attention: every instruction set computes what the plain formula says, and a query's bits are its
+own."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from engine import _kernels
-from engine.kernels import as_array, numerics
+from engine.kernels import as_array
 
 # Largest error over the largest value: rounding to 8 bits of mantissa, or of long float32 sums.
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
@@ -25,108 +26,6 @@ def workbench(request: pytest.FixtureRequest) -> _kernels.Workbench:
 def close(ours: torch.Tensor, expected: torch.Tensor) -> None:
     error = (ours.double() - expected).abs().max() / expected.abs().max()
     assert error.item() <= LIMITS[ours.dtype]
-
-
-def linear(workbench: _kernels.Workbench, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    y = x.new_full((x.shape[0], w.shape[0]), math.nan)
-    _kernels.linear(workbench, as_array(x), as_array(w), as_array(y))
-    return y
-
-
-@DTYPES
-@pytest.mark.parametrize(
-    "shape", [(1, 64, 96), (37, 96, 48), (16, 32, 16), (5, 40, 50), (33, 7, 3)]
-)
-def test_linear(
-    workbench: _kernels.Workbench, dtype: torch.dtype, shape: tuple[int, int, int]
-) -> None:
-    tokens, inputs, outputs = shape
-    x, w = torch.randn(tokens, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
-    close(linear(workbench, x, w), x.double() @ w.double().T)
-
-
-@DTYPES
-def test_a_row_of_linear_does_not_depend_on_the_others(
-    workbench: _kernels.Workbench, dtype: torch.dtype
-) -> None:
-    x, w = torch.randn(50, 64).to(dtype), torch.randn(80, 64).to(dtype)
-    whole = linear(workbench, x, w)
-    for rows in (slice(0, 1), slice(17, 18), slice(3, 37)):
-        assert torch.equal(linear(workbench, x[rows], w), whole[rows])
-
-
-@dataclass
-class Experts:
-    gate_up: torch.Tensor
-    down: torch.Tensor
-    expert_ids: torch.Tensor
-    weights: torch.Tensor
-
-    @classmethod
-    def of(cls, tokens: int, size: int, hidden: int, dtype: torch.dtype) -> Experts:
-        ids = torch.stack([torch.randperm(6)[:3] for _ in range(tokens)])
-        gate_up, down = torch.randn(6, 2 * size, hidden) / 8, torch.randn(6, hidden, size) / 8
-        return cls(gate_up.to(dtype), down.to(dtype), ids, torch.rand(tokens, 3))
-
-    def run(self, workbench: _kernels.Workbench, x: torch.Tensor, rows: slice) -> torch.Tensor:
-        y = torch.full_like(x[rows], math.nan)
-        routing = self.expert_ids[rows].numpy(), self.weights[rows].numpy()
-        weights = as_array(self.gate_up), as_array(self.down)
-        _kernels.ffn(workbench, as_array(x[rows]), *routing, *weights, as_array(y))
-        return y
-
-    def reference(self, x: torch.Tensor) -> torch.Tensor:
-        """One token and one choice at a time, in float64."""
-        out = torch.zeros(x.shape, dtype=torch.float64)
-        for token, row in enumerate(x.double()):
-            for expert, weight in zip(self.expert_ids[token], self.weights[token], strict=True):
-                gate, up = (self.gate_up[expert].double() @ row).chunk(2)
-                hidden = torch.nn.functional.silu(gate) * up
-                out[token] += weight * (self.down[expert].double() @ hidden)
-        return out
-
-
-@DTYPES
-@pytest.mark.parametrize("shape", [(1, 64, 96), (37, 96, 64), (5, 40, 50), (70, 32, 32)])
-def test_ffn(
-    workbench: _kernels.Workbench, dtype: torch.dtype, shape: tuple[int, int, int]
-) -> None:
-    tokens, size, hidden = shape
-    x, experts = torch.randn(tokens, hidden).to(dtype), Experts.of(tokens, size, hidden, dtype)
-    whole = experts.run(workbench, x, slice(0, tokens))
-    close(whole, experts.reference(x))
-    assert torch.equal(experts.run(workbench, x, slice(tokens - 1, tokens)), whole[-1:])
-
-
-def test_instruction_sets_of_one_class_give_the_same_bits_and_others_do_not() -> None:
-    """Of our kernels; torch's, which compute between them, are told apart by the set alone."""
-    torch.manual_seed(0)
-    x, experts = torch.randn(33, 512), Experts.of(33, 64, 512, torch.float32)
-    found = {}
-    for name in _kernels.instruction_sets():
-        run = experts.run(_kernels.Workbench(name, 2), x, slice(0, 33))
-        found[name] = run.numpy().tobytes()
-    if "avx512" in found:
-        assert found["avx512"] == found["avx2"]
-    if "avx2" in found:
-        assert found["avx2"] != found["portable"]
-
-
-@pytest.mark.parametrize(
-    ("best", "dtype", "found"),
-    [
-        ("portable", torch.float32, "portable"),
-        ("avx2", torch.bfloat16, "avx2"),
-        ("avx512", torch.bfloat16, ""),
-        ("amx", torch.float32, ""),
-        ("amx", torch.bfloat16, "amx"),
-    ],
-)
-def test_the_class_of_the_kernels_is_that_of_the_best_instruction_set(
-    monkeypatch: pytest.MonkeyPatch, best: str, dtype: torch.dtype, found: str
-) -> None:
-    monkeypatch.setattr(_kernels, "instruction_sets", lambda: ["portable", best])
-    assert numerics(dtype) == found
 
 
 @dataclass
@@ -213,19 +112,6 @@ def test_a_query_does_not_depend_on_its_chunk_or_batch(
 
 def test_wrong_arguments_are_named() -> None:
     workbench = _kernels.Workbench("portable", 1)
-    x, w = torch.zeros(2, 8), torch.zeros(4, 8)
-    with pytest.raises(ValueError, match="w has a wrong shape"):
-        linear(workbench, x, torch.zeros(4, 9))
-    with pytest.raises(ValueError, match="w has another dtype"):
-        linear(workbench, x, w.bfloat16())
-    with pytest.raises(ValueError, match="x is not contiguous"):
-        linear(workbench, torch.zeros(8, 2).T, w)
-    with pytest.raises(ValueError, match="instruction set 'mmx'"):
-        _kernels.Workbench("mmx", 1)
-    experts = Experts.of(2, 8, 8, torch.float32)
-    experts.expert_ids[0, 0] = 6
-    with pytest.raises(ValueError, match="expert_ids"):
-        experts.run(workbench, x, slice(0, 2))
     context, query = Context.of([20], (1, 16, 8), torch.float32), torch.zeros(1, 1, 8)
     with pytest.raises(ValueError, match="context_lens"):
         context.attend(workbench, [query], [33])

@@ -1,0 +1,29 @@
+#include "experts/grouping.h"
+
+#include <algorithm>
+
+namespace kvc2::experts {
+
+Grouping::Grouping(const Ffn& call, size_t panel_tokens) : all_slots_(call.tokens * call.chosen) {
+  std::vector<size_t> next(call.experts + 1);
+  for (size_t s = 0; s < all_slots_.size(); ++s) {
+    ++next[static_cast<size_t>(call.expert_ids[s]) + 1];
+  }
+  for (size_t e = 0; e < call.experts; ++e) {
+    const size_t begin = next[e], count = next[e + 1], end = begin + count;
+    if (count > 0) all_shares_.push_back({e, begin, count, all_panels_.size()});
+    for (size_t at = begin; at < end; at += panel_tokens) {
+      all_panels_.push_back({at, std::min(panel_tokens, end - at)});
+    }
+    next[e + 1] = end;
+  }
+  for (size_t s = 0; s < all_slots_.size(); ++s) {
+    all_slots_[next[static_cast<size_t>(call.expert_ids[s])]++] = s;
+  }
+  slots = all_slots_.data(), panels = all_panels_.data(), shares = all_shares_.data();
+  num_slots = all_slots_.size(), num_panels = all_panels_.size(), num_shares = all_shares_.size();
+}
+
+Grouping::~Grouping() = default;
+
+}  // namespace kvc2::experts
