@@ -19,6 +19,7 @@ from kvc2.flags import Flag, Values, above, at_least, between, check, power_of_t
 from kvc2.host.address import Address
 
 Dtype = Literal["auto", "bfloat16", "float32"]
+PlacementStrategy = Literal["uniform", "frequency", "front-loading", "random"]
 PAGE_SIZE_MAX = 512
 # sections of a KTransformers file that say nothing to the engine
 FOREIGN_SECTIONS = frozenset(

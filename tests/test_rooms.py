@@ -130,6 +130,9 @@ FLOORS = {
     "engine/experts": """
         grouped
         router
+        dynamic
+        placement
+        statistics
     """,
 }
 CPP_FLOORS = """
