@@ -125,7 +125,7 @@ COPIES = (
     bug(
         "pages of duplicate keys are lost",
         COPIED,
-        "(_core.ADOPTED,) if copy.blocks.keys else (_core.ADOPTED, _core.DUPLICATE)\n",
+        "(_core.ADOPTED,) if self.keys else (_core.ADOPTED, _core.DUPLICATE)\n",
         "(_core.ADOPTED, _core.DUPLICATE)\n",
     ),
     bug(
