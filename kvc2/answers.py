@@ -46,13 +46,29 @@ def shorter(ttl_s: int, other_s: int) -> int:
     return min(ttl_s or other_s, other_s or ttl_s)
 
 
+class Media(NamedTuple):
+    """An image or a sound: num_tokens of a prompt, from first_token on, stand for what has this
+    digest of 32 bytes."""
+
+    first_token: int
+    num_tokens: int
+    digest: bytes
+
+
+def beginning(extras: Sequence[Media], first: int, end: int) -> tuple[Media, ...]:
+    """Those that begin in tokens [first, end) of their prompt."""
+    return tuple(each for each in extras if first <= each.first_token < end)
+
+
 @dataclass(frozen=True)
 class Asked:
-    """Which blocks a call means: those of a prompt's tokens, or those of opaque keys (1 to 64 bytes
-    each, every one for itself), as its namespace has it."""
+    """Which blocks a call means: those of a prompt's tokens and `extras`, in the order in which
+    these begin, or those of opaque keys (1 to 64 bytes each, every one for itself), as its
+    namespace has it."""
 
     tokens: U32 = field(default_factory=lambda: NO_PAGES)
     keys: Sequence[bytes] = ()
+    extras: Sequence[Media] = ()
 
     @staticmethod
     def of(what: U32 | Asked) -> Asked:
@@ -164,12 +180,13 @@ class Acquired:
 @dataclass(frozen=True)
 class LeaseCommit:
     """Filled pages of one lease: tokens [k * page_size] of blocks [first_block, first_block + k),
-    pages [k]."""
+    pages [k]; extras that begin in these, counted from the start of the prompt."""
 
     request_id: bytes
     first_block: int
     tokens: U32
     pages: U32
+    extras: Sequence[Media] = ()
 
 
 @dataclass(frozen=True)
@@ -238,7 +255,8 @@ class Explained:
     """Which leading blocks of a prompt hit (`runs` of them by tier, at most 64), and `why` the next
     one did not, in the words of kvc2.v1.ExplainResponse. `cause`, `tier`, `policy`, `died_s_ago`:
     of a block that died. `sibling`: tokens of the block in its place, `sibling_equal` of them
-    equal. namespace: hexadecimal. asked_s_ago: of a request that is over."""
+    equal; where all are, other extras begin in it. namespace: hexadecimal. asked_s_ago: of a
+    request that is over."""
 
     page_size: int
     tokens: int

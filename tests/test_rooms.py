@@ -53,20 +53,20 @@ FLOORS = {
         client, namespaces, sessions
         keeper
         admin, connection, health, share
-        channel, completions, counters, memory, pages, staging
+        asking, channel, completions, counters, memory, pages, staging
     """,
     "kvc2/integrations": """
         lmcache_l2, sglang_hicache
     """,
     "kvc2/client/examples": """
-        engine, flat_keys, private_memory, workers
+        engine, flat_keys, images, private_memory, workers
     """,
     "kvc2/cache": """
         assemble
         cache
         leases, prefetch
         copied, explain, pins, whole
-        counts
+        counts, extras
         sessions
         namespaces, quotas, ticker
     """,

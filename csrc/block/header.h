@@ -10,7 +10,7 @@
 //        8     4 version           1
 //       12     4 flags             reserved: 0
 //       16    32 namespace         HMAC-SHA256(tenant secret, model identity)
-//       48    32 digest            SHA-256(parent || words; block_key.h says which)
+//       48    32 digest            SHA-256(parent || words || extras; see block_key.h)
 //       80    32 parent            digest of the block before; of a first block its namespace
 //      112    16 key               xxh3_128 chain, canonical
 //      128     4 key_mode          0: tokens name the block; 1: external_key does
@@ -21,7 +21,7 @@
 //      176     4 page_size         tokens in a block of this layout, 1 to 512
 //      180     4 external_bytes    key_mode 0: 0; key_mode 1: the length of external_key, 1 to 64
 //      184    64 external_key      what its engine calls the block, then 0
-//      248    32 extras            digest of the images among the tokens; 0: none
+//      248    32 extras            digest of the images that begin in it; 0: none
 //      280     8 payload_bytes     after the header; the page's padding to 4096 is not counted
 //      288     8 generation        of the page in its durable pool: one more at each reuse
 //      296    16 payload_checksum  xxh3_128 of the payload, canonical

@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvc2 import _core, errors
-from kvc2.answers import NO_HINTS, NO_PAGES, NO_ROOM, U8, U32
+from kvc2.answers import NO_HINTS, NO_PAGES, NO_ROOM, U8, U32, Asked
+from kvc2.cache.extras import prompt_extras
 from kvc2.cache.namespaces import Namespace
 from kvc2.cache.sessions import OpenLease, Session
 from kvc2.moving.gpu_pools import GpuPool
@@ -31,16 +32,28 @@ AHEAD_BYTES = 1 << 20  # of pages that a Write holds and that aren't filled
 @dataclass(frozen=True)
 class GivenBlocks:
     """What a commit names: blocks [first_block, first_block + k) of a prompt of this namespace, by
-    their `tokens` [k * page_size], or blocks of opaque `keys` [k]. `pages` [k] of the session's
-    hold them; none where they come over the wire. `lease`: whose they are; None: they are to be
-    copied, and the tokens begin with the prompt's first block."""
+    their tokens [k * page_size] and the extras that begin in them, or blocks of opaque keys [k].
+    `pages` [k] of the session's hold them; none where they come over the wire. `lease`: whose they
+    are; None: they are to be copied, and the tokens begin with the prompt's first block."""
 
     namespace: Namespace
     first_block: int
-    tokens: U32
+    asked: Asked
     pages: U32
     lease: OpenLease | None = None
-    keys: Sequence[bytes] = ()
+
+    @property
+    def tokens(self) -> U32:
+        return self.asked.tokens
+
+    @property
+    def keys(self) -> Sequence[bytes]:
+        return self.asked.keys
+
+    @cached_property
+    def extras(self) -> _core.PromptExtras | None:
+        """As the index knows them."""
+        return prompt_extras(self.asked.extras, self.namespace.page_size)
 
     @property
     def count(self) -> int:
@@ -180,7 +193,9 @@ class CopiedCommits:
             results[of_keys.pages != _core.NO_PAGE] = _core.DUPLICATE
             return of_keys.id, number, results
         tokens = np.ascontiguousarray(blocks.tokens, np.uint32)
-        of_tokens = self._index.acquire(number, cpu, tokens, blocks.count, hints)
+        of_tokens = self._index.acquire(
+            number, cpu, tokens, blocks.count, hints, extras=blocks.extras
+        )
         self._index.shorten(of_tokens.id, 0)  # what isn't in memory comes from the client
         results[: of_tokens.pages.size] = _core.DUPLICATE
         return of_tokens.id, number, results
@@ -195,7 +210,7 @@ class CopiedCommits:
         tokens = np.ascontiguousarray(
             blocks.tokens[: held.size * blocks.namespace.page_size], np.uint32
         )
-        again = self._index.commit(lease, blocks.first_block, tokens, held)
+        again = self._index.commit(lease, blocks.first_block, tokens, held, blocks.extras)
         results[: held.size] = again
         if (again == _core.REFUSED).any():  # it is another prompt's from there on
             results[held.size :] = _core.REFUSED
@@ -237,7 +252,7 @@ class CopiedCommits:
                     copy.number, cpu, keys, copy.granted, lease=copy.lease
                 )
             first = copy.blocks.first_block + int(copy.chosen[0])
-            return self._index.commit(copy.lease, first, tokens, copy.granted)
+            return self._index.commit(copy.lease, first, tokens, copy.granted, copy.blocks.extras)
         except KeyError:  # the lease ended meanwhile
             return np.full(copy.granted.size, _core.REFUSED, np.uint8)
 
@@ -315,7 +330,8 @@ class WrittenBlocks:
                 into.number, into.to.cpu.id, keys, self._pages[:1], lease=into.lease
             )
         else:
-            found = self._index.commit(into.lease, self.block, tokens, self._pages[:1])
+            extras = into.blocks.extras
+            found = self._index.commit(into.lease, self.block, tokens, self._pages[:1], extras)
         return int(found[0])
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from kvc2 import _core, errors
 from kvc2.answers import NO_PAGES, Asked, DifferingField, Explained, OtherNamespace, TierBlocks
 from kvc2.cache.counts import Counts
+from kvc2.cache.extras import prompt_extras
 from kvc2.cache.namespaces import Namespace, Namespaces
 from kvc2.config import ServeConfig
 from kvc2.namespace import fields_of
@@ -94,23 +95,26 @@ class Explainer:
         tiers, pools = self._pools(page_size, session_pool)
         if not pools:
             return Explained(page_size, count, why="never_seen", uptime_s=float(self._now()))
-        found = self._explanation(namespace.number, pools, asked)
+        found = self._explanation(namespace.number, page_size, pools, asked)
         answer = self._told(namespace, count, found, tiers)
         if found.why not in UNSEEN:
             return answer
         earlier = self._namespaces.earlier(namespace)
         if earlier is not None:
-            before = self._explanation(earlier, pools, asked)
+            before = self._explanation(earlier, page_size, pools, asked)
             if before.death is not None:
                 return self._buried(answer, before.death)
         other = self._elsewhere(namespace, asked, answer.hit_blocks * page_size)
         return answer if other is None else replace(answer, why="other_namespace", other=other)
 
-    def _explanation(self, number: int, pools: list[int], asked: Asked) -> _core.Explanation:
+    def _explanation(
+        self, number: int, page_size: int, pools: list[int], asked: Asked
+    ) -> _core.Explanation:
         """The index's, of all full blocks before a prompt's last token, or of a key."""
         if asked.keys:
             return self._index.explain_keys(number, pools, asked.keys)[0]
-        return self._index.explain(number, pools, asked.tokens[:-1])
+        extras = prompt_extras(asked.extras, page_size)
+        return self._index.explain(number, pools, asked.tokens[:-1], extras)
 
     def _pools(self, page_size: int, session_pool: int | None) -> tuple[list[str], list[int]]:
         """Pools of pages of this size with their tiers, fastest first."""
@@ -174,7 +178,8 @@ class Explainer:
             _, pools = self._pools(other.page_size, None)
             if not pools:
                 continue
-            found = self._explanation(other.number, pools, asked).blocks * other.page_size
+            there = self._explanation(other.number, other.page_size, pools, asked)
+            found = there.blocks * other.page_size
             if found > max(hit, 0 if best is None else best.hit_tokens):
                 fields = differing(namespace.identity, other.identity)
                 best = OtherNamespace(other.name.hex(), found, fields)

@@ -21,6 +21,7 @@ from kvc2.answers import (
     U8,
     U32,
     Acquired,
+    Asked,
     Components,
     Hints,
     Matched,
@@ -30,9 +31,12 @@ from kvc2.answers import (
     of_pages,
 )
 from kvc2.cache.explain import Explainer, Found
+from kvc2.cache.extras import prompt_extras
 from kvc2.cache.namespaces import Namespace
 from kvc2.cache.sessions import OpenLease, Session
 from kvc2.moving.loading import Destination, Loader
+
+Blocks = U32 | Asked  # tokens alone stand for their prompt
 
 
 class Leases:
@@ -54,12 +58,7 @@ class Leases:
         self._wake = wake
 
     async def acquire(
-        self,
-        session: Session,
-        namespace: Namespace,
-        request_id: bytes,
-        tokens: U32,
-        terms: Terms,
+        self, session: Session, namespace: Namespace, request_id: bytes, what: Blocks, terms: Terms
     ) -> Acquired:
         """Open a lease on the longest prefix that comes sooner than it could be computed at
         session.prefill_rate; awaits only what comes from disk, till its deadline. While the lease
@@ -68,16 +67,18 @@ class Leases:
             return again
         to = self._destination(session, namespace, terms)
         self._tick()
+        asked = Asked.of(what)
         opened = self._index.acquire(
             namespace.number,
             to.pool,
-            u32(tokens),
-            (len(tokens) - 1) // namespace.page_size,
+            u32(asked.tokens),
+            (len(asked.tokens) - 1) // namespace.page_size,
             namespace.hints(terms.hints),
             skip_blocks=terms.skip_blocks,
+            extras=prompt_extras(asked.extras, namespace.page_size),
         )
         found = Found(opened.explanation, to.tiers)
-        self._explainer.keep(session.epoch, namespace, request_id, len(tokens), found)
+        self._explainer.keep(session.epoch, namespace, request_id, len(asked.tokens), found)
         lease = OpenLease(request_id, opened.id, namespace, namespace.number, to)
         if opened.ahead.size or (to.in_arena and opened.transfer):
             return await self._bring(session, lease, terms)
@@ -227,10 +228,11 @@ class Leases:
             expected_ms=_expected_ms(self._loader, lease, coming),
         )
 
-    def match(self, session: Session, namespace: Namespace, tokens: U32) -> Matched:
+    def match(self, session: Session, namespace: Namespace, what: Blocks) -> Matched:
         """The longest cached prefix of less than all tokens. Changes nothing."""
-        to = self._nearest(session, namespace)
-        found = self._index.match(namespace.number, to.pool, u32(tokens[:-1]))
+        to, asked = self._nearest(session, namespace), Asked.of(what)
+        extras = prompt_extras(asked.extras, namespace.page_size)
+        found = self._index.match(namespace.number, to.pool, u32(asked.tokens[:-1]), extras)
         blocks = (*(0,) * (3 - len(to.tiers)), *found.tiers)
         tiers = tokens_by_tier(blocks, namespace.page_size)
         return Matched(sum(tiers), tiers)
@@ -244,11 +246,12 @@ class Leases:
         return Matched(sum(tiers), tiers, found)
 
     def commit(
-        self, session: Session, request_id: bytes, first_block: int, tokens: U32, pages: U32
+        self, session: Session, request_id: bytes, first_block: int, what: Blocks, pages: U32
     ) -> U8:
         """[k] of ADOPTED, DUPLICATE, REFUSED. Raises NotFound for an unknown lease."""
-        lease = session.lease(request_id)
-        result = self._index.commit(lease.id, first_block, u32(tokens), u32(pages))
+        lease, asked = session.lease(request_id), Asked.of(what)
+        extras = prompt_extras(asked.extras, lease.namespace.page_size)
+        result = self._index.commit(lease.id, first_block, u32(asked.tokens), u32(pages), extras)
         self._index.trim(session.mapped_pool().id)
         self._wake()
         return result

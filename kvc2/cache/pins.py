@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from kvc2 import _core, errors
 from kvc2.answers import U8, Asked, PrefixPinned
 from kvc2.cache.counts import Counts
+from kvc2.cache.extras import prompt_extras
 from kvc2.cache.namespaces import Namespace, Namespaces
 from kvc2.cache.sessions import Session
 from kvc2.config import ServeConfig
@@ -74,9 +75,15 @@ class Pins:
             return PrefixPinned(
                 _distinct(asked, kept), _distinct(asked, kept & (found == 1)), all_pinned, kept
             )
-        tokens = asked.tokens
+        tokens, extras = asked.tokens, prompt_extras(asked.extras, namespace.page_size)
         if not self._index.pin(
-            number, room.pool, tokens, hard=hard, max_blocks=room.room, ttl_s=ttl_s
+            number,
+            room.pool,
+            tokens,
+            hard=hard,
+            max_blocks=room.room,
+            ttl_s=ttl_s,
+            extras=extras,
         ):
             percent = self._hard_percent if hard else 100
             raise errors.LimitReached(
@@ -84,7 +91,7 @@ class Pins:
                 percent,
                 f"% of the {tier} tier ({room.room} blocks of this layout) may be pinned so",
             )
-        resident = self._index.match(number, room.pool, tokens).tiers[0]
+        resident = self._index.match(number, room.pool, tokens, extras).tiers[0]
         blocks = len(tokens) // namespace.page_size
         return PrefixPinned(blocks, resident, self._index.pinned_blocks(room.pool, hard=hard))
 
@@ -97,7 +104,8 @@ class Pins:
         pool = self.pool(session, namespace, tier)
         if namespace.opaque:
             return int(self._index.unpin_keys(namespace.number, pool, asked.keys).sum())
-        return self._index.unpin(namespace.number, pool, asked.tokens)
+        extras = prompt_extras(asked.extras, namespace.page_size)
+        return self._index.unpin(namespace.number, pool, asked.tokens, extras)
 
     def _check(self, namespace: Namespace, asked: Asked) -> None:
         size = namespace.page_size

@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from kvc2 import _core, errors
 from kvc2.answers import Asked, Prefetched, TierTokens
+from kvc2.cache.extras import prompt_extras
 from kvc2.cache.namespaces import Namespace
 from kvc2.cache.pins import Pins
 from kvc2.cache.sessions import Session
@@ -46,6 +48,11 @@ class Wish:
     def blocks(self) -> int:
         tokens = len(self.asked.tokens) // self.pools.shape.page_size
         return len(self.asked.keys) if self.namespace.opaque else tokens
+
+    @cached_property
+    def extras(self) -> _core.PromptExtras | None:
+        """As the index knows them."""
+        return prompt_extras(self.asked.extras, self.namespace.page_size)
 
 
 class Prefetcher:
@@ -157,7 +164,7 @@ class Prefetcher:
         """Blocks that are cached by tier, from the one that they shall come to."""
         number, asked = wish.namespace.number, wish.asked
         if not wish.namespace.opaque:
-            return self._index.match(number, wish.pool, asked.tokens).tiers
+            return self._index.match(number, wish.pool, asked.tokens, wish.extras).tiers
         found = self._index.match_keys(number, wish.pool, asked.keys)
         return tuple(np.bincount(found, minlength=1 + len(wish.pools.chain))[1:].tolist())
 
@@ -178,7 +185,9 @@ class Prefetcher:
         number, asked = wish.namespace.number, wish.asked
         if wish.namespace.opaque:
             return self._index.prefetch_keys(number, wish.pool, asked.keys, pages, touches=touches)
-        return self._index.prefetch(number, wish.pool, asked.tokens, pages, touches=touches)
+        return self._index.prefetch(
+            number, wish.pool, asked.tokens, pages, touches=touches, extras=wish.extras
+        )
 
     def _part_bytes(self, wish: Wish) -> int:
         """What comes in PART_S from the slowest tier on the way whose speed is known."""

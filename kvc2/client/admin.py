@@ -9,9 +9,10 @@ import grpc
 
 from kvc2 import answers, errors
 from kvc2.client import channel
+from kvc2.client.asking import explained, meant
 from kvc2.host.address import Address
 from kvc2.v1 import cache_pb2
-from kvc2.wire import from_message, packed
+from kvc2.wire import from_message
 
 MARGIN_S = 10.0  # on top of a deadline that the daemon keeps itself
 
@@ -55,7 +56,7 @@ class Admin:
         self,
         *,
         request_id: bytes = b"",
-        tokens: answers.U32 | None = None,
+        tokens: answers.U32 | answers.Asked | None = None,
         key: bytes = b"",
         namespace: bytes = b"",
     ) -> answers.Explained:
@@ -65,7 +66,8 @@ class Admin:
         if key:
             request = cache_pb2.ExplainRequest(key=key, namespace=namespace)
         elif tokens is not None:
-            request = cache_pb2.ExplainRequest(tokens=packed(tokens), namespace=namespace)
+            request = explained(tokens)
+            request.namespace = namespace
         else:
             request = cache_pb2.ExplainRequest(request_id=request_id)
         return from_message(answers.Explained, self._call("Explain", request))
@@ -103,10 +105,8 @@ class Admin:
         """Keep the full blocks of a prompt, or of opaque keys, in cpu or disk, there or not: hard,
         they are never evicted; else last. ttl_s: how long; 0: until unpin. namespace: 32 bytes;
         empty: the only one. Needs the unix socket."""
-        asked = answers.Asked.of(what)
         request = cache_pb2.PinRequest(
-            tokens=packed(asked.tokens),
-            keys=asked.keys,
+            **meant(what),
             tier=tier,
             hard=hard,
             ttl_s=ttl_s,
@@ -118,9 +118,10 @@ class Admin:
         self, what: answers.U32 | answers.Asked, *, tier: str = "cpu", namespace: bytes = b""
     ) -> int:
         """End the pin of exactly these blocks, or of each key; how many, 0: there was none."""
-        asked = answers.Asked.of(what)
         request = cache_pb2.UnpinRequest(
-            tokens=packed(asked.tokens), keys=asked.keys, tier=tier, namespace=namespace
+            **meant(what),
+            tier=tier,
+            namespace=namespace,
         )
         return int(self._call("Unpin", request).blocks)
 
@@ -135,10 +136,8 @@ class Admin:
         """Bring a prompt's longest cached prefix, or what is cached of opaque keys, to the cpu
         tier; answers when it is there or the time is over (0: at once), and it goes on. Needs the
         unix socket."""
-        asked = answers.Asked.of(what)
         request = cache_pb2.PrefetchRequest(
-            tokens=packed(asked.tokens),
-            keys=asked.keys,
+            **meant(what),
             tier=tier,
             namespace=namespace,
             deadline_ms=round(deadline_s * 1000),

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvc2 import errors
-from kvc2.answers import NO_HINTS, U32, Explained, Hints, LeaseCommit
+from kvc2.answers import NO_HINTS, U32, Asked, Explained, Hints, LeaseCommit, beginning
 from kvc2.client.calls import BridgeConfig, CacheClient, Calls
 from kvc2.client.client import Client
 from kvc2.client.connection import SessionOptions
@@ -95,33 +95,33 @@ class Bridge:
     def acquire(
         self,
         request_id: bytes,
-        tokens: U32,
+        what: U32 | Asked,
         caller: Caller = ANYBODY,
         *,
         cached: bool = True,
         hints: Hints = NO_HINTS,
     ) -> Future[Lease]:
-        """A lease on the longest cached prefix; without a session, or if not `cached`, an empty
-        one. Never fails: a fault is a miss."""
+        """A lease on the longest cached prefix of some tokens, whose extras hold for its commits;
+        without a session, or if not `cached`, an empty one. Never fails: a fault is a miss."""
         if cached and self._calls is not None and self.book.session:
-            return self._calls.acquire(request_id, tokens, caller, hints)
+            return self._calls.acquire(request_id, what, caller, hints)
         done: Future[Lease] = Future()
         done.set_result(Lease(request_id))
         return done
 
-    def matched(self, tokens: U32, caller: Caller = ANYBODY) -> Future[int]:
+    def matched(self, what: U32 | Asked, caller: Caller = ANYBODY) -> Future[int]:
         """Tokens that a lease would match now. Changes nothing; 0 on a fault."""
         if self._calls is not None:
-            return self._calls.matched(tokens, caller)
+            return self._calls.matched(what, caller)
         done: Future[int] = Future()
         done.set_result(0)
         return done
 
-    def announce(self, tokens: U32, caller: Caller = ANYBODY) -> None:
+    def announce(self, what: U32 | Asked, caller: Caller = ANYBODY) -> None:
         """A request of these tokens comes soon: what is on disk of them may come to memory now. A
         hint; what became of it shows when the lease is asked for."""
         if self._calls is not None and self.book.session:
-            self._calls.announce(tokens, caller)
+            self._calls.announce(what, caller)
 
     def explain(self, lease: Lease) -> Future[Explained | errors.Kvc2Error]:
         """Why what it found is not longer, or why that isn't told: Detached, since the session that
@@ -188,7 +188,8 @@ class Bridge:
             full = len(tokens) // size
             pages = np.array(lease.pages[lease.sent : full], np.uint32)
             new = tokens[lease.sent * size : full * size]
-            batch.append((lease, LeaseCommit(lease.request_id, lease.sent, new, pages)))
+            begun = beginning(lease.extras, lease.sent * size, full * size)
+            batch.append((lease, LeaseCommit(lease.request_id, lease.sent, new, pages, begun)))
             lease.sent = full
         if batch:
             self._calls.commit(session, batch, soon=soon, prefill_rate=self.prefill_rate)

@@ -18,6 +18,7 @@ from kvc2.answers import (
     NO_HINTS,
     U32,
     Acquired,
+    Asked,
     Committed,
     Explained,
     Hints,
@@ -46,7 +47,7 @@ class CacheClient(Protocol):
         self,
         namespace: Any,
         request_id: bytes,
-        tokens: U32,
+        what: U32 | Asked,
         *,
         grant_pages: int = 0,
         hints: Hints = ...,
@@ -71,9 +72,9 @@ class CacheClient(Protocol):
 
     def grant(self, pages: int) -> U32: ...
 
-    def match(self, namespace: Any, tokens: U32) -> Matched: ...
+    def match(self, namespace: Any, what: U32 | Asked) -> Matched: ...
 
-    def prefetch(self, namespace: Any, tokens: U32) -> Any: ...
+    def prefetch(self, namespace: Any, what: U32 | Asked) -> Any: ...
 
     def explain_request(self, request_id: bytes) -> Explained: ...
 
@@ -132,18 +133,18 @@ class Calls:
     # many at once
 
     def acquire(
-        self, request_id: bytes, tokens: U32, caller: Caller, hints: Hints
+        self, request_id: bytes, what: U32 | Asked, caller: Caller, hints: Hints
     ) -> Future[Lease]:
         """A lease, empty after a fault."""
-        return self._acquires.submit(self._acquire, request_id, tokens, caller, hints)
+        return self._acquires.submit(self._acquire, request_id, what, caller, hints)
 
-    def matched(self, tokens: U32, caller: Caller) -> Future[int]:
+    def matched(self, what: U32 | Asked, caller: Caller) -> Future[int]:
         """Tokens that a lease would match now; 0 after a fault."""
-        return self._acquires.submit(self._matched, tokens, caller)
+        return self._acquires.submit(self._matched, what, caller)
 
-    def announce(self, tokens: U32, caller: Caller) -> None:
+    def announce(self, what: U32 | Asked, caller: Caller) -> None:
         """Have the daemon bring to memory what it has of them on disk."""
-        self._acquires.submit(self._announce, tokens, caller)
+        self._acquires.submit(self._announce, what, caller)
 
     def explain(self, request_id: bytes) -> Future[Explained | errors.Kvc2Error]:
         """What the daemon remembers of this acquire, or why it doesn't tell."""
@@ -187,7 +188,7 @@ class Calls:
         future.add_done_callback(_log_failure)
         return future
 
-    def _acquire(self, request_id: bytes, tokens: U32, caller: Caller, hints: Hints) -> Lease:
+    def _acquire(self, request_id: bytes, what: U32 | Asked, caller: Caller, hints: Hints) -> Lease:
         session = self._book.session
         if not session:  # it ended since: an answer would be of one that isn't known here
             return Lease(request_id)
@@ -195,7 +196,7 @@ class Calls:
             found = self.client.acquire(
                 self._namespaces.of(caller),
                 request_id,
-                tokens,
+                what,
                 grant_pages=self._wanted(0),
                 hints=hints_of(hints, ended=False),
             )
@@ -215,6 +216,7 @@ class Calls:
             sent=blocks,
             settled=blocks,
             hints=hints,
+            extras=Asked.of(what).extras,
         )
         if not self._sessions.opened(lease, found.prefix_pages):
             # if a later session answered, it has the lease open. Pages that it granted stay its
@@ -224,18 +226,18 @@ class Calls:
         self._book.granted(session, found.granted_pages)
         return lease
 
-    def _matched(self, tokens: U32, caller: Caller) -> int:
+    def _matched(self, what: U32 | Asked, caller: Caller) -> int:
         if not self._book.session:
             return 0
         try:
-            return self.client.match(self._namespaces.of(caller), tokens).matched_tokens
+            return self.client.match(self._namespaces.of(caller), what).matched_tokens
         except Exception as error:  # whatever it is, the request runs
             self._fault("match", error)
             return 0
 
-    def _announce(self, tokens: U32, caller: Caller) -> None:
+    def _announce(self, what: U32 | Asked, caller: Caller) -> None:
         try:
-            self.client.prefetch(self._namespaces.of(caller), tokens)
+            self.client.prefetch(self._namespaces.of(caller), what)
         except Exception as error:  # whatever it is, the request runs
             self._fault("prefetch", error)
 

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from kvc2 import answers, errors
 from kvc2.client import channel
+from kvc2.client.asking import explained, lease_commit, meant, pages_of
 from kvc2.client.connection import EnginePool, NamespaceHandle, SessionOptions
 from kvc2.client.keeper import Engine, Keeper, State
 from kvc2.client.memory import ArenaView, PoolMemory
 from kvc2.client.share import Share
 from kvc2.layout import Layout
 from kvc2.v1 import cache_pb2
-from kvc2.wire import from_message, packed, to_message
+from kvc2.wire import from_message, to_message
 
 ACQUIRE_MARGIN_S = 1.0  # the daemon answers at its deadline; then it is silent
 DURABLE_S = 60.0  # a commit that waits for the disk
@@ -95,13 +96,12 @@ class Client:
             self._keeper.number(self._keeper.current(), handle)
         return handle
 
-    def match(self, namespace: NamespaceHandle, tokens: NDArray[np.uint32]) -> answers.Matched:
-        """The longest cached prefix. Changes nothing."""
+    def match(
+        self, namespace: NamespaceHandle, what: answers.U32 | answers.Asked
+    ) -> answers.Matched:
+        """The longest cached prefix of some tokens. Changes nothing."""
         connection = self._keeper.current()
-        request = cache_pb2.MatchRequest(
-            session=connection.head,
-            tokens=packed(tokens),
-        )
+        request = cache_pb2.MatchRequest(session=connection.head, **meant(what))
         answer = self._keeper.call_in(connection, namespace, "Match", request)
         return from_message(answers.Matched, answer)
 
@@ -126,17 +126,17 @@ class Client:
         self,
         namespace: NamespaceHandle,
         request_id: bytes,
-        tokens: NDArray[np.uint32],
+        what: answers.U32 | answers.Asked,
         *,
         grant_pages: int = 0,
         deadline_s: float | None = None,
         hints: answers.Hints = answers.NO_HINTS,
     ) -> answers.Acquired:
-        """Open a lease on the longest cached prefix, in the pool; waits at most deadline_s and a
-        margin."""
+        """Open a lease on the longest cached prefix of some tokens, in the pool; waits at most
+        deadline_s and a margin."""
         request = cache_pb2.AcquireRequest(
             request_id=request_id,
-            tokens=packed(tokens),
+            **meant(what),
             grants=_grants(grant_pages),
             deadline_ms=_milliseconds(deadline_s),
             hints=to_message(hints, cache_pb2.Hints),
@@ -147,11 +147,12 @@ class Client:
         self,
         namespace: NamespaceHandle,
         request_id: bytes,
-        tokens: NDArray[np.uint32],
+        what: answers.U32 | answers.Asked,
         terms: ArenaTerms = IN_ARENA,
     ) -> answers.Acquired:
-        """Open a lease on the longest cached prefix in the cpu tier, to be read by `arena`."""
-        return self._acquire_in_arena(namespace, request_id, answers.Asked(tokens), terms)
+        """Open a lease on the longest cached prefix of some tokens in the cpu tier, to be read by
+        `arena`."""
+        return self._acquire_in_arena(namespace, request_id, what, terms)
 
     def _acquire(
         self,
@@ -191,14 +192,13 @@ class Client:
         self,
         namespace: NamespaceHandle,
         request_id: bytes,
-        asked: answers.Asked,
+        what: answers.U32 | answers.Asked,
         terms: ArenaTerms,
         arena: ArenaView | None = None,
     ) -> answers.Acquired:
         request = cache_pb2.AcquireRequest(
             request_id=request_id,
-            tokens=packed(asked.tokens),
-            keys=asked.keys,
+            **meant(what),
             grants=_grants(terms.grant_pages),
             deadline_ms=_milliseconds(terms.deadline_s),
             hints=to_message(terms.hints, cache_pb2.Hints),
@@ -227,7 +227,7 @@ class Client:
     ) -> answers.Committed:
         """Copy filled pages into the arena, each as the block of an opaque key: they are this
         client's again with the answer. `arena` as in acquire_keys."""
-        commit = cache_pb2.LeaseCommit(keys=keys, pages=_pages(pages))
+        commit = cache_pb2.LeaseCommit(keys=keys, pages=pages_of(pages))
         return self._commit_copies(namespace, [commit], durable=durable, arena=arena)
 
     def commit(
@@ -301,7 +301,7 @@ class Client:
         request = cache_pb2.ReleaseRequest(
             session=connection.head,
             request_ids=request_ids,
-            returned=_pages(returned),
+            returned=pages_of(returned),
             hints=[to_message(each, cache_pb2.Hints) for each in hints],
             grants=_grants(grant_pages),
         )
@@ -333,11 +333,10 @@ class Client:
         """Keep the full blocks of some tokens in gpu (this session's), cpu or disk, there or not,
         or those of opaque keys in cpu or disk: hard, they are never evicted; else last. A pin of
         cpu or disk outlives the session. It ends after ttl_s; 0: not by itself."""
-        connection, asked = self._keeper.current(), answers.Asked.of(what)
+        connection = self._keeper.current()
         request = cache_pb2.PinRequest(
             session=connection.head,
-            tokens=packed(asked.tokens),
-            keys=asked.keys,
+            **meant(what),
             tier=tier,
             hard=hard,
             ttl_s=ttl_s,
@@ -349,11 +348,10 @@ class Client:
         self, namespace: NamespaceHandle, what: answers.U32 | answers.Asked, *, tier: str = "cpu"
     ) -> int:
         """End the pin of exactly these blocks, or of each key; how many, 0: there was none."""
-        connection, asked = self._keeper.current(), answers.Asked.of(what)
+        connection = self._keeper.current()
         request = cache_pb2.UnpinRequest(
             session=connection.head,
-            tokens=packed(asked.tokens),
-            keys=asked.keys,
+            **meant(what),
             tier=tier,
         )
         return int(self._keeper.call_in(connection, namespace, "Unpin", request).blocks)
@@ -369,11 +367,10 @@ class Client:
         """Bring the longest cached prefix of some tokens to cpu or gpu (this session's), or what is
         cached of opaque keys to cpu, without a lease; answers when it is there or the time is over
         (0: at once), and it goes on."""
-        connection, asked = self._keeper.current(), answers.Asked.of(what)
+        connection = self._keeper.current()
         request = cache_pb2.PrefetchRequest(
             session=connection.head,
-            tokens=packed(asked.tokens),
-            keys=asked.keys,
+            **meant(what),
             tier=tier,
             deadline_ms=round(deadline_s * 1000),
         )
@@ -407,29 +404,5 @@ def _milliseconds(deadline_s: float | None) -> int:
     return 0 if deadline_s is None else max(1, round(deadline_s * 1000))
 
 
-def _pages(pages: NDArray[np.uint32]) -> list[cache_pb2.ComponentPages]:
-    """Of component 0."""
-    return [cache_pb2.ComponentPages(pages=packed(pages))] if len(pages) else []
-
-
 def _grants(pages: int) -> list[cache_pb2.PageCount]:
     return [cache_pb2.PageCount(pages=pages)] if pages else []
-
-
-def lease_commit(each: answers.LeaseCommit) -> cache_pb2.LeaseCommit:
-    return cache_pb2.LeaseCommit(
-        request_id=each.request_id,
-        first_block=each.first_block,
-        tokens=packed(each.tokens),
-        pages=_pages(each.pages),
-    )
-
-
-def explained(what: answers.U32 | answers.Asked) -> cache_pb2.ExplainRequest:
-    """Of a prompt, or of one key. Raises InvalidRequest for several keys."""
-    asked = answers.Asked.of(what)
-    if not asked.keys:
-        return cache_pb2.ExplainRequest(tokens=packed(asked.tokens))
-    if len(asked.keys) > 1:
-        raise errors.InvalidRequest("keys", f"{len(asked.keys)} of them", "one is explained")
-    return cache_pb2.ExplainRequest(key=asked.keys[0])

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvc2 import errors
-from kvc2.answers import NO_HINTS, U32, Hints, TierTokens
+from kvc2.answers import NO_HINTS, U32, Hints, Media, TierTokens
 from kvc2.client.health import DaemonHealth
 from kvc2.client.pages import PageBook
 
@@ -30,6 +30,7 @@ class Lease:
     settled: int = 0  # of these, the ones matched or answered
     refused: bool = False  # a commit was refused: nothing more is committed
     hints: Hints = NO_HINTS
+    extras: Sequence[Media] = ()  # of its prompt
     ended: bool = False  # its request has been answered whole
 
 

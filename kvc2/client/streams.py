@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from typing_extensions import Buffer
 
 from kvc2 import _core, answers, errors
+from kvc2.client.asking import extras_of
 from kvc2.client.client import Client
 from kvc2.client.connection import NamespaceHandle
 from kvc2.client.keeper import raised
@@ -75,6 +76,7 @@ class Streams:
             request_id=commit.request_id,
             first_block=commit.first_block,
             tokens=packed(commit.tokens),
+            extras=extras_of(commit.extras),
         )
         return self._write(namespace, message, payloads, timeout_s)
 

@@ -21,10 +21,7 @@ from kvc2.config import EvictionPolicy
 from kvc2.host.paths import user_path
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from kvc2.client import Admin, Flushed
+    from kvc2.client import Admin, Asked, Flushed
 
 AS_ASKED = ("no_disk", "not_admitted")  # how the daemon was asked to run: no failure
 TTL_MAX = (1 << 32) - 1  # seconds
@@ -54,7 +51,11 @@ Address = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of a table.")]
 PromptTokens = Annotated[
-    Path | None, typer.Option(help="A prompt: a JSON list of token ids, or ids and spaces.")
+    Path | None,
+    typer.Option(
+        help="A prompt: a JSON list of token ids, ids and spaces, or with "
+        "images an object: tokens, and extras of first_token, num_tokens, digest (hexadecimal)."
+    ),
 ]
 PromptText = Annotated[Path | None, typer.Option(help="A prompt as text; needs --tokenizer.")]
 TokenizerFolder = Annotated[
@@ -367,8 +368,8 @@ def prefetch(
             print(json.dumps(asdict(found)))
             return
         print(
-            f"{found.tiers.cpu} of {len(prompt)} tokens are in cpu, {found.tiers.disk} on disk, "
-            f"{found.coming_tokens} of these on their way"
+            f"{found.tiers.cpu} of {len(prompt.tokens)} tokens are in cpu, {found.tiers.disk} on "
+            f"disk, {found.coming_tokens} of these on their way"
         )
 
 
@@ -379,7 +380,7 @@ def drain(address: Address = None, deadline_s: Deadline = 30.0, as_json: Json = 
         _report_flushed(admin.drain(deadline_s), as_json)
 
 
-def _prompt(tokens: Path | None, text: Path | None, tokenizer: Path | None) -> NDArray[np.uint32]:
+def _prompt(tokens: Path | None, text: Path | None, tokenizer: Path | None) -> Asked:
     from kvc2.commands import prompts
 
     words = None if tokenizer is None else prompts.open_tokenizer(tokenizer)

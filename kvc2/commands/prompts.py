@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvc2 import errors
-from kvc2.client import Explained
+from kvc2.client import Asked, Explained, Media
 from kvc2.host.paths import user_path
 
 U32 = NDArray[np.uint32]
@@ -36,7 +36,7 @@ WHY = {
 }
 
 
-def read(tokens: Path | None, text: Path | None, tokenizer: Any) -> U32:
+def read(tokens: Path | None, text: Path | None, tokenizer: Any) -> Asked:
     """A prompt from one of two files. Raises InvalidRequest."""
     if (tokens is None) == (text is None):
         raise errors.InvalidRequest("tokens, text", None, "one of them")
@@ -45,19 +45,27 @@ def read(tokens: Path | None, text: Path | None, tokenizer: Any) -> U32:
     assert text is not None
     if tokenizer is None:
         raise errors.InvalidRequest("tokenizer", None, "given with --text")
-    return read_text(text, tokenizer)
+    return Asked(read_text(text, tokenizer))
 
 
-def read_tokens(path: Path) -> U32:
-    """Token ids of a file: a JSON list, or numbers between spaces or commas."""
+def read_tokens(path: Path) -> Asked:
+    """Token ids of a file: a JSON list, or numbers between spaces or commas; or a JSON object with
+    such a list as `tokens` and, as `extras`, objects of Media's fields, digests in hexadecimal."""
     text = _read(path)
     try:
-        values = (
-            json.loads(text) if text.lstrip().startswith("[") else text.replace(",", " ").split()
-        )
-        return np.array([int(value) for value in values], np.uint32)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise errors.InvalidRequest("tokens", str(path), "token ids: numbers") from error
+        told = json.loads(text) if text.lstrip().startswith(("[", "{")) else text
+        if isinstance(told, str):
+            told = told.replace(",", " ").split()
+        extras = told.pop("extras", []) if isinstance(told, dict) else []
+        values = told.pop("tokens") if isinstance(told, dict) else told
+        if isinstance(told, dict) and told:
+            raise errors.InvalidRequest("tokens", sorted(told), "an object of tokens and extras")
+        prompt = np.array([int(value) for value in values], np.uint32)
+        beside = [Media(**each | {"digest": bytes.fromhex(each["digest"])}) for each in extras]
+        return Asked(prompt, extras=beside)
+    except (ValueError, TypeError, OverflowError, KeyError) as error:
+        allowed = "token ids: numbers; with extras, a JSON object"
+        raise errors.InvalidRequest("tokens", str(path), allowed) from error
 
 
 def read_text(path: Path, tokenizer: Any) -> U32:
@@ -82,8 +90,8 @@ def open_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def lines(found: Explained, tokens: U32 | None, decode: Decode | None) -> Iterator[str]:
-    """The answer for a reader. `tokens`: the prompt, where it is known."""
+def lines(found: Explained, prompt: Asked | None, decode: Decode | None) -> Iterator[str]:
+    """The answer for a reader; of the prompt, where it is known."""
     full = (found.tokens - 1) // found.page_size
     ago = f", as it was {age(found.asked_s_ago)} ago" if found.asked_s_ago else ""
     yield f"{found.hit_blocks} of {full} full blocks of {found.page_size} tokens hit{ago}"
@@ -99,7 +107,7 @@ def lines(found: Explained, tokens: U32 | None, decode: Decode | None) -> Iterat
     at = found.hit_blocks * found.page_size
     yield f"  block {found.hit_blocks}, from token {at}: {_why(found)}"
     if found.sibling.size:
-        yield from _sibling(found, at, tokens, decode)
+        yield from _sibling(found, at, None if prompt is None else prompt.tokens, decode)
     if found.other is not None:
         yield f"  namespace {found.other.namespace} has {found.other.hit_tokens} tokens of it"
         for name, ours, theirs in found.other.fields:
@@ -120,6 +128,9 @@ def _why(found: Explained) -> str:
 
 
 def _sibling(found: Explained, at: int, tokens: U32 | None, decode: Decode | None) -> Iterator[str]:
+    if found.sibling_equal == found.page_size:
+        yield "  a resident block in its place has the same tokens, and other extras"
+        return
     parted = at + found.sibling_equal
     yield f"  the resident block most like it parts from it at token {parted}:"
     sides = [("cached", found.sibling[found.sibling_equal :])]

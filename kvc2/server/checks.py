@@ -17,7 +17,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from numpy.typing import NDArray
 
 from kvc2 import errors
-from kvc2.answers import NO_PAGES, Asked, Hints
+from kvc2.answers import NO_PAGES, Asked, Hints, Media
 from kvc2.cache.namespaces import Namespace
 from kvc2.cache.sessions import Session
 from kvc2.config import LimitsConfig
@@ -30,6 +30,7 @@ REQUEST_ID_BYTES_MAX = 128
 ENGINE_NAME_BYTES_MAX = 128
 TENANT_BYTES_MAX = 64
 NAMESPACE_BYTES = 32
+EXTRA_DIGEST_BYTES = 32
 PRIORITY_MAX = 7
 DEADLINE_MS_MAX = 3_600_000
 EVICT_BLOCKS_MAX = (1 << 32) - 1  # more than any tier has pages
@@ -47,6 +48,9 @@ class Asking(Protocol):
 
     @property
     def keys(self) -> Sequence[bytes]: ...
+
+    @property
+    def extras(self) -> Sequence[cache_pb2.Media]: ...
 
 
 def message(kind: type[M], data: bytes) -> M:
@@ -115,16 +119,28 @@ def tokens(field: str, data: bytes, limits: LimitsConfig) -> NDArray[np.uint32]:
     return found
 
 
-def asked(request: Asking, namespace: Namespace, limits: LimitsConfig, field: str = "") -> Asked:
-    """Tokens, or keys in a namespace of opaque keys. `field`: what stands before their names."""
+def asked(
+    request: Asking,
+    namespace: Namespace,
+    limits: LimitsConfig,
+    field: str = "",
+    *,
+    first_block: int = 0,
+) -> Asked:
+    """Tokens with extras, or keys in a namespace of opaque keys. `field`: what stands before their
+    names. first_block: of the prompt, with which the tokens begin."""
     if not namespace.opaque:
         if request.keys:
             allowed = "none: the namespace knows its blocks by tokens"
             raise errors.InvalidRequest(f"{field}keys", f"{len(request.keys)} of them", allowed)
-        return Asked(tokens(f"{field}tokens", request.tokens, limits))
+        found = tokens(f"{field}tokens", request.tokens, limits)
+        first = first_block * namespace.page_size
+        beside = extras(f"{field}extras", request.extras, first, first + len(found))
+        return Asked(found, extras=beside)
     if request.tokens:
         allowed = "none: the namespace knows its blocks by opaque keys"
         raise errors.InvalidRequest(f"{field}tokens", f"{len(request.tokens)} bytes", allowed)
+    no_extras(f"{field}extras", request.extras)
     if not 1 <= len(request.keys) <= limits.max_keys:
         count = f"{len(request.keys)} of them"
         raise errors.InvalidRequest(f"{field}keys", count, f"1 to at most {limits.max_keys}")
@@ -145,8 +161,39 @@ def explained(
         allowed = f"none: the namespace knows its blocks by {known}"
         raise errors.InvalidRequest(what, f"{told} bytes", allowed)
     if namespace.opaque:
+        no_extras("extras", request.extras)
         return Asked(keys=(key("key", request.key),))
-    return Asked(tokens("tokens", request.tokens, limits))
+    found = tokens("tokens", request.tokens, limits)
+    return Asked(found, extras=extras("extras", request.extras, 0, len(found)))
+
+
+def extras(field: str, given: Sequence[cache_pb2.Media], first: int, end: int) -> tuple[Media, ...]:
+    """Of tokens [first, end) of a prompt, at most one a token."""
+    if not given:
+        return ()
+    few(field, len(given), end - first)
+    before, allowed = first, f"{first} to {end - 1}, where tokens are given"
+    for index, each in enumerate(given):
+        name, at = f"{field}[{index}]", each.first_token
+        if not first <= at < end:
+            raise errors.InvalidRequest(f"{name}.first_token", at, allowed)
+        if at < before:
+            order = f"{before} or more: in the order in which they begin"
+            raise errors.InvalidRequest(f"{name}.first_token", at, order)
+        if not each.num_tokens:
+            raise errors.InvalidRequest(f"{name}.num_tokens", 0, "at least 1")
+        if len(each.digest) != EXTRA_DIGEST_BYTES:
+            told = f"{len(each.digest)} bytes"
+            raise errors.InvalidRequest(f"{name}.digest", told, f"{EXTRA_DIGEST_BYTES} bytes")
+        before = at
+    return tuple(Media(each.first_token, each.num_tokens, each.digest) for each in given)
+
+
+def no_extras(field: str, given: Sequence[cache_pb2.Media]) -> None:
+    """Of opaque keys, which say all that their blocks are made of."""
+    if given:
+        allowed = "none: the namespace knows its blocks by opaque keys"
+        raise errors.InvalidRequest(field, f"{len(given)} of them", allowed)
 
 
 def key(field: str, value: bytes) -> bytes:

@@ -121,7 +121,7 @@ class Commits:
                         session,
                         each.lease.request_id,
                         each.first_block,
-                        each.tokens,
+                        each.asked,
                         each.pages,
                     )
                     done.results.append(result)
@@ -165,12 +165,11 @@ class Commits:
     ) -> GivenBlocks:
         """What a commit names, whatever brings its bytes; how many blocks is not checked."""
         namespace, lease = self._whose(session, field, commit, copied=copied)
-        checks.reserved(f"{field}.extras", len(commit.extras), 0)
-        asked = checks.asked(commit, namespace, self._limits, f"{field}.")
+        first = commit.first_block
+        asked = checks.asked(commit, namespace, self._limits, f"{field}.", first_block=first)
         if len(set(asked.keys)) != len(asked.keys):
             raise errors.InvalidRequest(f"{field}.keys", "a key twice", "each key once")
-        first = commit.first_block
-        blocks = GivenBlocks(namespace, first, asked.tokens, pages, lease, asked.keys)
+        blocks = GivenBlocks(namespace, first, asked, pages, lease)
         self._check_first(field, blocks)
         return blocks
 

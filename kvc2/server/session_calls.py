@@ -103,12 +103,11 @@ class SessionCalls:
     async def Match(self, request: cache_pb2.MatchRequest) -> cache_pb2.MatchResponse:
         session = self._callers.session(request.session)
         namespace = checks.namespace_id(session, request.namespace_id)
-        checks.reserved("extras", len(request.extras), 0)
         asked = checks.asked(request, namespace, self._limits)
         if namespace.opaque:
             found = self._cache.leases.match_keys(session, namespace, asked.keys)
         else:
-            found = self._cache.leases.match(session, namespace, asked.tokens)
+            found = self._cache.leases.match(session, namespace, asked)
         return to_message(found, cache_pb2.MatchResponse)
 
     async def Acquire(self, request: cache_pb2.AcquireRequest) -> cache_pb2.AcquireResponse:
@@ -117,7 +116,6 @@ class SessionCalls:
             raise errors.Draining("the daemon drains: no new leases")
         namespace = checks.namespace_id(session, request.namespace_id)
         request_id = checks.request_id("request_id", request.request_id)
-        checks.reserved("extras", len(request.extras), 0)
         asked = checks.asked(request, namespace, self._limits)
         grant = checks.grants(request.grants, self._limits)
         deadline_s = checks.deadline_s("deadline_ms", request.deadline_ms, self._acquire_deadline_s)
@@ -138,7 +136,7 @@ class SessionCalls:
         if namespace.opaque:
             found = await leases.acquire_keys(session, namespace, request_id, asked.keys, terms)
         else:
-            found = await leases.acquire(session, namespace, request_id, asked.tokens, terms)
+            found = await leases.acquire(session, namespace, request_id, asked, terms)
         self._metrics.prompt_tokens.inc(len(asked.tokens))
         for counter, count in zip(self._matched, found.tiers, strict=True):
             if count:

@@ -73,7 +73,6 @@ class SharedCalls:
             epoch = None if session is None else session.epoch
             return self._cache.explainer.of_request(request_id, epoch)
         namespace = self._namespace(session, request)
-        checks.reserved("extras", len(request.extras), 0)
         asked = checks.explained(request, namespace, self._limits)
         return self._cache.explain(session, namespace, asked)
 
@@ -147,7 +146,6 @@ class SharedCalls:
         """Who asks (None: the socket's owner), the namespace, and which blocks of it."""
         session = self._callers.session_or_owner(request)
         namespace = self._namespace(session, request)
-        checks.reserved("extras", len(request.extras), 0)
         return session, namespace, checks.asked(request, namespace, self._limits)
 
     def _namespace(self, session: Session | None, request: InNamespace) -> Namespace:

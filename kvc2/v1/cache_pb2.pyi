@@ -76,13 +76,15 @@ class PageCount(_message.Message):
     pages: int
     def __init__(self, component: _Optional[int] = ..., pages: _Optional[int] = ...) -> None: ...
 
-class BlockExtras(_message.Message):
-    __slots__ = ("block", "digest")
-    BLOCK_FIELD_NUMBER: _ClassVar[int]
+class Media(_message.Message):
+    __slots__ = ("first_token", "num_tokens", "digest")
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
-    block: int
+    first_token: int
+    num_tokens: int
     digest: bytes
-    def __init__(self, block: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
     __slots__ = ("hello", "heartbeat", "detach")
@@ -227,8 +229,8 @@ class MatchRequest(_message.Message):
     namespace_id: int
     tokens: bytes
     keys: _containers.RepeatedScalarFieldContainer[bytes]
-    extras: _containers.RepeatedCompositeFieldContainer[BlockExtras]
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., tokens: _Optional[bytes] = ..., keys: _Optional[_Iterable[bytes]] = ..., extras: _Optional[_Iterable[_Union[BlockExtras, _Mapping]]] = ...) -> None: ...
+    extras: _containers.RepeatedCompositeFieldContainer[Media]
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., tokens: _Optional[bytes] = ..., keys: _Optional[_Iterable[bytes]] = ..., extras: _Optional[_Iterable[_Union[Media, _Mapping]]] = ...) -> None: ...
 
 class ExplainRequest(_message.Message):
     __slots__ = ("session", "request_id", "tokens", "key", "namespace_id", "extras", "namespace")
@@ -244,9 +246,9 @@ class ExplainRequest(_message.Message):
     tokens: bytes
     key: bytes
     namespace_id: int
-    extras: _containers.RepeatedCompositeFieldContainer[BlockExtras]
+    extras: _containers.RepeatedCompositeFieldContainer[Media]
     namespace: bytes
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., request_id: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., key: _Optional[bytes] = ..., namespace_id: _Optional[int] = ..., extras: _Optional[_Iterable[_Union[BlockExtras, _Mapping]]] = ..., namespace: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., request_id: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., key: _Optional[bytes] = ..., namespace_id: _Optional[int] = ..., extras: _Optional[_Iterable[_Union[Media, _Mapping]]] = ..., namespace: _Optional[bytes] = ...) -> None: ...
 
 class TierBlocks(_message.Message):
     __slots__ = ("tier", "blocks")
@@ -369,14 +371,14 @@ class AcquireRequest(_message.Message):
     tokens: bytes
     deadline_ms: int
     hints: Hints
-    extras: _containers.RepeatedCompositeFieldContainer[BlockExtras]
+    extras: _containers.RepeatedCompositeFieldContainer[Media]
     keys: _containers.RepeatedScalarFieldContainer[bytes]
     place: int
     skip_blocks: int
     at_once: bool
     poll: int
     grants: _containers.RepeatedCompositeFieldContainer[PageCount]
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., request_id: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., deadline_ms: _Optional[int] = ..., hints: _Optional[_Union[Hints, _Mapping]] = ..., extras: _Optional[_Iterable[_Union[BlockExtras, _Mapping]]] = ..., keys: _Optional[_Iterable[bytes]] = ..., place: _Optional[int] = ..., skip_blocks: _Optional[int] = ..., at_once: _Optional[bool] = ..., poll: _Optional[int] = ..., grants: _Optional[_Iterable[_Union[PageCount, _Mapping]]] = ...) -> None: ...
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., request_id: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., deadline_ms: _Optional[int] = ..., hints: _Optional[_Union[Hints, _Mapping]] = ..., extras: _Optional[_Iterable[_Union[Media, _Mapping]]] = ..., keys: _Optional[_Iterable[bytes]] = ..., place: _Optional[int] = ..., skip_blocks: _Optional[int] = ..., at_once: _Optional[bool] = ..., poll: _Optional[int] = ..., grants: _Optional[_Iterable[_Union[PageCount, _Mapping]]] = ...) -> None: ...
 
 class AcquireResponse(_message.Message):
     __slots__ = ("matched_tokens", "tiers", "transfer", "computing_tokens", "held", "granted", "first_block", "found", "coming_blocks", "expected_ms")
@@ -431,8 +433,8 @@ class LeaseCommit(_message.Message):
     namespace_id: int
     keys: _containers.RepeatedScalarFieldContainer[bytes]
     pages: _containers.RepeatedCompositeFieldContainer[ComponentPages]
-    extras: _containers.RepeatedCompositeFieldContainer[BlockExtras]
-    def __init__(self, request_id: _Optional[bytes] = ..., first_block: _Optional[int] = ..., tokens: _Optional[bytes] = ..., namespace_id: _Optional[int] = ..., keys: _Optional[_Iterable[bytes]] = ..., pages: _Optional[_Iterable[_Union[ComponentPages, _Mapping]]] = ..., extras: _Optional[_Iterable[_Union[BlockExtras, _Mapping]]] = ...) -> None: ...
+    extras: _containers.RepeatedCompositeFieldContainer[Media]
+    def __init__(self, request_id: _Optional[bytes] = ..., first_block: _Optional[int] = ..., tokens: _Optional[bytes] = ..., namespace_id: _Optional[int] = ..., keys: _Optional[_Iterable[bytes]] = ..., pages: _Optional[_Iterable[_Union[ComponentPages, _Mapping]]] = ..., extras: _Optional[_Iterable[_Union[Media, _Mapping]]] = ...) -> None: ...
 
 class CommitRequest(_message.Message):
     __slots__ = ("session", "leases", "durable", "prefill_tokens_per_s", "copied", "grants")
@@ -558,8 +560,8 @@ class PinRequest(_message.Message):
     hard: bool
     ttl_s: int
     keys: _containers.RepeatedScalarFieldContainer[bytes]
-    extras: _containers.RepeatedCompositeFieldContainer[BlockExtras]
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., namespace: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., tier: _Optional[str] = ..., hard: _Optional[bool] = ..., ttl_s: _Optional[int] = ..., keys: _Optional[_Iterable[bytes]] = ..., extras: _Optional[_Iterable[_Union[BlockExtras, _Mapping]]] = ...) -> None: ...
+    extras: _containers.RepeatedCompositeFieldContainer[Media]
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., namespace: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., tier: _Optional[str] = ..., hard: _Optional[bool] = ..., ttl_s: _Optional[int] = ..., keys: _Optional[_Iterable[bytes]] = ..., extras: _Optional[_Iterable[_Union[Media, _Mapping]]] = ...) -> None: ...
 
 class PinResponse(_message.Message):
     __slots__ = ("blocks", "resident_blocks", "pinned_blocks", "pinned")
@@ -588,8 +590,8 @@ class UnpinRequest(_message.Message):
     tokens: bytes
     tier: str
     keys: _containers.RepeatedScalarFieldContainer[bytes]
-    extras: _containers.RepeatedCompositeFieldContainer[BlockExtras]
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., namespace: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., tier: _Optional[str] = ..., keys: _Optional[_Iterable[bytes]] = ..., extras: _Optional[_Iterable[_Union[BlockExtras, _Mapping]]] = ...) -> None: ...
+    extras: _containers.RepeatedCompositeFieldContainer[Media]
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., namespace: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., tier: _Optional[str] = ..., keys: _Optional[_Iterable[bytes]] = ..., extras: _Optional[_Iterable[_Union[Media, _Mapping]]] = ...) -> None: ...
 
 class UnpinResponse(_message.Message):
     __slots__ = ("blocks",)
@@ -648,8 +650,8 @@ class PrefetchRequest(_message.Message):
     tier: str
     deadline_ms: int
     keys: _containers.RepeatedScalarFieldContainer[bytes]
-    extras: _containers.RepeatedCompositeFieldContainer[BlockExtras]
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., namespace: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., tier: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., keys: _Optional[_Iterable[bytes]] = ..., extras: _Optional[_Iterable[_Union[BlockExtras, _Mapping]]] = ...) -> None: ...
+    extras: _containers.RepeatedCompositeFieldContainer[Media]
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., namespace: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., tier: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., keys: _Optional[_Iterable[bytes]] = ..., extras: _Optional[_Iterable[_Union[Media, _Mapping]]] = ...) -> None: ...
 
 class PrefetchResponse(_message.Message):
     __slots__ = ("tiers", "coming_tokens")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from kvc2 import errors
 from kvc2.answers import (
     Acquired,
+    Asked,
     CacheStats,
     Evicted,
     Flushed,
@@ -123,8 +124,8 @@ class FakeCache:
             pages.append(session.pool.resident[key])
         return pages
 
-    def match(self, session: Session, namespace: Namespace, tokens: U32) -> Matched:
-        count = len(self._prefix(session, namespace, tokens)) * session.layout.page_size
+    def match(self, session: Session, namespace: Namespace, asked: Asked) -> Matched:
+        count = len(self._prefix(session, namespace, asked.tokens)) * session.layout.page_size
         return Matched(count, TierTokens(gpu=count))
 
     async def acquire(
@@ -132,15 +133,15 @@ class FakeCache:
         session: Session,
         namespace: Namespace,
         request_id: bytes,
-        tokens: U32,
+        asked: Asked,
         terms: Terms,
     ) -> Acquired:
         if self.fail is not None:
             raise self.fail
-        pages = self._prefix(session, namespace, tokens)
+        pages = self._prefix(session, namespace, asked.tokens)
         to = Destination(session.pool, namespace.pools)
         session.leases[request_id] = OpenLease(request_id, 0, namespace, 0, to)
-        session.pool.__dict__.setdefault("tokens", {})[request_id] = tokens.copy()
+        session.pool.__dict__.setdefault("tokens", {})[request_id] = asked.tokens.copy()
         count = len(pages) * session.layout.page_size
         return Acquired(
             count,
@@ -156,9 +157,9 @@ class FakeCache:
         return np.array(taken, np.uint32)
 
     def commit(
-        self, session: Session, request_id: bytes, first_block: int, tokens: U32, pages: U32
+        self, session: Session, request_id: bytes, first_block: int, asked: Asked, pages: U32
     ) -> NDArray[np.uint8]:
-        size = session.layout.page_size
+        size, tokens = session.layout.page_size, asked.tokens
         namespace = session.leases[request_id].namespace
         whole = session.pool.__dict__["tokens"][request_id][: first_block * size]
         results = []

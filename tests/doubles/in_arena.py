@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kvc2.answers import NO_PAGES, NOWHERE, U8, U32, Acquired, Terms
+from kvc2.answers import NOWHERE, U8, U32, Acquired, Asked, Terms
 from kvc2.cache.cache import Cache, KeyedLayout
 from kvc2.cache.copied import GivenBlocks, Stored
 from kvc2.cache.namespaces import Namespace
@@ -53,7 +53,7 @@ class InArena(StandIn):
         if pages is None:
             return None
         of = self.session.lease(lease) if lease else None
-        return await self._store(GivenBlocks(self.opened, first, part, pages, of))
+        return await self._store(GivenBlocks(self.opened, first, Asked(part), pages, of))
 
     async def copy_keys(self, keys: Sequence[bytes], lease: bytes = b"") -> list[int] | None:
         """Results by key; None as in `copy`."""
@@ -61,7 +61,7 @@ class InArena(StandIn):
         if pages is None:
             return None
         of = self.session.lease(lease) if lease else None
-        return await self._store(GivenBlocks(self.keyed, 0, NO_PAGES, pages, of, tuple(keys)))
+        return await self._store(GivenBlocks(self.keyed, 0, Asked(keys=tuple(keys)), pages, of))
 
     def _filled(self, rows: U8) -> U32 | None:
         pages = self.cache.leases.grant(self.session, len(rows))

@@ -37,7 +37,7 @@ class Spaces:
 FOREIGN = b'{"engine":"other","fields":{"page_size":4},"schema":"foreign/1","weights":"w"}'
 SMALL = Layout((Segment(0, 0, 512, 0, 1024), Segment(0, 1, 512, 512, 1024)), 4)
 KEYS = [b"k", b"\0", b"x" * 64]
-EXTRAS = [pb.BlockExtras(block=1, digest=bytes(range(32)))]
+EXTRAS = [pb.Media(first_token=1, num_tokens=9, digest=bytes(range(32)))]
 
 
 def opened(head: pb.SessionRef) -> list[pb.OpenNamespaceRequest]:

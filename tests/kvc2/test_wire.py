@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvc2 import answers
-from kvc2.client.client import lease_commit
+from kvc2.client.asking import lease_commit
 from kvc2.v1 import cache_pb2
 from kvc2.wire import from_message, packed, to_message, unpacked
 

@@ -64,7 +64,8 @@ def tail_type(flags: int, page_size: int) -> np.dtype[np.void]:
 
 def room_bytes(shape: PageShape) -> int:
     """Catalogue bytes that one slab's pages may need: records in half-full leaves, recency. Every
-    block may have a key; extras nobody writes yet."""
+    block may have a key; that every one has extras fits leaves that are filled by 0.6, and where
+    they are not, blocks stay in memory as from a full disk."""
     plain, tail = record_type(shape.page_size), tail_type(HAS_KEY, shape.page_size)
     record = plain.itemsize + tail.itemsize + 16  # node header and key
     leaf = PAGE_BYTES - 16

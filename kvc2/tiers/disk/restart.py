@@ -41,6 +41,7 @@ def restore(
     were written aside."""
     rows = stored.records
     keyed = bool(stored.external_bytes.any())  # else no array of keys is made
+    beside = bool(stored.extras.any())
     return index.restore(
         pool,
         np.ascontiguousarray(rows["digest"]),
@@ -52,6 +53,7 @@ def restore(
         _expiries_of(lifetimes, stored),
         external_bytes=stored.external_bytes if keyed else None,
         external_keys=stored.external_keys if keyed else None,
+        extras=stored.extras if beside else None,
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kvc2 import _core, errors
-from kvc2.answers import NO_PAGES
+from kvc2.answers import Asked
 from kvc2.cache.cache import Cache, KeyedLayout
 from kvc2.cache.copied import GivenBlocks
 from kvc2.config import LimitsConfig
@@ -271,10 +271,9 @@ def test_copies_of_a_lease_that_has_ended_are_refused() -> None:
                 blocks = GivenBlocks(
                     lease.namespace,
                     0,
-                    NO_PAGES if keys else prompt(1, 3)[: 3 * PAGE_SIZE],
+                    Asked(keys=KEYS) if keys else Asked(prompt(1, 3)[: 3 * PAGE_SIZE]),
                     cache.leases.grant(engine.session, 3),
                     lease,
-                    KEYS if keys else (),
                 )
                 stored = await cache.copied.store(engine.session, blocks)
                 assert stored.results.tolist() == [_core.REFUSED] * 3

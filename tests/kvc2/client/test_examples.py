@@ -22,6 +22,10 @@ PRINTED = {  # by a first run, and by one after it
         ["0 of 8 were there", "8 stored", "8 loaded, equal"],
         ["8 of 8 were there", "8 stored", "8 loaded, equal"],
     ),
+    "images": (
+        ["cat: 0 tokens cached", "cat: 96 tokens cached", "dog: 32 tokens cached"],
+        ["cat: 96 tokens cached", "cat: 96 tokens cached", "dog: 96 tokens cached"],
+    ),
     "private_memory": (
         ["0 of 8 blocks cached, 8 stored, KV equal"],
         ["8 of 8 blocks cached, 0 stored, KV equal"],

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvc2 import errors
-from kvc2.client import Admin
+from kvc2.client import Admin, Media
 from kvc2.commands import cli, prompts
 from kvc2.config import LimitsConfig, TenantConfig
 from kvc2.foreign_identity import Foreign
@@ -231,7 +231,14 @@ def test_token_files_are_json_or_numbers(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     for text in ("[1, 2, 3]", "1 2\n3", "1,2,3"):
         file.write_text(text)
-        assert prompts.read_tokens(file).tolist() == [1, 2, 3]
+        assert prompts.read_tokens(file).tokens.tolist() == [1, 2, 3]
+    extra = {"first_token": 1, "num_tokens": 2, "digest": "ab" * 32}
+    file.write_text(json.dumps({"tokens": [1, 2, 3], "extras": [extra]}))
+    assert prompts.read_tokens(file).extras == [Media(1, 2, b"\xab" * 32)]
+    for wrong in ({"tokens": [1], "images": []}, {"extras": []}, {"tokens": [1], "extras": [{}]}):
+        file.write_text(json.dumps(wrong))
+        with pytest.raises(errors.InvalidRequest, match="tokens"):
+            prompts.read_tokens(file)
 
 
 def test_a_text_and_a_tokenizer_say_where_a_prompt_parts_in_words(

@@ -234,7 +234,7 @@ def test_files_of_every_name_are_read(name: str, home: Path) -> None:
     assert (found.model, found.api_keys) == (folder, file)
     assert found.model_name == name
     file.write_text("1 2 3")
-    assert prompts.read_tokens(file).tolist() == [1, 2, 3]
+    assert prompts.read_tokens(file).tokens.tolist() == [1, 2, 3]
     file.write_text("x" * 16)
     file.chmod(0o600)
     assert Tenants(ServeConfig(tenants=(TenantConfig("t", file),))).namespace(
@@ -253,7 +253,7 @@ def test_a_tilde_is_a_home_for_every_option(home: Path) -> None:
     assert (engine.model, engine.api_keys) == (home / "m", home / "k")
     assert engine.model_name == "m"
     (home / "p").write_text("1 2")
-    assert prompts.read_tokens(Path("~/p")).tolist() == [1, 2]
+    assert prompts.read_tokens(Path("~/p")).tokens.tolist() == [1, 2]
     for command in (["check", "~/d"], ["replay", "~/t.jsonl"]):
         told = CliRunner().invoke(app, command)
         assert told.exit_code == 2

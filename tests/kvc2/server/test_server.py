@@ -16,6 +16,11 @@ from tests.doubles.fakes import FakeCache
 from tests.doubles.wires import SEALS, Wire, granted, grants, hello, memfd, pages, u32
 
 
+def extra(**changes: Any) -> pb.Media:
+    values: dict[str, Any] = {"first_token": 1, "num_tokens": 2, "digest": bytes(32)}
+    return pb.Media(**{**values, **changes})
+
+
 @pytest.fixture(scope="module", params=["fake", "real"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[ServedDaemon]:
     cache = FakeCache.opened if request.param == "fake" else None
@@ -53,7 +58,11 @@ def acquire(wire: Wire, **changes: Any) -> pb.AcquireRequest:
         ({"deadline_ms": 1 << 31}, "INVALID_ARGUMENT", "deadline_ms"),
         ({"namespace_id": 999}, "NOT_FOUND", "namespace_id"),
         ({"keys": [b"x"]}, "INVALID_ARGUMENT", "keys"),
-        ({"extras": [pb.BlockExtras()]}, "UNIMPLEMENTED", "extras"),
+        ({"extras": 2 * [extra()], "tokens": u32(1)}, "INVALID_ARGUMENT", "extras = '2 of them"),
+        ({"extras": [extra(first_token=99)]}, "INVALID_ARGUMENT", "extras[0].first_token = 99"),
+        ({"extras": [extra(num_tokens=0)]}, "INVALID_ARGUMENT", "extras[0].num_tokens = 0"),
+        ({"extras": [extra(digest=b"x")]}, "INVALID_ARGUMENT", "extras[0].digest = '1 bytes"),
+        ({"extras": [extra(first_token=2), extra()]}, "INVALID_ARGUMENT", "extras[1].first_token"),
         ({"session": pb.SessionRef()}, "FAILED_PRECONDITION", "attach again"),
         ({"tokens": bytes(64 << 20)}, "RESOURCE_EXHAUSTED", "message"),
     ],

@@ -351,7 +351,7 @@ FIRST = {
     "no tokens": ({"tokens": b""}, "INVALID_ARGUMENT", "commit.tokens"),
     "keys": ({"keys": [b"k"]}, "INVALID_ARGUMENT", "commit.keys"),
     "nobody's lease": ({"request_id": b"r", "namespace_id": 0}, "NOT_FOUND", "commit.request_id"),
-    "extras": ({"extras": [pb.BlockExtras()]}, "UNIMPLEMENTED", "commit.extras"),
+    "extras": ({"extras": [pb.Media()]}, "INVALID_ARGUMENT", "commit.extras[0].num_tokens"),
 }
 
 
