@@ -31,12 +31,13 @@ void ThreadTeam::run(const Work& work) {
   {
     const std::lock_guard lock(mutex_);
     work_ = work;
-    busy_ = others_.size();
+    open_ = true;
     ++call_;
   }
   wake_.notify_all();
   take_pieces(work);
   std::unique_lock lock(mutex_);
+  open_ = false;
   idle_.wait(lock, [this] { return busy_ == 0; });
 }
 
@@ -55,6 +56,8 @@ void ThreadTeam::serve() {
     wake_.wait(lock, [&] { return stop_ || call_ != served; });
     if (stop_) return;
     served = call_;
+    if (!open_) continue;
+    ++busy_;
     const Work work = work_;
     lock.unlock();
     take_pieces(work);

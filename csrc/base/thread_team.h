@@ -51,7 +51,8 @@ class ThreadTeam {
   std::condition_variable wake_, idle_;
   Work work_{};
   uint64_t call_ = 0;  // rises by one with each call that wakes the others
-  size_t busy_ = 0;    // of the others, still in this call
+  bool open_ = false;  // whether there is work left to join; who wakes later isn't waited for
+  size_t busy_ = 0;    // of the others, in this call
   bool stop_ = false;
   std::atomic<size_t> next_{0};  // first item that nobody has taken
   std::vector<std::thread> others_;
