@@ -13,7 +13,7 @@ from kvc2.answers import NOWHERE, U8, U32, Acquired, Asked, Terms
 from kvc2.cache.cache import Cache, KeyedLayout
 from kvc2.cache.copied import GivenBlocks, Stored
 from kvc2.cache.namespaces import Namespace
-from tests.doubles.stand_in import StandIn, payloads
+from tests.doubles.stand_in import StandIn, part_of, payloads
 
 KEYED = hashlib.sha256(b"a model whose blocks have keys").digest()
 
@@ -34,9 +34,9 @@ class InArena(StandIn):
         of = KeyedLayout(self.layout, opaque)
         return self.cache.open_namespace(self.session, name, b"{}", self.ttl_s, of=of)
 
-    def truth(self, tokens: U32) -> U8:
+    def truth(self, what: U32 | Asked) -> U8:
         """[blocks, payload_bytes]."""
-        return payloads(self.namespace, tokens, self.layout)
+        return payloads(self.namespace, what, self.layout)
 
     def truth_of(self, keys: Sequence[bytes]) -> U8:
         """[keys, payload_bytes]."""
@@ -44,16 +44,17 @@ class InArena(StandIn):
         rows = [np.random.default_rng(each).bytes(self.layout.payload_bytes) for each in seeds]
         return np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), -1)
 
-    async def copy(self, tokens: U32, lease: bytes = b"", first: int = 0) -> list[int] | None:
+    async def copy(self, what: U32 | Asked, lease: bytes = b"", first: int = 0) -> list[int] | None:
         """Results by block of the full ones from `first` on; None: the pool has no pages for
         them."""
-        end = len(tokens) // self.layout.page_size
-        part = tokens[first * self.layout.page_size : end * self.layout.page_size]
-        pages = self._filled(self.truth(tokens)[first:end])
+        asked, size = Asked.of(what), self.layout.page_size
+        end = len(asked.tokens) // size
+        part = part_of(asked, first * size, end * size)
+        pages = self._filled(self.truth(asked)[first:end])
         if pages is None:
             return None
         of = self.session.lease(lease) if lease else None
-        return await self._store(GivenBlocks(self.opened, first, Asked(part), pages, of))
+        return await self._store(GivenBlocks(self.opened, first, part, pages, of))
 
     async def copy_keys(self, keys: Sequence[bytes], lease: bytes = b"") -> list[int] | None:
         """Results by key; None as in `copy`."""
@@ -82,12 +83,12 @@ class InArena(StandIn):
             self.cache.leases.close_leases([stored.lease])
         return list(stored.results.tolist())
 
-    async def read(self, tokens: U32, terms: Terms | None = None) -> tuple[bytes, Acquired]:
+    async def read(self, what: U32 | Asked, terms: Terms | None = None) -> tuple[bytes, Acquired]:
         """A lease in the arena; its bytes are judged."""
         request = self.request_id()
         terms = terms or Terms(0, 20.0, in_arena=True)
-        found = await self.cache.leases.acquire(self.session, self.opened, request, tokens, terms)
-        self.judge_offsets(found, self.truth(tokens)[found.first_block :])
+        found = await self.cache.leases.acquire(self.session, self.opened, request, what, terms)
+        self.judge_offsets(found, self.truth(what)[found.first_block :])
         return request, found
 
     async def read_keys(

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvc2 import _core
-from kvc2.answers import Acquired, Hints, Terms
+from kvc2.answers import Acquired, Asked, Hints, Terms, beginning
 from kvc2.cache.cache import Cache
 from kvc2.cache.sessions import Session
 from kvc2.layout import Layout, layer_major
@@ -36,10 +36,13 @@ def shared(num_bytes: int) -> mmap.mmap:
     return mapped
 
 
-def payloads(namespace: bytes, tokens: U32, layout: Layout) -> NDArray[np.uint8]:
+def payloads(namespace: bytes, what: U32 | Asked, layout: Layout) -> NDArray[np.uint8]:
     """[blocks, payload_bytes] the KV of each full block: all of its prefix decides every byte."""
-    keys = _core.chain_keys(namespace, tokens, layout.page_size)
-    rows = [np.random.default_rng(list(bytes(key))).bytes(layout.payload_bytes) for key in keys]
+    asked, rows = Asked.of(what), []
+    for block, key in enumerate(_core.chain_keys(namespace, asked.tokens, layout.page_size)):
+        seen = beginning(asked.extras, 0, (block + 1) * layout.page_size)
+        seed = list(bytes(key) + (hashlib.sha256(repr(seen).encode()).digest() if seen else b""))
+        rows.append(np.random.default_rng(seed).bytes(layout.payload_bytes))
     return np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), layout.payload_bytes)
 
 
@@ -47,6 +50,11 @@ def prompt(seed: int, blocks: int, page_size: int = PAGE_SIZE) -> U32:
     """Tokens of `blocks` full blocks and one more token (a match never takes the last one)."""
     found = np.random.default_rng(seed).integers(0, 50_000, blocks * page_size + 1)
     return found.astype(np.uint32)
+
+
+def part_of(asked: Asked, first: int, end: int) -> Asked:
+    """Tokens [first, end), and what begins in them."""
+    return Asked(asked.tokens[first:end], extras=beginning(asked.extras, first, end))
 
 
 def _tell(told: asyncio.Future[None]) -> None:
@@ -108,14 +116,14 @@ class StandIn:
 
     async def acquire(
         self,
-        tokens: U32,
+        what: U32 | Asked,
         grant: int = 0,
         deadline_s: float = 20.0,
         hints: Hints = NO_HINTS,
     ) -> tuple[bytes, Acquired]:
         request = self.request_id()
         found = await self.cache.leases.acquire(
-            self.session, self.opened, request, tokens, Terms(grant, deadline_s, hints)
+            self.session, self.opened, request, what, Terms(grant, deadline_s, hints)
         )
         return request, found
 
@@ -158,9 +166,9 @@ class StandIn:
         ]
         return np.array(rows, np.uint8).reshape(len(rows), self.layout.payload_bytes)
 
-    def judge(self, tokens: U32, found: Acquired) -> NDArray[np.uint8]:
+    def judge(self, what: U32 | Asked, found: Acquired) -> NDArray[np.uint8]:
         """[blocks, payload_bytes] the truth. AssertionError when a byte of the prefix is wrong."""
-        truth = payloads(self.namespace, tokens, self.layout)
+        truth = payloads(self.namespace, what, self.layout)
         held = found.prefix_pages.size
         assert (self.contents(found.prefix_pages) == truth[:held]).all(), "wrong bytes"
         return truth
@@ -179,18 +187,18 @@ class StandIn:
         self.cache.leases.release(self.session, request)
         return durable
 
-    async def compute(self, tokens: U32, hints: Hints = NO_HINTS) -> tuple[bytes, Acquired]:
+    async def compute(self, what: U32 | Asked, hints: Hints = NO_HINTS) -> tuple[bytes, Acquired]:
         """A request up to its release."""
-        size = self.layout.page_size
-        blocks = len(tokens) // size
-        request, found = await self.acquire(tokens, grant=blocks, hints=hints)
+        size, asked = self.layout.page_size, Asked.of(what)
+        blocks = len(asked.tokens) // size
+        request, found = await self.acquire(asked, grant=blocks, hints=hints)
         await self.arrived(found.transfer)
-        truth = self.judge(tokens, found)
+        truth = self.judge(asked, found)
         held = found.prefix_pages.size
         count = min(blocks - held, found.granted_pages.size)
         pages = found.granted_pages[:count]
         self.fill(pages, truth[held : held + count])
-        rest = tokens[held * size : (held + count) * size]
+        rest = part_of(asked, held * size, (held + count) * size)
         result = self.cache.leases.commit(self.session, request, held, rest, pages)
         assert not (result == _core.REFUSED).any()
         if found.granted_pages.size > count:

@@ -2,8 +2,9 @@
 copies, evictions, restarts, in any order.
 
 The model knows which blocks were ever committed in a namespace's present era, and which of them are
-on disk. KV is a function of tokens and keys. So: every byte that is told is right, nothing is told
-that was not committed, what is on disk is found, and in the end no page and no lease is left over.
+on disk. KV is a function of tokens, images and keys. So: every byte that is told is right, nothing
+is told that was not committed, what is on disk is found, and in the end no page and no lease is
+left over.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvc2 import errors
-from kvc2.answers import NOWHERE, U8, U32, Acquired, Terms
+from kvc2.answers import NOWHERE, U8, Acquired, Asked, Media, Terms
 from kvc2.cache.cache import Cache
 from tests.doubles.caches import folder_in_memory, with_arena
 from tests.doubles.in_arena import KEYED, InArena
@@ -32,7 +33,8 @@ Block = tuple[int, ...] | bytes  # the leaders of a prompt's blocks up to it, or
 SEEN: Counter[str] = Counter()
 WAIT_S = 20.0
 PAGES = 24  # of the session's pool
-prompts = st.lists(st.sampled_from([1, 1, 2]), min_size=1, max_size=5).map(tuple)
+IMAGES = (11, 21)  # which begin in blocks of 1's tokens
+prompts = st.lists(st.sampled_from([1, 1, 2, *IMAGES]), min_size=1, max_size=5).map(tuple)
 keys = st.lists(
     st.sampled_from([b"k", b"k\0", b"\0", b"kk", b"x" * 64]), min_size=1, max_size=4, unique=True
 )
@@ -40,10 +42,16 @@ choice = st.integers(0, 7)
 tiers = st.sampled_from(["gpu", "cpu", "disk"])
 
 
-def tokens_of(prompt: tuple[int, ...]) -> U32:
-    """A block of each number, and one token more, which no match takes."""
-    blocks = [np.arange(PAGE_SIZE, dtype=np.uint32) + 100 * number for number in prompt]
-    return np.concatenate([*blocks, np.zeros(1, np.uint32)])
+def asked_of(prompt: tuple[int, ...]) -> Asked:
+    """A block of each number, and one token more, which no match takes. An image goes on after its
+    block."""
+    blocks = [np.arange(PAGE_SIZE, dtype=np.uint32) + 100 * (number % 10) for number in prompt]
+    extras = [
+        Media(block * PAGE_SIZE + 1, PAGE_SIZE, bytes([number]) * 32)
+        for block, number in enumerate(prompt)
+        if number in IMAGES
+    ]
+    return Asked(np.concatenate([*blocks, np.zeros(1, np.uint32)]), extras=extras)
 
 
 @dataclass
@@ -121,8 +129,11 @@ class CacheMachine(RuleBasedStateMachine):
     def compute(self, prompt: tuple[int, ...], releases: bool) -> None:
         """A whole request in the pool: its bytes are judged, the rest is computed and committed."""
         before = self.model.leading(prompt, self.model.committed)
-        request, found = self.run(self.engine.compute(tokens_of(prompt)))
+        request, found = self.run(self.engine.compute(asked_of(prompt)))
         assert found.matched_tokens <= before * PAGE_SIZE
+        SEEN["pool: hit beyond an image"] += any(
+            each in IMAGES for each in prompt[: found.prefix_pages.size - 1]
+        )
         SEEN["pool: hit"] += found.matched_tokens > 0
         held = found.prefix_pages.size
         for block in range(held, held + min(len(prompt) - held, found.granted_pages.size)):
@@ -135,11 +146,11 @@ class CacheMachine(RuleBasedStateMachine):
         terms = Terms(0, WAIT_S, in_arena=True, skip_blocks=skip, at_once=at_once)
         most = self.model.leading(prompt, self.model.committed)
         least = 0 if at_once else self.model.leading(prompt, self.model.durable)
-        request, found = self.run(self.engine.read(tokens_of(prompt), terms))
+        request, found = self.run(self.engine.read(asked_of(prompt), terms))
         assert least * PAGE_SIZE <= found.matched_tokens <= most * PAGE_SIZE
         assert found.first_block <= skip
         assert found.first_block + found.offsets.size == found.matched_tokens // PAGE_SIZE
-        truth = self.engine.truth(tokens_of(prompt))[found.first_block :]
+        truth = self.engine.truth(asked_of(prompt))[found.first_block :]
         self.held.append(Held(request, prompt, truth, found, terms))
         SEEN["arena: hit"] += found.offsets.size > 0
         SEEN["arena: from disk"] += found.tiers.disk > 0
@@ -194,8 +205,8 @@ class CacheMachine(RuleBasedStateMachine):
         if isinstance(lease.asked, list):
             keyed = self.engine.keyed
             return await leases.acquire_keys(session, keyed, lease.request, lease.asked, terms)
-        of, tokens = self.engine.opened, tokens_of(lease.asked)
-        return await leases.acquire(session, of, lease.request, tokens, terms)
+        of, asked = self.engine.opened, asked_of(lease.asked)
+        return await leases.acquire(session, of, lease.request, asked, terms)
 
     @precondition(lambda self: self.held)
     @rule(pick=choice)
@@ -206,7 +217,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(prompt=prompts)
     def copy(self, prompt: tuple[int, ...]) -> None:
-        results = self.run(self.engine.copy(tokens_of(prompt)))
+        results = self.run(self.engine.copy(asked_of(prompt)))
         self.copied([prompt[: block + 1] for block in range(len(prompt))], results)
 
     @precondition(lambda self: any(not each.of_keys for each in self.held))
@@ -219,7 +230,7 @@ class CacheMachine(RuleBasedStateMachine):
         first = lease.told.matched_tokens // PAGE_SIZE
         if first == len(lease.asked) or lease.told.coming_blocks:
             return
-        results = self.run(self.engine.copy(tokens_of(lease.asked), lease.request, first))
+        results = self.run(self.engine.copy(asked_of(lease.asked), lease.request, first))
         self.copied([lease.asked[: block + 1] for block in range(first, len(lease.asked))], results)
         SEEN["copies: in a lease"] += results is not None
 
@@ -262,7 +273,7 @@ class CacheMachine(RuleBasedStateMachine):
                 there = bool(match.found[0])
             else:
                 match = self.cache.leases.match(
-                    self.engine.session, self.engine.opened, tokens_of(block)
+                    self.engine.session, self.engine.opened, asked_of(block)
                 )
                 there = match.matched_tokens == len(block) * PAGE_SIZE
             found |= {block} if there else set()

@@ -10,6 +10,7 @@ from tests.oracles.cache_machine import SEEN, CacheMachine
 
 EVERYWHERE = (
     "pool: hit",
+    "pool: hit beyond an image",
     "arena: hit",
     "arena: from disk",
     "arena: skipped",
