@@ -25,6 +25,8 @@ from kvc2 import _core
 from tests import ROOT
 from tests.crash.bugs import BUGS as DISK_BUGS
 from tests.crash.bugs import Bug
+from tests.crash.extras_bugs import EXTRAS_BUGS
+from tests.crash.extras_bugs import TESTS as EXTRAS_TESTS
 from tests.crash.lease_bugs import LEASE_BUGS
 from tests.crash.lease_bugs import TESTS as LEASE_TESTS
 
@@ -43,7 +45,7 @@ TESTS = (  # the quick ones first
     ("tests/crash/test_power_cuts.py",),
     ("tests/crash/test_migration.py", "tests/crash/test_kills.py"),
 )
-BUGS = (*DISK_BUGS, *LEASE_BUGS)
+BUGS = (*DISK_BUGS, *LEASE_BUGS, *EXTRAS_BUGS)
 LIMIT_S = 600  # a bug that makes a test hang is caught too
 # An editable install answers for kvc2 before the path does: not here.
 SITE = """
@@ -136,7 +138,7 @@ def main() -> int:
             folder.mkdir()
             copy_to(folder)
             folders.put(folder)
-        if "" in asked.only and (sound := failure(folder, (*TESTS, *LEASE_TESTS))):
+        if "" in asked.only and (sound := failure(folder, (*TESTS, *LEASE_TESTS, *EXTRAS_TESTS))):
             print(f"without any bug: {sound}")
             return 1
 

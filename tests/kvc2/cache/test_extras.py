@@ -149,7 +149,14 @@ def test_copies_and_streams_go_to_the_blocks_of_their_image(
     assert results[2:] == [_core.ADOPTED] * 4
     again = client.commit_copies(handle, [copied]).results[0].tolist()
     assert again == [_core.DUPLICATE] * BLOCKS
-    client.release([], returned=pages)
+    assert client.match(handle, asked(fish)).matched_tokens == BLOCKS * PAGE_SIZE
+    frog = Media(40, 50, b"frog".ljust(32))
+    first = client.acquire_in_arena(handle, b"f", asked(frog)).matched_tokens // PAGE_SIZE
+    rest = LeaseCommit(b"f", first, whole[first * PAGE_SIZE :], pages[first:], [frog])
+    for _ in range(2):  # of a lease the same answer
+        results = client.commit_copies(handle, [rest]).results[0].tolist()
+        assert results == [_core.ADOPTED] * (BLOCKS - first)
+    client.release([b"f"], returned=pages)
 
 
 def test_keys_have_no_extras(engine: TinyEngine) -> None:
