@@ -13,6 +13,9 @@ PACKAGES := $(VENV)/.packages
 READY := $(VENV)/.ready
 # true: every import rebuilds what changed in csrc/ (for C++ edits; a start then takes a second longer)
 REBUILD ?= false
+# Processes that run the tests, a file of tests in one of them
+JOBS ?= 2
+PYTEST = $(PYTHON) -m pytest -q -n $(JOBS) --dist loadfile
 # Where there is CUDA, or another index: make CONSTRAINTS=/dev/null
 CONSTRAINTS ?= constraints.txt
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/cpp/*.h' 'tests/cpp/*.cpp')
@@ -43,10 +46,10 @@ demo: $(READY)  ## a real model, the daemon and the engine: what each tier saves
 	$(PYTHON) -m benchmarks.demo
 
 test: lint  ## everything that runs in under 15 minutes
-	$(PYTHON) -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-full: lint  ## the slow tests too
-	$(PYTHON) -m pytest -q
+	$(PYTEST)
 
 lint: $(READY)  ## ruff, mypy --strict, clang-format
 	$(PYTHON) -m ruff check .

@@ -18,10 +18,10 @@ import pytest
 from kvc2.layout import layer_major
 from kvc2.v1 import cache_pb2 as pb
 from tests.doubles.engines import LAYERS, PAGE_SIZE
+from tests.doubles.waiting import wait_until
 from tests.doubles.wires import Wire, hello, memfd
 from tests.kvc2.server.test_garbage import GARBAGE, raw_status
 from tests.system.daemon import DaemonProcess
-from tests.system.test_daemon_process import wait_until
 
 WITHOUT_COLLECTOR = ("-c", "import gc; gc.disable(); from kvc2.commands.cli import main; main()")
 PAGES = 1024

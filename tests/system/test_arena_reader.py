@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.doubles.waiting import wait_until
 from tests.system.daemon import DaemonProcess, EngineProcess
-from tests.system.test_daemon_process import leases, wait_until
+from tests.system.test_daemon_process import leases
 
 BLOCKS = 6
 WHOLE = {"blocks": BLOCKS, "counts": True, "wrong": 0}

@@ -7,8 +7,6 @@ import os
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -16,16 +14,8 @@ import pytest
 
 from kvc2.cache.sessions import EXPIRY_S
 from kvc2.client import Admin
+from tests.doubles.waiting import wait_until
 from tests.system.daemon import SMALL, DaemonProcess, EngineProcess
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float) -> float:
-    """Seconds until the condition held; fails after timeout_s."""
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < timeout_s, "it did not happen in time"
-        time.sleep(0.01)
-    return time.monotonic() - started
 
 
 def leases(daemon: DaemonProcess) -> int:

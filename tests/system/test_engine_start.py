@@ -15,9 +15,9 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.doubles.waiting import wait_until
 from tests.system.daemon import DaemonProcess
 from tests.system.engine import EngineProcess, small_model
-from tests.system.test_daemon_process import wait_until
 
 START_S = 60.0
 

@@ -33,11 +33,11 @@ from tests.doubles.engines import (
     identity,
 )
 from tests.doubles.mutations import Mutator, Spaces, first_messages, opened, valid, written
+from tests.doubles.waiting import wait_until
 from tests.doubles.wires import Wire, hello, memfd
 from tests.kvc2.server.test_garbage import GARBAGE
 from tests.system.daemon import DaemonProcess
 from tests.system.test_abuse import settled
-from tests.system.test_daemon_process import wait_until
 
 ANSWER_S = 30.0  # a call that takes longer hangs
 AT_ONCE = 32

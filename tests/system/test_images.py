@@ -12,8 +12,8 @@ from kvc2.answers import U8
 from kvc2.client import Asked, LeaseCommit, Media, NamespaceHandle
 from kvc2.tiers.disk.check import check
 from tests.doubles.engines import LAYERS, NUM_PAGES, PAGE_SIZE, TinyEngine, identity
+from tests.doubles.waiting import wait_until
 from tests.system.daemon import DaemonProcess
-from tests.system.test_daemon_process import wait_until
 
 TEXT, IMAGE, QUESTION = np.arange(40), np.full(50, 9), np.arange(20)
 TOKENS = np.concatenate([TEXT, IMAGE, QUESTION]).astype(np.uint32)

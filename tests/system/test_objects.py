@@ -4,8 +4,6 @@ by byte, nobody waits for long, and it goes on when there is a daemon again."""
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 
 from kvc2.client import Objects, open_objects
 from kvc2.foreign_identity import Foreign
+from tests.doubles.waiting import wait_until
 from tests.system.daemon import DaemonProcess
 
 BYTES = 20_000
@@ -56,14 +55,7 @@ class Load:
     def goes_on(self) -> None:
         """Something is put and got from now on."""
         put, got = self.put, self.got
-        wait_until(lambda: self.put > put and self.got > got)
-
-
-def wait_until(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+        wait_until(lambda: self.put > put and self.got > got, WAIT_S)
 
 
 @pytest.mark.parametrize("what", ["kill", "freeze"])

@@ -8,8 +8,7 @@ import ctypes
 import os
 import select
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from kvc2.client.staging import Staging
 from kvc2.errors import Detached, InvalidRequest
 from kvc2.foreign_identity import Foreign
 from tests.doubles.daemons import ServedDaemon, serve_config
+from tests.doubles.waiting import wait_until
 
 BYTES = 10_000  # no multiple of anything
 IDENTITY = Foreign("test", "w", {"page_size": 1}).encode()
@@ -294,13 +294,6 @@ def test_a_lease_of_another_session_is_never_read_by_this_ones_view(tmp_path: Pa
             objects.client.commit_keys(
                 objects._namespace, KEYS[:1], np.zeros(1, np.uint32), arena=arena
             )
-
-
-def wait_until(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_without_a_daemon_nothing_is_there_and_nothing_is_stored(tmp_path: Path) -> None:
