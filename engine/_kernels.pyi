@@ -43,6 +43,23 @@ def ffn(
     [experts, 2 * size, hidden], gate first; down [experts, hidden, size].
     """
 
+def ffn_choices(
+    workbench: Workbench,
+    x: Array,
+    expert_ids: I64,
+    gate_up: Array,
+    down: Array,
+    outputs: F32,
+) -> None:
+    """outputs[t, j] = down_e (silu(gate_e x[t]) * up_e x[t]): what `ffn` sums, unweighed.
+
+    outputs [tokens, k, hidden], float32. A choice whose id is -1 is somebody else's: its outputs
+    are not touched, so that several callers may fill one array at a time, each with its workbench.
+    """
+
+def sum_choices(workbench: Workbench, outputs: F32, weights: F32, y: Array) -> None:
+    """y[t] = sum over j of weights[t, j] * outputs[t, j], with the bits that `ffn` gives."""
+
 def attend(
     workbench: Workbench,
     query: Array,

@@ -6,6 +6,7 @@ Not responsible for when they are used (device.py), nor for attention (attention
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,6 +49,11 @@ def as_array(x: Tensor) -> _kernels.Array:
     return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
 
+def workbench_of(threads: int) -> _kernels.Workbench:
+    """Another of the same instruction set, whose calls run beside those of the first."""
+    return _kernels.Workbench(_kernels.instruction_sets()[-1], threads)
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """[T, in] x [out, in] -> [T, out], in the dtype of x."""
     out = x.new_empty(x.shape[0], weight.shape[0])
@@ -64,3 +70,25 @@ def grouped_experts(
     experts = as_array(gate_up), as_array(down)
     _kernels.ffn(workbench(), as_array(x), ids, factors, *experts, as_array(out))
     return out
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The halves of `grouped_experts`: outputs of choices, by whoever has their experts, and their
+    sum. Together they give its bits, however the choices are shared out."""
+
+    bench: _kernels.Workbench
+
+    def compute(
+        self, x: Tensor, expert_ids: Tensor, gate_up: Tensor, down: Tensor, outputs: Tensor
+    ) -> None:
+        """outputs [T, k, hidden], float32, of those whose id isn't -1; the others stay."""
+        experts = as_array(gate_up), as_array(down)
+        ids = expert_ids.numpy()
+        _kernels.ffn_choices(self.bench, as_array(x), ids, *experts, outputs.numpy())
+
+    def sum(self, outputs: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """[T, k, hidden] weighed by [T, k] -> [T, hidden], in the order of the choices."""
+        out = torch.empty(outputs.shape[0], outputs.shape[2], dtype=dtype)
+        _kernels.sum_choices(self.bench, outputs.numpy(), weights.numpy(), as_array(out))
+        return out

@@ -26,6 +26,10 @@ struct Linear {
 };
 
 // y[t] = sum over j of weights[t, j] * down_e (silu(gate_e x[t]) * up_e x[t]), e = expert_ids[t, j]
+//
+// A call may be half of that, so that several can share the choices of one sum, and give its bits:
+// without weights and y it computes `outputs` alone, and none for a choice whose id is negative;
+// without x, expert_ids, gate_up and down it sums given outputs.
 struct Ffn {
   Type type;  // of x, gate_up, down and y
   size_t tokens, hidden, size, experts, chosen;
@@ -35,6 +39,7 @@ struct Ffn {
   const void* gate_up;        // [experts, 2 * size, hidden], gate first
   const void* down;           // [experts, hidden, size]
   void* y;                    // [tokens, hidden]
+  float* outputs;             // [tokens, chosen, hidden], each choice unweighed; null: not wanted
 };
 
 struct Kernels {

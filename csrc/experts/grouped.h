@@ -119,16 +119,24 @@ class FfnRun {
       : call_(call), team_(workspace.team), groups_(call, Product::kTokens) {
     const size_t inputs = groups_.num_panels * in_bytes_;
     const size_t packed = groups_.num_panels * hidden_bytes_;
-    const size_t outputs = groups_.num_slots * call.hidden * sizeof(float);
+    const size_t choices = call.outputs == nullptr ? call.tokens * call.chosen : 0;
+    const size_t outputs = choices * call.hidden * sizeof(float);
     const size_t hidden = groups_.num_slots * call.size * sizeof(T);
     auto* memory = workspace.scratch.reserve(inputs + packed + outputs + hidden);
     inputs_ = static_cast<std::byte*>(memory);
     packed_hidden_ = inputs_ + inputs;
-    outputs_ = reinterpret_cast<float*>(packed_hidden_ + packed);
+    outputs_ = call.outputs;
+    if (outputs_ == nullptr) outputs_ = reinterpret_cast<float*>(packed_hidden_ + packed);
     hidden_ = reinterpret_cast<T*>(packed_hidden_ + packed + outputs);
   }
 
   void run() {
+    if (groups_.num_slots > 0) compute_choices();
+    if (call_.y != nullptr) combine();
+  }
+
+ private:
+  void compute_choices() {
     const auto* x = static_cast<const T*>(call_.x);
     pack(call_.hidden, inputs_, in_bytes_,
          [&](size_t place) { return x + groups_.slots[place] / call_.chosen * call_.hidden; });
@@ -136,10 +144,8 @@ class FfnRun {
     pack(call_.size, packed_hidden_, hidden_bytes_,
          [&](size_t place) { return hidden_ + place * call_.size; });
     down();
-    combine();
   }
 
- private:
   // The panels of all experts, from the row of each place.
   template <class RowOf>
   void pack(size_t columns, std::byte* data, size_t bytes, const RowOf& row_of) {
@@ -233,7 +239,7 @@ class FfnRun {
   const size_t hidden_bytes_ = Product::panel_bytes(call_.size);
   std::byte* inputs_;         // panels of x, expert by expert
   std::byte* packed_hidden_;  // panels of hidden_
-  float* outputs_;            // [slots, hidden], in the order of the tokens
+  float* outputs_;            // [tokens, chosen, hidden]
   T* hidden_;                 // [slots, size], in the order of the experts
 };
 

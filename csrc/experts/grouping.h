@@ -9,7 +9,8 @@
 
 namespace kvc2::experts {
 
-// The (token, choice) slots in the order of their experts, cut into panels of one expert each.
+// The (token, choice) slots in the order of their experts, cut into panels of one expert each;
+// without those whose expert has a negative id.
 class Grouping {
  public:
   // Up to `panel_tokens` places: positions in `slots`.

@@ -96,6 +96,27 @@ def test_ffn(
     close(experts.run(workbench, x, slice(0, tokens)), experts.reference(x))
 
 
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 64, 96), (37, 96, 64), (5, 40, 50)])
+def test_choices_computed_apart_sum_up_to_the_same_bits(
+    workbench: _kernels.Workbench, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
+    """However they are shared out; and what is nobody's is not touched."""
+    tokens, size, hidden = shape
+    x, experts = torch.randn(tokens, hidden).to(dtype), Experts.of(tokens, size, hidden, dtype)
+    ids, weights = experts.expert_ids, (as_array(experts.gate_up), as_array(experts.down))
+    outputs = torch.full((tokens, 3, hidden), math.nan)
+    mine = torch.rand(ids.shape) < 0.5
+    first = torch.where(mine, ids, -1).numpy()
+    _kernels.ffn_choices(workbench, as_array(x), first, *weights, outputs.numpy())
+    assert torch.equal(outputs.isnan().any(-1), ~mine)
+    rest = torch.where(mine, -1, ids).numpy()
+    _kernels.ffn_choices(workbench, as_array(x), rest, *weights, outputs.numpy())
+    y = torch.full_like(x, math.nan)
+    _kernels.sum_choices(workbench, outputs.numpy(), experts.weights.numpy(), as_array(y))
+    assert torch.equal(y, experts.run(workbench, x, slice(0, tokens)))
+
+
 Compute = Callable[[_kernels.Workbench, torch.Tensor], torch.Tensor]  # rows' indices -> outputs
 TOKENS = 4096
 

@@ -1,0 +1,282 @@
+"""The experts of a model over two executors: hot ones on the device, cold ones in host memory.
+
+            router (device)
+               |  expert ids [T, k]
+        +------+-------+
+      hot ids        cold ids           an executor gets all rows, and -1 for what isn't its own
+        |              |
+      device          cpu               at the same time, each with threads of its own
+        |              |
+        +--> outputs <-+                float32 [T, k, hidden], one row a choice
+               |
+        sum over k, weighed             once, in the order of the routing
+
+Both executors here have the same kernels, so that where an expert lies changes no bit: a choice's
+output depends on its token and its expert, and the sum doesn't know who computed what.
+
+Between two steps, and only there, experts that have been copied meanwhile take the places of
+others. A step never waits for a copy. Not responsible for which experts move (dynamic), nor for
+how a router chooses.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.experts.dynamic import DynamicPlacement, Exchange
+from engine.experts.placement import Mask
+from engine.experts.router import Routing
+from engine.experts.statistics import Counts, Statistics
+from engine.kernels import Choices
+from kvc2.host.priority import step_back
+
+log = logging.getLogger(__name__)
+
+SPARE_PLACES = 4  # on the device beyond the hot experts: a copy fills one while steps run
+Place = tuple[int, int]  # an expert: (layer, id)
+
+
+class Executor(Protocol):
+    """Who computes the experts that it holds."""
+
+    def compute(self, layer: int, x: Tensor, expert_ids: Tensor, outputs: Tensor) -> None:
+        """Fills outputs [T, k, hidden] where expert_ids [T, k] of x [T, hidden] isn't -1."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Experts in one memory, one after the other: gate_up [n, 2 * size, hidden], gate first; down
+    [n, hidden, size]."""
+
+    gate_up: Tensor
+    down: Tensor
+
+    @classmethod
+    def empty(cls, count: int, like: Weights) -> Weights:
+        """Room for as many of the same shape."""
+        return cls(*(x.new_empty(count, *x.shape[1:]) for x in (like.gate_up, like.down)))
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of one."""
+        return (self.gate_up[0].nbytes + self.down[0].nbytes) if len(self.gate_up) else 0
+
+    def copy(self, place: int, source: Weights, index: int) -> None:
+        """The expert `index` of `source` to `place` of this one."""
+        self.gate_up[place].copy_(source.gate_up[index])
+        self.down[place].copy_(source.down[index])
+
+
+class HostExecutor:
+    """All experts of all layers, each layer's in one piece."""
+
+    def __init__(self, layers: Mapping[int, Weights], kernels: Choices) -> None:
+        self.layers = layers
+        self._kernels = kernels
+
+    def compute(self, layer: int, x: Tensor, expert_ids: Tensor, outputs: Tensor) -> None:
+        weights = self.layers[layer]
+        self._kernels.compute(x, expert_ids, weights.gate_up, weights.down, outputs)
+
+    def copy(self, expert: Place, target: Weights, place: int) -> None:
+        """May run beside steps: nobody writes to a host's weights."""
+        layer, index = expert
+        target.copy(place, self.layers[layer], index)
+
+
+class DeviceExecutor:
+    """Places for experts of any layer. What lies where changes between steps only."""
+
+    def __init__(self, weights: Weights, shape: tuple[int, int], kernels: Choices) -> None:
+        self.weights = weights
+        self.free = list(range(len(weights.gate_up)))
+        self._place_of = torch.full(shape, -1, dtype=torch.int64)  # [layers, experts]
+        self._kernels = kernels
+
+    def holds(self, layer: int, expert_ids: Tensor) -> Tensor:
+        """Where each of them lies, -1: not here."""
+        return self._place_of[layer][expert_ids]
+
+    def compute(self, layer: int, x: Tensor, expert_ids: Tensor, outputs: Tensor) -> None:
+        """`expert_ids` are places here, as `holds` tells them."""
+        self._kernels.compute(x, expert_ids, self.weights.gate_up, self.weights.down, outputs)
+
+    def put(self, expert: Place, place: int) -> None:
+        """The expert has been copied to this place, which was taken off `free`."""
+        self._place_of[expert] = place
+
+    def drop(self, expert: Place) -> None:
+        self.free.append(int(self._place_of[expert]))
+        self._place_of[expert] = -1
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A copy that has ended, well or not."""
+
+    exchange: Exchange
+    place: int
+    error: Exception | None
+
+
+class Copier:
+    """One thread that fills places of the device while steps run."""
+
+    def __init__(self, copy: Callable[[Place, int], None]) -> None:
+        self._copy = copy
+        self._wanted: queue.SimpleQueue[tuple[Exchange, int] | None] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="kvc2-experts", daemon=True)
+        self._thread.start()
+
+    def begin(self, exchange: Exchange, place: int) -> None:
+        self._wanted.put((exchange, place))
+
+    def arrived(self) -> list[Arrival]:
+        """Those since the last call; never waits."""
+        return [self._arrived.get() for _ in range(self._arrived.qsize())]
+
+    def close(self) -> None:
+        self._wanted.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        step_back()  # a copy that takes a core's turn would hold up a step
+        while (wanted := self._wanted.get()) is not None:
+            exchange, place = wanted
+            error = None
+            try:
+                self._copy(exchange.hot, place)
+            except Exception as failed:
+                error = failed
+            self._arrived.put(Arrival(exchange, place, error))
+
+
+class HybridExperts:
+    """All layers' experts of one model. One thread computes; `close` after the last step.
+
+    `chosen`: experts a token. `statistics`: whoever calls `compute` records there before it.
+    """
+
+    def __init__(
+        self,
+        host: HostExecutor,
+        device: DeviceExecutor,
+        sums: Choices,
+        *,
+        statistics: Statistics,
+        chosen: int,
+    ) -> None:
+        self._chosen = chosen
+        self._host = host
+        self._device = device
+        self._sums = sums
+        self._statistics = statistics
+        self._seen: Counts = statistics.counts  # what the last step had counted
+        self._policy: DynamicPlacement | None = None
+        self._beside = ThreadPoolExecutor(1, "kvc2-device")
+        self._copier = Copier(lambda expert, place: host.copy(expert, device.weights, place))
+        self.hot: Mask = np.zeros(self._seen.shape, bool)
+        self.served: Counts = np.zeros(self._seen.shape)  # activations that the device served
+        self.exchanges = self.failed_copies = 0
+
+    def fill(self, hot: Mask) -> None:
+        """Copies these experts to the device. Before the first step."""
+        for layer, index in np.argwhere(hot):
+            place = self._device.free.pop()
+            self._host.copy((int(layer), int(index)), self._device.weights, place)
+            self._device.put((int(layer), int(index)), place)
+        self.hot = hot.copy()
+
+    def follow(self, policy: DynamicPlacement) -> None:
+        """From now on experts move as it says."""
+        self._policy = policy
+
+    def compute(self, layer: int, x: Tensor, routing: Routing) -> Tensor:
+        """[T, hidden] -> [T, hidden], the weighed sum over each token's experts."""
+        places = self._device.holds(layer, routing.expert_ids)
+        cold = routing.expert_ids.masked_fill(places >= 0, -1)
+        outputs = torch.empty(*routing.expert_ids.shape, x.shape[1])
+        beside = self._begin_hot(layer, x, places, outputs)
+        try:
+            if int(cold.max()) >= 0:
+                self._host.compute(layer, x, cold, outputs)
+        finally:
+            if beside is not None:  # it writes to `outputs`, whatever became of the cold ones
+                beside.result()
+        return self._sums.sum(outputs, routing.weights, x.dtype)
+
+    def between_steps(self, now: float) -> None:
+        """Takes in what has been copied, and begins what the policy wants. Waits for nothing."""
+        counts = self._statistics.counts
+        step, self._seen = counts - self._seen, counts
+        self.served += step * self.hot
+        policy = self._policy
+        if policy is None:
+            return
+        for each in self._copier.arrived():
+            self._take_in(each, policy)
+        policy.observe(step, self._tokens(step))
+        for exchange in policy.plan(now, len(self._device.free)):
+            self._copier.begin(exchange, self._device.free.pop())
+
+    def state(self) -> dict[str, Any]:
+        """By layer: its hot experts, and the part of its activations that the device served."""
+        seen = self._statistics.counts.sum(1)
+        served = self.served.sum(1)
+        layers = [
+            {
+                "layer": layer,
+                "hot": np.flatnonzero(self.hot[layer]).tolist(),
+                "device_share": round(float(served[layer] / seen[layer]), 4) if seen[layer] else 0,
+            }
+            for layer in sorted(self._host.layers)
+        ]
+        return {
+            "by_layer": layers,
+            "hot": int(self.hot.sum()),
+            "device_share": round(float(served.sum() / max(seen.sum(), 1.0)), 4),
+            "exchanges": self.exchanges,
+            "failed_copies": self.failed_copies,
+            "expert_bytes": self._device.weights.expert_bytes,
+        }
+
+    def close(self) -> None:
+        self._beside.shutdown()
+        self._copier.close()
+
+    def _begin_hot(
+        self, layer: int, x: Tensor, places: Tensor, outputs: Tensor
+    ) -> Future[None] | None:
+        if int(places.max()) < 0:
+            return None
+        return self._beside.submit(self._device.compute, layer, x, places, outputs)
+
+    def _take_in(self, arrival: Arrival, policy: DynamicPlacement) -> None:
+        exchange = arrival.exchange
+        if arrival.error is not None:
+            log.warning("expert %s was not copied: %s", exchange.hot, arrival.error)
+            self._device.free.append(arrival.place)
+            self.failed_copies += 1
+            policy.failed(exchange)
+            return
+        self._device.drop(exchange.cold)
+        self._device.put(exchange.hot, arrival.place)
+        policy.done(exchange)
+        self.hot = policy.hot.copy()
+        self.exchanges += 1
+
+    def _tokens(self, step: Counts) -> int:
+        """Of a step: each chooses as many experts in each layer that has any."""
+        layers = np.flatnonzero(step.any(1))
+        return round(float(step[layers[0]].sum()) / self._chosen) if layers.size else 0

@@ -1,0 +1,188 @@
+"""A model whose experts' choices are counted, and whose experts may lie in several places.
+
+Not responsible for computing them (experts/hybrid), nor for which lie where (experts/placement).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from engine.batch import Batch
+from engine.experts import placement, statistics
+from engine.experts.dynamic import DynamicPlacement, Pace
+from engine.experts.grouped import GroupedExperts, MoeLayer
+from engine.experts.hybrid import (
+    SPARE_PLACES,
+    DeviceExecutor,
+    HostExecutor,
+    HybridExperts,
+    Weights,
+)
+from engine.experts.placement import Room
+from engine.experts.router import Routing
+from engine.experts.statistics import Counts, Statistics
+from engine.kernels import Choices, workbench_of
+from engine.models.base import Model
+from engine.settings import EngineConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A layer's experts, whose choices are counted."""
+
+    layer: int
+    statistics: Statistics
+    experts: Callable[[Tensor, Routing], Tensor]
+
+    def __call__(self, x: Tensor, routing: Routing) -> Tensor:
+        self.statistics.record(self.layer, routing.expert_ids)
+        return self.experts(x, routing)
+
+
+@dataclass(frozen=True)
+class PlacedLayer:
+    """A layer of experts that lie in several places."""
+
+    layer: int
+    experts: HybridExperts
+
+    def __call__(self, x: Tensor, routing: Routing) -> Tensor:
+        return self.experts.compute(self.layer, x, routing)
+
+
+class Compute(Protocol):
+    """engine.runner.Runner, as it is used here."""
+
+    def step(self, batch: Batch, layer_ready: Callable[[int], None] | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class BetweenSteps:
+    """A runner whose experts may move before each step."""
+
+    compute: Compute
+    experts: HybridExperts
+
+    def step(self, batch: Batch, layer_ready: Callable[[int], None] | None = None) -> Tensor:
+        self.experts.between_steps(time.monotonic())
+        return self.compute.step(batch, layer_ready)
+
+
+class PlacedModel:
+    """A model, what was chosen of its experts, and where they lie. `experts`: None where all are on
+    the device. Raises InvalidConfig for a file of counts that isn't this model's."""
+
+    def __init__(self, config: EngineConfig, model: Model) -> None:
+        c = model.config
+        shape = (c.num_layers, c.num_experts)
+        self._file = config.expert_statistics
+        self._owner = model.weights_digest.hex()
+        self.statistics = Statistics(*shape)
+        self.experts: HybridExperts | None = None
+        if self._file is not None:
+            kept = statistics.resume("expert_statistics", self._file, *shape, self._owner)
+            self.statistics.add(kept)
+        known = self.statistics.counts
+        if config.init_expert_location is not None:
+            known = statistics.load("init_expert_location", config.init_expert_location, *shape)
+        if config.places_experts:
+            self.experts = _hybrid(config, model, known, self.statistics)
+        self.model = _with_experts(model, self._layer)
+
+    def compute(self, runner: Compute) -> Compute:
+        """The runner, before whose steps experts move."""
+        return runner if self.experts is None else BetweenSteps(runner, self.experts)
+
+    def save(self) -> str | None:
+        """Keeps the counts in their file, whose name is returned; None without one. Raises
+        OSError."""
+        if self._file is None:
+            return None
+        statistics.save(self._file, self.statistics.counts, self._owner)
+        return str(self._file)
+
+    def close(self) -> None:
+        """After the last step."""
+        if self.experts is not None:
+            self.experts.close()
+        try:
+            self.save()
+        except OSError as error:
+            log.warning("expert_statistics = %s: not saved: %s", self._file, error)
+
+    def state(self) -> dict[str, Any]:
+        """What `GET /experts` tells: where experts lie, and how many activations each place had."""
+        counts = self.statistics.counts
+        told: dict[str, Any] = {
+            "layers": counts.shape[0],
+            "experts": counts.shape[1],
+            "activations": int(counts.sum()),
+            "placed": self.experts is not None,
+        }
+        return told | (self.experts.state() if self.experts is not None else {})
+
+    def _layer(self, index: int, moe: MoeLayer) -> Callable[[Tensor, Routing], Tensor]:
+        experts = moe.experts
+        if self.experts is not None:
+            experts = PlacedLayer(index, self.experts)
+        return Observed(index, self.statistics, experts)
+
+
+def _hybrid(config: EngineConfig, model: Model, counts: Counts, seen: Statistics) -> HybridExperts:
+    """The experts, those of the strategy on the device: what the model holds is the host's."""
+    c = model.config
+    layers = {
+        index: moe.experts
+        for index, each in enumerate(model.layers)
+        if isinstance(moe := each.feed_forward, MoeLayer)
+    }
+    host = {
+        index: Weights(each.gate_up, each.down)
+        for index, each in layers.items()
+        if isinstance(each, GroupedExperts)
+    }
+    per_layer, ratio = config.num_gpu_experts, config.gpu_experts_ratio
+    hot = placement.hot_experts(len(host), c.num_experts, per_layer, ratio)
+    room = Room(c.moe_layers, c.num_experts, hot)
+    threads = config.threads or os.cpu_count() or 1
+    beside = min(config.device_threads or max(1, threads // 2), threads)
+    moves = config.enable_dynamic_expert_update and 0 < hot < room.total
+    device = DeviceExecutor(
+        Weights.empty(hot + SPARE_PLACES * moves, next(iter(host.values()))),
+        (c.num_layers, c.num_experts),
+        Choices(workbench_of(beside)),
+    )
+    experts = HybridExperts(
+        HostExecutor(host, Choices(workbench_of(max(1, threads - beside)))),
+        device,
+        Choices(workbench_of(threads)),
+        statistics=seen,
+        chosen=c.experts_per_token,
+    )
+    strategy, seed = config.expert_placement_strategy, config.expert_placement_seed
+    experts.fill(placement.place(strategy, room, counts, seed))
+    if moves:
+        pace = Pace(config.expert_copies_per_s)
+        experts.follow(DynamicPlacement(room, experts.hot, counts, pace))
+    return experts
+
+
+def _with_experts(
+    model: Model, made: Callable[[int, MoeLayer], Callable[[Tensor, Routing], Tensor]]
+) -> Model:
+    layers = []
+    for index, layer in enumerate(model.layers):
+        moe = layer.feed_forward
+        if isinstance(moe, MoeLayer):
+            layer = replace(layer, feed_forward=replace(moe, experts=made(index, moe)))
+        layers.append(layer)
+    return replace(model, layers=tuple(layers))
