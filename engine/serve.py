@@ -29,6 +29,7 @@ from engine.identity import identity_of
 from engine.metrics import EngineMetrics
 from engine.models import build_model
 from engine.models.base import Model
+from engine.models.placed import PlacedModel
 from engine.prefix import (
     Bridge,
     BridgeConfig,
@@ -60,6 +61,7 @@ class Engine:
     bridge: Bridge
     worker: Worker
     metrics: EngineMetrics
+    experts: PlacedModel
 
 
 def assemble(config: EngineConfig) -> Engine:
@@ -76,14 +78,15 @@ def assemble(config: EngineConfig) -> Engine:
     with Checkpoint(config.model, model_config.dtype, device) as checkpoint:
         check_room(config, num_pages * shape.page_bytes, checkpoint.memory_bytes, machine.memory())
         memory = PoolMemory(num_pages * shape.page_bytes)
-        model = build_model(model_config, checkpoint)
+        placed = PlacedModel(config, build_model(model_config, checkpoint))
+    model = placed.model
     metrics = EngineMetrics()
     tenants = read_api_keys(config.api_keys) if config.api_keys else {}
     bridge = _bridge(config, model, shape, memory, metrics)
     scheduler = Scheduler(
         SchedulerConfig(config.chunk_size, config.step_tokens, config.max_running),
         bridge=bridge,
-        compute=Runner(model, KvPool(shape, num_pages, memory.map)),
+        compute=placed.compute(Runner(model, KvPool(shape, num_pages, memory.map))),
         metrics=metrics,
         clock=time.monotonic,
     )
@@ -105,8 +108,9 @@ def assemble(config: EngineConfig) -> Engine:
         tokenizer=tokenizer,
         registry=metrics.registry,
         daemon=bridge.health.state,
+        experts=placed,
     )
-    return Engine(app, bridge, worker, metrics)
+    return Engine(app, bridge, worker, metrics, placed)
 
 
 def check_room(
@@ -192,6 +196,7 @@ def run(config: EngineConfig) -> None:
         server.run()
     finally:
         engine.bridge.close()
+        engine.experts.close()
     if engine.worker.failed:
         raise EngineFailedError("the scheduler failed (see the log); start the engine again")
 

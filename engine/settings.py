@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from engine import spellings
 from kvc2 import flags
 from kvc2.errors import InvalidConfig
 from kvc2.flags import Flag, Values, above, at_least, between, check, power_of_two, refused_as
@@ -21,6 +22,7 @@ from kvc2.host.address import Address
 Dtype = Literal["auto", "bfloat16", "float32"]
 PlacementStrategy = Literal["uniform", "frequency", "front-loading", "random"]
 PAGE_SIZE_MAX = 512
+EXPERT_FILES = (".json", ".safetensors")  # of counts of choices
 # sections of a KTransformers file that say nothing to the engine
 FOREIGN_SECTIONS = frozenset(
     {
@@ -75,6 +77,54 @@ class EngineConfig:
         ),
     ] = None
     threads: Annotated[int, Flag("CPU threads of the kernels; 0: one a core.", at_least(0))] = 0
+    num_gpu_experts: Annotated[
+        int | None,
+        Flag(
+            "Experts on the device, so many a layer times the layers; the others are computed by "
+            "the CPU from its memory.",
+            at_least(0),
+            shown="all",
+        ),
+    ] = None
+    gpu_experts_ratio: Annotated[
+        float | None,
+        Flag("The same as a part of all experts.", between(0, 1), shown="all"),
+    ] = None
+    expert_placement_strategy: Annotated[
+        PlacementStrategy,
+        Flag("Which they are; frequency takes the most chosen of --init-expert-location."),
+    ] = "uniform"
+    expert_placement_seed: Annotated[int, Flag("Of the strategy random.", at_least(0))] = 42
+    init_expert_location: Annotated[
+        Path | None,
+        Flag(
+            "How often each was chosen: --expert-statistics' file of an earlier run, or a .pt of "
+            "SGLang or KTransformers with logical_count.",
+            shown="--expert-statistics' own, if there is one",
+        ),
+    ] = None
+    expert_statistics: Annotated[
+        Path | None,
+        Flag(
+            "Counts of choices, .json or .safetensors: added to at the end and by POST "
+            "/experts/save.",
+            shown="not kept",
+        ),
+    ] = None
+    enable_dynamic_expert_update: Annotated[
+        bool, Flag("Experts move to the device while serving, by what is chosen.")
+    ] = False
+    expert_copies_per_s: Annotated[
+        float, Flag("At most so many of them a second, on the mean.", above(0))
+    ] = 100.0
+    device_threads: Annotated[
+        int | None,
+        Flag(
+            "Of the CPU threads, those that play the device for the hot experts.",
+            at_least(1),
+            shown="half",
+        ),
+    ] = None
     tenant: Annotated[str, Flag("The daemon's tenant for callers.", shown="default")] = ""
     api_keys: Annotated[
         Path | None,
@@ -120,6 +170,7 @@ class EngineConfig:
         if self.token_budget is not None and self.token_budget < least:
             allowed = f"at least {least}, chunk_size + max_running"
             raise InvalidConfig("token_budget", self.token_budget, allowed)
+        self._check_experts()
         if self.kvc2 is not None:
             with refused_as("kvc2", self.kvc2):
                 Address.of_daemon(self.kvc2)
@@ -127,6 +178,29 @@ class EngineConfig:
             allowed = "only 127.0.0.1, ::1 or localhost may be served without api_keys"
             raise InvalidConfig("host", self.host, allowed)
         self._check_name()
+
+    def _check_experts(self) -> None:
+        if self.num_gpu_experts is not None and self.gpu_experts_ratio is not None:
+            mend = "give this or num_gpu_experts, not both"
+            raise InvalidConfig("gpu_experts_ratio", self.gpu_experts_ratio, mend)
+        known = self.init_expert_location or self.expert_statistics
+        if self.expert_placement_strategy == "frequency" and known is None:
+            mend = "needs counts: --init-expert-location or --expert-statistics"
+            raise InvalidConfig("expert_placement_strategy", "frequency", mend)
+        if self.enable_dynamic_expert_update and not self.places_experts:
+            mend = "needs --num-gpu-experts or --gpu-experts-ratio: else all are on the device"
+            raise InvalidConfig("enable_dynamic_expert_update", True, mend)
+        for field in ("init_expert_location", "expert_statistics"):
+            path: Path | None = getattr(self, field)
+            endings = EXPERT_FILES if field == "expert_statistics" else (*EXPERT_FILES, ".pt")
+            if path is not None and path.suffix not in endings:
+                allowed = f"a file that ends with {', '.join(endings)}"
+                raise InvalidConfig(field, str(path), allowed)
+
+    @property
+    def places_experts(self) -> bool:
+        """Some may be cold."""
+        return self.num_gpu_experts is not None or self.gpu_experts_ratio is not None
 
     def _check_name(self) -> None:
         try:
@@ -172,6 +246,7 @@ def read_file(path: Path) -> Values:
     """The settings in a YAML file, ours or KTransformers'. Raises InvalidConfig."""
     found = flags.read("config", path)
     attn = found.pop("attn", None)
+    found = spellings.keys(found)
     known = {each.name for each in flags.fields_of(EngineConfig)}
     values = {
         key: value

@@ -110,17 +110,19 @@ FLOORS = {
         device, prefix
         attention, identity, layers, sampler, text
         config, demo_model, request
-        batch, errors, flood, kernels, metrics, settings
+        asking, batch, flood, kernels, metrics, settings
+        errors, spellings
     """,
     "engine/http": """
         loading
         app, server
-        bodies, connection, tokenizer
+        bodies, connection, experts, tokenizer
         errors, literals, replies, schema, template, token_bytes
     """,
     "engine/models": """
         mixtral, qwen3_moe
         stack
+        placed
         base
     """,
     "engine/attention": """
@@ -128,10 +130,9 @@ FLOORS = {
         base
     """,
     "engine/experts": """
-        grouped
-        router
-        dynamic
-        placement
+        hybrid
+        dynamic, grouped
+        placement, router
         statistics
     """,
 }

@@ -79,15 +79,15 @@ class DynamicPlacement:
         self._recent += counts
         self._recent_tokens = self._recent_tokens * kept + tokens
 
-    def plan(self, now: float) -> list[Exchange]:
-        """The exchanges that begin now, the most valuable first; often none."""
+    def plan(self, now: float, most: int = 1 << 30) -> list[Exchange]:
+        """The exchanges that begin now, at most so many, the most valuable first; often none."""
         if self._unplanned < PLAN_TOKENS:
             return []
         self._unplanned = 0
         waited = 0.0 if self._planned_at is None else now - self._planned_at
         self._planned_at = now
         self._copies = min(self._pace.burst, self._copies + waited * self._pace.copies_per_s)
-        begun = self._worth()[: int(self._copies)]
+        begun = self._worth()[: min(int(self._copies), most)]
         self._copies -= len(begun)
         self._under_way.update(begun)
         return begun

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -26,10 +27,10 @@ class GroupedExperts:
 
 @dataclass(frozen=True)
 class MoeLayer:
-    """Router and experts. The seam where a placement will split experts over devices."""
+    """Router and experts: those of one device, or of several (hybrid)."""
 
     router: Router
-    experts: GroupedExperts
+    experts: Callable[[Tensor, Routing], Tensor]  # [T, hidden] -> [T, hidden]
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.experts(x, self.router(x))

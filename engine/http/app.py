@@ -24,6 +24,7 @@ from engine import request as engine_request
 from engine.errors import ContextLengthError, InvalidRequestError
 from engine.http import bodies
 from engine.http.errors import ApiError
+from engine.http.experts import Experts, add_experts
 from engine.http.replies import Asked, Reply, event
 from engine.http.schema import ChatBody, CompletionBody
 from engine.http.template import TemplateError
@@ -57,6 +58,7 @@ def build(
     tokenizer: Tokenizer,
     registry: CollectorRegistry,
     daemon: Callable[[], dict[str, Any] | None],
+    experts: Experts | None = None,
 ) -> FastAPI:
     """The application. `daemon` tells of the session with the daemon (Attachment.state)."""
 
@@ -70,13 +72,7 @@ def build(
 
     app = FastAPI(title="kvc2-engine", lifespan=lifespan, docs_url=None, redoc_url=None)
 
-    @app.exception_handler(ApiError)
-    async def refuse(_: Request, error: ApiError) -> Response:
-        return error.response()
-
-    @app.exception_handler(HTTPException)
-    async def no_route(_: Request, error: HTTPException) -> Response:
-        return ApiError(error.status_code, str(error.detail)).response()
+    _answer_errors(app)
 
     @app.post("/v1/completions")
     async def completions(http: Request) -> Response:
@@ -105,11 +101,26 @@ def build(
         body = {"status": "ok" if ok else "failed", "attached": attached, "daemon": found}
         return JSONResponse(body, 200 if ok else 503)
 
+    if experts is not None:
+        add_experts(app, experts, lambda http: service.caller(http, None))
+
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Every refusal has OpenAI's form."""
+
+    @app.exception_handler(ApiError)
+    async def refuse(_: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(HTTPException)
+    async def no_route(_: Request, error: HTTPException) -> Response:
+        return ApiError(error.status_code, str(error.detail)).response()
 
 
 class Service:

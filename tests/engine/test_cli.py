@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from engine import demo_model
+from engine import demo_model, spellings
 from engine.cli import app
 from engine.settings import EngineConfig, load, read_api_keys
 from engine.text import IncrementalText
@@ -60,6 +60,14 @@ def test_flags_go_over_the_file(tmp_path: Path) -> None:
         ({"load_timeout_s": -1.0}, "load_timeout_s"),
         ({"token_budget": 256}, "token_budget"),
         ({"host": "0.0.0.0"}, "host"),
+        ({"num_gpu_experts": -1}, "num_gpu_experts"),
+        ({"gpu_experts_ratio": 1.5}, "gpu_experts_ratio"),
+        ({"gpu_experts_ratio": 0.5, "num_gpu_experts": 1}, "gpu_experts_ratio"),
+        ({"expert_placement_strategy": "frequency"}, "expert_placement_strategy"),
+        ({"expert_placement_strategy": "best"}, "expert_placement_strategy"),
+        ({"enable_dynamic_expert_update": True}, "enable_dynamic_expert_update"),
+        ({"init_expert_location": Path("a.txt")}, "init_expert_location"),
+        ({"expert_statistics": Path("a.pt")}, "expert_statistics"),
     ],
 )
 def test_a_bad_setting_is_named(fields: dict[str, Any], named: str) -> None:
@@ -103,6 +111,38 @@ def test_a_bad_file_is_told_with_the_nearest_name(tmp_path: Path, text: str, nam
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(InvalidConfig, match=named):
         load(tmp_path / "c.yaml", {"model": Path("m")})
+
+
+KT_FLAGS = [
+    *("--kt-num-gpu-experts", "8", "--kt-expert-placement-strategy=random"),
+    *("--kt-enable-dynamic-expert-update", "--kt-cpuinfer", "2", "--model", "--kt-x"),
+]
+
+
+def test_ktransformers_flags_are_ours_in_another_spelling(tmp_path: Path) -> None:
+    assert spellings.arguments(KT_FLAGS) == [
+        *("--num-gpu-experts", "8", "--expert-placement-strategy=random"),
+        *("--enable-dynamic-expert-update", "--threads", "2", "--model", "--kt-x"),
+    ]
+    (tmp_path / "c.yaml").write_text("kt_num_gpu_experts: 8\nkt_cpuinfer: 2\nmodel: /m\n")
+    config = load(tmp_path / "c.yaml", {})
+    assert (config.num_gpu_experts, config.threads) == (8, 2)
+    for name in spellings.OURS.values():
+        assert name in EngineConfig.__dataclass_fields__
+
+
+@pytest.mark.parametrize("key", spellings.REFUSED)
+def test_a_spelling_without_a_flag_is_refused_with_what_to_use(tmp_path: Path, key: str) -> None:
+    with pytest.raises(InvalidConfig, match=f"{key}.*(leave it out|use --)"):
+        spellings.arguments([f"--{key.replace('_', '-')}", "1"])
+    (tmp_path / "c.yaml").write_text(f"{key}: 1\n")
+    with pytest.raises(InvalidConfig, match=f"{key}.*(leave it out|use --)"):
+        load(tmp_path / "c.yaml", {"model": Path("m")})
+
+
+def test_a_setting_in_two_spellings_is_refused() -> None:
+    with pytest.raises(InvalidConfig, match=r"kt_cpuinfer.*threads, which is there too"):
+        spellings.keys({"threads": 1, "kt_cpuinfer": 2})
 
 
 def test_keys_are_read_and_never_shown(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ without a daemon. Every prompt is its test's own, so that the tests don't feed e
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
+from engine.asking import ask
 from engine.serve import assemble
 from engine.settings import EngineConfig
 from tests.system.daemon import DaemonProcess
@@ -22,6 +24,7 @@ from tests.system.engine import Answer, EngineProcess, small_model
 
 PAGES = 160  # 2,560 tokens: the tests below fill it several times
 FLAGS = ("--num-pages", str(PAGES), "--chunk-size", "64", "--max-running", "4")
+MOVING = ("--gpu-experts-ratio", "0.5", "--enable-dynamic-expert-update")
 Truth = Callable[[list[int], int], list[int]]
 
 
@@ -253,8 +256,10 @@ def test_a_caller_who_hangs_up_frees_its_pages(
 def test_a_second_engine_hits_what_the_first_computed(
     model: Path, engine: EngineProcess, daemon: DaemonProcess, truth: Truth, tmp_path: Path
 ) -> None:
-    tokens = prompt(300, 15)
-    with EngineProcess(model, tmp_path / "log", "--kvc2", daemon.address, *FLAGS) as other:
+    """Its experts lie elsewhere, and move: what either computed is a hit for the other."""
+    tokens, counts = prompt(300, 15), tmp_path / "counts.json"
+    flags = ("--kvc2", daemon.address, *FLAGS, *MOVING, "--expert-statistics", str(counts))
+    with EngineProcess(model, tmp_path / "log", *flags) as other:
         other.wait_attached()
         engine.complete(tokens)
         daemon.admin().flush(10)
@@ -271,5 +276,9 @@ def test_a_second_engine_hits_what_the_first_computed(
             both = prompt(700, 17)
             answers = list(pool.map(lambda e: e.complete(both), [engine, other] * 2))
         assert [a.tokens for a in answers] == [truth(both, 8)] * 4
+        told = ask(other.url, "", "experts")
+        assert 0 < told["device_share"] < 1
+        assert ask(other.url, "", "experts/save", post=True) == {"saved": str(counts)}
         assert other.stop() == 0
+    assert json.loads(counts.read_text())["counts"]
     assert daemon.admin().stats().sessions[0].pool.pages == PAGES
