@@ -183,8 +183,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.check_keys(asked, found.found)
 
     @precondition(lambda self: any(each.terms.at_once for each in self.held))
-    @rule(pick=choice, again=st.booleans())
-    def poll(self, pick: int, again: bool) -> None:
+    @rule(pick=choice, again=st.booleans(), waits=st.booleans())
+    def poll(self, pick: int, again: bool, waits: bool) -> None:
         """The next number answers what is there by now, which is no less; the same one the same."""
         polled = [each for each in self.held if each.terms.at_once]
         lease = polled[pick % len(polled)]
@@ -194,7 +194,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert found is before
             SEEN["poll: the same"] += 1
             return
-        lease.told = found
+        lease.told = found = self.run(self.all_that_comes(lease, found)) if waits else found
         there, earlier = told(found), told(before)
         assert {at for at, _ in earlier} <= {at for at, _ in there}
         SEEN["poll: more came"] += len(there) > len(earlier)
@@ -207,6 +207,15 @@ class CacheMachine(RuleBasedStateMachine):
             return await leases.acquire_keys(session, keyed, lease.request, lease.asked, terms)
         of, asked = self.engine.opened, asked_of(lease.asked)
         return await leases.acquire(session, of, lease.request, asked, terms)
+
+    async def all_that_comes(self, lease: Held, found: Acquired) -> Acquired:
+        """Polls until nothing is on its way any more."""
+        async with asyncio.timeout(WAIT_S):
+            while found.coming_blocks:
+                await asyncio.sleep(0.001)
+                lease.poll += 1
+                found = await self.ask_again(lease)
+        return found
 
     @precondition(lambda self: self.held)
     @rule(pick=choice)
