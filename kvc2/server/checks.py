@@ -37,6 +37,8 @@ EVICT_BLOCKS_MAX = (1 << 32) - 1  # more than any tier has pages
 RATE_MAX = 1e9  # tokens/s: no machine prefills faster
 TIERS = ("gpu", "cpu", "disk")
 
+OPAQUE = "the namespace knows its blocks by opaque keys"  # which say all that they are made of
+
 M = TypeVar("M", bound=Message)
 
 
@@ -79,17 +81,17 @@ def known(message: Message) -> None:
 
 
 def unknown_field(message: Message) -> tuple[str, str] | None:
-    """Where the message, or one right in it, has a field that its kind doesn't know, and that
-    field's number."""
-    parts = [message]
+    """Where the message, or one in it, has a field that its kind doesn't know, and that field's
+    number."""
+    if len(unknown := UnknownFieldSet(message)):
+        return message.DESCRIPTOR.full_name, f"field {unknown[0].field_number}"
     for name, repeated in _inner(message.DESCRIPTOR):
-        if repeated:
-            parts += getattr(message, name)
-        elif message.HasField(name):
-            parts.append(getattr(message, name))
-    for each in parts:
-        if len(unknown := UnknownFieldSet(each)):
-            return each.DESCRIPTOR.full_name, f"field {unknown[0].field_number}"
+        parts = getattr(message, name) if repeated else ()
+        if not repeated and message.HasField(name):
+            parts = (getattr(message, name),)
+        for each in parts:
+            if (found := unknown_field(each)) is not None:
+                return found
     return None
 
 
@@ -138,8 +140,8 @@ def asked(
         beside = extras(f"{field}extras", request.extras, first, first + len(found))
         return Asked(found, extras=beside)
     if request.tokens:
-        allowed = "none: the namespace knows its blocks by opaque keys"
-        raise errors.InvalidRequest(f"{field}tokens", f"{len(request.tokens)} bytes", allowed)
+        told = f"{len(request.tokens)} bytes"
+        raise errors.InvalidRequest(f"{field}tokens", told, f"none: {OPAQUE}")
     no_extras(f"{field}extras", request.extras)
     if not 1 <= len(request.keys) <= limits.max_keys:
         count = f"{len(request.keys)} of them"
@@ -189,11 +191,9 @@ def extras(field: str, given: Sequence[cache_pb2.Media], first: int, end: int) -
     return tuple(Media(each.first_token, each.num_tokens, each.digest) for each in given)
 
 
-def no_extras(field: str, given: Sequence[cache_pb2.Media]) -> None:
-    """Of opaque keys, which say all that their blocks are made of."""
+def no_extras(field: str, given: Sequence[cache_pb2.Media], why: str = OPAQUE) -> None:
     if given:
-        allowed = "none: the namespace knows its blocks by opaque keys"
-        raise errors.InvalidRequest(field, f"{len(given)} of them", allowed)
+        raise errors.InvalidRequest(field, f"{len(given)} of them", f"none: {why}")
 
 
 def key(field: str, value: bytes) -> bytes:

@@ -70,6 +70,7 @@ class SharedCalls:
         session = self._callers.session_or_owner(request)
         if request.WhichOneof("what") == "request_id":
             request_id = checks.request_id("request_id", request.request_id)
+            checks.no_extras("extras", request.extras, "they were the request's own")
             epoch = None if session is None else session.epoch
             return self._cache.explainer.of_request(request_id, epoch)
         namespace = self._namespace(session, request)

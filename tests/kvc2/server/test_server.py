@@ -267,12 +267,21 @@ def test_a_field_of_a_later_version_is_refused_by_its_number(wire: Wire) -> None
     """It asks for something that would not be done. Also deep in a message."""
     later = b"\xf8\x06\x01"  # field 111, a varint
     head = pb.SessionRef.FromString(wire.head.SerializeToString() + later)
-    for request in (
-        pb.AcquireRequest.FromString(acquire(wire).SerializeToString() + later),
-        acquire(wire, session=head),
+    media = pb.Media.FromString(later)
+    for rpc, request in (
+        ("Acquire", pb.AcquireRequest.FromString(acquire(wire).SerializeToString() + later)),
+        ("Acquire", acquire(wire, session=head)),
+        ("Commit", pb.CommitRequest(session=wire.head, leases=[pb.LeaseCommit(extras=[media])])),
     ):
-        status, words = wire.refusal("Acquire", request)
+        status, words = wire.refusal(rpc, request)
         assert (status, "field 111" in words) == ("INVALID_ARGUMENT", True), words
+
+
+def test_explain_of_a_request_takes_no_extras(wire: Wire) -> None:
+    extras = [pb.Media(first_token=0, num_tokens=1, digest=bytes(32))]
+    request = pb.ExplainRequest(session=wire.head, request_id=b"a", extras=extras)
+    status, words = wire.refusal("Explain", request)
+    assert (status, "extras" in words) == ("INVALID_ARGUMENT", True), words
 
 
 def test_an_engine_of_the_version_before_is_told_both_versions(served: ServedDaemon) -> None:
