@@ -75,8 +75,12 @@ def assemble(config: EngineConfig) -> Engine:
     if num_pages * config.page_size < 2 * config.page_size:
         mend = f"a page needs {shape.page_bytes} bytes, and two are the least"
         raise InvalidConfig("kv_memory_gb", config.kv_memory_gb, mend)
-    with Checkpoint(config.model, model_config.dtype, device) as checkpoint:
-        check_room(config, num_pages * shape.page_bytes, checkpoint.memory_bytes, machine.memory())
+    on_disk = config.expert_memory_gb is not None
+    with Checkpoint(
+        config.model, model_config.dtype, device, experts_on_disk=on_disk
+    ) as checkpoint:
+        weights_bytes = checkpoint.memory_bytes - _left_on_disk(config, model_config)
+        check_room(config, num_pages * shape.page_bytes, weights_bytes, machine.memory())
         memory = PoolMemory(num_pages * shape.page_bytes)
         placed = PlacedModel(config, build_model(model_config, checkpoint))
     model = placed.model
@@ -111,6 +115,15 @@ def assemble(config: EngineConfig) -> Engine:
         experts=placed,
     )
     return Engine(app, bridge, worker, metrics, placed)
+
+
+def _left_on_disk(config: EngineConfig, model: ModelConfig) -> int:
+    """Bytes of experts beyond --expert-memory-gb."""
+    if config.expert_memory_gb is None:
+        return 0
+    elements = 3 * model.expert_size * model.hidden_size
+    experts = sum(model.moe_layers) * model.num_experts * elements * model.dtype.itemsize
+    return max(0, experts - int(config.expert_memory_gb * 1e9))
 
 
 def check_room(

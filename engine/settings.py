@@ -117,6 +117,15 @@ class EngineConfig:
     expert_copies_per_s: Annotated[
         float, Flag("At most so many of them a second, on the mean.", above(0))
     ] = 100.0
+    expert_memory_gb: Annotated[
+        float | None,
+        Flag(
+            "Memory for cold experts, 10^9 bytes: the others stay in the checkpoint's files and "
+            "are read when they are needed or soon.",
+            above(0),
+            shown="all of them",
+        ),
+    ] = None
     device_threads: Annotated[
         int | None,
         Flag(

@@ -21,6 +21,7 @@ from torch import Tensor
 from engine.config import read_json
 from engine.device import CPU, Device
 from engine.errors import CheckpointError
+from engine.extents import Extent
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -48,8 +49,16 @@ class Checkpoint:
     Raises CheckpointError for a missing or unreadable file. Not for concurrent use.
     """
 
-    def __init__(self, model_dir: Path, dtype: torch.dtype, device: Device = CPU) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        dtype: torch.dtype,
+        device: Device = CPU,
+        *,
+        experts_on_disk: bool = False,
+    ) -> None:
         self.device = device
+        self.experts_on_disk = experts_on_disk  # whoever builds a model leaves them there
         self._dtype = dtype
         self._model_dir = model_dir
         self._hashes: dict[_Entry, str] = {}  # of the tensors read so far
@@ -74,6 +83,13 @@ class Checkpoint:
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         """A tensor in the checkpoint's run-time dtype; its shape must be the one given."""
+        entry, stored = self._entry(name, *shape)
+        data = torch.empty(entry.num_bytes, dtype=torch.uint8)
+        self._read(entry, data.numpy().data)
+        return data.view(stored).view(shape).to(self.device.memory, self._dtype)
+
+    def _entry(self, name: str, *shape: int) -> tuple[_Entry, torch.dtype]:
+        """A tensor's place and its type as stored."""
         if name not in self._entries:
             raise CheckpointError(f"{self._model_dir} lacks the tensor {name}")
         entry = self._entries[name]
@@ -84,9 +100,17 @@ class Checkpoint:
             raise CheckpointError(f"{name} is of type {entry.dtype}, not {', '.join(_DTYPES)}")
         if entry.num_bytes != math.prod(shape) * stored.itemsize:
             raise CheckpointError(f"{name} has {entry.num_bytes} bytes, which is not its shape's")
-        data = torch.empty(entry.num_bytes, dtype=torch.uint8)
-        self._read(entry, data.numpy().data)
-        return data.view(stored).view(shape).to(self.device.memory, self._dtype)
+        return entry, stored
+
+    def extent(self, name: str, *shape: int) -> Extent:
+        """Where a tensor lies, for who reads it later. It must be stored in the run-time dtype."""
+        entry, stored = self._entry(name, *shape)
+        if stored != self._dtype:
+            mend = f"it stays on disk, so that it must be stored as {self._dtype}"
+            raise CheckpointError(f"{name} is of type {entry.dtype}: {mend}")
+        return Extent(
+            name, entry.file.fd, entry.begin, entry.num_bytes, lambda: self._hashes[entry]
+        )
 
     def digest(self) -> bytes:
         """SHA-256 over the sorted (tensor name, dtype, shape, xxh3_128 of its bytes): 32 bytes.
@@ -142,10 +166,10 @@ class _File:
     def __init__(self, path: Path, stack: ExitStack) -> None:
         self._path = path
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise CheckpointError(f"{path} can't be opened: {error.strerror}") from error
-        stack.callback(os.close, self._fd)
+        stack.callback(os.close, self.fd)
         self._first = self._facts()
         self.entries = self._read_header(self._first[0])
 
@@ -153,7 +177,7 @@ class _File:
         """Fill `into` from `offset` on."""
         while into:
             try:
-                got = os.preadv(self._fd, [into], offset)
+                got = os.preadv(self.fd, [into], offset)
             except OSError as error:
                 raise CheckpointError(f"{self._path} can't be read: {error.strerror}") from error
             if got == 0:
@@ -168,7 +192,7 @@ class _File:
         return CheckpointError(f"{self._path} was written while it was being read: start again")
 
     def _facts(self) -> tuple[int, int]:
-        facts = os.fstat(self._fd)
+        facts = os.fstat(self.fd)
         return facts.st_size, facts.st_mtime_ns
 
     def _read_header(self, file_bytes: int) -> list[_Entry]:

@@ -111,7 +111,7 @@ FLOORS = {
         attention, identity, layers, sampler, text
         config, demo_model, request
         asking, batch, flood, kernels, metrics, settings
-        errors, spellings
+        errors, extents, spellings
     """,
     "engine/http": """
         loading
@@ -130,6 +130,7 @@ FLOORS = {
         base
     """,
     "engine/experts": """
+        store
         hybrid
         dynamic, grouped
         placement, router

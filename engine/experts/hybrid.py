@@ -61,20 +61,34 @@ class Weights:
     gate_up: Tensor
     down: Tensor
 
-    @classmethod
-    def empty(cls, count: int, like: Weights) -> Weights:
+    def weights(self, count: int) -> Weights:
         """Room for as many of the same shape."""
-        return cls(*(x.new_empty(count, *x.shape[1:]) for x in (like.gate_up, like.down)))
+        return Weights(*(x.new_empty(count, *x.shape[1:]) for x in (self.gate_up, self.down)))
 
     @property
     def expert_bytes(self) -> int:
         """Of one."""
-        return (self.gate_up[0].nbytes + self.down[0].nbytes) if len(self.gate_up) else 0
+        elements = self.gate_up.shape[1:].numel() + self.down.shape[1:].numel()
+        return elements * self.gate_up.dtype.itemsize
 
     def copy(self, place: int, source: Weights, index: int) -> None:
         """The expert `index` of `source` to `place` of this one."""
         self.gate_up[place].copy_(source.gate_up[index])
         self.down[place].copy_(source.down[index])
+
+
+class Source(Executor, Protocol):
+    """An executor that has all experts of `layers`, or can get them."""
+
+    @property
+    def layers(self) -> Mapping[int, Any]: ...
+
+    def copy(self, expert: Place, target: Weights, place: int) -> None:
+        """To the device's memory, beside steps. What it raises is a copy that failed."""
+
+    def state(self) -> dict[str, int]: ...
+
+    def close(self) -> None: ...
 
 
 class HostExecutor:
@@ -92,6 +106,12 @@ class HostExecutor:
         """May run beside steps: nobody writes to a host's weights."""
         layer, index = expert
         target.copy(place, self.layers[layer], index)
+
+    def state(self) -> dict[str, int]:
+        return {}
+
+    def close(self) -> None:
+        pass
 
 
 class DeviceExecutor:
@@ -170,7 +190,7 @@ class HybridExperts:
 
     def __init__(
         self,
-        host: HostExecutor,
+        host: Source,
         device: DeviceExecutor,
         sums: Choices,
         *,
@@ -249,11 +269,12 @@ class HybridExperts:
             "exchanges": self.exchanges,
             "failed_copies": self.failed_copies,
             "expert_bytes": self._device.weights.expert_bytes,
-        }
+        } | self._host.state()
 
     def close(self) -> None:
         self._beside.shutdown()
         self._copier.close()
+        self._host.close()
 
     def _begin_hot(
         self, layer: int, x: Tensor, places: Tensor, outputs: Tensor

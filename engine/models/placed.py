@@ -28,9 +28,13 @@ from engine.experts.hybrid import (
 from engine.experts.placement import Room
 from engine.experts.router import Routing
 from engine.experts.statistics import Counts, Statistics
+from engine.experts.store import ExpertStore, StoredExperts
 from engine.kernels import Choices, workbench_of
 from engine.models.base import Model
 from engine.settings import EngineConfig
+from kvc2.errors import InvalidConfig
+
+PLACES_MIN = 8  # of experts in memory: reads need some while others compute
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +98,7 @@ class PlacedModel:
         known = self.statistics.counts
         if config.init_expert_location is not None:
             known = statistics.load("init_expert_location", config.init_expert_location, *shape)
-        if config.places_experts:
+        if config.places_experts or config.expert_memory_gb is not None:
             self.experts = _hybrid(config, model, known, self.statistics)
         self.model = _with_experts(model, self._layer)
 
@@ -140,29 +144,23 @@ class PlacedModel:
 def _hybrid(config: EngineConfig, model: Model, counts: Counts, seen: Statistics) -> HybridExperts:
     """The experts, those of the strategy on the device: what the model holds is the host's."""
     c = model.config
-    layers = {
-        index: moe.experts
-        for index, each in enumerate(model.layers)
-        if isinstance(moe := each.feed_forward, MoeLayer)
-    }
-    host = {
-        index: Weights(each.gate_up, each.down)
-        for index, each in layers.items()
-        if isinstance(each, GroupedExperts)
-    }
+    layers = _layers(model)
     per_layer, ratio = config.num_gpu_experts, config.gpu_experts_ratio
-    hot = placement.hot_experts(len(host), c.num_experts, per_layer, ratio)
+    if not config.places_experts:
+        per_layer = 0  # all stay where --expert-memory-gb has them
+    hot = placement.hot_experts(len(layers), c.num_experts, per_layer, ratio)
     room = Room(c.moe_layers, c.num_experts, hot)
     threads = config.threads or os.cpu_count() or 1
     beside = min(config.device_threads or max(1, threads // 2), threads)
     moves = config.enable_dynamic_expert_update and 0 < hot < room.total
+    host = _host(config, model, layers, Choices(workbench_of(max(1, threads - beside))))
     device = DeviceExecutor(
-        Weights.empty(hot + SPARE_PLACES * moves, next(iter(host.values()))),
+        host.layers[min(layers)].weights(hot + SPARE_PLACES * moves),
         (c.num_layers, c.num_experts),
         Choices(workbench_of(beside)),
     )
     experts = HybridExperts(
-        HostExecutor(host, Choices(workbench_of(max(1, threads - beside)))),
+        host,
         device,
         Choices(workbench_of(threads)),
         statistics=seen,
@@ -174,6 +172,38 @@ def _hybrid(config: EngineConfig, model: Model, counts: Counts, seen: Statistics
         pace = Pace(config.expert_copies_per_s)
         experts.follow(DynamicPlacement(room, experts.hot, counts, pace))
     return experts
+
+
+def _layers(model: Model) -> dict[int, MoeLayer]:
+    """Those that have experts."""
+    found = {index: each.feed_forward for index, each in enumerate(model.layers)}
+    return {index: moe for index, moe in found.items() if isinstance(moe, MoeLayer)}
+
+
+def _host(
+    config: EngineConfig, model: Model, layers: dict[int, MoeLayer], kernels: Choices
+) -> HostExecutor | ExpertStore:
+    """All experts as they were loaded, or as many as --expert-memory-gb holds."""
+    stored = {i: moe.experts for i, moe in layers.items() if isinstance(moe.experts, StoredExperts)}
+    if not stored:
+        loaded = {
+            index: Weights(moe.experts.gate_up, moe.experts.down)
+            for index, moe in layers.items()
+            if isinstance(moe.experts, GroupedExperts)
+        }
+        return HostExecutor(loaded, kernels)
+    c, each = model.config, stored[min(stored)].expert_bytes
+    places = int((config.expert_memory_gb or 0) * 1e9) // each
+    least = max(PLACES_MIN, c.experts_per_token)
+    if places < least:
+        mend = f"an expert has {each} bytes, and memory for {least} is the least"
+        raise InvalidConfig("expert_memory_gb", config.expert_memory_gb, mend)
+    places = min(places, len(stored) * c.num_experts)
+
+    def guess(layer: int, x: Tensor) -> Tensor:
+        return layers[layer].router(x).expert_ids
+
+    return ExpertStore(stored, places, kernels, guess)
 
 
 def _with_experts(

@@ -5,14 +5,18 @@ A model file supplies the names of its tensors; the shapes come from the configu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
+from engine.errors import CheckpointError
 from engine.experts.grouped import GroupedExperts, MoeLayer
-from engine.experts.router import Router
+from engine.experts.router import Router, Routing
+from engine.experts.store import StoredExperts
+from engine.extents import Extent
 from engine.layers import Rope
 from engine.models.base import DecoderLayer, FeedForward, HeadNorms, Model
 from engine.weights import Checkpoint
@@ -26,6 +30,9 @@ class ExpertNames:
     gate: str
     up: str
     down: str
+
+
+Read = Callable[[ModelConfig, Checkpoint, str, ExpertNames], Callable[[Tensor, Routing], Tensor]]
 
 
 def attention_layer(
@@ -62,7 +69,11 @@ def moe_layer(
     c, layer = config, f"model.layers.{index}"
     fused = f"{layer}.mlp.experts.gate_up_proj" in checkpoint
     block = f"{layer}.mlp" if fused else f"{layer}.{names.block}"
-    read = _fused_experts if fused else _single_experts
+    read: Read = _fused_experts if fused else _single_experts
+    if checkpoint.experts_on_disk:
+        if fused:
+            raise CheckpointError(f"{block}: experts stored as one tensor can't stay on disk")
+        read = _experts_on_disk
     router = checkpoint.tensor(f"{block}.gate.weight", c.num_experts, c.hidden_size)
     return MoeLayer(
         Router(router, c.experts_per_token, c.normalize_top_k, checkpoint.device),
@@ -109,6 +120,23 @@ def _fused_experts(
         checkpoint.tensor(f"{prefix}.down_proj", count, hidden, size),
         checkpoint.device,
     )
+
+
+def _experts_on_disk(
+    config: ModelConfig, checkpoint: Checkpoint, prefix: str, names: ExpertNames
+) -> StoredExperts:
+    size, hidden = config.expert_size, config.hidden_size
+
+    def extents(expert: int) -> tuple[Extent, Extent, Extent]:
+        stem = f"{prefix}.{expert}"
+        return (
+            checkpoint.extent(f"{stem}.{names.gate}.weight", size, hidden),
+            checkpoint.extent(f"{stem}.{names.up}.weight", size, hidden),
+            checkpoint.extent(f"{stem}.{names.down}.weight", hidden, size),
+        )
+
+    experts = tuple(extents(expert) for expert in range(config.num_experts))
+    return StoredExperts(experts, size, hidden, config.dtype)
 
 
 def _single_experts(

@@ -72,7 +72,7 @@ class Made:
         self.host = HostExecutor(self.layers, Choices(workbench_of(1)))
         if copies is not None:
             self.host.copy = copies  # type: ignore[method-assign]
-        weights = Weights.empty(hot + spare, self.layers[0])
+        weights = self.layers[0].weights(hot + spare)
         self.device = DeviceExecutor(weights, (LAYERS, EXPERTS), Choices(workbench_of(1)))
         self.room = Room((True,) * LAYERS, EXPERTS, hot)
         self.hybrid = HybridExperts(

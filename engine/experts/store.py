@@ -1,0 +1,283 @@
+"""Experts on disk: memory holds some of them, the others are read when they are needed or soon.
+
+    compute(layer i)   begin reads of what is missing -> begin reads for the next layer (its router
+                       on this layer's input guesses them) -> compute what is there, then what came
+
+Reads bypass the page cache (O_DIRECT), several at a time, and each tensor read must have the digest
+that it had when serving began: what was written since is an error, never a wrong token. A read that
+fails fails the step that needs it.
+
+Layers come round in a circle, where the least recently used expert is the next to be used: so the
+victim is the one whose next use is expected last, `(turns until its layer) + layers * (1 - p) / p`,
+where p is how often a step of late used it. Not responsible for the device's experts (hybrid).
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.errors import EngineError
+from engine.experts.hybrid import Place, Weights
+from engine.extents import Extent
+from engine.kernels import Choices
+
+log = logging.getLogger(__name__)
+
+READERS = 4  # reads at a time: more bring nothing on the disks that were measured
+SECTOR = 4096  # O_DIRECT's unit
+FORGETS = 1 / 24  # of how often an expert was used, with each step of its layer
+SELDOM = 1e-3  # p of an expert that has not been used for long
+
+
+class ExpertReadError(EngineError):
+    """An expert can't be read, or isn't what it was when serving began."""
+
+
+@dataclass(frozen=True)
+class StoredExperts:
+    """A layer's experts, each as its gate, up and down. A store computes them."""
+
+    experts: tuple[tuple[Extent, Extent, Extent], ...]
+    size: int
+    hidden: int
+    dtype: torch.dtype
+
+    def __call__(self, *_: object) -> Tensor:
+        raise RuntimeError("these experts are on disk: a store must hold them")
+
+    @property
+    def expert_bytes(self) -> int:
+        return 3 * self.size * self.hidden * self.dtype.itemsize
+
+    def weights(self, count: int) -> Weights:
+        """Room for as many of them."""
+        gate_up = torch.empty(count, 2 * self.size, self.hidden, dtype=self.dtype)
+        return Weights(gate_up, torch.empty(count, self.hidden, self.size, dtype=self.dtype))
+
+
+class Reader:
+    """Reads experts, from any thread. Opens the extents' files anew, past the page cache where the
+    file system allows that."""
+
+    def __init__(self, layers: Mapping[int, StoredExperts]) -> None:
+        self._layers = layers
+        fds = {part.fd for each in layers.values() for parts in each.experts for part in parts}
+        self._files = {fd: _reopened(fd) for fd in fds}
+        most = max(p.num_bytes for each in layers.values() for p in each.experts[0])
+        self._buffer_bytes = -(-most // SECTOR) * SECTOR + 2 * SECTOR
+        self._own = threading.local()
+        self.read_bytes = 0  # about: threads add without a lock
+
+    def read(self, expert: Place, target: Weights, place: int) -> None:
+        """The expert into a place. Raises ExpertReadError."""
+        layer, index = expert
+        stored = self._layers[layer]
+        gate, up, down = stored.experts[index]
+        gate_up = target.gate_up[place]
+        self._part(gate, gate_up[: stored.size])
+        self._part(up, gate_up[stored.size :])
+        self._part(down, target.down[place])
+
+    def close(self) -> None:
+        for fd in self._files.values():
+            os.close(fd)
+
+    def _part(self, extent: Extent, into: Tensor) -> None:
+        found = self._bytes(extent)
+        if xxhash.xxh3_128(found).hexdigest() != extent.digest():
+            raise ExpertReadError(f"{extent.name} was written since serving began")
+        into.view(torch.uint8).view(-1).numpy()[:] = np.frombuffer(found, np.uint8)
+
+    def _bytes(self, extent: Extent) -> memoryview:
+        """What lies there, valid until this thread's next call."""
+        first = extent.begin // SECTOR * SECTOR
+        end = extent.begin + extent.num_bytes
+        buffer, done = self._buffer(), 0
+        while first + done < end:
+            wanted = -(-(end - first - done) // SECTOR) * SECTOR
+            try:
+                got = os.preadv(
+                    self._files[extent.fd], [buffer[done : done + wanted]], first + done
+                )
+            except OSError as error:
+                raise ExpertReadError(f"{extent.name} can't be read: {error.strerror}") from error
+            done += got
+            if got == 0 or (got % SECTOR and first + done < end):
+                raise ExpertReadError(f"{extent.name} can't be read: its file has become shorter")
+        self.read_bytes += done
+        return buffer[extent.begin - first : end - first]
+
+    def _buffer(self) -> memoryview:
+        """This thread's, which O_DIRECT takes."""
+        if not hasattr(self._own, "buffer"):
+            self._own.buffer = memoryview(mmap.mmap(-1, self._buffer_bytes))
+        return self._own.buffer  # type: ignore[no-any-return]
+
+
+class Turns:
+    """When each expert will be used again, as far as that can be told."""
+
+    def __init__(self, layers: Iterable[int], shape: tuple[int, int]) -> None:
+        self._position = np.zeros(shape[0])  # of a layer in the circle
+        order = sorted(layers)
+        self._position[order] = np.arange(len(order))
+        self._circle = len(order)
+        self._used: NDArray[np.float64] = np.zeros(shape)  # part of the steps of late
+
+    def use(self, layer: int, needed: NDArray[np.int64]) -> None:
+        self._used[layer] *= 1 - FORGETS
+        self._used[layer, needed] += FORGETS
+
+    def until_use(self, layer: int, experts: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Layers from now, which is `layer`'s turn, of experts [n, 2] as (layer, id)."""
+        turns = (self._position[experts[:, 0]] - self._position[layer]) % self._circle
+        turns[turns == 0] = self._circle  # its own turn is under way
+        used = np.clip(self._used[experts[:, 0], experts[:, 1]], SELDOM, 1)
+        waits: NDArray[np.float64] = turns + self._circle * (1 - used) / used
+        return waits
+
+
+class ExpertStore:
+    """As many experts in memory as `places`, of all layers. An Executor. One thread computes.
+
+    `guess(layer, x)`: ids that the layer will probably need for this input.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[int, StoredExperts],
+        places: int,
+        kernels: Choices,
+        guess: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> None:
+        order = sorted(layers)
+        self.layers = layers
+        self.reader = Reader(layers)
+        self.hits = self.misses = self.late = 0  # late: a guess in time, but not read yet
+        self._next = dict(zip(order, [*order[1:], order[0]], strict=True))
+        self._guess = guess
+        self._kernels = kernels
+        self._weights = layers[order[0]].weights(places)
+        self._free = list(range(places))
+        self._place_of: dict[Place, int] = {}
+        self._coming: dict[Place, tuple[int, Future[None]]] = {}
+        experts = len(layers[order[0]].experts)
+        self._turns = Turns(order, (order[-1] + 1, experts))
+        self._readers = ThreadPoolExecutor(READERS, "kvc2-expert-reader")
+
+    def compute(self, layer: int, x: Tensor, expert_ids: Tensor, outputs: Tensor) -> None:
+        """Those that are there first, while the others are read. Raises ExpertReadError."""
+        needed = np.unique(expert_ids.numpy())
+        needed = needed[needed >= 0]
+        self._turns.use(layer, needed)
+        left = {(layer, int(each)) for each in needed}
+        self._count(left)
+        ahead: set[Place] | None = None
+        while left:
+            ready = {each for each in left if each in self._place_of}
+            self._begin(layer, left - ready, left)
+            if ahead is None:
+                ahead = self._ahead(layer, x)
+                self._begin(layer, ahead, left | ahead)
+            if ready:
+                self._run(ready, x, expert_ids, outputs)
+                left -= ready
+            else:
+                self._await(left)
+
+    def copy(self, expert: Place, target: Weights, place: int) -> None:
+        """To the device's memory; from any thread."""
+        self.reader.read(expert, target, place)
+
+    def state(self) -> dict[str, int]:
+        return {
+            "memory_experts": len(self._place_of),
+            "memory_hits": self.hits,
+            "memory_misses": self.misses,
+            "memory_late": self.late,
+            "read_bytes": self.reader.read_bytes,
+        }
+
+    def close(self) -> None:
+        self._readers.shutdown(cancel_futures=True)
+        self.reader.close()
+
+    def _count(self, needed: set[Place]) -> None:
+        there = sum(each in self._place_of for each in needed)
+        coming = sum(each in self._coming for each in needed)
+        self.hits += there
+        self.late += coming
+        self.misses += len(needed) - there - coming
+
+    def _run(self, ready: set[Place], x: Tensor, expert_ids: Tensor, outputs: Tensor) -> None:
+        places = torch.full((len(self.layers[next(iter(ready))[0]].experts),), -1)
+        for expert in ready:
+            places[expert[1]] = self._place_of[expert]
+        ids = torch.where(expert_ids >= 0, places[expert_ids], -1)  # -1 reads the last: not used
+        self._kernels.compute(x, ids, self._weights.gate_up, self._weights.down, outputs)
+
+    def _ahead(self, layer: int, x: Tensor) -> set[Place]:
+        """What the next layer will probably need: at most half of memory, so that a guess never
+        drives out what is certain."""
+        following = self._next[layer]
+        if self._guess is None or following == layer:
+            return set()
+        ids = torch.unique(self._guess(following, x)).tolist()
+        return {(following, each) for each in ids[: (len(self._place_of) + len(self._free)) // 2]}
+
+    def _begin(self, layer: int, wanted: set[Place], keep: set[Place]) -> None:
+        """Begins to read as many of these as there are places for, without giving up `keep`."""
+        new = [each for each in sorted(wanted) if not self._held(each)]
+        self._evict(layer, len(new) - len(self._free), keep)
+        for expert in new[: len(self._free)]:
+            place = self._free.pop()
+            reading = self._readers.submit(self.reader.read, expert, self._weights, place)
+            self._coming[expert] = place, reading
+
+    def _held(self, expert: Place) -> bool:
+        return expert in self._place_of or expert in self._coming
+
+    def _evict(self, layer: int, count: int, keep: set[Place]) -> None:
+        """Gives up so many experts, those whose next use is expected last."""
+        can = [each for each in self._place_of if each not in keep]
+        if count <= 0 or not can:
+            return
+        waits = self._turns.until_use(layer, np.array(can))
+        for index in np.argsort(-waits, kind="stable")[:count]:
+            self._free.append(self._place_of.pop(can[index]))
+
+    def _await(self, left: set[Place]) -> None:
+        """Until something has come: of `left`, or else whatever holds the place for it."""
+        coming = [each for each in left if each in self._coming] or list(self._coming)
+        wait([self._coming[each][1] for each in coming], return_when=FIRST_COMPLETED)
+        for expert in [each for each in coming if self._coming[each][1].done()]:
+            place, reading = self._coming.pop(expert)
+            if reading.exception() is None:
+                self._place_of[expert] = place
+                continue
+            self._free.append(place)
+            if expert in left:
+                reading.result()
+            log.warning("expert %s was guessed and can't be read: %s", expert, reading.exception())
+
+
+def _reopened(fd: int) -> int:
+    """The same file, even if its name is another's by now."""
+    path, flags = f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | os.O_DIRECT)
+    except OSError:
+        log.warning("no O_DIRECT where the experts lie: reads go through the page cache")
+        return os.open(path, flags)

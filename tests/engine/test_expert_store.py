@@ -1,0 +1,165 @@
+"""Experts on disk: the same bits as in memory, or an error; and memory keeps what will be used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import experts_on_disk as benchmark
+from benchmarks.routings import Text
+from engine.config import ModelConfig
+from engine.errors import CheckpointError
+from engine.experts.store import ExpertReadError, ExpertStore, Turns
+from engine.models import build_model
+from engine.models.placed import PlacedModel
+from engine.settings import EngineConfig
+from engine.weights import Checkpoint
+from kvc2.errors import InvalidConfig
+from tests.doubles.checkpoints import fuse_experts, make_mixtral
+from tests.engine.test_hybrid import logits
+
+EXPERTS, EXPERT_BYTES = 16, 3 * 96 * 48 * 4
+
+
+def memory_gb(experts: int) -> float:
+    return (experts + 0.5) * EXPERT_BYTES / 1e9
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    return make_mixtral(tmp_path / "model", num_local_experts=EXPERTS)
+
+
+def placed(model_dir: Path, **fields: Any) -> PlacedModel:
+    config = EngineConfig(model=model_dir, threads=2, **fields)
+    model = ModelConfig.load(model_dir)
+    on_disk = config.expert_memory_gb is not None
+    with Checkpoint(model_dir, model.dtype, experts_on_disk=on_disk) as checkpoint:
+        return PlacedModel(config, build_model(model, checkpoint))
+
+
+@pytest.fixture
+def expected(model_dir: Path) -> torch.Tensor:
+    made = placed(model_dir)
+    return logits(made.model, made)
+
+
+@pytest.mark.parametrize("memory", [8, 30, 1000])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"gpu_experts_ratio": 0.3, "enable_dynamic_expert_update": True}],
+    ids=["cold", "hot and cold"],
+)
+def test_experts_on_disk_give_the_same_logits(
+    model_dir: Path, expected: torch.Tensor, memory: int, fields: dict[str, Any]
+) -> None:
+    """Also where memory holds fewer experts than one layer of one step needs."""
+    made = placed(model_dir, expert_memory_gb=memory_gb(memory), **fields)
+    assert torch.equal(logits(made.model, made), expected)
+    state = made.state()
+    assert 0 < state["memory_experts"] <= min(memory, 3 * EXPERTS)
+    assert state["read_bytes"] > 0
+    made.close()
+
+
+def test_a_file_that_is_replaced_is_still_the_one_that_was_loaded(
+    model_dir: Path, expected: torch.Tensor
+) -> None:
+    made = placed(model_dir, expert_memory_gb=memory_gb(8))
+    (model_dir / "model.safetensors").unlink()
+    (model_dir / "model.safetensors").write_bytes(b"another")
+    assert torch.equal(logits(made.model, made), expected)
+    made.close()
+
+
+@pytest.mark.parametrize("how", ["written", "cut"])
+def test_what_is_not_as_it_was_is_an_error_and_never_a_wrong_token(
+    model_dir: Path, how: str
+) -> None:
+    made = placed(model_dir, expert_memory_gb=memory_gb(8))
+    path = model_dir / "model.safetensors"
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        if how == "cut":
+            file.truncate(size // 8)
+        else:
+            file.seek(size // 8)
+            file.write(b"\x55" * (size // 2))
+    for _ in range(2):  # the next step fails as well, and nothing hangs
+        with pytest.raises(ExpertReadError, match=r"was written since|has become shorter"):
+            logits(made.model, made)
+    made.close()
+
+
+def test_what_can_not_stay_on_disk_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match="expert_memory_gb"):
+        placed(model_dir, expert_memory_gb=memory_gb(7))
+    with pytest.raises(CheckpointError, match="stored as one"):
+        placed(fuse_experts(model_dir, tmp_path / "fused"), expert_memory_gb=1.0)
+    config = replace(ModelConfig.load(model_dir), dtype=torch.bfloat16)
+    with (
+        Checkpoint(model_dir, config.dtype, experts_on_disk=True) as checkpoint,
+        pytest.raises(CheckpointError, match="must be stored as"),
+    ):
+        build_model(config, checkpoint)
+
+
+@pytest.fixture
+def store(model_dir: Path) -> Iterator[ExpertStore]:
+    made = placed(model_dir, expert_memory_gb=memory_gb(8))
+    assert made.experts is not None
+    source = made.experts._host
+    assert isinstance(source, ExpertStore)
+    yield source
+    made.close()
+
+
+def test_the_next_layers_experts_are_read_ahead(store: ExpertStore) -> None:
+    store._guess = lambda layer, x: torch.tensor([[3, 4]])
+    x, outputs = torch.zeros(1, 48), torch.empty(1, 2, 48)
+    store.compute(0, x, torch.tensor([[1, 2]]), outputs)
+    assert {(1, 3), (1, 4)} <= {*store._coming, *store._place_of}
+    before = store.misses
+    store.compute(1, x, torch.tensor([[3, 4]]), outputs)
+    assert store.misses == before
+
+
+def test_a_guess_that_can_not_be_read_fails_no_step(store: ExpertStore) -> None:
+    read = store.reader.read
+
+    def broken(expert: tuple[int, int], *place: Any) -> None:
+        if expert[0] == 1:
+            raise ExpertReadError("gone")
+        read(expert, *place)
+
+    store.reader.read = broken  # type: ignore[method-assign]
+    store._guess = lambda layer, x: torch.tensor([[3, 4]])
+    x, outputs = torch.zeros(1, 48), torch.empty(1, 2, 48)
+    for ids in ([1, 2], [3, 4], [5, 6], [7, 8], [9, 10], [11, 12]):
+        store.compute(0, x, torch.tensor([ids]), outputs)
+    with pytest.raises(ExpertReadError, match="gone"):
+        store.compute(1, x, torch.tensor([[3, 4]]), outputs)
+    store.compute(0, x, torch.tensor([[1, 2]]), outputs)
+
+
+def test_the_victim_is_whose_next_use_is_expected_last() -> None:
+    """Of equals that whose layer comes round last; of one layer that which is used the least."""
+    turns = Turns([0, 2, 5], (6, 4))
+    for _ in range(100):
+        for layer in (0, 2, 5):
+            turns.use(layer, np.array([0, 1]))
+    waits = turns.until_use(2, np.array([(0, 0), (2, 0), (5, 0), (5, 3)]))
+    assert waits[2] < waits[0] < waits[1] < waits[3]
+
+
+def test_what_is_kept_beats_lru_where_layers_come_round() -> None:
+    steps = benchmark.needed(Text(seed=7), tokens=150)
+    capacity = 16 * 64 // 3
+    ours, lru, best = (benchmark.hit_rate(steps, capacity, policy) for policy in benchmark.POLICIES)
+    assert lru < ours < best
