@@ -30,10 +30,12 @@ LOW, HIGH = 0.01, 0.02  # watermarks, as the daemon's
 
 @dataclass(frozen=True)
 class Found:
-    """Of all input tokens: the share found in each tier; blocks moved, by way."""
+    """Of all input tokens: the share found in each tier; blocks moved, by way; by tier, blocks that
+    it refused, those of them that were watched, and those that were asked for again and missed."""
 
     hits: dict[str, float]
     moved: dict[str, int]
+    refused: dict[str, tuple[int, int, int]]
 
     @property
     def total(self) -> float:
@@ -44,9 +46,14 @@ class Tiers:
     """The index with a pool a tier, and whoever carries its plans out."""
 
     def __init__(
-        self, capacities: tuple[int, int, int], policy: str, *, second_access: bool = False
+        self,
+        capacities: tuple[int, int, int],
+        policy: str,
+        *,
+        second_access: bool = False,
+        admission: bool = True,
     ) -> None:
-        self.index = _core.Index(policy=policy)
+        self.index = _core.Index(policy=policy, admission=admission)
         self.moved: Counter[str] = Counter()
         below: int | None = None
         pools = []
@@ -57,6 +64,7 @@ class Tiers:
                 below=below,
                 durable=tier == 2,
                 second_access=second_access and tier == 2,
+                tier=tier,
             )
             self.index.add_slab(below)
             pools.append(below)
@@ -78,6 +86,14 @@ class Tiers:
         self._copy_behind()
         return view.tiers
 
+    def refusals(self) -> dict[str, tuple[int, int, int]]:
+        """Of the tiers that may refuse."""
+        pools = {"cpu": (1, self.cpu), "disk": (2, self.disk)}
+        return {
+            name: (self.index.pool_counts(pool).refused, *self.index.regret(tier))
+            for name, (tier, pool) in pools.items()
+        }
+
     def _bring(self, lease: int) -> None:
         while True:
             self._carry("promoted", lambda: self.index.promote(lease))
@@ -94,7 +110,7 @@ class Tiers:
         self._keep_free(self.cpu)
 
     def _store(self) -> _core.Transfer | None:
-        plan = self.index.plan_demote(self.cpu, self._batch)
+        plan = self.index.plan_demote(self.cpu, self._batch, ahead=2 * self._batch)
         self._make_room()
         return plan
 
@@ -119,10 +135,15 @@ class Tiers:
 
 
 def drive(
-    trace: traces.Trace, splits: tuple[float, ...], policy: str, *, second_access: bool = False
+    trace: traces.Trace,
+    splits: tuple[float, ...],
+    policy: str,
+    *,
+    second_access: bool = False,
+    admission: bool = True,
 ) -> Found:
     gpu, cpu, disk = (max(round(share * trace.blocks), 1) for share in splits)
-    tiers = Tiers((gpu, cpu, disk), policy, second_access=second_access)
+    tiers = Tiers((gpu, cpu, disk), policy, second_access=second_access, admission=admission)
     hits = [0, 0, 0]
     for i in range(len(trace)):
         hits = [a + b for a, b in zip(hits, tiers.ask(trace.request(i)), strict=True)]
@@ -131,12 +152,14 @@ def drive(
     shares = {
         tier: count * trace.block_tokens / tokens for tier, count in zip(TIERS, hits, strict=True)
     }
-    return Found(shares, {way: tiers.moved[way] for way in MOVES})
+    moved = {way: tiers.moved[way] for way in MOVES}
+    return Found(shares, moved, tiers.refusals())
 
 
 def measure(trace: traces.Trace, splits: tuple[float, ...], token_bytes: int) -> list[report.Row]:
     ours = drive(trace, splits, replay.POLICIES[0])
     peers = {
+        "takes all": drive(trace, splits, replay.POLICIES[0], admission=False),
         replay.POLICIES[1]: drive(trace, splits, replay.POLICIES[1]),
         "second_access": drive(trace, splits, replay.POLICIES[0], second_access=True),
     }
@@ -167,6 +190,10 @@ def measure(trace: traces.Trace, splits: tuple[float, ...], token_bytes: int) ->
         )
         for way, blocks in ours.moved.items()
     ]  # fmt: skip
+    for tier, (refused, watched, regretted) in ours.refused.items():
+        share = 100 * regretted / max(watched, 1)
+        rows.append(report.row(f"{trace.name}: {tier} refused", "blocks", "lower", [refused]))
+        rows.append(report.row(f"{trace.name}: {tier} regretted", "%", "lower", [share]))
     return rows
 
 

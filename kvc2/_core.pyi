@@ -41,6 +41,7 @@ class PoolCounts:
     pinned: int  # of the resident and in-flight ones
     evicted: int  # since the pool was made; pages that faults took are not counted
     last_copies: int  # evicted pages whose block was in no other pool
+    refused: int  # blocks that it would not have (I14), each time that it was offered them
 
 class IndexCounts:
     namespaces: int
@@ -53,7 +54,7 @@ class IndexCounts:
     collisions: int  # commits refused because a key stood for other tokens
     deaths: int  # of blocks whose last page went, since the start
     dead_known: int  # deaths that are remembered
-    dead_bytes: int  # memory that they take: at most 32 bytes each
+    dead_bytes: int  # memory that they take: at most 40 bytes each
 
 class Hints:
     """What a request says of the blocks that it uses; 0 and False say nothing.
@@ -192,10 +193,13 @@ class Cause(enum.Enum):
     TRANSFER_FAILED = ...  # its only page was being filled when the transfer failed
     INVALIDATED = ...  # its namespace is retired
     EXPIRED = ...  # its time to live was over
+    NOT_ADMITTED = ...  # a pool refused it (I14), and what had it meanwhile has evicted it
 
 class Obituary:
     cause: Cause
-    pool: int  # that held its last page
+    pool: int  # that held its last page, or refused it
+    worth: float  # of NOT_ADMITTED: of its page, in hits an acquire, as the policy saw it
+    victim_worth: float  # ... and of the page that would have been evicted for it; else 0
     when: int  # second of the caller's clock, as `advance` had told it
 
 class Sibling:
@@ -219,7 +223,7 @@ class PromptExtras:
         ValueError for others."""
 
 class Index:
-    """The tree, its pools and the leases on it; csrc/index/index.h states its laws, I1-I13.
+    """The tree, its pools and the leases on it; csrc/index/index.h states its laws, I1-I14.
 
     It never moves a byte, waits, or reads a clock. Threads may share it: one lock inside.
     """
@@ -232,11 +236,13 @@ class Index:
         policy: str = "lru",
         seed: int = 0,
         dead_blocks: int = 65536,
+        admission: bool = False,
     ) -> None:
         """Generations (of pages in durable pools) rise from first_generation, stamps (recency) from
         first_stamp. The policy, "lru", "arc", "s3fifo" or "hazard", chooses what every pool evicts;
         under the same seed it decides the same. ValueError: another policy. The last `dead_blocks`
-        deaths of blocks are remembered, 32 bytes each."""
+        deaths of blocks are remembered, 40 bytes each, and so are refused blocks. admission: pools
+        may refuse blocks (I14), under a policy that knows what they are worth, as "hazard" does."""
 
     # pools and slabs
     def add_pool(
@@ -458,6 +464,13 @@ class Index:
         """Up to `pages` pages, free -> private, evicting as needed; fewer when the rest is
         pinned. For a namespace whose tenant has no room left in its quota, its own blocks are
         evicted first."""
+    def grant_for(self, lease: int, first_block: int, blocks: int) -> U32:
+        """Pages, as `grant`, of the lease's pool for at most so many of its blocks from first_block
+        on: they end where the pool refuses one that the lease asked for, and did not find. Those
+        of an engine's own pool are granted by `grant`, which refuses nothing."""
+    def grant_for_keys(self, lease: int, keys: Sequence[bytes]) -> U32:
+        """[n] a page for each of these keys; NO_PAGE where there is none, or where the pool refuses
+        one that this lease on keys asked for, and did not find."""
     def keep(self, pool: int, pages: U32) -> bool:
         """These free pages become private (an engine re-attached with them); False, and nothing
         changes, when one of them is not free."""
@@ -466,13 +479,26 @@ class Index:
         that an open lease still holds."""
 
     # behind
-    def plan_demote(self, pool: int, max_pages: int) -> Transfer | None:
+    def plan_demote(self, pool: int, max_pages: int, *, ahead: int = 0) -> Transfer | None:
         """Copy blocks to the pool below: those that were committed to `pool`, or came there by a
         transfer, and that the pool below neither has nor is getting; parents first, oldest first.
         Evicts below, unless that pool is durable: then only its free pages are used. A block is
         left out if its parent is not below. After all of these come the blocks that the pool below
         had and evicted before the next pool had them, as long as that evicts no block that awaits
-        demotion itself."""
+        demotion itself. What the pool below refuses (I14) is not considered again until it is used
+        again. A durable pool may refuse blocks while no more than `ahead` of its pages are free: so
+        many are kept free by who evicts there."""
+    def insist(self, lease: int) -> None:
+        """No pool refuses what this lease has pages of, till all of it is in the last pool of the
+        chain. What was refused is queued again."""
+    def insist_all(self, pool: int) -> int:
+        """The same of all that waits in pools above this one, is on its way there, or was refused;
+        not of what this one had and has evicted. How many blocks that is, counted in each of those
+        pools. Walks them."""
+    def regret(self, tier: int) -> tuple[int, int]:
+        """Of the blocks that pools of this tier refused, and that the policy watches (three in
+        sixteen, for some time): how many there were, and how many of them a request asked for
+        again, and missed."""
     def undemoted(self, pool: int) -> int:
         """Blocks that `plan_demote` has still to consider."""
     def not_admitted(self, pool: int) -> int:
@@ -566,7 +592,7 @@ class Index:
         tokens would have had (NO_LIMIT: any size); learnt from a sample since the start."""
     def counts(self) -> IndexCounts: ...
     def check(self) -> None:
-        """Prove the laws I1-I13; ends the process with the facts if one is broken."""
+        """Prove the laws I1-I14; ends the process with the facts if one is broken."""
 
 NO_LIMIT: Final[int]  # capacity of an unlimited cache
 NO_PAGE: Final[int]  # in KeyLease.pages

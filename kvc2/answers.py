@@ -254,9 +254,9 @@ class OtherNamespace:
 class Explained:
     """Which leading blocks of a prompt hit (`runs` of them by tier, at most 64), and `why` the next
     one did not, in the words of kvc2.v1.ExplainResponse. `cause`, `tier`, `policy`, `died_s_ago`:
-    of a block that died. `sibling`: tokens of the block in its place, `sibling_equal` of them
-    equal; where all are, other extras begin in it. namespace: hexadecimal. asked_s_ago: of a
-    request that is over."""
+    of a block that died; `worth`, `victim_worth`: why a tier refused it. `sibling`: tokens of the
+    block in its place, `sibling_equal` of them equal; where all are, other extras begin in it.
+    namespace: hexadecimal. asked_s_ago: of a request that is over."""
 
     page_size: int
     tokens: int
@@ -275,6 +275,8 @@ class Explained:
     uptime_s: float = 0.0
     dead_known: int = 0
     dead_forgotten: int = 0
+    worth: float = 0.0
+    victim_worth: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -367,6 +369,18 @@ class TierStats:
     pinned_pages: int = 0
 
 
+class Refusals(NamedTuple):
+    """Blocks that a tier refused since the start. Of those that the policy watches, some were asked
+    for again and missed: regretted."""
+
+    blocks: int = 0
+    watched: int = 0
+    regretted: int = 0
+
+
+NONE_REFUSED = Refusals()
+
+
 @dataclass(frozen=True)
 class TierCounts(TierStats):
     """What the cache counts besides. `evicted` since the start, of these `last_copies` were in no
@@ -374,6 +388,7 @@ class TierCounts(TierStats):
 
     evicted: int = 0
     last_copies: int = 0
+    refusals: Refusals = NONE_REFUSED
     session_epoch: int = 0
     hit_rates: tuple[float, ...] = ()  # of a tier: estimated, at SIZES times its capacity
 

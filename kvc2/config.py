@@ -37,7 +37,8 @@ DEFAULT_TENANT = "default"
 WritePolicy = Literal["behind", "back", "through"]
 LoadPolicy = Literal["faster", "always"]
 Durability = Literal["durable", "relaxed"]
-Admission = Literal["always", "second_access"]
+DiskAdmission = Literal["always", "second_access"]
+Admission = Literal["worth", "always"]
 LogFormat = Literal["text", "json"]
 EvictionPolicy = Literal["hazard", "lru", "arc", "s3fifo"]  # see csrc/index/eviction
 
@@ -138,7 +139,7 @@ class DiskConfig:
         ),
     ] = "durable"
     admission: Annotated[
-        Admission,
+        DiskAdmission,
         Flag(
             "second_access: a block is copied to disk only once a request has matched it after the "
             "one that committed it."
@@ -172,7 +173,7 @@ class DiskConfig:
         path: Path,
         size_bytes: int,
         durability: Durability = "durable",
-        admission: Admission = "always",
+        admission: DiskAdmission = "always",
     ) -> DiskConfig:
         size_gb = size_bytes / GB
         return cls(path=path, size_gb=size_gb, durability=durability, admission=admission)
@@ -347,6 +348,13 @@ class ServeConfig:
             "the tree."
         ),
     ] = "hazard"
+    admission: Annotated[
+        Admission,
+        Flag(
+            "worth: cpu and disk refuse a block that is worth less than what they would drop for "
+            "it, as hazard sees it; other policies refuse nothing. always: they take every block."
+        ),
+    ] = "worth"
     slab_bytes: Annotated[
         int, Flag("Size of a slab, bytes.", multiple_of(ALIGNMENT, 1 << 16, 1 << 32))
     ] = 64 << 20

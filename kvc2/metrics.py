@@ -45,6 +45,13 @@ BUCKETS = (50e-6, 100e-6, 200e-6, 300e-6, 500e-6, 1e-3, 2e-3, 5e-3, 0.02, 0.1, 0
 RECOMPUTED = ("slower", "overdue", "deadline")  # why matched tokens were not brought
 
 
+REFUSALS = {
+    "kvc2_refused_blocks": "Blocks that a tier refused, worth less than what it would have dropped",
+    "kvc2_refused_watched": "Of these, blocks that the policy watches for some time",
+    "kvc2_refused_regretted": "Of the watched ones, blocks that were asked for again, and missed",
+}
+
+
 @dataclass(frozen=True)
 class TierSample:
     """A tier at a scrape: pages by state, what was evicted from it since the start, and its
@@ -54,6 +61,7 @@ class TierSample:
     pages: dict[str, int]
     evicted: int
     last_copies: int
+    refusals: tuple[int, int, int]  # by name as in REFUSALS
     hit_rates: dict[float, float] = field(default_factory=dict)
 
 
@@ -171,6 +179,9 @@ class _Tiers(Collector):
         last_copies = CounterMetricFamily(
             "kvc2_last_copies", "Of these, blocks that no tier held any more", labels=["tier"]
         )
+        refusals = [
+            CounterMetricFamily(name, what, labels=["tier"]) for name, what in REFUSALS.items()
+        ]
         rates = GaugeMetricFamily(
             "kvc2_estimated_hit_rate",
             "Share of prompts' tokens in this tier or a faster one, were it so many times as large",
@@ -183,4 +194,6 @@ class _Tiers(Collector):
                 pages.add_metric([each.tier, state], count)
             evicted.add_metric([each.tier], each.evicted)
             last_copies.add_metric([each.tier], each.last_copies)
-        yield from (pages, evicted, last_copies, rates)
+            for family, count in zip(refusals, each.refusals, strict=True):
+                family.add_metric([each.tier], count)
+        yield from (pages, evicted, last_copies, *refusals, rates)

@@ -50,11 +50,14 @@ void bind_explain(py::module_& module, py::class_<Index>& index) {
       .value("SESSION_ENDED", Cause::kSessionEnded)
       .value("TRANSFER_FAILED", Cause::kTransferFailed)
       .value("INVALIDATED", Cause::kInvalidated)
-      .value("EXPIRED", Cause::kExpired);
+      .value("EXPIRED", Cause::kExpired)
+      .value("NOT_ADMITTED", Cause::kNotAdmitted);
   py::class_<Obituary>(module, "Obituary")
       .def_property_readonly("cause", [](const Obituary& o) { return static_cast<Cause>(o.cause); })
       .def_property_readonly("pool", [](const Obituary& o) { return uint32_t{o.pool}; })
-      .def_readonly("when", &Obituary::when);
+      .def_readonly("when", &Obituary::when)
+      .def_property_readonly("worth", [](const Obituary& o) { return o.worths.newcomer; })
+      .def_property_readonly("victim_worth", [](const Obituary& o) { return o.worths.victim; });
   py::class_<Sibling>(module, "Sibling")
       .def_readonly("common", &Sibling::common)
       .def_property_readonly("tokens", &tokens_of);

@@ -145,7 +145,8 @@ void bind_results(py::module_& module) {
       .def_readonly("in_flight", &PagePool::Counts::in_flight)
       .def_readonly("pinned", &PagePool::Counts::pinned)
       .def_readonly("evicted", &PagePool::Counts::evicted)
-      .def_readonly("last_copies", &PagePool::Counts::last_copies);
+      .def_readonly("last_copies", &PagePool::Counts::last_copies)
+      .def_readonly("refused", &PagePool::Counts::refused);
   py::class_<IndexCounts>(module, "IndexCounts")
       .def_readonly("namespaces", &IndexCounts::namespaces)
       .def_readonly("nodes", &IndexCounts::nodes)
@@ -285,13 +286,23 @@ void bind_pools(py::class_<Index>& index) {
       .def("close_namespace", &Index::close_namespace, "namespace"_a,
            py::call_guard<py::gil_scoped_release>())
       .def("has_pins", &Index::has_pins, "namespace"_a, py::call_guard<py::gil_scoped_release>())
-      .def("retire", &Index::retire, "namespace"_a, py::call_guard<py::gil_scoped_release>())
+      .def("retire", &Index::retire, "namespace"_a, py::call_guard<py::gil_scoped_release>());
+}
+
+void bind_grants(py::class_<Index>& index) {
+  index
       .def(
           "grant",
           [](Index& self, PoolId pool, uint32_t pages, std::optional<uint32_t> space) {
             return array_of(unlocked([&] { return self.grant(pool, pages, space); }));
           },
           "pool"_a, "pages"_a, "namespace"_a = py::none())
+      .def(
+          "grant_for",
+          [](Index& self, LeaseId lease, uint32_t first_block, uint32_t blocks) {
+            return array_of(unlocked([&] { return self.grant_for(lease, first_block, blocks); }));
+          },
+          "lease"_a, "first_block"_a, "blocks"_a)
       .def(
           "keep",
           [](Index& self, PoolId pool, const py::object& pages) {
@@ -457,10 +468,19 @@ void bind_behind(py::class_<Index>& index) {
   index
       .def(
           "plan_demote",
-          [](Index& self, PoolId pool, uint32_t max_pages) {
-            return object_of(unlocked([&] { return self.plan_demote(pool, max_pages); }));
+          [](Index& self, PoolId pool, uint32_t max_pages, uint32_t ahead) {
+            return object_of(unlocked([&] { return self.plan_demote(pool, max_pages, ahead); }));
           },
-          "pool"_a, "max_pages"_a)
+          "pool"_a, "max_pages"_a, py::kw_only(), "ahead"_a = 0)
+      .def("insist", &Index::insist, "lease"_a, py::call_guard<py::gil_scoped_release>())
+      .def("insist_all", &Index::insist_all, "pool"_a, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "regret",
+          [](const Index& self, uint8_t tier) {
+            const Regret found = unlocked([&] { return self.regret(tier); });
+            return py::make_tuple(found.watched, found.regretted);
+          },
+          "tier"_a)
       .def("undemoted", &Index::undemoted, "pool"_a, py::call_guard<py::gil_scoped_release>())
       .def("held_in", &Index::held_in, "lease"_a, "pool"_a,
            py::call_guard<py::gil_scoped_release>())
@@ -539,10 +559,11 @@ void bind_index(py::module_& module) {
   bind_transfer(module);
   bind_extras(module);
   py::class_<Index> index(module, "Index");
-  index.def(py::init<uint64_t, uint32_t, std::string_view, uint64_t, uint32_t>(), py::kw_only(),
-            "first_generation"_a = 1, "first_stamp"_a = 1, "policy"_a = "lru", "seed"_a = 0,
-            "dead_blocks"_a = 1 << 16);
+  index.def(py::init<uint64_t, uint32_t, std::string_view, uint64_t, uint32_t, bool>(),
+            py::kw_only(), "first_generation"_a = 1, "first_stamp"_a = 1, "policy"_a = "lru",
+            "seed"_a = 0, "dead_blocks"_a = 1 << 16, "admission"_a = false);
   bind_pools(index);
+  bind_grants(index);
   bind_quotas(index);
   bind_requests(index);
   bind_lives(index);

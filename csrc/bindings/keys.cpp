@@ -111,5 +111,12 @@ void bind_keys(py::module_& module, py::class_<Index>& index) {
                 [&] { return self.prefetch_keys(space, pool, blocks, max_pages, touches); });
           },
           "namespace"_a, "pool"_a, "keys"_a, "max_pages"_a, py::kw_only(), "touches"_a);
+  index.def(
+      "grant_for_keys",
+      [](Index& self, LeaseId lease, const py::object& keys) {
+        const auto blocks = blocks_of(keys);
+        return array_of<uint32_t>(unlocked([&] { return self.grant_for_keys(lease, blocks); }));
+      },
+      "lease"_a, "keys"_a);
   bind_pins_of_keys(index);
 }

@@ -1,4 +1,4 @@
-// The proofs of the laws I1-I13 (index.h), L1-L4 (leases.h) and T1-T3 (transfers.h), each named by
+// The proofs of the laws I1-I14 (index.h), L1-L4 (leases.h) and T1-T3 (transfers.h), each named by
 // its number where it is broken: what is maintained step by step is counted again from scratch.
 // O(everything): for tests, and for `kvc2` when it is asked to.
 #include "base/check.h"
@@ -28,6 +28,8 @@ void PagePool::check(PoolId self) const {
     seen.pinned += pages_[page].pins > 0;
     KVC2_CHECK(!pages_[page].held || state == PageState::kPrivate,
                "I6: pool %u page %u is held, not private", self, page);
+    KVC2_CHECK((!pages_[page].refused && !pages_[page].insisted) || state >= PageState::kInFlight,
+               "I14: pool %u page %u is refused or insisted on without a block", self, page);
     KVC2_CHECK(!pages_[page].pins || state >= PageState::kInFlight,
                "I4: pool %u page %u is pinned without a block", self, page);
   }
@@ -86,6 +88,9 @@ void RadixTree::check_residency(NodeId id, const Residency& in) const {
     ++count;
     arriving += pools_[in.pool].state(in.pages[i]) == PageState::kInFlight;
     const Page& page = pools_[in.pool][in.pages[i]];
+    const auto below = pools_[in.pool].shape.below;
+    KVC2_CHECK(!page.refused || (below && this->page({id, i}, *below) == kNoPage),
+               "I14: pool %u refused block %u of node %u, and has it", below.value_or(0), i, id);
     KVC2_CHECK(pools_[in.pool].state(in.pages[i]) >= PageState::kInFlight && page.node == id &&
                    page.block == node.first + i,
                "I6: pool %u page %u of node %u is owned by node %u", in.pool, in.pages[i], id,

@@ -13,6 +13,47 @@ std::optional<PageId> Evictor::allocate(PoolId id, PageState to, TenantId tenant
   }
 }
 
+Given Evictor::offer(PoolId id, PageState to, const Newcomer& block, uint32_t taken,
+                     uint32_t ahead) {
+  const PagePool& into = pools_.at(id);
+  const bool full = into.counts().free <= (into.shape.durable ? ahead : 0);
+  if (admits_ && full) {
+    const auto victim = victim_for(id, block.tenant, taken);
+    if (const auto worths = victim ? refuses(id, block, *victim) : std::nullopt) {
+      return {.refused = worths};
+    }
+  }
+  return {.page = allocate(id, to, block.tenant, taken)};
+}
+
+// A tenant that is over its quota gives way, whatever its blocks are worth (I11).
+std::optional<Worths> Evictor::refuses(PoolId id, const Newcomer& block, Place victim) const {
+  const auto newcomer = policy_.worth(block.use);
+  const auto there = policy_.worth(tree_[victim.node].uses[victim.offset]);
+  if (!newcomer || !there) return std::nullopt;
+  const TenantId tenant = tree_.spaces[tree_[victim.node].space].tenant;
+  const Quota* quota = tree_.quotas.find(tenant, pools_.at(id).shape.tier);
+  if (quota && quota->over() && tenant != block.tenant) return std::nullopt;
+  const uint8_t standing = tree_.standing_of(victim, id);
+  const bool less = block.standing != standing ? block.standing < standing : *newcomer < *there;
+  return less ? std::optional(Worths{*newcomer, *there}) : std::nullopt;
+}
+
+void Evictor::note_refusal(PoolId id, const BlockKey& key, const Worths& worths) {
+  pools_.at(id).count_refusals(1);
+  policy_.refused(pools_.at(id).shape.tier, key);
+  obituaries_.record({.key = key,
+                      .when = tree_.now(),
+                      .pool = id,
+                      .cause = static_cast<uint32_t>(Cause::kNotAdmitted),
+                      .worths = worths});
+}
+
+Worths Evictor::worths_of(const BlockKey& key) const {
+  const auto known = obituaries_.find(key);
+  return known ? known->worths : Worths{};
+}
+
 // Tenants over their quota pay first, then the tenant that asks, if its quota has no room left.
 std::optional<Place> Evictor::victim_for(PoolId id, TenantId tenant, uint32_t taken) {
   if (const auto victim = victim_over_quota(id)) return victim;
@@ -58,7 +99,9 @@ void Evictor::forget(Place at, PoolId id, Cause cause) {
 // The page that the block had in the pool; it is still to be freed.
 PageId Evictor::clear(Place at, PoolId id, Cause cause) {
   const PageId page = tree_.clear(at, id);
-  if (!tree_.anywhere(at)) bury(at, id, cause);
+  const bool goes = cause == Cause::kEvicted || cause == Cause::kSessionEnded;
+  const bool noted = goes && pools_[id][page].refused && !tree_.dead(at);  // when it was refused
+  if (!tree_.anywhere(at) && !noted) bury(at, id, cause);
   return page;
 }
 
@@ -74,7 +117,7 @@ void Evictor::bury(Place at, PoolId last, Cause cause) {
 void Evictor::count_eviction(Place at, PoolId id) {
   pools_.at(id).count_eviction(!tree_.resident_elsewhere(at, id));
   const auto below = pools_.at(id).shape.below;
-  if (!below || tree_.resident_below(at, id) || !tree_.admits(*below, at)) return;
+  if (!below || tree_.settled(at, id) || !tree_.admits(*below, at)) return;
   for (const Residency& in : tree_[at.node].pools) {
     if (pools_[in.pool].shape.below == id && tree_.resident(at, in.pool)) {
       pools_[in.pool].send_back(tree_.page(at, in.pool));

@@ -6,6 +6,8 @@
 //   resident  -> free   [take]             a fault took it
 //   in_flight -> free   [drop]             its transfer failed
 //   resident, in_flight -> gone with its pool [forget]
+// A pool that may refuse takes a block only if that is worth what it would evict for it, as the
+// policy says: the lower standing first, then the page that is worth less (I14).
 // A block whose last page goes is dead: its obituary tells why. A block that is evicted before the
 // next slower pool has it is sent back: the pools above that still have it demote it again.
 //
@@ -28,14 +30,34 @@ struct Evicted {
   uint32_t last_copies = 0;
 };
 
+// A block that a pool may refuse, where it has no room but what another block leaves.
+struct Newcomer {
+  BlockKey key;
+  Use use;           // as the tree has it, or as a policy expects it
+  uint8_t standing;  // that its page would have there (rank_standing)
+  TenantId tenant;
+};
+
+struct Given {
+  std::optional<PageId> page{};
+  std::optional<Worths> refused{};
+};
+
 class Evictor {
  public:
-  Evictor(Pools& pools, RadixTree& tree, EvictionPolicy& policy, uint32_t dead_blocks)
-      : pools_(pools), tree_(tree), policy_(policy), obituaries_(dead_blocks) {}
+  Evictor(Pools& pools, RadixTree& tree, EvictionPolicy& policy, uint32_t dead_blocks, bool admits)
+      : pools_(pools), tree_(tree), policy_(policy), admits_(admits), obituaries_(dead_blocks) {}
 
   // A page of the pool, evicting for it unless the pool is durable; none if nothing may go. The
   // page is for the tenant, which has been given `taken` private pages that no quota counts yet.
   std::optional<PageId> allocate(PoolId pool, PageState to, TenantId tenant, uint32_t taken = 0);
+  // The same for a block, unless the pool refuses it (I14). A durable pool, which others keep pages
+  // free in ahead, counts as full while no more than `ahead` are free.
+  Given offer(PoolId pool, PageState to, const Newcomer& block, uint32_t taken = 0,
+              uint32_t ahead = 0);
+  // The pool has refused this block, or one above it.
+  void note_refusal(PoolId pool, const BlockKey& key, const Worths& worths);
+  Worths worths_of(const BlockKey& key) const;  // of its refusal; 0 where that is forgotten
   // The block that `allocate` would evict.
   std::optional<Place> victim_for(PoolId pool, TenantId tenant, uint32_t taken = 0);
   // The coldest block of a tenant that is over its quota in the pool's tier (I11).
@@ -54,10 +76,12 @@ class Evictor {
   PageId clear(Place at, PoolId pool, Cause cause);
   void bury(Place at, PoolId last, Cause cause);
   void count_eviction(Place at, PoolId pool);
+  std::optional<Worths> refuses(PoolId pool, const Newcomer& block, Place victim) const;
 
   Pools& pools_;
   RadixTree& tree_;
   EvictionPolicy& policy_;
+  const bool admits_;  // false: whatever a block is worth, it is stored
   Obituaries obituaries_;
   std::vector<uint32_t> told_pages_;  // by pool: its size, as the policy was told
 };

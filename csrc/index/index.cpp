@@ -148,7 +148,8 @@ Quota Index::quota(TenantId tenant, uint8_t tier) const {
 Evicted Index::evict(PoolId id, uint32_t pages) {
   Evicted evicted;
   in_slices(id, [&] {
-    const auto victim = evicted.pages.size() < pages ? tree_.coldest(id) : std::nullopt;
+    if (evicted.pages.size() >= pages) return false;
+    const auto victim = transfers_.sparing_the_next(id, [&] { return tree_.coldest(id); });
     if (victim) evictor_.evict(*victim, id, evicted);
     return victim.has_value();
   });
@@ -198,6 +199,54 @@ std::vector<PageId> Index::grant(PoolId id, uint32_t pages, std::optional<uint32
     return page.has_value();
   });
   return granted;
+}
+
+// A block that nothing is known of is taken as if it were asked for by its tenant alone.
+Given Index::give(PoolId pool, TenantId tenant, const std::optional<Newcomer>& block,
+                  uint32_t taken) {
+  if (block) return evictor_.offer(pool, PageState::kPrivate, *block, taken);
+  return {.page = evictor_.allocate(pool, PageState::kPrivate, tenant, taken)};
+}
+
+// The blocks are of one path: where one is refused, those below it are too.
+std::vector<PageId> Index::grant_for(LeaseId id, uint32_t first_block, uint32_t blocks) {
+  std::vector<PageId> granted;
+  for (bool more = blocks > 0; more;) {
+    const Lock lock(mutex_);
+    const auto [pool, space] = leases_.where(id);
+    if (pools_.at(pool).closed) return {};  // close_pool has freed them
+    for (uint32_t i = 0; more && i < kSlicePages; ++i) {
+      const auto taken = static_cast<uint32_t>(granted.size());
+      const auto block = leases_.newcomer(id, first_block + taken);
+      const Given given = give(pool, tree_.spaces[space].tenant, block, taken);
+      if (given.page) granted.push_back(*given.page);
+      more = given.page && granted.size() < blocks;
+      for (uint32_t k = taken; given.refused && k < blocks; ++k) {
+        if (const auto below = leases_.newcomer(id, first_block + k)) {
+          evictor_.note_refusal(pool, below->key, *given.refused);
+        }
+      }
+    }
+  }
+  return granted;
+}
+
+// Each key is for itself.
+std::vector<PageId> Index::grant_for_keys(LeaseId id, std::span<const KeyBlock> keys) {
+  const Lock lock(mutex_);
+  std::vector<PageId> pages(keys.size(), kNoPage);
+  const auto [pool, space] = key_leases_.where(id);
+  if (pools_.at(pool).closed) return pages;
+  const auto newcomers = key_leases_.newcomers(id, keys);
+  uint32_t taken = 0;
+  for (size_t i = 0; i < keys.size(); ++i) {
+    const Given given = give(pool, tree_.spaces[space].tenant, newcomers[i], taken);
+    if (given.refused) evictor_.note_refusal(pool, newcomers[i]->key, *given.refused);
+    if (!given.page) continue;
+    pages[i] = *given.page;
+    ++taken;
+  }
+  return pages;
 }
 
 // True if the pages are distinct and each is in that state.

@@ -49,6 +49,12 @@
 //      second_access takes only reused blocks, and the reused blocks of a path are leading ones.
 //   I13 Blocks of equal tokens and other extras are other blocks, and so is all below them. A block
 //      with extras is the first of its node.
+//   I14 Where a pool has no room but what another block would leave, it refuses a block that is
+//      worth less than that one, and all that hangs on it: of what is copied down, prefetched, or
+//      granted to a lease for blocks of its own. A refused block is refused, without being judged
+//      anew, until it is used again; then, and where somebody insists, it is queued as before. It
+//      counts as spare where it is. No pool refuses what somebody insists on, what is pinned hard
+//      there, or what an engine computes into its own pool or waits for.
 //
 // A block is present in a pool while its page there is resident or in flight. Whether a block is a
 // leaf, and whether a pool has it already, is a question of presence. What matches, what can be the
@@ -117,10 +123,10 @@ struct RestoreBatch {  // by block; tokens are page_size each
 class Index {
  public:
   Index(uint64_t first_generation, uint32_t first_stamp, std::string_view policy = "lru",
-        uint64_t seed = 0, uint32_t dead_blocks = 1 << 16)
+        uint64_t seed = 0, uint32_t dead_blocks = 1 << 16, bool admission = false)
       : policy_(make_policy(policy, seed)),
         tree_(pools_, *policy_),
-        evictor_(pools_, tree_, *policy_, dead_blocks),
+        evictor_(pools_, tree_, *policy_, dead_blocks, admission),
         transfers_(pools_, tree_, evictor_, first_generation),
         leases_(pools_, tree_, transfers_, curve_),
         key_leases_(pools_, tree_, transfers_),
@@ -185,10 +191,15 @@ class Index {
   std::vector<uint8_t> unpin_keys(uint32_t space, PoolId pool, std::span<const KeyBlock> keys);
 
   std::vector<PageId> grant(PoolId pool, uint32_t pages, std::optional<uint32_t> space = {});
+  std::vector<PageId> grant_for(LeaseId lease, uint32_t first_block, uint32_t blocks);
+  std::vector<PageId> grant_for_keys(LeaseId lease, std::span<const KeyBlock> keys);
   bool keep(PoolId pool, std::span<const PageId> pages);
   bool give_back(PoolId pool, std::span<const PageId> pages);
 
-  std::optional<Transfer> plan_demote(PoolId pool, uint32_t max_pages);
+  std::optional<Transfer> plan_demote(PoolId pool, uint32_t max_pages, uint32_t ahead = 0);
+  void insist(LeaseId lease);
+  uint64_t insist_all(PoolId pool);
+  Regret regret(uint8_t tier) const;
   uint64_t undemoted(PoolId pool) const;
   uint32_t held_in(LeaseId lease, PoolId pool) const;
   uint64_t not_admitted(PoolId pool) const;
@@ -226,7 +237,9 @@ class Index {
     }
   }
 
-  const PagePool& start_leaving(PoolId pool);  // index.cpp
+  // index.cpp
+  const PagePool& start_leaving(PoolId pool);
+  Given give(PoolId pool, TenantId tenant, const std::optional<Newcomer>& block, uint32_t taken);
 
   // requests.cpp
   const Space& open_space(uint32_t space) const;

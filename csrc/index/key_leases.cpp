@@ -1,6 +1,7 @@
 #include "index/key_leases.h"
 
 #include <algorithm>
+#include <map>
 #include <unordered_set>
 
 namespace kvc2 {
@@ -39,11 +40,18 @@ void KeyLeases::open(LeaseId id, const Request& request) {
               request.hints,
               {request.keys.begin(), request.keys.end()},
               std::vector<uint8_t>(request.keys.size(), 0),
+              std::vector<uint32_t>(request.keys.size(), 0),
               std::vector<PageId>(request.keys.size(), kNoPage)};
+  const NodeId root = tree_.spaces[request.space].root;
   for (size_t key = 0; key < lease.keys.size(); ++key) {
     const auto at = place_of(request.space, lease.keys[key]);
     lease.found[key] = at ? tier_of(tree_, request.pools, *at) : 0;
-    if (lease.found[key] == 0) continue;
+    if (lease.found[key] == 0) {
+      const BlockKey name = name_of(request.space, lease.keys[key]);
+      const auto marks = tree_.asked({root, kBeforeFirst}, {&name, 1}, request.stamp);
+      if (!marks.empty()) lease.marks[key] = marks[0];
+      continue;
+    }
     const Run run{at->node, at->offset, 1};
     tree_.touch(run, request.stamp);
     tree_.mark_reused(run);
@@ -52,6 +60,42 @@ void KeyLeases::open(LeaseId id, const Request& request) {
     if (tree_.page(*at, lease.pool) != kNoPage) hold(lease, key, *at);
   }
   leases_.emplace(id, std::move(lease));
+}
+
+BlockKey KeyLeases::name_of(uint32_t space, const KeyBlock& key) const {
+  return next_key(root_key(tree_.spaces[space].name), key);
+}
+
+std::vector<std::optional<Newcomer>> KeyLeases::newcomers(LeaseId id,
+                                                          std::span<const KeyBlock> keys) const {
+  const Lease& lease = get(id);
+  std::map<KeyBlock, uint32_t> marks;
+  for (size_t key = 0; key < lease.found.size(); ++key) {
+    if (lease.found[key] == 0) marks.emplace(lease.keys[key], lease.marks[key]);
+  }
+  const Life life = lease.hints.life(tree_.now());
+  std::vector<std::optional<Newcomer>> found;
+  for (const KeyBlock& key : keys) {
+    const auto mark = marks.find(key);
+    if (mark == marks.end()) {
+      found.emplace_back();
+      continue;
+    }
+    const BlockKey name = name_of(lease.space, key);
+    found.push_back(Newcomer{.key = name,
+                             .use = {lease.stamp, mark->second},
+                             .standing = tree_.standing_in(lease.pool, name, life, false),
+                             .tenant = tree_.spaces[lease.space].tenant});
+  }
+  return found;
+}
+
+void KeyLeases::insist(LeaseId id) {
+  const Lease& lease = get(id);
+  const std::vector<PoolId> pools = pools_.chain(lease.pool);
+  for (const PageId page : lease.pages) {
+    if (page != kNoPage) transfers_.insist(tree_.owner(lease.pool, page), pools);
+  }
 }
 
 // The key's block is in the lease's pool, or on its way there.
@@ -101,11 +145,12 @@ Load KeyLeases::next_load(LeaseId id, uint32_t max_pages) {
     const auto at = place_of(lease.space, lease.keys[key]);
     if (at && tree_.page(*at, lease.pool) == kNoPage) wanted.push_back(lease.keys[key]);
   }
-  return prefetch(lease.space, std::span(pools).subspan(pools.size() - 2), wanted, max_pages);
+  return prefetch(lease.space, std::span(pools).subspan(pools.size() - 2), wanted, max_pages,
+                  false);
 }
 
 Load KeyLeases::prefetch(uint32_t space, std::span<const PoolId> pools,
-                         std::span<const KeyBlock> keys, uint32_t max_pages) {
+                         std::span<const KeyBlock> keys, uint32_t max_pages, bool judged) {
   max_pages = std::min(max_pages, Transfers::kPagesMax);
   Transfers::Plan plan{};
   std::optional<TransferId> coming;
@@ -123,7 +168,8 @@ Load KeyLeases::prefetch(uint32_t space, std::span<const PoolId> pools,
     const PoolId source = pools[tier - 1];
     if (plan.empty()) plan = {.source = source, .target = target};
     if (plan.source != source) continue;
-    if (plan.size() >= max_pages || !transfers_.add(plan, *at)) break;
+    if (plan.size() >= max_pages) break;
+    if (!(judged ? transfers_.offer(plan, *at) : transfers_.add(plan, *at))) break;
   }
   if (!plan.empty()) return transfers_.start(std::move(plan));
   if (coming) return Wait{*coming};

@@ -58,9 +58,10 @@ class KeyLeases {
 
   // What a request finds of one key: 0, or 1 + the place in the chain.
   uint8_t find(uint32_t space, std::span<const PoolId> pools, const KeyBlock& key) const;
-  // Of the pools' chain, what brings some of the keys one pool nearer to pools[0].
+  // Of the pools' chain, what brings some of the keys one pool nearer to pools[0]. judged: a pool
+  // may refuse them.
   Load prefetch(uint32_t space, std::span<const PoolId> pools, std::span<const KeyBlock> keys,
-                uint32_t max_pages);
+                uint32_t max_pages, bool judged);
   // With a lease, of the same namespace and pool, its stamp and hints count, and it holds what is
   // adopted.
   std::vector<CommitResult> commit(Commit asked, std::optional<LeaseId> lease);
@@ -72,6 +73,11 @@ class KeyLeases {
   std::optional<Transfer> promote(LeaseId id, uint32_t max_pages);
   void release(LeaseId id, const Hints& hints);
   uint32_t held_in(LeaseId id, PoolId pool) const;
+
+  // By key: as one that the lease's pool may refuse; none where the lease has not asked for it.
+  std::vector<std::optional<Newcomer>> newcomers(LeaseId id, std::span<const KeyBlock> keys) const;
+  void insist(LeaseId id);
+  Leases::Where where(LeaseId id) const { return {get(id).pool, get(id).space}; }
 
   bool has(LeaseId id) const { return leases_.contains(id); }
   std::vector<LeaseId> in_pool(PoolId pool) const;
@@ -92,9 +98,11 @@ class KeyLeases {
     Hints hints;
     std::vector<KeyBlock> keys;   // asked for, then those that it has committed
     std::vector<uint8_t> found;   // by key asked for
+    std::vector<uint32_t> marks;  // the same: of one that was not found, if the policy says one
     std::vector<PageId> pages{};  // by key, pinned; or kNoPage
   };
 
+  BlockKey name_of(uint32_t space, const KeyBlock& key) const;
   Lease& get(LeaseId id);
   const Lease& get(LeaseId id) const;
   std::optional<Place> place_of(uint32_t space,

@@ -84,7 +84,7 @@ Load Index::prefetch_keys(uint32_t space, PoolId head, std::span<const KeyBlock>
       for (const Run& run : tree_.find(space, key)) tree_.touch(run, stamp);
     }
   }
-  return key_leases_.prefetch(space, pools, keys, max_pages);
+  return key_leases_.prefetch(space, pools, keys, max_pages, true);
 }
 
 // One pin a key, so that each may be ended for itself.

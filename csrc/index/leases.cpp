@@ -44,6 +44,7 @@ LeaseView Leases::open(LeaseId id, const Request& request, Found&& found) {
   const Tokens rest = asked.tokens.first(lease.matched * size).subspan(lease.tokens_from * size);
   lease.tokens.assign(rest.begin(), rest.end());
   register_computing(lease, keys_after(lease, found.path, asked));
+  lease.marks = tree_.asked(found.last, lease.unmatched, lease.stamp);
   learn(lease, found.path, request);
   return view_of(id, leases_.emplace(id, std::move(lease)).first->second);
 }
@@ -171,10 +172,52 @@ void Leases::shorten(LeaseId id, uint32_t blocks) {
   keys.erase(keys.begin(), keys.begin() + (end - held));
   keys.insert(keys.end(), lease.unmatched.begin(), lease.unmatched.end());
   unregister_computing(lease, kEveryBlock);
+  std::vector<uint32_t> marks = marks_of(lease, end);
+  lease.marks.insert(lease.marks.begin(), marks.begin(), marks.end());
   lease.matched = end;
   lease.found.resize(end);
   lease.tokens.resize(size_t{end - lease.tokens_from} * space.page_size);
   register_computing(lease, std::move(keys));
+}
+
+// Of the matched blocks from `from` on, those of blocks that have gone like those before them.
+std::vector<uint32_t> Leases::marks_of(const Lease& lease, uint32_t from) const {
+  std::vector<uint32_t> marks;
+  auto at = cursor(lease);
+  for (uint32_t block = lease.end(); block < lease.matched; ++block) {
+    if (at) at = step(lease, *at, block);
+    const uint32_t before = marks.empty() ? 0 : marks.back();
+    marks.push_back(at ? tree_[at->node].uses[at->offset].mark : before);
+  }
+  marks.erase(marks.begin(), marks.begin() + (from - lease.end()));
+  return marks;
+}
+
+std::optional<Newcomer> Leases::newcomer(LeaseId id, uint32_t block) const {
+  const Lease& lease = get(id);
+  const uint32_t i = block - lease.matched;
+  if (block < lease.matched || i >= lease.marks.size()) return std::nullopt;
+  const BlockKey& key = lease.unmatched[i];
+  return Newcomer{
+      .key = key,
+      .use = {lease.stamp, lease.marks[i]},
+      .standing = tree_.standing_in(lease.pool, key, lease.hints.life(tree_.now()), false),
+      .tenant = tree_.spaces[lease.space].tenant};
+}
+
+// A block that is new to the tree is the one that the policy was asked about, if its key is.
+void Leases::expect(const Lease& lease, uint32_t block, Place at) {
+  const uint32_t i = block - lease.matched;
+  if (block < lease.matched || i >= lease.marks.size()) return;
+  if (tree_[at.node].keys[at.offset] == lease.unmatched[i]) tree_.expect(at, lease.marks[i]);
+}
+
+void Leases::insist(LeaseId id) {
+  const Lease& lease = get(id);
+  const std::vector<PoolId> pools = pools_.chain(lease.pool);
+  for (const Held& held : lease.held) {
+    transfers_.insist(tree_.owner(lease.pool, held.anchor), pools);
+  }
 }
 
 // The last block that the lease holds or skips; none if it holds none, and that has left the tree.
@@ -272,6 +315,7 @@ CommitResult Leases::commit_next(Lease& lease, Place& at, const Block& block, Pa
   if (tree_[at.node].uses[at.offset].stamp < lease.stamp) {
     tree_.touch({at.node, at.offset, 1}, lease.stamp);
   }
+  expect(lease, lease.end(), at);
   const PageId there = tree_.page(at, lease.pool);
   if (there == kNoPage) {
     into.move(page, PageState::kResident);
@@ -307,6 +351,9 @@ uint32_t Leases::commit_rest(Lease& lease, NodeId node, Tokens tokens,
   }
   const size_t size = into.shape.page_size;
   const Run run = tree_.append(node, tokens.first(adopted * size), lease.stamp);
+  for (uint32_t i = 0; i < adopted; ++i) {
+    expect(lease, lease.end() - adopted + i, {run.node, run.offset + i});
+  }
   tree_.place(run, lease.pool, pages.first(adopted));
   tree_.refresh(node);
   return adopted;

@@ -100,6 +100,15 @@ class Leases {
   uint32_t held_in(LeaseId id, PoolId pool) const;  // of its held blocks, those resident there
   uint32_t page_size(LeaseId id) const;
 
+  // Its `block` as one that its pool may refuse; none where nothing was said of it.
+  std::optional<Newcomer> newcomer(LeaseId id, uint32_t block) const;
+  void insist(LeaseId id);  // all that it holds shall come to the last pool of its chain
+
+  struct Where {
+    PoolId pool;
+    uint32_t space;
+  };
+  Where where(LeaseId id) const { return {get(id).pool, get(id).space}; }
   std::vector<LeaseId> in_pool(PoolId pool) const;
   bool use_space(uint32_t space) const;  // whether one of them is of this namespace
   bool close(LeaseId id);                // false, and nothing, where the lease is not open any more
@@ -141,6 +150,7 @@ class Leases {
     std::vector<BlockExtras> extras{};  // of matched blocks
     std::vector<TransferId> depends{};  // transfers that fill held pages
     std::vector<BlockKey> unmatched{};  // keys of the full blocks after `matched`
+    std::vector<uint32_t> marks{};      // of `unmatched`, as the policy expects; it may say none
     uint32_t computing_from = 0;        // of them, from here on registered in computing_
 
     uint32_t end() const { return first + static_cast<uint32_t>(held.size()); }
@@ -165,6 +175,8 @@ class Leases {
                             PageId page) const;
   CommitResult commit_next(Lease& lease, Place& at, const Block& block, PageId page);
   uint32_t commit_rest(Lease& lease, NodeId node, Tokens tokens, std::span<const PageId> pages);
+  std::vector<uint32_t> marks_of(const Lease& lease, uint32_t from) const;
+  void expect(const Lease& lease, uint32_t block, Place at);
   void learn_committed(const Lease& lease, size_t from);
   void lose_from(Lease& lease, const std::unordered_set<PageId>& failed);
   void let_go(PoolId pool, std::span<const Held> held);

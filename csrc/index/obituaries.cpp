@@ -53,7 +53,7 @@ size_t Obituaries::metadata_bytes() const {
 }
 
 void Obituaries::check() const {
-  static_assert(sizeof(Obituary) == 24);
+  static_assert(sizeof(Obituary) == 32);
   size_t used = 0;
   for (size_t at = 0; at < cells_.size(); ++at) {
     if (cells_[at] == kEmpty) continue;

@@ -1,9 +1,10 @@
-// The blocks that died last, and why. A block dies when its last page goes, in whatever pool.
+// The blocks that died last, and why. A block dies when its last page goes, in whatever pool. One
+// that a pool refused is noted here at once: if nothing else is noted later, it died of that.
 //
 //     ring   [.. k7 k8 k9 | k2 k3 ..]     the newest death overwrites the oldest
 //     cells  [  3     0   8  ..     ]     open addressing: key -> its place in the ring
 //
-// Costs: 32 bytes a death, for at most `capacity` deaths: 24 in the ring, which grows up to that,
+// Costs: 40 bytes a death, for at most `capacity` deaths: 32 in the ring, which grows up to that,
 // and two cells of 4, which are there from the start. record and find are O(1), and allocate
 // nothing once the ring is full. A block that died twice is found by its last death.
 // Knows nothing of the living: a block that came back is still found here.
@@ -25,13 +26,19 @@ enum class Cause : uint8_t {
   kTransferFailed,  // its only page was being filled when the transfer failed
   kInvalidated,     // its namespace is retired
   kExpired,         // its time to live was over
+  kNotAdmitted,     // a pool refused it, and no other kept it
+};
+
+struct Worths {  // of a block that was refused and of what would have been evicted for it
+  float newcomer = 0, victim = 0;
 };
 
 struct Obituary {
   BlockKey key;
   uint32_t when;       // the second that Index::advance had told
-  uint32_t pool : 24;  // that held its last page
+  uint32_t pool : 24;  // that held its last page, or refused it
   uint32_t cause : 8;  // Cause
+  Worths worths{};     // of kNotAdmitted
 };
 
 class Obituaries {

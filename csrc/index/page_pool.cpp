@@ -101,6 +101,7 @@ void PagePool::move(PageId page, PageState to) {
 void PagePool::free(PageId page) {
   KVC2_CHECK(state(page) > PageState::kFree, "page %u is in state %d", page, int(state(page)));
   KVC2_CHECK(pages_[page].pins == 0 && !pages_[page].held, "page %u is pinned", page);
+  pages_[page].refused = pages_[page].insisted = 0;
   set_state(page, PageState::kFree);
   if (slab_of(page).closed) {
     set_absent(page);
@@ -125,7 +126,9 @@ void PagePool::count_eviction(bool last_copy) {
 }
 
 void PagePool::enqueue(PageId page) {
-  if (!shape.below || pages_[page].queued) return;
+  if (!shape.below) return;
+  pages_[page].refused = 0;
+  if (pages_[page].queued) return;
   pages_[page].queued = 1;
   in_both_ += pages_[page].sent_back;
   undemoted.push_back(page);
@@ -146,6 +149,12 @@ void PagePool::dequeue(std::deque<PageId>& queue) {
     page.queued = 0;
   }
   queue.pop_front();
+}
+
+bool PagePool::on_its_way_down(PageId page) const {
+  if (state(page) == PageState::kInFlight) return true;
+  const Page& of = pages_[page];
+  return state(page) == PageState::kResident && (of.queued || of.sent_back || of.refused);
 }
 
 size_t PagePool::waiting() const { return undemoted.size() + sent_back.size() - in_both_; }

@@ -49,11 +49,13 @@ struct Page {
   // slab.
   uint32_t node = kNoPage;
   uint32_t block = kNoPage;
-  uint32_t pins : 25 = 0;      // leases and transfers that forbid its eviction (I4)
+  uint32_t pins : 23 = 0;      // leases and transfers that forbid its eviction (I4)
   uint32_t state : 4 = 0;      // PageState
   uint32_t held : 1 = 0;       // of a private page: an open lease's duplicate, or a move's target
   uint32_t queued : 1 = 0;     // is in `undemoted`
   uint32_t sent_back : 1 = 0;  // is in `sent_back`
+  uint32_t refused : 1 = 0;    // the pool below would not have it (I14)
+  uint32_t insisted : 1 = 0;   // no pool refuses it until it is in the last one of the chain
 };
 
 class PagePool {
@@ -70,6 +72,7 @@ class PagePool {
   struct Counts {
     uint32_t slabs = 0, pages = 0, free = 0, private_ = 0, in_flight = 0, resident = 0, pinned = 0;
     uint64_t evicted = 0, last_copies = 0;  // since it was made; faults do not count
+    uint64_t refused = 0;  // blocks that it did not take, each time that it did not
   };
 
   explicit PagePool(const Shape& of) : shape(of) {}
@@ -89,11 +92,14 @@ class PagePool {
   void pin(PageId page);
   void unpin(PageId page);
   void count_eviction(bool last_copy);
+  void count_refusals(uint64_t blocks) { counts_.refused += blocks; }
   // To be demoted: once, and only where there is a pool below.
   void enqueue(PageId page);
   void send_back(PageId page);              // to be demoted again, after all that is new
   void dequeue(std::deque<PageId>& queue);  // the first of `undemoted` or of `sent_back`
   size_t waiting() const;                   // pages in either
+  // It waits in a queue, was refused, or is still coming.
+  bool on_its_way_down(PageId page) const;
 
   bool valid(PageId page) const { return page < pages_.size(); }
   PageState state(PageId page) const { return static_cast<PageState>(pages_[page].state); }

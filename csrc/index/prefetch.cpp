@@ -30,7 +30,7 @@ Load Transfers::prefetch(const Found& found, std::span<const PoolId> pools, cons
     if (plan.empty()) plan = {.source = source, .target = target};
     if (plan.target != target || pools_.at(target).closed) break;
     if (plan.size() >= max_pages) break;
-    if (!add(plan, at)) break;
+    if (!offer(plan, at)) break;
   }
   if (plan.empty()) return {};
   return start(std::move(plan));

@@ -139,7 +139,9 @@ class RadixTree {
   // The pool evicts it before all blocks of which it and faster pools have the only copies.
   bool spent(Place at, PoolId pool) const;
   bool resident_below(Place at, PoolId pool) const;  // in a slower pool of its chain
-  void place(Place at, PoolId pool, PageId page);    // the caller refreshes the node
+  // Nothing more is copied down from there: a slower pool has it, or the next one refused it.
+  bool settled(Place at, PoolId pool) const;
+  void place(Place at, PoolId pool, PageId page);  // the caller refreshes the node
   void place(const Run& run, PoolId pool, std::span<const PageId> pages);
   void arrive(Place at, PoolId pool);                // its page has become resident
   PageId clear(Place at, PoolId pool);               // the caller trims the node
@@ -153,7 +155,14 @@ class RadixTree {
   bool admits(PoolId pool, Place at) const;  // a second_access pool takes only reused blocks
   void refresh(NodeId node);                 // after a change of pins, stamps or residency in it
   Rank rank_of(NodeId node, const Residency& in) const;
-  bool dead(Place at) const;                     // it matches no request any more (I8)
+  uint8_t standing_of(Place at, PoolId pool) const;  // of a page that may go
+  // The standing that a page of such a block would have in a pool.
+  uint8_t standing_in(PoolId pool, const BlockKey& key, const Life& life, bool held_below) const;
+  // An acquire asked for the blocks with these keys after `last`, and found none of them: the mark
+  // of each, as the policy says.
+  std::vector<uint32_t> asked(Place last, std::span<const BlockKey> keys, uint32_t stamp);
+  void expect(Place at, uint32_t mark);  // a block that it asked for, and that was just added
+  bool dead(Place at) const;             // it matches no request any more (I8)
   uint32_t living_blocks(const Run& run) const;  // those before the first that has expired
   std::optional<Place> coldest(PoolId pool);     // the next victim, as the policy chooses
   std::optional<Place> coldest_of(TenantId tenant, PoolId pool);  // among blocks of the tenant
@@ -221,6 +230,7 @@ class RadixTree {
   Residency& residency(Node& node, PoolId pool) const;
   void drop_residency(NodeId node, PoolId pool);
   void propagate(NodeId node, PoolId pool, int change);
+  void forget_refusals(const Run& run, PoolId pool);
   void set_rank(NodeId node, Residency& in, Rank rank);
   void tell_marked(Place at, const Use& before);
   EvictionOrder& order(PoolId pool);

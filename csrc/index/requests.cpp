@@ -209,9 +209,44 @@ Load Index::prefetch(uint32_t space, PoolId head, const Content& prefix, uint32_
   return transfers_.prefetch(found, pools, prefix, max_pages);
 }
 
-std::optional<Transfer> Index::plan_demote(PoolId id, uint32_t max_pages) {
+std::optional<Transfer> Index::plan_demote(PoolId id, uint32_t max_pages, uint32_t ahead) {
+  while (true) {
+    const Lock lock(mutex_);
+    auto [transfer, more] = transfers_.plan_demote(id, max_pages, ahead);
+    if (transfer || !more) return std::move(transfer);
+  }
+}
+
+void Index::insist(LeaseId id) {
   const Lock lock(mutex_);
-  return transfers_.plan_demote(id, max_pages);
+  if (key_leases_.has(id)) return key_leases_.insist(id);
+  leases_.insist(id);
+}
+
+// What is there when its slice's turn comes, and was refused, or waits, or is on its way: not what
+// the pool had and has evicted.
+uint64_t Index::insist_all(PoolId id) {
+  uint64_t insisted = 0;
+  for (PoolId above = 0, pools = id + 1; above < pools; ++above) {
+    for (PageId page = 0, end = 1; page < end; page += kSlicePages) {
+      const Lock lock(mutex_);
+      pools_.at(id);
+      pools = pools_.size();
+      if (!pools_.is_above(above, id)) break;
+      const std::vector<PoolId> chain = pools_.chain(above);
+      end = pools_[above].size();  // the pool may grow between slices
+      for (PageId at = page; at < std::min(end, page + kSlicePages); ++at) {
+        if (!pools_[above].on_its_way_down(at)) continue;
+        insisted += transfers_.insist(tree_.owner(above, at), chain);
+      }
+    }
+  }
+  return insisted;
+}
+
+Regret Index::regret(uint8_t tier) const {
+  const Lock lock(mutex_);
+  return policy_->regret(tier);
 }
 
 std::optional<Transfer> Index::plan_move(PoolId id, uint32_t slab, uint32_t max_pages) {

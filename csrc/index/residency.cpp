@@ -101,10 +101,14 @@ bool RadixTree::resident_below(Place at, PoolId pool) const {
   return false;
 }
 
+bool RadixTree::settled(Place at, PoolId pool) const {
+  return pools_[pool][page(at, pool)].refused || resident_below(at, pool);
+}
+
 bool RadixTree::spent(Place at, PoolId pool) const {
   if (dead(at)) return true;
   const bool soft = pins.of(pool, nodes_[at.node].keys[at.offset]) == Pinned::kSoft;
-  return resident_below(at, pool) && !soft;
+  return settled(at, pool) && !soft;
 }
 
 Place RadixTree::owner(PoolId pool, PageId page) const {
@@ -141,8 +145,19 @@ void RadixTree::place(const Run& run, PoolId pool, std::span<const PageId> pages
     in.arriving += pools_[pool].state(page) == PageState::kInFlight;
   }
   in.count += run.blocks;
+  forget_refusals(run, pool);
   count_pages(run.node, pool, run.blocks);
   if (!had) propagate(run.node, pool, +1);
+}
+
+// The pool has these blocks now, whoever refused them when.
+void RadixTree::forget_refusals(const Run& run, PoolId pool) {
+  for (const Residency& in : nodes_[run.node].pools) {
+    if (pools_[in.pool].shape.below != pool) continue;
+    for (const PageId page : pages(run, in.pool)) {
+      if (page != kNoPage) pools_[in.pool][page].refused = 0;
+    }
+  }
 }
 
 void RadixTree::arrive(Place at, PoolId pool) { --find_residency(nodes_[at.node], pool)->arriving; }
@@ -201,6 +216,30 @@ bool RadixTree::admits(PoolId pool, Place at) const {
   return !pools_[pool].shape.second_access || reused(at);
 }
 
+uint8_t RadixTree::standing_of(Place at, PoolId pool) const {
+  return static_cast<uint8_t>(find_residency(nodes_[at.node], pool)->rank >> 56);
+}
+
+uint8_t RadixTree::standing_in(PoolId pool, const BlockKey& key, const Life& life,
+                               bool held_below) const {
+  const Pinned pinned = pins.of(pool, key);
+  if (pinned == Pinned::kHard) return kNeverRefused;
+  const bool soft = pinned == Pinned::kSoft;
+  return rank_standing(standing(life, soft, now_), held_below && !soft);
+}
+
+std::vector<uint32_t> RadixTree::asked(Place last, std::span<const BlockKey> keys, uint32_t stamp) {
+  const bool first = last.offset == kBeforeFirst;
+  return policy_.asked(keys, first ? nullptr : &nodes_[last.node].uses[last.offset], stamp);
+}
+
+void RadixTree::expect(Place at, uint32_t mark) {
+  Use& use = nodes_[at.node].uses[at.offset];
+  const Use before = use;
+  policy_.expected(use, mark);
+  if (policy_.counts_pages()) tell_marked(at, before);
+}
+
 void RadixTree::touch(const Run& run, uint32_t stamp) {
   Node& node = nodes_[run.node];
   for (uint32_t i = run.offset; i < run.offset + run.blocks; ++i) {
@@ -223,13 +262,14 @@ Rank RadixTree::rank_of(NodeId id, const Residency& in) const {
   if (pool.state(page) != PageState::kResident || pool[page].pins > 0) return kNotEvictable;
   const bool held_below = resident_below(at, in.pool);
   if (!last(at) && !held_below && !resident_elsewhere(at, in.pool)) return kNotEvictable;
+  const bool settled = held_below || pool[page].refused;
   const Queued queued = policy_.queued(node.uses[at.offset]);
-  if (dead(at)) return rank_in(rank_standing(kDead, held_below), queued);
+  if (dead(at)) return rank_in(rank_standing(kDead, settled), queued);
   const Pinned pinned = pins.of(in.pool, node.keys[at.offset]);
   if (pinned == Pinned::kHard) return kNotEvictable;
   const bool soft = pinned == Pinned::kSoft;
   const uint8_t stands = standing(life(at), soft, now_);
-  return rank_in(rank_standing(stands, held_below && !soft), queued);
+  return rank_in(rank_standing(stands, settled && !soft), queued);
 }
 
 void RadixTree::refresh(NodeId node) {

@@ -23,9 +23,10 @@ bool Transfers::may_return(Place at, PoolId id) {
 }
 
 // The block before it is pinned in the target meanwhile: evicting that one would leave a gap.
-bool Transfers::add(Plan& plan, Place at, bool sent_back) {
+Transfers::Tried Transfers::try_add(Plan& plan, Place at, const How& how) {
   PagePool& target = pools_.at(plan.target);
-  const bool evicts = sent_back || target.counts().free == 0;
+  const bool full = target.counts().free <= (target.shape.durable ? how.ahead : 0);
+  const bool evicts = how.sent_back || full;
   const auto above = evicts ? tree_.parent(at) : std::nullopt;
   const PageId anchor = above ? tree_.page(*above, plan.target) : kNoPage;
   if (anchor != kNoPage) {
@@ -33,22 +34,44 @@ bool Transfers::add(Plan& plan, Place at, bool sent_back) {
     tree_.refresh(above->node);
   }
   const TenantId tenant = tree_.spaces[tree_[at.node].space].tenant;
-  const bool may = !sent_back || may_return(at, plan.target);
-  const auto page =
-      may ? evictor_.allocate(plan.target, PageState::kInFlight, tenant) : std::nullopt;
+  Given given;
+  if (!how.sent_back || may_return(at, plan.target)) {
+    const auto state = PageState::kInFlight;
+    if (how.judged) {
+      given = evictor_.offer(plan.target, state, newcomer(at, plan.target), 0, how.ahead);
+    } else {
+      given.page = evictor_.allocate(plan.target, state, tenant);
+    }
+  }
   if (anchor != kNoPage) {
     target.unpin(anchor);
     tree_.refresh(above->node);
   }
-  if (!page) return false;
+  if (!given.page) return {.refused = given.refused};
   const PageId source = tree_.page(at, plan.source);
-  tree_.place(at, plan.target, *page);
+  tree_.place(at, plan.target, *given.page);
   pools_.at(plan.source).pin(source);
-  target.pin(*page);
+  target.pin(*given.page);
   tree_.refresh(at.node);
   plan.source_pages.push_back(source);
-  plan.target_pages.push_back(*page);
-  return true;
+  plan.target_pages.push_back(*given.page);
+  return {.added = true};
+}
+
+bool Transfers::offer(Plan& plan, Place at) {
+  const Tried tried = try_add(plan, at, {.judged = true});
+  if (tried.refused) pools_.at(plan.target).count_refusals(1);
+  return tried.added;
+}
+
+Newcomer Transfers::newcomer(Place at, PoolId target) const {
+  const Node& node = tree_[at.node];
+  const BlockKey& key = node.keys[at.offset];
+  const bool below = tree_.resident_below(at, target);
+  return {.key = key,
+          .use = node.uses[at.offset],
+          .standing = tree_.standing_in(target, key, tree_.life(at), below),
+          .tenant = tree_.spaces[node.space].tenant};
 }
 
 static std::vector<Extent> extents_of(std::span<const PageId> source,
@@ -117,24 +140,89 @@ std::vector<Place> Transfers::missing_below(PoolId source, PoolId target, PageId
   return missing;
 }
 
-std::optional<Transfer> Transfers::plan_demote(PoolId id, uint32_t max_pages) {
+std::optional<Place> Transfers::above_the_next(PoolId id) const {
+  if (!pools_.at(id).shape.durable) return std::nullopt;  // others evict when they need a page
+  for (PoolId above = 0; above < pools_.size(); ++above) {
+    if (!pools_.alive(above) || pools_[above].shape.below != id) continue;
+    const PagePool& from = pools_[above];
+    const auto& queue = from.undemoted.empty() ? from.sent_back : from.undemoted;
+    if (queue.empty() || !from.is(queue.front(), PageState::kResident)) continue;
+    auto at = tree_.parent(tree_.owner(above, queue.front()));
+    while (at && tree_.page(*at, id) == kNoPage) at = tree_.parent(*at);
+    if (at) return at;
+  }
+  return std::nullopt;
+}
+
+// Adds the block of a page and the blocks before it that the target lacks, up to one that is
+// refused: then it, and what is below it, stays where it is. Once refused, a block is refused till
+// it is used again. Not added, and not refused: the plan or the target is full.
+Transfers::Tried Transfers::demote(Plan& plan, PageId page, const How& how) {
+  const PagePool& from = pools_.at(plan.source);
+  const std::vector<Place> missing = missing_below(plan.source, plan.target, page);
+  for (size_t i = 0; i < missing.size(); ++i) {
+    const Place at = missing[i];
+    if (plan.size() >= how.max_pages) return {};
+    Tried tried{};
+    if (how.judged && from[tree_.page(at, plan.source)].refused) {
+      tried.refused = evictor_.worths_of(tree_[at.node].keys[at.offset]);
+    } else {
+      tried = try_add(plan, at, how);
+    }
+    if (tried.refused) refuse(plan, std::span(missing).subspan(i), *tried.refused);
+    if (!tried.added) return tried;
+  }
+  return {.added = true};
+}
+
+// Those that are not yet known to be refused.
+void Transfers::refuse(const Plan& plan, std::span<const Place> blocks, const Worths& worths) {
+  PagePool& from = pools_.at(plan.source);
+  for (const Place at : blocks) {
+    Page& page = from[tree_.page(at, plan.source)];
+    if (page.refused) continue;
+    page.refused = 1;
+    evictor_.note_refusal(plan.target, tree_[at.node].keys[at.offset], worths);
+    tree_.refresh(at.node);
+  }
+}
+
+bool Transfers::insist(Place at, std::span<const PoolId> pools) {
+  if (tree_.page(at, pools.back()) != kNoPage) return false;
+  for (size_t tier = 0; tier + 1 < pools.size(); ++tier) {
+    PagePool& in = pools_.at(pools[tier]);
+    const PageId page = tree_.page(at, pools[tier]);
+    if (page == kNoPage || tree_.resident(at, pools[tier + 1])) continue;
+    in[page].insisted = 1;
+    // what was sent back waits in its own queue, or it would put out what waits in the pool below
+    if (in.is(page, PageState::kResident) && !in[page].sent_back) in.enqueue(page);
+  }
+  tree_.refresh(at.node);
+  return true;
+}
+
+Transfers::Demotion Transfers::plan_demote(PoolId id, uint32_t max_pages, uint32_t ahead) {
   max_pages = std::min(max_pages, kPagesMax);
   PagePool& from = pools_.at(id);
-  if (!from.shape.below || pools_.at(*from.shape.below).closed) return std::nullopt;
+  if (!from.shape.below || pools_.at(*from.shape.below).closed) return {};
   Plan plan{.source = id, .target = *from.shape.below};
   bool full = false;
+  uint32_t refused = 0;
   for (auto* queue : {&from.undemoted, &from.sent_back}) {
-    const auto add_next = [&](Place at) {
-      return plan.size() < max_pages && add(plan, at, queue == &from.sent_back);
-    };
-    while (!full && !queue->empty() && plan.size() < max_pages) {
-      const std::vector<Place> missing = missing_below(id, plan.target, queue->front());
-      full = !std::ranges::all_of(missing, add_next);
+    while (!full && !queue->empty() && plan.size() < max_pages && refused < kRefusalsMax) {
+      const PageId page = queue->front();
+      const Tried tried = demote(plan, page,
+                                 {.sent_back = queue == &from.sent_back,
+                                  .judged = !from[page].insisted,
+                                  .ahead = ahead,
+                                  .max_pages = max_pages});
+      full = !tried.added && !tried.refused;
+      refused += tried.refused.has_value();
       if (!full) from.dequeue(*queue);  // else it stays the first to be considered
     }
   }
-  if (plan.empty()) return std::nullopt;
-  return start(std::move(plan));
+  if (plan.empty()) return {.more = refused == kRefusalsMax};
+  return {start(std::move(plan))};
 }
 
 // Blocks that a pool of the chain has and the pool below it lacks are queued for demotion again.
@@ -147,6 +235,7 @@ void Transfers::requeue(const Run& run, std::span<const PoolId> pools) {
       const bool lacking = tree_.page({run.node, run.offset + i}, pools[tier + 1]) == kNoPage;
       if (lacking && from.is(there[i], PageState::kResident)) from.enqueue(there[i]);
     }
+    tree_.refresh(run.node);  // what was refused waits again
   }
 }
 
@@ -198,6 +287,8 @@ std::vector<PageId> Transfers::end_move(const Plan& move, uint32_t done) {
       tree_.replace(tree_.owner(move.source, from), move.source, to);
       in.move(to, PageState::kResident);
       if (in[from].queued) in.enqueue(to);
+      in[to].refused = in[from].refused;
+      in[to].insisted = in[from].insisted;
       in.free(from);
       left.push_back(from);
     }
@@ -232,6 +323,7 @@ Transfers::Ended Transfers::complete(TransferId id, uint32_t done) {
   const std::span pages(plan.target_pages);
   for (const PageId page : pages) in_flight_.erase(name_of(plan.target, page));
   for (const PageId page : pages.first(done)) arrive(plan.target, page);
+  if (source_alive) pass_on(plan, done);
   ended.failed.assign(pages.begin() + done, pages.end());
   if (source_alive && pools_.at(plan.source).shape.below == plan.target) {
     for (const PageId page : std::span(plan.source_pages).subspan(done)) {
@@ -239,6 +331,17 @@ Transfers::Ended Transfers::complete(TransferId id, uint32_t done) {
     }
   }
   return ended;
+}
+
+// Who insisted on a block that has come down insists on it there.
+void Transfers::pass_on(const Plan& plan, uint32_t done) {
+  PagePool &source = pools_.at(plan.source), &target = pools_.at(plan.target);
+  if (source.shape.below != plan.target) return;
+  for (uint32_t i = 0; i < done; ++i) {
+    Page& page = source[plan.source_pages[i]];
+    if (page.insisted && target.shape.below) target[plan.target_pages[i]].insisted = 1;
+    page.insisted = 0;
+  }
 }
 
 void Transfers::arrive(PoolId id, PageId page) {

@@ -61,7 +61,8 @@ using Load = std::variant<std::monostate, Transfer, Wait>;
 
 class Transfers {
  public:
-  static constexpr uint32_t kPagesMax = 256;  // of one transfer: a fifth of a millisecond's work
+  static constexpr uint32_t kPagesMax = 256;    // of one transfer: a fifth of a millisecond's work
+  static constexpr uint32_t kRefusalsMax = 64;  // of one call: as much
 
   struct Plan {
     PoolId source, target;  // the same: a move
@@ -84,11 +85,35 @@ class Transfers {
   // Plans. What a plan has is pinned, so a plan that is not empty must be started.
   // One more block, which the source has and the target lacks: a page in the target, evicting
   // there; false if there is none to be had.
-  bool add(Plan& plan, Place at, bool sent_back = false);
+  bool add(Plan& plan, Place at) { return try_add(plan, at, {}).added; }
+  bool offer(Plan& plan, Place at);  // the same, where the target may refuse it
   Transfer start(Plan&& plan);
-  std::optional<Transfer> plan_demote(PoolId pool, uint32_t max_pages);
+  // `ahead`: free pages that the caller keeps in a durable pool below, which make it no less full.
+  // Ends early, without a transfer, where many blocks were refused: then it is called again.
+  struct Demotion {
+    std::optional<Transfer> transfer{};
+    bool more = false;
+  };
+  Demotion plan_demote(PoolId pool, uint32_t max_pages, uint32_t ahead);
   // What a pool of the chain has of these blocks, and the pool below it lacks, is to be demoted.
   void requeue(const Run& run, std::span<const PoolId> pools);
+  // What `choose` answers while the block above the next one that is to come to a durable pool may
+  // not go: a path that comes in several transfers would else be evicted as fast as it comes.
+  template <typename Choose>
+  auto sparing_the_next(PoolId pool, Choose&& choose) {
+    const auto above = above_the_next(pool);
+    if (!above) return choose();
+    const PageId page = tree_.page(*above, pool);
+    pools_.at(pool).pin(page);
+    tree_.refresh(above->node);
+    const auto chosen = choose();
+    pools_.at(pool).unpin(page);
+    tree_.refresh(above->node);
+    return chosen;
+  }
+  // Nothing refuses this block any more on its way down this chain: it is queued again where it is,
+  // and so it is in each pool that it comes to, till the last one has it.
+  bool insist(Place at, std::span<const PoolId> pools);  // false: it is there
   std::optional<Transfer> plan_move(PoolId pool, uint32_t slab, uint32_t max_pages);
   // What brings the found blocks, which are those of `tokens`, one pool nearer to pools[0].
   Load prefetch(const Found& found, std::span<const PoolId> pools, const Content& prefix,
@@ -119,7 +144,24 @@ class Transfers {
     bool broken = false;
   };
 
+  struct How {
+    bool sent_back = false;  // only where that evicts nothing that waits
+    bool judged = false;     // the target may refuse it
+    uint32_t ahead = 0;      // free pages of a durable target that make it no less full
+    uint32_t max_pages = kPagesMax;
+  };
+  struct Tried {  // neither: there is no page to be had
+    bool added = false;
+    std::optional<Worths> refused{};
+  };
+
+  Tried try_add(Plan& plan, Place at, const How& how);
+  Tried demote(Plan& plan, PageId page, const How& how);
+  Newcomer newcomer(Place at, PoolId target) const;
+  void refuse(const Plan& plan, std::span<const Place> blocks, const Worths& worths);
+  void pass_on(const Plan& plan, uint32_t done);
   bool may_return(Place at, PoolId target);
+  std::optional<Place> above_the_next(PoolId pool) const;
   std::vector<Place> missing_below(PoolId source, PoolId target, PageId page) const;
   Records records_of(const Plan& plan);
   std::vector<PageId> end_move(const Plan& move, uint32_t done);

@@ -149,6 +149,7 @@ def _index(config: ServeConfig, tiers: Tiers) -> _core.Index:
         first_generation=(starts << 32) + 1,
         first_stamp=stamp + 1,
         policy=config.eviction_policy,
+        admission=config.admission == "worth",
         dead_blocks=config.limits.max_dead_blocks,
     )
 

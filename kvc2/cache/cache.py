@@ -115,7 +115,7 @@ class Cache:
         """Flush, then close sessions, threads and tiers."""
         await self.prefetcher.stop()
         await self.scrubber.stop()
-        result = await self.flush(deadline_s)
+        result = await self.flush(deadline_s, insists=False)
         for session in list(self._sessions.values()):
             await self.close_session(session)
         self._ticking.cancel()
@@ -247,9 +247,10 @@ class Cache:
         """Whether all that these leases of the index have pages of is on disk, within that time."""
         return await self._whole.wait_durable(session.mapped_pool(), leases, wait_s)
 
-    async def flush(self, deadline_s: float) -> Flushed:
-        """Copy what is committed to the disk, within the deadline; what is not there, and why."""
-        return await self._whole.flush(deadline_s)
+    async def flush(self, deadline_s: float, *, insists: bool = True) -> Flushed:
+        """Copy what is committed to the disk, within the deadline; what is not there, and why. What
+        tiers refused is copied too, if it insists."""
+        return await self._whole.flush(deadline_s, insists=insists)
 
     async def evict(self, tier: str, blocks: int) -> Evicted:
         """Drop up to `blocks` unpinned blocks (0: all) from gpu, cpu or disk."""

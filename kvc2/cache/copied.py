@@ -41,6 +41,7 @@ class GivenBlocks:
     asked: Asked
     pages: U32
     lease: OpenLease | None = None
+    insists: bool = False  # its caller waits for the disk: nothing of it is refused
 
     @property
     def tokens(self) -> U32:
@@ -142,8 +143,8 @@ class CopiedCommits:
         try:
             # all that is decided here is decided before anything waits
             lacking = np.flatnonzero(results == NO_ROOM)
-            granted = self._grant(gpu.pools, lacking.size, number)
-            copy = _Copy(blocks, lease, number, lacking[: granted.size], granted)
+            chosen, granted = self._grant(gpu.pools, blocks, lacking, (lease, number))
+            copy = _Copy(blocks, lease, number, chosen, granted)
             await asyncio.shield(asyncio.ensure_future(self._carry_out(gpu, copy, results)))
         except BaseException:
             if opened:
@@ -215,12 +216,30 @@ class CopiedCommits:
         if (again == _core.REFUSED).any():  # it is another prompt's from there on
             results[held.size :] = _core.REFUSED
 
-    def _grant(self, pools: LayoutPools, pages: int, number: int) -> U32:
-        """Private pages of the cpu pool; fewer where there is no room."""
-        if not pages:
-            return NO_PAGES
-        self._pools.make_room(pools, pages)
-        return self._index.grant(pools.cpu.id, pages, number)
+    def _grant(
+        self,
+        pools: LayoutPools,
+        blocks: GivenBlocks,
+        lacking: NDArray[np.intp],
+        at: tuple[int, int],
+    ) -> tuple[NDArray[np.intp], U32]:
+        """Private pages of the cpu pool, and which of the lacking blocks they are for: not all,
+        where there is no room or the pool refuses some. `at`: the lease, the namespace."""
+        if not lacking.size:
+            return lacking, NO_PAGES
+        self._pools.make_room(pools, lacking.size)
+        lease, number = at
+        if blocks.insists:
+            granted = self._index.grant(pools.cpu.id, lacking.size, number)
+        elif blocks.keys:
+            keys = [blocks.keys[each] for each in lacking.tolist()]
+            pages = self._index.grant_for_keys(lease, keys)
+            given = pages != _core.NO_PAGE
+            return lacking[given], pages[given]
+        else:
+            first = blocks.first_block + int(lacking[0])
+            granted = self._index.grant_for(lease, first, lacking.size)
+        return lacking[: granted.size], granted
 
     async def _carry_out(self, gpu: GpuPool, copy: _Copy, results: U8) -> None:
         """Into `results`. Pages that no block has then are free again. Raises SessionOver."""
@@ -297,7 +316,7 @@ class WrittenBlocks:
 
     def begin(self) -> memoryview | None:
         """Where the next block's payload is to be written, [payload_bytes]. None: there is no room
-        now."""
+        now, or none for this block."""
         if not self._pages.size:
             self._grant()
         if not self._pages.size:
@@ -311,7 +330,10 @@ class WrittenBlocks:
         to, left = self._into.to, self.results.size - self.done
         pages = min(left, max(1, AHEAD_BYTES // self.payload_bytes))
         self._pools.make_room(to, pages)
-        self._pages = self._index.grant(to.cpu.id, pages, self._into.number)
+        if self._into.blocks.insists or self._into.blocks.keys:  # of keys, none can be passed over
+            self._pages = self._index.grant(to.cpu.id, pages, self._into.number)
+        else:
+            self._pages = self._index.grant_for(self.lease, self.block, pages)
         self._starts = to.payloads(self._pages).tolist()
 
     def commit(self) -> None:

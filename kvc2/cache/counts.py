@@ -10,9 +10,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from kvc2 import _core
-from kvc2.answers import SIZES, CacheStats, LayoutSlabs, TierCounts
+from kvc2.answers import SIZES, CacheStats, LayoutSlabs, Refusals, TierCounts
 from kvc2.cache.sessions import Session
 from kvc2.moving.gpu_pools import GpuPool
+from kvc2.tiers.base import TIER_NUMBERS
 from kvc2.tiers.cpu import CpuPool
 from kvc2.tiers.disk.pool import DiskPool
 from kvc2.tiers.pools import Pools, TierPool
@@ -91,6 +92,9 @@ class Counts:
             pinned_pages=sum(each.pinned for each in found),
             evicted=evicted,
             last_copies=last_copies,
+            refusals=Refusals(
+                sum(each.refused for each in found), *self._index.regret(TIER_NUMBERS[tier])
+            ),
             hit_rates=self._hit_rates_at(tier, capacity_bytes),
         )
 

@@ -163,6 +163,8 @@ class Explainer:
             tier=self._tier_of(death.pool),
             policy=self._policy if death.cause == _core.Cause.EVICTED else "",
             died_s_ago=float(max(0, self._now() - death.when)),
+            worth=death.worth,
+            victim_worth=death.victim_worth,
         )
 
     def _elsewhere(self, namespace: Namespace, asked: Asked, hit: int) -> OtherNamespace | None:

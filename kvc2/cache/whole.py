@@ -58,6 +58,10 @@ class Whole:
         through = self._policy == "through"
         if not self._pools.tiers.disks and not through:
             return False
+        for lease in leases:
+            with suppress(KeyError):  # it is over: nothing keeps its blocks
+                self._index.insist(lease)
+        self._background.wake()
         await self._background.drained(deadline_s)
         if not isinstance(gpu.pools, LayoutOnDisk):
             return False
@@ -78,11 +82,15 @@ class Whole:
         except KeyError:
             return self._index.held_in(lease, pools.cpu.id)
 
-    async def flush(self, deadline_s: float) -> Flushed:
-        """Copy what is committed towards the disk until all of it is there or the time is over."""
+    async def flush(self, deadline_s: float, *, insists: bool) -> Flushed:
+        """Copy what is committed towards the disk until all of it is there or the time is over. If
+        it insists, what tiers have refused goes too."""
         if not self._pools.tiers.disks:
             blocks = self._index.counts().blocks
             return Flushed(0, {"no_disk": blocks} if blocks else {})
+        for each in self._pools.on_disk() if insists else ():
+            self._index.insist_all(each.disk.id)
+        self._background.wake()
         drained = await self._background.drained(deadline_s)
         reason = "disk_full"
         if not await self._background.synced():

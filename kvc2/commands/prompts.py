@@ -33,6 +33,7 @@ WHY = {
     "lost": "a fault took its last page",
     "session_ended": "its engine's session ended before it was copied",
     "transfer_failed": "its only copy failed on its way",
+    "not_admitted": "not admitted",
 }
 
 
@@ -123,7 +124,11 @@ def _why(found: Explained) -> str:
     if found.cause:
         policy = f" by policy {found.policy}" if found.policy else ""
         reason = "" if found.cause == found.why else f": {found.cause.replace('_', ' ')}"
-        words += f"{reason} from {found.tier}{policy} {age(found.died_s_ago)} ago"
+        if found.cause == "not_admitted":
+            worths = f"worth {found.worth:.2g} hits a request, its victim {found.victim_worth:.2g}"
+            words += f"{reason} to {found.tier} {age(found.died_s_ago)} ago: {worths}"
+        else:
+            words += f"{reason} from {found.tier}{policy} {age(found.died_s_ago)} ago"
     return words
 
 

@@ -21,10 +21,18 @@ Progress = Callable[[int], None]  # told of requests that are done
 
 
 def hit_rate(
-    trace: Trace, capacity: int, policy: str, *, seed: int = 0, progress: Progress | None = None
+    trace: Trace,
+    capacity: int,
+    policy: str,
+    *,
+    seed: int = 0,
+    admission: bool = True,
+    progress: Progress | None = None,
 ) -> float:
-    """Share of all input tokens that were in the longest cached prefix, with `capacity` pages."""
-    index = _core.Index(policy=policy, seed=seed)
+    """Share of all input tokens that were in the longest cached prefix, with `capacity` pages of a
+    pool that may refuse what a request brings, as the cpu tier may; without admission it takes
+    all."""
+    index = _core.Index(policy=policy, seed=seed, admission=admission)
     pool = index.add_pool(page_size=1, pages_per_slab=capacity, below=None, durable=False)
     index.add_slab(pool)
     number = index.open_namespace(NAMESPACE, 1)
@@ -33,7 +41,7 @@ def hit_rate(
         blocks = trace.request(i)
         lease = index.acquire(number, pool, blocks, len(blocks))
         hits += lease.matched
-        pages = index.grant(pool, len(blocks) - lease.matched)
+        pages = index.grant_for(lease.id, lease.matched, len(blocks) - lease.matched)
         if len(pages):
             first = lease.matched
             index.commit(lease.id, first, blocks[first : first + len(pages)], pages)

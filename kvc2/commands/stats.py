@@ -33,6 +33,7 @@ def show(found: DaemonStats) -> None:
     _print_slabs(console, found)
     _print_pace(console, found)
     _print_hit_rates(console, found)
+    _print_refusals(console, found)
     _print_tenants(console, found)
     faults = Table("fault", "count")
     for name, value in found.counters.items():
@@ -64,6 +65,21 @@ def _print_hit_rates(console: Console, found: DaemonStats) -> None:
         if rates.estimated:
             shares = (rates.real, *rates.estimated, found.hit_rate_unlimited)
             table.add_row(each.tier, *(f"{share:.1%}" for share in shares))
+    if table.row_count:
+        console.print(table)
+
+
+def _print_refusals(console: Console, found: DaemonStats) -> None:
+    """What tiers would not have, and how much of that was asked for again."""
+    table = Table("tier", "refused", "asked for again")
+    for each in found.tiers:
+        counts = [
+            found.counters.get(f"refused_{what}_total{{tier={each.tier}}}", 0.0)
+            for what in ("blocks", "watched", "regretted")
+        ]
+        if counts[0]:
+            share = f"{counts[2] / counts[1]:.1%}" if counts[1] else "not known"
+            table.add_row(each.tier, f"{counts[0]:.0f} blocks", share)
     if table.row_count:
         console.print(table)
 

@@ -15,7 +15,12 @@ from functools import partial
 
 from kvc2 import _core
 from kvc2.metrics import Metrics
-from kvc2.moving.batches import Batches, free_beside_batches, pages_per_batch
+from kvc2.moving.batches import (
+    UNDER_WAY_MAX,
+    Batches,
+    free_beside_batches,
+    pages_per_batch,
+)
 from kvc2.moving.disk_slabs import DiskSlabs
 from kvc2.moving.free_pages import REAP_PAGES, FreePages
 from kvc2.moving.mover import Mover
@@ -127,7 +132,8 @@ class DiskWriter:
     def _plan(self, pools: LayoutOnDisk, pages: int) -> list[_core.Transfer]:
         """What a batch of at most so many pages takes; the index plans few at a time."""
         found: list[_core.Transfer] = []
-        while pages > 0 and (transfer := self._index.plan_demote(pools.cpu.id, pages)):
+        kept = UNDER_WAY_MAX * pages  # free, also where the disk is full
+        while pages > 0 and (transfer := self._index.plan_demote(pools.cpu.id, pages, ahead=kept)):
             found.append(transfer)
             pages -= transfer.target_pages.size
         return found

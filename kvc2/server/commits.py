@@ -6,7 +6,7 @@ Not here: other calls of a session (session_calls.py), and the copying (cache/co
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +90,7 @@ class Commits:
             done = await self._commit(session, commits, copied=request.copied)
             self._cache.leases.close_leases(done.opened)
             return done.results, False
+        commits = [replace(each, insists=True) for each in commits]
         with self._waits.one():
             done = await self._commit(session, commits, copied=request.copied)
             try:

@@ -192,7 +192,7 @@ class Daemon:
         events.event("draining", deadline_s=deadline_s)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self.attachments.notify_drain()
-        return await self.cache.flush(deadline_s)
+        return await self.cache.flush(deadline_s, insists=False)
 
     async def _drain_call(self, deadline_s: float) -> Flushed:
         flushed = await self.drain(deadline_s)
@@ -221,6 +221,7 @@ def tier_samples(cache: Cache) -> list[TierSample]:
             {state: getattr(each, f"{state}_pages") for state in states},
             each.evicted,
             each.last_copies,
+            each.refusals,
             dict(zip(SIZES, each.hit_rates, strict=False)),  # none of a tier without pages
         )
         for each in cache.stats().tiers

@@ -269,7 +269,7 @@ class DifferingField(_message.Message):
     def __init__(self, name: _Optional[str] = ..., ours: _Optional[str] = ..., theirs: _Optional[str] = ...) -> None: ...
 
 class ExplainResponse(_message.Message):
-    __slots__ = ("page_size", "tokens", "hit_blocks", "runs", "why", "cause", "tier", "policy", "died_s_ago", "sibling", "sibling_equal", "other", "namespace", "asked_s_ago", "uptime_s", "dead_known", "dead_forgotten")
+    __slots__ = ("page_size", "tokens", "hit_blocks", "runs", "why", "cause", "tier", "policy", "died_s_ago", "sibling", "sibling_equal", "other", "namespace", "asked_s_ago", "uptime_s", "dead_known", "dead_forgotten", "worth", "victim_worth")
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     HIT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -287,6 +287,8 @@ class ExplainResponse(_message.Message):
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     DEAD_KNOWN_FIELD_NUMBER: _ClassVar[int]
     DEAD_FORGOTTEN_FIELD_NUMBER: _ClassVar[int]
+    WORTH_FIELD_NUMBER: _ClassVar[int]
+    VICTIM_WORTH_FIELD_NUMBER: _ClassVar[int]
     page_size: int
     tokens: int
     hit_blocks: int
@@ -304,7 +306,9 @@ class ExplainResponse(_message.Message):
     uptime_s: float
     dead_known: int
     dead_forgotten: int
-    def __init__(self, page_size: _Optional[int] = ..., tokens: _Optional[int] = ..., hit_blocks: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[TierBlocks, _Mapping]]] = ..., why: _Optional[str] = ..., cause: _Optional[str] = ..., tier: _Optional[str] = ..., policy: _Optional[str] = ..., died_s_ago: _Optional[float] = ..., sibling: _Optional[bytes] = ..., sibling_equal: _Optional[int] = ..., other: _Optional[_Union[OtherNamespace, _Mapping]] = ..., namespace: _Optional[bytes] = ..., asked_s_ago: _Optional[float] = ..., uptime_s: _Optional[float] = ..., dead_known: _Optional[int] = ..., dead_forgotten: _Optional[int] = ...) -> None: ...
+    worth: float
+    victim_worth: float
+    def __init__(self, page_size: _Optional[int] = ..., tokens: _Optional[int] = ..., hit_blocks: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[TierBlocks, _Mapping]]] = ..., why: _Optional[str] = ..., cause: _Optional[str] = ..., tier: _Optional[str] = ..., policy: _Optional[str] = ..., died_s_ago: _Optional[float] = ..., sibling: _Optional[bytes] = ..., sibling_equal: _Optional[int] = ..., other: _Optional[_Union[OtherNamespace, _Mapping]] = ..., namespace: _Optional[bytes] = ..., asked_s_ago: _Optional[float] = ..., uptime_s: _Optional[float] = ..., dead_known: _Optional[int] = ..., dead_forgotten: _Optional[int] = ..., worth: _Optional[float] = ..., victim_worth: _Optional[float] = ...) -> None: ...
 
 class OtherNamespace(_message.Message):
     __slots__ = ("namespace", "hit_tokens", "fields")

@@ -23,6 +23,7 @@ HOUSE = ROOT
 CPP_TESTS = ["test_index", "test_index_collision", "test_key_table"]
 PYTHON_TESTS = [
     "tests/csrc/test_index.py",
+    "tests/csrc/test_index_admission.py",
     "tests/csrc/test_index_restore.py",
     "tests/csrc/test_index_returns.py",
     "tests/csrc/test_index_prefetch.py",

@@ -197,14 +197,14 @@ def test_none_are_remembered_where_none_may_be() -> None:
     assert built.index.counts().deaths == 4
 
 
-def test_the_dead_take_32_bytes_each() -> None:
+def test_the_dead_take_40_bytes_each() -> None:
     count = 1 << 10
     built = Built(dead_blocks=count)
     for prompt in range(count // 4 + 1):
         built.store([prompt + 10] * 16)
         built.index.evict(built.gpu, 4)
     assert built.index.counts().dead_known == count
-    assert built.index.counts().dead_bytes == 32 * count
+    assert built.index.counts().dead_bytes == 40 * count
 
 
 def test_acquire_explains_what_it_found_before_it_changed_anything() -> None:

@@ -21,6 +21,7 @@ from tests.csrc.mutant_patches import MUTANTS
 from tests.oracles.keys_machine import KeysMachine
 from tests.oracles.lives import IndexLives
 from tests.oracles.machines import BLOCKS, SEEN
+from tests.oracles.refusals import RefusalMachine
 
 INDEX = ROOT / "csrc" / "index"
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
@@ -167,6 +168,20 @@ KEYS_AT_LEAST = {
 }
 
 
+# The same of walks with pools that refuse.
+REFUSALS_AT_LEAST = {
+    "refused: what is there above": 100,
+    "refused: below what was refused": 15,
+    "refused: a copy to tier 1": 30,
+    "refused: a grant": 5,
+    "refused: a key": 5,
+    "refused: a prefetch": 5,
+    "insisted: on what was refused": 5,
+    "insisted: on its way": 20,
+    "explain: NOT_ADMITTED": 400,
+}
+
+
 class KeysUnderHazard(KeysMachine):
     policy = "hazard"
 
@@ -218,6 +233,17 @@ def test_opaque_keys_equal_their_oracle_beside_tokens() -> None:
     if WALK is not WALKS["default"]:
         return
     missed = {what: SEEN[what] for what, least in KEYS_AT_LEAST.items() if SEEN[what] * 5 < least}
+    assert not missed, f"the walks come by these too rarely: {missed}"
+
+
+def test_what_pools_refuse_is_what_their_oracle_refuses() -> None:
+    SEEN.clear()
+    walk(Walk(max(WALK.examples // 8, 25), shrinks=WALK.shrinks), same=True, lives=RefusalMachine)
+    if WALK is not WALKS["default"]:
+        return
+    missed = {
+        what: SEEN[what] for what, least in REFUSALS_AT_LEAST.items() if SEEN[what] * 5 < least
+    }
     assert not missed, f"the walks come by these too rarely: {missed}"
 
 

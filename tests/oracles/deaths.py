@@ -86,6 +86,7 @@ class IndexDeaths(IndexEndings):
         if real.death is not None and expected.death is not None:
             got = (real.death.cause, real.death.pool, real.death.when)
             assert got == (expected.death.cause, expected.death.pool, expected.death.when)
+            assert (real.death.worth, real.death.victim_worth) == expected.death.worths
             SEEN[f"explain: {expected.death.cause.name}"] += 1
         assert (real.sibling is None) == (not expected.siblings)
         if real.sibling is not None:

@@ -53,7 +53,7 @@ class DemotionModel(IndexModel):
     def send_back(self, path: Path, pool: int) -> None:
         """The pools above will demote again what the one below should have had first."""
         below = self.pools[pool].below
-        if below is None or self.held_below(path, pool) or not self.admitted(path, below):
+        if below is None or self.settled(path, pool) or not self.admitted(path, below):
             return
         for above in self.pools.values():
             if above.below == pool and above.resident(path):

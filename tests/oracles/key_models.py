@@ -112,10 +112,21 @@ class KeysModel(AdmissionModel):
             if found and not there and not self.pools[lease.pool].present(path)
         ]
         wanted = wanted if len(chain) > 2 else []
-        return self.prefetch_keys(chain[-2:], wanted, count, (transfer, picks))
+        return self.bring_keys(chain[-2:], wanted, count, (transfer, picks))
 
     def prefetch_keys(
         self, chain: list[int], paths: list[Path], count: int, came: tuple[int | None, list[int]]
+    ) -> TransferModel | int | None:
+        return self.bring_keys(chain, paths, count, came, judged=True)
+
+    def bring_keys(
+        self,
+        chain: list[int],
+        paths: list[Path],
+        count: int,
+        came: tuple[int | None, list[int]],
+        *,
+        judged: bool = False,
     ) -> TransferModel | int | None:
         plan = TransferModel(-1, -1, [], [], [])
         source, coming = deque(came[1]), []
@@ -132,7 +143,8 @@ class KeysModel(AdmissionModel):
                 plan = TransferModel(chain[tier - 1], above[0], [], [], [])
             if plan.source != chain[tier - 1]:
                 continue
-            if len(plan.paths) >= count or not self.add(plan, path, source):
+            bring = self.offer if judged else self.add
+            if len(plan.paths) >= count or not bring(plan, path, source):
                 break
         if not plan.paths and coming:
             self.start(plan, None)
@@ -188,7 +200,7 @@ class KeysModel(AdmissionModel):
         if at.present(path):
             return DUPLICATE
         at.state[page] = RESIDENT
-        at.blocks[path] = page
+        self.place(path, pool, page)
         self.enqueue(pool, page)
         return ADOPTED
 

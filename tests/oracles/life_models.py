@@ -68,14 +68,20 @@ class LivesModel:
         oldest = min((self.stamps[path] for path in paths), default=0)
         return [path for path in paths if self.stamps[path] == oldest]
 
+    def life_of(self, hints: Hints) -> Life:
+        """What a request says."""
+        expires = self.now + hints.ttl if hints.ttl else Life().expires
+        returns = self.now + 4 * hints.returns if hints.returns else 0
+        return Life(expires, hints.priority, returns=returns)
+
     def say(self, hints: Hints, paths: list[Path], fresh: list[Path]) -> None:
         """A request that uses these blocks says it of each."""
-        expires = self.now + hints.ttl if hints.ttl else Life().expires
+        said = self.life_of(hints)
         for path in paths:
             known = Life(0) if path in fresh else self.life(path)
-            priority = max(known.priority, hints.priority)
-            returns = self.now + 4 * hints.returns if hints.returns else 0
-            self.lives[path] = Life(max(known.expires, expires), priority, returns=returns)
+            priority = max(known.priority, said.priority)
+            expires = max(known.expires, said.expires)
+            self.lives[path] = Life(expires, priority, returns=said.returns)
 
     def end(self, path: Path) -> None:
         """A session that is over was the last to use it."""

@@ -51,8 +51,13 @@ class PoolModel:
     evicted: int = 0
     last_copies: int = 0
     shut: set[int] = field(default_factory=set)  # closed slabs
+    refused: set[int] = field(default_factory=set)  # pages that the pool below would not have
+    insisted: set[int] = field(default_factory=set)  # pages that no pool refuses
+    refusals: int = 0  # blocks that this pool would not have
 
     def free(self, page: int) -> None:
+        self.refused.discard(page)
+        self.insisted.discard(page)
         if page // self.per_slab in self.shut:
             del self.state[page]
         else:
@@ -79,12 +84,14 @@ class PoolModel:
 
 @dataclass(frozen=True)
 class Death:
-    """A block's last page went."""
+    """A block's last page went, or a pool would not have it: then, what it was worth, and what the
+    one that would have gone for it was."""
 
     path: Path
     cause: Cause
     pool: int
     when: int
+    worths: tuple[float, float] = (0, 0)
 
 
 @dataclass

@@ -123,13 +123,29 @@ class IndexModel(QuotasModel):
     def drop(self, path: Path, pool: int, cause: Cause) -> int:
         at = self.pools[pool]
         page = at.blocks.pop(path)
+        noted = self.noted(path, pool, page, cause)
         at.free(page)
-        if not self.anywhere(path):
+        if not self.anywhere(path) and not noted:
             ended = cause == Cause.EVICTED and self.dead(path)
             cause = self.cause_of_end(path) if ended else cause
             self.deaths.append(Death(path, cause, pool, self.now))
         self.forget()
         return page
+
+    def noted(self, path: Path, pool: int, page: int, cause: Cause) -> bool:
+        """Whether why it goes was said before."""
+        return False
+
+    def place(self, path: Path, pool: int, page: int) -> None:
+        self.pools[pool].blocks[path] = page
+
+    def settled(self, path: Path, pool: int) -> bool:
+        """Nothing more is copied down from this page."""
+        return self.held_below(path, pool)
+
+    def first_of(self, legal: list[Path]) -> list[Path]:
+        """Of what may go first under any policy, what may under this one."""
+        return self.longest_unused(legal) if self.policy == "lru" else legal
 
     def forget(self) -> None:
         """Neither a block nor a hole: its stamp is gone too."""
@@ -152,13 +168,13 @@ class IndexModel(QuotasModel):
         candidates = [p for p in candidates if of is None or self.tenant(p) == of]
         first = min((self.precedence(p, pool) for p in candidates), default=None)
         legal = [p for p in candidates if self.precedence(p, pool) == first]
-        legal = self.longest_unused(legal) if self.policy == "lru" else legal
+        legal = self.first_of(legal)
         at = self.pools[pool]
         blocks = {at.blocks[path]: path for path in legal}
         gone = [page for page in self.gone.get(pool, ()) if page in blocks]
         if wanted is not None:
             gone.sort(key=lambda page: (page // at.per_slab not in at.shut, page != wanted))
-        unsaid = legal[:1] if self.policy == "lru" else []
+        unsaid = legal[:1] if self.policy in ("lru", "by_key") else []
         return next(iter([blocks[page] for page in gone] or unsaid), None)
 
     def candidates(self, pool: int) -> list[Path]:
@@ -169,7 +185,7 @@ class IndexModel(QuotasModel):
         if not self.dead(path) and self.pinned(path, pool, hard=False):
             return True, True, 99
         standing = 0 if self.dead(path) else self.life(path).standing(self.now)
-        return not self.dead(path), not self.held_below(path, pool), standing
+        return not self.dead(path), not self.settled(path, pool), standing
 
     def take(
         self,
@@ -306,7 +322,7 @@ class IndexModel(QuotasModel):
         duplicate = at.present(path)
         if not duplicate:
             at.state[page] = RESIDENT
-            at.blocks[path] = page
+            self.place(path, lease.pool, page)
             self.enqueue(lease.pool, page)
         lease.held.append(Held(path, page, None, duplicate))
         return DUPLICATE if duplicate else ADOPTED
@@ -334,12 +350,16 @@ class IndexModel(QuotasModel):
         page = self.take(plan.target, picks, IN_FLIGHT, spared=path[:-1], asks=asks)
         if page is None:
             return False
-        self.pools[plan.target].blocks[path] = page
+        self.place(path, plan.target, page)
         plan.paths.append(path)
         plan.source_pages.append(self.pools[plan.source].blocks[path])
         plan.target_pages.append(page)
         self.transfers[-1] = plan  # pins while the plan is made
         return True
+
+    def offer(self, plan: TransferModel, path: Path, picks: deque[int]) -> bool:
+        """As `add`, where the target may refuse it."""
+        return self.add(plan, path, picks)
 
     def start(self, plan: TransferModel, transfer: int | None) -> TransferModel | None:
         self.transfers.pop(-1, None)
@@ -430,10 +450,25 @@ class IndexModel(QuotasModel):
 
     def evict(self, pool: int, count: int) -> list[Path]:
         evicted: list[Path] = []
-        while len(evicted) < count and (path := self.victim(pool)):
+        while len(evicted) < count and (path := self.victim(pool, self.above_the_next(pool))):
             self.evict_one(path, pool)
             evicted.append(path)
         return evicted
+
+    def above_the_next(self, pool: int) -> Path | None:
+        """The last block in a durable pool on the path of the one that comes to it next."""
+        if not self.pools[pool].durable:
+            return None
+        for _, above in sorted(self.pools.items()):
+            queue = above.queue or above.sent_back
+            if above.below != pool or not queue or above.state.get(queue[0]) != RESIDENT:
+                continue
+            path = above.owner(queue[0])[:-1]
+            while len(path) > 1 and not self.pools[pool].present(path):
+                path = path[:-1]
+            if len(path) > 1:
+                return path
+        return None
 
     def keep_free(self, pool: int, count: int) -> list[Path]:
         evicted: list[Path] = []

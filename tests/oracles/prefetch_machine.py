@@ -54,7 +54,7 @@ class PrefetchModel(SlabModel):
                 plan = TransferModel(*way, [], [], [])
             if way != (plan.source, plan.target) or target.closed or len(plan.paths) == count:
                 break
-            if not self.add(plan, path, source):
+            if not self.offer(plan, path, source):
                 break
         assert not source, "more pages than there are"
         return self.start(plan, transfer)

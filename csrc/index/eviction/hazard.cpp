@@ -50,21 +50,66 @@ class Hazard final : public EvictionPolicy {
   explicit Hazard(uint64_t seed) : model_(seed) {}
 
   Use added(const BlockKey& key, const Use* parent, uint32_t stamp) override {
-    const Mark above = parent ? Mark::of(*parent) : Mark{.uses = 0};
-    Mark mark = above;
-    if (!above.fresh) {
-      // Its request has used the parent too; the uses of others count.
-      const uint32_t before = parent && parent->stamp >= stamp ? above.uses - 1 : above.uses;
-      mark = {.uses = 1, .hung_on = std::min<uint32_t>(std::bit_width(before), kHungOn - 1)};
-    }
-    mark.fresh = true;
+    const Mark above = parent ? Mark::of(*parent) : Mark{};
+    Mark mark = above.fresh ? above : hung_on(parent, stamp);
     if (model_.watches(key)) {
-      mark.uses = std::min(model_.uses(key) + 1, kUsesMax);
-      model_.use(key, stamp, mark.uses, mark.group());
+      const bool told = model_.last_use(key) >= stamp;  // when it was asked for
+      mark.uses = told ? model_.uses(key) : std::min(model_.uses(key) + 1, kUsesMax);
+      if (!told) model_.use(key, stamp, mark.uses, mark.group());
     }
     now_ = std::max(now_, stamp);
     return {stamp, mark.packed()};
   }
+
+  // Below a block of a path that is remembered none was used more often than that one. So a block
+  // whose uses are not remembered has at least those of the most used one below it.
+  std::vector<uint32_t> asked(std::span<const BlockKey> keys, const Use* parent,
+                              uint32_t stamp) override {
+    std::vector<Mark> marks;
+    marks.reserve(keys.size());
+    Mark mark = hung_on(parent, stamp);
+    for (const BlockKey& key : keys) {
+      if (model_.watches(key)) mark.uses = std::min(model_.uses(key) + 1, kUsesMax);
+      marks.push_back(mark);
+    }
+    uint32_t most = 1;
+    for (size_t i = keys.size(); i-- > 0;) {
+      if (model_.watches(keys[i])) most = std::max(most, marks[i].uses);
+      marks[i].uses = std::max(marks[i].uses, most);
+    }
+    std::vector<uint32_t> packed;
+    packed.reserve(keys.size());
+    for (size_t i = 0; i < keys.size(); ++i) {
+      if (model_.watches(keys[i])) model_.miss(keys[i], stamp, marks[i].uses, marks[i].group());
+      packed.push_back(marks[i].packed());
+    }
+    now_ = std::max(now_, stamp);
+    return packed;
+  }
+
+  void expected(Use& use, uint32_t mark) override {
+    Mark known = Mark::of(use);
+    if (!known.fresh) return;
+    known.uses = std::max(known.uses, Mark::of({.mark = mark}).uses);
+    use.mark = known.packed();
+  }
+
+  std::optional<float> worth(const Use& use) const override {
+    if (!model_.saw_returns()) return std::nullopt;
+    const uint32_t group = Mark::of(use).group();
+    const uint32_t age = now_ - std::min(now_, use.stamp);
+    if (age < 2) return model_.worth(group, 0);
+    const auto octave = static_cast<uint32_t>(std::bit_width(age)) - 1;
+    const float here = model_.worth(group, octave);
+    const float next = model_.worth(group, std::min(octave + 1, ReuseModel::kAges - 1));
+    return here + (next - here) * (static_cast<float>(age) / static_cast<float>(1U << octave) - 1);
+  }
+
+  void refused(uint8_t tier, const BlockKey& key) override {
+    if (model_.watches(key)) model_.refuse(key, tier);
+  }
+
+  Regret regret(uint8_t tier) const override { return model_.regret(tier); }
 
   Use restored(uint32_t stamp) const override { return {stamp, Mark{}.packed()}; }
 
@@ -115,6 +160,16 @@ class Hazard final : public EvictionPolicy {
   }
 
  private:
+  // Of a block that nobody remembers. Its request has used the parent too; the uses of others
+  // count.
+  static Mark hung_on(const Use* parent, uint32_t stamp) {
+    const uint32_t uses = parent ? Mark::of(*parent).uses : 0;
+    const uint32_t before = parent && parent->stamp >= stamp ? uses - 1 : uses;
+    return {.uses = 1,
+            .hung_on = std::min<uint32_t>(std::bit_width(before), kHungOn - 1),
+            .fresh = true};
+  }
+
   using Oldest = std::array<std::optional<EvictionOrder::Entry>, ReuseModel::kClasses>;
 
   static std::optional<EvictionOrder::Entry> least_recently_used(const Oldest& oldest) {

@@ -17,6 +17,7 @@
 #include <span>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "index/block_key.h"
 #include "index/life.h"
@@ -42,6 +43,14 @@ constexpr uint8_t rank_standing(uint8_t standing, bool held_below) {
   const bool last_copy = !held_below;
   return static_cast<uint8_t>(living << 7 | last_copy << 6 | standing);
 }
+
+// Of the refused blocks that a policy watches, by tier: how many there were, and how many of them
+// were asked for again before they were forgotten, and missed.
+struct Regret {
+  uint64_t watched = 0, regretted = 0;
+};
+
+constexpr uint8_t kNeverRefused = 0xFF;  // the standing of a newcomer that nothing outranks
 
 struct Queued {  // what a policy makes of a Use
   uint32_t queue = 0;
@@ -91,6 +100,20 @@ class EvictionPolicy {
   // A request used a block that the tree has.
   virtual void touched(const BlockKey& key, Use& use, uint32_t stamp) = 0;
 
+  // Admission: which blocks are worth a page. A request asked for these blocks below `parent`, and
+  // found none of them. The policy learns of it, whether they are stored or not, and says the mark
+  // that each would have; one that judges no block says nothing.
+  virtual std::vector<uint32_t> asked(std::span<const BlockKey>, const Use* /*parent*/,
+                                      uint32_t /*stamp*/) {
+    return {};
+  }
+  // A block that was just added is one that was asked for, and was given this mark.
+  virtual void expected(Use&, uint32_t /*mark*/) {}
+  // What a page is worth that has such a block, in the policy's own unit; none: it can't tell.
+  virtual std::optional<float> worth(const Use&) const { return std::nullopt; }
+  virtual void refused(uint8_t /*tier*/, const BlockKey&) {}
+  virtual Regret regret(uint8_t /*tier*/) const { return {}; }
+
   // By pool: pages come and go, and change their queue with their block's mark.
   virtual bool counts_pages() const { return false; }  // whether it wants to be told
   virtual void placed(PoolId, const BlockKey&, Use&) {}
@@ -116,7 +139,7 @@ class EvictionPolicy {
   virtual size_t metadata_bytes() const { return 0; }
 };
 
-// "lru", "arc", "s3fifo" or "hazard"; throws std::invalid_argument.
+// "lru", "arc", "s3fifo" or "hazard"; for tests "by_key". Throws std::invalid_argument.
 std::unique_ptr<EvictionPolicy> make_policy(std::string_view name, uint64_t seed);
 
 }  // namespace kvc2

@@ -61,12 +61,38 @@ static uint16_t tag_of(uint64_t hash) { return static_cast<uint16_t>(hash >> 40)
 // The hash's lower half, scaled to the number of sets.
 size_t ReuseModel::set_of(uint64_t hash) const { return (hash & 0xFFFFFFFF) * sets_.size() >> 32; }
 
-uint32_t ReuseModel::uses(const BlockKey& key) const {
+const ReuseModel::Entry* ReuseModel::find(const BlockKey& key) const {
   const uint64_t at = hash(key);
   for (const Entry& entry : sets_[set_of(at)]) {
-    if (entry.when != 0 && entry.tag == tag_of(at)) return entry.uses;
+    if (entry.when != 0 && entry.tag == tag_of(at)) return &entry;
   }
-  return 0;
+  return nullptr;
+}
+
+uint32_t ReuseModel::uses(const BlockKey& key) const {
+  const Entry* known = find(key);
+  return known ? known->uses : 0;
+}
+
+uint32_t ReuseModel::last_use(const BlockKey& key) const {
+  const Entry* known = find(key);
+  return known ? known->when : 0;
+}
+
+void ReuseModel::refuse(const BlockKey& key, uint8_t tier) {
+  tier = std::min<uint8_t>(tier, kTiers - 1);
+  auto* known = const_cast<Entry*>(find(key));
+  if (!known || (known->refused >> tier & 1) != 0) return;
+  known->refused = known->refused | 1U << tier;
+  ++regret_[tier].watched;
+}
+
+void ReuseModel::miss(const BlockKey& key, uint32_t now, uint32_t uses, uint32_t group) {
+  const Entry* known = find(key);
+  for (uint32_t tier = 0; known && tier < kTiers; ++tier) {
+    regret_[tier].regretted += known->refused >> tier & 1;
+  }
+  use(key, now, uses, group);
 }
 
 static uint32_t octaves_reached(uint32_t age) { return static_cast<uint32_t>(std::bit_width(age)); }
@@ -102,7 +128,7 @@ void ReuseModel::use(const BlockKey& key, uint32_t now, uint32_t uses, uint32_t 
   *entry = {.when = now_,
             .tag = tag_of(at),
             .uses = static_cast<uint8_t>(uses),
-            .group = static_cast<uint8_t>(group)};
+            .group = static_cast<uint8_t>(group & 7)};
   look_through(next_set_);
   next_set_ = (next_set_ + 1) % sets_.size();
   if (++taught_ == kLearnEvery) learn();

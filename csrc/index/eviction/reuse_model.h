@@ -23,11 +23,12 @@
 // seed.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <vector>
 
-#include "index/block_key.h"
+#include "index/eviction/policy.h"
 
 namespace kvc2 {
 
@@ -42,10 +43,15 @@ class ReuseModel {
   void forget();              // the clock was set back: waits that are open are dropped
 
   bool watches(const BlockKey& key) const;
-  uint32_t uses(const BlockKey& key) const;  // of a watched block, as far as is remembered
+  uint32_t uses(const BlockKey& key) const;      // of a watched block, as far as is remembered
+  uint32_t last_use(const BlockKey& key) const;  // 0: not remembered
   // A watched block is used, and waits from then on as one of `group`. A `now` before the latest
   // `now` counts as the latest.
   void use(const BlockKey& key, uint32_t now, uint32_t uses, uint32_t group);
+  // The same, where the block was not found; if it was refused before, that is regretted.
+  void miss(const BlockKey& key, uint32_t now, uint32_t uses, uint32_t group);
+  void refuse(const BlockKey& key, uint8_t tier);  // a watched block
+  Regret regret(uint8_t tier) const { return regret_[std::min<size_t>(tier, kTiers - 1)]; }
 
   float worth(uint32_t group, uint32_t octave) const { return worth_[group][octave]; }
   bool saw_returns() const { return saw_returns_; }  // until then worth() means nothing
@@ -54,11 +60,14 @@ class ReuseModel {
 
  private:
   static constexpr uint32_t kWays = 8;
+  static constexpr size_t kTiers = 5;
 
   struct Entry {  // the last use of one block; `when` is 0 where there is none
     uint32_t when = 0;
     uint16_t tag = 0;
-    uint8_t uses = 0, group = 0;
+    uint8_t uses = 0;
+    uint8_t group : 3 = 0;
+    uint8_t refused : 5 = 0;  // by which tiers, since it was used last
   };
   using Set = std::array<Entry, kWays>;
   template <typename T>
@@ -66,6 +75,7 @@ class ReuseModel {
 
   uint64_t hash(const BlockKey& key) const;
   size_t set_of(uint64_t hash) const;
+  const Entry* find(const BlockKey& key) const;
   void count_open(const Entry& entry, uint32_t seen);
   void look_through(size_t set);
   void learn();
@@ -82,6 +92,7 @@ class ReuseModel {
   uint64_t lessons_ = 0;
   Table<double> reached_{}, ended_{};  // waits, by the octave that they came to or ended in
   Table<float> worth_{};
+  std::array<Regret, kTiers> regret_{};
 };
 
 }  // namespace kvc2
