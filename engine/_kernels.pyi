@@ -70,11 +70,20 @@ def attend(
     block_tables: I32,
     output: Array,
     /,
+    *,
+    scale: float | None = None,
+    soft_cap: float = 0.0,
+    window: int = 0,
+    sinks: F32 | None = None,
 ) -> None:
-    """Causal attention of query [tokens, query_heads, head_dim], sequence after sequence.
+    """Causal attention of query [tokens, query_heads, key_size], sequence after sequence, to output
+    [tokens, query_heads, value_size].
 
-    Pages [num_pages, kv_heads, page_size, head_dim]; block_tables [sequences, max_pages]; a
-    sequence's queries are the last query_lens of its context_lens tokens.
+    Pages [num_pages, kv_heads, page_size, key_size or value_size]; values may be a part of keys
+    (`key_pages[..., :n]`). block_tables [sequences, max_pages]; a sequence's queries are the last
+    query_lens of its context_lens tokens. scale: of scores, 1 / sqrt(key_size) where it is None.
+    soft_cap c > 0: c * tanh(score / c). window w > 0: a query sees itself and w - 1 tokens before.
+    sinks [query_heads]: a logit more in each softmax, without a value.
     """
 
 def write(

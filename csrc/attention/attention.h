@@ -1,10 +1,11 @@
-// Attention over a paged pool. A page holds `page_size` tokens' K (or V) as [kv_heads, page_size,
-// head_dim]; query heads [g * n, (g + 1) * n) share KV head g.
+// Attention over a paged pool. A page holds `page_size` tokens' keys (or values) as [kv_heads,
+// page_size, size]; query heads [g * n, (g + 1) * n) share KV head g.
 //
-//   attend  each query sees its sequence's tokens up to its own position. Keys are taken in blocks
-//           of kBlock from position 0 on, with a running maximum and sum (arXiv 2205.14135), so a
-//           token's result has the same bits whatever the batch, the chunk or the threads.
-//   write   puts new tokens' K and V into their pages.
+//   attend  each query sees its sequence's tokens up to its own position, or the last `window` of
+//           them. Keys are taken in pieces of kPiece from position 0 on; each piece has a softmax
+//           of its own, and the pieces are merged in order (arXiv 2205.14135). So a token's result
+//           has the same bits whatever the batch, the chunk or the threads.
+//   write   puts new tokens' keys and values into their pages.
 //
 // Not responsible for which pages a sequence has. Different instruction sets round differently.
 #pragma once
@@ -17,46 +18,58 @@
 
 namespace kvc2::attention {
 
-// Enough to make the rescaling between blocks cheap, few enough to stay in the first cache.
-constexpr size_t kBlock = 128;
+// Part of the bits. Few enough that one long context feeds many threads, enough to make the merges
+// cheap beside the sums.
+constexpr size_t kPiece = 256;
 
 enum class Type { kFloat32, kBfloat16 };
 
-// One layer's K or V of all pages.
+// One layer's keys or values of all pages.
 struct Pages {
-  size_t pages, kv_heads, page_size, head_dim;
+  size_t pages, kv_heads, page_size;
+  size_t size;    // elements of a key, or of a value
+  size_t stride;  // elements from one to the next: more than `size` where values lie inside keys
+};
+
+// How scores are made of products; all of it may be left out.
+struct Scores {
+  float scale;
+  float soft_cap;      // c > 0: c * tanh(score / c) in the place of each score (arXiv 2408.00118)
+  size_t window;       // w > 0: a query sees itself and the w - 1 tokens before
+  const float* sinks;  // [query_heads], or null: a logit that takes weight and gives no value
 };
 
 struct Attend {
-  Type type;  // of query, key, value and output
-  Pages shape;
+  Type type;           // of query, key, value and output
+  Pages keys, values;  // that differ in size and stride at most
+  Scores scores;
   size_t query_heads, sequences, max_pages;
-  float scale;
-  const void* query;            // [tokens, query_heads, head_dim], sequence after sequence
-  const void* key;              // the pages of K
-  const void* value;            // and of V
+  const void* query;            // [tokens, query_heads, keys.size], sequence after sequence
+  const void* key;              // the pages of keys
+  const void* value;            // and of values
   const int32_t* query_lens;    // [sequences]
   const int32_t* context_lens;  // [sequences], with these queries: at least query_lens
   const int32_t* block_tables;  // [sequences, max_pages], each under `pages` where it is read
-  void* output;                 // as query
+  void* output;                 // [tokens, query_heads, values.size]
 };
 
 struct Kernels {
   void (*attend)(const Attend&, Workspace&);
 };
 
-// The kernels for an instruction set, which the machine must have. amx does bfloat16 whose
-// head_dim is a multiple of 32 in tiles, and leaves the rest to avx512.
+// The kernels for an instruction set, which the machine must have. What one has nothing of its own
+// for (float32 in pairs or tiles of bfloat16) it leaves to the one below.
 Kernels kernels(Isa isa);
 
-extern const Kernels kPortableKernels, kAvx2Kernels, kAvx512Kernels, kAmxKernels;
+extern const Kernels kPortableKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels,
+    kAmxKernels;
 
 struct Write {
   size_t element_bytes;
-  Pages shape;
+  Pages keys, values;
   size_t tokens;
-  const void* key;          // [tokens, kv_heads, head_dim]
-  const void* value;        // the same
+  const void* key;          // [tokens, kv_heads, keys.size]
+  const void* value;        // [tokens, kv_heads, values.size]
   const int64_t* page_ids;  // [tokens], each under `pages`
   const int64_t* offsets;   // [tokens], each under page_size
   void* key_pages;

@@ -9,7 +9,7 @@ namespace kvc2 {
 ThreadTeam::ThreadTeam(size_t threads) {
   KVC2_CHECK(threads >= 1, "a team of %zu threads", threads);
   others_.reserve(threads - 1);
-  for (size_t i = 1; i < threads; ++i) others_.emplace_back([this] { serve(); });
+  for (size_t i = 1; i < threads; ++i) others_.emplace_back([this, i] { serve(i); });
 }
 
 ThreadTeam::~ThreadTeam() {
@@ -25,7 +25,7 @@ void ThreadTeam::run(const Work& work) {
   const std::lock_guard call(calls_);
   next_.store(0, std::memory_order_relaxed);
   if (others_.empty() || work.items <= work.grain) {  // waking somebody costs more than one piece
-    take_pieces(work);
+    take_pieces(work, 0);
     return;
   }
   {
@@ -35,21 +35,21 @@ void ThreadTeam::run(const Work& work) {
     ++call_;
   }
   wake_.notify_all();
-  take_pieces(work);
+  take_pieces(work, 0);
   std::unique_lock lock(mutex_);
   open_ = false;
   idle_.wait(lock, [this] { return busy_ == 0; });
 }
 
-void ThreadTeam::take_pieces(const Work& work) {
+void ThreadTeam::take_pieces(const Work& work, size_t thread) {
   for (;;) {
     const size_t begin = next_.fetch_add(work.grain, std::memory_order_relaxed);
     if (begin >= work.items) return;
-    work.call(work.context, begin, std::min(begin + work.grain, work.items));
+    work.call(work.context, begin, std::min(begin + work.grain, work.items), thread);
   }
 }
 
-void ThreadTeam::serve() {
+void ThreadTeam::serve(size_t thread) {
   uint64_t served = 0;
   std::unique_lock lock(mutex_);
   for (;;) {
@@ -60,7 +60,7 @@ void ThreadTeam::serve() {
     ++busy_;
     const Work work = work_;
     lock.unlock();
-    take_pieces(work);
+    take_pieces(work, thread);
     lock.lock();
     if (--busy_ == 0) idle_.notify_one();
   }

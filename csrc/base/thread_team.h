@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 namespace kvc2 {
@@ -22,14 +23,20 @@ class ThreadTeam {
 
   size_t threads() const { return others_.size() + 1; }
 
-  // Calls body(begin, end) for pieces of at most `grain` that cover [0, items) once. Pieces are
-  // handed out in rising order, to whoever is free: items may differ in cost. All effects of the
-  // pieces are visible to the caller afterwards. Calls from several threads run one by one.
-  // `body` must not throw, and must not call the same team.
+  // Calls body(begin, end) for pieces of at most `grain` that cover [0, items) once; or body(begin,
+  // end, thread), the thread under threads() and the caller's 0, for one with memory for each.
+  // Pieces are handed out in rising order, to whoever is free: items may differ in cost. All
+  // effects of the pieces are visible to the caller afterwards. Calls from several threads run one
+  // by one. `body` must not throw, and must not call the same team.
   template <class Body>
   void parallel_for(size_t items, size_t grain, const Body& body) {
-    const Work work{[](const void* context, size_t begin, size_t end) {
-                      (*static_cast<const Body*>(context))(begin, end);
+    const Work work{[](const void* context, size_t begin, size_t end, size_t thread) {
+                      const Body& known = *static_cast<const Body*>(context);
+                      if constexpr (std::is_invocable_v<const Body&, size_t, size_t, size_t>) {
+                        known(begin, end, thread);
+                      } else {
+                        known(begin, end);
+                      }
                     },
                     &body, items, grain == 0 ? 1 : grain};
     run(work);
@@ -37,14 +44,14 @@ class ThreadTeam {
 
  private:
   struct Work {
-    void (*call)(const void* context, size_t begin, size_t end);
+    void (*call)(const void* context, size_t begin, size_t end, size_t thread);
     const void* context;
     size_t items, grain;
   };
 
   void run(const Work& work);
-  void take_pieces(const Work& work);
-  void serve();
+  void take_pieces(const Work& work, size_t thread);
+  void serve(size_t thread);
 
   std::mutex calls_;  // held for a whole call
   std::mutex mutex_;  // guards what follows, up to stop_

@@ -2,7 +2,10 @@
 // bfloat16. A wrong dtype or shape is a ValueError that names the argument.
 #include "attention/attention.h"
 
+#include <pybind11/stl.h>
+
 #include <cmath>
+#include <optional>
 
 #include "bindings/kernels.h"
 
@@ -10,9 +13,25 @@ namespace py = pybind11;
 namespace kvc2 {
 namespace {
 
-attention::Pages shape_of(const py::array& pages) {
-  check_array(pages, "key_pages", pages.dtype(), {-1, -1, -1, -1});
-  return {size(pages.shape(0)), size(pages.shape(1)), size(pages.shape(2)), size(pages.shape(3))};
+// Pages as an array has them; what lies between one key (or value) and the next may be others'.
+attention::Pages pages_of(const py::array& pages, const char* name) {
+  const std::string argument(name);
+  if (pages.ndim() != 4) throw py::value_error(argument + " has a wrong shape");
+  const auto element = pages.itemsize(), row = pages.strides(2);
+  const bool in_order = pages.strides(3) == element && row % element == 0 &&
+                        row >= pages.shape(3) * element &&
+                        pages.strides(1) == pages.shape(2) * row &&
+                        pages.strides(0) == pages.shape(1) * pages.strides(1);
+  if (!in_order) throw py::value_error(argument + " is not contiguous");
+  return {size(pages.shape(0)), size(pages.shape(1)), size(pages.shape(2)), size(pages.shape(3)),
+          size(row / element)};
+}
+
+void check_values(const py::array& values, const py::array& keys) {
+  if (!values.dtype().is(keys.dtype())) throw py::value_error("value_pages has another dtype");
+  for (int i = 0; i < 3; ++i) {
+    if (values.shape(i) != keys.shape(i)) throw py::value_error("value_pages has a wrong shape");
+  }
 }
 
 // What a step's layers share: how long each sequence is, and where its pages are.
@@ -45,31 +64,59 @@ void check_sequences(const Sequences& s, const attention::Pages& shape, py::ssiz
   }
 }
 
-void attend(Workbench& workbench, const py::array& query, const py::array& key,
-            const py::array& value, const Sequences& sequences, py::array& output) {
-  const attention::Pages shape = shape_of(key);
-  check_array(value, "value_pages", key.dtype(),
-              {key.shape(0), key.shape(1), key.shape(2), key.shape(3)});
-  check_array(query, "query", key.dtype(), {-1, -1, key.shape(3)});
-  check_array(output, "output", key.dtype(), {query.shape(0), query.shape(1), query.shape(2)});
-  if (shape.kv_heads == 0 || size(query.shape(1)) % shape.kv_heads != 0) {
+// As attention::Scores; no scale: 1 / sqrt(size of a key).
+struct Options {
+  const std::optional<float>& scale;
+  float soft_cap;
+  int64_t window;
+  const std::optional<ArrayOf<float>>& sinks;
+};
+
+attention::Scores scores_of(const Options& options, size_t key_size, py::ssize_t query_heads) {
+  if (!(options.soft_cap >= 0)) throw py::value_error("soft_cap must not be negative");
+  if (options.window < 0) throw py::value_error("window must not be negative");
+  const float plain = 1.0f / std::sqrt(static_cast<float>(key_size));
+  attention::Scores scores{options.scale.value_or(plain), options.soft_cap,
+                           static_cast<size_t>(options.window), nullptr};
+  if (options.sinks) {
+    check_array(*options.sinks, "sinks", options.sinks->dtype(), {query_heads});
+    scores.sinks = options.sinks->data();
+  }
+  return scores;
+}
+
+struct Operands {
+  const py::array& query;
+  const py::array& key;
+  const py::array& value;
+  py::array& output;
+};
+
+void attend(Workbench& workbench, const Operands& x, const Sequences& sequences,
+            const Options& options) {
+  attention::Attend call{};
+  call.keys = pages_of(x.key, "key_pages");
+  call.values = pages_of(x.value, "value_pages");
+  check_values(x.value, x.key);
+  check_array(x.query, "query", x.key.dtype(), {-1, -1, x.key.shape(3)});
+  check_array(x.output, "output", x.key.dtype(),
+              {x.query.shape(0), x.query.shape(1), x.value.shape(3)});
+  if (call.keys.kv_heads == 0 || size(x.query.shape(1)) % call.keys.kv_heads != 0) {
     throw py::value_error("query must have a multiple of the pages' heads");
   }
-  check_sequences(sequences, shape, query.shape(0));
-  attention::Attend call{};
-  call.type = key.itemsize() == 4 ? attention::Type::kFloat32 : attention::Type::kBfloat16;
-  call.shape = shape;
-  call.query_heads = size(query.shape(1));
+  check_sequences(sequences, call.keys, x.query.shape(0));
+  call.type = x.key.itemsize() == 4 ? attention::Type::kFloat32 : attention::Type::kBfloat16;
+  call.scores = scores_of(options, call.keys.size, x.query.shape(1));
+  call.query_heads = size(x.query.shape(1));
   call.sequences = size(sequences.query_lens.size());
   call.max_pages = size(sequences.block_tables.shape(1));
-  call.scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim));
-  call.query = query.data();
-  call.key = key.data();
-  call.value = value.data();
+  call.query = x.query.data();
+  call.key = x.key.data();
+  call.value = x.value.data();
   call.query_lens = sequences.query_lens.data();
   call.context_lens = sequences.context_lens.data();
   call.block_tables = sequences.block_tables.data();
-  call.output = output.mutable_data();
+  call.output = x.output.mutable_data();
   const py::gil_scoped_release released;
   const std::lock_guard lock(workbench.mutex);
   attention::kernels(workbench.isa).attend(call, workbench.workspace);
@@ -82,12 +129,12 @@ struct Places {
 
 void write(const py::array& key, const py::array& value, const Places& places, py::array& key_pages,
            py::array& value_pages) {
-  const attention::Pages shape = shape_of(key_pages);
+  const attention::Pages keys = pages_of(key_pages, "key_pages");
+  const attention::Pages values = pages_of(value_pages, "value_pages");
   const auto tokens = key.ndim() > 0 ? key.shape(0) : 0;
-  check_array(value_pages, "value_pages", key_pages.dtype(),
-              {key_pages.shape(0), key_pages.shape(1), key_pages.shape(2), key_pages.shape(3)});
+  check_values(value_pages, key_pages);
   check_array(key, "key", key_pages.dtype(), {-1, key_pages.shape(1), key_pages.shape(3)});
-  check_array(value, "value", key_pages.dtype(), {tokens, key.shape(1), key.shape(2)});
+  check_array(value, "value", key_pages.dtype(), {tokens, key.shape(1), value_pages.shape(3)});
   check_array(places.page_ids, "page_ids", places.page_ids.dtype(), {tokens});
   check_array(places.offsets, "offsets", places.offsets.dtype(), {tokens});
   for (py::ssize_t i = 0; i < tokens; ++i) {
@@ -97,7 +144,8 @@ void write(const py::array& key, const py::array& value, const Places& places, p
     }
   }
   const attention::Write call{size(key.itemsize()),
-                              shape,
+                              keys,
+                              values,
                               size(tokens),
                               key.data(),
                               value.data(),
@@ -114,13 +162,19 @@ void write(const py::array& key, const py::array& value, const Places& places, p
 
 void bind_attention(pybind11::module_& module) {
   using namespace kvc2;
-  module.def("attend", [](Workbench& workbench, const py::array& query, const py::array& key_pages,
-                          const py::array& value_pages, const ArrayOf<int32_t>& query_lens,
-                          const ArrayOf<int32_t>& context_lens,
-                          const ArrayOf<int32_t>& block_tables, py::array& output) {
-    attend(workbench, query, key_pages, value_pages, {query_lens, context_lens, block_tables},
-           output);
-  });
+  module.def(
+      "attend",
+      [](Workbench& workbench, const py::array& query, const py::array& key_pages,
+         const py::array& value_pages, const ArrayOf<int32_t>& query_lens,
+         const ArrayOf<int32_t>& context_lens, const ArrayOf<int32_t>& block_tables,
+         py::array& output, const std::optional<float>& scale, float soft_cap, int64_t window,
+         const std::optional<ArrayOf<float>>& sinks) {
+        attend(workbench, {query, key_pages, value_pages, output},
+               {query_lens, context_lens, block_tables}, {scale, soft_cap, window, sinks});
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+      py::pos_only(), py::kw_only(), py::arg("scale") = py::none(), py::arg("soft_cap") = 0.0f,
+      py::arg("window") = 0, py::arg("sinks") = py::none());
   module.def("write",
              [](const py::array& key, const py::array& value, const ArrayOf<int64_t>& page_ids,
                 const ArrayOf<int64_t>& offsets, py::array& key_pages, py::array& value_pages) {
