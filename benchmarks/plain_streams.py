@@ -42,15 +42,16 @@ class PlainStreams(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     async def _read(
         self, request: cache_pb2.ReadRequest, context: Any
     ) -> AsyncIterator[cache_pb2.ReadResponse]:
-        for block in range(self._blocks):
-            for offset in range(0, self._payload_bytes, MESSAGE_BYTES):
-                end = min(offset + MESSAGE_BYTES, self._payload_bytes)
-                start = block * self._payload_bytes
+        size, several = self._payload_bytes, max(1, MESSAGE_BYTES // self._payload_bytes)
+        for block in range(0, self._blocks, several):
+            start, stop = block * size, min(block + several, self._blocks) * size
+            for at in range(start, stop, MESSAGE_BYTES):
+                end = min(at + MESSAGE_BYTES, stop)
                 yield cache_pb2.ReadResponse(
                     block=block,
-                    offset=offset,
-                    payload=bytes(self._memory[start + offset : start + end]),
-                    checksum=bytes(16) if end == self._payload_bytes else b"",
+                    offset=at - start,
+                    payload=bytes(self._memory[at:end]),
+                    checksum=bytes(16 * several) if end == stop else b"",
                 )
 
     async def _write(

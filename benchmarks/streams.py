@@ -82,8 +82,9 @@ class Plain:
         stub(self._messages())
 
     def _messages(self) -> Iterator[cache_pb2.WriteRequest]:
-        for block, row in enumerate(self._payloads):
-            payload = row.data
+        several = max(1, plain_streams.MESSAGE_BYTES // self._payloads.shape[1])
+        for block in range(0, len(self._payloads), several):
+            payload = self._payloads[block : block + several].reshape(-1).data
             for offset in range(0, len(payload), plain_streams.MESSAGE_BYTES):
                 part = payload[offset : offset + plain_streams.MESSAGE_BYTES]
                 last = offset + len(part) == len(payload)
@@ -91,7 +92,7 @@ class Plain:
                     block=block,
                     offset=offset,
                     payload=bytes(part),
-                    checksum=bytes(16) if last else b"",
+                    checksum=bytes(16 * several) if last else b"",
                 )
 
     def read(self, into: NDArray[np.uint8]) -> None:
@@ -100,9 +101,10 @@ class Plain:
             request_serializer=cache_pb2.ReadRequest.SerializeToString,
             response_deserializer=cache_pb2.ReadResponse.FromString,
         )
+        memory = into.reshape(-1).data
         for each in stub(cache_pb2.ReadRequest()):
-            row = into[each.block].data
-            row[each.offset : each.offset + len(each.payload)] = each.payload
+            at = each.block * into.shape[1] + each.offset
+            memory[at : at + len(each.payload)] = each.payload
 
     def close(self) -> None:
         self._channel.close()

@@ -5,6 +5,7 @@ Not here: leases, which `Client` opens and releases, and shared memory (memory.p
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from kvc2.client.client import Client
 from kvc2.client.connection import NamespaceHandle
 from kvc2.client.keeper import raised
 from kvc2.v1 import cache_pb2
-from kvc2.wire import packed, with_payload
+from kvc2.wire import packed, parts_of, with_payload
 
 MESSAGE_BYTES = 1 << 20  # of a payload, at most
 STREAM_S = 60.0  # how long a stream may take
@@ -120,34 +121,48 @@ def _received(stream: Iterable[Any], into: NDArray[np.uint8]) -> list[int]:
     memory = into.data.cast("B") if into.size else memoryview(b"")
     blocks: list[int] = []
     at = 0
-    for message in stream:
+    for part in (part for message in stream for part in parts_of(message, payload_bytes)):
         if len(blocks) == rows:
             raise errors.InvalidRequest("into", f"{rows} rows", "one for each block that comes")
-        end = at + len(message.payload)
-        if (
-            message.offset != at
-            or end > payload_bytes
-            or (message.checksum and end < payload_bytes)
-        ):
+        end = at + len(part.payload)
+        if part.offset != at or end > payload_bytes or (part.checksum and end < payload_bytes):
             told = f"rows of {payload_bytes} bytes"
             raise errors.InvalidRequest("into", told, "rows of the layout's payload_bytes")
         start = len(blocks) * payload_bytes
-        memory[start + at : start + end] = message.payload
+        memory[start + at : start + end] = part.payload
         at = end
-        if message.checksum:
+        if part.checksum:
             at = 0
-            if _core.xxh3_128(memory[start : start + payload_bytes]) == message.checksum:
-                blocks.append(message.block)
+            if _core.xxh3_128(memory[start : start + payload_bytes]) == part.checksum:
+                blocks.append(part.block)
     return blocks
 
 
 def _messages(first: cache_pb2.WriteRequest, payloads: Sequence[Buffer]) -> Iterator[bytes]:
     yield first.SerializeToString()
-    for block, each in enumerate(payloads, first.commit.first_block):
-        payload = memoryview(each).cast("B")
-        for offset in range(0, len(payload), MESSAGE_BYTES):
-            part = payload[offset : offset + MESSAGE_BYTES]
-            head = cache_pb2.WriteRequest(block=block, offset=offset)
-            if offset + len(part) == len(payload):
-                head.checksum = _core.xxh3_128(payload)
-            yield with_payload(head, "payload", part)
+    block = first.commit.first_block
+    for each in _grouped([memoryview(each).cast("B") for each in payloads]):
+        if len(each) > 1:
+            checksums = b"".join(_core.xxh3_128(payload) for payload in each)
+            head = cache_pb2.WriteRequest(block=block, checksum=checksums)
+            yield with_payload(head, "payload", *each)
+        else:
+            yield from _parts(block, each[0])
+        block += len(each)
+
+
+def _grouped(payloads: list[memoryview]) -> Iterator[list[memoryview]]:
+    """Of one size, and so many as go into one message; at least one."""
+    for size, alike in itertools.groupby(payloads, len):
+        several = max(1, MESSAGE_BYTES // max(1, size))
+        while group := list(itertools.islice(alike, several)):
+            yield group
+
+
+def _parts(block: int, payload: memoryview) -> Iterator[bytes]:
+    for offset in range(0, len(payload), MESSAGE_BYTES):
+        part = payload[offset : offset + MESSAGE_BYTES]
+        head = cache_pb2.WriteRequest(block=block, offset=offset)
+        if offset + len(part) == len(payload):
+            head.checksum = _core.xxh3_128(payload)
+        yield with_payload(head, "payload", part)

@@ -26,7 +26,7 @@ from kvc2.server import checks
 from kvc2.server.callers import Callers, UnderWay
 from kvc2.server.commits import Commits
 from kvc2.v1 import cache_pb2
-from kvc2.wire import with_payload
+from kvc2.wire import Part, parts_of, with_payload
 
 MESSAGE_BYTES = 1 << 20  # of a payload
 SILENT_S = 10.0  # a client that sends nothing for longer holds neither pages nor pins
@@ -61,8 +61,9 @@ class Streams:
         blocks, starts = self._asked(lease, request)
         memory = self._cache.arena.memory.data
         size = lease.to.pools.shape.payload_bytes
-        for block, start in zip(blocks.tolist(), starts.tolist(), strict=True):
-            await sender.send(block, memory[start : start + size])
+        for first, end in grouped(blocks, max(1, MESSAGE_BYTES // size)):
+            payloads = [memory[start : start + size] for start in starts[first:end].tolist()]
+            await sender.send(int(blocks[first]), payloads)
 
     def _asked(
         self, lease: OpenLease, request: cache_pb2.ReadRequest
@@ -163,20 +164,28 @@ class Sender:
         self._context = context
         self._life = life
 
-    async def send(self, block: int, payload: memoryview) -> None:
-        """It stays where it is while its lease is open; what was copied counts if it still is."""
-        checksum = await hash_of(payload)
+    async def send(self, block: int, payloads: list[memoryview]) -> None:
+        """A block, or several that are one message. They stay where they are while their lease is
+        open; what was copied counts if it still is."""
+        checksum = b"".join([await hash_of(each) for each in payloads])
+        if len(payloads) > 1:
+            await self._write(cache_pb2.ReadResponse(block=block, checksum=checksum), payloads)
+            return
+        payload = payloads[0]
         for offset in range(0, len(payload), MESSAGE_BYTES):
             part = payload[offset : offset + MESSAGE_BYTES]
             head = cache_pb2.ReadResponse(block=block, offset=offset)
             if offset + len(part) == len(payload):
                 head.checksum = checksum
-            message = with_payload(head, "payload", part)
-            self._life.check()
-            try:
-                await self._context.write(message)
-            except grpc.aio.BaseError:  # its client has gone
-                raise asyncio.CancelledError from None
+            await self._write(head, [part])
+
+    async def _write(self, head: cache_pb2.ReadResponse, payload: list[memoryview]) -> None:
+        message = with_payload(head, "payload", *payload)
+        self._life.check()
+        try:
+            await self._context.write(message)
+        except grpc.aio.BaseError:  # its client has gone
+            raise asyncio.CancelledError from None
 
 
 class Receiver:
@@ -216,33 +225,59 @@ class Receiver:
         self._patience.reschedule(None)
 
 
+class Parts:
+    """What the messages of a Write have of its blocks, one after the other."""
+
+    def __init__(self, receiver: Receiver, payload_bytes: int) -> None:
+        self._receiver = receiver
+        self._payload_bytes = payload_bytes
+        self._parts: Iterator[Part] = iter(())
+
+    async def next(self) -> Part | None:
+        """None: the stream has ended."""
+        if (part := next(self._parts, None)) is not None:
+            return part
+        message = await self._receiver.next()
+        if message is None:
+            return None
+        for name in ("session", "commit"):
+            if message.HasField(name):
+                raise errors.InvalidRequest(name, "set", "only in the first message")
+        if len(message.payload) > MESSAGE_BYTES:
+            told = f"{len(message.payload)} bytes"
+            raise errors.InvalidRequest("payload", told, f"at most {MESSAGE_BYTES}")
+        self._parts = parts_of(message, self._payload_bytes)
+        return next(self._parts)
+
+
 async def receive(written: WrittenBlocks, receiver: Receiver, life: Life) -> None:
     """Blocks, until all have come or there is no room. Raises InvalidRequest for a stream that ends
     before, and for one that goes on."""
+    parts = Parts(receiver, written.payload_bytes)
     while not written.is_whole:
         life.check()
         page = written.begin()
         if page is None:
             return
-        await receive_block(page, written.block, receiver, life)
+        await receive_block(page, written.block, parts, life)
         written.commit()
-    if await receiver.next() is not None:
+    if await parts.next() is not None:
         told = f"more than {written.results.size} blocks"
         raise errors.InvalidRequest("block", told, f"{written.results.size}, as `commit` says")
 
 
-async def receive_block(page: memoryview, block: int, receiver: Receiver, life: Life) -> None:
+async def receive_block(page: memoryview, block: int, parts: Parts, life: Life) -> None:
     """Into a page. Raises InvalidRequest unless it comes whole, in order, and as it was sent."""
     at, told = 0, b""
     while at < len(page):
-        message = await receiver.next()
+        part = await parts.next()
         life.check()
-        if message is None:
+        if part is None:
             raise errors.InvalidRequest("block", "nothing", f"{block}, whole: the stream ended")
-        size = len(message.payload)
-        check_next(message, block, at, len(page))
-        page[at : at + size] = message.payload
-        at, told = at + size, message.checksum
+        check_next(part, block, at, len(page))
+        size = len(part.payload)
+        page[at : at + size] = part.payload
+        at, told = at + size, part.checksum
         if told and at < len(page):
             raise errors.InvalidRequest("checksum", told, "only in a block's last message")
     checksum = await hash_of(page)
@@ -252,18 +287,25 @@ async def receive_block(page: memoryview, block: int, receiver: Receiver, life: 
         raise errors.InvalidRequest("checksum", told, allowed)
 
 
-def check_next(message: cache_pb2.WriteRequest, block: int, at: int, payload_bytes: int) -> None:
-    """Whether a message of a Write goes on at byte `at` of a block."""
-    for name in ("session", "commit"):
-        if message.HasField(name):
-            raise errors.InvalidRequest(name, "set", "only in the first message")
-    if message.block != block:
-        raise errors.InvalidRequest("block", message.block, f"{block}, the next one")
-    if message.offset != at:
-        raise errors.InvalidRequest("offset", message.offset, f"{at}, where the last one ended")
+def check_next(part: Part, block: int, at: int, payload_bytes: int) -> None:
+    """Whether a Write goes on so at byte `at` of a block."""
+    if part.block != block:
+        raise errors.InvalidRequest("block", part.block, f"{block}, the next one")
+    if part.offset != at:
+        raise errors.InvalidRequest("offset", part.offset, f"{at}, where the last one ended")
     most = min(MESSAGE_BYTES, payload_bytes - at)
-    if not 1 <= len(message.payload) <= most:
-        raise errors.InvalidRequest("payload", f"{len(message.payload)} bytes", f"1 to {most}")
+    if not 1 <= len(part.payload) <= most:
+        allowed = f"1 to {most}, or whole blocks with a hash each"
+        raise errors.InvalidRequest("payload", f"{len(part.payload)} bytes", allowed)
+
+
+def grouped(blocks: np.ndarray[Any, Any], most: int) -> Iterator[tuple[int, int]]:
+    """Where runs of at most so many successive numbers begin and end."""
+    begin = 0
+    for end in range(1, blocks.size + 1):
+        if end == blocks.size or blocks[end] != blocks[end - 1] + 1 or end - begin == most:
+            yield begin, end
+            begin = end
 
 
 async def hash_of(payload: memoryview) -> bytes:

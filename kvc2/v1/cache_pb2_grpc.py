@@ -362,7 +362,8 @@ class CacheServicer:
 
     def Read(self, request, context):
         """Read streams the payloads of a lease's blocks to a client without shared memory. Each block comes in
-        messages of at most 1 MiB, in order, and its last one has the hash of the whole. Cancel it to stop. A
+        messages of at most 1 MiB, in order, and its last one has the hash of the whole; small ones come several
+        to a message. Cancel it to stop. A
         lease that is released meanwhile ends it with NOT_FOUND, a session that ends with FAILED_PRECONDITION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -341,6 +341,48 @@ def test_half_a_stream_is_no_block(tmp_path: Path) -> None:
         assert hand.begin(iter([hand.first, *whole])).result().results == bytes([1] * BLOCKS)
 
 
+def several(hand: Hand, first: int, end: int, **changes: Any) -> pb.WriteRequest:
+    """Whole blocks in one message."""
+    each = [hand.message(block) for block in range(first, end)]
+    values = {
+        "payload": b"".join(message.payload for message in each),
+        "checksum": b"".join(message.checksum for message in each),
+    }
+    return pb.WriteRequest(block=first, **{**values, **changes})
+
+
+def test_a_message_may_hold_several_blocks_and_those_before_a_bad_one_stay(tmp_path: Path) -> None:
+    with remote(tmp_path) as (served, one), Hand(served, one) as hand:
+        right = several(hand, 1, 4)
+        wrong = right.checksum[:16] + bytes(16) + right.checksum[32:]
+        status, said = hand.refusal(
+            hand.first, hand.message(0), several(hand, 1, 4, checksum=wrong)
+        )
+        assert (status, "block 2" in said) == ("INVALID_ARGUMENT", True), said
+        assert one.found(1) == 2
+        for bad, words in (
+            (several(hand, 1, 4, checksum=right.checksum[:-1]), "payload = '6144 bytes'"),
+            (several(hand, 1, 4, payload=right.payload[:-1]), "payload = '6143 bytes'"),
+            (several(hand, 1, 4, offset=8), "offset = 8: 0"),
+            (several(hand, 2, 4), "block = 2: 1, the next one"),
+            (several(hand, 1, 5), "more than 4 blocks"),
+        ):
+            status, said = hand.refusal(hand.first, hand.message(0), bad)
+            assert (status, words in said) == ("INVALID_ARGUMENT", True), said
+        nothing_is_held(served)
+        call = hand.begin(iter([hand.first, hand.message(0), right]))
+        assert call.result().results == bytes([1] * BLOCKS)
+
+
+def test_small_blocks_are_read_several_to_a_message(tmp_path: Path) -> None:
+    with remote(tmp_path) as (served, one), Hand(served, one) as hand:
+        one.store(1)
+        one.lease(b"a", 1)
+        (message,) = hand.read(b"a")
+        assert (message.block, message.payload) == (0, one.payloads(1).tobytes())
+        assert message.checksum == several(hand, 0, BLOCKS).checksum
+
+
 COMMIT_FIELDS = set(pb.LeaseCommit.DESCRIPTOR.fields_by_name)
 FIRST = {
     "no session": ({"session": pb.SessionRef()}, "FAILED_PRECONDITION", "session"),
