@@ -37,7 +37,7 @@ Transfers::Tried Transfers::try_add(Plan& plan, Place at, const How& how) {
   Given given;
   if (!how.sent_back || may_return(at, plan.target)) {
     const auto state = PageState::kInFlight;
-    if (how.judged) {
+    if (how.judged && full) {  // else there is nobody to give way
       given = evictor_.offer(plan.target, state, newcomer(at, plan.target), 0, how.ahead);
     } else {
       given.page = evictor_.allocate(plan.target, state, tenant);
