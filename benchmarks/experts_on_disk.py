@@ -1,19 +1,30 @@
-"""Experts on disk: what memory keeps of them.
+"""Experts on disk: what memory keeps, and tokens a second against mmap and the page cache.
 
 Hit rates: routings of `benchmarks.routings` on seeds that nothing was chosen on, one request that
 decodes; peers LRU, limit Belady's, which knows the future. They count what is there when a layer
 begins, without reading ahead.
+
+Serving: 16 layers of 64 experts with random weights, --gb in all, which one decoding request
+chooses by those routings. Ours: the engine's store, with memory for --part of them, and no guesses.
+Peer: the same kernels on the mapped file (what llama.cpp does). Each runs in a memory cgroup of the
+same limit, by turns. Limit of the reads: plain O_DIRECT of 1 MiB, as many at a time.
+Example: python -m benchmarks.experts_on_disk --gb 2 --folder DIR (on the disk to be measured)
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import report
+from benchmarks import expert_file, report
 from benchmarks.routings import Shape, Text
 from engine.experts.store import Turns
 
@@ -113,7 +124,7 @@ class Belady:
 
 def hit_rates(repeats: int) -> list[report.Row]:
     shape = Shape()
-    steps = [needed(Text(SEEDS + seed, shape), 512) for seed in range(repeats)]
+    steps = [needed(Text(SEEDS + seed, shape), 256) for seed in range(repeats)]
     rows = []
     for part in (0.1, 0.25, 0.5, 0.75):
         capacity = round(part * shape.layers * shape.experts)
@@ -132,9 +143,84 @@ def hit_rates(repeats: int) -> list[report.Row]:
     return rows
 
 
+BASE_BYTES = 400_000_000  # a process with torch and its buffers, beside the experts
+CGROUPS = Path("/sys/fs/cgroup/memory")
+
+
+def in_cgroup(limit_bytes: int, command: list[str]) -> dict[str, float] | report.Absent:
+    """What the command prints, run in a memory cgroup (v1) of its own."""
+    group = CGROUPS / f"kvc2-experts-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(limit_bytes))
+    except OSError as error:
+        return report.Absent(f"no memory cgroup: {error.strerror}")
+    try:
+        entered = f'echo $$ > {group}/cgroup.procs; exec "$@"'
+        done = subprocess.run(
+            ["sh", "-c", entered, "sh", *command], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            return report.Absent(f"exit {done.returncode}: {done.stderr[-300:]}")
+        found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        return found
+    finally:
+        group.rmdir()  # the process has ended
+
+
+def served(folder: Path, total_bytes: float, part: float, repeats: int) -> list[report.Row]:
+    path = folder / "experts.bin"
+    expert_file.write(path, expert_file.size_of(total_bytes))
+    places = int(part * expert_file.LAYERS * expert_file.EXPERTS)
+    limit = BASE_BYTES + int(part * path.stat().st_size)
+    command = [sys.executable, "-m", "benchmarks.expert_file"]
+    found: dict[str, list[dict[str, float]]] = {"ours": [], "mmap": []}
+    plain = []
+    try:
+        for _ in range(repeats):
+            plain.append(expert_file.plain_reads(path))
+            for way, samples in found.items():
+                told = in_cgroup(limit, [*command, way, str(path), str(places)])
+                if isinstance(told, report.Absent):
+                    raise SystemExit(f"{way} did not run: {told.reason}")
+                samples.append(told)
+    finally:
+        path.unlink()
+        path.with_suffix(".json").unlink()
+    rates = {way: [each["tokens_per_s"] for each in samples] for way, samples in found.items()}
+    tokens = expert_file.WARM_TOKENS + expert_file.TOKENS
+    for each in found["ours"]:
+        used = each["memory_hits"] + each["memory_misses"]
+        each["hit"] = 100 * each["memory_hits"] / used
+        each["read"] = each["read_bytes"] / tokens * each["tokens_per_s"] / 1e9
+    name = f"{total_bytes / 1e9:.0f} GB of experts, {part:.0%} in memory"
+    peers = {"mmap": float(np.median(rates["mmap"]))}
+    ours = found["ours"]
+    reads = float(np.median(plain))
+    return [
+        report.row(f"{name}: decode", "tokens/s", "higher", rates["ours"], peers=peers),
+        report.row(f"{name}: hits", "%", "higher", [each["hit"] for each in ours]),
+        report.row(
+            f"{name}: reads, warm-up in the mean",
+            "GB/s",
+            "higher",
+            [each["read"] for each in ours],
+            limit=reads,
+            limit_name="plain O_DIRECT",
+        ),
+    ]
+
+
 def main() -> None:
-    options = report.parser(__doc__ or "", repeats=3).parse_args()
-    report.finish("Experts on disk", hit_rates(options.repeats), options.json)
+    parser = report.parser(__doc__ or "", repeats=3)
+    parser.add_argument("--folder", type=Path, help="where the experts lie; without it no serving")
+    parser.add_argument("--gb", type=float, default=2.0, help="of experts, 10^9 bytes")
+    parser.add_argument("--part", type=float, default=1 / 3, help="of them in memory")
+    options = parser.parse_args()
+    rows = hit_rates(options.repeats)
+    if options.folder is not None:
+        rows += served(options.folder, options.gb * 1e9, options.part, options.repeats)
+    report.finish("Experts on disk", rows, options.json)
 
 
 if __name__ == "__main__":
