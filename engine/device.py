@@ -6,7 +6,6 @@ Not responsible for the kernels themselves (kernels, layers, attention/).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from engine import kernels, layers
 from engine.attention.base import Attention, KvPool
 from engine.attention.cpu import CpuAttention
 from engine.attention.flashinfer import FlashInferAttention
+from kvc2.host import machine
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Device:
 def set_threads(threads: int) -> None:
     """How many CPU threads load the weights, and how many `claim_threads` takes later; 0: one a
     core."""
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_num_threads(threads or machine.cpus())
 
 
 CPU = Device(

@@ -76,7 +76,10 @@ class EngineConfig:
             shown="chunk size + max running, which is the least",
         ),
     ] = None
-    threads: Annotated[int, Flag("CPU threads of the kernels; 0: one a core.", at_least(0))] = 0
+    threads: Annotated[
+        int,
+        Flag("CPU threads of the kernels; 0: one a CPU that cpuset and cgroup allow.", at_least(0)),
+    ] = 0
     num_gpu_experts: Annotated[
         int | None,
         Flag(

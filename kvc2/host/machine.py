@@ -1,10 +1,11 @@
-"""How much memory and disk there is for this process: the machine's, or what a cgroup leaves of it.
+"""How much memory, disk and CPU there is for this process: the machine's, or what a cgroup leaves.
 
 Not responsible for what anybody takes of it; the engine asks here too.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -41,6 +42,13 @@ def memory(root: Path = Path("/")) -> Room:
 def available_memory_bytes(root: Path = Path("/")) -> int:
     """What this process could still take."""
     return memory(root).available_bytes
+
+
+def cpus(root: Path = Path("/")) -> int:
+    """How many threads can run at the same time: the CPUs that this process may use, or as many as
+    its cgroup's quota pays for, a started one counted. At least 1."""
+    allowed = len(os.sched_getaffinity(0))
+    return max(1, min([allowed, *(math.ceil(each) for each in _cgroup_cpus(root))]))
 
 
 def disk(path: Path, own: Path) -> Room:
@@ -83,7 +91,33 @@ def _kilobytes(meminfo: str, name: str) -> int:
 
 
 def _cgroup_limits(root: Path) -> list[tuple[str, int, int]]:
-    """(folder, limit, used) of every cgroup above this process that has a limit."""
+    """(folder, limit, used) of every cgroup above this process that has a limit of memory."""
+    files = {2: ("memory.max", "memory.current")}
+    files[1] = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    found = []
+    for version, folder in _cgroups(root, "memory"):
+        limit, used = (_read_number(folder / name) for name in files[version])
+        if limit is not None and used is not None:
+            found.append((str(folder), limit, used))
+    return found
+
+
+def _cgroup_cpus(root: Path) -> list[float]:
+    """The CPU time that every cgroup above this process with a quota has, in CPUs."""
+    found = []
+    for version, folder in _cgroups(root, "cpu"):
+        names = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        try:
+            quota, period = " ".join((folder / name).read_text() for name in names).split()
+        except (OSError, ValueError):
+            continue
+        if quota.isdigit() and int(period) > 0:  # else "max", or -1
+            found.append(int(quota) / int(period))
+    return found
+
+
+def _cgroups(root: Path, controller: str) -> list[tuple[int, Path]]:
+    """(version, folder) of every cgroup of a controller above this process."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -92,18 +126,15 @@ def _cgroup_limits(root: Path) -> list[tuple[str, int, int]]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            mount = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            version, mount = 2, root / "sys/fs/cgroup"
+        elif controller in controllers.split(","):
+            version, mount = 1, root / "sys/fs/cgroup" / controller
         else:
             continue
         # inside a container the path may not exist below the mount: then its root is our group
         folder = mount / path.strip("/")
         for each in [folder, *folder.parents]:
-            limit, used = (_read_number(each / name) for name in names)
-            if limit is not None and used is not None:
-                found.append((str(each), limit, used))
+            found.append((version, each))
             if each == mount:
                 break
     return found

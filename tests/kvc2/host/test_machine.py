@@ -55,6 +55,25 @@ def test_the_lowest_limit_above_this_process_counts(tmp_path: Path) -> None:
     assert machine.memory(root) == Room(f"the cgroup {root}/sys/fs/cgroup/a", 400_000, 50_000)
 
 
+def test_cpus_are_what_affinity_and_the_lowest_quota_allow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 4, 5, 6, 7})
+    files = {
+        "a/cpu.max": "250000 100000",
+        "a/b/cpu.max": "max 100000",
+        "cpu/c/cpu.cfs_quota_us": "-1",
+        "cpu/c/cpu.cfs_period_us": "100000",
+        "cpu/cpu.cfs_quota_us": "10000",
+        "cpu/cpu.cfs_period_us": "100000",
+    }
+    root = made(tmp_path, available_kb=1000, cgroup="0::/a/b\n", files=files)
+    assert machine.cpus(root) == 3
+    for cgroup, found in (("0::/other\n", 6), ("3:cpu,cpuacct:/c\n", 1)):
+        (root / "proc/self/cgroup").write_text(cgroup)
+        assert machine.cpus(root) == found
+
+
 def test_limits_of_version_1_count_too(tmp_path: Path) -> None:
     files = {
         "memory/memory.limit_in_bytes": "9223372036854771712",  # none
