@@ -10,6 +10,7 @@ from dataclasses import asdict
 from engine.config import ModelConfig
 from kvc2.identity import DEFAULT_KINDS, Identity, by_layer
 
+SHARED_NUMERICS = "shared"  # of engines that take each other's bits for their own
 WEIGHT_CLASSES = ("attention", "embedding", "experts", "norms", "router")
 
 
@@ -17,7 +18,8 @@ def identity_of(
     config: ModelConfig, weights_digest: bytes, page_size: int, *, numerics: str = ""
 ) -> Identity:
     """Everything that this engine's KV depends on: the weights, their shapes and their formats by
-    their digest, what config.json alone says by name. `numerics`: as the model's Device has it.
+    their digest, what config.json alone says by name. `numerics`: as the model's Device has it,
+    or SHARED_NUMERICS.
     Raises errors.InvalidRequest for a model whose KV can't be cached by prefix."""
     dtype = str(config.dtype).removeprefix("torch.")
     rope = {name: str(value) for name, value in asdict(config.rope).items() if name != "theta"}

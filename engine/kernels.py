@@ -12,28 +12,44 @@ import torch
 from torch import Tensor
 
 from engine import _kernels
+from kvc2.errors import InvalidConfig
 
 # Rises whenever the order of any sum in csrc/experts or csrc/attention changes.
 _ORDER_OF_SUMS = 3
 
 
+_chosen = _kernels.instruction_sets()[-1]
+
+
+def choose(instruction_set: str) -> None:
+    """Compute by another than the best of this machine, from the first product on. Raises
+    InvalidConfig that says what the machine has."""
+    global _chosen
+    offered = _kernels.instruction_sets()
+    if instruction_set not in offered:
+        raise InvalidConfig("cpu_isa", instruction_set, f"this machine has {', '.join(offered)}")
+    _chosen = instruction_set
+    workbench.cache_clear()
+
+
 @functools.cache
 def workbench() -> _kernels.Workbench:
-    """The best instruction set of this machine, with as many threads as torch has at the first
-    call. One for all kernels: they take turns."""
-    return _kernels.Workbench(_kernels.instruction_sets()[-1], torch.get_num_threads())
+    """The chosen instruction set, with as many threads as torch has at the first call. One for all
+    kernels: they take turns."""
+    return _kernels.Workbench(_chosen, torch.get_num_threads())
 
 
 def numerics(dtype: torch.dtype, instruction_set: str | None = None) -> str:
-    """The class of what computes in this dtype here, or by another instruction set: bits are equal
-    within one, and nowhere else. Our products by AVX2 and AVX-512 give the same, torch's softmax
-    and silu do not; portable lanes lack the fused multiply-add; tiles and AVX512-BF16 add products
-    of bfloat16 in orders of their own."""
-    computing = instruction_set or _kernels.instruction_sets()[-1]
+    """The class of what computes in this dtype, by the chosen instruction set or another: bits are
+    equal within one, and nowhere else. Our products by AVX2 and AVX-512 give the same, but torch,
+    which computes between them by the best that it finds itself, does not; portable lanes lack the
+    fused multiply-add; tiles and AVX512-BF16 add products of bfloat16 in orders of their own."""
+    computing = instruction_set or _chosen
     of_bfloat16 = computing in ("avx512_bf16", "amx") and dtype == torch.bfloat16
     if computing not in ("portable", "avx2") and not of_bfloat16:
         computing = "avx512"
-    return f"{computing}.{_ORDER_OF_SUMS}"
+    by_torch = torch.backends.cpu.get_cpu_capability().lower()
+    return f"{computing}.{_ORDER_OF_SUMS}-torch.{by_torch}"
 
 
 def claim_threads() -> None:
@@ -51,7 +67,7 @@ def as_array(x: Tensor) -> _kernels.Array:
 
 def workbench_of(threads: int) -> _kernels.Workbench:
     """Another of the same instruction set, whose calls run beside those of the first."""
-    return _kernels.Workbench(_kernels.instruction_sets()[-1], threads)
+    return _kernels.Workbench(_chosen, threads)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from fastapi import FastAPI
 
+from engine import kernels
 from engine.attention.base import KvPool, KvShape
 from engine.config import ModelConfig
 from engine.device import CPU, set_threads
@@ -25,7 +26,7 @@ from engine.http.connection import ClientLimits
 from engine.http.loading import refused_meanwhile
 from engine.http.server import Server, fit_descriptors
 from engine.http.tokenizer import Tokenizer
-from engine.identity import identity_of
+from engine.identity import SHARED_NUMERICS, identity_of
 from engine.metrics import EngineMetrics
 from engine.models import build_model
 from engine.models.base import Model
@@ -68,6 +69,8 @@ def assemble(config: EngineConfig) -> Engine:
     """Load the model, make the pool and connect the parts. Takes as long as reading the weights."""
     device = CPU  # the only one that has run; the choice of another is made here
     set_threads(config.threads)
+    if config.cpu_isa != "auto":
+        kernels.choose(config.cpu_isa)
     model_config = ModelConfig.load(config.model, config.dtype)
     tokenizer = Tokenizer(config.model, parse_special=config.parse_special_tokens)
     shape = KvShape.of(model_config, config.page_size)
@@ -157,6 +160,8 @@ def _bridge(
     daemon, identity = None, b""
     if config.kvc2 is not None:
         numerics = model.device.numerics(model.config.dtype)
+        if config.share_unlike_cpus:
+            numerics = SHARED_NUMERICS
         digest, page_size = model.weights_digest, config.page_size
         identity = identity_of(model.config, digest, page_size, numerics=numerics).encode()
         daemon = Daemon(

@@ -21,6 +21,7 @@ from kvc2.host.address import Address
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 PlacementStrategy = Literal["uniform", "frequency", "front-loading", "random"]
+CpuIsa = Literal["auto", "portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
 PAGE_SIZE_MAX = 512
 EXPERT_FILES = (".json", ".safetensors")  # of counts of choices
 # sections of a KTransformers file that say nothing to the engine
@@ -137,6 +138,16 @@ class EngineConfig:
             shown="half",
         ),
     ] = None
+    cpu_isa: Annotated[
+        CpuIsa, Flag("Instruction set of the kernels; auto: the best that this machine has.")
+    ] = "auto"
+    share_unlike_cpus: Annotated[
+        bool,
+        Flag(
+            "Share KV with other engines that have this flag, whose CPUs compute other bits.",
+            shown="only with CPUs that compute the same bits",
+        ),
+    ] = False
     tenant: Annotated[str, Flag("The daemon's tenant for callers.", shown="default")] = ""
     api_keys: Annotated[
         Path | None,

@@ -53,6 +53,7 @@ def test_flags_go_over_the_file(tmp_path: Path) -> None:
         ({"max_running": 0}, "max_running"),
         ({"max_queued": 0}, "max_queued"),
         ({"threads": -1}, "threads"),
+        ({"cpu_isa": "sse2"}, "cpu_isa"),
         ({"num_pages": 1}, "num_pages"),
         ({"port": 65536}, "port"),
         ({"kv_memory_gb": 0.0}, "kv_memory_gb"),

@@ -68,7 +68,7 @@ def test_a_name_is_no_other_namespace(model: Path, tmp_path: Path) -> None:
 
 
 def test_kernels_that_give_other_bits_are_another_namespace(model: Path) -> None:
-    assert len({space(model, numerics=each) for each in ("", "amx", "cuda")}) == 3
+    assert len({space(model, numerics=each) for each in ("", "amx.2", "shared")}) == 3
 
 
 def test_the_model_is_found_where_version_1_of_identities_put_it(model: Path) -> None:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from engine import _kernels
+from engine import _kernels, kernels
 from engine.kernels import as_array, numerics
+from kvc2.errors import InvalidConfig
 
 # Largest error over the largest value: rounding to 8 bits of mantissa, or of long float32 sums.
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
@@ -183,7 +184,19 @@ def test_instruction_sets_of_one_class_give_the_same_bits_and_others_do_not() ->
 def test_the_class_of_the_kernels_is_that_of_what_computes_the_dtype(
     best: str, dtype: torch.dtype, found: str
 ) -> None:
-    assert numerics(dtype, best) == found
+    by_torch = torch.backends.cpu.get_cpu_capability().lower()
+    assert numerics(dtype, best) == f"{found}-torch.{by_torch}"
+
+
+def test_an_instruction_set_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_chosen", kernels._chosen)
+    for name in _kernels.instruction_sets():
+        kernels.choose(name)
+        assert numerics(torch.float32) == numerics(torch.float32, name)
+    monkeypatch.undo()
+    kernels.workbench.cache_clear()
+    with pytest.raises(InvalidConfig, match=r"cpu_isa = 'mmx'.*this machine has portable"):
+        kernels.choose("mmx")
 
 
 def test_wrong_arguments_are_named() -> None:
