@@ -121,6 +121,9 @@ class SessionCalls:
         deadline_s = checks.deadline_s("deadline_ms", request.deadline_ms, self._acquire_deadline_s)
         if request.place > 1:
             raise errors.InvalidRequest("place", request.place, "0 (pool) or 1 (arena)")
+        if request.skip_blocks and namespace.opaque:
+            allowed = "0, for opaque keys: what the client has is not asked for"
+            raise errors.InvalidRequest("skip_blocks", request.skip_blocks, allowed)
         if len(session.leases) >= self._limits.max_leases and request_id not in session.leases:
             raise errors.LimitReached("limits.max_leases", self._limits.max_leases, "are open")
         terms = Terms(

@@ -61,6 +61,12 @@ def test_what_was_put_is_found_and_read_key_by_key(tmp_path: Path) -> None:
         assert reader.client.match_keys(handle(reader, b"salt"), KEYS).tolist() == [0] * len(KEYS)
 
 
+def test_of_keys_none_is_skipped(tmp_path: Path) -> None:
+    refused = pytest.raises(InvalidRequest, match=r"skip_blocks = 1: 0, for opaque keys")
+    with reading(tmp_path) as (_, reader), refused:
+        reader.client.acquire_keys(handle(reader), b"a", KEYS, ArenaTerms(skip_blocks=1))
+
+
 def test_pages_are_granted_with_a_lease_on_keys(tmp_path: Path) -> None:
     """To compute what is not there into."""
     with reading(tmp_path) as (_, reader):
