@@ -43,11 +43,11 @@ def lease_commit(each: LeaseCommit) -> cache_pb2.LeaseCommit:
         first_block=each.first_block,
         tokens=packed(each.tokens),
         extras=extras_of(each.extras),
-        pages=pages_of(each.pages),
+        pages=component_pages(each.pages),
     )
 
 
-def pages_of(pages: NDArray[np.uint32]) -> list[cache_pb2.ComponentPages]:
+def component_pages(pages: NDArray[np.uint32]) -> list[cache_pb2.ComponentPages]:
     """Of component 0."""
     return [cache_pb2.ComponentPages(pages=packed(pages))] if len(pages) else []
 

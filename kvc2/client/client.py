@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kvc2 import answers, errors
 from kvc2.client import channel
-from kvc2.client.asking import explained, lease_commit, meant, pages_of
+from kvc2.client.asking import component_pages, explained, lease_commit, meant
 from kvc2.client.connection import EnginePool, NamespaceHandle, SessionOptions
 from kvc2.client.keeper import Engine, Keeper, State
 from kvc2.client.memory import ArenaView, PoolMemory
@@ -227,7 +227,7 @@ class Client:
     ) -> answers.Committed:
         """Copy filled pages into the arena, each as the block of an opaque key: they are this
         client's again with the answer. `arena` as in acquire_keys."""
-        commit = cache_pb2.LeaseCommit(keys=keys, pages=pages_of(pages))
+        commit = cache_pb2.LeaseCommit(keys=keys, pages=component_pages(pages))
         return self._commit_copies(namespace, [commit], durable=durable, arena=arena)
 
     def commit(
@@ -301,7 +301,7 @@ class Client:
         request = cache_pb2.ReleaseRequest(
             session=connection.head,
             request_ids=request_ids,
-            returned=pages_of(returned),
+            returned=component_pages(returned),
             hints=[to_message(each, cache_pb2.Hints) for each in hints],
             grants=_grants(grant_pages),
         )

@@ -54,19 +54,25 @@ def read_tokens(path: Path) -> Asked:
     such a list as `tokens` and, as `extras`, objects of Media's fields, digests in hexadecimal."""
     text = _read(path)
     try:
-        told = json.loads(text) if text.lstrip().startswith(("[", "{")) else text
-        if isinstance(told, str):
-            told = told.replace(",", " ").split()
-        extras = told.pop("extras", []) if isinstance(told, dict) else []
-        values = told.pop("tokens") if isinstance(told, dict) else told
-        if isinstance(told, dict) and told:
-            raise errors.InvalidRequest("tokens", sorted(told), "an object of tokens and extras")
-        prompt = np.array([int(value) for value in values], np.uint32)
-        beside = [Media(**each | {"digest": bytes.fromhex(each["digest"])}) for each in extras]
-        return Asked(prompt, extras=beside)
+        told = json.loads(text) if text.lstrip().startswith(("[", "{")) else _numbers(text)
+        if not isinstance(told, dict):
+            told = {"tokens": told}
+        if odd := told.keys() - {"tokens", "extras"}:
+            raise errors.InvalidRequest("tokens", sorted(odd), "an object of tokens and extras")
+        prompt = np.array([int(value) for value in list(told["tokens"])], np.uint32)
+        return Asked(prompt, extras=[_media(**each) for each in told.get("extras", [])])
     except (ValueError, TypeError, OverflowError, KeyError) as error:
         allowed = "token ids: numbers; with extras, a JSON object"
         raise errors.InvalidRequest("tokens", str(path), allowed) from error
+
+
+def _numbers(text: str) -> list[str]:
+    return text.replace(",", " ").split()
+
+
+def _media(first_token: int, num_tokens: int, digest: str) -> Media:
+    place = np.array([int(first_token), int(num_tokens)], np.uint32)
+    return Media(int(place[0]), int(place[1]), bytes.fromhex(digest))
 
 
 def read_text(path: Path, tokenizer: Any) -> U32:

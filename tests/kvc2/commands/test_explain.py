@@ -235,7 +235,15 @@ def test_token_files_are_json_or_numbers(tmp_path: Path) -> None:
     extra = {"first_token": 1, "num_tokens": 2, "digest": "ab" * 32}
     file.write_text(json.dumps({"tokens": [1, 2, 3], "extras": [extra]}))
     assert prompts.read_tokens(file).extras == [Media(1, 2, b"\xab" * 32)]
-    for wrong in ({"tokens": [1], "images": []}, {"extras": []}, {"tokens": [1], "extras": [{}]}):
+    for wrong in (
+        {"tokens": [1], "images": []},
+        {"extras": []},
+        {"tokens": [1], "extras": [{}]},
+        {"tokens": [1], "extras": [7]},
+        {"tokens": [1], "extras": [extra | {"first_token": "x"}]},
+        {"tokens": [1], "extras": [extra | {"num_tokens": -1}]},
+        {"tokens": [1], "extras": [extra | {"name": "cat"}]},
+    ):
         file.write_text(json.dumps(wrong))
         with pytest.raises(errors.InvalidRequest, match="tokens"):
             prompts.read_tokens(file)
