@@ -13,10 +13,10 @@ from typing import Any
 import grpc.aio
 
 from benchmarks.processes import READY
+from kvc2.payloads import MESSAGE_BYTES, blocks_per_message
 from kvc2.v1 import cache_pb2
 
 SOCKET = "plain.sock"
-MESSAGE_BYTES = 1 << 20
 
 
 class PlainStreams(grpc.GenericRpcHandler):  # type: ignore[type-arg]
@@ -42,7 +42,7 @@ class PlainStreams(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     async def _read(
         self, request: cache_pb2.ReadRequest, context: Any
     ) -> AsyncIterator[cache_pb2.ReadResponse]:
-        size, several = self._payload_bytes, max(1, MESSAGE_BYTES // self._payload_bytes)
+        size, several = self._payload_bytes, blocks_per_message(self._payload_bytes)
         for block in range(0, self._blocks, several):
             start, stop = block * size, min(block + several, self._blocks) * size
             for at in range(start, stop, MESSAGE_BYTES):

@@ -24,6 +24,7 @@ from benchmarks.rpc import ATTACH_TIMEOUT_S, PoolOwner
 from kvc2.client import Client, NamespaceHandle, PoolMemory, SessionOptions, Streams
 from kvc2.foreign_identity import Foreign
 from kvc2.layout import Layout, Segment
+from kvc2.payloads import MESSAGE_BYTES, blocks_per_message
 from kvc2.v1 import cache_pb2
 
 TOTAL_BYTES = 256 << 20  # of a stream
@@ -82,11 +83,11 @@ class Plain:
         stub(self._messages())
 
     def _messages(self) -> Iterator[cache_pb2.WriteRequest]:
-        several = max(1, plain_streams.MESSAGE_BYTES // self._payloads.shape[1])
+        several = blocks_per_message(self._payloads.shape[1])
         for block in range(0, len(self._payloads), several):
             payload = self._payloads[block : block + several].reshape(-1).data
-            for offset in range(0, len(payload), plain_streams.MESSAGE_BYTES):
-                part = payload[offset : offset + plain_streams.MESSAGE_BYTES]
+            for offset in range(0, len(payload), MESSAGE_BYTES):
+                part = payload[offset : offset + MESSAGE_BYTES]
                 last = offset + len(part) == len(payload)
                 yield cache_pb2.WriteRequest(
                     block=block,

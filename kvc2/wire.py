@@ -11,21 +11,18 @@ from __future__ import annotations
 import functools
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from numpy.typing import NDArray
-from typing_extensions import Buffer
 
 M = TypeVar("M", bound=Message)
 V = TypeVar("V")
 Convert = Callable[[Any], Any]
 Put = Callable[[Any, Any], None]
-
-CHECKSUM_BYTES = 16  # of a block in a stream
 
 
 class _Field(NamedTuple):
@@ -47,47 +44,6 @@ def packed(array: NDArray[np.uint32]) -> bytes:
 def unpacked(data: bytes) -> NDArray[np.uint32]:
     """The u32 array of a message: read-only, a view."""
     return np.frombuffer(data, dtype="<u4")
-
-
-class Part(NamedTuple):
-    """Bytes of one block in a stream. checksum: empty but for the block's last part."""
-
-    block: int
-    offset: int
-    payload: memoryview
-    checksum: bytes
-
-
-def parts_of(message: Any, payload_bytes: int) -> Iterator[Part]:
-    """Of a message of a Read or Write: one, or each of several whole blocks."""
-    block, payload, checksum = message.block, memoryview(message.payload), message.checksum
-    several, rest = divmod(len(payload), payload_bytes)
-    if several < 2 or rest or len(checksum) != several * CHECKSUM_BYTES:
-        yield Part(block, message.offset, payload, checksum)
-        return
-    for each in range(several):
-        part = payload[each * payload_bytes : (each + 1) * payload_bytes]
-        at = each * CHECKSUM_BYTES
-        yield Part(block + each, message.offset, part, checksum[at : at + CHECKSUM_BYTES])
-
-
-def with_payload(message: Message, name: str, *payload: Buffer) -> bytes:
-    """The message as bytes, whose bytes field `name` is these, one after the other: a message is
-    its fields one after the other, so that they are copied once and not three times."""
-    number = message.DESCRIPTOR.fields_by_name[name].number
-    views = [memoryview(each) for each in payload]
-    head = message.SerializeToString()
-    size = varint(sum(each.nbytes for each in views))
-    return b"".join((head, varint(number << 3 | 2), size, *views))
-
-
-def varint(value: int) -> bytes:
-    found = bytearray()
-    while value > 0x7F:
-        found.append(value & 0x7F | 0x80)
-        value >>= 7
-    found.append(value)
-    return bytes(found)
 
 
 def to_message(value: object, kind: type[M]) -> M:

@@ -29,7 +29,7 @@ FLOORS = {
         earlier_identity, foreign_identity
         arena, flags, identity
         host, layout, periodic
-        answers, errors, events, metrics, shares, v1, wire
+        answers, errors, events, metrics, payloads, shares, v1, wire
     """,
     "kvc2/commands": """
         cli
@@ -153,8 +153,8 @@ CPP_FLOORS = """
 """
 # The client is what an engine carries: it must not pull in the daemon. Of _core it takes Beat.
 CLIENT_SEES = (
-    *("_core", "v1", "answers", "client", "errors", "host.address", "layout", "shares", "wire"),
-    *("identity", "foreign_identity"),
+    *("_core", "v1", "answers", "client", "errors", "host.address", "layout", "payloads"),
+    *("shares", "wire", "identity", "foreign_identity"),
 )
 # Only the bridge talks to the daemon's client; what KV depends on is named in the daemon's terms,
 # and paths and the daemon's address are read as the daemon reads them.

@@ -19,10 +19,10 @@ from kvc2.client.asking import extras_of
 from kvc2.client.client import Client
 from kvc2.client.connection import NamespaceHandle
 from kvc2.client.keeper import raised
+from kvc2.payloads import blocks_per_message, messages_of, parts_of
 from kvc2.v1 import cache_pb2
-from kvc2.wire import packed, parts_of, with_payload
+from kvc2.wire import packed
 
-MESSAGE_BYTES = 1 << 20  # of a payload, at most
 STREAM_S = 60.0  # how long a stream may take
 
 
@@ -142,27 +142,13 @@ def _messages(first: cache_pb2.WriteRequest, payloads: Sequence[Buffer]) -> Iter
     yield first.SerializeToString()
     block = first.commit.first_block
     for each in _grouped([memoryview(each).cast("B") for each in payloads]):
-        if len(each) > 1:
-            checksums = b"".join(_core.xxh3_128(payload) for payload in each)
-            head = cache_pb2.WriteRequest(block=block, checksum=checksums)
-            yield with_payload(head, "payload", *each)
-        else:
-            yield from _parts(block, each[0])
+        checksums = [_core.xxh3_128(payload) for payload in each]
+        yield from messages_of(cache_pb2.WriteRequest, block, each, checksums)
         block += len(each)
 
 
 def _grouped(payloads: list[memoryview]) -> Iterator[list[memoryview]]:
     """Of one size, and so many as go into one message; at least one."""
     for size, alike in itertools.groupby(payloads, len):
-        several = max(1, MESSAGE_BYTES // max(1, size))
-        while group := list(itertools.islice(alike, several)):
+        while group := list(itertools.islice(alike, blocks_per_message(size))):
             yield group
-
-
-def _parts(block: int, payload: memoryview) -> Iterator[bytes]:
-    for offset in range(0, len(payload), MESSAGE_BYTES):
-        part = payload[offset : offset + MESSAGE_BYTES]
-        head = cache_pb2.WriteRequest(block=block, offset=offset)
-        if offset + len(part) == len(payload):
-            head.checksum = _core.xxh3_128(payload)
-        yield with_payload(head, "payload", part)

@@ -22,13 +22,12 @@ from kvc2.cache.cache import Cache
 from kvc2.cache.copied import WrittenBlocks
 from kvc2.cache.sessions import OpenLease, Session
 from kvc2.config import LimitsConfig
+from kvc2.payloads import MESSAGE_BYTES, Part, blocks_per_message, messages_of, parts_of
 from kvc2.server import checks
 from kvc2.server.callers import Callers, UnderWay
 from kvc2.server.commits import Commits
 from kvc2.v1 import cache_pb2
-from kvc2.wire import Part, parts_of, with_payload
 
-MESSAGE_BYTES = 1 << 20  # of a payload
 SILENT_S = 10.0  # a client that sends nothing for longer holds neither pages nor pins
 HASH_BYTES = 4 << 20  # hashed on the event loop: 0.15 ms; more on a thread
 
@@ -61,7 +60,7 @@ class Streams:
         blocks, starts = self._asked(lease, request)
         memory = self._cache.arena.memory.data
         size = lease.to.pools.shape.payload_bytes
-        for first, end in grouped(blocks, max(1, MESSAGE_BYTES // size)):
+        for first, end in grouped(blocks, blocks_per_message(size)):
             payloads = [memory[start : start + size] for start in starts[first:end].tolist()]
             await sender.send(int(blocks[first]), payloads)
 
@@ -167,25 +166,13 @@ class Sender:
     async def send(self, block: int, payloads: list[memoryview]) -> None:
         """A block, or several that are one message. They stay where they are while their lease is
         open; what was copied counts if it still is."""
-        checksum = b"".join([await hash_of(each) for each in payloads])
-        if len(payloads) > 1:
-            await self._write(cache_pb2.ReadResponse(block=block, checksum=checksum), payloads)
-            return
-        payload = payloads[0]
-        for offset in range(0, len(payload), MESSAGE_BYTES):
-            part = payload[offset : offset + MESSAGE_BYTES]
-            head = cache_pb2.ReadResponse(block=block, offset=offset)
-            if offset + len(part) == len(payload):
-                head.checksum = checksum
-            await self._write(head, [part])
-
-    async def _write(self, head: cache_pb2.ReadResponse, payload: list[memoryview]) -> None:
-        message = with_payload(head, "payload", *payload)
-        self._life.check()
-        try:
-            await self._context.write(message)
-        except grpc.aio.BaseError:  # its client has gone
-            raise asyncio.CancelledError from None
+        checksums = [await hash_of(each) for each in payloads]
+        for message in messages_of(cache_pb2.ReadResponse, block, payloads, checksums):
+            self._life.check()
+            try:
+                await self._context.write(message)
+            except grpc.aio.BaseError:  # its client has gone
+                raise asyncio.CancelledError from None
 
 
 class Receiver:

@@ -33,8 +33,8 @@ from kvc2.client import (
 from kvc2.config import CpuConfig, LimitsConfig
 from kvc2.errors import InvalidRequest, LimitReached, NotFound
 from kvc2.layout import Layout, Segment
+from kvc2.payloads import with_payload
 from kvc2.v1 import cache_pb2 as pb
-from kvc2.wire import with_payload
 from tests.doubles.daemons import ServedDaemon, serve_config
 from tests.doubles.engines import LAYERS, PAGE_SIZE, TinyEngine, identity
 from tests.doubles.mutations import Mutator, written
@@ -464,7 +464,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counted.append(message.block)
         return with_payload(message, *rest)
 
-    monkeypatch.setattr("kvc2.server.streams.with_payload", count)
+    monkeypatch.setattr("kvc2.payloads.with_payload", count)
     return counted
 
 
