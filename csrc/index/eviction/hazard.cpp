@@ -65,23 +65,29 @@ class Hazard final : public EvictionPolicy {
   // whose uses are not remembered has at least those of the most used one below it.
   std::vector<uint32_t> asked(std::span<const BlockKey> keys, const Use* parent,
                               uint32_t stamp) override {
-    std::vector<Mark> marks;
-    marks.reserve(keys.size());
+    std::vector<uint32_t> packed(keys.size());
+    std::vector<size_t> watched;
     Mark mark = hung_on(parent, stamp);
-    for (const BlockKey& key : keys) {
-      if (model_.watches(key)) mark.uses = std::min(model_.uses(key) + 1, kUsesMax);
-      marks.push_back(mark);
+    for (size_t i = 0; i < keys.size(); ++i) {
+      if (model_.watches(keys[i])) {
+        mark.uses = std::min(model_.uses(keys[i]) + 1, kUsesMax);
+        watched.push_back(i);
+      }
+      packed[i] = mark.packed();
     }
     uint32_t most = 1;
-    for (size_t i = keys.size(); i-- > 0;) {
-      if (model_.watches(keys[i])) most = std::max(most, marks[i].uses);
-      marks[i].uses = std::max(marks[i].uses, most);
+    for (size_t i = keys.size(), next = watched.size(); i-- > 0;) {
+      mark = Mark::of({.mark = packed[i]});
+      if (next > 0 && watched[next - 1] == i) {
+        most = std::max(most, mark.uses);
+        --next;
+      }
+      mark.uses = std::max(mark.uses, most);
+      packed[i] = mark.packed();
     }
-    std::vector<uint32_t> packed;
-    packed.reserve(keys.size());
-    for (size_t i = 0; i < keys.size(); ++i) {
-      if (model_.watches(keys[i])) model_.miss(keys[i], stamp, marks[i].uses, marks[i].group());
-      packed.push_back(marks[i].packed());
+    for (const size_t i : watched) {
+      mark = Mark::of({.mark = packed[i]});
+      model_.miss(keys[i], stamp, mark.uses, mark.group());
     }
     now_ = std::max(now_, stamp);
     return packed;

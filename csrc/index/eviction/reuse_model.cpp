@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <numeric>
 
 namespace kvc2 {
@@ -154,6 +153,13 @@ static ByAge hazards(const ByAge& ended, const ByAge& reached, const ByAge& prio
   return found;
 }
 
+// What an octave adds to the time that a page is held.
+constexpr auto kOctaves = [] {
+  std::array<double, ReuseModel::kAges> lengths{};
+  for (size_t age = 0; age < lengths.size(); ++age) lengths[age] = static_cast<double>(1ULL << age);
+  return lengths;
+}();
+
 void ReuseModel::learn() {
   const double kept = 1 - taught_ / std::max(kMemoryUses, 1.0 * kWays * sets_.size());
   ByAge ended{}, reached{}, flat;
@@ -173,7 +179,7 @@ void ReuseModel::learn() {
       double waiting = 1, used = 0, held = 0, best = 0;
       for (uint32_t horizon = age; horizon < kAges; ++horizon) {
         used += waiting * hazard[horizon];
-        held += waiting * std::ldexp(1 - hazard[horizon] / 2, static_cast<int>(horizon));
+        held += waiting * ((1 - hazard[horizon] / 2) * kOctaves[horizon]);
         waiting *= 1 - hazard[horizon];
         best = std::max(best, used / held);
       }
