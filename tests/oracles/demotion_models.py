@@ -20,14 +20,30 @@ class DemotionModel(IndexModel):
         full = False
         for queue in (at.queue, at.sent_back):
             while queue and len(plan.paths) < count and not full:
-                for path in self.missing_below(pool, at.below, queue[0]):
-                    refused = queue is at.sent_back and not self.may_return(path, at.below)
-                    full = len(plan.paths) == count or refused or not self.add(plan, path, source)
-                    if full:
-                        break
+                full = not self.demote(plan, queue[0], count, source, back=queue is at.sent_back)
                 if not full:
                     queue.pop(0)
         return self.start(plan, transfer)
+
+    def demote(
+        self, plan: TransferModel, page: int, count: int, source: deque[int], *, back: bool
+    ) -> bool:
+        """Adds what is missing of the path of a page's block; False: there is no room for it."""
+        missing = self.missing_below(plan.source, plan.target, page)
+        for i, path in enumerate(missing):
+            if len(plan.paths) == count:
+                return False
+            if self.refuses(plan, page, missing[i:], back=back):
+                return True
+            if back and not self.may_return(path, plan.target):
+                return False
+            if not self.add(plan, path, source):
+                return False
+        return True
+
+    def refuses(self, plan: TransferModel, page: int, paths: list[Path], *, back: bool) -> bool:
+        """Whether the target would not have the first of them, and so none."""
+        return False
 
     def missing_below(self, pool: int, below: int, page: int) -> list[Path]:
         if self.pools[pool].state.get(page) != RESIDENT:

@@ -16,10 +16,10 @@ from hypothesis.stateful import initialize, invariant, precondition, rule
 
 from kvc2 import _core
 from kvc2._core import Cause
-from tests.oracles.blocks import PAGE_SIZE, block_bytes, extras_of, tokens_of
+from tests.oracles.blocks import PAGE_SIZE, Prompt, block_bytes, extras_of, tokens_of
 from tests.oracles.key_models import KeysModel, words
 from tests.oracles.keys_machine import KEYS, KeysMachine
-from tests.oracles.machines import DEAD_BLOCKS, SEEN, Prompt, choice, prompts, small, u32
+from tests.oracles.machines import DEAD_BLOCKS, SEEN, choice, prompts, small, u32
 from tests.oracles.model_parts import NO_HINTS, PRIVATE, Death, Path, TransferModel
 
 Worths = tuple[float, float]
@@ -105,39 +105,20 @@ class RefusalModel(KeysModel):
             self.pools[pool].refused.discard(page)
 
     # changes
-    def plan_demote(
-        self, pool: int, count: int, transfer: int | None, picks: list[int]
-    ) -> TransferModel | None:
-        at = self.pools[pool]
-        assert at.below is not None
-        plan = TransferModel(pool, at.below, [], [], [])
-        source = deque(picks)
-        full = False
-        for queue in (at.queue, at.sent_back):
-            while queue and len(plan.paths) < count and not full:
-                judged = queue[0] not in at.insisted
-                missing = self.missing_below(pool, at.below, queue[0])
-                for i, path in enumerate(missing):
-                    full = len(plan.paths) == count
-                    known = judged and at.blocks[path] in at.refused
-                    if not full and not known and queue is at.sent_back:
-                        full = not self.may_return(path, at.below)
-                    if full:
-                        break
-                    worths = self.worths_of(path) if known else None
-                    if judged and not known:
-                        worths = self.judge_copy(path, at.below)
-                    if worths is not None:
-                        SEEN["refused: below what was refused"] += known or len(missing) > i + 1
-                        SEEN[f"refused: a copy to tier {self.pools[at.below].tier}"] += 1
-                        self.refuse(pool, at.below, missing[i:], worths)
-                        break
-                    full = not self.add(plan, path, source)
-                    if full:
-                        break
-                if not full:
-                    queue.pop(0)
-        return self.start(plan, transfer)
+    def refuses(self, plan: TransferModel, page: int, paths: list[Path], *, back: bool) -> bool:
+        at = self.pools[plan.source]
+        if page in at.insisted:
+            return False
+        known = at.blocks[paths[0]] in at.refused
+        if back and not known and not self.may_return(paths[0], plan.target):
+            return False
+        worths = self.worths_of(paths[0]) if known else self.judge_copy(paths[0], plan.target)
+        if worths is None:
+            return False
+        SEEN["refused: below what was refused"] += known or len(paths) > 1
+        SEEN[f"refused: a copy to tier {self.pools[plan.target].tier}"] += 1
+        self.refuse(plan.source, plan.target, paths, worths)
+        return True
 
     def offer(self, plan: TransferModel, path: Path, picks: deque[int]) -> bool:
         if self.judge_copy(path, plan.target) is not None:
