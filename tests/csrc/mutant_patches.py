@@ -60,7 +60,7 @@ MUTANTS = [
     Mutant("what is not found teaches nothing", LEASES,
            "  lease.marks = tree_.asked(found.last, lease.unmatched, lease.stamp);\n"),
     Mutant("a request that is told at acquire is told again at commit", HAZARD,
-           "const bool told = model_.last_use(key) >= stamp;", "const bool told = stamp == 0;"),
+           "const bool told = known.when >= stamp;", "const bool told = stamp == 0;"),
     Mutant("a refused block that is asked for again is not regretted", REUSE,
            "regret_[tier].regretted += known->refused >> tier & 1;", "break;"),
     Mutant("a refused key is granted a page", "index.cpp",

@@ -53,8 +53,9 @@ class Hazard final : public EvictionPolicy {
     const Mark above = parent ? Mark::of(*parent) : Mark{};
     Mark mark = above.fresh ? above : hung_on(parent, stamp);
     if (model_.watches(key)) {
-      const bool told = model_.last_use(key) >= stamp;  // when it was asked for
-      mark.uses = told ? model_.uses(key) : std::min(model_.uses(key) + 1, kUsesMax);
+      const auto known = model_.known(key);
+      const bool told = known.when >= stamp;  // when it was asked for
+      mark.uses = told ? known.uses : std::min(known.uses + 1, kUsesMax);
       if (!told) model_.use(key, stamp, mark.uses, mark.group());
     }
     now_ = std::max(now_, stamp);
@@ -70,7 +71,7 @@ class Hazard final : public EvictionPolicy {
     Mark mark = hung_on(parent, stamp);
     for (size_t i = 0; i < keys.size(); ++i) {
       if (model_.watches(keys[i])) {
-        mark.uses = std::min(model_.uses(keys[i]) + 1, kUsesMax);
+        mark.uses = std::min(model_.known(keys[i]).uses + 1, kUsesMax);
         watched.push_back(i);
       }
       packed[i] = mark.packed();

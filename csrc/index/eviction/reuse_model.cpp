@@ -68,14 +68,9 @@ const ReuseModel::Entry* ReuseModel::find(const BlockKey& key) const {
   return nullptr;
 }
 
-uint32_t ReuseModel::uses(const BlockKey& key) const {
-  const Entry* known = find(key);
-  return known ? known->uses : 0;
-}
-
-uint32_t ReuseModel::last_use(const BlockKey& key) const {
-  const Entry* known = find(key);
-  return known ? known->when : 0;
+ReuseModel::Known ReuseModel::known(const BlockKey& key) const {
+  const Entry* entry = find(key);
+  return entry ? Known{entry->when, entry->uses} : Known{};
 }
 
 void ReuseModel::refuse(const BlockKey& key, uint8_t tier) {

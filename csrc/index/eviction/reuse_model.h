@@ -43,8 +43,10 @@ class ReuseModel {
   void forget();              // the clock was set back: waits that are open are dropped
 
   bool watches(const BlockKey& key) const;
-  uint32_t uses(const BlockKey& key) const;      // of a watched block, as far as is remembered
-  uint32_t last_use(const BlockKey& key) const;  // 0: not remembered
+  struct Known {  // of a watched block's last use, as far as is remembered
+    uint32_t when = 0, uses = 0;
+  };
+  Known known(const BlockKey& key) const;
   // A watched block is used, and waits from then on as one of `group`. A `now` before the latest
   // `now` counts as the latest.
   void use(const BlockKey& key, uint32_t now, uint32_t uses, uint32_t group);
