@@ -27,8 +27,10 @@ KEY_LEASES = "key_leases.cpp"
 
 MUTANTS = [
     Mutant("what hangs on a refused block is stored", TRANSFERS,
-           "    if (!tried.added) return tried;\n",
-           "    if (!tried.added && !tried.refused) return tried;\n"),
+           "subspan(i), *tried.refused);\n    if (!tried.added) return",
+           "subspan(i, 1), *tried.refused);\n    if (!tried.added && !tried.refused) return"),
+    Mutant("what hangs on a refused block is not told", TRANSFERS, "std::span(missing).subspan(i)",
+           "std::span(missing).subspan(i, 1)"),
     Mutant("what is insisted on is refused", TRANSFERS, ".judged = !from[page].insisted,",
            ".judged = true,"),
     Mutant("what is insisted on is refused further down", TRANSFERS,

@@ -244,3 +244,33 @@ def test_a_refused_block_is_spare_where_it_is() -> None:
     found = tiers.index.explain(tiers.space, [tiers.gpu, tiers.cpu], u32(refused))
     assert found.death is not None
     assert (found.death.cause, found.death.pool) == (Cause.NOT_ADMITTED, tiers.cpu)
+
+
+def test_a_refused_block_that_is_used_again_is_judged_again() -> None:
+    tiers = Tiers(gpu=40, cpu=36, disk=34)
+    tiers.learn()
+    path = tiers.stranger(30)
+    stored = []
+    for _ in range(20):
+        tiers.ask(path)
+        tiers.behind()
+        stored.append(tiers.index.held_in(tiers.lease, tiers.disk))
+        tiers.index.release(tiers.lease)
+    assert (stored[0] < 30, stored[-1]) == (True, 30)
+    tiers.index.check()
+
+
+@pytest.mark.parametrize("ahead", [1, 4])
+def test_a_path_longer_than_the_disk_is_written_once_as_far_as_it_fits(ahead: int) -> None:
+    tiers = Tiers(gpu=100, cpu=90, disk=34)
+    path = tiers.stranger(80)
+    for _ in range(3):  # its tail waits; nothing of it goes for the rest, however often it is asked
+        tiers.ask(path)
+        tiers.index.release(tiers.lease)
+        for _ in range(40 // ahead):
+            tiers.behind(ahead)
+            tiers.index.evict(tiers.disk, ahead)  # as a writer that keeps pages free does
+        counts = tiers.index.pool_counts(tiers.disk)
+        assert (counts.resident, counts.evicted) == (34, 0)
+        assert tiers.index.undemoted(tiers.cpu) == 80 - 34
+        assert tiers.index.explain(tiers.space, [tiers.disk], u32(path)).blocks == 34
