@@ -17,7 +17,6 @@ from engine import kernels, layers
 from engine.attention.base import Attention, KvPool
 from engine.attention.cpu import CpuAttention
 from engine.attention.flashinfer import FlashInferAttention
-from kvc2.host import machine
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,8 @@ class Device:
 
 
 def set_threads(threads: int) -> None:
-    """How many CPU threads load the weights, and how many `claim_threads` takes later; 0: one a
-    core."""
-    torch.set_num_threads(threads or machine.cpus())
+    """How many CPU threads load the weights, and how many `claim_threads` takes later."""
+    torch.set_num_threads(threads)
 
 
 CPU = Device(

@@ -68,7 +68,7 @@ class Engine:
 def assemble(config: EngineConfig) -> Engine:
     """Load the model, make the pool and connect the parts. Takes as long as reading the weights."""
     device = CPU  # the only one that has run; the choice of another is made here
-    set_threads(config.threads)
+    set_threads(config.cpu_threads)
     if config.cpu_isa != "auto":
         kernels.choose(config.cpu_isa)
     model_config = ModelConfig.load(config.model, config.dtype)

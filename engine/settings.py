@@ -17,12 +17,14 @@ from engine import spellings
 from kvc2 import flags
 from kvc2.errors import InvalidConfig
 from kvc2.flags import Flag, Values, above, at_least, between, check, power_of_two, refused_as
+from kvc2.host import machine
 from kvc2.host.address import Address
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 PlacementStrategy = Literal["uniform", "frequency", "front-loading", "random"]
 CpuIsa = Literal["auto", "portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
 PAGE_SIZE_MAX = 512
+THREADS_MAX = 1024  # more is a mistake; csrc/bindings/kernels.cpp refuses it too
 EXPERT_FILES = (".json", ".safetensors")  # of counts of choices
 # sections of a KTransformers file that say nothing to the engine
 FOREIGN_SECTIONS = frozenset(
@@ -79,7 +81,10 @@ class EngineConfig:
     ] = None
     threads: Annotated[
         int,
-        Flag("CPU threads of the kernels; 0: one a CPU that cpuset and cgroup allow.", at_least(0)),
+        Flag(
+            "CPU threads of the kernels; 0: one a CPU that cpuset and cgroup allow.",
+            between(0, THREADS_MAX),
+        ),
     ] = 0
     num_gpu_experts: Annotated[
         int | None,
@@ -134,7 +139,7 @@ class EngineConfig:
         int | None,
         Flag(
             "Of the CPU threads, those that play the device for the hot experts.",
-            at_least(1),
+            between(1, THREADS_MAX),
             shown="half",
         ),
     ] = None
@@ -219,6 +224,11 @@ class EngineConfig:
             if path is not None and path.suffix not in endings:
                 allowed = f"a file that ends with {', '.join(endings)}"
                 raise InvalidConfig(field, str(path), allowed)
+
+    @property
+    def cpu_threads(self) -> int:
+        """--threads, or what this process may use."""
+        return self.threads or min(machine.cpus(), THREADS_MAX)
 
     @property
     def places_experts(self) -> bool:

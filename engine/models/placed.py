@@ -32,7 +32,6 @@ from engine.kernels import Choices, workbench_of
 from engine.models.base import Model
 from engine.settings import EngineConfig
 from kvc2.errors import InvalidConfig
-from kvc2.host import machine
 
 PLACES_MIN = 8  # of experts in memory: reads need some while others compute
 
@@ -150,7 +149,7 @@ def _hybrid(config: EngineConfig, model: Model, counts: Counts, seen: Statistics
         per_layer = 0  # all stay where --expert-memory-gb has them
     hot = placement.hot_experts(len(layers), c.num_experts, per_layer, ratio)
     room = Room(c.moe_layers, c.num_experts, hot)
-    threads = config.threads or machine.cpus()
+    threads = config.cpu_threads
     beside = min(config.device_threads or max(1, threads // 2), threads)
     moves = config.enable_dynamic_expert_update and 0 < hot < room.total
     host = _host(config, model, layers, Choices(workbench_of(max(1, threads - beside))))

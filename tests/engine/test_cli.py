@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from engine import demo_model, spellings
+from engine import _kernels, demo_model, spellings
 from engine.cli import app
-from engine.settings import EngineConfig, load, read_api_keys
+from engine.settings import THREADS_MAX, EngineConfig, load, read_api_keys
 from engine.text import IncrementalText
 from kvc2.client import Admin
 from kvc2.errors import InvalidConfig, InvalidRequest
+from kvc2.host import machine
 from kvc2.host.address import Address
 from tests.doubles.engines import TinyEngine
 
@@ -53,6 +54,8 @@ def test_flags_go_over_the_file(tmp_path: Path) -> None:
         ({"max_running": 0}, "max_running"),
         ({"max_queued": 0}, "max_queued"),
         ({"threads": -1}, "threads"),
+        ({"threads": 1025}, "threads"),
+        ({"device_threads": 1025}, "device_threads"),
         ({"cpu_isa": "sse2"}, "cpu_isa"),
         ({"num_pages": 1}, "num_pages"),
         ({"port": 65536}, "port"),
@@ -75,6 +78,18 @@ def test_a_bad_setting_is_named(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidConfig) as refused:
         EngineConfig(model=Path("m"), **fields)
     assert refused.value.field == named
+
+
+def test_threads_are_as_many_as_this_process_may_use_and_the_kernels_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert EngineConfig(model=Path("m"), threads=3).cpu_threads == 3
+    monkeypatch.setattr(machine, "cpus", lambda: 5)
+    assert EngineConfig(model=Path("m")).cpu_threads == 5
+    monkeypatch.setattr(machine, "cpus", lambda: 5000)
+    assert EngineConfig(model=Path("m")).cpu_threads == THREADS_MAX
+    with pytest.raises(ValueError, match=f"1 to {THREADS_MAX}"):
+        _kernels.Workbench("portable", THREADS_MAX + 1)
 
 
 NO_ADDRESSES = ["/run/kvc2.sock", "unix:", "host", "host:", ":5", "host:http", "host:0", "h:65536"]
