@@ -53,7 +53,7 @@ class Statistics:
 def save(path: Path, counts: Counts, model: str) -> None:
     """Whole or not at all: written beside `path` and renamed. `model`: whose experts these are.
     Raises OSError."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    beside = _beside(path)
     try:
         if path.suffix == ".safetensors":
             whole = {"counts": counts.astype(np.int64)}
@@ -66,6 +66,10 @@ def save(path: Path, counts: Counts, model: str) -> None:
         beside.unlink(missing_ok=True)
 
 
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.part")
+
+
 def load(key: str, path: Path, layers: int, experts: int) -> Counts:
     """The counts in a file of any of the kinds above. Raises InvalidConfig for `key`: what is no
     such file, or counts experts of another shape."""
@@ -74,7 +78,14 @@ def load(key: str, path: Path, layers: int, experts: int) -> Counts:
 
 def resume(key: str, path: Path, layers: int, experts: int, model: str) -> Counts:
     """What an earlier run saved there for the same model; zeros where there is no file yet. Raises
-    InvalidConfig for `key`."""
+    InvalidConfig for `key`: also where none could be saved, which the end of a run would be too
+    late to find."""
+    try:
+        _beside(path).touch()
+        _beside(path).unlink()
+    except OSError as error:
+        mend = f"a file that can be written: {error.strerror}"
+        raise InvalidConfig(key, str(path), mend) from error
     if not path.exists():
         return np.zeros((layers, experts))
     counts, owner = _read(key, path, layers, experts)
@@ -100,10 +111,11 @@ def _read(key: str, path: Path, layers: int, experts: int) -> tuple[Counts, str]
 
 def _checked(key: str, path: Path, found: NDArray[Any], shape: tuple[int, int]) -> Counts:
     """[layers, experts], or that for each buffer, which are summed up."""
-    if found.ndim not in (2, 3) or found.shape[-2:] != shape or found.dtype.kind not in "uif":
+    if found.ndim not in (2, 3) or found.shape[-2:] != shape:
         mend = f"counts of the shape [{shape[0]} layers, {shape[1]} experts]; it has {found.shape}"
         raise InvalidConfig(key, str(path), mend)
-    counts: Counts = found.astype(np.float64).reshape(-1, *shape).sum(0)
+    numbers = found if found.dtype.kind in "uif" else np.full(shape, np.nan)
+    counts: Counts = numbers.astype(np.float64).reshape(-1, *shape).sum(0)
     if not np.all((counts >= 0) & (counts <= COUNT_MAX)):  # false for what is no number, too
         raise InvalidConfig(key, str(path), "counts from 0 to 2^53")
     return counts
@@ -129,11 +141,8 @@ def _read_safetensors(path: Path) -> tuple[NDArray[Any], str]:
 def _read_torch(path: Path) -> tuple[NDArray[Any], str]:
     try:
         told = torch.load(path, map_location="cpu", weights_only=True)
+        return told["logical_count"].detach().to(torch.float64).numpy(), ""
     except OSError:
         raise
     except Exception as error:  # whatever a malformed or hostile file makes torch raise
-        raise ValueError("torch can't read it as plain tensors") from error
-    found = told.get("logical_count") if isinstance(told, Mapping) else None
-    if not isinstance(found, Tensor):
-        raise ValueError("it holds no tensor `logical_count`")
-    return found.to(torch.float64).numpy(), ""
+        raise ValueError("it holds no plain tensor `logical_count`") from error

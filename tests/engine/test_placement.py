@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +17,7 @@ from benchmarks import placement as benchmark
 from benchmarks.routings import Text, usage
 from engine.experts.dynamic import PLAN_TOKENS, DynamicPlacement, Exchange, Pace
 from engine.experts.placement import Room, best, hot_experts, place, share
-from engine.experts.statistics import Counts, Statistics, load, resume, save
+from engine.experts.statistics import SCHEMA, Counts, Statistics, load, resume, save
 from engine.settings import PlacementStrategy
 from kvc2.errors import InvalidConfig
 
@@ -144,7 +145,9 @@ def test_a_files_code_is_not_run(tmp_path: Path) -> None:
     assert not made.exists()
 
 
-BAD_COUNTS = {
+BAD_COUNTS: dict[str, Any] = {
+    "no tensor": [1, 2],
+    "sparse": torch.eye(5, EXPERTS).to_sparse(),
     "another shape": torch.zeros(2, 4, EXPERTS),
     "too few dimensions": torch.zeros(EXPERTS),
     "negative": torch.full((5, EXPERTS), -1),
@@ -163,6 +166,7 @@ def test_counts_that_cannot_be_are_refused(tmp_path: Path, name: str) -> None:
 BAD_FILES: dict[str, bytes] = {
     "a.json": b"{",
     "b.json": b"[]",
+    "f.json": b'{"schema": "kvc2-experts/1", "model": "m", "counts": "many"}',
     "c.json": b'{"schema": "kvc2-experts/1", "model": "m"}',
     "d.json": b'{"schema": "kvc2-experts/1", "model": "m", "counts": [[1], "x"]}',
     "e.json": b"\xff",
@@ -179,6 +183,27 @@ def test_what_holds_no_counts_is_refused_by_name(tmp_path: Path, name: str) -> N
         load("init_expert_location", tmp_path / name, 5, EXPERTS)
     with pytest.raises(InvalidConfig, match="No such file"):
         load("init_expert_location", tmp_path / "none.json", 5, EXPERTS)
+
+
+@pytest.mark.parametrize("name", ["none/c.json", "file/c.json", f"{'c' * 250}.json"])
+def test_a_file_that_could_not_be_saved_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidConfig, match=r"expert_statistics = .*can be written"):
+        resume("expert_statistics", tmp_path / name, 5, EXPERTS, "m")
+
+
+def test_counts_that_a_recorder_held_as_a_parameter_are_read(tmp_path: Path) -> None:
+    counts = torch.nn.Parameter(torch.ones(5, EXPERTS))
+    torch.save({"logical_count": counts}, tmp_path / "dump.pt")
+    assert load("init_expert_location", tmp_path / "dump.pt", 5, EXPERTS).sum() == 5 * EXPERTS
+
+
+def test_numbers_beyond_any_count_are_told_as_such(tmp_path: Path) -> None:
+    counts = [[2**70] * EXPERTS] * 5
+    told = {"schema": SCHEMA, "model": "m", "counts": counts}
+    (tmp_path / "c.json").write_text(json.dumps(told))
+    with pytest.raises(InvalidConfig, match=r"counts from 0 to 2\^53"):
+        load("init_expert_location", tmp_path / "c.json", 5, EXPERTS)
 
 
 # moving experts while serving
