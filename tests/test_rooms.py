@@ -120,6 +120,7 @@ FLOORS = {
         errors, literals, replies, schema, template, token_bytes
     """,
     "engine/models": """
+        expert_layers
         mixtral, qwen3_moe
         stack
         placed

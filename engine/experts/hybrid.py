@@ -120,7 +120,8 @@ class DeviceExecutor:
     def __init__(self, weights: Weights, shape: tuple[int, int], kernels: Choices) -> None:
         self.weights = weights
         self.free = list(range(len(weights.gate_up)))
-        self._place_of = torch.full(shape, -1, dtype=torch.int64)  # [layers, experts]
+        # [layers, experts + 1]: the last is of the id -1, which is nobody's
+        self._place_of = torch.full((shape[0], shape[1] + 1), -1, dtype=torch.int64)
         self._kernels = kernels
 
     def holds(self, layer: int, expert_ids: Tensor) -> Tensor:
@@ -182,7 +183,7 @@ class Copier:
             self._arrived.put(Arrival(exchange, place, error))
 
 
-class HybridExperts:
+class PlacedExperts:
     """All layers' experts of one model. One thread computes; `close` after the last step.
 
     `chosen`: experts a token. `statistics`: whoever calls `compute` records there before it.
@@ -223,10 +224,14 @@ class HybridExperts:
         self._policy = policy
 
     def compute(self, layer: int, x: Tensor, routing: Routing) -> Tensor:
-        """[T, hidden] -> [T, hidden], the weighed sum over each token's experts."""
-        places = self._device.holds(layer, routing.expert_ids)
-        cold = routing.expert_ids.masked_fill(places >= 0, -1)
-        outputs = torch.empty(*routing.expert_ids.shape, x.shape[1])
+        """[T, hidden] -> [T, hidden], the weighed sum over each token's experts, those with the id
+        -1 left out."""
+        ids = routing.expert_ids
+        places = self._device.holds(layer, ids)
+        cold = ids.masked_fill(places >= 0, -1)
+        outputs = torch.empty(*ids.shape, x.shape[1])
+        if int(ids.min()) < 0:
+            outputs[ids < 0] = 0
         beside = self._begin_hot(layer, x, places, outputs)
         try:
             if int(cold.max()) >= 0:

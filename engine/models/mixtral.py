@@ -7,13 +7,13 @@ from engine.models.base import Model
 from engine.models.stack import ExpertNames, attention_layer, moe_layer, stack
 from engine.weights import Checkpoint
 
-_NAMES = ExpertNames(block="block_sparse_moe", gate="w1", up="w3", down="w2")
+NAMES = ExpertNames(block="block_sparse_moe", gate="w1", up="w3", down="w2")
 
 
 def mixtral(config: ModelConfig, checkpoint: Checkpoint) -> Model:
     """A MixtralForCausalLM checkpoint as a model."""
     layers = [
-        attention_layer(config, checkpoint, i, moe_layer(config, checkpoint, i, _NAMES))
+        attention_layer(config, checkpoint, i, moe_layer(config, checkpoint, i, NAMES))
         for i in range(config.num_layers)
     ]
     return stack(config, checkpoint, layers)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from engine.batch import Batch
+from engine.config import ModelConfig
 from engine.experts import placement, statistics
 from engine.experts.dynamic import DynamicPlacement, Pace
 from engine.experts.grouped import GroupedExperts, MoeLayer
@@ -21,7 +22,7 @@ from engine.experts.hybrid import (
     SPARE_PLACES,
     DeviceExecutor,
     HostExecutor,
-    HybridExperts,
+    PlacedExperts,
     Weights,
 )
 from engine.experts.placement import Room
@@ -56,7 +57,7 @@ class PlacedLayer:
     """A layer of experts that lie in several places."""
 
     layer: int
-    experts: HybridExperts
+    experts: PlacedExperts
 
     def __call__(self, x: Tensor, routing: Routing) -> Tensor:
         return self.experts.compute(self.layer, x, routing)
@@ -73,7 +74,7 @@ class BetweenSteps:
     """A runner whose experts may move before each step."""
 
     compute: Compute
-    experts: HybridExperts
+    experts: PlacedExperts
 
     def step(self, batch: Batch, layer_ready: Callable[[int], None] | None = None) -> Tensor:
         self.experts.between_steps(time.monotonic())
@@ -90,7 +91,7 @@ class PlacedModel:
         self._file = config.expert_statistics
         self._owner = model.weights_digest.hex()
         self.statistics = Statistics(*shape)
-        self.experts: HybridExperts | None = None
+        self.experts: PlacedExperts | None = None
         if self._file is not None:
             kept = statistics.resume("expert_statistics", self._file, *shape, self._owner)
             self.statistics.add(kept)
@@ -98,7 +99,7 @@ class PlacedModel:
         if config.init_expert_location is not None:
             known = statistics.load("init_expert_location", config.init_expert_location, *shape)
         if config.places_experts or config.expert_memory_gb is not None:
-            self.experts = _hybrid(config, model, known, self.statistics)
+            self.experts = place_experts(config, c, moe_layers(model), known, self.statistics)
         self.model = _with_experts(model, self._layer)
 
     def compute(self, runner: Compute) -> Compute:
@@ -140,30 +141,35 @@ class PlacedModel:
         return Observed(index, self.statistics, experts)
 
 
-def _hybrid(config: EngineConfig, model: Model, counts: Counts, seen: Statistics) -> HybridExperts:
-    """The experts, those of the strategy on the device: what the model holds is the host's."""
-    c = model.config
-    layers = _layers(model)
+def place_experts(
+    config: EngineConfig,
+    model: ModelConfig,
+    layers: Mapping[int, MoeLayer],
+    counts: Counts,
+    seen: Statistics,
+) -> PlacedExperts:
+    """The experts of these layers, those of the strategy on the device: what they hold is the
+    host's. `counts`: what is known beforehand; `seen`: what the steps choose. Raises
+    InvalidConfig."""
     per_layer, ratio = config.num_gpu_experts, config.gpu_experts_ratio
     if not config.places_experts:
         per_layer = 0  # all stay where --expert-memory-gb has them
-    hot = placement.hot_experts(len(layers), c.num_experts, per_layer, ratio)
-    room = Room(c.moe_layers, c.num_experts, hot)
-    threads = config.cpu_threads
-    beside = min(config.device_threads or max(1, threads // 2), threads)
+    hot = placement.hot_experts(len(layers), model.num_experts, per_layer, ratio)
+    room = Room([i in layers for i in range(model.num_layers)], model.num_experts, hot)
     moves = config.enable_dynamic_expert_update and 0 < hot < room.total
-    host = _host(config, model, layers, Choices(workbench_of(max(1, threads - beside))))
+    threads = _threads(config, room)
+    host = _host(config, model, layers, Choices(workbench_of(threads.host)))
     device = DeviceExecutor(
         host.layers[min(layers)].weights(hot + SPARE_PLACES * moves),
-        (c.num_layers, c.num_experts),
-        Choices(workbench_of(beside)),
+        (model.num_layers, model.num_experts),
+        Choices(workbench_of(threads.device)),
     )
-    experts = HybridExperts(
+    experts = PlacedExperts(
         host,
         device,
-        Choices(workbench_of(threads)),
+        Choices(workbench_of(config.cpu_threads)),
         statistics=seen,
-        chosen=c.experts_per_token,
+        chosen=model.experts_per_token,
     )
     strategy, seed = config.expert_placement_strategy, config.expert_placement_seed
     experts.fill(placement.place(strategy, room, counts, seed))
@@ -173,14 +179,31 @@ def _hybrid(config: EngineConfig, model: Model, counts: Counts, seen: Statistics
     return experts
 
 
-def _layers(model: Model) -> dict[int, MoeLayer]:
+@dataclass(frozen=True)
+class Threads:
+    """Of the CPU, for either executor."""
+
+    device: int
+    host: int
+
+
+def _threads(config: EngineConfig, room: Room) -> Threads:
+    """They share --threads, but who has all experts has all threads."""
+    threads = config.cpu_threads
+    if room.hot in (0, room.total):
+        return Threads(threads, threads)
+    device = min(config.device_threads or max(1, threads // 2), threads)
+    return Threads(device, max(1, threads - device))
+
+
+def moe_layers(model: Model) -> dict[int, MoeLayer]:
     """Those that have experts."""
     found = {index: each.feed_forward for index, each in enumerate(model.layers)}
     return {index: moe for index, moe in found.items() if isinstance(moe, MoeLayer)}
 
 
 def _host(
-    config: EngineConfig, model: Model, layers: dict[int, MoeLayer], kernels: Choices
+    config: EngineConfig, model: ModelConfig, layers: Mapping[int, MoeLayer], kernels: Choices
 ) -> HostExecutor | ExpertStore:
     """All experts as they were loaded, or as many as --expert-memory-gb holds."""
     stored = {i: moe.experts for i, moe in layers.items() if isinstance(moe.experts, StoredExperts)}
@@ -191,13 +214,13 @@ def _host(
             if isinstance(moe.experts, GroupedExperts)
         }
         return HostExecutor(loaded, kernels)
-    c, each = model.config, stored[min(stored)].expert_bytes
+    each = stored[min(stored)].expert_bytes
     places = int((config.expert_memory_gb or 0) * 1e9) // each
-    least = max(PLACES_MIN, c.experts_per_token)
+    least = max(PLACES_MIN, model.experts_per_token)
     if places < least:
         mend = f"an expert has {each} bytes, and memory for {least} is the least"
         raise InvalidConfig("expert_memory_gb", config.expert_memory_gb, mend)
-    places = min(places, len(stored) * c.num_experts)
+    places = min(places, len(stored) * model.num_experts)
 
     def guess(layer: int, x: Tensor) -> Tensor:
         return layers[layer].router(x).expert_ids

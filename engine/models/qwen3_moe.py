@@ -9,7 +9,7 @@ from engine.models.base import DenseFeedForward, FeedForward, Model
 from engine.models.stack import ExpertNames, attention_layer, moe_layer, stack
 from engine.weights import Checkpoint
 
-_NAMES = ExpertNames(block="mlp", gate="gate_proj", up="up_proj", down="down_proj")
+NAMES = ExpertNames(block="mlp", gate="gate_proj", up="up_proj", down="down_proj")
 
 
 def qwen3_moe(config: ModelConfig, checkpoint: Checkpoint) -> Model:
@@ -23,7 +23,7 @@ def qwen3_moe(config: ModelConfig, checkpoint: Checkpoint) -> Model:
 
 def _feed_forward(config: ModelConfig, checkpoint: Checkpoint, index: int) -> FeedForward:
     if config.moe_layers[index]:
-        return moe_layer(config, checkpoint, index, _NAMES)
+        return moe_layer(config, checkpoint, index, NAMES)
     prefix, size, hidden = f"model.layers.{index}.mlp", config.dense_size, config.hidden_size
     gate = checkpoint.tensor(f"{prefix}.gate_proj.weight", size, hidden)
     up = checkpoint.tensor(f"{prefix}.up_proj.weight", size, hidden)

@@ -15,7 +15,7 @@ import torch
 from engine.attention.base import KvPool, KvShape
 from engine.batch import Batch, Slice
 from engine.experts.dynamic import DynamicPlacement, Exchange, Pace
-from engine.experts.hybrid import DeviceExecutor, HostExecutor, HybridExperts, Place, Weights
+from engine.experts.hybrid import DeviceExecutor, HostExecutor, Place, PlacedExperts, Weights
 from engine.experts.placement import Room, place
 from engine.experts.router import Routing
 from engine.experts.statistics import Statistics
@@ -75,7 +75,7 @@ class Made:
         weights = self.layers[0].weights(hot + spare)
         self.device = DeviceExecutor(weights, (LAYERS, EXPERTS), Choices(workbench_of(1)))
         self.room = Room((True,) * LAYERS, EXPERTS, hot)
-        self.hybrid = HybridExperts(
+        self.hybrid = PlacedExperts(
             self.host,
             self.device,
             Choices(workbench_of(2)),
@@ -95,9 +95,9 @@ class Made:
 
 
 @pytest.fixture
-def opened() -> Iterator[list[HybridExperts]]:
+def opened() -> Iterator[list[PlacedExperts]]:
     """What a test puts here is closed in the end."""
-    made: list[HybridExperts] = []
+    made: list[PlacedExperts] = []
     yield made
     for each in made:
         each.close()
@@ -106,7 +106,7 @@ def opened() -> Iterator[list[HybridExperts]]:
 @DTYPES
 @pytest.mark.parametrize("hot", [0, 1, 12, 24])
 def test_where_an_expert_lies_changes_no_bit(
-    opened: list[HybridExperts], dtype: torch.dtype, hot: int
+    opened: list[PlacedExperts], dtype: torch.dtype, hot: int
 ) -> None:
     made = Made(hot, dtype)
     opened.append(made.hybrid)
@@ -116,7 +116,7 @@ def test_where_an_expert_lies_changes_no_bit(
 
 @DTYPES
 def test_experts_that_move_under_load_change_no_bit(
-    opened: list[HybridExperts], dtype: torch.dtype
+    opened: list[PlacedExperts], dtype: torch.dtype
 ) -> None:
     made = Made(12, dtype, spare=3)
     opened.append(made.hybrid)
@@ -144,7 +144,7 @@ class Meeting:
         self._kernels.compute(*arguments)
 
 
-def test_both_executors_run_at_the_same_time(opened: list[HybridExperts]) -> None:
+def test_both_executors_run_at_the_same_time(opened: list[PlacedExperts]) -> None:
     """Else neither of them would ever begin."""
     made = Made(12)
     opened.append(made.hybrid)
@@ -156,7 +156,7 @@ def test_both_executors_run_at_the_same_time(opened: list[HybridExperts]) -> Non
 
 
 def test_a_step_waits_for_no_copy_and_a_failed_one_moves_nothing(
-    opened: list[HybridExperts],
+    opened: list[PlacedExperts],
 ) -> None:
     released, fails = threading.Event(), threading.Event()
 
@@ -192,7 +192,7 @@ class Broken:
 
 @pytest.mark.parametrize("which", ["host", "device"])
 def test_a_failed_executor_fails_the_step_and_the_next_one_runs(
-    opened: list[HybridExperts], which: str
+    opened: list[PlacedExperts], which: str
 ) -> None:
     made = Made(12)
     opened.append(made.hybrid)
@@ -205,7 +205,7 @@ def test_a_failed_executor_fails_the_step_and_the_next_one_runs(
     assert made.step(40)
 
 
-def test_the_share_of_the_device_is_told_by_layer(opened: list[HybridExperts]) -> None:
+def test_the_share_of_the_device_is_told_by_layer(opened: list[PlacedExperts]) -> None:
     made = Made(EXPERTS)
     opened.append(made.hybrid)
     made.hybrid.fill(place("front-loading", made.room, made.statistics.counts, 0))
