@@ -15,11 +15,16 @@ WEIGHT_CLASSES = ("attention", "embedding", "experts", "norms", "router")
 
 
 def identity_of(
-    config: ModelConfig, weights_digest: bytes, page_size: int, *, numerics: str = ""
+    config: ModelConfig,
+    weights_digest: bytes,
+    page_size: int,
+    *,
+    numerics: str = "",
+    deferral: int = 0,
 ) -> Identity:
     """Everything that this engine's KV depends on: the weights, their shapes and their formats by
     their digest, what config.json alone says by name. `numerics`: as the model's Device has it,
-    or SHARED_NUMERICS.
+    or SHARED_NUMERICS. `deferral`: experts of a token that are added a layer later.
     Raises errors.InvalidRequest for a model whose KV can't be cached by prefix."""
     dtype = str(config.dtype).removeprefix("torch.")
     rope = {name: str(value) for name, value in asdict(config.rope).items() if name != "theta"}
@@ -40,4 +45,5 @@ def identity_of(
         rms_norm_eps=config.rms_norm_eps,
         experts=by_layer(kinds, DEFAULT_KINDS["experts"]),
         numerics=numerics,
+        deferral=deferral,
     )

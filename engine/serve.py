@@ -162,8 +162,13 @@ def _bridge(
         numerics = model.device.numerics(model.config.dtype)
         if config.share_unlike_cpus:
             numerics = SHARED_NUMERICS
-        digest, page_size = model.weights_digest, config.page_size
-        identity = identity_of(model.config, digest, page_size, numerics=numerics).encode()
+        identity = identity_of(
+            model.config,
+            model.weights_digest,
+            config.page_size,
+            numerics=numerics,
+            deferral=config.max_deferred_experts_per_token,
+        ).encode()
         daemon = Daemon(
             config.kvc2,
             memory,

@@ -135,6 +135,25 @@ class EngineConfig:
             shown="all of them",
         ),
     ] = None
+    gpu_prefill_token_threshold: Annotated[
+        int | None,
+        Flag(
+            "In a step of so many tokens the cold experts are copied to the device and computed "
+            "there, a layer's while the layer before is; beside the hot experts it holds one "
+            "layer's.",
+            at_least(1),
+            shown="never",
+        ),
+    ] = None
+    max_deferred_experts_per_token: Annotated[
+        int,
+        Flag(
+            "So many of a token's experts, the least weighed, are added one layer later, so that "
+            "the CPU computes them beside the next attention. It changes the answers: KV is "
+            "shared with engines of the same number only. 0: none.",
+            at_least(0),
+        ),
+    ] = 0
     device_threads: Annotated[
         int | None,
         Flag(
@@ -218,6 +237,10 @@ class EngineConfig:
         if self.enable_dynamic_expert_update and not self.places_experts:
             mend = "needs --num-gpu-experts or --gpu-experts-ratio: else all are on the device"
             raise InvalidConfig("enable_dynamic_expert_update", True, mend)
+        tokens = self.gpu_prefill_token_threshold
+        if tokens is not None and not self.places_experts and self.expert_memory_gb is None:
+            mend = "needs --num-gpu-experts or --gpu-experts-ratio: else all are on the device"
+            raise InvalidConfig("gpu_prefill_token_threshold", tokens, mend)
         for field in ("init_expert_location", "expert_statistics"):
             path: Path | None = getattr(self, field)
             endings = EXPERT_FILES if field == "expert_statistics" else (*EXPERT_FILES, ".pt")

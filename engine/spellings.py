@@ -15,14 +15,14 @@ OURS = {
     "kt_gpu_experts_ratio": "gpu_experts_ratio",
     "kt_expert_placement_strategy": "expert_placement_strategy",
     "kt_enable_dynamic_expert_update": "enable_dynamic_expert_update",
+    "kt_gpu_prefill_token_threshold": "gpu_prefill_token_threshold",
+    "kt_max_deferred_experts_per_token": "max_deferred_experts_per_token",
     "kt_cpuinfer": "threads",
 }
 REFUSED = {
     "kt_threadpool_count": "leave it out: one team of --threads computes on all nodes",
     "kt_method": "leave it out: experts are computed as the checkpoint stores them, or as --dtype",
     "kt_weight_path": "leave it out: the CPU's experts are read from --model too",
-    "kt_gpu_prefill_token_threshold": "leave it out: cold experts of a prefill run on the CPU",
-    "kt_max_deferred_experts_per_token": "leave it out: no expert's output is deferred",
     "record_kt_gpu_expert_distribution": "use --expert-statistics FILE: choices are always counted",
     "expert_distribution_recorder_mode": "use --expert-statistics FILE: choices are always counted",
 }

@@ -47,11 +47,11 @@ class Identity:
     by engine/kernels.py; empty: an earlier engine's on AVX-512. adapter_digest: 64 hex digits, of a
     LoRA; empty: none.
 
-    deferral: layers by which cold experts are late. experts_per_token: as computed, whatever the
-    model's file says. normalize_top_k: 1 where the chosen experts' weights are scaled to sum to 1.
-    rms_norm_eps: in every norm. attention_bias: 1 where queries, keys and values have one.
-    rope_scaling: (key, value) sorted by key, `rope_type` among them. sinks: tokens that windows
-    always see.
+    deferral: so many of a token's experts, the last of its routing, are added one layer later.
+    experts_per_token: as computed, whatever the model's file says. normalize_top_k: 1 where the
+    chosen experts' weights are scaled to sum to 1. rms_norm_eps: in every norm. attention_bias: 1
+    where queries, keys and values have one. rope_scaling: (key, value) sorted by key, `rope_type`
+    among them. sinks: tokens that windows always see.
     """
 
     weights_digest: str

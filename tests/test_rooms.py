@@ -131,7 +131,7 @@ FLOORS = {
         base
     """,
     "engine/experts": """
-        store
+        deferral, prefill, store
         hybrid
         dynamic, grouped
         placement, router

@@ -24,8 +24,8 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -87,6 +87,19 @@ class Source(Executor, Protocol):
         """To the device's memory, beside steps. What it raises is a copy that failed."""
 
     def state(self) -> dict[str, int]: ...
+
+    def close(self) -> None: ...
+
+
+class Stream(Executor, Protocol):
+    """An executor on the device of experts that come for one step (prefill), if it has so many
+    tokens."""
+
+    from_tokens: int
+
+    def begin(self, cold: Iterable[Place]) -> None: ...
+
+    def state(self) -> dict[str, Any]: ...
 
     def close(self) -> None: ...
 
@@ -183,6 +196,88 @@ class Copier:
             self._arrived.put(Arrival(exchange, place, error))
 
 
+class Moves:
+    """Carries out what a policy wants: experts are copied to spare places of the device while steps
+    run, and taken in between them."""
+
+    def __init__(self, policy: DynamicPlacement, host: Source, device: DeviceExecutor) -> None:
+        self.exchanges = self.failed_copies = 0
+        self._policy = policy
+        self._device = device
+        self._copier = Copier(lambda expert, place: host.copy(expert, device.weights, place))
+
+    @property
+    def hot(self) -> Mask:
+        """A copy."""
+        return self._policy.hot.copy()
+
+    def turn(self, step: Counts, tokens: int, now: float) -> bool:
+        """Takes in what has come, and begins what the policy makes of a step's choices. Whether
+        anything moved. Waits for nothing."""
+        before = self.exchanges
+        for each in self._copier.arrived():
+            self._take_in(each)
+        self._policy.observe(step, tokens)
+        for exchange in self._policy.plan(now, len(self._device.free)):
+            self._copier.begin(exchange, self._device.free.pop())
+        return self.exchanges > before
+
+    def close(self) -> None:
+        self._copier.close()
+
+    def _take_in(self, arrival: Arrival) -> None:
+        exchange = arrival.exchange
+        if arrival.error is not None:
+            log.warning("expert %s was not copied: %s", exchange.hot, arrival.error)
+            self._device.free.append(arrival.place)
+            self.failed_copies += 1
+            self._policy.failed(exchange)
+            return
+        self._device.drop(exchange.cold)
+        self._device.put(exchange.hot, arrival.place)
+        self._policy.done(exchange)
+        self.exchanges += 1
+
+
+@dataclass(frozen=True)
+class Split:
+    """A layer's choices [T, k]: the device's places, -1 for what is cold; ids of what is cold, -1
+    for what is hot; and room for all of their outputs [T, k, hidden]."""
+
+    places: Tensor
+    cold: Tensor
+    outputs: Tensor
+
+    @property
+    def any_hot(self) -> bool:
+        return int(self.places.max()) >= 0
+
+    @property
+    def any_cold(self) -> bool:
+        return int(self.cold.max()) >= 0
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Outputs [T, k, hidden] that executors still compute, and how they will be weighed."""
+
+    outputs: Tensor
+    weights: Tensor
+    dtype: torch.dtype
+    under_way: tuple[Future[None], ...]
+
+    def wait(self) -> None:
+        """Until all are there. Raises what one of them did, when none writes any more."""
+        wait(self.under_way)
+        for each in self.under_way:
+            each.result()
+
+    def columns(self, begin: int, end: int | None) -> Begun:
+        """Of those that are there, these choices."""
+        outputs, weights = (e[:, begin:end].contiguous() for e in (self.outputs, self.weights))
+        return Begun(outputs, weights, self.dtype, ())
+
+
 class PlacedExperts:
     """All layers' experts of one model. One thread computes; `close` after the last step.
 
@@ -204,12 +299,13 @@ class PlacedExperts:
         self._sums = sums
         self._statistics = statistics
         self._seen: Counts = statistics.counts  # what the last step had counted
-        self._policy: DynamicPlacement | None = None
+        self._moves: Moves | None = None
         self._beside = ThreadPoolExecutor(1, "kvc2-device")
-        self._copier = Copier(lambda expert, place: host.copy(expert, device.weights, place))
+        self._apart = ThreadPoolExecutor(1, "kvc2-cold")  # its thread is made at the first use
+        self._stream: Stream | None = None
+        self.layers = sorted(host.layers)
         self.hot: Mask = np.zeros(self._seen.shape, bool)
         self.served: Counts = np.zeros(self._seen.shape)  # activations that the device served
-        self.exchanges = self.failed_copies = 0
 
     def fill(self, hot: Mask) -> None:
         """Copies these experts to the device. Before the first step."""
@@ -221,39 +317,58 @@ class PlacedExperts:
 
     def follow(self, policy: DynamicPlacement) -> None:
         """From now on experts move as it says."""
-        self._policy = policy
+        self._moves = Moves(policy, self._host, self._device)
+
+    def stream(self, stream: Stream) -> None:
+        """From now on the cold experts of large steps are copied to the device."""
+        self._stream = stream
+
+    def streams(self, x: Tensor) -> bool:
+        """Whether a step of these rows is one of those."""
+        return self._stream is not None and len(x) >= self._stream.from_tokens
 
     def compute(self, layer: int, x: Tensor, routing: Routing) -> Tensor:
         """[T, hidden] -> [T, hidden], the weighed sum over each token's experts, those with the id
         -1 left out."""
-        ids = routing.expert_ids
-        places = self._device.holds(layer, ids)
-        cold = ids.masked_fill(places >= 0, -1)
-        outputs = torch.empty(*ids.shape, x.shape[1])
-        if int(ids.min()) < 0:
-            outputs[ids < 0] = 0
-        beside = self._begin_hot(layer, x, places, outputs)
+        if self.streams(x):
+            return self.end(self.begin(layer, x, routing))
+        split = self._split(layer, x, routing)
+        beside = self._begin_hot(layer, x, split)
         try:
-            if int(cold.max()) >= 0:
-                self._host.compute(layer, x, cold, outputs)
+            if split.any_cold:
+                self._host.compute(layer, x, split.cold, split.outputs)
         finally:
             if beside is not None:  # it writes to `outputs`, whatever became of the cold ones
                 beside.result()
-        return self._sums.sum(outputs, routing.weights, x.dtype)
+        return self._sums.sum(split.outputs, routing.weights, x.dtype)
+
+    def begin(self, layer: int, x: Tensor, routing: Routing) -> Begun:
+        """The same, of which nothing is waited for. What is begun is computed in its order; whoever
+        begins what a step computes begins all of it, and what is streamed once a layer."""
+        split = self._split(layer, x, routing)
+        under_way = [self._begin_hot(layer, x, split)]
+        if split.any_cold:
+            executor: Executor = self._host
+            threads = self._apart
+            if self._stream is not None and self.streams(x):
+                threads, executor = self._beside, self._stream
+            cold = split.cold, split.outputs
+            under_way.append(threads.submit(executor.compute, layer, x, *cold))
+        begun = tuple(each for each in under_way if each is not None)
+        return Begun(split.outputs, routing.weights, x.dtype, begun)
+
+    def end(self, begun: Begun) -> Tensor:
+        """Waits for it: [T, hidden]."""
+        begun.wait()
+        return self._sums.sum(begun.outputs, begun.weights, begun.dtype)
 
     def between_steps(self, now: float) -> None:
         """Takes in what has been copied, and begins what the policy wants. Waits for nothing."""
         counts = self._statistics.counts
         step, self._seen = counts - self._seen, counts
         self.served += step * self.hot
-        policy = self._policy
-        if policy is None:
-            return
-        for each in self._copier.arrived():
-            self._take_in(each, policy)
-        policy.observe(step, self._tokens(step))
-        for exchange in policy.plan(now, len(self._device.free)):
-            self._copier.begin(exchange, self._device.free.pop())
+        if self._moves is not None and self._moves.turn(step, self._tokens(step), now):
+            self.hot = self._moves.hot
 
     def state(self) -> dict[str, Any]:
         """By layer: its hot experts, and the part of its activations that the device served."""
@@ -265,42 +380,49 @@ class PlacedExperts:
                 "hot": np.flatnonzero(self.hot[layer]).tolist(),
                 "device_share": round(float(served[layer] / seen[layer]), 4) if seen[layer] else 0,
             }
-            for layer in sorted(self._host.layers)
+            for layer in self.layers
         ]
-        return {
+        told: dict[str, Any] = {
             "by_layer": layers,
             "hot": int(self.hot.sum()),
             "device_share": round(float(served.sum() / max(seen.sum(), 1.0)), 4),
-            "exchanges": self.exchanges,
-            "failed_copies": self.failed_copies,
+            "exchanges": 0 if self._moves is None else self._moves.exchanges,
+            "failed_copies": 0 if self._moves is None else self._moves.failed_copies,
             "expert_bytes": self._device.weights.expert_bytes,
-        } | self._host.state()
+        }
+        told |= self._host.state()
+        return told if self._stream is None else told | {"prefill": self._stream.state()}
 
     def close(self) -> None:
         self._beside.shutdown()
-        self._copier.close()
+        self._apart.shutdown()
+        if self._moves is not None:
+            self._moves.close()
+        if self._stream is not None:
+            self._stream.close()
         self._host.close()
 
-    def _begin_hot(
-        self, layer: int, x: Tensor, places: Tensor, outputs: Tensor
-    ) -> Future[None] | None:
-        if int(places.max()) < 0:
-            return None
-        return self._beside.submit(self._device.compute, layer, x, places, outputs)
+    def _split(self, layer: int, x: Tensor, routing: Routing) -> Split:
+        if self._stream is not None and layer == self.layers[0]:
+            self._begin_stream(self._stream, x)
+        ids = routing.expert_ids
+        places = self._device.holds(layer, ids)
+        outputs = torch.empty(*ids.shape, x.shape[1])
+        if int(ids.min()) < 0:
+            outputs[ids < 0] = 0
+        return Split(places, ids.masked_fill(places >= 0, -1), outputs)
 
-    def _take_in(self, arrival: Arrival, policy: DynamicPlacement) -> None:
-        exchange = arrival.exchange
-        if arrival.error is not None:
-            log.warning("expert %s was not copied: %s", exchange.hot, arrival.error)
-            self._device.free.append(arrival.place)
-            self.failed_copies += 1
-            policy.failed(exchange)
-            return
-        self._device.drop(exchange.cold)
-        self._device.put(exchange.hot, arrival.place)
-        policy.done(exchange)
-        self.hot = policy.hot.copy()
-        self.exchanges += 1
+    def _begin_stream(self, stream: Stream, x: Tensor) -> None:
+        """A step begins, which needs its cold experts on the device or doesn't."""
+        cold: list[Place] = []
+        if self.streams(x):
+            cold = [(at, int(e)) for at in self.layers for e in np.flatnonzero(~self.hot[at])]
+        stream.begin(cold)
+
+    def _begin_hot(self, layer: int, x: Tensor, split: Split) -> Future[None] | None:
+        if not split.any_hot:
+            return None
+        return self._beside.submit(self._device.compute, layer, x, split.places, split.outputs)
 
     def _tokens(self, step: Counts) -> int:
         """Of a step: each chooses as many experts in each layer that has any."""

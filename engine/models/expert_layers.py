@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,7 +36,13 @@ Values = TypeVar("Values", Tensor, NDArray[Any])
 SETTINGS = (
     *("device_threads", "dtype", "enable_dynamic_expert_update", "expert_copies_per_s"),
     *("expert_memory_gb", "expert_placement_seed", "expert_placement_strategy"),
-    *("gpu_experts_ratio", "init_expert_location", "num_gpu_experts", "threads"),
+    *(
+        "gpu_experts_ratio",
+        "gpu_prefill_token_threshold",
+        "init_expert_location",
+        "num_gpu_experts",
+        "threads",
+    ),
 )
 _NAMES = {"MixtralForCausalLM": MIXTRAL_NAMES, "Qwen3MoeForCausalLM": QWEN3_NAMES}
 
@@ -73,6 +80,8 @@ class HybridExperts:
         for name in settings:
             flags.check_known(name, name, SETTINGS)
         config = flags.build(EngineConfig, {"model": Path(model_dir), **settings})
+        if not config.places_experts:
+            config = replace(config, num_gpu_experts=0)
         model = ModelConfig.load(config.model, config.dtype)
         wanted = _wanted(model, layer)
         on_disk = config.expert_memory_gb is not None

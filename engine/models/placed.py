@@ -16,6 +16,7 @@ from torch import Tensor
 from engine.batch import Batch
 from engine.config import ModelConfig
 from engine.experts import placement, statistics
+from engine.experts.deferral import DeferredExperts
 from engine.experts.dynamic import DynamicPlacement, Pace
 from engine.experts.grouped import GroupedExperts, MoeLayer
 from engine.experts.hybrid import (
@@ -26,6 +27,7 @@ from engine.experts.hybrid import (
     Weights,
 )
 from engine.experts.placement import Room
+from engine.experts.prefill import PrefillStream
 from engine.experts.router import Routing
 from engine.experts.statistics import Counts, Statistics
 from engine.experts.store import ExpertStore, StoredExperts
@@ -57,7 +59,7 @@ class PlacedLayer:
     """A layer of experts that lie in several places."""
 
     layer: int
-    experts: PlacedExperts
+    experts: PlacedExperts | DeferredExperts
 
     def __call__(self, x: Tensor, routing: Routing) -> Tensor:
         return self.experts.compute(self.layer, x, routing)
@@ -75,8 +77,11 @@ class BetweenSteps:
 
     compute: Compute
     experts: PlacedExperts
+    deferred: DeferredExperts | None
 
     def step(self, batch: Batch, layer_ready: Callable[[int], None] | None = None) -> Tensor:
+        if self.deferred is not None:
+            self.deferred.drop()
         self.experts.between_steps(time.monotonic())
         return self.compute.step(batch, layer_ready)
 
@@ -98,13 +103,17 @@ class PlacedModel:
         known = self.statistics.counts
         if config.init_expert_location is not None:
             known = statistics.load("init_expert_location", config.init_expert_location, *shape)
-        if config.places_experts or config.expert_memory_gb is not None:
+        late = _deferred(config, c)
+        if config.places_experts or config.expert_memory_gb is not None or late:
             self.experts = place_experts(config, c, moe_layers(model), known, self.statistics)
+        self._deferred = DeferredExperts(self.experts, late) if self.experts and late else None
         self.model = _with_experts(model, self._layer)
 
     def compute(self, runner: Compute) -> Compute:
         """The runner, before whose steps experts move."""
-        return runner if self.experts is None else BetweenSteps(runner, self.experts)
+        if self.experts is None:
+            return runner
+        return BetweenSteps(runner, self.experts, self._deferred)
 
     def save(self) -> str | None:
         """Keeps the counts in their file, whose name is returned; None without one. Raises
@@ -137,8 +146,17 @@ class PlacedModel:
     def _layer(self, index: int, moe: MoeLayer) -> Callable[[Tensor, Routing], Tensor]:
         experts = moe.experts
         if self.experts is not None:
-            experts = PlacedLayer(index, self.experts)
+            experts = PlacedLayer(index, self._deferred or self.experts)
         return Observed(index, self.statistics, experts)
+
+
+def _deferred(config: EngineConfig, model: ModelConfig) -> int:
+    """Choices of a token that are late. Raises InvalidConfig where none would be left."""
+    deferred, chosen = config.max_deferred_experts_per_token, model.experts_per_token
+    if deferred >= max(chosen, 1):
+        mend = f"0 to {max(chosen - 1, 0)}: a token has {chosen} experts, and one is not late"
+        raise InvalidConfig("max_deferred_experts_per_token", deferred, mend)
+    return deferred
 
 
 def place_experts(
@@ -152,17 +170,18 @@ def place_experts(
     host's. `counts`: what is known beforehand; `seen`: what the steps choose. Raises
     InvalidConfig."""
     per_layer, ratio = config.num_gpu_experts, config.gpu_experts_ratio
-    if not config.places_experts:
-        per_layer = 0  # all stay where --expert-memory-gb has them
+    if not config.places_experts and config.expert_memory_gb is not None:
+        per_layer = 0  # all stay where it has them
     hot = placement.hot_experts(len(layers), model.num_experts, per_layer, ratio)
     room = Room([i in layers for i in range(model.num_layers)], model.num_experts, hot)
     moves = config.enable_dynamic_expert_update and 0 < hot < room.total
     threads = _threads(config, room)
     host = _host(config, model, layers, Choices(workbench_of(threads.host)))
+    device_bench = workbench_of(threads.device)
     device = DeviceExecutor(
         host.layers[min(layers)].weights(hot + SPARE_PLACES * moves),
         (model.num_layers, model.num_experts),
-        Choices(workbench_of(threads.device)),
+        Choices(device_bench),
     )
     experts = PlacedExperts(
         host,
@@ -171,6 +190,10 @@ def place_experts(
         statistics=seen,
         chosen=model.experts_per_token,
     )
+    if config.gpu_prefill_token_threshold is not None and hot < room.total:
+        places = device.weights.weights(model.num_experts)
+        kernels, least = Choices(device_bench), config.gpu_prefill_token_threshold
+        experts.stream(PrefillStream(host.copy, places, model.num_experts, kernels, least))
     strategy, seed = config.expert_placement_strategy, config.expert_placement_seed
     experts.fill(placement.place(strategy, room, counts, seed))
     if moves:

@@ -22,11 +22,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_qwen3_moe(tmp_path_factory.mktemp("model") / "first")
 
 
-def space(
-    model_dir: Path, dtype: str = "auto", page_size: int = 16, *, numerics: str = ""
-) -> bytes:
+def space(model_dir: Path, dtype: str = "auto", page_size: int = 16, **fields: Any) -> bytes:
     config = ModelConfig.load(model_dir, dtype)
-    identity = identity_of(config, weights_digest(model_dir), page_size, numerics=numerics)
+    identity = identity_of(config, weights_digest(model_dir), page_size, **fields)
     return namespace(SECRET, identity.encode())
 
 
@@ -69,6 +67,10 @@ def test_a_name_is_no_other_namespace(model: Path, tmp_path: Path) -> None:
 
 def test_kernels_that_give_other_bits_are_another_namespace(model: Path) -> None:
     assert len({space(model, numerics=each) for each in ("", "amx.2", "shared")}) == 3
+
+
+def test_deferred_experts_are_another_namespace(model: Path) -> None:
+    assert len({space(model, deferral=each) for each in (0, 1, 2)}) == 3
 
 
 def test_the_model_is_found_where_version_1_of_identities_put_it(model: Path) -> None:

@@ -1,0 +1,146 @@
+"""Prefill on the device: from so many tokens on, cold experts are copied there and computed there.
+
+    copies    layer 0 . . . | layer 1 . . . . . | layer 2 . . .     as far ahead as places allow
+    device        attention 0, experts 0 . .| attention 1, experts 1 . .|
+
+A prompt's chunk uses nearly all experts of a layer, each for many tokens: the bus then carries an
+expert in less time than the CPU needs to compute it. A step's copies are begun in the order of its
+layers when its first layer begins, and wait for places, so that memory is bounded; what a layer
+turns out not to need is passed over. Outputs are those of any executor with the same kernels.
+Not responsible for when it is used (hybrid).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.experts.hybrid import Place, Weights
+from engine.kernels import Choices
+
+
+class PrefillStream:
+    """`weights`: the device's places for what is streamed, beside those of hot experts. `copy` is
+    called by a thread of its own. One thread calls the rest."""
+
+    def __init__(
+        self,
+        copy: Callable[[Place, Weights, int], None],
+        weights: Weights,
+        experts: int,
+        kernels: Choices,
+        from_tokens: int,
+    ) -> None:
+        self.from_tokens = from_tokens
+        self.copied = 0
+        self.copy_s = 0.0
+        self._copy = copy
+        self._weights = weights
+        self._experts = experts
+        self._kernels = kernels
+        self._changed = threading.Condition()  # over all below
+        self._free = list(range(len(weights.gate_up)))
+        self._wanted: deque[Place] = deque()
+        self._arrived: dict[Place, int | Exception] = {}  # its place, or why it didn't come
+        self._step = 0  # what was begun for an earlier one is nobody's
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="kvc2-prefill", daemon=True)
+        self._thread.start()
+
+    def begin(self, cold: Iterable[Place]) -> None:
+        """A step will need these, most of them, in this order. Ends the step before."""
+        with self._changed:
+            self._step += 1
+            self._give_back(self._arrived.keys())
+            self._wanted = deque(cold)
+            self._changed.notify_all()
+
+    def compute(self, layer: int, x: Tensor, expert_ids: Tensor, outputs: Tensor) -> None:
+        """An Executor's, once a layer of the step, in their order. Raises what a copy raised."""
+        left = {(layer, int(each)) for each in np.unique(expert_ids.numpy()) if each >= 0}
+        with self._changed:
+            self._wanted = deque(e for e in self._wanted if e[0] > layer or e in left)
+        while left:
+            ready = self._await(layer, left)
+            places = torch.full((self._experts + 1,), -1)
+            for (_, expert), place in ready.items():
+                places[expert] = place
+            weights = self._weights
+            self._kernels.compute(x, places[expert_ids], weights.gate_up, weights.down, outputs)
+            left -= ready.keys()
+            with self._changed:
+                self._free += ready.values()
+                self._changed.notify_all()
+
+    def state(self) -> dict[str, Any]:
+        """How many experts were copied, and the milliseconds that one takes on the mean."""
+        copied = max(self.copied, 1)
+        return {
+            "from_tokens": self.from_tokens,
+            "places": len(self._weights.gate_up),
+            "copied": self.copied,
+            "copy_ms": round(1000 * self.copy_s / copied, 3),
+        }
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _await(self, layer: int, left: set[Place]) -> dict[Place, int]:
+        """What has come of these, at least one; it is the caller's from now on."""
+        with self._changed:
+            while not (come := left & self._arrived.keys()):
+                # what was copied before it was known that nobody needs it
+                self._give_back(each for each in self._arrived if each[0] <= layer)
+                self._changed.wait()
+            ready = {}
+            for expert in come:
+                place = self._arrived[expert]
+                if isinstance(place, Exception):
+                    raise place
+                ready[expert] = place
+            for expert in ready:
+                del self._arrived[expert]
+            return ready
+
+    def _give_back(self, experts: Iterable[Place]) -> None:
+        """Their places are free again."""
+        for expert in list(experts):
+            place = self._arrived.pop(expert)
+            if isinstance(place, int):
+                self._free.append(place)
+        self._changed.notify_all()
+
+    def _run(self) -> None:
+        while (taken := self._next()) is not None:
+            expert, place, step = taken
+            began, error = time.perf_counter(), None
+            try:
+                self._copy(expert, self._weights, place)
+            except Exception as failed:
+                error = failed
+            with self._changed:
+                self.copied += 1
+                self.copy_s += time.perf_counter() - began
+                if error is not None or step != self._step:
+                    self._free.append(place)
+                if step == self._step:
+                    self._arrived[expert] = place if error is None else error
+                self._changed.notify_all()
+
+    def _next(self) -> tuple[Place, int, int] | None:
+        with self._changed:
+            while not self._closed and not (self._wanted and self._free):
+                self._changed.wait()
+            if self._closed:
+                return None
+            return self._wanted.popleft(), self._free.pop(), self._step
