@@ -46,13 +46,24 @@ def experts(told: dict[str, Any], *, as_json: bool) -> str:
     lines += [
         f"{told['hot']} of {total} are hot ({size:.2f} GB), and serve {told['device_share']:.1%}",
         f"{told['exchanges']} exchanges, {told['failed_copies']} failed copies",
-        "layer  hot  served by the device",
     ]
+    if "prefill" in told:
+        lines.append(_prefill(told["prefill"]))
+    lines.append("layer  hot  served by the device")
     lines += [
         f"{each['layer']:5}  {len(each['hot']):3}  {each['device_share']:.1%}"
         for each in told["by_layer"]
     ]
     return "\n".join(lines)
+
+
+def _prefill(told: dict[str, Any]) -> str:
+    pays = told["pays_from_tokens"]
+    return (
+        f"steps of {told['from_tokens']} tokens and more on the device: {told['copied']:,} experts "
+        f"copied, {told['copy_ms']} ms each; measured to pay from "
+        f"{'(not known yet)' if pays is None else pays} tokens on"
+    )
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

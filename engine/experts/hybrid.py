@@ -24,6 +24,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -99,7 +100,9 @@ class Stream(Executor, Protocol):
 
     def begin(self, cold: Iterable[Place]) -> None: ...
 
-    def state(self) -> dict[str, Any]: ...
+    def host_took(self, tokens: int, seconds: float) -> None: ...
+
+    def state(self, cold: float) -> dict[str, Any]: ...
 
     def close(self) -> None: ...
 
@@ -336,7 +339,7 @@ class PlacedExperts:
         beside = self._begin_hot(layer, x, split)
         try:
             if split.any_cold:
-                self._host.compute(layer, x, split.cold, split.outputs)
+                self._compute_cold(layer, x, split)
         finally:
             if beside is not None:  # it writes to `outputs`, whatever became of the cold ones
                 beside.result()
@@ -391,7 +394,10 @@ class PlacedExperts:
             "expert_bytes": self._device.weights.expert_bytes,
         }
         told |= self._host.state()
-        return told if self._stream is None else told | {"prefill": self._stream.state()}
+        if self._stream is not None:
+            cold = float((~self.hot[self.layers]).sum()) / len(self.layers)
+            told["prefill"] = self._stream.state(cold)
+        return told
 
     def close(self) -> None:
         self._beside.shutdown()
@@ -411,6 +417,12 @@ class PlacedExperts:
         if int(ids.min()) < 0:
             outputs[ids < 0] = 0
         return Split(places, ids.masked_fill(places >= 0, -1), outputs)
+
+    def _compute_cold(self, layer: int, x: Tensor, split: Split) -> None:
+        began = time.perf_counter()
+        self._host.compute(layer, x, split.cold, split.outputs)
+        if self._stream is not None:
+            self._stream.host_took(len(x), time.perf_counter() - began)
 
     def _begin_stream(self, stream: Stream, x: Tensor) -> None:
         """A step begins, which needs its cold experts on the device or doesn't."""

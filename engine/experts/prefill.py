@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,25 @@ from torch import Tensor
 
 from engine.experts.hybrid import Place, Weights
 from engine.kernels import Choices
+
+LARGE = 32  # tokens of a step from which on the CPU's time a token counts for the comparison
+
+
+@dataclass
+class Measured:
+    """What copies took, and what the CPU took for cold experts of large steps, by layer."""
+
+    copied: int = 0
+    copy_s: float = 0.0
+    host_tokens: int = 0
+    host_s: float = 0.0
+
+    def pays_from(self, cold: float) -> int | None:
+        """The tokens for which the CPU takes as long as `cold` copies, those of a layer: from there
+        on it pays, on a device that computes faster than they come. None: not measured yet."""
+        if not self.copied or not self.host_s:
+            return None
+        return round(cold * self.copy_s / self.copied / (self.host_s / self.host_tokens))
 
 
 class PrefillStream:
@@ -39,8 +59,7 @@ class PrefillStream:
         from_tokens: int,
     ) -> None:
         self.from_tokens = from_tokens
-        self.copied = 0
-        self.copy_s = 0.0
+        self.measured = Measured()
         self._copy = copy
         self._weights = weights
         self._experts = experts
@@ -79,14 +98,22 @@ class PrefillStream:
                 self._free += ready.values()
                 self._changed.notify_all()
 
-    def state(self) -> dict[str, Any]:
-        """How many experts were copied, and the milliseconds that one takes on the mean."""
-        copied = max(self.copied, 1)
+    def host_took(self, tokens: int, seconds: float) -> None:
+        """What the CPU took for the cold experts of a layer."""
+        if tokens >= LARGE:
+            self.measured.host_tokens += tokens
+            self.measured.host_s += seconds
+
+    def state(self, cold: float) -> dict[str, Any]:
+        """How many experts were copied, the milliseconds that one takes on the mean, and from how
+        many tokens of a step on it would pay where a layer has so many cold experts."""
+        measured = self.measured
         return {
             "from_tokens": self.from_tokens,
             "places": len(self._weights.gate_up),
-            "copied": self.copied,
-            "copy_ms": round(1000 * self.copy_s / copied, 3),
+            "copied": measured.copied,
+            "copy_ms": round(1000 * measured.copy_s / max(measured.copied, 1), 3),
+            "pays_from_tokens": measured.pays_from(cold),
         }
 
     def close(self) -> None:
@@ -129,8 +156,8 @@ class PrefillStream:
             except Exception as failed:
                 error = failed
             with self._changed:
-                self.copied += 1
-                self.copy_s += time.perf_counter() - began
+                self.measured.copied += 1
+                self.measured.copy_s += time.perf_counter() - began
                 if error is not None or step != self._step:
                     self._free.append(place)
                 if step == self._step:

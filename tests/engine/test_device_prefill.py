@@ -14,7 +14,7 @@ import torch
 from engine.config import ModelConfig
 from engine.experts.hybrid import HostExecutor, Place, Weights
 from engine.experts.placement import place
-from engine.experts.prefill import PrefillStream
+from engine.experts.prefill import Measured, PrefillStream
 from engine.kernels import Choices, workbench_of
 from engine.models import build_model
 from engine.models.placed import PlacedModel
@@ -76,8 +76,8 @@ def test_streamed_experts_change_no_bit(
     opened.append(made.hybrid)
     for tokens in (FROM_TOKENS, 40, 17):
         assert made.prefill(tokens)
-    assert made.stream.state()["places"] == places
-    assert 0 < made.stream.copied <= 3 * (LAYERS * EXPERTS - hot)
+    assert made.hybrid.state()["prefill"]["places"] == places
+    assert 0 < made.stream.measured.copied <= 3 * (LAYERS * EXPERTS - hot)
 
 
 def test_a_step_below_the_threshold_is_the_cpus(opened: list[Any]) -> None:
@@ -187,6 +187,13 @@ def test_a_model_answers_as_it_does_without(tmp_path: Path, fields: dict[str, An
     late = fields.get("max_deferred_experts_per_token", 0)
     plain = answer(max_deferred_experts_per_token=late)
     assert torch.equal(answer(**fields, gpu_prefill_token_threshold=8), plain)
+
+
+def test_it_pays_where_the_cpu_takes_as_long_as_the_copies() -> None:
+    measured = Measured(copied=10, copy_s=0.05)
+    assert measured.pays_from(64) is None
+    measured.host_tokens, measured.host_s = 200, 0.4  # 2 ms a token; a layer's copies take 320
+    assert measured.pays_from(64) == 160
 
 
 def test_without_cold_experts_there_is_nothing_to_stream() -> None:
