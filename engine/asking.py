@@ -49,12 +49,27 @@ def experts(told: dict[str, Any], *, as_json: bool) -> str:
     ]
     if "prefill" in told:
         lines.append(_prefill(told["prefill"]))
+    lines += _budget(told.get("budget", {}))
     lines.append("layer  hot  served by the device")
     lines += [
         f"{each['layer']:5}  {len(each['hot']):3}  {each['device_share']:.1%}"
         for each in told["by_layer"]
     ]
     return "\n".join(lines)
+
+
+def _budget(told: dict[str, Any]) -> list[str]:
+    if not told:
+        return []
+    now, another, lines = told["now"], told["another_gb"], []
+    lines.append(f"KV has {now['kv_gb']} GB, experts {now['experts_gb']} GB, {now['by']}")
+    better = told.get("better")
+    if better is not None and better["hot"] != now["hot"]:
+        lines.append(
+            f"the next start would give KV {better['kv_gb']} GB, experts {better['experts_gb']} GB"
+        )
+    more = f"another GB would bring {another['activations']:+.1%} of activations"
+    return [*lines, more + (f", or {another['hits']:+.1%} of hits" if "hits" in another else "")]
 
 
 def _prefill(told: dict[str, Any]) -> str:

@@ -5,7 +5,12 @@ Not responsible for serving them (http).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 # TTFT reaches from a GPU hit of some milliseconds to a cold prefill of minutes on a CPU
 TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -53,3 +58,48 @@ class EngineMetrics:
             buckets=TTFT_BUCKETS_S,
             registry=self.registry,
         )
+
+
+class ExpertMetrics(Collector):
+    """What GET /experts tells, as metrics. `state` is asked at each scrape."""
+
+    def __init__(self, state: Callable[[], dict[str, Any]]) -> None:
+        self._state = state
+
+    def collect(self) -> Iterator[Metric]:
+        told = self._state()
+        yield _counter("activations", "Experts chosen, one for each of a token", told)
+        if told["placed"]:
+            yield _counter("exchanges", "Experts that moved to the device for another", told)
+            yield _counter("failed_copies", "Copies to the device that failed", told)
+            yield _gauge("hot", "Experts on the device", told)
+            share = "Share of activations that the device served"
+            family = GaugeMetricFamily("kvc2_engine_experts_device_share", share, labels=["layer"])
+            for each in told["by_layer"]:
+                family.add_metric([str(each["layer"])], each["device_share"])
+            yield family
+        if "read_bytes" in told:
+            yield _counter("read_bytes", "Read of experts on disk", told)
+            yield _counter("memory_hits", "Experts in memory when their layer began", told)
+            yield _counter("memory_misses", "Experts that a layer had to wait for", told)
+        bytes_of = "Device memory, 10^9 bytes, by what lies there"
+        memory = GaugeMetricFamily("kvc2_engine_device_memory_gb", bytes_of, labels=["what"])
+        now = told.get("budget", {}).get("now", {})
+        for what in ("experts", "kv"):
+            if f"{what}_gb" in now:
+                memory.add_metric([what], now[f"{what}_gb"])
+        yield memory
+        brings = "What another GB of device memory would bring: shares of activations, of hits"
+        another = GaugeMetricFamily("kvc2_engine_another_gb", brings, labels=["what"])
+        for what in ("activations", "hits"):
+            if what in told.get("budget", {}).get("another_gb", {}):
+                another.add_metric([what], told["budget"]["another_gb"][what])
+        yield another
+
+
+def _counter(name: str, text: str, told: dict[str, Any]) -> Metric:
+    return CounterMetricFamily(f"kvc2_engine_experts_{name}", text, value=told[name])
+
+
+def _gauge(name: str, text: str, told: dict[str, Any]) -> Metric:
+    return GaugeMetricFamily(f"kvc2_engine_experts_{name}", text, value=told[name])

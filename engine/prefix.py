@@ -6,11 +6,14 @@ engine. Not responsible for who runs next (scheduler).
 
 from __future__ import annotations
 
+import hashlib
+import threading
 from concurrent.futures import Future
 
 from engine.metrics import EngineMetrics
-from engine.request import Explanation
+from engine.request import Explanation, Request
 from kvc2 import errors
+from kvc2._core import ReuseCurve, chain_keys
 from kvc2.answers import Explained, TierTokens
 from kvc2.client import Bridge as Bridge
 from kvc2.client import BridgeConfig as BridgeConfig
@@ -91,3 +94,32 @@ def explanation_of(found: Explained, matched_tokens: int) -> Explanation:
         found.died_s_ago,
         held,
     )
+
+
+SIZES = tuple(2.0**n for n in range(10, 27, 2))  # tokens of pools, 1,024 to 67 million
+
+
+class PromptReuse:
+    """What pools of KV of other sizes would have had of the prompts. Threads may share it."""
+
+    def __init__(self, page_size: int) -> None:
+        self.tokens = 0
+        self._page_size = page_size
+        self._curve = ReuseCurve()
+        self._lock = threading.Lock()
+
+    def note(self, request: Request) -> None:
+        """A prompt came: O(its blocks), of which a bounded sample is kept."""
+        caller = f"{request.caller.tenant}/{request.caller.salt!r}".encode()
+        namespace = hashlib.sha256(caller).digest()
+        keys = chain_keys(namespace, request.tokens, self._page_size)
+        with self._lock:
+            self.tokens += len(request.tokens)
+            self._curve.access(keys, self._page_size, len(request.tokens))
+
+    def hit_rates(self) -> tuple[tuple[float, float], ...]:
+        """(tokens of a pool, share of the prompts' tokens that it would have had)."""
+        with self._lock:
+            while self._curve.catch_up():
+                pass
+            return tuple((size, self._curve.hit_rate(int(size))) for size in SIZES)

@@ -12,12 +12,14 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastapi import FastAPI
 
 from engine import kernels
 from engine.attention.base import KvPool, KvShape
+from engine.budget import Measured
 from engine.config import ModelConfig
 from engine.device import CPU, set_threads
 from engine.errors import EngineFailedError
@@ -27,16 +29,17 @@ from engine.http.loading import refused_meanwhile
 from engine.http.server import Server, fit_descriptors
 from engine.http.tokenizer import Tokenizer
 from engine.identity import SHARED_NUMERICS, identity_of
-from engine.metrics import EngineMetrics
+from engine.metrics import EngineMetrics, ExpertMetrics
 from engine.models import build_model
 from engine.models.base import Model
-from engine.models.placed import PlacedModel
+from engine.models.placed import PlacedModel, budgeted
 from engine.prefix import (
     Bridge,
     BridgeConfig,
     BridgeCounters,
     Daemon,
     PoolMemory,
+    PromptReuse,
     layer_major,
     open_bridge,
 )
@@ -74,10 +77,11 @@ def assemble(config: EngineConfig) -> Engine:
     model_config = ModelConfig.load(config.model, config.dtype)
     tokenizer = Tokenizer(config.model, parse_special=config.parse_special_tokens)
     shape = KvShape.of(model_config, config.page_size)
-    num_pages = config.num_pages or int(config.kv_memory_gb * 1e9) // shape.page_bytes
+    config, budget = budgeted(config, model_config, shape.page_bytes)
+    num_pages = config.num_pages or config.kv_bytes // shape.page_bytes
     if num_pages * config.page_size < 2 * config.page_size:
         mend = f"a page needs {shape.page_bytes} bytes, and two are the least"
-        raise InvalidConfig("kv_memory_gb", config.kv_memory_gb, mend)
+        raise InvalidConfig("kv_memory_gb", config.kv_bytes / 1e9, mend)
     on_disk = config.expert_memory_gb is not None
     with Checkpoint(
         config.model, model_config.dtype, device, experts_on_disk=on_disk
@@ -86,6 +90,7 @@ def assemble(config: EngineConfig) -> Engine:
         check_room(config, num_pages * shape.page_bytes, weights_bytes, machine.memory())
         memory = PoolMemory(num_pages * shape.page_bytes)
         placed = PlacedModel(config, build_model(model_config, checkpoint))
+        placed.budget = budget
     model = placed.model
     metrics = EngineMetrics()
     tenants = read_api_keys(config.api_keys) if config.api_keys else {}
@@ -99,6 +104,8 @@ def assemble(config: EngineConfig) -> Engine:
     )
     max_tokens = min(model_config.max_positions, num_pages * config.page_size)
     worker = Worker(scheduler, config.max_queued, Bounds(model_config.vocab_size, max_tokens))
+    placed.traffic = _traffic(config, worker, scheduler)
+    metrics.registry.register(ExpertMetrics(placed.state))
     end_token_ids = set(model_config.eos_token_ids)
     if tokenizer.end_token_id is not None:
         end_token_ids.add(tokenizer.end_token_id)
@@ -118,6 +125,17 @@ def assemble(config: EngineConfig) -> Engine:
         experts=placed,
     )
     return Engine(app, bridge, worker, metrics, placed)
+
+
+def _traffic(config: EngineConfig, worker: Worker, scheduler: Scheduler) -> Callable[[], Measured]:
+    """What the prompts of this run show, from now on."""
+    reuse = PromptReuse(config.page_size)
+    worker.on_prompt = reuse.note
+    return lambda: Measured(
+        prompt_tokens=reuse.tokens,
+        prefill_tokens_per_s=scheduler.prefill_rate or 0.0,
+        hit_rates=reuse.hit_rates(),
+    )
 
 
 def _left_on_disk(config: EngineConfig, model: ModelConfig) -> int:

@@ -24,6 +24,7 @@ Dtype = Literal["auto", "bfloat16", "float32"]
 PlacementStrategy = Literal["uniform", "frequency", "front-loading", "random"]
 CpuIsa = Literal["auto", "portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
 PAGE_SIZE_MAX = 512
+KV_MEMORY_GB = 2.0
 THREADS_MAX = 1024  # more is a mistake; csrc/bindings/kernels.cpp refuses it too
 EXPERT_FILES = (".json", ".safetensors")  # of counts of choices
 # sections of a KTransformers file that say nothing to the engine
@@ -66,8 +67,19 @@ class EngineConfig:
         int | None, Flag("Pages of the KV pool.", at_least(2), shown="what --kv-memory-gb holds")
     ] = None
     kv_memory_gb: Annotated[
-        float, Flag("The KV pool, beside the weights, 10^9 bytes.", above(0))
-    ] = 2.0
+        float | None,
+        Flag("The KV pool, beside the weights, 10^9 bytes.", above(0), shown="2"),
+    ] = None
+    gpu_memory_gb: Annotated[
+        float | None,
+        Flag(
+            "Device memory for KV and hot experts together, 10^9 bytes. Divided by what "
+            "--expert-statistics shows that each saves; --kv-memory-gb or --gpu-experts-ratio "
+            "fixes one of them.",
+            above(0),
+            shown="each as it is given",
+        ),
+    ] = None
     max_running: Annotated[int, Flag("Requests in a batch.", at_least(1))] = 16
     max_queued: Annotated[
         int, Flag("Requests at once, running ones included; more get 429.", at_least(1))
@@ -217,7 +229,7 @@ class EngineConfig:
         if self.token_budget is not None and self.token_budget < least:
             allowed = f"at least {least}, chunk_size + max_running"
             raise InvalidConfig("token_budget", self.token_budget, allowed)
-        self._check_experts()
+        _check_experts(self)
         if self.kvc2 is not None:
             with refused_as("kvc2", self.kvc2):
                 Address.of_daemon(self.kvc2)
@@ -226,37 +238,25 @@ class EngineConfig:
             raise InvalidConfig("host", self.host, allowed)
         self._check_name()
 
-    def _check_experts(self) -> None:
-        if self.num_gpu_experts is not None and self.gpu_experts_ratio is not None:
-            mend = "give this or num_gpu_experts, not both"
-            raise InvalidConfig("gpu_experts_ratio", self.gpu_experts_ratio, mend)
-        known = self.init_expert_location or self.expert_statistics
-        if self.expert_placement_strategy == "frequency" and known is None:
-            mend = "needs counts: --init-expert-location or --expert-statistics"
-            raise InvalidConfig("expert_placement_strategy", "frequency", mend)
-        if self.enable_dynamic_expert_update and not self.places_experts:
-            mend = "needs --num-gpu-experts or --gpu-experts-ratio: else all are on the device"
-            raise InvalidConfig("enable_dynamic_expert_update", True, mend)
-        tokens = self.gpu_prefill_token_threshold
-        if tokens is not None and not self.places_experts and self.expert_memory_gb is None:
-            mend = "needs --num-gpu-experts or --gpu-experts-ratio: else all are on the device"
-            raise InvalidConfig("gpu_prefill_token_threshold", tokens, mend)
-        for field in ("init_expert_location", "expert_statistics"):
-            path: Path | None = getattr(self, field)
-            endings = EXPERT_FILES if field == "expert_statistics" else (*EXPERT_FILES, ".pt")
-            if path is not None and path.suffix not in endings:
-                allowed = f"a file that ends with {', '.join(endings)}"
-                raise InvalidConfig(field, str(path), allowed)
-
     @property
     def cpu_threads(self) -> int:
         """--threads, or what this process may use."""
         return self.threads or min(machine.cpus(), THREADS_MAX)
 
     @property
+    def kv_bytes(self) -> int:
+        """Of the pool, where --num-pages doesn't say it."""
+        return int((KV_MEMORY_GB if self.kv_memory_gb is None else self.kv_memory_gb) * 1e9)
+
+    @property
+    def fixes_hot_experts(self) -> bool:
+        """How many are on the device is given."""
+        return self.num_gpu_experts is not None or self.gpu_experts_ratio is not None
+
+    @property
     def places_experts(self) -> bool:
         """Some may be cold."""
-        return self.num_gpu_experts is not None or self.gpu_experts_ratio is not None
+        return self.fixes_hot_experts or self.gpu_memory_gb is not None
 
     def _check_name(self) -> None:
         try:
@@ -272,6 +272,29 @@ class EngineConfig:
     @property
     def model_name(self) -> str:
         return self.served_model_name or self.model.resolve().name
+
+
+def _check_experts(config: EngineConfig) -> None:
+    if config.num_gpu_experts is not None and config.gpu_experts_ratio is not None:
+        mend = "give this or num_gpu_experts, not both"
+        raise InvalidConfig("gpu_experts_ratio", config.gpu_experts_ratio, mend)
+    known = config.init_expert_location or config.expert_statistics
+    if config.expert_placement_strategy == "frequency" and known is None:
+        mend = "needs counts: --init-expert-location or --expert-statistics"
+        raise InvalidConfig("expert_placement_strategy", "frequency", mend)
+    if config.enable_dynamic_expert_update and not config.places_experts:
+        mend = "needs --num-gpu-experts or --gpu-experts-ratio: else all are on the device"
+        raise InvalidConfig("enable_dynamic_expert_update", True, mend)
+    tokens = config.gpu_prefill_token_threshold
+    if tokens is not None and not config.places_experts and config.expert_memory_gb is None:
+        mend = "needs --num-gpu-experts or --gpu-experts-ratio: else all are on the device"
+        raise InvalidConfig("gpu_prefill_token_threshold", tokens, mend)
+    for field in ("init_expert_location", "expert_statistics"):
+        path: Path | None = getattr(config, field)
+        endings = EXPERT_FILES if field == "expert_statistics" else (*EXPERT_FILES, ".pt")
+        if path is not None and path.suffix not in endings:
+            allowed = f"a file that ends with {', '.join(endings)}"
+            raise InvalidConfig(field, str(path), allowed)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ class Worker:
         self.bounds = bounds
         self.failed = False
         self.on_failure: Callable[[], None] = lambda: None
+        self.on_prompt: Callable[[Request], None] = lambda _: None  # of each request that is taken
         self._scheduler = scheduler
         self._max_queued = max_queued
         self._lock = threading.Lock()  # over the three below
@@ -130,6 +131,7 @@ class Worker:
     def _add(self, arrival: Arrival) -> None:
         """What can't be added is answered, and is nobody else's concern."""
         try:
+            self.on_prompt(arrival.request)
             self._scheduler.add(arrival.request, arrival.arrived)
         except Exception:
             log.exception("%s can't be added; it ends", arrival.request.request_id)

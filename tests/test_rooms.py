@@ -109,7 +109,7 @@ FLOORS = {
         experts, sequence, weights
         device, prefix
         attention, identity, layers, sampler, text
-        config, demo_model, request
+        budget, config, demo_model, request
         asking, batch, flood, kernels, metrics, settings
         errors, extents, spellings
     """,

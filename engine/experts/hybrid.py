@@ -242,6 +242,16 @@ class Moves:
         self.exchanges += 1
 
 
+@dataclass
+class Spent:
+    """What executors took for their choices."""
+
+    device_activations: int = 0
+    device_s: float = 0.0
+    host_activations: int = 0
+    host_s: float = 0.0
+
+
 @dataclass(frozen=True)
 class Split:
     """A layer's choices [T, k]: the device's places, -1 for what is cold; ids of what is cold, -1
@@ -306,6 +316,7 @@ class PlacedExperts:
         self._beside = ThreadPoolExecutor(1, "kvc2-device")
         self._apart = ThreadPoolExecutor(1, "kvc2-cold")  # its thread is made at the first use
         self._stream: Stream | None = None
+        self.spent = Spent()
         self.layers = sorted(host.layers)
         self.hot: Mask = np.zeros(self._seen.shape, bool)
         self.served: Counts = np.zeros(self._seen.shape)  # activations that the device served
@@ -351,12 +362,11 @@ class PlacedExperts:
         split = self._split(layer, x, routing)
         under_way = [self._begin_hot(layer, x, split)]
         if split.any_cold:
-            executor: Executor = self._host
-            threads = self._apart
             if self._stream is not None and self.streams(x):
-                threads, executor = self._beside, self._stream
-            cold = split.cold, split.outputs
-            under_way.append(threads.submit(executor.compute, layer, x, *cold))
+                cold = split.cold, split.outputs
+                under_way.append(self._beside.submit(self._stream.compute, layer, x, *cold))
+            else:
+                under_way.append(self._apart.submit(self._compute_cold, layer, x, split))
         begun = tuple(each for each in under_way if each is not None)
         return Begun(split.outputs, routing.weights, x.dtype, begun)
 
@@ -421,8 +431,11 @@ class PlacedExperts:
     def _compute_cold(self, layer: int, x: Tensor, split: Split) -> None:
         began = time.perf_counter()
         self._host.compute(layer, x, split.cold, split.outputs)
+        took = time.perf_counter() - began
+        self.spent.host_s += took
+        self.spent.host_activations += int((split.cold >= 0).sum())
         if self._stream is not None:
-            self._stream.host_took(len(x), time.perf_counter() - began)
+            self._stream.host_took(len(x), took)
 
     def _begin_stream(self, stream: Stream, x: Tensor) -> None:
         """A step begins, which needs its cold experts on the device or doesn't."""
@@ -434,7 +447,13 @@ class PlacedExperts:
     def _begin_hot(self, layer: int, x: Tensor, split: Split) -> Future[None] | None:
         if not split.any_hot:
             return None
-        return self._beside.submit(self._device.compute, layer, x, split.places, split.outputs)
+        return self._beside.submit(self._compute_hot, layer, x, split)
+
+    def _compute_hot(self, layer: int, x: Tensor, split: Split) -> None:
+        began = time.perf_counter()
+        self._device.compute(layer, x, split.places, split.outputs)
+        self.spent.device_s += time.perf_counter() - began
+        self.spent.device_activations += int((split.places >= 0).sum())
 
     def _tokens(self, step: Counts) -> int:
         """Of a step: each chooses as many experts in each layer that has any."""

@@ -50,16 +50,18 @@ class Statistics:
         self._counts += counts
 
 
-def save(path: Path, counts: Counts, model: str) -> None:
-    """Whole or not at all: written beside `path` and renamed. `model`: whose experts these are.
-    Raises OSError."""
+def save(path: Path, counts: Counts, model: str, measured: Mapping[str, Any] | None = None) -> None:
+    """Whole or not at all: written beside `path` and renamed. `model`: whose experts these are;
+    `measured`: what else was seen of their traffic (budget). Raises OSError."""
     beside = _beside(path)
     try:
         if path.suffix == ".safetensors":
             whole = {"counts": counts.astype(np.int64)}
-            save_file(whole, beside, metadata={"schema": SCHEMA, "model": model})
+            about = {"schema": SCHEMA, "model": model, "measured": json.dumps(measured or {})}
+            save_file(whole, beside, metadata=about)
         else:
-            told = {"schema": SCHEMA, "model": model, "counts": counts.astype(np.int64).tolist()}
+            told = {"schema": SCHEMA, "model": model, "measured": measured or {}}
+            told["counts"] = counts.astype(np.int64).tolist()
             beside.write_text(json.dumps(told) + "\n", encoding="utf-8")
         beside.replace(path)
     finally:
@@ -74,6 +76,18 @@ def load(key: str, path: Path, layers: int, experts: int) -> Counts:
     """The counts in a file of any of the kinds above. Raises InvalidConfig for `key`: what is no
     such file, or counts experts of another shape."""
     return _read(key, path, layers, experts)[0]
+
+
+def measured(path: Path) -> dict[str, Any]:
+    """What was saved beside the counts in a file that `load` has taken; {} for nothing."""
+    if path.suffix == ".pt":
+        return {}
+    if path.suffix == ".safetensors":
+        with safe_open(path, "np") as file:
+            found = json.loads((file.metadata() or {}).get("measured", "{}"))
+    else:
+        found = json.loads(path.read_text(encoding="utf-8")).get("measured", {})
+    return found if isinstance(found, dict) else {}
 
 
 def resume(key: str, path: Path, layers: int, experts: int, model: str) -> Counts:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from engine.batch import Batch
+from engine.budget import Budget, Division, Measured, Sizes, decided, least_pages
 from engine.config import ModelConfig
 from engine.experts import placement, statistics
 from engine.experts.deferral import DeferredExperts
@@ -97,9 +100,13 @@ class PlacedModel:
         self._owner = model.weights_digest.hex()
         self.statistics = Statistics(*shape)
         self.experts: PlacedExperts | None = None
+        self.budget: Budget | None = None
+        self.traffic: Callable[[], Measured] = Measured  # of this run, without the experts' part
+        self._earlier = Measured()
         if self._file is not None:
             kept = statistics.resume("expert_statistics", self._file, *shape, self._owner)
             self.statistics.add(kept)
+            self._earlier = measured_in(self._file)
         known = self.statistics.counts
         if config.init_expert_location is not None:
             known = statistics.load("init_expert_location", config.init_expert_location, *shape)
@@ -120,7 +127,8 @@ class PlacedModel:
         OSError."""
         if self._file is None:
             return None
-        statistics.save(self._file, self.statistics.counts, self._owner)
+        measured = asdict(self.measured())
+        statistics.save(self._file, self.statistics.counts, self._owner, measured)
         return str(self._file)
 
     def close(self) -> None:
@@ -141,13 +149,64 @@ class PlacedModel:
             "activations": int(counts.sum()),
             "placed": self.experts is not None,
         }
+        if self.budget is not None:
+            told["budget"] = self.budget.told(counts, self.measured())
         return told | (self.experts.state() if self.experts is not None else {})
+
+    def measured(self) -> Measured:
+        """What the traffic showed, in this run and before."""
+        now = self.traffic()
+        if self.experts is not None:
+            now = replace(now, **asdict(self.experts.spent))
+        return self._earlier.plus(now)
 
     def _layer(self, index: int, moe: MoeLayer) -> Callable[[Tensor, Routing], Tensor]:
         experts = moe.experts
         if self.experts is not None:
             experts = PlacedLayer(index, self._deferred or self.experts)
         return Observed(index, self.statistics, experts)
+
+
+def measured_in(path: Path) -> Measured:
+    """What an earlier run has saved beside its counts; nothing where there is none that counts."""
+    try:
+        return Measured.of(statistics.measured(path)) if path.exists() else Measured()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("expert_statistics = %s: what was measured is left out: %s", path, error)
+        return Measured()
+
+
+def budgeted(
+    config: EngineConfig, model: ModelConfig, page_bytes: int
+) -> tuple[EngineConfig, Budget]:
+    """The settings with --gpu-memory-gb divided, by the counts that are kept; and what tells of it.
+    Raises InvalidConfig."""
+    c, layers = model, sum(model.moe_layers)
+    beside = SPARE_PLACES * config.enable_dynamic_expert_update
+    if config.gpu_prefill_token_threshold is not None:
+        beside += c.num_experts
+    expert_bytes = 3 * c.expert_size * c.hidden_size * c.dtype.itemsize
+    sizes = Sizes(
+        max(1, expert_bytes), layers * c.num_experts, beside, page_bytes, config.page_size
+    )
+    counts, measured = np.zeros((c.num_layers, c.num_experts)), Measured()
+    known = config.expert_statistics
+    if known is not None and known.exists():
+        counts = statistics.load("expert_statistics", known, *counts.shape)
+        measured = measured_in(known)
+    hot = None
+    if config.fixes_hot_experts or config.gpu_memory_gb is None:
+        per_layer, ratio = config.num_gpu_experts, config.gpu_experts_ratio
+        hot = placement.hot_experts(layers, c.num_experts, per_layer, ratio)
+    if config.gpu_memory_gb is None:
+        division = Division(hot or 0, config.num_pages or config.kv_bytes // page_bytes, "given")
+    else:
+        division = decided(config, sizes, hot, counts, measured)
+        ratio = division.hot / max(1, sizes.total)
+        config = replace(
+            config, num_pages=division.pages, num_gpu_experts=None, gpu_experts_ratio=ratio
+        )
+    return config, Budget(config.gpu_memory_gb, least_pages(config), sizes, division)
 
 
 def _deferred(config: EngineConfig, model: ModelConfig) -> int:
