@@ -97,7 +97,7 @@ class Process:
 
 class Daemon(Process):
     """`kvc2 serve` on a unix socket, or `listen`, and a disk directory in `folder` (disk_gb 0:
-    none); both outlive it."""
+    none); both outlive it. `flags`: further words of the command."""
 
     def __init__(
         self,
@@ -107,6 +107,7 @@ class Daemon(Process):
         disk_gb: float = 4.0,
         listen: str | None = None,
         metrics_port: int | None = None,
+        flags: Sequence[str] = (),
     ) -> None:
         self.address = listen or f"unix:{folder / 'kvc2.sock'}"
         command = [script("kvc2"), "serve", "--listen", self.address]
@@ -115,6 +116,7 @@ class Daemon(Process):
             command += ["--disk-path", str(folder / "disk"), "--disk-size-gb", str(disk_gb)]
         if metrics_port is not None:
             command += ["--metrics-port", str(metrics_port)]
+        command += flags
         super().__init__("kvc2", command, folder)
         self.admin = Admin(self.address)
 

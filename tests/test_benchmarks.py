@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import report, tier_hits
+from benchmarks import admission, connectors, report, tier_hits
 from benchmarks.equality import bf16_step, compare
-from kvc2.commands import replay
+from kvc2.commands import replay, traces
 from tests.kvc2.commands.test_replay import random_trace
 
 
@@ -106,3 +106,46 @@ def test_second_access_writes_less_to_disk_and_with_room_for_all_finds_the_same(
     used = np.bincount(trace.ids)
     assert picky.moved["written"] == (used > 1).sum() < always.moved["written"]
     assert picky.hits == always.hits
+
+
+def path_trace(paths: list[list[int]]) -> traces.Trace:
+    offsets = np.concatenate([[0], np.cumsum([len(each) for each in paths])])
+    ids = np.array([block for each in paths for block in each], np.uint32)
+    return traces.Trace("made", 1, ids, offsets, np.diff(offsets) + 1, int(ids.max()) + 1)
+
+
+def test_a_turn_goes_on_from_the_request_that_ends_where_its_known_blocks_do() -> None:
+    trace = path_trace(
+        [
+            [0, 1, 2],  # a conversation
+            [0, 3],  # another one, below the same beginning
+            [0, 1, 2, 4],  # its second turn
+            [0, 1, 2, 5],  # a branch: its first turn has been gone on from
+            [0, 1, 2, 4, 6],  # the third turn
+            [7],
+            [7],  # the same again
+        ]
+    )
+    assert connectors.previous_turns(trace).tolist() == [-1, -1, 0, -1, 2, -1, 5]
+    assert admission.first_turns(trace).tolist() == [0, 0, 3, 0, 0, 0, 1]
+
+
+def test_what_is_cut_off_a_trace_is_not_counted() -> None:
+    cut = admission.head(random_trace(1), 7)
+    assert len(cut) == 7
+    assert cut.ids.size == cut.offsets[-1]
+    assert cut.blocks == len(set(cut.ids.tolist()))
+    assert admission.head(cut, 0).ids.tolist() == cut.ids.tolist()
+
+
+@pytest.mark.parametrize("disk", [0.0, 1.5])
+def test_processes_that_replay_a_trace_find_what_they_stored(disk: float) -> None:
+    trace = admission.head(random_trace(1), 60)
+    room = admission.Sizes(4.0, disk)
+    found = admission.measure(trace, room, admission.DAEMONS["lru"], processes=2)
+    # another process may not have stored yet what one by one would be found
+    assert 0 < found["found"] <= 100 * replay.hit_rate(trace, 2 * trace.blocks, "lru")
+    assert found["cpu pages"] >= trace.blocks
+    assert found["cpu refused"] == 0
+    assert found["2nd turns"] == (admission.first_turns(trace) > 0).sum()
+    assert ("written" in found) == (disk > 0)
