@@ -164,6 +164,14 @@ def check_room(
         log.warning("%s = %s: %s, and only %.3f GB are free now", name, value, needed, free)
 
 
+def numerics_of(config: EngineConfig, model: Model) -> str:
+    """The class of bits that this engine computes, as its identity has it."""
+    if config.share_unlike_cpus:
+        return SHARED_NUMERICS
+    numerics = model.device.numerics(model.config.dtype)
+    return numerics if config.expert_nodes == 1 else f"{numerics}-nodes.{config.expert_nodes}"
+
+
 def _bridge(
     config: EngineConfig,
     model: Model,
@@ -177,14 +185,11 @@ def _bridge(
     low_water = min(ahead, max(1, num_pages // 4))
     daemon, identity = None, b""
     if config.kvc2 is not None:
-        numerics = model.device.numerics(model.config.dtype)
-        if config.share_unlike_cpus:
-            numerics = SHARED_NUMERICS
         identity = identity_of(
             model.config,
             model.weights_digest,
             config.page_size,
-            numerics=numerics,
+            numerics=numerics_of(config, model),
             deferral=config.max_deferred_experts_per_token,
         ).encode()
         daemon = Daemon(

@@ -166,6 +166,14 @@ class EngineConfig:
             at_least(0),
         ),
     ] = 0
+    expert_nodes: Annotated[
+        int,
+        Flag(
+            "Parts of each expert's inner size, one a NUMA node, whose threads read their own "
+            "memory. Other bits: KV is shared with engines of the same number only.",
+            between(1, 64),
+        ),
+    ] = 1
     device_threads: Annotated[
         int | None,
         Flag(

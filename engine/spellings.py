@@ -17,10 +17,10 @@ OURS = {
     "kt_enable_dynamic_expert_update": "enable_dynamic_expert_update",
     "kt_gpu_prefill_token_threshold": "gpu_prefill_token_threshold",
     "kt_max_deferred_experts_per_token": "max_deferred_experts_per_token",
+    "kt_threadpool_count": "expert_nodes",
     "kt_cpuinfer": "threads",
 }
 REFUSED = {
-    "kt_threadpool_count": "leave it out: one team of --threads computes on all nodes",
     "kt_method": "leave it out: experts are computed as the checkpoint stores them, or as --dtype",
     "kt_weight_path": "leave it out: the CPU's experts are read from --model too",
     "record_kt_gpu_expert_distribution": "use --expert-statistics FILE: choices are always counted",

@@ -131,7 +131,7 @@ FLOORS = {
         base
     """,
     "engine/experts": """
-        deferral, prefill, store
+        deferral, nodes, prefill, store
         hybrid
         dynamic, grouped
         placement, router

@@ -62,6 +62,11 @@ class Weights:
     gate_up: Tensor
     down: Tensor
 
+    @property
+    def count(self) -> int:
+        """n, of which some may be free places."""
+        return len(self.gate_up)
+
     def weights(self, count: int) -> Weights:
         """Room for as many of the same shape."""
         return Weights(*(x.new_empty(count, *x.shape[1:]) for x in (self.gate_up, self.down)))
@@ -76,6 +81,15 @@ class Weights:
         """The expert `index` of `source` to `place` of this one."""
         self.gate_up[place].copy_(source.gate_up[index])
         self.down[place].copy_(source.down[index])
+
+
+class Kernels(Protocol):
+    """What computes choices of experts: kernels.Choices, or several of them (nodes)."""
+
+    def compute(
+        self, x: Tensor, expert_ids: Tensor, gate_up: Tensor, down: Tensor, outputs: Tensor
+    ) -> None:
+        """See kernels.Choices."""
 
 
 class Source(Executor, Protocol):
@@ -110,7 +124,7 @@ class Stream(Executor, Protocol):
 class HostExecutor:
     """All experts of all layers, each layer's in one piece."""
 
-    def __init__(self, layers: Mapping[int, Weights], kernels: Choices) -> None:
+    def __init__(self, layers: Mapping[int, Weights], kernels: Kernels) -> None:
         self.layers = layers
         self._kernels = kernels
 
@@ -133,9 +147,9 @@ class HostExecutor:
 class DeviceExecutor:
     """Places for experts of any layer. What lies where changes between steps only."""
 
-    def __init__(self, weights: Weights, shape: tuple[int, int], kernels: Choices) -> None:
+    def __init__(self, weights: Weights, shape: tuple[int, int], kernels: Kernels) -> None:
         self.weights = weights
-        self.free = list(range(len(weights.gate_up)))
+        self.free = list(range(weights.count))
         # [layers, experts + 1]: the last is of the id -1, which is nobody's
         self._place_of = torch.full((shape[0], shape[1] + 1), -1, dtype=torch.int64)
         self._kernels = kernels

@@ -23,8 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.experts.hybrid import Place, Weights
-from engine.kernels import Choices
+from engine.experts.hybrid import Kernels, Place, Weights
 
 LARGE = 32  # tokens of a step from which on the CPU's time a token counts for the comparison
 
@@ -55,7 +54,7 @@ class PrefillStream:
         copy: Callable[[Place, Weights, int], None],
         weights: Weights,
         experts: int,
-        kernels: Choices,
+        kernels: Kernels,
         from_tokens: int,
     ) -> None:
         self.from_tokens = from_tokens
@@ -65,7 +64,7 @@ class PrefillStream:
         self._experts = experts
         self._kernels = kernels
         self._changed = threading.Condition()  # over all below
-        self._free = list(range(len(weights.gate_up)))
+        self._free = list(range(weights.count))
         self._wanted: deque[Place] = deque()
         self._arrived: dict[Place, int | Exception] = {}  # its place, or why it didn't come
         self._step = 0  # what was begun for an earlier one is nobody's
@@ -110,7 +109,7 @@ class PrefillStream:
         measured = self.measured
         return {
             "from_tokens": self.from_tokens,
-            "places": len(self._weights.gate_up),
+            "places": self._weights.count,
             "copied": measured.copied,
             "copy_ms": round(1000 * measured.copy_s / max(measured.copied, 1), 3),
             "pays_from_tokens": measured.pays_from(cold),

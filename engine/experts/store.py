@@ -29,9 +29,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.errors import EngineError
-from engine.experts.hybrid import Place, Weights
+from engine.experts.hybrid import Kernels, Place, Weights
 from engine.extents import Extent
-from engine.kernels import Choices
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +158,7 @@ class ExpertStore:
         self,
         layers: Mapping[int, StoredExperts],
         places: int,
-        kernels: Choices,
+        kernels: Kernels,
         guess: Callable[[int, Tensor], Tensor] | None = None,
     ) -> None:
         order = sorted(layers)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,7 +34,7 @@ Values = TypeVar("Values", Tensor, NDArray[Any])
 # The flags of `kvc2-engine serve` that are about experts, and mean here what --help says
 SETTINGS = (
     *("device_threads", "dtype", "enable_dynamic_expert_update", "expert_copies_per_s"),
-    *("expert_memory_gb", "expert_placement_seed", "expert_placement_strategy"),
+    *("expert_memory_gb", "expert_nodes", "expert_placement_seed", "expert_placement_strategy"),
     *(
         "gpu_experts_ratio",
         "gpu_prefill_token_threshold",
@@ -80,8 +79,6 @@ class HybridExperts:
         for name in settings:
             flags.check_known(name, name, SETTINGS)
         config = flags.build(EngineConfig, {"model": Path(model_dir), **settings})
-        if not config.places_experts:
-            config = replace(config, num_gpu_experts=0)
         model = ModelConfig.load(config.model, config.dtype)
         wanted = _wanted(model, layer)
         on_disk = config.expert_memory_gb is not None

@@ -26,9 +26,11 @@ from engine.experts.hybrid import (
     SPARE_PLACES,
     DeviceExecutor,
     HostExecutor,
+    Kernels,
     PlacedExperts,
     Weights,
 )
+from engine.experts.nodes import Nodes
 from engine.experts.placement import Room
 from engine.experts.prefill import PrefillStream
 from engine.experts.router import Routing
@@ -110,8 +112,8 @@ class PlacedModel:
         known = self.statistics.counts
         if config.init_expert_location is not None:
             known = statistics.load("init_expert_location", config.init_expert_location, *shape)
-        late = _deferred(config, c)
-        if config.places_experts or config.expert_memory_gb is not None or late:
+        late, split = _deferred(config, c), config.expert_nodes > 1
+        if config.places_experts or config.expert_memory_gb is not None or late or split:
             self.experts = place_experts(config, c, moe_layers(model), known, self.statistics)
         self._deferred = DeferredExperts(self.experts, late) if self.experts and late else None
         self.model = _with_experts(model, self._layer)
@@ -229,18 +231,21 @@ def place_experts(
     host's. `counts`: what is known beforehand; `seen`: what the steps choose. Raises
     InvalidConfig."""
     per_layer, ratio = config.num_gpu_experts, config.gpu_experts_ratio
-    if not config.places_experts and config.expert_memory_gb is not None:
-        per_layer = 0  # all stay where it has them
+    if not config.places_experts:
+        per_layer = 0  # what is loaded stays where it is
     hot = placement.hot_experts(len(layers), model.num_experts, per_layer, ratio)
     room = Room([i in layers for i in range(model.num_layers)], model.num_experts, hot)
     moves = config.enable_dynamic_expert_update and 0 < hot < room.total
     threads = _threads(config, room)
-    host = _host(config, model, layers, Choices(workbench_of(threads.host)))
-    device_bench = workbench_of(threads.device)
+    nodes = Nodes(config.expert_nodes) if config.expert_nodes > 1 else None
+    host = _host(config, model, layers, _kernels(nodes, threads.host))
+    if nodes is not None:
+        _split(config, host, nodes)
+    on_device = _kernels(nodes, threads.device)
     device = DeviceExecutor(
         host.layers[min(layers)].weights(hot + SPARE_PLACES * moves),
         (model.num_layers, model.num_experts),
-        Choices(device_bench),
+        on_device,
     )
     experts = PlacedExperts(
         host,
@@ -251,14 +256,34 @@ def place_experts(
     )
     if config.gpu_prefill_token_threshold is not None and hot < room.total:
         places = device.weights.weights(model.num_experts)
-        kernels, least = Choices(device_bench), config.gpu_prefill_token_threshold
-        experts.stream(PrefillStream(host.copy, places, model.num_experts, kernels, least))
+        least = config.gpu_prefill_token_threshold
+        experts.stream(PrefillStream(host.copy, places, model.num_experts, on_device, least))
     strategy, seed = config.expert_placement_strategy, config.expert_placement_seed
     experts.fill(placement.place(strategy, room, counts, seed))
     if moves:
         pace = Pace(config.expert_copies_per_s)
         experts.follow(DynamicPlacement(room, experts.hot, counts, pace))
     return experts
+
+
+def _kernels(nodes: Nodes | None, threads: int) -> Kernels:
+    return Choices(workbench_of(threads)) if nodes is None else nodes.kernels(threads)
+
+
+def _split(config: EngineConfig, host: HostExecutor | ExpertStore, nodes: Nodes) -> None:
+    """The host's weights go to their nodes, a layer at a time: what was loaded is given up."""
+    if isinstance(host, ExpertStore):
+        mend = "experts on disk are read whole: leave out this or --expert-memory-gb"
+        raise InvalidConfig("expert_nodes", config.expert_nodes, mend)
+    layers = {}
+    for index, whole in host.layers.items():
+        try:
+            layers[index] = nodes.split(whole)
+        except ValueError as error:
+            raise InvalidConfig("expert_nodes", config.expert_nodes, str(error)) from error
+        for tensor in (whole.gate_up, whole.down):
+            tensor.untyped_storage().resize_(0)
+    host.layers = layers
 
 
 @dataclass(frozen=True)
@@ -285,7 +310,7 @@ def moe_layers(model: Model) -> dict[int, MoeLayer]:
 
 
 def _host(
-    config: EngineConfig, model: ModelConfig, layers: Mapping[int, MoeLayer], kernels: Choices
+    config: EngineConfig, model: ModelConfig, layers: Mapping[int, MoeLayer], kernels: Kernels
 ) -> HostExecutor | ExpertStore:
     """All experts as they were loaded, or as many as --expert-memory-gb holds."""
     stored = {i: moe.experts for i, moe in layers.items() if isinstance(moe.experts, StoredExperts)}

@@ -74,6 +74,15 @@ def run_beside(numa: str, sysfs: Path = SYSFS) -> None:
     os.sched_setaffinity(0, allowed)
 
 
+def cpus_by_node(sysfs: Path = SYSFS) -> list[set[int]]:
+    """Of each node that has memory, the CPUs that this thread may use; nodes without any left out.
+    One entry where Linux tells of no nodes."""
+    allowed = os.sched_getaffinity(0)
+    nodes = numbers(_read(sysfs / "has_memory"))
+    found = [set(numbers(_read(sysfs / f"node{node}" / "cpulist"))) & allowed for node in nodes]
+    return [cpus for cpus in found if cpus] or [set(allowed)]
+
+
 def numbers(text: str) -> list[int]:
     """0-2,5 -> 0, 1, 2, 5: how Linux lists nodes and CPUs. ValueError for another text."""
     found: set[int] = set()
