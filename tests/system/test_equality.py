@@ -24,6 +24,7 @@ from tests.system.engine import Answer, EngineProcess, small_model
 
 PAGES = 160  # 2,560 tokens: the tests below fill it several times
 FLAGS = ("--num-pages", str(PAGES), "--chunk-size", "64", "--max-running", "4")
+STREAMED = ("--expert-placement-strategy", "random", "--gpu-prefill-token-threshold", "24")
 MOVING = ("--gpu-experts-ratio", "0.5", "--enable-dynamic-expert-update")
 Truth = Callable[[list[int], int], list[int]]
 
@@ -282,3 +283,52 @@ def test_a_second_engine_hits_what_the_first_computed(
         assert other.stop() == 0
     assert json.loads(counts.read_text())["counts"]
     assert daemon.admin().stats().sessions[0].pool.pages == PAGES
+
+
+def test_under_load_a_hit_gives_the_tokens_that_any_placement_gives(
+    model: Path, engine: EngineProcess, daemon: DaemonProcess, truth: Truth, tmp_path: Path
+) -> None:
+    """All experts in one place here; there some hot ones, which move, and prefills on the device.
+    Both compute, and find, what the other computed, at the same time."""
+    shared = [prompt(160, seed) for seed in (50, 51, 52)]
+    prompts = [shared[i % 3] + prompt(40 + 10 * i, 60 + i) for i in range(9)]
+    wanted = [truth(tokens, 12) for tokens in prompts]
+    flags = ("--kvc2", daemon.address, *FLAGS, *MOVING, *STREAMED)
+    with EngineProcess(model, tmp_path / "log", *flags) as other:
+        other.wait_attached()
+        for turn in range(3):  # each prompt at both, each time after other ones
+            asked = [
+                (engine if (i + turn + side) % 2 else other, i) for side in (0, 1) for i in range(9)
+            ]
+            with ThreadPoolExecutor(6) as pool:
+                answers = list(pool.map(lambda a: a[0].complete(prompts[a[1]], 12), asked))
+            for (_, i), answer in zip(asked, answers, strict=True):
+                assert answer.tokens == wanted[i]
+            daemon.admin().flush(10)
+            daemon.admin().evict("gpu")
+        told = ask(other.url, "", "experts")
+        assert 0 < told["device_share"] < 1
+        assert told["prefill"]["copied"] > 0
+        matched = sum(
+            other.metric("kvc2_engine_matched_tokens_total", tier=tier) for tier in ("gpu", "cpu")
+        )
+        assert matched > 1000
+        assert other.stop() == 0
+
+
+def test_what_deferral_computed_is_no_hit_for_who_does_not_defer(
+    model: Path, engine: EngineProcess, daemon: DaemonProcess, truth: Truth, tmp_path: Path
+) -> None:
+    tokens = prompt(200, 90)
+    flags = ("--kvc2", daemon.address, *FLAGS, "--max-deferred-experts-per-token", "1")
+    with EngineProcess(model, tmp_path / "log", *flags) as late:
+        late.wait_attached()
+        first = late.complete(tokens)
+        daemon.admin().flush(10)
+        again = late.complete(tokens)
+        assert (first.matched, again.matched) == (0, 192)
+        assert again.tokens == first.tokens
+        plain = engine.complete(tokens)
+        assert plain.matched == 0
+        assert plain.tokens == truth(tokens, 8)
+        assert late.stop() == 0
