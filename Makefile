@@ -18,7 +18,7 @@ JOBS ?= 2
 PYTEST = $(PYTHON) -m pytest -q -n $(JOBS) --dist loadfile
 # Where there is CUDA, or another index: make CONSTRAINTS=/dev/null
 CONSTRAINTS ?= constraints.txt
-CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/cpp/*.h' 'tests/cpp/*.cpp')
+CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/cpp/*.h' 'tests/cpp/*.cpp' 'tests/cuda/driver/*.h' 'tests/cuda/driver/*.cpp')
 comma := ,
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name CMakeLists.txt)
 INSTALL := -C editable.rebuild=$(REBUILD) -C build-dir=build/editable -e

@@ -20,7 +20,7 @@ def python_files(*folders: str) -> list[Path]:
 
 
 def cpp_files() -> list[Path]:
-    folders = (ROOT / "csrc", ROOT / "tests" / "cpp")
+    folders = (ROOT / "csrc", ROOT / "tests" / "cpp", ROOT / "tests" / "cuda" / "driver")
     return [
         path
         for folder in folders
