@@ -49,6 +49,7 @@ COLLAPSE_BYTES = 8 << 20  # one step: about 10 ms of copying
 MAP_FIXED, MAP_NORESERVE = 0x10, 0x4000
 ABSENT, FREE, TAKEN = 0, 1, 2
 HUGETLB = "2 MiB hugetlb pages"
+BeforeSeal = Callable[[int, int, int], None]
 
 _libc = ctypes.CDLL(None, use_errno=True)  # its calls release the GIL
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -62,7 +63,8 @@ _libc.mmap.argtypes = [
 
 class Arena:
     """`memory_bytes` (cut to whole units of `unit_bytes`) of shared memory on these NUMA nodes
-    (none: wherever the kernel puts it): at least one unit, or none at all (0).
+    (none: wherever the kernel puts it): at least one unit, or none at all (0). `before_seal` is
+    called with the memfd, its bytes and those of a unit: who maps it then may write.
 
     Threads may share it: one lock inside. `memory` is [capacity_bytes] u8, writable.
     """
@@ -74,6 +76,7 @@ class Arena:
         *,
         nodes: Sequence[int] = (),
         available_bytes: Callable[[], int] | None = None,
+        before_seal: BeforeSeal = lambda *_: None,
     ) -> None:
         if 0 < memory_bytes < unit_bytes:
             raise errors.InvalidConfig(
@@ -87,7 +90,11 @@ class Arena:
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self.populated = not self.capacity_bytes  # all units that can be had are here
-        self.fd, self.memory, self.page_kind = _create(self.capacity_bytes)
+
+        def sealing(fd: int, num_bytes: int) -> None:
+            before_seal(fd, num_bytes, unit_bytes)
+
+        self.fd, self.memory, self.page_kind = _create(self.capacity_bytes, sealing)
         if nodes:
             numa.place(self.memory.ctypes.data, self.capacity_bytes, nodes)
         self.huge_bytes = 0  # that were moved into huge pages
@@ -212,7 +219,9 @@ def _runs(free: NDArray[np.bool_], units: int) -> NDArray[np.int64]:
     return np.flatnonzero(sums[units:] - sums[:-units] == units)
 
 
-def _create(capacity_bytes: int) -> tuple[int, NDArray[np.uint8], str]:
+def _create(
+    capacity_bytes: int, before_seal: Callable[[int, int], None]
+) -> tuple[int, NDArray[np.uint8], str]:
     """A mapped and sealed memfd; hugetlb pages when the host has set them aside, else shmem."""
     if not capacity_bytes:
         fd = os.memfd_create("kvc2-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -222,12 +231,12 @@ def _create(capacity_bytes: int) -> tuple[int, NDArray[np.uint8], str]:
         with suppress(OSError):  # no hugetlb, or no huge pages set aside: the usual case
             fd = os.memfd_create("kvc2-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | MFD_HUGETLB)
             try:
-                return fd, _map(fd, capacity_bytes), HUGETLB
+                return fd, _map(fd, capacity_bytes, before_seal), HUGETLB
             except OSError:
                 os.close(fd)
     fd = os.memfd_create("kvc2-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        mapped = _map(fd, capacity_bytes)
+        mapped = _map(fd, capacity_bytes, before_seal)
     except OSError as error:
         os.close(fd)
         raise errors.StartRefused(
@@ -239,7 +248,9 @@ def _create(capacity_bytes: int) -> tuple[int, NDArray[np.uint8], str]:
     return fd, mapped, _shmem_page_kind()
 
 
-def _map(fd: int, capacity_bytes: int) -> NDArray[np.uint8]:
+def _map(
+    fd: int, capacity_bytes: int, before_seal: Callable[[int, int], None]
+) -> NDArray[np.uint8]:
     """At an address that huge pages can have: over the middle of a reservation, which unmaps all
     of it with the array's last view."""
     os.ftruncate(fd, capacity_bytes)
@@ -251,6 +262,7 @@ def _map(fd: int, capacity_bytes: int) -> NDArray[np.uint8]:
     where = memory.ctypes.data
     if _libc.mmap(where, capacity_bytes, access, shared, fd, 0) != where:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    before_seal(fd, capacity_bytes)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
     return memory
 

@@ -29,7 +29,7 @@ FLOORS = {
         earlier_identity, foreign_identity
         arena, flags, identity
         host, layout, periodic
-        answers, errors, events, metrics, payloads, shares, v1, wire
+        answers, cuda, errors, events, metrics, payloads, shares, v1, wire
     """,
     "kvc2/commands": """
         cli
@@ -80,7 +80,8 @@ FLOORS = {
         batches, changes, gpu_pools, pace
     """,
     "kvc2/tiers": """
-        pools
+        executors, pools
+        device
         cpu, disk, gpu
         base, meter
     """,
@@ -93,6 +94,15 @@ FLOORS = {
         catalogue, live, names_file
         records
         lmdb_file, recency, slab_file
+    """,
+    "kvc2/cuda": """
+        workers
+        nursery
+        worker
+        messages, mover
+        memory, rows
+        driver
+        faults
     """,
     "kvc2/host": """
         address

@@ -26,6 +26,7 @@ from kvc2.cache.sessions import Session
 from kvc2.cache.ticker import TICK_S, Seconds, Ticker
 from kvc2.cache.whole import Whole
 from kvc2.config import ServeConfig
+from kvc2.cuda.nursery import NO_CUDA, CudaHost
 from kvc2.host import numa
 from kvc2.metrics import Metrics
 from kvc2.moving.background import Background
@@ -38,7 +39,7 @@ from kvc2.periodic import periodically
 from kvc2.tiers.disk.recency import Clocks
 from kvc2.tiers.disk.slab_file import Files, raise_file_limit
 from kvc2.tiers.disk.tier import DiskTier
-from kvc2.tiers.gpu import Copier
+from kvc2.tiers.executors import Executors
 from kvc2.tiers.pools import Pools, Tiers
 
 
@@ -49,12 +50,14 @@ async def assemble(
     *,
     files: Files | None = None,
     wall: Callable[[], float] = time.time,
+    cuda: CudaHost = NO_CUDA,
 ) -> Cache:
     """A whole cache, its threads and tasks running. `clock` is monotonic seconds. `wall` is read
     for times that outlive this run, and for nothing else: it may be set at any moment. `files` is
-    where tests put faults of the disk. Raises StartRefused."""
+    where tests put faults of the disk. `cuda`: what was found of it before this
+    process had threads. Raises StartRefused."""
     seconds = Seconds(clock)
-    tiers = _tiers(config, metrics, files, Clocks(wall, seconds), clock)
+    tiers = _tiers(config, metrics, files, Clocks(wall, seconds), clock, cuda)
     index = _index(config, tiers)
     pools = Pools(index, tiers, metrics, config)
     gpus: dict[int, GpuPool] = {}
@@ -92,7 +95,7 @@ async def assemble(
         whole=Whole(index, namespaces, counts, loader=loader, background=background, config=config),
         gpus=gpus,
         sessions=sessions,
-        copiers=(Copier(config.copy_threads), Copier(config.copy_threads, behind=True)),
+        executors=Executors(pools.arena.memory, config.copy_threads, cuda),
         ticking=asyncio.create_task(periodically(TICK_S, ticker.tick, metrics)),
         woken=changes.woken,
     )
@@ -128,12 +131,15 @@ def _tiers(
     files: Files | None,
     clocks: Clocks,
     clock: Callable[[], float],
+    cuda: CudaHost,
 ) -> Tiers:
     raise_file_limit()
     if config.gpu_only:
         return Tiers.of(Arena(0, config.slab_bytes), (), clock)
     nodes = numa.wanted(config.cpu.numa)
-    arena = Arena(config.cpu.memory_bytes, config.slab_bytes, nodes=nodes)
+    arena = Arena(
+        config.cpu.memory_bytes, config.slab_bytes, nodes=nodes, before_seal=cuda.give_arena
+    )
     if config.disk.path is None:
         return Tiers.of(arena, (), clock)
     path, memory = config.disk.path, arena.memory

@@ -9,7 +9,6 @@ is cached at once (whole.py).
 from __future__ import annotations
 
 import asyncio
-import mmap
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -47,7 +46,8 @@ from kvc2.moving.mover import Mover
 from kvc2.moving.scrub import Scrubber
 from kvc2.tiers.base import TIER_NUMBERS, PageShape
 from kvc2.tiers.disk.records import NamespaceEntry
-from kvc2.tiers.gpu import Copier, GpuMemory, SharedMemoryPool
+from kvc2.tiers.executors import Executors
+from kvc2.tiers.gpu import GpuExecutor
 from kvc2.tiers.pools import Pools
 
 RESCUE_S = 2.0  # for a dead engine's uncopied blocks
@@ -57,7 +57,7 @@ NOBODY = Owner()
 @dataclass(frozen=True)
 class Parts:
     """What a cache is made of (assemble.py). `gpus`, `sessions`: the open ones by epoch.
-    `copiers`: for copies that somebody waits for, and for those in the background."""
+    `executors`: what moves the pages of a session's pool."""
 
     config: ServeConfig
     metrics: Metrics
@@ -78,7 +78,7 @@ class Parts:
     whole: Whole
     gpus: dict[int, GpuPool]
     sessions: dict[int, Session]
-    copiers: tuple[Copier, Copier]
+    executors: Executors
     ticking: asyncio.Task[None]
     woken: Changes
 
@@ -101,7 +101,7 @@ class Cache:
         self._config, self._metrics = parts.config, parts.metrics
         self._pools, self._background = parts.pools, parts.background
         self._mover, self.leases = parts.mover, parts.leases
-        self._gpus, self._sessions, self._copiers = parts.gpus, parts.sessions, parts.copiers
+        self._gpus, self._sessions, self.executors = parts.gpus, parts.sessions, parts.executors
         self._whole, self._ticking, self._wake = parts.whole, parts.ticking, parts.woken
         self.tick = parts.ticker.tick
         self.copied = parts.copied
@@ -123,25 +123,17 @@ class Cache:
         await self._background.writer.save_recency()
         await asyncio.to_thread(self.copied.close)
         await asyncio.to_thread(self._mover.close)
+        await self.executors.close()
         await asyncio.to_thread(self._pools.tiers.close)
         return result
 
     # ---- sessions ----
 
-    def open_session(
-        self,
-        session: Session,
-        *,
-        memory: mmap.mmap,
-        progress: mmap.mmap,
-        event_fd: int,
-        kept_pages: U32,
-    ) -> None:
-        """A gpu pool for the session, over the cpu and disk pools of its layout. No view of
-        the engine's `memory` is left after close_session, nor when this raises a Kvc2Error."""
+    def open_session(self, session: Session, store: GpuExecutor, *, kept_pages: U32) -> None:
+        """A gpu pool for the session, over the cpu and disk pools of its layout. `store` moves its
+        pages, for memory in which they all lie; it is closed with the session, and stays the
+        caller's when this raises a Kvc2Error."""
         layout = session.layout
-        if session.num_pages:
-            layout.check_fits(session.num_pages, len(memory))
         pools = self._pools.of(PageShape.of(layout, self._config.slab_bytes))
         pool = self.index.add_pool(
             page_size=layout.page_size,
@@ -159,8 +151,6 @@ class Cache:
             raise errors.InvalidRequest(
                 "hello.pools[0].kept_pages", kept_pages.size, "each page once"
             )
-        mapped = GpuMemory(layout, memory, progress, event_fd)
-        store = SharedMemoryPool(mapped, self._pools.arena.memory, *self._copiers)
         queue = ThreadPoolExecutor(1, f"kvc2-promote-{session.epoch}")
         session.pool = GpuPool(pool, pools, store, queue, session.life, session.give_up)
         self._gpus[session.epoch] = session.pool
@@ -187,7 +177,7 @@ class Cache:
         await asyncio.to_thread(gpu.queue.shutdown, True)
         async with gpu.demoting:  # a batch under way still reads this memory
             session.life.become("closed")
-            gpu.store.close()
+            await self.executors.let_go(gpu.store)
         self.counts.forget(gpu)
         self.index.remove_pool(gpu.id)
         del self._gpus[session.epoch]

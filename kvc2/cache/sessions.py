@@ -109,6 +109,12 @@ class Session:
     def state(self) -> SessionState:
         return self.life.state
 
+    def lose_worker(self) -> None:
+        """What copies pages of its device has died: the engine knows that process alone, so that
+        it must be told of the next one before that copies for it."""
+        if self.pool is not None and self.life.state in ("ready", "broken"):
+            self.pool.fail()
+
     def let_go(self, namespace_id: int) -> None:
         """Of a namespace that it has open, or was about to have."""
         self.namespaces.drop(namespace_id)

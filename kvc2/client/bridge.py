@@ -26,7 +26,7 @@ from kvc2.client.client import Client
 from kvc2.client.connection import SessionOptions
 from kvc2.client.counters import NO_COUNTERS, Counters
 from kvc2.client.health import DaemonHealth
-from kvc2.client.memory import PoolMemory
+from kvc2.client.memory import EngineMemory
 from kvc2.client.namespaces import Caller
 from kvc2.client.pages import PageBook
 from kvc2.client.sessions import Lease, Sessions
@@ -252,7 +252,7 @@ class Daemon:
     """Where the daemon listens, and what it is told of this engine's pool."""
 
     address: str
-    pool: PoolMemory
+    pool: EngineMemory
     layout: Layout
     engine_name: str
 

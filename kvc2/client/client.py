@@ -14,7 +14,7 @@ from kvc2.client import channel
 from kvc2.client.asking import component_pages, explained, lease_commit, meant
 from kvc2.client.connection import EnginePool, NamespaceHandle, SessionOptions
 from kvc2.client.keeper import Engine, Keeper, State
-from kvc2.client.memory import ArenaView, PoolMemory
+from kvc2.client.memory import ArenaView, EngineMemory
 from kvc2.client.share import Share
 from kvc2.layout import Layout
 from kvc2.v1 import cache_pb2
@@ -52,7 +52,7 @@ class Client:
         self,
         address: str,
         *,
-        pool: PoolMemory,
+        pool: EngineMemory,
         layout: Layout,
         engine: Engine,
         options: SessionOptions,

@@ -12,7 +12,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from kvc2 import _core, errors
 from kvc2.answers import ComponentPages, Limits, pages_of
 from kvc2.client.channel import Channel, absence_of, code, probe, translated
-from kvc2.client.memory import ArenaView, OverSignal, PoolMemory, Progress
+from kvc2.client.memory import ArenaView, EngineMemory, OverSignal, Progress
 from kvc2.host.address import Address
 from kvc2.layout import Layout
 from kvc2.v1 import cache_pb2
@@ -69,7 +69,7 @@ class SessionOptions:
 class EnginePool:
     """What an engine brings to each of its sessions, one after the other, and asks for."""
 
-    memory: PoolMemory
+    memory: EngineMemory
     layout: Layout
     options: SessionOptions
 
@@ -116,7 +116,7 @@ class Connection:
             self.channel.close()
             raise why
         self._over = OverSignal()
-        self.pidfd = -1
+        self.processes = Processes()
         self.progress: Progress | None = None
         self.arena: ArenaView | None = None
         self.ended = False
@@ -145,6 +145,8 @@ class Connection:
                     num_pages=pool.memory.num_bytes // pool.layout.payload_bytes,
                     kept_pages=packed(kept_pages()),
                     memory_bytes=pool.memory.num_bytes,
+                    memory_kind=pool.memory.kind,
+                    device=pool.memory.device,
                 )
             ],
         )
@@ -199,19 +201,24 @@ class Connection:
                 socket.send_fds(side, [attached.nonce], passed)
                 packed = side.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
                 pid = _CREDENTIALS.unpack(packed)[0]
-                self.pidfd = os.pidfd_open(pid) if pid > 0 else -1
-                answer, fds, _, _ = socket.recv_fds(side, 600, 3)
+                self.processes.add([os.pidfd_open(pid)] if pid > 0 else [])
+                answer, fds, _, _ = socket.recv_fds(side, 600, 4)
             except OSError as error:
                 raise absence_of(Address(Path(attached.side_socket)), error) from error
             for fd in fds:
                 os.set_inheritable(fd, False)
-            if answer != b"ok" or len(fds) != 2 + pool.options.arena:
+            on_device = pool.memory.kind != 0
+            if answer != b"ok" or len(fds) != 2 + pool.options.arena + on_device:
                 for fd in fds:
                     os.close(fd)
                 told = f"side socket: {answer.decode(errors='replace')}"
                 raise errors.Unreachable(told, "refused")
             self.progress = Progress(fds[0], fds[1], self._over)
             self._beat = _core.Beat(side.fileno(), self.heartbeat_s)
+            if on_device and self.processes:
+                self.processes.add(fds[-1:])
+            elif on_device:
+                os.close(fds[-1])
             return fds[2] if pool.options.arena else -1
 
     def _read(self) -> None:
@@ -246,8 +253,8 @@ class Connection:
         self._outbox.put(cache_pb2.AttachRequest(heartbeat=cache_pb2.Heartbeat()))
 
     def daemon_is_dead(self, wait_s: float = DEATH_S) -> bool:
-        """Whether the daemon's process is known to be gone."""
-        return self.pidfd >= 0 and process_is_dead(self.pidfd, wait_s)
+        """Whether all that may write into the pool is known to be gone."""
+        return self.processes.are_dead(wait_s)
 
     def detach(self, timeout_s: float) -> None:
         """End the session in order and wait until the daemon has closed the stream: it copies what
@@ -267,33 +274,53 @@ class Connection:
         self._outbox.put(None)
         self._stream.cancel()
         self.channel.close()
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
-            self.pidfd = -1
+        self.processes.close()
+
+
+class Processes:
+    """Those of a daemon that may write into an engine's pool: itself, and for a pool on a device
+    the one that copies there. None where the kernel names no daemon."""
+
+    def __init__(self, pidfds: Sequence[int] = ()) -> None:
+        self._pidfds = list(pidfds)
+
+    def add(self, pidfds: Sequence[int]) -> None:
+        """Takes them over."""
+        self._pidfds += pidfds
+
+    def __bool__(self) -> bool:
+        return bool(self._pidfds)
+
+    def are_dead(self, wait_s: float) -> bool:
+        """Whether they are all known to be, each within wait_s."""
+        return bool(self) and all(process_is_dead(each, wait_s) for each in self._pidfds)
+
+    def copy(self) -> Processes:
+        return Processes([os.dup(each) for each in self._pidfds])
+
+    def close(self) -> None:
+        for each in self._pidfds:
+            os.close(each)
+        self._pidfds = []
 
 
 class SilentDaemon:
-    """The process of a daemon that fell silent, remembered after its connection was closed."""
+    """The processes of a daemon that fell silent, remembered after its connection was closed."""
 
     def __init__(self, address: Address) -> None:
         self._address = address
-        self._pidfd = -1
+        self._processes = Processes()
 
-    def remember(self, pidfd: int) -> None:
-        """-1: the kernel named no process."""
+    def remember(self, processes: Processes) -> None:
         self.forget()
-        self._pidfd = os.dup(pidfd) if pidfd >= 0 else -1
+        self._processes = processes.copy()
 
     def forget(self) -> None:
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-        self._pidfd = -1
+        self._processes.close()
 
     def is_dead(self) -> bool:
         """Where the kernel named no process: nothing listens any more."""
-        if self._pidfd >= 0:
-            return process_is_dead(self._pidfd, 0)
-        return not probe(self._address)
+        return self._processes.are_dead(0) if self._processes else not probe(self._address)
 
 
 def process_is_dead(pidfd: int, wait_s: float) -> bool:

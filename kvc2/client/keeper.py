@@ -290,7 +290,7 @@ class Keeper:
             elif self._state == "attached":
                 self._lose("silent")
             if self._state == "silent":
-                self._silent.remember(connection.pidfd)
+                self._silent.remember(connection.processes)
         finally:
             connection.close()
 

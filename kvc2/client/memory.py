@@ -11,6 +11,7 @@ import os
 import select
 import time
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,16 @@ SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 POLL_S_MAX = 0.05  # another waiter may have drained the eventfd: look at the word again by then
 
 
+class EngineMemory(Protocol):
+    """What a session's pool lies in: memory that a descriptor stands for. `kind` and `device` as
+    the wire has them; `DeviceMemory` (kvc2/cuda/memory.py) is the other one than PoolMemory."""
+
+    kind: int
+    device: str
+    fd: int
+    num_bytes: int
+
+
 class PoolMemory:
     """The KV pool of one engine: a memfd that nobody can resize, mapped read-write. Of 0 bytes, for
     an engine that reads the arena alone, it is nothing.
@@ -30,6 +41,9 @@ class PoolMemory:
     It outlives sessions: the same memory is offered again at each attach. `map` is a writable
     memoryview of num_bytes; a numpy array or torch tensor over it must be dropped before `close`.
     """
+
+    kind: int = 0
+    device: str = ""
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes

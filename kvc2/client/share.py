@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from kvc2 import errors
-from kvc2.client.memory import ArenaView, OverSignal, PoolMemory, Progress
+from kvc2.client.memory import ArenaView, EngineMemory, OverSignal, Progress
 
 BACKLOG = 64  # workers that ask at once
 ASK_S = 10.0  # for the engine's answer
@@ -50,7 +50,7 @@ class Sharing:
     """The engine's side: answers every process of its user that asks, on a thread of its own, from
     the first `share` on. `begin` and `close` are the client's."""
 
-    def __init__(self, pool: PoolMemory) -> None:
+    def __init__(self, pool: EngineMemory) -> None:
         self._pool = pool
         self._lock = threading.Lock()
         self._session = 0  # how many there have been
@@ -68,7 +68,9 @@ class Sharing:
             self._arena = _no_arena if arena is None else weakref.ref(arena)
 
     def share(self) -> Share:
-        """Where it answers."""
+        """Where it answers. Raises InvalidRequest for a pool that no process can map as memory."""
+        if self._pool.kind:
+            raise errors.InvalidRequest("memory", self._pool.device, "a memfd, to be shared")
         with self._lock:
             if self._listener is None:
                 self._name = f"kvc2-{os.getpid()}-{secrets.token_hex(8)}"

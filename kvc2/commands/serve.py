@@ -36,6 +36,10 @@ def serve(
 def _run(settings: ServeConfig) -> None:
     import asyncio
 
+    from kvc2.cuda.nursery import look
+
+    cuda = look()  # it may fork: before there is any thread, gRPC or LMDB
+
     from kvc2.host import numa
     from kvc2.server import serve as serve_until_stopped
 
@@ -43,7 +47,7 @@ def _run(settings: ServeConfig) -> None:
     numa.run_beside(settings.cpu.numa)  # all threads are started below
     try:
         _check_room(settings)
-        asyncio.run(serve_until_stopped(settings))
+        asyncio.run(serve_until_stopped(settings, cuda))
     finally:
         writer.close()
 

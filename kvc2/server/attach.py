@@ -21,10 +21,14 @@ from kvc2.answers import of_pages
 from kvc2.cache.cache import Cache
 from kvc2.cache.sessions import HEARTBEAT_INTERVAL_S, Session, SessionTable
 from kvc2.config import ServeConfig
+from kvc2.cuda.faults import NoWorker, RefusedByWorker, WorkerLost
 from kvc2.metrics import Metrics
 from kvc2.server import checks, hello
 from kvc2.server.hello import Greeting
 from kvc2.server.side import NONCE_BYTES, Expected, Handover
+from kvc2.tiers.device import DeviceShare
+from kvc2.tiers.executors import Executors
+from kvc2.tiers.gpu import GpuExecutor
 from kvc2.v1 import cache_pb2
 from kvc2.wire import to_message
 
@@ -94,6 +98,8 @@ class Attachments:
     async def attach(self, context: Context) -> None:
         """The Attach rpc. Its cleanup is a task of its own: a broken stream cancels this one."""
         greeting = hello.check(await self._read_first(context), self._config)
+        if greeting.device:
+            hello.check_device(greeting.device, await self._cache.executors.found())
         session = self.table.open(
             greeting.engine_name, greeting.layout, greeting.num_pages, expiry_s=greeting.expiry_s
         )
@@ -184,10 +190,11 @@ class Attachments:
         attachment.session.uid = uid
         greeting = attachment.greeting
         if not greeting.arena:
-            return Expected(greeting.memory_bytes)
+            return Expected(greeting.memory_bytes, bool(greeting.device))
         if uid != os.geteuid():
             raise errors.Denied("hello.arena", f"user {uid}", f"user {os.geteuid()}, the daemon's")
-        return Expected(greeting.memory_bytes, self._cache.arena.open_for_reading())
+        arena_fd = self._cache.arena.open_for_reading()
+        return Expected(greeting.memory_bytes, bool(greeting.device), arena_fd)
 
     async def join(self, nonce: bytes, handover: Handover) -> Callable[[], None]:
         """The pool is mapped: open it in the cache and say Ready. What is answered takes beats."""
@@ -203,13 +210,14 @@ class Attachments:
             raise errors.SessionOver(f"session {session.epoch} is {session.state}")
         kept = checks.pages("hello.pools[0].kept_pages", greeting.kept_pages, session)
         session.pid, session.uid = handover.pid, handover.uid
-        self._cache.open_session(
-            session,
-            memory=handover.memory,
-            progress=handover.progress,
-            event_fd=handover.event_fd,
-            kept_pages=kept,
-        )
+        store = await _executor(self._cache.executors, session, handover, greeting)
+        try:
+            if session.state != "joining":
+                raise errors.SessionOver(f"session {session.epoch} is {session.state}")
+            self._cache.open_session(session, store, kept_pages=kept)
+        except BaseException:
+            await self._cache.executors.let_go(store)
+            raise
         attachment.handover = handover
         self.table.join(session)
         first = min(greeting.num_pages // FIRST_GRANT_SHARE, FIRST_GRANT_PAGES)
@@ -303,6 +311,30 @@ class Attachments:
 def _message(read: object) -> cache_pb2.AttachRequest | None:
     """What came on an Attach stream; None: its client ended it. Raises InvalidRequest."""
     return checks.message(cache_pb2.AttachRequest, read) if isinstance(read, bytes) else None
+
+
+async def _executor(
+    executors: Executors, session: Session, handover: Handover, greeting: Greeting
+) -> GpuExecutor:
+    """What moves the session's pages. Raises InvalidRequest for memory that can't be had."""
+    layout = session.layout
+    if not greeting.device:
+        return executors.of_memory(layout, handover.memory, handover.progress, handover.event_fd)
+    share = DeviceShare(
+        greeting.device,
+        greeting.memory_bytes,
+        handover.memory_fd,
+        handover.progress_fd,
+        handover.event_fd,
+    )
+    try:
+        store = await executors.of_device(layout, share, session.lose_worker)
+    except (RefusedByWorker, WorkerLost, NoWorker) as error:
+        raise errors.InvalidRequest(
+            "pool memory", "a descriptor", f"one that {greeting.device} takes: {error}"
+        ) from error
+    handover.worker_fd = os.dup(store.worker.pidfd)
+    return store
 
 
 async def _said_so() -> bool:

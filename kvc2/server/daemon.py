@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from functools import partial
 from typing import Any
 
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -22,6 +23,7 @@ from kvc2.cache.assemble import assemble
 from kvc2.cache.cache import Cache
 from kvc2.cache.sessions import SessionTable
 from kvc2.config import ServeConfig
+from kvc2.cuda.nursery import NO_CUDA, CudaHost
 from kvc2.host.heap import keep_freed_memory
 from kvc2.metrics import Metrics, TierSample
 from kvc2.periodic import periodically
@@ -70,7 +72,15 @@ async def running(
             disk=config.disk.path,
             seconds=round(time.monotonic() - started, 3),
         )
+        telling = asyncio.create_task(_tell_devices(cache))
+        stack.callback(telling.cancel)
         yield daemon
+
+
+async def _tell_devices(cache: Cache) -> None:
+    found = await cache.executors.found()
+    facts: dict[str, Any] = {"devices": list(found.devices.items())}
+    events.event("cuda", **(facts if found.devices else {"devices": 0, "why": found.why}))
 
 
 class Daemon:
@@ -228,9 +238,10 @@ def tier_samples(cache: Cache) -> list[TierSample]:
     ]
 
 
-async def serve(config: ServeConfig) -> None:
-    """Run a daemon until it is told to stop. Raises StartRefused and InvalidConfig."""
+async def serve(config: ServeConfig, cuda: CudaHost = NO_CUDA) -> None:
+    """Run a daemon until it is told to stop. `cuda`: what was found of it before this process had
+    threads. Raises StartRefused and InvalidConfig."""
     keep_freed_memory()
-    async with running(config) as daemon:
+    async with running(config, open_cache=partial(assemble, cuda=cuda)) as daemon:
         daemon.stop_on_signals()
         await daemon.stopped.wait()

@@ -11,6 +11,7 @@ from kvc2 import errors
 from kvc2.answers import Limits
 from kvc2.cache.sessions import EXPIRY_S
 from kvc2.config import ServeConfig
+from kvc2.cuda.nursery import Found
 from kvc2.layout import Layout
 from kvc2.server import checks
 from kvc2.v1 import cache_pb2
@@ -18,18 +19,22 @@ from kvc2.v1 import cache_pb2
 WIRE_VERSIONS = (2, 2)  # the lowest and the highest that this daemon speaks
 MEMORY_BYTES_MAX = 1 << 44
 EXPIRY_MS_MAX = 30_000
+MEMFD, ON_DEVICE = 0, 1  # kinds of a pool's memory
+DEVICE_BYTES_MAX = 64
 
 
 @dataclass(frozen=True)
 class Greeting:
     """A Hello that was checked. The pool's memory comes over the side socket, unless it has no
-    bytes. `arena`: whether the arena is handed out there. `kept_pages`: as the wire has them."""
+    bytes. `device`: the UUID of the one that has it; empty: it is a memfd. `arena`: whether the
+    arena is handed out there. `kept_pages`: as the wire has them."""
 
     wire_version: int
     engine_name: str
     layout: Layout
     num_pages: int
     memory_bytes: int
+    device: str
     kept_pages: bytes
     arena: bool
     expiry_s: float
@@ -57,6 +62,7 @@ def check(first: cache_pb2.AttachRequest, config: ServeConfig) -> Greeting:
         layout=_layout(pool, config),
         num_pages=pool.num_pages,
         memory_bytes=pool.memory_bytes,
+        device=pool.device,
         kept_pages=pool.kept_pages,
         arena=hello.arena,
         expiry_s=hello.expiry_ms / 1000 or EXPIRY_S,
@@ -77,10 +83,10 @@ def _version(hello: cache_pb2.Hello) -> int:
 
 def _layout(pool: cache_pb2.Pool, config: ServeConfig) -> Layout:
     """Of a pool whose other fields are sound."""
-    for name, only in (("component", 0), ("reach", 0), ("part", 0), ("memory_kind", 0)):
+    for name, only in (("component", 0), ("reach", 0), ("part", 0)):
         checks.reserved(f"hello.pools[0].{name}", getattr(pool, name), only)
     checks.reserved("hello.pools[0].parts", pool.parts, 1)
-    checks.reserved("hello.pools[0].device", pool.device, "")
+    _check_kind(pool)
     most = config.limits.max_pool_pages
     if pool.num_pages > most:
         raise errors.InvalidRequest("hello.pools[0].num_pages", pool.num_pages, f"0 to {most}")
@@ -99,6 +105,25 @@ def _layout(pool: cache_pb2.Pool, config: ServeConfig) -> Layout:
             "layout.page_size", layout.page_size, f"attn.page_size of the daemon: {wanted}"
         )
     return layout
+
+
+def _check_kind(pool: cache_pb2.Pool) -> None:
+    """Whether the fields of a pool's memory agree. Which devices there are is known later."""
+    if pool.memory_kind not in (MEMFD, ON_DEVICE):
+        allowed = f"{MEMFD} (a sealed memfd) or {ON_DEVICE} (memory of a CUDA device)"
+        raise errors.Reserved("hello.pools[0].memory_kind", pool.memory_kind, allowed)
+    checks.text("hello.pools[0].device", pool.device, DEVICE_BYTES_MAX)
+    on_device = pool.memory_kind == ON_DEVICE
+    if on_device != bool(pool.device) or (on_device and not pool.num_pages):
+        allowed = "the UUID of the device that has the pages, for memory_kind 1, and only then"
+        raise errors.InvalidRequest("hello.pools[0].device", pool.device, allowed)
+
+
+def check_device(uuid: str, found: Found) -> None:
+    """Raises InvalidRequest for a device that this host doesn't have."""
+    if uuid not in found.devices:
+        told = ", ".join(found.devices) or f"none: the daemon found no CUDA device: {found.why}"
+        raise errors.InvalidRequest("hello.pools[0].device", uuid, told)
 
 
 def limits(config: ServeConfig) -> Limits:

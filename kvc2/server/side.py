@@ -1,14 +1,16 @@
 """The side socket: file descriptors pass here, and here the kernel says who the engine is.
 
 One datagram each way on a SOCK_SEQPACKET connection: the engine's is the nonce of its Attach
-stream with its pool's memfd, unless the pool has no pages; the daemon's is `ok` with the progress
-memfd, an eventfd and, where its Hello asked for that, the arena to be read, or `error: ...`. The
+stream with the descriptor of its pool's memory, unless the pool has no pages; the daemon's is `ok`
+with the progress memfd, an eventfd, then, where its Hello asked for that, the arena to be read,
+then, for a pool on a device, a pidfd of the process that copies there, or `error: ...`. The
 first 8 bytes of the progress page are the progress word; the next 8 are not zero once the session
 is over, and that before any page that it had leased may get another block.
 The connection stays open with the session: each further datagram of the engine, of any content, is
 a heartbeat. An engine that closes it beats on its stream alone.
 A memfd is mapped only when it is sealed against a change of its size and has the declared size: one
-that its owner truncates would kill this process with SIGBUS.
+that its owner truncates would kill this process with SIGBUS. A descriptor of a device's memory is
+passed on to a process that may die of it.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ _CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
 
 @dataclass(eq=False)
 class Handover:
-    """What a session shares with its engine. `pidfd` is -1 where the kernel names no process."""
+    """What a session shares with its engine. `pidfd` is -1 where the kernel names no process.
+    `memory_fd`: of a pool on a device, whose `memory` is empty here; `worker_fd`: of the process
+    that copies there. -1: of neither."""
 
     pid: int
     uid: int
@@ -52,6 +56,8 @@ class Handover:
     progress_fd: int
     event_fd: int
     arena_fd: int = -1
+    memory_fd: int = -1
+    worker_fd: int = -1
     beats: socket.socket | None = None  # the connection, once all is handed over
 
     async def died(self, within_s: float) -> bool:
@@ -72,7 +78,7 @@ class Handover:
 
     def close(self) -> None:
         """Close the descriptors and the maps. Idempotent. BufferError: someone still uses a map."""
-        for name in ("pidfd", "progress_fd", "event_fd", "arena_fd"):
+        for name in ("pidfd", "progress_fd", "event_fd", "arena_fd", "memory_fd", "worker_fd"):
             fd = getattr(self, name)
             if fd >= 0:
                 setattr(self, name, -1)
@@ -94,10 +100,11 @@ class Handover:
 
 @dataclass(frozen=True)
 class Expected:
-    """Of an engine: the bytes of its pool's memfd (0: it sends none), and a descriptor of the arena
-    that it gets (-1: none), which is the caller's to close."""
+    """Of an engine: the bytes of its pool's memory (0: it sends none) and whether a device has it,
+    and a descriptor of the arena that it gets (-1: none), which is the caller's to close."""
 
     memory_bytes: int
+    on_device: bool = False
     arena_fd: int = -1
 
 
@@ -219,9 +226,15 @@ class SideSocket:
         handover = Handover(pid, uid, -1, empty, empty, -1, -1, expected.arena_fd)
         try:
             if len(fds) != (expected.memory_bytes > 0):
-                allowed = "the pool's memfd" if expected.memory_bytes else "none: the pool is empty"
+                allowed = (
+                    "that of the pool's memory"
+                    if expected.memory_bytes
+                    else "none: the pool is empty"
+                )
                 raise errors.InvalidRequest("side socket", f"{len(fds)} descriptors", allowed)
-            if fds:
+            if fds and expected.on_device:
+                handover.memory_fd = os.dup(fds[0])
+            elif fds:
                 handover.memory = map_sealed(fds[0], expected.memory_bytes)
             handover.pidfd = os.pidfd_open(pid) if pid > 0 else -1
             handover.progress_fd = _progress_memfd()
@@ -288,6 +301,5 @@ def _read_datagram(connection: socket.socket) -> tuple[bytes, list[int]]:
 
 def _send_descriptors(connection: socket.socket, handover: Handover) -> None:
     passed = array.array("i", [handover.progress_fd, handover.event_fd])
-    if handover.arena_fd >= 0:
-        passed.append(handover.arena_fd)
+    passed.extend(each for each in (handover.arena_fd, handover.worker_fd) if each >= 0)
     connection.sendmsg([b"ok"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed)])

@@ -1,8 +1,7 @@
 """The gpu tier: a session's pool, and the two ways its pages come and go.
 
 `GpuExecutor` is the contract. `SharedMemoryPool` is the stand-in's executor: the engine's pool is a
-memfd mapped here, and csrc/copy moves pages. A CUDA executor (an IPC handle, one worker process a
-session, since a peer's death can poison a CUDA context) meets the same contract and isn't built.
+memfd mapped here, and csrc/copy moves pages. The other one is device.py's.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Do the tests catch bugs of the disk's path, and of leases in the arena? Plants each in a copy of
-the tree, one by one, runs the tests that are about it, and demands that one fails.
+"""Do the tests catch bugs of the disk's path, of leases in the arena, of what calls CUDA? Plants
+each in a copy of the tree, runs the tests that are about it, and demands that one of them fails.
 
     python -m tests.crash.planted [--only WORD ...] [--jobs N]
 
@@ -29,6 +29,9 @@ from tests.crash.extras_bugs import EXTRAS_BUGS
 from tests.crash.extras_bugs import TESTS as EXTRAS_TESTS
 from tests.crash.lease_bugs import LEASE_BUGS
 from tests.crash.lease_bugs import TESTS as LEASE_TESTS
+from tests.cuda import hostile
+from tests.cuda.bugs import CUDA_BUGS
+from tests.cuda.bugs import TESTS as CUDA_TESTS
 
 HOUSE = ROOT
 FOLDERS = ("kvc2", "tests")
@@ -45,7 +48,7 @@ TESTS = (  # the quick ones first
     ("tests/crash/test_power_cuts.py",),
     ("tests/crash/test_migration.py", "tests/crash/test_kills.py"),
 )
-BUGS = (*DISK_BUGS, *LEASE_BUGS, *EXTRAS_BUGS)
+BUGS = (*DISK_BUGS, *LEASE_BUGS, *EXTRAS_BUGS, *CUDA_BUGS)
 LIMIT_S = 600  # a bug that makes a test hang is caught too
 # An editable install answers for kvc2 before the path does: not here.
 SITE = """
@@ -127,10 +130,13 @@ def caught(folder: Path, bug: Bug) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="in a bug's name")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="WORD", help="in a bug's file or name"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="bugs at a time (default 1)")
     asked = parser.parse_args()
-    bugs = [bug for bug in BUGS if any(word in bug.name for word in asked.only)]
+    bugs = [bug for bug in BUGS if any(word in f"{bug.file}: {bug.name}" for word in asked.only)]
+    os.environ["KVC2_HOSTILE"] = str(hostile.build())  # once, for all copies
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(asked.jobs) as jobs:
         folders: queue.SimpleQueue[Path] = queue.SimpleQueue()
         for number in range(asked.jobs):
@@ -138,7 +144,9 @@ def main() -> int:
             folder.mkdir()
             copy_to(folder)
             folders.put(folder)
-        if "" in asked.only and (sound := failure(folder, (*TESTS, *LEASE_TESTS, *EXTRAS_TESTS))):
+        if "" in asked.only and (
+            sound := failure(folder, (*TESTS, *LEASE_TESTS, *EXTRAS_TESTS, *CUDA_TESTS))
+        ):
             print(f"without any bug: {sound}")
             return 1
 

@@ -33,6 +33,7 @@ from kvc2.cache.cache import KeyedLayout
 from kvc2.cache.namespaces import Namespace, Owner
 from kvc2.cache.sessions import OpenLease, Session
 from kvc2.config import ServeConfig
+from kvc2.cuda.nursery import Found
 from kvc2.metrics import Metrics
 from kvc2.moving.loading import Destination
 from kvc2.tiers.disk.records import NamespaceEntry
@@ -62,9 +63,30 @@ class FakeNamespaces:
         return []
 
 
+@dataclass
+class FakeStore:
+    progress: Any
+    event_fd: int
+
+    def close(self) -> None:
+        pass
+
+
+class FakeExecutors:
+    def of_memory(self, layout: Any, memory: Any, progress: Any, event_fd: int) -> FakeStore:
+        return FakeStore(progress, event_fd)
+
+    async def let_go(self, store: FakeStore) -> None:
+        store.close()
+
+    async def found(self) -> Found:
+        return Found({}, "a fake")
+
+
 class FakeCache:
     def __init__(self, config: ServeConfig, metrics: Metrics) -> None:
         self.quotas = FakeQuotas()
+        self.executors = FakeExecutors()
         self.namespaces = FakeNamespaces()
         self.sessions: list[Session] = []
         self.closed: list[tuple[int, bool]] = []
@@ -82,12 +104,10 @@ class FakeCache:
     async def stop(self, deadline_s: float) -> Flushed:
         return Flushed(0, {})
 
-    def open_session(
-        self, session: Session, *, memory: Any, progress: Any, event_fd: int, kept_pages: U32
-    ) -> None:
+    def open_session(self, session: Session, store: FakeStore, *, kept_pages: U32) -> None:
         kept = set(kept_pages.tolist())
         free = set(range(session.num_pages)) - kept
-        session.pool = Pool(free, kept, {}, progress, event_fd)
+        session.pool = Pool(free, kept, {}, store.progress, store.event_fd)
         self.sessions.append(session)
 
     async def close_session(

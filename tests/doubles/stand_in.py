@@ -93,13 +93,10 @@ class StandIn:
         self.open()
 
     def open(self) -> None:
-        self.cache.open_session(
-            self.session,
-            memory=self.memory,
-            progress=self.progress,
-            event_fd=self.event_fd,
-            kept_pages=np.empty(0, np.uint32),
+        store = self.cache.executors.of_memory(
+            self.layout, self.memory, self.progress, self.event_fd
         )
+        self.cache.open_session(self.session, store, kept_pages=np.empty(0, np.uint32))
         self.session.life.become("ready")
         self.opened = self.cache.open_namespace(self.session, self.namespace, self.identity)
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,8 +34,10 @@ class DaemonProcess:
         *flags: str,
         sizes: Sequence[str] = SMALL,
         python: Sequence[str] = ("-m", "kvc2"),
+        environment: Mapping[str, str] = os.environ,
     ) -> None:
         self._python = python
+        self._environment = environment
         self.folder = folder
         self.address = f"unix:{folder / 'kvc2.sock'}"
         self.log = folder / "daemon.log"
@@ -53,7 +55,9 @@ class DaemonProcess:
         started = time.monotonic()
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, *self._python, "serve", *self._flags], stderr=log
+                [sys.executable, *self._python, "serve", *self._flags],
+                stderr=log,
+                env=self._environment,
             )
         while not self.serves():
             if self._process.poll() is not None:

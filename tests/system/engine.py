@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,12 +30,20 @@ def small_model(model_dir: Path, **fields: Any) -> Path:
 
 
 class EngineProcess:
-    """A running engine; killed at the end of a `with`. Standard error goes to `log`."""
+    """A running engine; killed at the end of a `with`. Standard error goes to `log`. `python`: what
+    the interpreter is told to run."""
 
-    def __init__(self, model: Path, log: Path, *flags: str) -> None:
+    def __init__(
+        self,
+        model: Path,
+        log: Path,
+        *flags: str,
+        python: Sequence[str] = ("-m", "engine"),
+        environment: Mapping[str, str] = os.environ,
+    ) -> None:
         self.log = log
-        command = [sys.executable, "-m", "engine", "serve", "--model", str(model), "--port", "0"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, *python, "serve", "--model", str(model), "--port", "0"]
+        environment = {**environment, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         with log.open("ab") as error:
             self.process = subprocess.Popen(
                 [*command, "--threads", "1", *flags],

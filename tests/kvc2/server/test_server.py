@@ -251,8 +251,7 @@ def test_a_forged_hello_is_refused_by_name(
         ("part", 1),
         ("parts", 0),
         ("parts", 2),
-        ("memory_kind", 1),
-        ("device", "GPU-0"),
+        ("memory_kind", 2),
     ],
 )
 def test_reserved_fields_of_a_pool_are_refused_by_name(
@@ -261,6 +260,25 @@ def test_reserved_fields_of_a_pool_are_refused_by_name(
     with Wire(served.address) as wire:
         status, words = wire.stream_refusal(hello(**{field: value}))
     assert (status, f"hello.pools[0].{field}" in words) == ("UNIMPLEMENTED", True), words
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"memory_kind": 1}, "the UUID of the device"),
+        ({"device": "GPU-0"}, "the UUID of the device"),
+        ({"memory_kind": 1, "device": "G" * 65}, "at most 64 bytes"),
+        ({"memory_kind": 1, "device": "GPU-0"}, "the daemon found no CUDA device: "),
+        ({"memory_kind": 1, "device": "GPU-0", "num_pages": 0, "memory_bytes": 0}, "the UUID"),
+    ],
+)
+def test_memory_of_a_device_that_can_not_be_is_refused_by_name(
+    served: ServedDaemon, changes: dict[str, object], words: str
+) -> None:
+    with Wire(served.address) as wire:
+        status, told = wire.stream_refusal(hello(**changes))
+    assert (status, "hello.pools[0].device" in told) == ("INVALID_ARGUMENT", True), told
+    assert words in told
 
 
 def test_a_field_of_a_later_version_is_refused_by_its_number(wire: Wire) -> None:

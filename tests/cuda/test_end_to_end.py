@@ -1,0 +1,178 @@
+"""`kvc2 serve` and `kvc2-engine serve`, real processes, with the hostile driver between them: the
+engine's pool is a device's memory, and a worker moves its pages. Greedy output is token for token
+what an engine without a cache says, wherever the prefix comes from and whoever has died."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from fastapi.testclient import TestClient
+
+from engine.serve import assemble
+from engine.settings import EngineConfig
+from tests.cuda import hostile
+from tests.doubles.waiting import wait_until
+from tests.system.daemon import DaemonProcess
+from tests.system.engine import Answer, EngineProcess, small_model
+
+PAGES = 160
+FLAGS = ("--num-pages", str(PAGES), "--chunk-size", "64", "--max-running", "4")
+WORDS = "seed=5,late_us=100"
+Truth = Callable[[list[int]], list[int]]
+
+
+def prompt(seed: int) -> list[int]:
+    """18 blocks, and 12 tokens more."""
+    return random.Random(seed).choices(range(3, 259), k=300)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def truth(model: Path) -> Iterator[Truth]:
+    """What an engine without any cache answers."""
+    engine = assemble(EngineConfig(model=model, num_pages=PAGES, chunk_size=64, threads=1))
+    with TestClient(engine.app) as client:
+
+        def answer(tokens: list[int]) -> list[int]:
+            body = {
+                "model": model.name,
+                "prompt": tokens,
+                "max_tokens": 8,
+                "temperature": 0,
+                "ignore_eos": True,
+                "kvc2": {"details": True},
+            }
+            return Answer(client.post("/v1/completions", json=body).json()).tokens
+
+        yield answer
+    engine.bridge.close()
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    folder = tmp_path_factory.mktemp("daemon")
+    disk = ("--disk-path", str(folder / "disk"), "--disk-size-gb", "0.2")
+    loads = ("--load-policy", "always", "--acquire-deadline-ms", "20000")
+    environment = hostile.environment(WORDS)
+    with DaemonProcess(folder, *disk, *loads, environment=environment) as process:
+        yield process
+
+
+def started(model: Path, daemon: DaemonProcess, log: Path) -> EngineProcess:
+    return EngineProcess(
+        model,
+        log,
+        "--kvc2",
+        daemon.address,
+        *FLAGS,
+        python=("-m", "tests.cuda.engine_on_hostile"),
+        environment=hostile.environment(WORDS),
+    )
+
+
+@pytest.fixture
+def engine(model: Path, daemon: DaemonProcess, tmp_path: Path) -> Iterator[EngineProcess]:
+    with started(model, daemon, tmp_path / "log") as process:
+        process.wait_attached()
+        yield process
+
+
+def test_the_daemon_says_what_it_found(daemon: DaemonProcess) -> None:
+    wait_until(lambda: " cuda " in daemon.log.read_text())
+    (line,) = [each for each in daemon.log.read_text().splitlines() if " cuda " in each]
+    assert "hostile driver" in line
+
+
+def test_hits_of_every_tier_are_equal_to_no_cache(
+    engine: EngineProcess, daemon: DaemonProcess, truth: Truth
+) -> None:
+    tokens = prompt(1)
+    expected = truth(tokens)
+    cold, gpu = engine.complete(tokens), engine.complete(tokens)
+    assert cold.tokens == gpu.tokens == expected
+    assert (cold.matched, gpu.tiers["gpu"]) == (0, 288)
+    daemon.admin().flush(20)
+    daemon.admin().evict("gpu")
+    cpu = engine.complete(tokens)
+    assert (cpu.tiers["cpu"], cpu.tokens) == (288, expected)
+    daemon.admin().evict("gpu")
+    daemon.admin().evict("cpu")
+    disk = engine.complete(tokens)
+    assert (disk.tiers["disk"], disk.tokens) == (288, expected)
+
+
+def processes(daemon: DaemonProcess) -> tuple[psutil.Process, list[psutil.Process]]:
+    """The nursery and the workers of a daemon."""
+    (nursery,) = psutil.Process(daemon.pid).children()
+    return nursery, nursery.children()
+
+
+def test_a_killed_worker_costs_a_session_and_no_answer(
+    engine: EngineProcess, daemon: DaemonProcess, truth: Truth
+) -> None:
+    tokens = prompt(2)
+    assert engine.complete(tokens).tokens == truth(tokens)
+    daemon.admin().flush(20)
+    _, (worker,) = processes(daemon)
+    worker.kill()
+    wait_until(lambda: processes(daemon)[1] not in ([], [worker]))  # the engine attached again
+    engine.wait_attached()
+    answer = engine.complete(tokens)
+    assert (answer.matched, answer.tokens) == (288, truth(tokens))
+
+
+def test_what_a_killed_engine_left_on_the_device_is_served_to_the_next(
+    model: Path, daemon: DaemonProcess, truth: Truth, tmp_path: Path
+) -> None:
+    """It was rescued from memory whose maker is dead."""
+    tokens = prompt(3)
+    with started(model, daemon, tmp_path / "first") as first:
+        first.wait_attached()
+        assert first.complete(tokens).tokens == truth(tokens)
+        first.process.send_signal(signal.SIGKILL)
+        first.process.wait()
+    wait_until(lambda: not daemon.admin().stats().sessions)
+    with started(model, daemon, tmp_path / "second") as second:
+        second.wait_attached()
+        answer = second.complete(tokens)
+    assert (answer.matched, answer.tokens) == (288, truth(tokens))
+
+
+def test_an_engine_outlives_its_daemon_and_attaches_to_the_next(
+    engine: EngineProcess, daemon: DaemonProcess, truth: Truth
+) -> None:
+    tokens = prompt(4)
+    assert engine.complete(tokens).tokens == truth(tokens)
+    daemon.admin().flush(20)
+    nursery, workers = processes(daemon)
+    daemon.kill()
+    wait_until(lambda: not any(psutil.pid_exists(each.pid) for each in (nursery, *workers)))
+    assert engine.complete(tokens).tokens == truth(tokens)
+    daemon.start()
+    engine.wait_attached()
+    answer = engine.complete(tokens)
+    assert (answer.tiers["disk"], answer.tokens) == (288, truth(tokens))
+
+
+def test_without_a_driver_the_daemon_says_so_and_refuses_devices_by_name(
+    model: Path, tmp_path: Path, truth: Truth
+) -> None:
+    with DaemonProcess(tmp_path) as daemon:
+        wait_until(lambda: " cuda " in daemon.log.read_text())
+        assert "libcuda.so.1" in daemon.log.read_text()
+        wait_until(lambda: not psutil.Process(daemon.pid).children())  # nobody needs them
+        with started(model, daemon, tmp_path / "engine") as engine:
+            tokens = prompt(5)
+            assert engine.complete(tokens).tokens == truth(tokens)  # it goes on without
+            wait_until(lambda: "found no CUDA device" in (tmp_path / "engine").read_text())
+    assert "LD_LIBRARY_PATH" not in os.environ or "hostile" not in os.environ["LD_LIBRARY_PATH"]
