@@ -135,6 +135,12 @@ class Turns:
         self._circle = len(order)
         self._used: NDArray[np.float64] = np.zeros(shape)  # part of the steps of late
 
+    @property
+    def soon(self) -> float:
+        """An expert that more than every other step uses is used before: a guess must not drive it
+        out."""
+        return 2.0 * self._circle
+
     def use(self, layer: int, needed: NDArray[np.int64]) -> None:
         self._used[layer] *= 1 - FORGETS
         self._used[layer, needed] += FORGETS
@@ -153,6 +159,8 @@ class ExpertStore:
 
     `guess(layer, x)`: ids that the layer will probably need for this input.
     """
+
+    numerics = ""  # those of any executor with the same kernels
 
     def __init__(
         self,
@@ -182,6 +190,7 @@ class ExpertStore:
         needed = needed[needed >= 0]
         self._turns.use(layer, needed)
         left = {(layer, int(each)) for each in needed}
+        self._take_in(self._coming, left=set())
         self._count(left)
         ahead: set[Place] | None = None
         while left:
@@ -189,7 +198,7 @@ class ExpertStore:
             self._begin(layer, left - ready, left)
             if ahead is None:
                 ahead = self._ahead(layer, x)
-                self._begin(layer, ahead, left | ahead)
+                self._begin(layer, ahead, left | ahead, self._turns.soon)
             if ready:
                 self._run(ready, x, expert_ids, outputs)
                 left -= ready
@@ -236,10 +245,11 @@ class ExpertStore:
         ids = torch.unique(self._guess(following, x)).tolist()
         return {(following, each) for each in ids[: (len(self._place_of) + len(self._free)) // 2]}
 
-    def _begin(self, layer: int, wanted: set[Place], keep: set[Place]) -> None:
-        """Begins to read as many of these as there are places for, without giving up `keep`."""
+    def _begin(self, layer: int, wanted: set[Place], keep: set[Place], spare: float = 0.0) -> None:
+        """Begins to read as many of these as there are places for, without giving up `keep`, nor
+        what is expected to be used before `spare`."""
         new = [each for each in sorted(wanted) if not self._held(each)]
-        self._evict(layer, len(new) - len(self._free), keep)
+        self._evict(layer, len(new) - len(self._free), keep, spare)
         for expert in new[: len(self._free)]:
             place = self._free.pop()
             reading = self._readers.submit(self.reader.read, expert, self._weights, place)
@@ -248,19 +258,26 @@ class ExpertStore:
     def _held(self, expert: Place) -> bool:
         return expert in self._place_of or expert in self._coming
 
-    def _evict(self, layer: int, count: int, keep: set[Place]) -> None:
-        """Gives up so many experts, those whose next use is expected last."""
+    def _evict(self, layer: int, count: int, keep: set[Place], spare: float) -> None:
+        """Gives up so many experts, those whose next use is expected last, after `spare`."""
         can = [each for each in self._place_of if each not in keep]
         if count <= 0 or not can:
             return
         waits = self._turns.until_use(layer, np.array(can))
         for index in np.argsort(-waits, kind="stable")[:count]:
+            if waits[index] < spare:
+                break
             self._free.append(self._place_of.pop(can[index]))
 
     def _await(self, left: set[Place]) -> None:
         """Until something has come: of `left`, or else whatever holds the place for it."""
         coming = [each for each in left if each in self._coming] or list(self._coming)
         wait([self._coming[each][1] for each in coming], return_when=FIRST_COMPLETED)
+        self._take_in(coming, left)
+
+    def _take_in(self, coming: Iterable[Place], left: set[Place]) -> None:
+        """Those that have come are memory's, and may be given up for others: also a guess that was
+        wrong. Raises what a read of `left` did."""
         for expert in [each for each in coming if self._coming[each][1].done()]:
             place, reading = self._coming.pop(expert)
             if reading.exception() is None:

@@ -163,3 +163,21 @@ def test_what_is_kept_beats_lru_where_layers_come_round() -> None:
     capacity = 16 * 64 // 3
     ours, lru, best = (benchmark.hit_rate(steps, capacity, policy) for policy in benchmark.POLICIES)
     assert lru < ours < best
+
+
+def test_wrong_guesses_never_drive_out_what_each_step_uses(model_dir: Path) -> None:
+    """Six experts are used by turns; each layer guesses another one for the next, in vain."""
+    made = placed(model_dir, expert_memory_gb=memory_gb(12))
+    assert made.experts is not None
+    store = made.experts._host
+    assert isinstance(store, ExpertStore)
+    wrong = iter(range(10**6))
+    store._guess = lambda layer, x: torch.tensor([[8 + next(wrong) % 8]])
+    x, outputs = torch.randn(1, 48), torch.empty(1, 2, 48)
+    for step in range(60):
+        if step == 30:
+            before = store.hits, store.misses
+        for layer in range(3):
+            store.compute(layer, x, torch.tensor([[0, 1]]), outputs)
+    assert (store.hits, store.misses) == (before[0] + 30 * 6, before[1])
+    made.close()
