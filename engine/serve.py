@@ -94,7 +94,7 @@ def assemble(config: EngineConfig) -> Engine:
     model = placed.model
     metrics = EngineMetrics()
     tenants = read_api_keys(config.api_keys) if config.api_keys else {}
-    bridge = _bridge(config, model, shape, memory, metrics)
+    bridge = _bridge(config, placed, shape, memory, metrics)
     scheduler = Scheduler(
         SchedulerConfig(config.chunk_size, config.step_tokens, config.max_running),
         bridge=bridge,
@@ -164,17 +164,20 @@ def check_room(
         log.warning("%s = %s: %s, and only %.3f GB are free now", name, value, needed, free)
 
 
-def numerics_of(config: EngineConfig, model: Model) -> str:
-    """The class of bits that this engine computes, as its identity has it."""
+def numerics_of(config: EngineConfig, model: Model, experts: str = "") -> str:
+    """The class of bits that this engine computes, as its identity has it. `experts`: the classes
+    of both executors, where they differ."""
     if config.share_unlike_cpus:
         return SHARED_NUMERICS
     numerics = model.device.numerics(model.config.dtype)
-    return numerics if config.expert_nodes == 1 else f"{numerics}-nodes.{config.expert_nodes}"
+    if config.expert_nodes > 1:
+        numerics = f"{numerics}-nodes.{config.expert_nodes}"
+    return ":".join(dict.fromkeys([numerics, *experts.split(":")])) if experts else numerics
 
 
 def _bridge(
     config: EngineConfig,
-    model: Model,
+    placed: PlacedModel,
     shape: KvShape,
     memory: PoolMemory,
     metrics: EngineMetrics,
@@ -185,11 +188,12 @@ def _bridge(
     low_water = min(ahead, max(1, num_pages // 4))
     daemon, identity = None, b""
     if config.kvc2 is not None:
+        model = placed.model
         identity = identity_of(
             model.config,
             model.weights_digest,
             config.page_size,
-            numerics=numerics_of(config, model),
+            numerics=numerics_of(config, model, placed.numerics),
             deferral=config.max_deferred_experts_per_token,
         ).encode()
         daemon = Daemon(

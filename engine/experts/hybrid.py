@@ -11,8 +11,10 @@
                |
         sum over k, weighed             once, in the order of the routing
 
-Both executors here have the same kernels, so that where an expert lies changes no bit: a choice's
-output depends on its token and its expert, and the sum doesn't know who computed what.
+Where both executors have the same numerics, where an expert lies changes no bit: a choice's output
+depends on its token and its expert, and the sum doesn't know who computed what. Where they differ
+(a GPU, an int4 copy on the CPU) each sums its own choices, so that no more than rows cross the bus,
+and the two sums are added: a token's output then depends on who holds its experts.
 
 Between two steps, and only there, experts that have been copied meanwhile take the places of
 others. A step never waits for a copy. Not responsible for which experts move (dynamic), nor for
@@ -93,7 +95,10 @@ class Kernels(Protocol):
 
 
 class Source(Executor, Protocol):
-    """An executor that has all experts of `layers`, or can get them."""
+    """An executor that has all experts of `layers`, or can get them. `numerics`: its class of bits,
+    as kernels.numerics has it, where executors may differ."""
+
+    numerics: str
 
     @property
     def layers(self) -> Mapping[int, Any]: ...
@@ -124,8 +129,9 @@ class Stream(Executor, Protocol):
 class HostExecutor:
     """All experts of all layers, each layer's in one piece."""
 
-    def __init__(self, layers: Mapping[int, Weights], kernels: Kernels) -> None:
+    def __init__(self, layers: Mapping[int, Weights], kernels: Kernels, numerics: str = "") -> None:
         self.layers = layers
+        self.numerics = numerics
         self._kernels = kernels
 
     def compute(self, layer: int, x: Tensor, expert_ids: Tensor, outputs: Tensor) -> None:
@@ -147,8 +153,11 @@ class HostExecutor:
 class DeviceExecutor:
     """Places for experts of any layer. What lies where changes between steps only."""
 
-    def __init__(self, weights: Weights, shape: tuple[int, int], kernels: Kernels) -> None:
+    def __init__(
+        self, weights: Weights, shape: tuple[int, int], kernels: Kernels, numerics: str = ""
+    ) -> None:
         self.weights = weights
+        self.numerics = numerics
         self.free = list(range(weights.count))
         # [layers, experts + 1]: the last is of the id -1, which is nobody's
         self._place_of = torch.full((shape[0], shape[1] + 1), -1, dtype=torch.int64)
@@ -269,11 +278,13 @@ class Spent:
 @dataclass(frozen=True)
 class Split:
     """A layer's choices [T, k]: the device's places, -1 for what is cold; ids of what is cold, -1
-    for what is hot; and room for all of their outputs [T, k, hidden]."""
+    for what is hot; and room for all of their outputs [T, k, hidden], the host's and the device's,
+    which are one where their numerics are equal."""
 
     places: Tensor
     cold: Tensor
     outputs: Tensor
+    on_device: Tensor
 
     @property
     def any_hot(self) -> bool:
@@ -286,9 +297,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Begun:
-    """Outputs [T, k, hidden] that executors still compute, and how they will be weighed."""
+    """Outputs [T, k, hidden] that executors still compute, as Split has them, and how they will be
+    weighed."""
 
     outputs: Tensor
+    on_device: Tensor
     weights: Tensor
     dtype: torch.dtype
     under_way: tuple[Future[None], ...]
@@ -302,7 +315,10 @@ class Begun:
     def columns(self, begin: int, end: int | None) -> Begun:
         """Of those that are there, these choices."""
         outputs, weights = (e[:, begin:end].contiguous() for e in (self.outputs, self.weights))
-        return Begun(outputs, weights, self.dtype, ())
+        on_device = outputs
+        if self.on_device is not self.outputs:
+            on_device = self.on_device[:, begin:end].contiguous()
+        return Begun(outputs, on_device, weights, self.dtype, ())
 
 
 class PlacedExperts:
@@ -343,6 +359,12 @@ class PlacedExperts:
             self._device.put((int(layer), int(index)), place)
         self.hot = hot.copy()
 
+    @property
+    def numerics(self) -> str:
+        """Of both executors, where they differ: then the sum depends on the placement. Else ""."""
+        device, host = self._device.numerics, self._host.numerics
+        return f"{device}:{host}" if device != host else ""
+
     def follow(self, policy: DynamicPlacement) -> None:
         """From now on experts move as it says."""
         self._moves = Moves(policy, self._host, self._device)
@@ -368,7 +390,7 @@ class PlacedExperts:
         finally:
             if beside is not None:  # it writes to `outputs`, whatever became of the cold ones
                 beside.result()
-        return self._sums.sum(split.outputs, routing.weights, x.dtype)
+        return self.end(Begun(split.outputs, split.on_device, routing.weights, x.dtype, ()))
 
     def begin(self, layer: int, x: Tensor, routing: Routing) -> Begun:
         """The same, of which nothing is waited for. What is begun is computed in its order; whoever
@@ -377,17 +399,20 @@ class PlacedExperts:
         under_way = [self._begin_hot(layer, x, split)]
         if split.any_cold:
             if self._stream is not None and self.streams(x):
-                cold = split.cold, split.outputs
+                cold = split.cold, split.on_device
                 under_way.append(self._beside.submit(self._stream.compute, layer, x, *cold))
             else:
                 under_way.append(self._apart.submit(self._compute_cold, layer, x, split))
         begun = tuple(each for each in under_way if each is not None)
-        return Begun(split.outputs, routing.weights, x.dtype, begun)
+        return Begun(split.outputs, split.on_device, routing.weights, x.dtype, begun)
 
     def end(self, begun: Begun) -> Tensor:
         """Waits for it: [T, hidden]."""
         begun.wait()
-        return self._sums.sum(begun.outputs, begun.weights, begun.dtype)
+        out = self._sums.sum(begun.outputs, begun.weights, begun.dtype)
+        if begun.on_device is begun.outputs:
+            return out
+        return out + self._sums.sum(begun.on_device, begun.weights, begun.dtype)
 
     def between_steps(self, now: float) -> None:
         """Takes in what has been copied, and begins what the policy wants. Waits for nothing."""
@@ -438,9 +463,12 @@ class PlacedExperts:
         ids = routing.expert_ids
         places = self._device.holds(layer, ids)
         outputs = torch.empty(*ids.shape, x.shape[1])
-        if int(ids.min()) < 0:
+        on_device = outputs
+        if self.numerics:
+            outputs, on_device = torch.zeros_like(outputs), torch.zeros_like(outputs)
+        elif int(ids.min()) < 0:
             outputs[ids < 0] = 0
-        return Split(places, ids.masked_fill(places >= 0, -1), outputs)
+        return Split(places, ids.masked_fill(places >= 0, -1), outputs, on_device)
 
     def _compute_cold(self, layer: int, x: Tensor, split: Split) -> None:
         began = time.perf_counter()
@@ -465,7 +493,7 @@ class PlacedExperts:
 
     def _compute_hot(self, layer: int, x: Tensor, split: Split) -> None:
         began = time.perf_counter()
-        self._device.compute(layer, x, split.places, split.outputs)
+        self._device.compute(layer, x, split.places, split.on_device)
         self.spent.device_s += time.perf_counter() - began
         self.spent.device_activations += int((split.places >= 0).sum())
 

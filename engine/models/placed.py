@@ -155,6 +155,11 @@ class PlacedModel:
             told["budget"] = self.budget.told(counts, self.measured())
         return told | (self.experts.state() if self.experts is not None else {})
 
+    @property
+    def numerics(self) -> str:
+        """Of its experts' executors, where they differ."""
+        return "" if self.experts is None else self.experts.numerics
+
     def measured(self) -> Measured:
         """What the traffic showed, in this run and before."""
         now = self.traffic()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine import _kernels
 from engine.attention.base import KvPool, KvShape
 from engine.batch import Batch, Slice
 from engine.experts.dynamic import DynamicPlacement, Exchange, Pace
@@ -207,6 +208,45 @@ def test_a_failed_executor_fails_the_step_and_the_next_one_runs(
         made.step(40)
     executor._kernels = kernels
     assert made.step(40)
+
+
+class Unlike(Made):
+    """Its device computes by another instruction set: other bits."""
+
+    def __init__(self, hot: int) -> None:
+        super().__init__(hot)
+        self.device._kernels = Choices(_kernels.Workbench("portable", 1))
+        self.device.numerics, self.host.numerics = "portable", "best"
+
+    def expected(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Each sums its own choices."""
+        total, weights = torch.zeros_like(x), self.layers[0]
+        for kernels, mine in (
+            (self.host._kernels, ~self.hybrid.hot[0]),
+            (self.device._kernels, self.hybrid.hot[0]),
+        ):
+            ids = routing.expert_ids.masked_fill(~torch.from_numpy(mine)[routing.expert_ids], -1)
+            outputs = torch.zeros(*ids.shape, HIDDEN)
+            kernels.compute(x, ids, weights.gate_up, weights.down, outputs)
+            total = total + Choices(workbench_of(1)).sum(outputs, routing.weights, x.dtype)
+        return total
+
+
+@pytest.mark.skipif(_kernels.instruction_sets() == ["portable"], reason="one set: equal bits")
+def test_executors_with_unlike_numerics_sum_their_own_choices(opened: list[PlacedExperts]) -> None:
+    made = Unlike(12)
+    opened.append(made.hybrid)
+    assert made.hybrid.numerics == "portable:best"
+    made.hybrid.fill(place("random", made.room, made.statistics.counts, 5))
+    for tokens in (1, 40):
+        x, weights = torch.randn(tokens, HIDDEN), torch.rand(tokens, CHOSEN)
+        ids = torch.stack([torch.randperm(EXPERTS)[:CHOSEN] for _ in range(tokens)])
+        routing = Routing(ids, weights)
+        found = made.hybrid.compute(0, x, routing)
+        assert torch.equal(found, made.expected(x, routing))
+        assert torch.equal(made.hybrid.end(made.hybrid.begin(0, x, routing)), found)
+        one = Routing(ids[:1], weights[:1])  # a row's bits are its own here too
+        assert torch.equal(made.hybrid.compute(0, x[:1], one), found[:1])
 
 
 def test_the_share_of_the_device_is_told_by_layer(opened: list[PlacedExperts]) -> None:

@@ -13,6 +13,7 @@ import torch
 from engine import spellings
 from engine.experts.hybrid import Weights
 from engine.experts.nodes import Nodes
+from engine.identity import identity_of
 from engine.kernels import Choices, workbench_of
 from engine.models import load_model
 from engine.models.placed import PlacedModel
@@ -20,6 +21,7 @@ from engine.serve import numerics_of
 from engine.settings import EngineConfig
 from kvc2.errors import InvalidConfig
 from kvc2.host import numa
+from kvc2.namespace import namespace
 from tests.doubles.checkpoints import make_mixtral
 from tests.engine.test_hybrid import logits
 
@@ -119,6 +121,9 @@ def test_other_bits_are_another_class_of_numerics(model_dir: Path) -> None:
     config = EngineConfig(model=model_dir)
     classes = {numerics_of(replace(config, expert_nodes=parts), model) for parts in (1, 2, 3)}
     assert len(classes) == 3
+    unlike = numerics_of(config, model, "cuda:avx2")
+    assert unlike == f"{numerics_of(config, model)}:cuda:avx2"
+    assert namespace(b"s" * 32, identity_of(model.config, bytes(32), 16, numerics=unlike).encode())
     assert spellings.arguments(["--kt-threadpool-count=2"]) == ["--expert-nodes=2"]
 
 
