@@ -1,6 +1,8 @@
 // A fixed team of threads that share the work of one call. The caller is one of them, so a team of
-// one starts no thread. Between calls the others sleep on a condition variable: the engine beside
-// us needs the cores. Not a queue: a call returns when its work is done.
+// one starts no thread. Between calls the others sleep on a condition variable, since others need
+// the cores; a team that lingers looks for the next call some tens of microseconds before, for
+// calls in quick succession, which waking would cost as much as their work. Not a queue: a call
+// returns when its work is done.
 #pragma once
 
 #include <atomic>
@@ -16,7 +18,10 @@ namespace kvc2 {
 
 class ThreadTeam {
  public:
-  explicit ThreadTeam(size_t threads);  // the caller included; at least 1
+  enum class Between { kSleep, kLinger };
+
+  explicit ThreadTeam(size_t threads,  // the caller included; at least 1
+                      Between between = Between::kSleep);
   ~ThreadTeam();
   ThreadTeam(const ThreadTeam&) = delete;
   ThreadTeam& operator=(const ThreadTeam&) = delete;
@@ -53,14 +58,17 @@ class ThreadTeam {
   void take_pieces(const Work& work, size_t thread);
   void serve(size_t thread);
 
+  const bool lingers_;
   std::mutex calls_;  // held for a whole call
-  std::mutex mutex_;  // guards what follows, up to stop_
+  std::mutex mutex_;  // guards what follows, up to asleep_
   std::condition_variable wake_, idle_;
   Work work_{};
-  uint64_t call_ = 0;  // rises by one with each call that wakes the others
   bool open_ = false;  // whether there is work left to join; who wakes later isn't waited for
-  size_t busy_ = 0;    // of the others, in this call
-  bool stop_ = false;
+  size_t asleep_ = 0;  // of the others: without one, nobody need be woken
+  // Changed under the lock, and looked at without it:
+  std::atomic<uint64_t> call_{0};  // rises by one with each call that is for the others
+  std::atomic<size_t> busy_{0};    // of the others, in this call
+  std::atomic<bool> stop_{false};
   std::atomic<size_t> next_{0};  // first item that nobody has taken
   std::vector<std::thread> others_;
 };

@@ -25,7 +25,7 @@ class Scratch {
 
 // Of one caller at a time.
 struct Workspace {
-  explicit Workspace(size_t threads) : team(threads) {}
+  explicit Workspace(size_t threads) : team(threads, ThreadTeam::Between::kLinger) {}
   ThreadTeam team;
   Scratch scratch;
 };

@@ -110,9 +110,12 @@ void hashes_read_nothing_outside() {
   }
 }
 
-void a_team_covers_each_item_once() {
-  for (const size_t threads : {1, 2, 5}) {
-    ThreadTeam team(threads);
+constexpr ThreadTeam::Between kBetween[] = {ThreadTeam::Between::kSleep,
+                                            ThreadTeam::Between::kLinger};
+
+void a_team_covers_each_item_once(size_t threads) {
+  for (const ThreadTeam::Between between : kBetween) {
+    ThreadTeam team(threads, between);
     EXPECT(team.threads() == threads);
     for (const size_t items : {0, 1, 7, 1000}) {
       for (const size_t grain : {0, 1, 3, 5000}) {
@@ -126,8 +129,8 @@ void a_team_covers_each_item_once() {
   }
 }
 
-void a_team_serves_callers_one_by_one() {
-  ThreadTeam team(3);
+void a_team_serves_callers_one_by_one(ThreadTeam::Between between) {
+  ThreadTeam team(3, between);
   std::vector<std::thread> callers;
   std::atomic<size_t> total{0};
   std::atomic<int> inside{0};
@@ -191,8 +194,8 @@ int main() {
   every_xxh3_consumes_alike();
   xxh3_of_nothing_is_known();
   hashes_read_nothing_outside();
-  a_team_covers_each_item_once();
-  a_team_serves_callers_one_by_one();
+  for (const size_t threads : {1, 2, 5}) a_team_covers_each_item_once(threads);
+  for (const auto between : kBetween) a_team_serves_callers_one_by_one(between);
   a_lock_goes_to_who_asked_first();
   one_thread_at_a_time_has_the_lock();
   return failures == 0 ? 0 : 1;
