@@ -60,6 +60,78 @@ def ffn_choices(
 def sum_choices(workbench: Workbench, outputs: F32, weights: F32, y: Array) -> None:
     """y[t] = sum over j of weights[t, j] * outputs[t, j], with the bits that `ffn` gives."""
 
+class ChoiceRule:
+    """How experts are chosen (engine/choice.py), with its biases, float32 [experts]: `bias` is
+    added to the logits, `selection_bias` to the scores for the choice alone."""
+
+    def __init__(
+        self,
+        experts_per_token: int,
+        *,
+        scoring: str = "softmax",
+        normalize: bool = True,
+        scale: float = 1.0,
+        groups: int = 1,
+        chosen_groups: int = 1,
+        bias: F32 | None = None,
+        selection_bias: F32 | None = None,
+    ) -> None: ...
+
+def choose(
+    workbench: Workbench, rule: ChoiceRule, logits: Array, expert_ids: I64, weights: F32
+) -> None:
+    """The experts of each token, best first, and their weights [tokens, k], of logits [tokens,
+    experts], up to 1024. NaN is chosen last."""
+
+class Decoder:
+    """What a step computes around its feed-forwards, a layer in a call. One step at a time, from
+    one thread. cosines, sines [positions, head size / 2]. Keeps the arrays that it is given."""
+
+    def __init__(
+        self, workbench: Workbench, cosines: F32, sines: F32, *, query_heads: int, eps: float
+    ) -> None: ...
+    def add_layer(
+        self,
+        *,
+        attention_norm: Array,
+        qkv: Array,
+        out: Array,
+        feed_forward_norm: Array,
+        key_pages: Array,
+        value_pages: Array,
+        query_norm: Array | None = None,
+        key_norm: Array | None = None,
+        router: Array | None = None,
+        rule: ChoiceRule | None = None,
+    ) -> None:
+        """The next layer. qkv [(query heads + 2 * KV heads) * head size, hidden]; out [hidden,
+        query heads * head size]; norms [hidden], of heads [head size]; router [experts, hidden];
+        pages as in `attend`. The first one decides the shapes and the type of all."""
+
+    def begin(
+        self,
+        positions: I64,
+        query_lens: I32,
+        context_lens: I32,
+        block_tables: I32,
+        page_ids: I64,
+        offsets: I64,
+        x: Array,
+        normed: Array,
+        expert_ids: I64,
+        weights: F32,
+    ) -> None:
+        """A step: x [tokens, hidden] are the embeddings of its tokens, and become the residual.
+        `run` fills normed [tokens, hidden], expert_ids and weights [tokens, k]."""
+
+    def run(self, layer: int, add: Array | None = None) -> None:
+        """Adds what the feed-forward of the layer before gave [tokens, hidden], attends, and leaves
+        in `normed`, `expert_ids` and `weights` what this layer's feed-forward takes."""
+
+    def finish(self, norm: Array, rows: I64, add: Array | None, normed: Array) -> None:
+        """normed[i] = the last norm of token rows[i], which rise, after adding the last
+        feed-forward's output."""
+
 def attend(
     workbench: Workbench,
     query: Array,

@@ -17,6 +17,7 @@ from engine import kernels, layers
 from engine.attention.base import Attention, KvPool
 from engine.attention.cpu import CpuAttention
 from engine.attention.flashinfer import FlashInferAttention
+from engine.choice import ChoiceRule
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,19 @@ class Device:
     linear(x [T, in], weight [out, in]) -> [T, out]. experts(x, expert_ids, weights, gate_up, down)
     -> [T, hidden], see `layers.grouped_experts`. attention(pool, query_heads) makes the attention
     of a runner. claim_threads() is called before the first step, after the weights are loaded.
+    choose_experts: see `layers`. fused: whether a layer up to its feed-forward is one call of
+    csrc/decoder (models/fused), and none of `linear` and `attention`.
     numerics(dtype): the class of these kernels; only those of one class give the same bits.
     """
 
     memory: torch.device  # of weights, tables and activations
     linear: Callable[[Tensor, Tensor], Tensor]
     experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    choose_experts: Callable[
+        [Tensor, ChoiceRule, Tensor | None, Tensor | None], tuple[Tensor, Tensor]
+    ]
     attention: Callable[[KvPool, int], Attention]
+    fused: bool
     claim_threads: Callable[[], None]
     numerics: Callable[[torch.dtype], str]
 
@@ -46,7 +53,9 @@ CPU = Device(
     memory=torch.device("cpu"),
     linear=kernels.linear,
     experts=kernels.grouped_experts,
+    choose_experts=kernels.choose_experts,
     attention=CpuAttention,
+    fused=True,
     claim_threads=kernels.claim_threads,
     numerics=kernels.numerics,
 )
@@ -58,7 +67,9 @@ def cuda(index: int = 0) -> Device:
         memory=torch.device("cuda", index),
         linear=functional.linear,
         experts=layers.grouped_experts,
+        choose_experts=layers.choose_experts,
         attention=FlashInferAttention,
+        fused=False,
         claim_threads=lambda: None,  # torch's own threads keep the GPU fed
         numerics=lambda _: "cuda",
     )

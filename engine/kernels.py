@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from engine import _kernels
+from engine.choice import ChoiceRule
 from kvc2.errors import InvalidConfig
 
-# Rises whenever the order of any sum in csrc/experts or csrc/attention changes.
-_ORDER_OF_SUMS = 3
+# Rises whenever the order of any sum in csrc/experts, csrc/attention or csrc/decoder changes.
+_ORDER_OF_SUMS = 4
 
 
 _chosen = _kernels.instruction_sets()[-1]
@@ -41,9 +42,10 @@ def workbench() -> _kernels.Workbench:
 
 def numerics(dtype: torch.dtype, instruction_set: str | None = None) -> str:
     """The class of what computes in this dtype, by the chosen instruction set or another: bits are
-    equal within one, and nowhere else. Our products by AVX2 and AVX-512 give the same, but torch,
-    which computes between them by the best that it finds itself, does not; portable lanes lack the
-    fused multiply-add; tiles and AVX512-BF16 add products of bfloat16 in orders of their own."""
+    equal within one, and nowhere else. Our kernels by AVX2 and AVX-512 give the same, but torch,
+    which makes the tables of angles by the best that it finds itself, may not; portable lanes lack
+    the fused multiply-add; tiles and AVX512-BF16 add products of bfloat16 in orders of their
+    own."""
     computing = instruction_set or _chosen
     of_bfloat16 = computing in ("avx512_bf16", "amx") and dtype == torch.bfloat16
     if computing not in ("portable", "avx2") and not of_bfloat16:
@@ -86,6 +88,33 @@ def grouped_experts(
     experts = as_array(gate_up), as_array(down)
     _kernels.ffn(workbench(), as_array(x), ids, factors, *experts, as_array(out))
     return out
+
+
+def rule_with(
+    rule: ChoiceRule, bias: Tensor | None, selection_bias: Tensor | None
+) -> _kernels.ChoiceRule:
+    """A rule and its biases, float32 [experts], as the kernels take them."""
+    return _kernels.ChoiceRule(
+        rule.experts_per_token,
+        scoring=rule.scoring,
+        normalize=rule.normalize,
+        scale=rule.scale,
+        groups=rule.groups,
+        chosen_groups=rule.chosen_groups,
+        bias=None if bias is None else bias.numpy(),
+        selection_bias=None if selection_bias is None else selection_bias.numpy(),
+    )
+
+
+def choose_experts(
+    logits: Tensor, rule: ChoiceRule, bias: Tensor | None, selection_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As `layers.choose_experts`."""
+    shape = logits.shape[0], rule.experts_per_token
+    ids, weights = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
+    known = rule_with(rule, bias, selection_bias)
+    _kernels.choose(workbench(), known, as_array(logits), ids.numpy(), weights.numpy())
+    return ids, weights
 
 
 @dataclass(frozen=True)

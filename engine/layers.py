@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from engine.choice import ChoiceRule
 from engine.config import RopeConfig
 
 
@@ -53,6 +54,32 @@ def grouped_experts(
     return weighed.sum(1).to(x.dtype)
 
 
+def choose_experts(
+    logits: Tensor, rule: ChoiceRule, bias: Tensor | None, selection_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Ids int64 [T, k] and weights float32 [T, k] of logits [T, experts], computed in float32.
+
+    `bias` [experts] is added to the logits, `selection_bias` [experts] to the scores, only for the
+    choice.
+    """
+    wide = logits.float() if bias is None else logits.float() + bias
+    scores = wide.softmax(-1) if rule.scoring == "softmax" else wide.sigmoid()
+    wanted = scores if selection_bias is None else scores + selection_bias
+    if rule.chosen_groups < rule.groups:
+        grouped = wanted.view(len(wanted), rule.groups, -1)
+        best = min(2 if selection_bias is not None else 1, grouped.shape[-1])
+        worth = grouped.topk(best, dim=-1).values.sum(-1)
+        kept = torch.zeros_like(worth, dtype=torch.bool)
+        kept.scatter_(-1, worth.topk(rule.chosen_groups, dim=-1).indices, True)
+        wanted = grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
+    order = wanted.argsort(dim=-1, descending=True, stable=True)
+    ids = order[..., : rule.experts_per_token]
+    weights = scores.gather(-1, ids)
+    if rule.normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return ids, weights * rule.scale
+
+
 class Rope:
     """Rotary embedding (arXiv 2104.09864), halves rotated as in Hugging Face's models.
 
@@ -69,6 +96,11 @@ class Rope:
         """The same table on a device; changes this one."""
         self._cos, self._sin = self._cos.to(device), self._sin.to(device)
         return self
+
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of every position, float32 [max_positions, head_dim / 2]."""
+        return self._cos, self._sin
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine, float32 [T, 1, head_dim / 2], for `rotate`; once a step."""

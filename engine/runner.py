@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.attention.base import KvPool, KvShape
 from engine.batch import Batch
 from engine.models.base import Model
+from engine.models.fused import FusedModel
 
 LayerReady = Callable[[int], None]
 
@@ -30,7 +31,7 @@ class Runner:
         self.model = model
         self.pool = pool
         model.device.claim_threads()
-        self._attention = model.device.attention(pool, model.config.query_heads)
+        self._compute = FusedModel(model, pool) if model.device.fused else PlainModel(model, pool)
 
     @torch.inference_mode()
     def step(self, batch: Batch, layer_ready: LayerReady | None = None) -> Tensor:
@@ -40,6 +41,18 @@ class Runner:
         promotion in layer order can still be under way. What it raises ends the step: pages of
         the batch's own tokens are then undefined, all others untouched.
         """
+        return self._compute.logits(batch, layer_ready)
+
+
+class PlainModel:
+    """A model whose layers torch computes one operation after the other, on any device."""
+
+    def __init__(self, model: Model, pool: KvPool) -> None:
+        self.model = model
+        self._attention = model.device.attention(pool, model.config.query_heads)
+
+    def logits(self, batch: Batch, layer_ready: LayerReady | None) -> Tensor:
+        """As `Runner.step`."""
         self._attention.plan(batch)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ FLOORS = {
         attention, identity, layers, sampler, text
         budget, config, demo_model, request
         asking, batch, flood, kernels, metrics, settings
-        errors, extents, spellings
+        choice, errors, extents, spellings
     """,
     "engine/http": """
         loading
@@ -133,7 +133,7 @@ FLOORS = {
         expert_layers
         mixtral, qwen3_moe
         stack
-        placed
+        fused, placed
         base
     """,
     "engine/attention": """
@@ -150,6 +150,7 @@ FLOORS = {
 }
 CPP_FLOORS = """
     bindings
+    decoder
     index, block, copy, experts, attention
     index/leases, index/loads
     index/transfers, index/prefetch

@@ -8,59 +8,16 @@
 #include <optional>
 
 #include "bindings/kernels.h"
+#include "bindings/sequences.h"
 
 namespace py = pybind11;
 namespace kvc2 {
 namespace {
 
-// Pages as an array has them; what lies between one key (or value) and the next may be others'.
-attention::Pages pages_of(const py::array& pages, const char* name) {
-  const std::string argument(name);
-  if (pages.ndim() != 4) throw py::value_error(argument + " has a wrong shape");
-  const auto element = pages.itemsize(), row = pages.strides(2);
-  const bool in_order = pages.strides(3) == element && row % element == 0 &&
-                        row >= pages.shape(3) * element &&
-                        pages.strides(1) == pages.shape(2) * row &&
-                        pages.strides(0) == pages.shape(1) * pages.strides(1);
-  if (!in_order) throw py::value_error(argument + " is not contiguous");
-  return {size(pages.shape(0)), size(pages.shape(1)), size(pages.shape(2)), size(pages.shape(3)),
-          size(row / element)};
-}
-
 void check_values(const py::array& values, const py::array& keys) {
   if (!values.dtype().is(keys.dtype())) throw py::value_error("value_pages has another dtype");
   for (int i = 0; i < 3; ++i) {
     if (values.shape(i) != keys.shape(i)) throw py::value_error("value_pages has a wrong shape");
-  }
-}
-
-// What a step's layers share: how long each sequence is, and where its pages are.
-struct Sequences {
-  const ArrayOf<int32_t>& query_lens;
-  const ArrayOf<int32_t>& context_lens;
-  const ArrayOf<int32_t>& block_tables;
-};
-
-void check_sequences(const Sequences& s, const attention::Pages& shape, py::ssize_t tokens) {
-  const auto count = s.query_lens.size();
-  check_array(s.query_lens, "query_lens", s.query_lens.dtype(), {-1});
-  check_array(s.context_lens, "context_lens", s.context_lens.dtype(), {count});
-  check_array(s.block_tables, "block_tables", s.block_tables.dtype(), {count, -1});
-  const auto room = size(s.block_tables.shape(1)) * shape.page_size;
-  py::ssize_t total = 0;
-  for (py::ssize_t i = 0; i < count; ++i) {
-    const int32_t queries = s.query_lens.data()[i], context = s.context_lens.data()[i];
-    if (queries < 1 || context < queries || size(context) > room) {
-      throw py::value_error("context_lens must hold query_lens and fit block_tables");
-    }
-    total += queries;
-  }
-  if (total != tokens) throw py::value_error("query_lens must sum to the queries");
-  for (py::ssize_t i = 0; i < s.block_tables.size(); ++i) {
-    const int32_t page = s.block_tables.data()[i];
-    if (page < 0 || size(page) >= shape.pages) {
-      throw py::value_error("block_tables must be under the number of pages");
-    }
   }
 }
 
@@ -122,11 +79,6 @@ void attend(Workbench& workbench, const Operands& x, const Sequences& sequences,
   attention::kernels(workbench.isa).attend(call, workbench.workspace);
 }
 
-struct Places {
-  const ArrayOf<int64_t>& page_ids;
-  const ArrayOf<int64_t>& offsets;
-};
-
 void write(const py::array& key, const py::array& value, const Places& places, py::array& key_pages,
            py::array& value_pages) {
   const attention::Pages keys = pages_of(key_pages, "key_pages");
@@ -135,14 +87,7 @@ void write(const py::array& key, const py::array& value, const Places& places, p
   check_values(value_pages, key_pages);
   check_array(key, "key", key_pages.dtype(), {-1, key_pages.shape(1), key_pages.shape(3)});
   check_array(value, "value", key_pages.dtype(), {tokens, key.shape(1), value_pages.shape(3)});
-  check_array(places.page_ids, "page_ids", places.page_ids.dtype(), {tokens});
-  check_array(places.offsets, "offsets", places.offsets.dtype(), {tokens});
-  for (py::ssize_t i = 0; i < tokens; ++i) {
-    const int64_t page = places.page_ids.data()[i], offset = places.offsets.data()[i];
-    if (page < 0 || page >= key_pages.shape(0) || offset < 0 || offset >= key_pages.shape(2)) {
-      throw py::value_error("page_ids and offsets must lie in the pages");
-    }
-  }
+  check_places(places, keys, tokens);
   const attention::Write call{size(key.itemsize()),
                               keys,
                               values,

@@ -8,6 +8,7 @@
 #include <vector>
 
 void bind_attention(pybind11::module_& module);
+void bind_decoder(pybind11::module_& module);
 void bind_experts(pybind11::module_& module);
 
 namespace py = pybind11;
@@ -43,5 +44,6 @@ PYBIND11_MODULE(_kernels, module) {
   py::class_<kvc2::Workbench>(module, "Workbench")
       .def(py::init(&make_workbench), py::arg("instruction_set"), py::arg("threads"));
   bind_attention(module);
+  bind_decoder(module);
   bind_experts(module);
 }

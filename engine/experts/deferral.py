@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from concurrent.futures import wait
 
+import torch
 from torch import Tensor
 
 from engine.experts.hybrid import Begun, PlacedExperts
@@ -68,12 +69,14 @@ class DeferredExperts:
             return whole.columns(0, kept), late
         now = self._experts.begin(layer, x, _columns(routing, 0, kept))
         if layer != self._last:
-            late = self._experts.begin(layer, x, _columns(routing, kept, None))
+            # whose x and routing are the caller's, and the next layer's by then
+            late = self._experts.begin(layer, x.clone(), _columns(routing, kept, None))
         return now, late
 
 
 def _columns(routing: Routing, begin: int, end: int | None) -> Routing:
     ids, weights = (
-        each[:, begin:end].contiguous() for each in (routing.expert_ids, routing.weights)
+        each[:, begin:end].clone(memory_format=torch.contiguous_format)
+        for each in (routing.expert_ids, routing.weights)
     )
     return Routing(ids, weights)

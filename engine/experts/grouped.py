@@ -27,7 +27,8 @@ class GroupedExperts:
 
 @dataclass(frozen=True)
 class MoeLayer:
-    """Router and experts: those of one device, or of several (hybrid)."""
+    """Router and experts: those of one device, or of several (hybrid). What experts are given is
+    theirs until they return: who computes longer keeps a copy."""
 
     router: Router
     experts: Callable[[Tensor, Routing], Tensor]  # [T, hidden] -> [T, hidden]

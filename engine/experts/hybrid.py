@@ -318,7 +318,7 @@ class Begun:
         on_device = outputs
         if self.on_device is not self.outputs:
             on_device = self.on_device[:, begin:end].contiguous()
-        return Begun(outputs, on_device, weights, self.dtype, ())
+        return Begun(outputs, on_device, weights.clone(), self.dtype, ())
 
 
 class PlacedExperts:

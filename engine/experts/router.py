@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from engine.choice import ChoiceRule
 from engine.device import Device
 
 
@@ -20,16 +20,16 @@ class Routing:
 
 @dataclass(frozen=True)
 class Router:
-    """Softmax over all experts in float32, then the k best (arXiv 2401.04088, section 2.1)."""
+    """Chooses the experts of each token by the logits that its product with `weight` gives."""
 
     weight: Tensor  # [experts, hidden]
-    experts_per_token: int
-    normalize: bool  # the chosen weights are scaled to sum to 1
+    rule: ChoiceRule
     device: Device
+    bias: Tensor | None = None  # float32 [experts], of the logits
+    selection_bias: Tensor | None = None  # float32 [experts], of the scores, for the choice alone
 
     def __call__(self, x: Tensor) -> Routing:
-        probabilities = self.device.linear(x, self.weight).float().softmax(-1)
-        weights, ids = torch.topk(probabilities, self.experts_per_token, dim=-1)
-        if self.normalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return Routing(ids, weights)
+        logits = self.device.linear(x, self.weight)
+        return Routing(
+            *self.device.choose_experts(logits, self.rule, self.bias, self.selection_bias)
+        )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.choice import ChoiceRule
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.experts.grouped import GroupedExperts, MoeLayer
@@ -76,7 +77,7 @@ def moe_layer(
         read = _experts_on_disk
     router = checkpoint.tensor(f"{block}.gate.weight", c.num_experts, c.hidden_size)
     return MoeLayer(
-        Router(router, c.experts_per_token, c.normalize_top_k, checkpoint.device),
+        Router(router, ChoiceRule(c.experts_per_token, c.normalize_top_k), checkpoint.device),
         read(config, checkpoint, f"{block}.experts", names),
     )
 

@@ -171,14 +171,14 @@ def test_instruction_sets_of_one_class_give_the_same_bits_and_others_do_not() ->
 @pytest.mark.parametrize(
     ("best", "dtype", "found"),
     [
-        ("portable", torch.float32, "portable.3"),
-        ("avx2", torch.bfloat16, "avx2.3"),
-        ("avx512", torch.bfloat16, "avx512.3"),
-        ("avx512_vnni", torch.bfloat16, "avx512.3"),
-        ("avx512_bf16", torch.bfloat16, "avx512_bf16.3"),
-        ("avx512_bf16", torch.float32, "avx512.3"),
-        ("amx", torch.float32, "avx512.3"),
-        ("amx", torch.bfloat16, "amx.3"),
+        ("portable", torch.float32, "portable.4"),
+        ("avx2", torch.bfloat16, "avx2.4"),
+        ("avx512", torch.bfloat16, "avx512.4"),
+        ("avx512_vnni", torch.bfloat16, "avx512.4"),
+        ("avx512_bf16", torch.bfloat16, "avx512_bf16.4"),
+        ("avx512_bf16", torch.float32, "avx512.4"),
+        ("amx", torch.float32, "avx512.4"),
+        ("amx", torch.bfloat16, "amx.4"),
     ],
 )
 def test_the_class_of_the_kernels_is_that_of_what_computes_the_dtype(
