@@ -140,9 +140,26 @@ def by_ratio(threads: int, repeats: int) -> list[report.Row]:
             )
             for ratio, samples in found.items()
         ]
+    rows.append(counting(tokens, placed[0.5], sizes, repeats))
     for experts in placed.values():
         experts.close()
     return rows
+
+
+def counting(tokens: Tokens, experts: PlacedExperts, sizes: Sizes, repeats: int) -> report.Row:
+    """What counting the choices takes of a step of one token's experts, %."""
+    statistics = Statistics(sizes.layers, sizes.experts)
+    samples = []
+    for _ in range(repeats + 1):
+        x, routings = tokens.step(1)
+        began = time.perf_counter()
+        for layer, routing in enumerate(routings):
+            experts.compute(layer, x, routing)
+        computed = time.perf_counter()
+        for layer, routing in enumerate(routings):
+            statistics.record(layer, routing.expert_ids)
+        samples.append(100 * (time.perf_counter() - computed) / (computed - began))
+    return report.row("counting choices, of a decode's experts", "%", "lower", samples[1:])
 
 
 # ---- the timeline ----

@@ -7,10 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import admission, connectors, report, tier_hits
+from benchmarks import admission, connectors, large_checkpoint, report, tier_hits
 from benchmarks.equality import bf16_step, compare
+from engine.config import ModelConfig
+from engine.models import build_model, load_model
+from engine.models.placed import moe_layers
+from engine.weights import Checkpoint
 from kvc2.commands import replay, traces
+from tests.doubles.byte_tokenizer import VOCAB_SIZE, add_tokenizer
+from tests.doubles.checkpoints import make_mixtral, reshard
 from tests.kvc2.commands.test_replay import random_trace
 
 
@@ -149,3 +156,24 @@ def test_processes_that_replay_a_trace_find_what_they_stored(disk: float) -> Non
     assert found["cpu refused"] == 0
     assert found["2nd turns"] == (admission.first_turns(trace) > 0).sum()
     assert ("written" in found) == (disk > 0)
+
+
+def test_a_large_checkpoint_is_one_that_loads_and_can_be_mapped(tmp_path: Path) -> None:
+    """As it lies in the file, each layer's experts are the arrays that a mapping computes on."""
+    fields = {"vocab_size": VOCAB_SIZE, "num_local_experts": 8}
+    small = make_mixtral(tmp_path / "small", torch.bfloat16, **fields)
+    source = add_tokenizer(reshard(small, tmp_path / "source", 2))
+    large_checkpoint.write(source, tmp_path / "large", 12)
+    config = ModelConfig.load(tmp_path / "large")
+    whole = moe_layers(load_model(tmp_path / "large"))
+    with Checkpoint(tmp_path / "large", config.dtype, experts_on_disk=True) as checkpoint:
+        stored = moe_layers(build_model(config, checkpoint))
+    mapped = large_checkpoint._mapped(tmp_path / "large")(None, None, stored, None)
+    assert len(whole) == 3
+    for layer, moe in whole.items():
+        assert moe.experts.gate_up.shape[0] == 12  # type: ignore[attr-defined]
+        assert torch.equal(mapped.layers[layer].gate_up, moe.experts.gate_up)  # type: ignore[attr-defined]
+        assert torch.equal(mapped.layers[layer].down, moe.experts.down)  # type: ignore[attr-defined]
+    for layer, mean in large_checkpoint.router_inputs(source).items():  # no expert has the most
+        pull = whole[layer].router.weight.float() @ mean
+        assert float(pull.abs().max()) < 0.02 * float(mean.norm())
