@@ -4,8 +4,9 @@ machine's memory and units give, all in one process and by turns.
 Example: python -m benchmarks.experts --peers torch,vllm,sglang --json build/bench/experts.json
 
 Up to 64 tokens the limit is the time in which the weights of the experts that were hit can be read
-(the best of several plain loops over the same memory); from 512 on the time that the arithmetic
+(the best of several plain loops over the memory of bf16); from 512 on the time that the arithmetic
 units take for the products alone. Every peer's result is compared with ours before it is timed.
+A row of quantised weights has our bf16 of the same run beside it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from benchmarks import experts_peers, report
 from benchmarks.experts_peers import Run, Unavailable, Weights
 from benchmarks.unit_probe import UnitProbe
 from engine import kernels
+from engine.models.packed import FORMATS
+from engine.quantised import Format, quantise
 
 READ_BOUND_TOKENS = 64
 FAR = 0.03  # largest distance of a peer from ours, of the length of ours
@@ -83,70 +86,124 @@ def random_weights(shape: Shape) -> Weights:
     return Weights(made(2 * shape.size, shape.hidden), made(shape.hidden, shape.size))
 
 
+def packed(weights: Weights, format: Format) -> Weights:
+    """The same experts as records."""
+
+    def made(all_experts: Tensor, parts: int) -> Tensor:
+        matrices = all_experts[0].chunk(parts)
+        record = format.shape(parts, *matrices[0].shape)
+        one = torch.empty(record.num_bytes, dtype=torch.uint8)
+        record.write([quantise(matrix, format) for matrix in matrices], one)
+        return one.expand(len(all_experts), -1).contiguous()
+
+    return Weights(made(weights.gate_up, 2), made(weights.down, 1))
+
+
 @dataclass
 class Case:
-    """One number of tokens; `found` is seconds by who needed them."""
+    """One number of tokens and one dtype; `found` is seconds by who needed them."""
 
     shape: Shape
+    dtype: str
     tokens: int
     batch: Batch
+    expert_bytes: int
+    runs: dict[str, Run]
+    absent: dict[str, str]
     found: dict[str, list[float]] = field(default_factory=dict)
 
-    def row(self, dtype: str, absent: dict[str, str], limits: dict[str, float]) -> report.Row:
+    def measure(self, *, counts: bool) -> None:
+        for name, run in self.runs.items():
+            seconds = self.batch.seconds(run)
+            if counts:
+                self.found.setdefault(name, []).append(seconds)
+
+    def row(self, limits: dict[str, float], bf16_ms: float | None) -> report.Row:
         middle = {name: statistics.median(each) * 1e3 for name, each in self.found.items()}
         ours = [seconds * 1e3 for seconds in self.found["ours"]]
         operations = 2 * self.tokens * self.shape.chosen * self.shape.expert_weights
         hit = len(self.batch.ids.unique())
-        read_bytes = hit * self.shape.expert_weights * 2
+        read_bytes = hit * self.expert_bytes
         if self.tokens <= READ_BOUND_TOKENS:
             limit, name = read_bytes / limits["read"] / 1e6, "ms of reads"
             reached = f"{read_bytes / middle['ours'] / 1e6:.1f} GB/s"
         else:
-            limit, name = operations / limits["units"] / 1e9, "ms of vdpbf16ps"
-            reached = f"{operations / middle['ours'] / 1e9:.3f} TFLOP/s"
+            unit = "vdpbf16ps" if self.dtype in ("bf16", "fp8") else "vpdpbusd"
+            limit, name = operations / limits[unit] / 1e9, f"ms of {unit}"
+            reached = f"{operations / middle['ours'] / 1e9:.3f} T operations/s"
         peers: dict[str, report.Value] = {k: v for k, v in middle.items() if k != "ours"}
         best = min((middle[name] for name in peers), default=None)
         goal = (
             reached if best is None else f"{reached}; best peer {best / middle['ours']:.2f} x ours"
         )
+        if bf16_ms is not None:
+            goal += f"; {bf16_ms / middle['ours']:.2f} x as fast as our bf16"
+            peers["our bf16"] = bf16_ms
         return report.row(
-            f"{self.shape.name}, {dtype}, {self.tokens} tokens ({hit} experts)",
+            f"{self.shape.name}, {self.dtype}, {self.tokens} tokens ({hit} experts)",
             "ms",
             "lower",
             ours,
             limit=limit if limit < float("inf") else None,
             limit_name=name,
-            peers=peers | {k: report.Absent(why) for k, why in absent.items()},
+            peers=peers | {k: report.Absent(why) for k, why in self.absent.items()},
             goal=goal,
         )
+
+
+def cases_of(
+    shape: Shape, dtype: str, weights: Weights, peers: list[str], batches: dict[int, Batch]
+) -> list[Case]:
+    """For each number of tokens, who computes it; each is checked against ours."""
+    format = FORMATS[dtype]
+    ours = weights if format is None else packed(weights, format)
+    found = experts_peers.peers(peers, weights, dtype)
+    runs: dict[str, Run] = {
+        "ours": lambda x, ids, factors: kernels.grouped_experts(
+            x, ids, factors, ours.gate_up, ours.down
+        )
+    }
+    runs |= {name: run for name, run in found.items() if not isinstance(run, str)}
+    absent = {name: why for name, why in found.items() if isinstance(why, str)}
+    check(runs, Batch.of(shape, 3))
+    expert_bytes = (ours.gate_up.nbytes + ours.down.nbytes) // shape.experts
+    return [
+        Case(shape, dtype, tokens, batch, expert_bytes, runs, absent)
+        for tokens, batch in batches.items()
+    ]
 
 
 def measure(shape: Shape, options: argparse.Namespace, probe: UnitProbe) -> list[report.Row]:
     torch.manual_seed(0)
     weights = random_weights(shape)
-    found = experts_peers.peers(options.peers, weights, "bf16")
-    runs: dict[str, Run] = {
-        "ours": lambda x, ids, factors: kernels.grouped_experts(
-            x, ids, factors, weights.gate_up, weights.down
-        )
-    }
-    runs |= {name: run for name, run in found.items() if not isinstance(run, str)}
-    absent = {name: why for name, why in found.items() if isinstance(why, str)}
-    cases = [Case(shape, tokens, Batch.of(shape, tokens)) for tokens in options.tokens]
-    check(runs, Batch.of(shape, 3))
-    read, units = [], []
+    batches = {tokens: Batch.of(shape, tokens) for tokens in options.tokens}
+    cases = [
+        case
+        for dtype in options.dtypes
+        for case in cases_of(shape, dtype, weights, options.peers, batches)
+    ]
+    read, bf16, int8 = [], [], []
     for repeat in range(options.repeats + 1):
         for case in cases:
             read.append(probe.read_gb_per_s(weights.gate_up.data_ptr(), weights.gate_up.nbytes))
-            units.append(probe.bf16_tflops())
-            for name, run in runs.items():
-                seconds = case.batch.seconds(run)
-                if repeat > 0:  # once unmeasured
-                    case.found.setdefault(name, []).append(seconds)
-    limits = {"read": statistics.median(read), "units": statistics.median(units) or float("nan")}
-    units_text = f"vdpbf16ps {limits['units']:.3f} TFLOP/s, vpdpbusd {probe.int8_tops():.3f} TOP/s"
-    print(f"{shape.name}: reads {limits['read']:.1f} GB/s, {units_text}")
-    return [case.row("bf16", absent, limits) for case in cases]
+            bf16.append(probe.bf16_tflops())
+            int8.append(probe.int8_tops())
+            case.measure(counts=repeat > 0)  # once unmeasured
+    limits = {
+        "read": statistics.median(read),
+        "vdpbf16ps": statistics.median(bf16) or float("nan"),
+        "vpdpbusd": statistics.median(int8) or float("nan"),
+    }
+    units = f"vdpbf16ps {limits['vdpbf16ps']:.3f} T/s, vpdpbusd {limits['vpdpbusd']:.3f} T/s"
+    print(f"{shape.name}: reads {limits['read']:.1f} GB/s, {units}")
+    plain = {
+        case.tokens: statistics.median(case.found["ours"]) * 1e3
+        for case in cases
+        if case.dtype == "bf16"
+    }
+    return [
+        case.row(limits, plain.get(case.tokens) if case.dtype != "bf16" else None) for case in cases
+    ]
 
 
 def check(runs: dict[str, Run], batch: Batch) -> None:
@@ -165,12 +222,17 @@ def main() -> None:
                         help="of vllm's and sglang's kernels (%(default)s)")  # fmt: skip
     parser.add_argument("--shapes", type=lambda text: text.split(","), default=list(SHAPES),
                         help=f"of {','.join(SHAPES)} (all)")  # fmt: skip
+    parser.add_argument("--dtypes", type=lambda text: text.split(","), default=list(FORMATS),
+                        help=f"of {','.join(FORMATS)} (all)")  # fmt: skip
     parser.add_argument("--tokens", type=lambda text: [int(n) for n in text.split(",")],
                         default=[1, 4, 16, 64, 512, 4096], help="(1,4,16,64,512,4096)")  # fmt: skip
     options = parser.parse_args()
-    for unknown in set(options.peers) - set(experts_peers.NAMES) or set(options.shapes) - set(
-        SHAPES
-    ):
+    unknown_words = (
+        set(options.peers) - set(experts_peers.NAMES)
+        | set(options.shapes) - set(SHAPES)
+        | set(options.dtypes) - set(FORMATS)
+    )
+    for unknown in unknown_words:
         parser.error(f"{unknown} is none of those named in --help")
     if {"vllm", "sglang"} & set(options.peers):
         try:

@@ -1,8 +1,10 @@
 """The engine's kernels as Python sees them: products with weights, attention over pages.
 
 An array is numpy's, C-contiguous: float32, or uint16 that holds bfloat16; all of one call's arrays
-have the same type. A wrong dtype or shape is a ValueError that names the argument. Calls release
-the GIL. A row's result has the same bits whatever else is in the call, and however many threads.
+have the same type. Weights may be records instead (engine/quantised.py), uint8 [n, bytes of one]:
+of experts only those that were chosen are looked at, and they are of one kind. A wrong dtype or
+shape is a ValueError that names the argument. Calls release the GIL. A row's result has the same
+bits whatever else is in the call, and however many threads.
 """
 
 from typing import Any, TypeAlias
@@ -10,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-Array: TypeAlias = NDArray[Any]  # float32, or uint16 that holds bfloat16
+Array: TypeAlias = NDArray[Any]  # float32, uint16 that holds bfloat16, or uint8: records
 I32: TypeAlias = NDArray[np.int32]
 I64: TypeAlias = NDArray[np.int64]
 F32: TypeAlias = NDArray[np.float32]
@@ -25,7 +27,7 @@ class Workbench:
     def __init__(self, instruction_set: str, threads: int) -> None: ...
 
 def linear(workbench: Workbench, x: Array, w: Array, y: Array, /) -> None:
-    """y [tokens, out] = x [tokens, in] times w [out, in] transposed."""
+    """y [tokens, out] = x [tokens, in] times w [out, in], or one record of it, transposed."""
 
 def ffn(
     workbench: Workbench,

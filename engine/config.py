@@ -13,6 +13,7 @@ from typing import Any, get_args
 import torch
 
 from engine.errors import CheckpointError
+from engine.quantised import BLOCK
 from engine.settings import Dtype
 from kvc2.errors import InvalidConfig
 
@@ -147,11 +148,30 @@ def _refuse_unsupported(hf: Any) -> None:
         raise InvalidConfig("attention_bias", True, "must be false")
     if hf.hidden_act != "silu":
         raise InvalidConfig("hidden_act", hf.hidden_act, "must be silu")
-    if getattr(hf, "quantization_config", None) is not None:
-        raise InvalidConfig("quantization_config", "set", "quantized checkpoints are not supported")
+    _refuse_quantisation(getattr(hf, "quantization_config", None))
     if hf.num_attention_heads % hf.num_key_value_heads != 0:
         heads = hf.num_attention_heads
         raise InvalidConfig("num_attention_heads", heads, "a multiple of num_key_value_heads")
+
+
+def _refuse_quantisation(told: Any) -> None:
+    """Of quantised checkpoints fp8 with blocks is read, as DeepSeek and Qwen ship it. Raises
+    InvalidConfig with what a checkpoint has instead."""
+    if told is None:
+        return
+    given = told if isinstance(told, dict) else told.to_dict()
+    field, method = "quantization_config", given.get("quant_method")
+    if method != "fp8":
+        mend = "only fp8 with weight_block_size [128, 128] is read; take the checkpoint in bfloat16"
+        raise InvalidConfig(f"{field}.quant_method", method, f"{mend} with --expert-dtype")
+    if given.get("weight_block_size") != [BLOCK, BLOCK]:
+        mend = f"must be [{BLOCK}, {BLOCK}]"
+        raise InvalidConfig(f"{field}.weight_block_size", given.get("weight_block_size"), mend)
+    if given.get("fmt", "e4m3") != "e4m3":
+        raise InvalidConfig(f"{field}.fmt", given["fmt"], "must be e4m3")
+    if given.get("activation_scheme", "dynamic") != "dynamic":
+        scheme = given["activation_scheme"]
+        raise InvalidConfig(f"{field}.activation_scheme", scheme, "must be dynamic")
 
 
 def _experts_per_token(hf: Any) -> int:

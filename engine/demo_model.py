@@ -32,6 +32,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.errors import CheckpointError
+from engine.settings import cache_directory
 from kvc2.errors import InvalidConfig
 from kvc2.flags import config_path
 
@@ -97,17 +98,6 @@ def console_progress() -> Iterator[Progress]:
             bars.update(tasks[stage], completed=share)
 
         yield bar
-
-
-def cache_directory() -> Path | None:
-    """Where the wheel is kept, and the model unless its user names a place. None for a user who has
-    no home and no XDG_CACHE_HOME."""
-    import platformdirs
-
-    try:
-        return platformdirs.user_cache_path("kvc2")
-    except RuntimeError:
-        return None
 
 
 def default_directory() -> Path:

@@ -30,6 +30,7 @@ class Device:
     choose_experts: see `layers`. fused: whether a layer up to its feed-forward is one call of
     csrc/decoder (models/fused), and none of `linear` and `attention`.
     numerics(dtype): the class of these kernels; only those of one class give the same bits.
+    takes_records: whether weights of experts may be quantised (engine/quantised.py).
     """
 
     memory: torch.device  # of weights, tables and activations
@@ -42,6 +43,7 @@ class Device:
     fused: bool
     claim_threads: Callable[[], None]
     numerics: Callable[[torch.dtype], str]
+    takes_records: bool
 
 
 def set_threads(threads: int) -> None:
@@ -58,6 +60,7 @@ CPU = Device(
     fused=True,
     claim_threads=kernels.claim_threads,
     numerics=kernels.numerics,
+    takes_records=True,
 )
 
 
@@ -72,4 +75,5 @@ def cuda(index: int = 0) -> Device:
         fused=False,
         claim_threads=lambda: None,  # torch's own threads keep the GPU fed
         numerics=lambda _: "cuda",
+        takes_records=False,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from engine.config import ModelConfig
-from kvc2.identity import DEFAULT_KINDS, Identity, by_layer
+from kvc2.identity import DEFAULT_KINDS, Identity, by_layer, formats_digest
 
 SHARED_NUMERICS = "shared"  # of engines that take each other's bits for their own
 WEIGHT_CLASSES = ("attention", "embedding", "experts", "norms", "router")
@@ -21,10 +21,12 @@ def identity_of(
     *,
     numerics: str = "",
     deferral: int = 0,
+    expert_format: str = "",
 ) -> Identity:
     """Everything that this engine's KV depends on: the weights, their shapes and their formats by
     their digest, what config.json alone says by name. `numerics`: as the model's Device has it,
     or SHARED_NUMERICS. `deferral`: experts of a token that are added a layer later.
+    `expert_format`: as the model has it.
     Raises errors.InvalidRequest for a model whose KV can't be cached by prefix."""
     dtype = str(config.dtype).removeprefix("torch.")
     rope = {name: str(value) for name, value in asdict(config.rope).items() if name != "theta"}
@@ -44,6 +46,7 @@ def identity_of(
         normalize_top_k=int(config.normalize_top_k),
         rms_norm_eps=config.rms_norm_eps,
         experts=by_layer(kinds, DEFAULT_KINDS["experts"]),
+        formats_digest=formats_digest({"experts": expert_format}) if expert_format else "",
         numerics=numerics,
         deferral=deferral,
     )

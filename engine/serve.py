@@ -32,6 +32,7 @@ from engine.identity import SHARED_NUMERICS, identity_of
 from engine.metrics import EngineMetrics, ExpertMetrics
 from engine.models import build_model
 from engine.models.base import Model
+from engine.models.packed import PackedExperts, open_packed
 from engine.models.placed import PlacedModel, budgeted
 from engine.prefix import (
     Bridge,
@@ -46,7 +47,7 @@ from engine.prefix import (
 from engine.request import Bounds
 from engine.runner import Runner
 from engine.scheduler import Scheduler, SchedulerConfig
-from engine.settings import EngineConfig, read_api_keys
+from engine.settings import EngineConfig, expert_directory, read_api_keys
 from engine.weights import Checkpoint
 from engine.worker import Worker
 from kvc2.errors import InvalidConfig
@@ -86,10 +87,13 @@ def assemble(config: EngineConfig) -> Engine:
     with Checkpoint(
         config.model, model_config.dtype, device, experts_on_disk=on_disk
     ) as checkpoint:
-        weights_bytes = checkpoint.memory_bytes - _left_on_disk(config, model_config)
+        packed = open_packed(
+            model_config, checkpoint, config.expert_dtype, expert_directory(config)
+        )
+        weights_bytes = checkpoint.memory_bytes - _not_held(config, model_config, packed)
         check_room(config, num_pages * shape.page_bytes, weights_bytes, machine.memory())
         memory = PoolMemory(num_pages * shape.page_bytes)
-        placed = PlacedModel(config, build_model(model_config, checkpoint))
+        placed = PlacedModel(config, build_model(model_config, checkpoint, packed))
         placed.budget = budget
     model = placed.model
     metrics = EngineMetrics()
@@ -138,8 +142,10 @@ def _traffic(config: EngineConfig, worker: Worker, scheduler: Scheduler) -> Call
     )
 
 
-def _left_on_disk(config: EngineConfig, model: ModelConfig) -> int:
-    """Bytes of experts beyond --expert-memory-gb."""
+def _not_held(config: EngineConfig, model: ModelConfig, packed: PackedExperts | None) -> int:
+    """Bytes of experts beyond --expert-memory-gb, and what quantising takes off."""
+    if packed is not None:
+        return packed.saved_bytes(model)
     if config.expert_memory_gb is None:
         return 0
     elements = 3 * model.expert_size * model.hidden_size
@@ -195,6 +201,7 @@ def _bridge(
             config.page_size,
             numerics=numerics_of(config, model, placed.numerics),
             deferral=config.max_deferred_experts_per_token,
+            expert_format=model.expert_format,
         ).encode()
         daemon = Daemon(
             config.kvc2,

@@ -19,8 +19,10 @@ from kvc2.errors import InvalidConfig
 from kvc2.flags import Flag, Values, above, at_least, between, check, power_of_two, refused_as
 from kvc2.host import machine
 from kvc2.host.address import Address
+from kvc2.host.paths import user_path
 
 Dtype = Literal["auto", "bfloat16", "float32"]
+ExpertDtype = Literal["auto", "bf16", "int8", "int4", "int4-group128", "fp8"]
 PlacementStrategy = Literal["uniform", "frequency", "front-loading", "random"]
 CpuIsa = Literal["auto", "portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
 PAGE_SIZE_MAX = 512
@@ -59,6 +61,13 @@ class EngineConfig:
     host: Annotated[str, Flag("Address; one beyond loopback needs --api-keys.")] = "127.0.0.1"
     port: Annotated[int, Flag("Port; 0: any free one.", between(0, 65535))] = 30000
     dtype: Annotated[Dtype, Flag("Of weights and KV; auto: the checkpoint's.")] = "auto"
+    expert_dtype: Annotated[
+        ExpertDtype, Flag("Of experts: bf16 (--dtype), or quantised; auto: the checkpoint's.")
+    ] = "auto"
+    expert_cache: Annotated[
+        str,
+        Flag("Keeps quantised experts for the next start; off: none.", shown="in the user's cache"),
+    ] = ""
     page_size: Annotated[int, Flag("Tokens of a block.", power_of_two(PAGE_SIZE_MAX))] = 16
     chunk_size: Annotated[
         int, Flag("Tokens of a prefill chunk, a multiple of the page size.", at_least(1))
@@ -241,10 +250,12 @@ class EngineConfig:
         if self.kvc2 is not None:
             with refused_as("kvc2", self.kvc2):
                 Address.of_daemon(self.kvc2)
+        with refused_as("expert_cache", self.expert_cache):
+            expert_directory(self)
         if not is_loopback(self.host) and self.api_keys is None:
             allowed = "only 127.0.0.1, ::1 or localhost may be served without api_keys"
             raise InvalidConfig("host", self.host, allowed)
-        self._check_name()
+        _check_name(self)
 
     @property
     def cpu_threads(self) -> int:
@@ -266,13 +277,6 @@ class EngineConfig:
         """Some may be cold."""
         return self.fixes_hot_experts or self.gpu_memory_gb is not None
 
-    def _check_name(self) -> None:
-        try:
-            self.model_name.encode()
-        except UnicodeEncodeError as error:  # a directory's name need be no text
-            mend = "can't be written in UTF-8; give the model another name by --served-model-name"
-            raise InvalidConfig("served_model_name", self.model_name, mend) from error
-
     @property
     def step_tokens(self) -> int:
         return self.token_budget or self.chunk_size + self.max_running
@@ -283,6 +287,7 @@ class EngineConfig:
 
 
 def _check_experts(config: EngineConfig) -> None:
+    """The rules between flags of experts. Raises InvalidConfig."""
     if config.num_gpu_experts is not None and config.gpu_experts_ratio is not None:
         mend = "give this or num_gpu_experts, not both"
         raise InvalidConfig("gpu_experts_ratio", config.gpu_experts_ratio, mend)
@@ -297,6 +302,9 @@ def _check_experts(config: EngineConfig) -> None:
     if tokens is not None and not config.places_experts and config.expert_memory_gb is None:
         mend = "needs --num-gpu-experts or --gpu-experts-ratio: else all are on the device"
         raise InvalidConfig("gpu_prefill_token_threshold", tokens, mend)
+    if config.expert_dtype not in ("auto", "bf16") and config.expert_memory_gb is not None:
+        mend = "is not read from disk: leave out --expert-memory-gb, or take bf16"
+        raise InvalidConfig("expert_dtype", config.expert_dtype, mend)
     for field in ("init_expert_location", "expert_statistics"):
         path: Path | None = getattr(config, field)
         endings = EXPERT_FILES if field == "expert_statistics" else (*EXPERT_FILES, ".pt")
@@ -305,12 +313,41 @@ def _check_experts(config: EngineConfig) -> None:
             raise InvalidConfig(field, str(path), allowed)
 
 
+def _check_name(config: EngineConfig) -> None:
+    try:
+        config.model_name.encode()
+    except UnicodeEncodeError as error:  # a directory's name need be no text
+        mend = "can't be written in UTF-8; give the model another name by --served-model-name"
+        raise InvalidConfig("served_model_name", config.model_name, mend) from error
+
+
+def expert_directory(config: EngineConfig) -> Path | None:
+    """Of --expert-cache, or the user's; None where nothing is kept."""
+    if config.expert_cache == "off":
+        return None
+    if config.expert_cache:
+        return user_path("expert_cache", config.expert_cache)
+    kept = cache_directory()
+    return None if kept is None else kept / "experts"
+
+
 @dataclass(frozen=True)
 class AttnSection:
     """The section `attn` of a KTransformers file."""
 
     page_size: int | None = None
     chunk_size: int | None = None
+
+
+def cache_directory() -> Path | None:
+    """Of this user, for what can be made again. None for one who has no home and no
+    XDG_CACHE_HOME."""
+    import platformdirs
+
+    try:
+        return platformdirs.user_cache_path("kvc2")
+    except RuntimeError:
+        return None
 
 
 def is_loopback(host: str) -> bool:

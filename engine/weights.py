@@ -22,6 +22,7 @@ from engine.config import read_json
 from engine.device import CPU, Device
 from engine.errors import CheckpointError
 from engine.extents import Extent
+from engine.quantised import BLOCK, FP8, Quantised, floats, of_blocks
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -32,7 +33,9 @@ _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
 }
+_FP8_SCALES = "_scale_inv"  # behind a tensor's name, where there is a scale for each block of it
 
 
 class Checkpoint:
@@ -60,7 +63,7 @@ class Checkpoint:
         self.device = device
         self.experts_on_disk = experts_on_disk  # whoever builds a model leaves them there
         self._dtype = dtype
-        self._model_dir = model_dir
+        self.model_dir = model_dir
         self._hashes: dict[_Entry, str] = {}  # of the tensors read so far
         with ExitStack() as stack:
             self._files = [_File(path, stack) for path in shards(model_dir)]
@@ -83,15 +86,37 @@ class Checkpoint:
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         """A tensor in the checkpoint's run-time dtype; its shape must be the one given."""
+        if len(shape) == 2 and (matrix := self.fp8(name, *shape)) is not None:
+            return floats(matrix, FP8).to(self.device.memory, self._dtype)
+        return self._stored(name, *shape).to(self.device.memory, self._dtype)
+
+    def fp8(self, name: str, rows: int, inputs: int) -> Quantised | None:
+        """A matrix as it is stored in fp8, with a scale for each block; None for another."""
+        if name not in self or self._entries[name].dtype != "F8_E4M3":
+            return None
+        values = self._stored(name, rows, inputs).view(torch.uint8)
+        if (values & 0x7F == 0x7F).any():
+            raise CheckpointError(f"{name} holds NaN")
+        blocks = -(-rows // BLOCK), -(-inputs // BLOCK)
+        scales = self._stored(name + _FP8_SCALES, *blocks).float()
+        return Quantised(values, of_blocks(scales, rows))
+
+    @property
+    def has_fp8_experts(self) -> bool:
+        """Whether any expert is stored in fp8, by its name."""
+        return any(".experts." in e.name and e.dtype == "F8_E4M3" for e in self._entries.values())
+
+    def _stored(self, name: str, *shape: int) -> Tensor:
+        """A tensor as it is stored."""
         entry, stored = self._entry(name, *shape)
         data = torch.empty(entry.num_bytes, dtype=torch.uint8)
         self._read(entry, data.numpy().data)
-        return data.view(stored).view(shape).to(self.device.memory, self._dtype)
+        return data.view(stored).view(shape)
 
     def _entry(self, name: str, *shape: int) -> tuple[_Entry, torch.dtype]:
         """A tensor's place and its type as stored."""
         if name not in self._entries:
-            raise CheckpointError(f"{self._model_dir} lacks the tensor {name}")
+            raise CheckpointError(f"{self.model_dir} lacks the tensor {name}")
         entry = self._entries[name]
         if entry.shape != shape:
             raise CheckpointError(f"{name} has the shape {entry.shape}, expected {shape}")

@@ -120,8 +120,8 @@ FLOORS = {
         device, prefix
         attention, identity, layers, sampler, text
         budget, config, demo_model, request
-        asking, batch, flood, kernels, metrics, settings
-        choice, errors, extents, spellings
+        asking, batch, flood, kernels, metrics, packed_file, settings
+        choice, errors, extents, quantised, spellings
     """,
     "engine/http": """
         loading
@@ -134,6 +134,7 @@ FLOORS = {
         mixtral, qwen3_moe
         stack
         fused, placed
+        packed
         base
     """,
     "engine/attention": """

@@ -1,9 +1,12 @@
 // engine._kernels: products with weights. Arrays are numpy's: float32, or uint16 that holds
-// bfloat16. A wrong dtype or shape is a ValueError that names the argument.
+// bfloat16; weights also uint8 that holds records (experts/packed.h). A wrong dtype, shape or
+// record is a ValueError that names the argument.
 #include "experts/experts.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+
+#include <cstring>
 
 #include "bindings/kernels.h"
 
@@ -17,17 +20,79 @@ experts::Type type_of(const py::array& x) {
   throw py::value_error("x must be float32, or uint16 that holds bfloat16");
 }
 
-void linear(Workbench& workbench, const py::array& x, const py::array& w, py::array& y) {
-  const experts::Type type = type_of(x);
-  check_array(x, "x", x.dtype(), {-1, -1});
-  const auto tokens = x.shape(0), in = x.shape(1);
-  check_array(w, "w", x.dtype(), {-1, in});
-  check_array(y, "y", x.dtype(), {tokens, w.shape(0)});
-  const experts::Linear call{type,     size(tokens), size(in),        size(w.shape(0)),
-                             x.data(), w.data(),     y.mutable_data()};
+bool is_packed(const py::array& w) { return w.dtype().kind() == 'u' && w.itemsize() == 1; }
+
+const std::byte* bytes_of(const py::array& w) { return static_cast<const std::byte*>(w.data()); }
+
+experts::Weight plain(const py::array& w) { return {bytes_of(w), 0, nullptr}; }
+
+// Records of the same kind, as far as they are read.
+class Records {
+ public:
+  // [n, bytes of one].
+  Records(const py::array& w, const char* name) : name_(name), data_(bytes_of(w)) {
+    check_array(w, name, w.dtype(), {-1, -1});
+    bytes_ = size(w.shape(1));
+    if (bytes_ < sizeof(experts::PackedHead)) refuse("is too short for a record");
+  }
+
+  // This one will be read. Raises unless it is a record like the others so far.
+  void use(size_t index) {
+    const std::byte* record = data_ + index * bytes_;
+    if (used_) {
+      if (std::memcmp(&head_, record, sizeof head_) != 0) refuse("has records that differ");
+      return;
+    }
+    std::memcpy(&head_, record, sizeof head_);
+    if (!head_.valid() || head_.bytes() != bytes_) refuse("is no record of a quantised weight");
+    used_ = true;
+  }
+
+  // Raises unless it has this shape. After `use`.
+  void check(size_t parts, size_t rows, size_t in) const {
+    if (head_.parts != parts || head_.rows != rows || head_.in != in) refuse("has a wrong shape");
+  }
+
+  bool used() const { return used_; }
+  const experts::PackedHead& head() const { return head_; }
+  experts::Weight weight() const { return {data_, bytes_, &head_}; }
+
+ private:
+  [[noreturn]] void refuse(const char* why) const {
+    throw py::value_error(std::string(name_) + " " + why);
+  }
+
+  const char* name_;
+  const std::byte* data_;
+  size_t bytes_ = 0;
+  bool used_ = false;
+  experts::PackedHead head_{};
+};
+
+void run(Workbench& workbench, const experts::Linear& call) {
   const py::gil_scoped_release released;
   const std::lock_guard lock(workbench.mutex);
-  experts::kernels(workbench.isa).linear(call, workbench.workspace);
+  experts::kernels(workbench.isa, call.w.head != nullptr).linear(call, workbench.workspace);
+}
+
+void linear(Workbench& workbench, const py::array& x, const py::array& w, py::array& y) {
+  experts::Linear call{};
+  call.type = type_of(x);
+  check_array(x, "x", x.dtype(), {-1, -1});
+  check_array(y, "y", x.dtype(), {x.shape(0), -1});
+  call.tokens = size(x.shape(0)), call.in = size(x.shape(1)), call.out = size(y.shape(1));
+  call.x = x.data(), call.y = y.mutable_data();
+  if (is_packed(w)) {
+    Records records(w, "w");
+    check_array(w, "w", w.dtype(), {1, -1});
+    records.use(0);
+    records.check(1, call.out, call.in);
+    call.w = records.weight();
+    return run(workbench, call);
+  }
+  check_array(w, "w", x.dtype(), {y.shape(1), x.shape(1)});
+  call.w = plain(w);
+  run(workbench, call);
 }
 
 struct ExpertWeights {
@@ -35,33 +100,57 @@ struct ExpertWeights {
   const py::array& down;
 };
 
-// The call without its sum: x, the choices of its tokens, the weights of its experts.
+void run(Workbench& workbench, const experts::Ffn& call) {
+  const py::gil_scoped_release released;
+  const std::lock_guard lock(workbench.mutex);
+  experts::kernels(workbench.isa, call.down.head != nullptr).ffn(call, workbench.workspace);
+}
+
+// The call without its sum: x and the choices of its tokens.
 experts::Ffn choices(const py::array& x, const ArrayOf<int64_t>& expert_ids,
                      const ExpertWeights& expert, int64_t least_id) {
   experts::Ffn call{};
   call.type = type_of(x);
   check_array(x, "x", x.dtype(), {-1, -1});
-  const auto tokens = x.shape(0), hidden = x.shape(1);
-  check_array(expert.down, "down", x.dtype(), {-1, hidden, -1});
-  const auto count = expert.down.shape(0), width = expert.down.shape(2);
-  check_array(expert.gate_up, "gate_up", x.dtype(), {count, 2 * width, hidden});
-  check_array(expert_ids, "expert_ids", expert_ids.dtype(), {tokens, -1});
+  check_array(expert_ids, "expert_ids", expert_ids.dtype(), {x.shape(0), -1});
+  if (expert.down.ndim() < 1) throw py::value_error("down has a wrong shape");
+  const auto count = expert.down.shape(0);
   for (py::ssize_t i = 0; i < expert_ids.size(); ++i) {
     if (expert_ids.data()[i] < least_id || expert_ids.data()[i] >= count) {
       throw py::value_error("expert_ids must be under the number of experts");
     }
   }
-  call.tokens = size(tokens), call.hidden = size(hidden), call.size = size(width);
+  call.tokens = size(x.shape(0)), call.hidden = size(x.shape(1));
   call.experts = size(count), call.chosen = size(expert_ids.shape(1));
   call.x = x.data(), call.expert_ids = expert_ids.data();
-  call.gate_up = expert.gate_up.data(), call.down = expert.down.data();
   return call;
 }
 
-void run(Workbench& workbench, const experts::Ffn& call) {
-  const py::gil_scoped_release released;
-  const std::lock_guard lock(workbench.mutex);
-  experts::kernels(workbench.isa).ffn(call, workbench.workspace);
+// Runs a call of `choices` with its weights. Of records only those of the chosen are looked at.
+void run(Workbench& workbench, experts::Ffn& call, const ExpertWeights& expert,
+         const py::array& x) {
+  const auto count = static_cast<py::ssize_t>(call.experts);
+  if (!is_packed(expert.down)) {
+    check_array(expert.down, "down", x.dtype(), {count, x.shape(1), -1});
+    const auto width = expert.down.shape(2);
+    check_array(expert.gate_up, "gate_up", x.dtype(), {count, 2 * width, x.shape(1)});
+    call.size = size(width);
+    call.gate_up = plain(expert.gate_up), call.down = plain(expert.down);
+    return run(workbench, call);
+  }
+  check_array(expert.gate_up, "gate_up", expert.down.dtype(), {count, -1});
+  Records gate_up(expert.gate_up, "gate_up"), down(expert.down, "down");
+  for (size_t i = 0; i < call.tokens * call.chosen; ++i) {
+    if (call.expert_ids[i] < 0) continue;
+    gate_up.use(static_cast<size_t>(call.expert_ids[i]));
+    down.use(static_cast<size_t>(call.expert_ids[i]));
+  }
+  if (!down.used()) return;  // nothing to compute
+  call.size = down.head().in;
+  gate_up.check(2, call.size, call.hidden);
+  down.check(1, call.hidden, call.size);
+  call.gate_up = gate_up.weight(), call.down = down.weight();
+  run(workbench, call);
 }
 
 void ffn(Workbench& workbench, const py::array& x, const ArrayOf<int64_t>& expert_ids,
@@ -69,8 +158,9 @@ void ffn(Workbench& workbench, const py::array& x, const ArrayOf<int64_t>& exper
   experts::Ffn call = choices(x, expert_ids, expert, 0);
   check_array(weights, "weights", weights.dtype(), {x.shape(0), expert_ids.shape(1)});
   check_array(y, "y", x.dtype(), {x.shape(0), x.shape(1)});
+  if (call.chosen == 0) throw py::value_error("expert_ids has a wrong shape");
   call.weights = weights.data(), call.y = y.mutable_data();
-  run(workbench, call);
+  run(workbench, call, expert, x);
 }
 
 void ffn_choices(Workbench& workbench, const py::array& x, const ArrayOf<int64_t>& expert_ids,
@@ -78,7 +168,7 @@ void ffn_choices(Workbench& workbench, const py::array& x, const ArrayOf<int64_t
   experts::Ffn call = choices(x, expert_ids, expert, -1);
   check_array(outputs, "outputs", outputs.dtype(), {x.shape(0), expert_ids.shape(1), x.shape(1)});
   call.outputs = outputs.mutable_data();
-  run(workbench, call);
+  run(workbench, call, expert, x);
 }
 
 void sum_choices(Workbench& workbench, ArrayOf<float>& outputs, const ArrayOf<float>& weights,

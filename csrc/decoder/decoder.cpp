@@ -14,6 +14,10 @@ void for_rows(ThreadTeam& team, size_t rows, size_t row_bytes, const Body& body)
   team.parallel_for(rows, std::max<size_t>(1, kRowBytes / std::max<size_t>(1, row_bytes)), body);
 }
 
+experts::Weight plain(const void* weight) {
+  return {static_cast<const std::byte*>(weight), 0, nullptr};
+}
+
 }  // namespace
 
 const Kernels& kernels(Isa isa) {
@@ -42,8 +46,9 @@ void Decoder::attend(const Layer& layer, const Step& step, Workspace& workspace)
   void* out = qkv;  // which nobody needs by then
 
   const auto linear = experts::kernels(isa_).linear;
-  linear({shape_.type, step.tokens, shape_.hidden, heads * size, step.normed, layer.qkv, qkv},
-         workspace);
+  linear(
+      {shape_.type, step.tokens, shape_.hidden, heads * size, step.normed, plain(layer.qkv), qkv},
+      workspace);
   const attention::Pages pages{shape_.pages, shape_.kv_heads, shape_.page_size, size, size};
   const Place place{shape_.type,    shape_.query_heads, pages,
                     shape_.eps,     layer.query_norm,   layer.key_norm,
@@ -63,9 +68,9 @@ void Decoder::attend(const Layer& layer, const Step& step, Workspace& workspace)
   call.query_lens = step.query_lens, call.context_lens = step.context_lens;
   call.block_tables = step.block_tables, call.output = mixed;
   attention::kernels(isa_).attend(call, workspace);
-  linear(
-      {shape_.type, step.tokens, shape_.query_heads * size, shape_.hidden, mixed, layer.out, out},
-      workspace);
+  linear({shape_.type, step.tokens, shape_.query_heads * size, shape_.hidden, mixed,
+          plain(layer.out), out},
+         workspace);
   const Norm after{shape_.type, shape_.hidden, shape_.eps, out, layer.feed_forward_norm,
                    step.x,      step.normed};
   norm(after, step.tokens, workspace);
@@ -76,9 +81,9 @@ void Decoder::choose(const Layer& layer, const Step& step, Workspace& workspace)
   Choice choice = layer.choice;
   const size_t row_bytes = choice.experts * element_bytes();
   void* logits = scratch_.reserve(step.tokens * row_bytes);
-  experts::kernels(isa_).linear(
-      {shape_.type, step.tokens, shape_.hidden, choice.experts, step.normed, layer.router, logits},
-      workspace);
+  experts::kernels(isa_).linear({shape_.type, step.tokens, shape_.hidden, choice.experts,
+                                 step.normed, plain(layer.router), logits},
+                                workspace);
   choice.logits = logits, choice.expert_ids = step.expert_ids, choice.weights = step.weights;
   for_rows(workspace.team, step.tokens, 16 * row_bytes,
            [&](size_t begin, size_t end) { kernels(isa_).choose(choice, begin, end); });

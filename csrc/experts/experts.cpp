@@ -2,21 +2,22 @@
 
 namespace kvc2::experts {
 
-Kernels kernels(Isa isa) {
+Kernels kernels(Isa isa, bool packed) {
   switch (isa) {
     case Isa::kAmx:
-      return kAmxKernels;
+      return packed ? kAvx512Bf16Packed : kAmxKernels;
     case Isa::kAvx512Bf16:
-      return kAvx512Bf16Kernels;
+      return packed ? kAvx512Bf16Packed : kAvx512Bf16Kernels;
     case Isa::kAvx512Vnni:
+      return packed ? kAvx512VnniPacked : kAvx512Kernels;
     case Isa::kAvx512:
-      return kAvx512Kernels;
+      return packed ? kAvx512Packed : kAvx512Kernels;
     case Isa::kAvx2:
-      return kAvx2Kernels;
+      return packed ? kAvx2Packed : kAvx2Kernels;
     case Isa::kPortable:
       break;
   }
-  return kPortableKernels;
+  return packed ? kPortablePacked : kPortableKernels;
 }
 
 }  // namespace kvc2::experts

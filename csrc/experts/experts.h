@@ -1,5 +1,6 @@
-// Products of token rows with weights as checkpoints store them ([out, in], never repacked): one
-// weight for all tokens (linear), or the gated FFN of each token's experts (ffn).
+// Products of token rows with weights: one weight for all tokens (linear), or the gated FFN of each
+// token's experts (ffn). Weights are as checkpoints store them ([out, in], never repacked), or
+// quantised (packed.h).
 //
 // A result depends on its own token only: every sum runs over `in` in one fixed order, whatever
 // the number of tokens or threads. Different instruction sets sum in different orders.
@@ -11,17 +12,26 @@
 
 #include "base/cpu.h"
 #include "base/workspace.h"
+#include "experts/packed.h"
 
 namespace kvc2::experts {
 
 enum class Type { kFloat32, kBfloat16 };
 
+// Of plain weights [n, out, in] of the call's type, or of packed ones n records. gate_up has gate
+// and up one after the other: as rows [2 * size], or as two parts of a record.
+struct Weight {
+  const std::byte* data;
+  size_t record_bytes;     // 0: plain
+  const PackedHead* head;  // of all records that the call reads; null: plain
+};
+
 // y[t] = w x[t]
 struct Linear {
-  Type type;  // of all three
+  Type type;  // of x, y and plain w
   size_t tokens, in, out;
   const void* x;  // [tokens, in]
-  const void* w;  // [out, in]
+  Weight w;       // one [out, in]
   void* y;        // [tokens, out]
 };
 
@@ -31,13 +41,13 @@ struct Linear {
 // without weights and y it computes `outputs` alone, and none for a choice whose id is negative;
 // without x, expert_ids, gate_up and down it sums given outputs.
 struct Ffn {
-  Type type;  // of x, gate_up, down and y
+  Type type;  // of x, y and plain weights
   size_t tokens, hidden, size, experts, chosen;
   const void* x;              // [tokens, hidden]
   const int64_t* expert_ids;  // [tokens, chosen], each under `experts`
   const float* weights;       // [tokens, chosen]
-  const void* gate_up;        // [experts, 2 * size, hidden], gate first
-  const void* down;           // [experts, hidden, size]
+  Weight gate_up;             // [experts, 2 * size, hidden], gate first
+  Weight down;                // [experts, hidden, size]
   void* y;                    // [tokens, hidden]
   float* outputs;             // [tokens, chosen, hidden], each choice unweighed; null: not wanted
 };
@@ -47,12 +57,15 @@ struct Kernels {
   void (*ffn)(const Ffn&, Workspace&);
 };
 
-// The kernels for an instruction set, which the machine must have. Tiles add one product after the
+// The kernels for an instruction set, which the machine must have; of plain weights, or of packed
+// ones, where gate_up and down may differ in all but that. Tiles add one product after the
 // other and can't give the bits of lanes: amx does bfloat16 whose sizes are multiples of 32
 // (outputs: 16) in tiles, for one token as for many, and leaves the rest to avx512_bf16.
-Kernels kernels(Isa isa);
+Kernels kernels(Isa isa, bool packed = false);
 
 extern const Kernels kPortableKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels,
     kAmxKernels;
+extern const Kernels kPortablePacked, kAvx2Packed, kAvx512Packed, kAvx512VnniPacked,
+    kAvx512Bf16Packed;
 
 }  // namespace kvc2::experts

@@ -8,22 +8,27 @@
 namespace kvc2::experts {
 namespace {
 
-struct TilesProduct {
+class TilesProduct {
+ public:
   using Element = uint16_t;
   static constexpr size_t kTokens = kLanes;
 
-  // A panel is [in / 2][16] pairs: the pair (x[2k], x[2k + 1]) of sixteen tokens is a tile row.
-  static size_t panel_bytes(size_t in) { return in / 2 * kTileRowBytes; }
+  TilesProduct(const Weight& weight, size_t in) : weight_(weight), in_(in) {}
 
-  static void pack(const uint16_t* const (&rows)[kLanes], size_t in, std::byte* panel) {
-    pack_pairs(rows, in, panel);
+  // A panel is [in / 2][16] pairs: the pair (x[2k], x[2k + 1]) of sixteen tokens is a tile row.
+  size_t panel_bytes() const { return in_ / 2 * kTileRowBytes; }
+
+  void pack(const uint16_t* const (&rows)[kLanes], std::byte* panel) const {
+    pack_pairs(rows, in_, panel);
   }
+
+  WeightRows<uint16_t> rows(const Pick& pick) const { return {weight_, pick}; }
 
   class Multiplier {
    public:
     template <class Epilogue>
-    void run(const WeightRows<uint16_t>& rows, size_t in, const Panels& panels,
-             const Epilogue& epilogue) {
+    void run(const WeightRows<uint16_t>& rows, const Panels& panels, const Epilogue& epilogue) {
+      const size_t in = rows.in;
       // A missing second run is computed as the first again, and dropped by the caller.
       const uint16_t* second = rows.second_count > 0 ? rows.second : rows.first;
       const size_t count = divided_up(panels.tokens, kTokens);
@@ -92,6 +97,10 @@ struct TilesProduct {
     Tiles tiles_;
     Lanes sums_[4][kLanes];  // a lane is a token, and after `transpose` a weight row
   };
+
+ private:
+  const Weight& weight_;
+  const size_t in_;
 };
 
 void amx_linear(const Linear& call, Workspace& workspace) {

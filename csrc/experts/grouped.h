@@ -1,13 +1,14 @@
 // The shape that all instruction sets share. Token rows are packed into panels, in the form that
 // the product wants; a weight's rows then go through as they are stored, sixteen at a time, and
-// each token of a panel gets sixteen outputs as lanes. A `Product` supplies:
+// each token of a panel gets sixteen outputs as lanes. A `Product` of (weight, in) supplies:
 //
-//   Element                                      of x, w and y
-//   kTokens, panel_bytes(in)                     of a panel
-//   pack(rows, in, panel)                        kTokens rows (null: zeros) into a panel
-//   Multiplier                                   what a thread holds while it computes
-//   multiplier.run(rows, in, panels, epilogue)   two times sixteen weight rows with each panel;
-//                                                epilogue(panel, first[kTokens], second[kTokens])
+//   Element                                  of x and y
+//   kTokens, panel_bytes()                   of a panel
+//   pack(rows, panel)                        kTokens rows (null: zeros) into a panel
+//   rows(pick)                               two runs of weight rows, for `run`
+//   Multiplier                               what a thread holds while it computes
+//   multiplier.run(rows, panels, epilogue)   these rows with each panel;
+//                                            epilogue(panel, first[kTokens], second[kTokens])
 //
 // Costs: packing is tokens x in; a row of a weight is read from memory once for all its tokens.
 #pragma once
@@ -22,12 +23,33 @@
 namespace kvc2::experts {
 namespace {
 
-// Two runs of weight rows of `in` elements each; counts up to sixteen, the second's may be none.
+// Where sixteen rows begin: of a part of a weight (gate or up), or of its only one.
+struct Place {
+  size_t part, row;
+};
+
+// Two runs of up to sixteen rows of one matrix of a weight; the second may have none.
+struct Pick {
+  size_t matrix;           // of all that the weight has
+  size_t parts, rows, in;  // parts of a matrix, rows of a part
+  Place first, second;
+  size_t first_count, second_count;
+};
+
+// The same of a plain weight: rows of `in` elements.
 template <class Element>
 struct WeightRows {
+  WeightRows(const Weight& weight, const Pick& pick)
+      : in(pick.in), first_count(pick.first_count), second_count(pick.second_count) {
+    const auto* all = reinterpret_cast<const Element*>(weight.data);
+    const auto at = [&](const Place& place) {
+      return all + ((pick.matrix * pick.parts + place.part) * pick.rows + place.row) * in;
+    };
+    first = at(pick.first), second = at(pick.second);
+  }
   const Element* first;
   const Element* second;
-  size_t first_count, second_count;
+  size_t in, first_count, second_count;
 };
 
 // Consecutive panels: all are full but the last.
@@ -52,6 +74,13 @@ inline size_t packing_grain(size_t panels, size_t panel_bytes, const ThreadTeam&
 
 inline size_t divided_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
+// Up to 32 rows of a matrix of one part, from `first` on.
+inline Pick next_rows(size_t matrix, size_t rows, size_t in, size_t first) {
+  const size_t second = std::min(first + kLanes, rows);
+  const size_t rest = std::min(rows - second, kLanes);
+  return {matrix, 1, rows, in, {0, first}, {0, second}, second - first, rest};
+}
+
 template <class Product>
 class LinearRun {
  public:
@@ -60,6 +89,7 @@ class LinearRun {
   LinearRun(const Linear& call, Workspace& workspace)
       : call_(call),
         team_(workspace.team),
+        product_(call.w, call.in),
         packed_(static_cast<std::byte*>(workspace.scratch.reserve(panels_ * bytes_))) {}
 
   void run() {
@@ -83,30 +113,28 @@ class LinearRun {
       for (size_t p = begin; p < end; ++p) {
         const T* rows[Product::kTokens] = {};
         for (size_t t = 0; t < count(p); ++t) rows[t] = x + (p * Product::kTokens + t) * call_.in;
-        Product::pack(rows, call_.in, packed_ + p * bytes_);
+        product_.pack(rows, packed_ + p * bytes_);
       }
     });
   }
 
   void multiply(typename Product::Multiplier& multiplier, size_t first) {
-    const auto* w = static_cast<const T*>(call_.w);
-    const size_t second = std::min(first + kLanes, call_.out);
-    const WeightRows<T> rows{w + first * call_.in, w + second * call_.in, second - first,
-                             std::min(call_.out - second, kLanes)};
+    const Pick pick = next_rows(0, call_.out, call_.in, first);
     const Panels panels{packed_, call_.tokens, bytes_};
-    multiplier.run(rows, call_.in, panels, [&](size_t p, const auto& low, const auto& high) {
+    multiplier.run(product_.rows(pick), panels, [&](size_t p, const auto& low, const auto& high) {
       T* y = static_cast<T*>(call_.y) + p * Product::kTokens * call_.out;
       for (size_t t = 0; t < count(p); ++t, y += call_.out) {
-        store_some(y + first, low[t], rows.first_count);
-        store_some(y + second, high[t], rows.second_count);
+        store_some(y + pick.first.row, low[t], pick.first_count);
+        store_some(y + pick.second.row, high[t], pick.second_count);
       }
     });
   }
 
   const Linear& call_;
   ThreadTeam& team_;
+  const Product product_;
   const size_t panels_ = divided_up(call_.tokens, Product::kTokens);
-  const size_t bytes_ = Product::panel_bytes(call_.in);
+  const size_t bytes_ = product_.panel_bytes();
   std::byte* packed_;
 };
 
@@ -116,7 +144,11 @@ class FfnRun {
   using T = typename Product::Element;
 
   FfnRun(const Ffn& call, Workspace& workspace)
-      : call_(call), team_(workspace.team), groups_(call, Product::kTokens) {
+      : call_(call),
+        team_(workspace.team),
+        groups_(call, Product::kTokens),
+        gate_up_(call.gate_up, call.hidden),
+        down_(call.down, call.size) {
     const size_t inputs = groups_.num_panels * in_bytes_;
     const size_t packed = groups_.num_panels * hidden_bytes_;
     const size_t choices = call.outputs == nullptr ? call.tokens * call.chosen : 0;
@@ -138,24 +170,24 @@ class FfnRun {
  private:
   void compute_choices() {
     const auto* x = static_cast<const T*>(call_.x);
-    pack(call_.hidden, inputs_, in_bytes_,
+    pack(gate_up_, inputs_, in_bytes_,
          [&](size_t place) { return x + groups_.slots[place] / call_.chosen * call_.hidden; });
     gate_and_up();
-    pack(call_.size, packed_hidden_, hidden_bytes_,
+    pack(down_, packed_hidden_, hidden_bytes_,
          [&](size_t place) { return hidden_ + place * call_.size; });
     down();
   }
 
   // The panels of all experts, from the row of each place.
   template <class RowOf>
-  void pack(size_t columns, std::byte* data, size_t bytes, const RowOf& row_of) {
+  void pack(const Product& product, std::byte* data, size_t bytes, const RowOf& row_of) {
     const size_t pieces = packing_grain(groups_.num_panels, bytes, team_);
     team_.parallel_for(groups_.num_panels, pieces, [&](size_t begin, size_t end) {
       for (size_t p = begin; p < end; ++p) {
         const auto [first, count] = groups_.panels[p];
         const T* rows[Product::kTokens] = {};
         for (size_t t = 0; t < count; ++t) rows[t] = row_of(first + t);
-        Product::pack(rows, columns, data + p * bytes);
+        product.pack(rows, data + p * bytes);
       }
     });
   }
@@ -173,13 +205,12 @@ class FfnRun {
   }
 
   void gate_and_up() {
-    const auto* w = static_cast<const T*>(call_.gate_up);
     for_blocks(divided_up(call_.size, kLanes), [&](auto& multiplier, const auto& share, size_t b) {
       const size_t row = b * kLanes, count = std::min(kLanes, call_.size - row);
-      const T* gate = w + (2 * share.expert * call_.size + row) * call_.hidden;
-      const WeightRows<T> rows{gate, gate + call_.size * call_.hidden, count, count};
+      const Pick pick{share.expert, 2, call_.size, call_.hidden, {0, row}, {1, row}, count, count};
       const Panels panels{inputs_ + share.first_panel * in_bytes_, share.count, in_bytes_};
-      multiplier.run(rows, call_.hidden, panels, [&](size_t p, const auto& gates, const auto& ups) {
+      const auto rows = gate_up_.rows(pick);
+      multiplier.run(rows, panels, [&](size_t p, const auto& gates, const auto& ups) {
         const Grouping::Panel& panel = groups_.panels[share.first_panel + p];
         for (size_t t = 0; t < panel.count; ++t) {
           const Lanes gated = gates[t] / (1.0f + exponential(-gates[t])) * ups[t];
@@ -190,21 +221,17 @@ class FfnRun {
   }
 
   void down() {
-    const auto* w = static_cast<const T*>(call_.down);
     const size_t blocks = divided_up(call_.hidden, 2 * kLanes);
     for_blocks(blocks, [&](auto& multiplier, const auto& share, size_t b) {
-      const size_t first = b * 2 * kLanes, second = std::min(first + kLanes, call_.hidden);
-      const T* rows_at = w + (share.expert * call_.hidden + first) * call_.size;
-      const WeightRows<T> rows{rows_at, rows_at + (second - first) * call_.size, second - first,
-                               std::min(call_.hidden - second, kLanes)};
+      const Pick pick = next_rows(share.expert, call_.hidden, call_.size, b * 2 * kLanes);
       const Panels panels{packed_hidden_ + share.first_panel * hidden_bytes_, share.count,
                           hidden_bytes_};
-      multiplier.run(rows, call_.size, panels, [&](size_t p, const auto& low, const auto& high) {
+      multiplier.run(down_.rows(pick), panels, [&](size_t p, const auto& low, const auto& high) {
         const Grouping::Panel& panel = groups_.panels[share.first_panel + p];
         for (size_t t = 0; t < panel.count; ++t) {
           float* y = outputs_ + groups_.slots[panel.begin + t] * call_.hidden;
-          store_some(y + first, low[t], rows.first_count);
-          store_some(y + second, high[t], rows.second_count);
+          store_some(y + pick.first.row, low[t], pick.first_count);
+          store_some(y + pick.second.row, high[t], pick.second_count);
         }
       });
     });
@@ -235,8 +262,9 @@ class FfnRun {
   const Ffn& call_;
   ThreadTeam& team_;
   const Grouping groups_;
-  const size_t in_bytes_ = Product::panel_bytes(call_.hidden);
-  const size_t hidden_bytes_ = Product::panel_bytes(call_.size);
+  const Product gate_up_, down_;
+  const size_t in_bytes_ = groups_.num_slots > 0 ? gate_up_.panel_bytes() : 0;
+  const size_t hidden_bytes_ = groups_.num_slots > 0 ? down_.panel_bytes() : 0;
   std::byte* inputs_;         // panels of x, expert by expert
   std::byte* packed_hidden_;  // panels of hidden_
   float* outputs_;            // [tokens, chosen, hidden]

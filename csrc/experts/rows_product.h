@@ -38,19 +38,20 @@ struct Tails {
 };
 
 template <class Dot>
-struct RowsProduct {
+class RowsProduct {
+ public:
   using Element = typename Dot::Element;
   using T = Element;
   static constexpr size_t kTokens = 4;
 
-  // A panel is [steps][4 tokens][kStepBytes].
-  static size_t panel_bytes(size_t in) {
-    return divided_up(in, kStep<T>) * kTokens * Dot::kStepBytes;
-  }
+  RowsProduct(const Weight& weight, size_t in) : weight_(weight), in_(in) {}
 
-  static void pack(const T* const (&rows)[kTokens], size_t in, std::byte* panel) {
-    for (size_t k = 0; k < in; k += kStep<T>) {
-      const size_t count = std::min(kStep<T>, in - k);
+  // A panel is [steps][4 tokens][kStepBytes].
+  size_t panel_bytes() const { return divided_up(in_, kStep<T>) * kTokens * Dot::kStepBytes; }
+
+  void pack(const T* const (&rows)[kTokens], std::byte* panel) const {
+    for (size_t k = 0; k < in_; k += kStep<T>) {
+      const size_t count = std::min(kStep<T>, in_ - k);
       for (size_t t = 0; t < kTokens; ++t, panel += Dot::kStepBytes) {
         alignas(64) T step[kStep<T>] = {};
         if (rows[t] != nullptr) std::memcpy(step, rows[t] + k, count * sizeof(T));
@@ -59,10 +60,13 @@ struct RowsProduct {
     }
   }
 
+  WeightRows<T> rows(const Pick& pick) const { return {weight_, pick}; }
+
   class Multiplier {
    public:
     template <class Epilogue>
-    void run(const WeightRows<T>& rows, size_t in, const Panels& panels, const Epilogue& epilogue) {
+    void run(const WeightRows<T>& rows, const Panels& panels, const Epilogue& epilogue) {
+      const size_t in = rows.in;
       // Later panels find the rows in the cache.
       const size_t full = panels.tokens / kTokens, rest = panels.tokens % kTokens;
       if (full > 0) one<kTokens, true>(rows, in, panels.at(0), 0, epilogue);
@@ -108,6 +112,10 @@ struct RowsProduct {
       transpose_quarters(outputs);
     }
   };
+
+ private:
+  const Weight& weight_;
+  const size_t in_;
 };
 
 // Reads memory before it is needed, into the second cache: four rows whose distance is a power of

@@ -83,7 +83,9 @@ class Nodes:
         return SplitChoices(own, own.each(lambda _: Choices(workbench_of(least))))
 
     def split(self, whole: Weights) -> SplitWeights:
-        """Each part in its node's memory. Raises ValueError where the size has no such parts."""
+        """Each part in its node's memory. Raises ValueError where there are no such parts."""
+        if whole.gate_up.ndim == 2:  # records
+            raise ValueError("quantised experts are not split: take --expert-dtype bf16")
         count, rows, hidden = whole.gate_up.shape
         size = rows // 2
         if size % self.parts:

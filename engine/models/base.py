@@ -65,6 +65,7 @@ class Model:
     head: Tensor  # [vocab, hidden]
     rope: Rope
     weights_digest: bytes  # of the tensors as they were read, see weights.Checkpoint
+    expert_format: str = ""  # by name, see quantised; empty: as they are computed
 
     def hidden(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """int64 [T] tokens at their positions -> [T, hidden], after the last layer."""

@@ -38,6 +38,7 @@ from engine.experts.statistics import Counts, Statistics
 from engine.experts.store import ExpertStore, StoredExperts
 from engine.kernels import Choices, workbench_of
 from engine.models.base import Model
+from engine.models.packed import expert_bytes
 from engine.settings import EngineConfig
 from kvc2.errors import InvalidConfig
 
@@ -192,10 +193,8 @@ def budgeted(
     beside = SPARE_PLACES * config.enable_dynamic_expert_update
     if config.gpu_prefill_token_threshold is not None:
         beside += c.num_experts
-    expert_bytes = 3 * c.expert_size * c.hidden_size * c.dtype.itemsize
-    sizes = Sizes(
-        max(1, expert_bytes), layers * c.num_experts, beside, page_bytes, config.page_size
-    )
+    each = expert_bytes(c, config.expert_dtype)
+    sizes = Sizes(max(1, each), layers * c.num_experts, beside, page_bytes, config.page_size)
     counts, measured = np.zeros((c.num_layers, c.num_experts)), Measured()
     known = config.expert_statistics
     if known is not None and known.exists():

@@ -5,6 +5,7 @@ A model file supplies the names of its tensors; the shapes come from the configu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from engine.experts.store import StoredExperts
 from engine.extents import Extent
 from engine.layers import Rope
 from engine.models.base import DecoderLayer, FeedForward, HeadNorms, Model
+from engine.models.packed import PackedExperts, fill, matrix, quantise_named
+from engine.quantised import Quantised
 from engine.weights import Checkpoint
 
 
@@ -60,9 +63,13 @@ def attention_layer(
 
 
 def moe_layer(
-    config: ModelConfig, checkpoint: Checkpoint, index: int, names: ExpertNames
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    index: int,
+    names: ExpertNames,
+    packed: PackedExperts | None = None,
 ) -> MoeLayer:
-    """The router and experts of a layer, stored one by one or fused.
+    """The router and experts of a layer, stored one by one or fused; in `packed` where it is given.
 
     Files hold experts one by one under the architecture's own names; transformers 5 keeps them
     fused in memory as `mlp.experts.gate_up_proj`, and a plain dump of that is read too.
@@ -76,9 +83,16 @@ def moe_layer(
             raise CheckpointError(f"{block}: experts stored as one tensor can't stay on disk")
         read = _experts_on_disk
     router = checkpoint.tensor(f"{block}.gate.weight", c.num_experts, c.hidden_size)
+    prefix = f"{block}.experts"
+    if packed is None:
+        experts = read(config, checkpoint, prefix, names)
+    else:
+        parts = _fused_parts if fused else _single_parts
+        part = parts(config, checkpoint, prefix, names, packed)
+        experts = fill(config, packed, index, part, checkpoint)
     return MoeLayer(
         Router(router, ChoiceRule(c.experts_per_token, c.normalize_top_k), checkpoint.device),
-        read(config, checkpoint, f"{block}.experts", names),
+        experts,
     )
 
 
@@ -156,3 +170,41 @@ def _single_experts(
         gate_up[expert, size:] = read(expert, names.up, size, hidden)
         down[expert] = read(expert, names.down, hidden, size)
     return GroupedExperts(gate_up, down, checkpoint.device)
+
+
+def _fused_parts(
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    prefix: str,
+    names: ExpertNames,
+    packed: PackedExperts,
+) -> Callable[[int, str], Quantised]:
+    count, size, hidden = config.num_experts, config.expert_size, config.hidden_size
+
+    @functools.cache
+    def whole() -> dict[str, Tensor]:
+        gate_up = checkpoint.tensor(f"{prefix}.gate_up_proj", count, 2 * size, hidden)
+        down = checkpoint.tensor(f"{prefix}.down_proj", count, hidden, size)
+        return {"gate": gate_up[:, :size], "up": gate_up[:, size:], "down": down}
+
+    def part(expert: int, name: str) -> Quantised:
+        return quantise_named(f"{prefix}: {name}", whole()[name][expert], packed.format)
+
+    return part
+
+
+def _single_parts(
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    prefix: str,
+    names: ExpertNames,
+    packed: PackedExperts,
+) -> Callable[[int, str], Quantised]:
+    size, hidden = config.expert_size, config.hidden_size
+
+    def part(expert: int, name: str) -> Quantised:
+        shape = (hidden, size) if name == "down" else (size, hidden)
+        called = f"{prefix}.{expert}.{getattr(names, name)}.weight"
+        return matrix(checkpoint, called, shape, packed.format)
+
+    return part

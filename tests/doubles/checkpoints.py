@@ -16,6 +16,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from engine.quantised import FP8, quantise
 from engine.weights import Checkpoint
 
 _SMALL: dict[str, Any] = {
@@ -94,6 +95,25 @@ def fuse_experts(model_dir: Path, target_dir: Path) -> Path:
         if not (tied and name == "lm_head.weight")
     }
     save_file(state, target_dir / "model.safetensors")
+    return target_dir
+
+
+def in_fp8(model_dir: Path, target_dir: Path, **told: Any) -> Path:
+    """The same Qwen as it is shipped in fp8: matrices of layers, but for routers, with a scale for
+    each block of 128 x 128. `told` overrides quantization_config."""
+    target_dir.mkdir()
+    config = json.loads((model_dir / "config.json").read_text())
+    quantisation = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    config["quantization_config"] = quantisation | {"activation_scheme": "dynamic"} | told
+    (target_dir / "config.json").write_text(json.dumps(config))
+    tensors = {}
+    for name, weight in load_file(model_dir / "model.safetensors").items():
+        tensors[name] = weight
+        if weight.dim() == 2 and "_proj." in name:
+            matrix = quantise(weight, FP8)
+            tensors[name] = matrix.values.contiguous().view(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = matrix.scales[::128].contiguous()
+    save_file(tensors, target_dir / "model.safetensors")
     return target_dir
 
 
