@@ -83,8 +83,9 @@ class EngineConfig:
         float | None,
         Flag(
             "Device memory for KV and hot experts together, 10^9 bytes. Divided by what "
-            "--expert-statistics shows that each saves; --kv-memory-gb or --gpu-experts-ratio "
-            "fixes one of them.",
+            "--expert-statistics shows that each saves, if the most chosen are hot "
+            "(--expert-placement-strategy frequency); --kv-memory-gb or --gpu-experts-ratio fixes "
+            "one of them.",
             above(0),
             shown="each as it is given",
         ),
