@@ -2,7 +2,7 @@
 
 Example: python -m benchmarks.admission --trace FILE --cpu 0.01,0.05 --disk 0,0.1 --requests 4000
 `kvc2 serve` with a small cpu tier, over a small disk or none, serves several processes at once,
-which replay a recorded trace by the client library (connectors.py): by turns as it refuses, with
+which replay a recorded trace by the client library (replayers.py): by turns as it refuses, with
 --admission always, and with --eviction-policy lru. Sizes are shares of the trace's distinct blocks.
 `not stored` is the share of missing blocks that found no page: refused, or all pages were pinned.
 
@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import connectors, report
+from benchmarks import replayers, report
 from benchmarks.processes import Daemon
 from benchmarks.tier_hits import TOKEN_BYTES
 from kvc2.commands import replay, traces
@@ -85,7 +85,7 @@ def head(trace: traces.Trace, requests: int) -> traces.Trace:
 
 def first_turns(trace: traces.Trace) -> NDArray[np.int64]:
     """[requests] how many blocks the first turn has, of each second turn; 0 of other requests."""
-    previous = connectors.previous_turns(trace)
+    previous = replayers.previous_turns(trace)
     second = (previous >= 0) & (previous[previous] < 0)
     return np.where(second, np.diff(trace.offsets)[previous], 0)
 
@@ -111,7 +111,7 @@ ROWS = {  # unit, which is better
 
 
 def figures(
-    trace: traces.Trace, served: Sequence[connectors.Served], firsts: NDArray[np.int64]
+    trace: traces.Trace, served: Sequence[replayers.Served], firsts: NDArray[np.int64]
 ) -> dict[str, float]:
     """Of what the clients saw."""
     tokens = max(int(trace.input_tokens.sum()), 1)
@@ -170,7 +170,7 @@ def measure(
         daemon = Daemon(Path(name), cpu_gb=cpu_gb, disk_gb=disk_gb, flags=[*flags, *words])
         try:
             daemon.wait_ready()
-            served = connectors.replay(
+            served = replayers.replay(
                 daemon.address,
                 trace,
                 firsts.tolist(),

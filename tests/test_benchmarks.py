@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import admission, connectors, large_checkpoint, report, tier_hits
+from benchmarks import admission, large_checkpoint, replayers, report, tier_hits
 from benchmarks.equality import bf16_step, compare
 from engine.config import ModelConfig
 from engine.models import build_model, load_model
@@ -133,7 +133,7 @@ def test_a_turn_goes_on_from_the_request_that_ends_where_its_known_blocks_do() -
             [7],  # the same again
         ]
     )
-    assert connectors.previous_turns(trace).tolist() == [-1, -1, 0, -1, 2, -1, 5]
+    assert replayers.previous_turns(trace).tolist() == [-1, -1, 0, -1, 2, -1, 5]
     assert admission.first_turns(trace).tolist() == [0, 0, 3, 0, 0, 0, 1]
 
 
