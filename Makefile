@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help env demo test test-full lint format asan tsan bench proto clean
+.PHONY: help env demo test test-full test-peers lint format asan tsan bench proto clean
 
 BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -46,10 +46,13 @@ demo: $(READY)  ## a real model, the daemon and the engine: what each tier saves
 	$(PYTHON) -m benchmarks.demo
 
 test: lint  ## everything that runs in under 15 minutes
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not peers"
 
 test-full: lint  ## the slow tests too
-	$(PYTEST)
+	$(PYTEST) -m "not peers"
+
+test-peers: $(READY)  ## other engines on this tree, each in an environment below build/peers: 3 GB, 10 minutes
+	$(PYTHON) -m pytest -v -m peers tests/peers
 
 lint: $(READY)  ## ruff, mypy --strict, clang-format
 	$(PYTHON) -m ruff check .

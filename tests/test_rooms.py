@@ -56,7 +56,14 @@ FLOORS = {
         asking, channel, completions, counters, memory, pages, staging
     """,
     "kvc2/integrations": """
-        lmcache_l2, sglang_hicache
+        lmcache_l2, sglang_hicache, vllm
+    """,
+    "kvc2/integrations/vllm": """
+        connector
+        scheduler
+        saves, worker
+        identity, visit
+        messages
     """,
     "kvc2/client/examples": """
         engine, flat_keys, images, private_memory, workers

@@ -228,7 +228,8 @@ class Client:
         """Copy filled pages into the arena, each as the block of an opaque key: they are this
         client's again with the answer. `arena` as in acquire_keys."""
         commit = cache_pb2.LeaseCommit(keys=keys, pages=component_pages(pages))
-        return self._commit_copies(namespace, [commit], durable=durable, arena=arena)
+        request = cache_pb2.CommitRequest(leases=[commit], durable=durable)
+        return self._commit_copies(namespace, request, arena)
 
     def commit(
         self,
@@ -258,32 +259,32 @@ class Client:
         commits: Sequence[answers.LeaseCommit],
         *,
         durable: bool = False,
+        prefill_tokens_per_s: float = 0.0,
     ) -> answers.Committed:
         """Copy filled pages into the arena: they are this client's again with the answer. Of leases
         in the arena, or, without a request_id, of prompts of the namespace from their first block
-        on."""
-        return self._commit_copies(
-            namespace, [lease_commit(each) for each in commits], durable=durable
+        on. The rate as in `commit`."""
+        leases = [lease_commit(each) for each in commits]
+        request = cache_pb2.CommitRequest(
+            leases=leases, durable=durable, prefill_tokens_per_s=prefill_tokens_per_s
         )
+        return self._commit_copies(namespace, request)
 
     def _commit_copies(
         self,
         namespace: NamespaceHandle,
-        commits: list[cache_pb2.LeaseCommit],
-        *,
-        durable: bool,
+        request: cache_pb2.CommitRequest,
         arena: ArenaView | None = None,
     ) -> answers.Committed:
         connection = self._keeper.current(arena)
-        request = cache_pb2.CommitRequest(
-            session=connection.head, leases=commits, durable=durable, copied=True
-        )
+        request.session.CopyFrom(connection.head)
+        request.copied = True
 
         def named(number: int) -> None:
             for each in request.leases:
                 each.namespace_id = 0 if each.request_id else number
 
-        wait_s = DURABLE_S if durable else channel.CALL_S
+        wait_s = DURABLE_S if request.durable else channel.CALL_S
         answer = self._keeper.call_named(connection, namespace, "Commit", request, named, wait_s)
         return from_message(answers.Committed, answer)
 

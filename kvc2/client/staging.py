@@ -42,6 +42,12 @@ class Staging:
             taken, self._free = self._free[:pages], self._free[pages:]
         return np.array(taken, np.uint32)
 
+    def take_now(self, pages: int) -> U32:
+        """So many, or as many as are free, maybe none. Doesn't wait."""
+        with self._changed:
+            taken, self._free = self._free[:pages], self._free[pages:]
+        return np.array(taken, np.uint32)
+
     def give_back(self, pages: U32) -> None:
         with self._changed:
             self._free += pages.tolist()
