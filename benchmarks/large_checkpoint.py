@@ -146,7 +146,8 @@ def router_inputs(source: Path) -> dict[int, Tensor]:
         replace(each, feed_forward=watching(index, each.feed_forward))  # type: ignore[arg-type]
         for index, each in enumerate(model.layers)
     )
-    watched = replace(model, layers=layers)
+    device = replace(model.device, fused=False)  # each router is called by itself
+    watched = replace(model, layers=layers, device=device)
     tokens = Tokenizer(source).encode(deferral.TEXT.read_text(), 1 << 20)[:256]
     shape, pages = KvShape.of(model.config, 16), list(range(16))
     memory = torch.zeros(len(pages) * shape.page_bytes, dtype=torch.uint8)
