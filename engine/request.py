@@ -6,7 +6,7 @@ Not responsible for when a request runs (scheduler), nor for the words of HTTP (
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from engine.errors import ContextLengthError, InvalidRequestError
 from kvc2.answers import NO_HINTS, Hints, TierTokens
@@ -29,7 +30,13 @@ class SamplingParams:
     temperature: float = 1.0  # 0: always the best token
     top_p: float = 1.0  # in (0, 1]: the fewest tokens whose probabilities reach it
     top_k: int = 0  # the k best; 0: all
+    min_p: float = 0.0  # in [0, 1]: those at least this times as probable as the best
     seed: int | None = None  # None: a different stream each time
+    presence_penalty: float = 0.0  # off the logits of tokens that were generated
+    frequency_penalty: float = 0.0  # the same, as often as each was
+    repetition_penalty: float = 1.0  # logits of tokens of the prompt or generated: divided by it
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to a token's logit
+    min_tokens: int = 0  # before that many no end token is chosen, and no stop string looked for
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -38,6 +45,10 @@ class SamplingParams:
             raise ValueError(f"top_p = {self.top_p}: must be over 0 and at most 1")
         if self.top_k < 0:
             raise ValueError(f"top_k = {self.top_k}: must be 0 (all) or more")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise ValueError(f"min_p = {self.min_p}: must be 0 to 1")
+        if not 0.0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty = {self.repetition_penalty}: must be over 0")
         if self.seed is not None and not -SEED_LIMIT <= self.seed < SEED_LIMIT:
             raise ValueError(f"seed = {self.seed}: must be -2**63 to 2**63 - 1")
 
@@ -106,6 +117,7 @@ class RequestStats:
     prefilled_tokens: int
     ttft_ms: float
     generated_tokens: int
+    offered_tokens: int = 0  # of the prompt's computed ones, those that the daemon was given
 
 
 @dataclass(frozen=True)
@@ -136,6 +148,16 @@ class Output:
     explanation: Future[Explanation] | None = None  # with `finish`, where the request asks for it
 
 
+class Constraint(Protocol):
+    """Which tokens a request's answer may go on with (engine/grammar.py)."""
+
+    def allow(self, logits: Tensor) -> None:
+        """Bans what may not follow, in place, of float32 [vocab] on the CPU."""
+
+    def took(self, token: int) -> None:
+        """It was generated. Changes the constraint."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt to be completed. `deliver` is called on the scheduler's thread; it must not
@@ -152,6 +174,7 @@ class Request:
     top_scores: int | None = None  # None: no scores; else the chosen token's, and this many best
     hints: Hints = NO_HINTS
     explain: bool = False
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -175,5 +198,12 @@ class Bounds:
         if largest >= self.vocab_size:
             allowed = f"the model has weights for the ids below {self.vocab_size} only"
             raise InvalidRequestError("tokens", largest, allowed)
+        biased = max(request.sampling.logit_bias, default=0)
+        if biased >= self.vocab_size:
+            allowed = f"the model has tokens below {self.vocab_size} only"
+            raise InvalidRequestError("logit_bias", biased, allowed)
+        if request.sampling.min_tokens > request.max_tokens:
+            allowed = f"at most max_tokens, {request.max_tokens}"
+            raise InvalidRequestError("min_tokens", request.sampling.min_tokens, allowed)
         if not 0 <= (request.top_scores or 0) <= self.vocab_size:
             raise InvalidRequestError("top_scores", request.top_scores, f"0 to {self.vocab_size}")

@@ -30,7 +30,7 @@ def sample(
 
 
 def _draw(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
-    """One token of float32 [vocab]: temperature, then top-k, then top-p, then the draw."""
+    """One token of float32 [vocab]: temperature, then top-k, min-p and top-p, then the draw."""
     count = min(params.top_k or logits.numel(), logits.numel())
     values, ids = torch.topk(logits.cpu(), count)  # best first
     # the best becomes 0 first, and in float64: no temperature over 0 makes inf or nan of it
@@ -38,4 +38,6 @@ def _draw(logits: Tensor, params: SamplingParams, generator: torch.Generator) ->
     probabilities = (below / params.temperature).softmax(-1)
     before = probabilities.cumsum(-1) - probabilities  # of all better ones: the best always stays
     kept = probabilities * (before < params.top_p)
+    if params.min_p:
+        kept = kept * (probabilities >= params.min_p * probabilities[0])
     return int(ids[torch.multinomial(kept, 1, generator=generator)])

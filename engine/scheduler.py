@@ -93,13 +93,8 @@ class Scheduler:
     def add(self, request: Request, arrived: float | None = None) -> None:
         """Queue a request that fits (see http: what can never fit is refused there)."""
         self._order += 1
-        sequence = Sequence(
-            request=request,
-            order=self._order,
-            arrived=self._clock() if arrived is None else arrived,
-            tokens=[int(token) for token in request.tokens],
-            generator=request.sampling.generator(),
-        )
+        at = self._clock() if arrived is None else arrived
+        sequence = Sequence.of(request, self._order, at, self.bridge.config.page_size)
         self._by_id[request.request_id] = sequence
         self._admission.put(sequence)
 
@@ -309,8 +304,7 @@ class Scheduler:
     def _next_token(self, sequence: Sequence, logits: Tensor) -> None:
         """One row alone, so that what fails on it ends this request and no other."""
         try:
-            (token,) = sample(logits[None], [sequence.request.sampling], [sequence.generator])
-            sequence.tokens.append(token)
+            token = _choose(sequence, logits)
             output = self._output(sequence, token, logits)
         except Exception:
             request_id = sequence.request.request_id
@@ -325,9 +319,9 @@ class Scheduler:
         else:
             if sequence.lease is not None:
                 sequence.lease.ended = True
+            stats, explanation = sequence.stats(), sequence.explanation
             self._remove(sequence)
             self._metrics.requests.labels(output.finish).inc()
-            stats, explanation = sequence.stats(), sequence.explanation
             sequence.request.deliver(replace(output, stats=stats, explanation=explanation))
 
     def _output(self, sequence: Sequence, token: int, logits: Tensor) -> Output:
@@ -364,7 +358,12 @@ class Scheduler:
         self._remove(sequence)
         self._metrics.requests.labels(reason).inc()
         sequence.request.deliver(
-            Output(finish=reason, error=error, unavailable=unavailable, stats=sequence.stats())
+            Output(
+                finish=reason,
+                error=error,
+                unavailable=unavailable,
+                stats=sequence.stats(),
+            )
         )
 
     def _remove(self, sequence: Sequence) -> None:
@@ -396,6 +395,17 @@ class Scheduler:
         counts = self.bridge.book.counts()
         for owner in ("free", "used", "daemon", "quarantined"):
             self._metrics.pages.labels(owner).set(getattr(counts, owner))
+
+
+def _choose(sequence: Sequence, logits: Tensor) -> int:
+    """The next token of float32 [vocab], which the sequence has then."""
+    adjust = sequence.adjustment
+    from_ = logits if adjust is None else adjust.of(logits.cpu())
+    (token,) = sample(from_[None], [sequence.request.sampling], [sequence.generator])
+    sequence.tokens.append(token)
+    if adjust is not None:
+        adjust.took(token)
+    return token
 
 
 def _scores(logits: Tensor, token: int, count: int) -> tuple[ScoredToken, tuple[ScoredToken, ...]]:

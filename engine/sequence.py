@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from engine.adjust import Adjustment, adjustment
 from engine.prefix import Lease
 from engine.request import U32, Explanation, Request, RequestStats
 from kvc2.answers import TierTokens
@@ -30,6 +31,8 @@ class Sequence:
     arrived: float
     tokens: list[int]
     generator: torch.Generator
+    page_size: int
+    adjustment: Adjustment | None = None  # of its logits, before a token is chosen
     computed: int = 0
     lease: Lease | None = None
     acquiring: Future[Lease] | None = None
@@ -50,6 +53,19 @@ class Sequence:
     tiers: TierTokens = field(default_factory=TierTokens)
     explanation: Future[Explanation] | None = None  # of the lease that these count
     prefilled_tokens: int = 0
+
+    @classmethod
+    def of(cls, request: Request, order: int, arrived: float, page_size: int) -> Sequence:
+        """A request that arrived."""
+        return cls(
+            request=request,
+            order=order,
+            arrived=arrived,
+            tokens=[int(token) for token in request.tokens],
+            generator=request.sampling.generator(),
+            page_size=page_size,
+            adjustment=adjustment(request),
+        )
 
     @property
     def prompt_tokens(self) -> int:
@@ -98,4 +114,10 @@ class Sequence:
             prefilled_tokens=self.prefilled_tokens,
             ttft_ms=0.0 if first is None else 1000 * (first - self.arrived),
             generated_tokens=self.generated,
+            offered_tokens=self._offered_tokens(),
         )
+
+    def _offered_tokens(self) -> int:
+        """Of the prompt, in blocks that were sent to the daemon since it didn't have them."""
+        sent = 0 if self.lease is None else self.lease.sent * self.page_size
+        return max(0, min(sent, self.prompt_tokens) - self.matched_tokens)

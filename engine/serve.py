@@ -23,10 +23,13 @@ from engine.budget import Measured
 from engine.config import ModelConfig
 from engine.device import CPU, set_threads
 from engine.errors import EngineFailedError
-from engine.http.app import Served, build
+from engine.http.app import build
 from engine.http.connection import ClientLimits
+from engine.http.keys import FileKeys, Keys
 from engine.http.loading import refused_meanwhile
+from engine.http.outside import with_cors, with_ids
 from engine.http.server import Server, fit_descriptors
+from engine.http.service import Served
 from engine.http.tokenizer import Tokenizer
 from engine.identity import SHARED_NUMERICS, identity_of
 from engine.metrics import EngineMetrics, ExpertMetrics
@@ -47,7 +50,7 @@ from engine.prefix import (
 from engine.request import Bounds
 from engine.runner import Runner
 from engine.scheduler import Scheduler, SchedulerConfig
-from engine.settings import EngineConfig, expert_directory, read_api_keys
+from engine.settings import EngineConfig, expert_directory
 from engine.weights import Checkpoint
 from engine.worker import Worker
 from kvc2.errors import InvalidConfig
@@ -76,7 +79,9 @@ def assemble(config: EngineConfig) -> Engine:
     if config.cpu_isa != "auto":
         kernels.choose(config.cpu_isa)
     model_config = ModelConfig.load(config.model, config.dtype)
-    tokenizer = Tokenizer(config.model, parse_special=config.parse_special_tokens)
+    tokenizer = Tokenizer(
+        config.model, parse_special=config.parse_special_tokens, tool_format=config.tool_format
+    )
     shape = KvShape.of(model_config, config.page_size)
     config, budget = budgeted(config, model_config, shape.page_bytes)
     num_pages = config.num_pages or config.kv_bytes // shape.page_bytes
@@ -97,7 +102,6 @@ def assemble(config: EngineConfig) -> Engine:
         placed.budget = budget
     model = placed.model
     metrics = EngineMetrics()
-    tenants = read_api_keys(config.api_keys) if config.api_keys else {}
     bridge = _bridge(config, placed, shape, memory, metrics)
     scheduler = Scheduler(
         SchedulerConfig(config.chunk_size, config.step_tokens, config.max_running),
@@ -110,18 +114,8 @@ def assemble(config: EngineConfig) -> Engine:
     worker = Worker(scheduler, config.max_queued, Bounds(model_config.vocab_size, max_tokens))
     placed.traffic = _traffic(config, worker, scheduler)
     metrics.registry.register(ExpertMetrics(placed.state))
-    end_token_ids = set(model_config.eos_token_ids)
-    if tokenizer.end_token_id is not None:
-        end_token_ids.add(tokenizer.end_token_id)
-    served = Served(
-        model=config.model_name,
-        end_token_ids=frozenset(end_token_ids),
-        tenant=config.tenant,
-        tenants=tenants,
-        max_body_bytes=int(config.max_body_mb * 1e6),
-    )
     app = build(
-        served,
+        _served(config, model_config, tokenizer),
         worker=worker,
         tokenizer=tokenizer,
         registry=metrics.registry,
@@ -151,6 +145,21 @@ def _not_held(config: EngineConfig, model: ModelConfig, packed: PackedExperts | 
     elements = 3 * model.expert_size * model.hidden_size
     experts = sum(model.moe_layers) * model.num_experts * elements * model.dtype.itemsize
     return max(0, experts - int(config.expert_memory_gb * 1e9))
+
+
+def _served(config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer) -> Served:
+    """What the HTTP service is told."""
+    end_token_ids = set(model.eos_token_ids)
+    if tokenizer.end_token_id is not None:
+        end_token_ids.add(tokenizer.end_token_id)
+    return Served(
+        model=config.model_name,
+        end_token_ids=frozenset(end_token_ids),
+        tenant=config.tenant,
+        keys=FileKeys(config.api_keys) if config.api_keys else Keys({}),
+        max_body_bytes=int(config.max_body_mb * 1e6),
+        strict_fields=config.strict_fields,
+    )
 
 
 def check_room(
@@ -244,7 +253,10 @@ def run(config: EngineConfig) -> None:
     host, port = listener.getsockname()[:2]
     log.info("serving %s at http://%s:%d", config.model_name, host, port)
     print(f"serving {config.model_name} at http://{host}:{port}", flush=True)
-    server = Server(engine.app, listener, limits)
+    app = with_ids(engine.app, access_log=config.access_log)
+    if config.cors_origins:
+        app = with_cors(app, config.cors_origins)
+    server = Server(app, listener, limits, stop_s=config.drain_timeout_s)
     for each in (signal.SIGINT, signal.SIGTERM):
         # uvicorn raises a signal again once it has stopped in order: that is exit code 0 here
         signal.signal(each, lambda *_: None)

@@ -25,6 +25,19 @@ Dtype = Literal["auto", "bfloat16", "float32"]
 ExpertDtype = Literal["auto", "bf16", "int8", "int4", "int4-group128", "fp8"]
 PlacementStrategy = Literal["uniform", "frequency", "front-loading", "random"]
 CpuIsa = Literal["auto", "portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
+ToolFormat = Literal[
+    "auto",
+    "deepseek",
+    "deepseek-v3.2",
+    "glm",
+    "harmony",
+    "hermes",
+    "kimi",
+    "minimax",
+    "mistral",
+    "qwen3-coder",
+    "template",
+]
 PAGE_SIZE_MAX = 512
 KV_MEMORY_GB = 2.0
 THREADS_MAX = 1024  # more is a mistake; csrc/bindings/kernels.cpp refuses it too
@@ -95,11 +108,7 @@ class EngineConfig:
         int, Flag("Requests at once, running ones included; more get 429.", at_least(1))
     ] = 256
     token_budget: Annotated[
-        int | None,
-        Flag(
-            "Tokens of one step.",
-            shown="chunk size + max running, which is the least",
-        ),
+        int | None, Flag("Tokens of one step.", shown="the least, chunk size + max running")
     ] = None
     threads: Annotated[
         int,
@@ -211,16 +220,24 @@ class EngineConfig:
         str | None, Flag("The model's name in the API.", shown="the directory's")
     ] = None
     max_body_mb: Annotated[float, Flag("Largest request body, 10^6 bytes.", above(0))] = 8.0
+    access_log: Annotated[bool, Flag("Log a line for each request.", shown="off")] = False
+    cors_origins: Annotated[
+        str, Flag("Origins whose pages may ask, by commas; *: all.", shown="none")
+    ] = ""
+    drain_timeout_s: Annotated[
+        int, Flag("For answers under way when it is told to stop, seconds.", at_least(1))
+    ] = 5
+    strict_fields: Annotated[
+        bool, Flag("Refuse a body's unknown fields.", shown="they are ignored, logged once")
+    ] = False
+    tool_format: Annotated[
+        ToolFormat, Flag("How the model writes calls of tools; auto: as its template shows.")
+    ] = "auto"
     parse_special_tokens: Annotated[
-        bool,
-        Flag(
-            "Take literals as <|im_end|> in chat messages for control tokens.",
-            shown="they are text",
-        ),
+        bool, Flag("Take literals as <|im_end|> in chats for control tokens.", shown="no")
     ] = False
     load_timeout_s: Annotated[
-        float,
-        Flag("A layer of a cached prefix not there by then is computed, seconds.", above(0)),
+        float, Flag("A cached layer not there by then is computed, seconds.", above(0))
     ] = 10.0
     header_timeout_s: Annotated[
         float, Flag("A request's header is whole by then, seconds.", above(0))

@@ -30,7 +30,10 @@ class IncrementalText:
         decode: Callable[[Sequence[int]], str],
         stop: Sequence[str] = (),
         special: Mapping[int, str] = MappingProxyType({}),
+        *,
+        min_tokens: int = 0,
     ) -> None:
+        """`min_tokens`: in the text of fewer no stop string is looked for."""
         self._decode = decode
         stop = [s for s in stop if s]
         stopping = [(i, text) for i, text in special.items() if any(text in s for s in stop)]
@@ -42,6 +45,7 @@ class IncrementalText:
             if i in self._marks:
                 marked = [s.replace(text, self._marks[i]) for s in marked]
         self._stop = tuple(dict.fromkeys([*stop, *marked]))
+        self._min_tokens = min_tokens
         self._ids: list[int] = []
         self._shown = 0  # tokens whose text is out
         self._context = 0  # where decoding starts: a few tokens before `_shown`
@@ -73,6 +77,9 @@ class IncrementalText:
 
     def _release(self) -> Piece:
         """Moves text out of `_held`: all up to a stop string, or all that can't begin one."""
+        if len(self._ids) < self._min_tokens:
+            text, self._held = self._held, ""
+            return Piece(text.translate(self._unmarked))
         found = [at for at in map(self._held.find, self._stop) if at >= 0]
         if found:
             text, self._held = self._held[: min(found)], ""

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from engine.errors import InvalidRequestError
 from engine.request import Bounds, Output, Request
 from engine.scheduler import Scheduler
 
@@ -76,15 +77,21 @@ class Worker:
         if self._queued >= self._max_queued:
             raise TooBusyError(f"{self._max_queued} requests are queued already")
 
-    def submit(self, request: Request) -> None:
-        """Queue a request; its outputs come to `request.deliver`. Raises InvalidRequestError,
-        TooBusyError, and StoppedError when nobody would ever answer it."""
-        self.bounds.check(request)
+    def submit(self, *requests: Request) -> None:
+        """Queue requests, all or none; the outputs of each come to its `deliver`. Raises
+        InvalidRequestError, TooBusyError, and StoppedError when nobody would ever answer them."""
+        for request in requests:
+            self.bounds.check(request)
+        if len(requests) > self._max_queued:
+            allowed = f"at most {self._max_queued} answers are computed at once"
+            raise InvalidRequestError("n", len(requests), allowed)
         arrived = time.monotonic()
         with self._lock:
             self.check_room()
-            self._queued += 1
-            self._incoming.append(Arrival(request, arrived))
+            if self._queued + len(requests) > self._max_queued:
+                raise TooBusyError(f"there is no room for {len(requests)} more requests")
+            self._queued += len(requests)
+            self._incoming.extend(Arrival(request, arrived) for request in requests)
         self._wake.set()
 
     def cancel(self, request_id: str) -> None:

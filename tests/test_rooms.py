@@ -125,7 +125,7 @@ FLOORS = {
         admission, models
         experts, sequence, weights
         device, prefix
-        attention, identity, layers, sampler, text
+        adjust, attention, grammar, identity, layers, sampler, text
         budget, config, demo_model, request
         asking, batch, flood, kernels, metrics, packed_file, settings
         choice, errors, extents, quantised, spellings
@@ -133,8 +133,22 @@ FLOORS = {
     "engine/http": """
         loading
         app, server
-        bodies, connection, experts, tokenizer
-        errors, literals, replies, schema, template, token_bytes
+        outside, service
+        dialects, prompts
+        parts
+        bodies, connection, experts, grammars, keys, replies, run, tokenizer
+        schema, speech
+        tools
+        errors, fields, literals, template, token_bytes
+    """,
+    "engine/http/dialects": """
+        anthropic, ollama, responses
+    """,
+    "engine/http/speech": """
+        voice
+        reasoning
+        formats
+        reader
     """,
     "engine/models": """
         expert_layers

@@ -13,24 +13,38 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from engine.http.errors import ApiError, of_validation
-from engine.http.schema import Body, CacheOptions
+from engine.http.fields import Strict, Unknown
+from engine.http.schema import Asking, CacheOptions, ChatBody, CompletionBody
 
 CONTAINERS_MAX = 1 << 16  # lists and objects of a body: the dearest to make, some 100 ns each
+AnyBody = TypeVar("AnyBody", bound=Strict)
 MEMBERS_MAX = 1 << 16  # elements and members of them, beside as many token ids as fit the model
 
-AnyBody = TypeVar("AnyBody", bound=Body)
+
+def read(
+    raw: bytes, kind: type[Asking], *, token_ids_max: int, unknown: Unknown | None = None
+) -> ChatBody | CompletionBody:
+    """What the body that these bytes are asks for; `unknown` gets the names of what was ignored.
+    Holds the interpreter for some 10 ms at a time at most. Raises ApiError 400 that names the first
+    field that is wrong."""
+    body = checked(raw, kind, token_ids_max=token_ids_max, unknown=unknown)
+    try:
+        return body.asks()
+    except ValidationError as error:
+        raise of_validation(error) from error
 
 
-def read(raw: bytes, kind: type[AnyBody], *, token_ids_max: int) -> AnyBody:
-    """The body that these bytes are. Holds the interpreter for some 10 ms at a time at most.
-    Raises ApiError 400 that names the first field that is wrong."""
+def checked(
+    raw: bytes, kind: type[AnyBody], *, token_ids_max: int, unknown: Unknown | None = None
+) -> AnyBody:
+    """The body that these bytes are. Raises ApiError as `read` does."""
     check_size(raw, members_max=MEMBERS_MAX + token_ids_max)
     try:
         value = from_json(raw, allow_inf_nan=False)
     except ValueError as error:
         raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from error
     try:
-        return kind.model_validate(value)
+        return kind.model_validate(value, context={"unknown": unknown or Unknown()})
     except ValidationError as error:
         raise of_validation(error, names=CacheOptions.model_fields) from error
 
@@ -41,7 +55,7 @@ def check_size(raw: bytes, *, members_max: int) -> None:
     if containers <= CONTAINERS_MAX and members <= members_max:
         return
     raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")  # no quote is left but those of strings
-    if raw.count(b'"') <= 4 * members_max:  # a member has at most two strings
+    if raw.count(b'"') <= 4 * members_max + 2:  # a member has two strings at most; or it is one
         containers, members = _upper_bounds(b"".join(raw.split(b'"')[::2]))
         if containers <= CONTAINERS_MAX and members <= members_max:
             return

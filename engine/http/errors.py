@@ -24,13 +24,20 @@ class ApiError(Exception):
     """What a caller did wrong, or what the engine can't do now; `param` names the field."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
         self.code = code
+        self.retry_after_s = retry_after_s
 
     def body(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
@@ -45,9 +52,12 @@ class ApiError(Exception):
             }
         }
 
-    def response(self) -> JSONResponse:
-        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else None
-        return JSONResponse(self.body(), self.status, headers)
+    def response(self, body: dict[str, Any] | None = None) -> JSONResponse:
+        """`body`: in the words of another interface."""
+        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        if self.retry_after_s is not None:
+            headers["Retry-After"] = str(self.retry_after_s)
+        return JSONResponse(self.body() if body is None else body, self.status, headers)
 
 
 def refused(param: str, value: object, allowed: str, code: str = "invalid_value") -> ApiError:
@@ -96,4 +106,6 @@ def of_validation(error: ValidationError, *, names: Iterable[str] = ()) -> ApiEr
 
 
 def _is_field(part: str | int) -> bool:
-    return isinstance(part, int) or (part.isidentifier() and part not in ("str", "int", "list"))
+    return isinstance(part, int) or (
+        part.isidentifier() and part not in ("str", "int", "list", "dict")
+    )

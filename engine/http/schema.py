@@ -1,91 +1,66 @@
-"""The bodies that callers send, checked field by field: OpenAI's, and some of our own.
+"""The bodies of OpenAI's endpoints, checked field by field, by the rule of fields.py.
 
-`top_k`, `ignore_eos`: as other servers of open models have them. `cache_salt` narrows whose cache
-is shared. `kvc2` tells the cache what will become of the prompt, and its `details` ask for the
-answer's member of that name. A field that OpenAI has and the engine doesn't do is refused by name
-unless its value asks for nothing, as is an unknown one: what is null or empty asks for nothing.
-
-Lists are checked up to the first bad element, and one unknown name is enough: see bodies.py.
+`top_k`, `min_p`, `repetition_penalty`, `min_tokens`, `stop_token_ids`, `ignore_eos`: as other
+servers of open models have them. `cache_salt` narrows whose cache is shared. `kvc2` tells the cache
+what will become of the prompt, and its `details` ask for the answer's member of that name.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from abc import ABC, abstractmethod
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from engine.http.fields import Ignored, NotDone, Strict, few
+from engine.http.tools import CALLS_MAX, TOOLS_MAX, Tool, ToolCall, Tooled
 from kvc2.answers import Hints
 
 STOP_STRINGS_MAX = 16
 STOP_CHARACTERS_MAX = 1024
+STOP_TOKENS_MAX = 128
 TOP_LOGPROBS_MAX = 20
+BIAS_MAX = 1024  # tokens that one request biases
 SALT_BYTES_MAX = 256  # the daemon's limit
 PRIORITY_MAX = 7  # the daemon's
 SECONDS_MAX = (1 << 32) - 1  # what the wire holds
-
+CHOICES_MAX = 128  # of one request, all its prompts together
 MESSAGES_MAX = 4096  # templates walk them more than once
 METADATA_MAX = 16  # OpenAI's
-EMPTY: tuple[Any, ...] = (None, "", [], {})
-
-
-def few(most: int) -> BeforeValidator:
-    """Refuses an object or list of more than `most` before it looks at any."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, dict | list) and len(value) > most:
-            raise ValueError(f"at most {most}")
-        return value
-
-    return BeforeValidator(check)
-
+# what a template's rendering is told by us, or by its tokenizer
+TEMPLATE_ARGUMENTS = frozenset(
+    {
+        *("add_generation_prompt", "chat_template", "continue_final_message", "conversation"),
+        *("conversations", "documents", "max_length", "messages", "padding", "return_dict"),
+        *("return_assistant_tokens_mask", "return_tensors", "tokenize", "tokenizer_kwargs"),
+        *("tools", "truncation", "sanitize_control_tokens"),
+    }
+)
 
 TokenId = Annotated[int, Field(ge=0, lt=1 << 32)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS_MAX)]
+Seconds = Annotated[int, Field(ge=0, le=SECONDS_MAX)]
 
 
-class Strict(BaseModel):
-    """No coercion ("5" is no number), no unknown fields, no NaN."""
+class Asking(Strict, ABC):
+    """A body that asks for a chat or a completion."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _what_asks_for_something(cls, value: Any) -> Any:
-        """Without members that ask for nothing, and with the first unknown name alone."""
-        if not isinstance(value, dict):
-            return value
-        asked: dict[str, Any] = {}
-        unknown: dict[str, Any] = {}
-        for name, each in value.items():
-            field = cls.model_fields.get(name)
-            if field is None:
-                if not unknown and each not in EMPTY:
-                    unknown[name] = each
-            elif each is not None or field.is_required():
-                asked[name] = each
-        return asked | unknown
+    @abstractmethod
+    def asks(self) -> ChatBody | CompletionBody:
+        """Raises pydantic's ValidationError for what only the whole shows."""
 
 
 class StreamOptions(Strict):
     include_usage: bool = False
-    include_obfuscation: Literal[False] = False
-
-
-Seconds = Annotated[int, Field(ge=0, le=SECONDS_MAX)]
+    include_obfuscation: Ignored = None  # none is added
 
 
 class CacheOptions(Strict):
     """`kvc2`: hints for the daemon, accepted and ignored without one, and `details`: whether the
     answer tells where its prompt was found, and why not more of it."""
 
+    ours: ClassVar[bool] = True
     priority: int = Field(default=0, ge=0, le=PRIORITY_MAX)
     session_end: bool = False
     expect_return_within_s: Seconds = 0
@@ -97,38 +72,64 @@ class CacheOptions(Strict):
         return Hints(**self.model_dump(exclude={"details"}))
 
 
-class Body(Strict):
-    """What both endpoints take."""
+def _biases(value: Any) -> Any:
+    """Token ids are the names of a JSON object's members: strings."""
+    if not isinstance(value, dict):
+        return value
+    bad = next((name for name in value if not (name.isascii() and name.isdigit())), None)
+    if bad is not None:
+        raise ValueError(f"its names are token ids, as strings; {bad[:20]!r} is none")
+    return {int(name): bias for name, bias in value.items()}
+
+
+def _several(value: Any) -> Any:
+    """A list is one prompt's tokens, or several prompts: of these few, before one is looked at."""
+    if isinstance(value, list) and len(value) > CHOICES_MAX and isinstance(value[0], str | list):
+        raise ValueError(f"at most {CHOICES_MAX} prompts")
+    return value
+
+
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+class Body(Asking):
+    """What both of OpenAI's endpoints take."""
 
     model: str
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0)
+    top_k: int | None = Field(default=None, ge=-1)  # -1: all, as other servers have it
+    min_p: float | None = Field(default=None, ge=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: (
         StopString
         | Annotated[list[StopString], Field(max_length=STOP_STRINGS_MAX, fail_fast=True)]
         | None
     ) = None
+    stop_token_ids: (
+        Annotated[list[TokenId], Field(max_length=STOP_TOKENS_MAX, fail_fast=True)] | None
+    ) = None
     max_tokens: int | None = Field(default=None, ge=1)
+    min_tokens: int | None = Field(default=None, ge=0)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Literal[1] | None = None
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
-    logit_bias: Annotated[dict[str, float], few(0)] | None = None
+    n: int | None = Field(default=None, ge=1, le=CHOICES_MAX)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    logit_bias: Annotated[dict[TokenId, Bias], BeforeValidator(_biases), few(BIAS_MAX)] | None = (
+        None
+    )
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None  # of OpenAI's hosts: every prompt is looked up here
-    service_tier: Literal["auto", "default"] | None = None
+    prompt_cache_retention: Ignored = None
+    service_tier: Ignored = None
+    store: Ignored = None
+    metadata: Annotated[dict[str, str], few(METADATA_MAX)] | None = None
     ignore_eos: bool = False
     cache_salt: str | None = None
     kvc2: CacheOptions = CacheOptions()
-
-    @field_validator("presence_penalty", "frequency_penalty", mode="before")
-    @classmethod
-    def _zero(cls, value: Any) -> Any:
-        return 0 if isinstance(value, float) and value == 0 else value
 
     @field_validator("cache_salt")
     @classmethod
@@ -149,25 +150,57 @@ class Body(Strict):
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
+    @property
+    def choices(self) -> int:
+        """How many answers a prompt gets."""
+        return self.n or 1
+
+    @property
+    def generated_choices(self) -> int:
+        """Of how many those are the best."""
+        return self.choices
+
 
 class CompletionBody(Body):
     """/v1/completions."""
 
-    prompt: str | TokenIds
-    logprobs: int | None = Field(default=None, ge=0, le=TOP_LOGPROBS_MAX)
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
-    suffix: Literal[""] | None = None
+    def asks(self) -> CompletionBody:
+        return self
 
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _single(cls, value: Any) -> Any:
-        """OpenAI also takes a list of prompts; here it holds one."""
-        if not isinstance(value, list) or not value or not isinstance(value[0], str | list):
-            return value
-        if len(value) > 1:
-            raise ValueError("a list of prompts may hold one")
-        return value[0]
+    prompt: Annotated[
+        str
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)],
+        BeforeValidator(_several),
+    ]
+    logprobs: int | None = Field(default=None, ge=0, le=TOP_LOGPROBS_MAX)
+    echo: bool | None = None
+    best_of: int | None = Field(default=None, ge=1, le=CHOICES_MAX)
+    suffix: NotDone = None
+
+    @model_validator(mode="after")
+    def _what_goes_together(self) -> CompletionBody:
+        if self.best_of is not None and self.best_of < self.choices:
+            raise ValueError("best_of must be n or more")
+        if self.stream and self.generated_choices > self.choices:
+            raise ValueError("stream is not allowed where best_of is more than n")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo is not done together with logprobs: a prompt's are not computed")
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One or several."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+    @property
+    def generated_choices(self) -> int:
+        return self.best_of or self.choices
 
     @property
     def output_tokens_max(self) -> int | None:
@@ -184,12 +217,36 @@ class TextPart(Strict):
     text: str
 
 
+class RefusalPart(Strict):
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
+Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
+
+
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
     name: str | None = None
     tool_call_id: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=CALLS_MAX, fail_fast=True)] | None = None
+    reasoning_content: str | None = None
+    reasoning: Ignored = None  # the same, under another name
     refusal: str | None = None
+    function_call: NotDone = None
+    audio: NotDone = None
+    annotations: Ignored = None
+
+    @model_validator(mode="after")
+    def _who_calls(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls: only the assistant calls tools")
+        return self
 
     @property
     def text(self) -> str:
@@ -200,10 +257,16 @@ class Message(Strict):
         return "".join(part.text for part in self.content)
 
     @property
-    def for_template(self) -> dict[str, str]:
+    def for_template(self) -> dict[str, Any]:
         """As the chat template sees it."""
-        more = {"name": self.name, "tool_call_id": self.tool_call_id}
+        more: dict[str, Any] = {
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+            "reasoning_content": self.reasoning_content,
+        }
         said = {name: value for name, value in more.items() if value is not None}
+        if self.tool_calls:
+            said["tool_calls"] = [call.for_template for call in self.tool_calls]
         return {"role": self.role, "content": self.text} | said
 
 
@@ -211,20 +274,54 @@ class TextFormat(Strict):
     type: Literal["text"]
 
 
-class ChatBody(Body):
+class JsonFormat(Strict):
+    type: Literal["json_object"]
+
+
+class NamedSchema(Strict):
+    name: str = ""
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None  # it is kept in any case
+
+
+class SchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+
+
+class ChatBody(Body, Tooled):
     """/v1/chat/completions."""
+
+    def asks(self) -> ChatBody:
+        return self
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES_MAX, fail_fast=True)]
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=TOP_LOGPROBS_MAX)
-    response_format: TextFormat | None = None
-    tools: Annotated[list[Any], few(0)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None  # of none
+    response_format: ResponseFormat | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     modalities: Annotated[list[Literal["text"]], few(1)] | None = None
-    store: Literal[False] | None = None
-    metadata: Annotated[dict[str, str], few(METADATA_MAX)] | None = None
+    prediction: Ignored = None  # it makes an answer faster, never another
+    audio: NotDone = None
+    functions: NotDone = None  # before there were tools
+    function_call: NotDone = None
+    web_search_options: NotDone = None
+    verbosity: Literal["medium"] | None = None
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _of_templates(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        ours = next((name for name in value or () if name in TEMPLATE_ARGUMENTS), None)
+        if ours is not None:
+            raise ValueError(f"{ours!r} is the engine's to say")
+        return value
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatBody:
@@ -239,3 +336,33 @@ class ChatBody(Body):
     @property
     def top_logprobs_asked(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TokenizeBody(Strict):
+    """/tokenize, as vLLM has it: of a text, or of a chat by the model's template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES_MAX)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=TOOLS_MAX, fail_fast=True)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give prompt or messages")
+        return self
+
+    def chat(self) -> ChatBody:
+        """Of messages. Raises pydantic's ValidationError."""
+        asked = {"model": self.model or "", "chat_template_kwargs": self.chat_template_kwargs}
+        body = ChatBody.model_validate(asked | {"messages": [{"role": "user", "content": ""}]})
+        return body.model_copy(update={"messages": self.messages, "tools": self.tools})
+
+
+class DetokenizeBody(Strict):
+    """/detokenize."""
+
+    model: str | None = None
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]

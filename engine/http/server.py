@@ -29,7 +29,6 @@ from kvc2.errors import InvalidConfig
 
 log = logging.getLogger(__name__)
 
-STOP_S = 5  # for answers under way when the process is told to stop
 SPARE_CONNECTIONS = 16  # beyond the limit, for /health and /metrics
 SPARE_PATHS = frozenset({"/health", "/metrics"})
 SPARE_TIMEOUT_S = 2.0
@@ -48,7 +47,7 @@ class Server(uvicorn.Server):
         listener: socket.socket,
         limits: ClientLimits,
         *,
-        stop_s: int = STOP_S,
+        stop_s: int = 5,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(

@@ -6,19 +6,22 @@ Not responsible for text as it is generated (engine.text).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from engine.errors import CheckpointError
 from engine.http.literals import Literals
-from engine.http.template import ChatTemplate, Message, TemplateError
+from engine.http.speech.voice import AUTO, ParseResponse, Voice
+from engine.http.template import ChatTemplate, Conversation, TemplateError
 from engine.http.token_bytes import TokenBytes
 
 # A text of fewer characters a token than this is encoded at once: that takes no longer than some
 # texts that fit. A longer one may be spaces, which some vocabularies have by the dozen.
 DENSE_CHARACTERS = 8
 PIECE_CHARACTERS = 1 << 16  # some 20 ms
+END_TOKENS = 16  # of a prompt: a mark that it may end with is shorter
 
 
 class TextTooLongError(Exception):
@@ -28,8 +31,11 @@ class TextTooLongError(Exception):
 class Tokenizer:
     """Calls the Rust tokenizer itself where there is one: it takes no lock and keeps no state."""
 
-    def __init__(self, model_dir: Path, *, parse_special: bool = False) -> None:
-        """`parse_special`: a chat's messages may hold special tokens by their literals."""
+    def __init__(
+        self, model_dir: Path, *, parse_special: bool = False, tool_format: str = AUTO
+    ) -> None:
+        """`parse_special`: a chat's messages may hold special tokens by their literals;
+        `tool_format`: how the model writes calls, where its template doesn't tell."""
         from transformers import AutoTokenizer  # slow to import, and only needed here
 
         try:
@@ -53,6 +59,32 @@ class Tokenizer:
             made = self._literals.reader(self._inner.to_str())
             self._reader = type(self._inner).from_str(made)
         self._template = ChatTemplate(self._render)
+        self.template_source = self._template_source()
+        self.voice = Voice.of(self.template_source, tool_format, self._parse_response())
+
+    def _template_source(self) -> str:
+        """All the templates that the tokenizer has, for what they show of the model."""
+        found = self._outer.chat_template
+        return "\n".join(found.values()) if isinstance(found, dict) else found or ""
+
+    def _parse_response(self) -> ParseResponse | None:
+        """How the tokenizer itself reads an answer; None: it doesn't say."""
+        outer = self._outer
+        names = ("response_template", "response_schema")
+        if not any(getattr(outer, name, None) for name in names):
+            return None
+        parse: ParseResponse = outer.parse_response
+        return parse
+
+    @property
+    def json(self) -> str | None:
+        """The tokenizer.json of the Rust tokenizer, if there is one."""
+        return None if self._inner is None else str(self._inner.to_str())
+
+    def token_of(self, literal: str) -> int | None:
+        """The one token that this text is; None: there is none."""
+        found = self._outer.get_added_vocab().get(literal)
+        return None if found is None else int(found)
 
     def _longest(self) -> int | None:
         """Characters that a token covers at most, where text is taken as it is, byte by byte. None:
@@ -125,8 +157,12 @@ class Tokenizer:
             for token in self._outer.encode(piece, add_special_tokens=special and index == 0)
         ]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text, without special tokens."""
+    def decode(self, token_ids: Sequence[int], shown: Container[int] = ()) -> str:
+        """Text, without special tokens but those that are `shown`, by their literals."""
+        if shown:
+            kept = [i for i in token_ids if i in shown or i not in self.special_tokens]
+            decoder = self._outer if self._inner is None else self._inner
+            return str(decoder.decode(kept, skip_special_tokens=False))
         if self._inner is not None:
             return str(self._inner.decode(list(token_ids), skip_special_tokens=True))
         return str(self._outer.decode(list(token_ids), skip_special_tokens=True))
@@ -138,28 +174,66 @@ class Tokenizer:
     def _named(self, token_id: int) -> str:
         return str(self._outer.decode([token_id], skip_special_tokens=False))
 
-    def chat(self, messages: Sequence[Message], most: int) -> list[int]:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        most: int,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> list[int]:
         """Token ids of a conversation up to where the assistant speaks. What callers wrote makes no
         special token unless `parse_special`. Raises TemplateError, and TextTooLongError as
         `encode` does."""
-        for each in messages:
-            self._check_length(each["content"], most)
+        given = (messages, tools, variables)
+        for text in texts_of(given):
+            self._check_length(text, most)
         if not self._parse_special:
-            messages = [
-                {name: self._literals.hidden(text) for name, text in each.items()}
-                for each in messages
-            ]
-        text = self._template.text(messages)
+            given = mapped(given, self._literals.hidden)
+        text = self._template.text(Conversation(*given))
         self._check_length(text, most)
         return self._encoded(text, special=False)  # the template writes special tokens itself
 
-    def _render(self, messages: Sequence[Message]) -> str:
+    def end_of(self, token_ids: Sequence[int]) -> str:
+        """The last text of a prompt, special tokens by their literals."""
+        last = list(token_ids[-END_TOKENS:])
+        return str(self._outer.decode(last, skip_special_tokens=False))
+
+    def _render(self, conversation: Conversation) -> str:
         if not self._outer.chat_template:
             raise TemplateError("the model has no chat template; use /v1/completions")
         try:
             text: str = self._outer.apply_chat_template(
-                [dict(each) for each in messages], add_generation_prompt=True, tokenize=False
+                [dict(each) for each in conversation.messages],
+                tools=[dict(each) for each in conversation.tools] or None,
+                add_generation_prompt=True,
+                tokenize=False,
+                **conversation.variables,
             )
         except Exception as error:  # templates raise what they like
             raise TemplateError(f"the model's chat template refuses them: {error}") from error
         return text
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """All strings of a JSON value, names of members too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            yield name
+            yield from texts_of(each)
+    elif isinstance(value, Sequence):
+        for each in value:
+            yield from texts_of(each)
+
+
+def mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with each of its strings changed, names of members too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(name): mapped(each, change) for name, each in value.items()}
+    if isinstance(value, Sequence):
+        return [mapped(each, change) for each in value]
+    return value

@@ -4,7 +4,7 @@ events can't hold."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -182,8 +182,8 @@ class Special(Letters):
 
     special_tokens: ClassVar[dict[int, str]] = {t: f"<{t}>" for t in range(0, 97, 2)}
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return super().decode([t for t in token_ids if t % 2])
+    def decode(self, token_ids: Sequence[int], shown: Container[int] = ()) -> str:
+        return super().decode([t for t in token_ids if t % 2 or t in shown])
 
 
 @pytest.fixture

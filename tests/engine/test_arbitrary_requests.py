@@ -112,7 +112,7 @@ def test_no_request_changes_what_its_neighbour_is_answered(
 class OddLetters(Letters):
     """Letters, with texts that make no token, and ones that make tokens beyond the vocabulary."""
 
-    def chat(self, messages: Any, most: int) -> list[int]:
+    def chat(self, messages: Any, most: int, **more: Any) -> list[int]:
         return self.encode("".join(message["content"] for message in messages), most)
 
 

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from engine.http import bodies
 from engine.http.errors import QUOTED_MAX, ApiError, quoted
+from engine.http.fields import UNKNOWN_MAX, Unknown
 from engine.http.schema import ChatBody, CompletionBody
 from engine.http.tokenizer import PIECE_CHARACTERS, TextTooLongError, Tokenizer
 from tests.doubles.byte_tokenizer import TURN, add_tokenizer
@@ -24,6 +25,7 @@ from tests.doubles.engine_doubles import build as build_house
 from tests.engine.test_http import CHAT, COMPLETION, Letters, over
 
 MANY = 50_000
+STRICT = Unknown(refused=True)
 ANSWER_BYTES_MAX = 1000
 
 
@@ -80,18 +82,20 @@ def test_what_stands_in_a_text_is_no_value() -> None:
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [1.5] * MANY}, "prompt.0"),
     ({"prompt": [1] * MANY + [-1] * 9}, f"prompt.{MANY}"),
-    ({"prompt": [[1.5] * MANY]}, "prompt.0"),
+    ({"prompt": [[1.5] * MANY]}, "prompt.0.0"),
     ({"prompt": ["a"] * MANY}, "prompt"),
+    ({"prompt": [[1]] * MANY}, "prompt"),
     ({"prompt": [1 << 32]}, "prompt.0"),
     ({"messages": [{}] * MANY}, "messages.0.role"),
     ({"messages": [{"role": "user", "content": "a"}] * MANY}, "messages"),
-    ({"messages": [{"role": "user", "content": [{}] * MANY}]}, "messages.0.content.0.type"),
+    ({"messages": [{"role": "user", "content": [{}] * MANY}]}, "messages.0.content.0"),
     ({"messages": [{"role": "user"} | {f"n{i}": 1 for i in range(MANY)}]}, "messages.0.n0"),
     ({f"n{i}": 1 for i in range(MANY)}, "n0"),
+    ({"stop_token_ids": [1] * MANY}, "stop_token_ids"),
     ({"stop": [1] * MANY}, "stop.0"),
     ({"metadata": {f"n{i}": 1 for i in range(MANY)}}, "metadata"),
     ({"logit_bias": {f"n{i}": "a" for i in range(MANY)}}, "logit_bias"),
-    ({"tools": [1] * MANY}, "tools"),
+    ({"tools": [1] * MANY}, "tools.0"),
     ({"modalities": [1] * MANY}, "modalities"),
     ({"kvc2": {f"n{i}": 1 for i in range(MANY)}}, "kvc2.n0"),
     ({"n" * 100_000: 1}, "n" * 80),
@@ -107,12 +111,22 @@ def test_a_body_is_refused_at_its_first_fault_and_in_few_words(
     chat = "messages" in fields or {"metadata", "tools", "modalities"} & set(fields)
     kind, start = (ChatBody, CHAT) if chat else (CompletionBody, COMPLETION)
     with pytest.raises(ApiError) as refused:
-        bodies.read(json.dumps(start | fields).encode(), kind, token_ids_max=MANY * 2)
+        bodies.read(
+            json.dumps(start | fields).encode(), kind, token_ids_max=MANY * 2, unknown=STRICT
+        )
     assert refused.value.param == param
     assert len(refused.value.response().body) < ANSWER_BYTES_MAX
     cause = refused.value.__cause__
     assert isinstance(cause, ValidationError)
     assert cause.error_count() <= 5  # some for each branch of a union, none for each element
+
+
+def test_of_unknown_names_few_are_kept() -> None:
+    unknown = Unknown()
+    raw = json.dumps(CHAT | {f"n{i}" * 100: 1 for i in range(MANY)}).encode()
+    bodies.read(raw, ChatBody, token_ids_max=10, unknown=unknown)
+    assert len(unknown.names) == UNKNOWN_MAX
+    assert max(map(len, unknown.names)) == 80
 
 
 def test_a_quote_costs_no_more_than_what_it_shows() -> None:

@@ -4,14 +4,17 @@ it."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any, ClassVar
 
 import pytest
 from fastapi.testclient import TestClient
 from openai.types.chat import ChatCompletion
 
-from engine.http.app import Served, build
+from engine.http.app import build
+from engine.http.keys import Keys
+from engine.http.service import Served
+from engine.http.speech.voice import Voice
 from engine.http.template import TemplateError
 from engine.request import Bounds
 from engine.scheduler import SchedulerConfig
@@ -26,15 +29,24 @@ class Letters:
     def encode(self, text: str, most: int, *, special: bool = True) -> list[int]:
         return [ord(letter) - 32 for letter in text]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], shown: Container[int] = ()) -> str:
         return "".join(chr(token + 32) for token in token_ids)
 
     special_tokens: ClassVar[dict[int, str]] = {}
+    voice = Voice.of("", "auto", None)
+    template_source = ""
+    json = None
 
     def token_bytes(self, token_id: int) -> bytes:
         return chr(token_id + 32).encode()
 
-    def chat(self, messages: Sequence[dict[str, str]], most: int) -> list[int]:
+    def end_of(self, token_ids: Sequence[int]) -> str:
+        return self.decode(token_ids)
+
+    def token_of(self, literal: str) -> int | None:
+        return None
+
+    def chat(self, messages: Sequence[dict[str, str]], most: int, **more: Any) -> list[int]:
         if messages[0]["role"] == "tool":
             raise TemplateError("tools can't begin")
         return self.encode(messages[-1]["content"], most)
@@ -50,17 +62,25 @@ def serve(tenants: dict[str, str]) -> Iterator[TestClient]:
 
 
 def over(
-    house: House, tenants: dict[str, str], *, tokenizer: Any = None, max_queued: int = 8
+    house: House,
+    tenants: dict[str, str],
+    *,
+    tokenizer: Any = None,
+    max_queued: int = 8,
+    strict_fields: bool = False,
+    bounds: Bounds | None = None,
+    end_token_ids: frozenset[int] = frozenset(),
 ) -> Iterator[TestClient]:
     served = Served(
         model="hash",
-        end_token_ids=frozenset(),
-        tenants=tenants,
+        end_token_ids=end_token_ids,
+        keys=Keys(tenants),
         max_body_bytes=4000,
+        strict_fields=strict_fields,
     )
     app = build(
         served,
-        worker=Worker(house.scheduler, max_queued, BOUNDS),
+        worker=Worker(house.scheduler, max_queued, bounds or BOUNDS),
         tokenizer=tokenizer or Letters(),
         registry=house.scheduler._metrics.registry,
         daemon=lambda: None,
@@ -78,7 +98,7 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     ({"temperature": "1"}, "temperature"),
     ({"top_p": 0}, "top_p"),
     ({"top_p": 1.1}, "top_p"),
-    ({"top_k": -1}, "top_k"),
+    ({"top_k": -2}, "top_k"),
     ({"top_k": 1.5}, "top_k"),
     ({"seed": 1 << 63}, "seed"),
     ({"stop": ""}, "stop"),
@@ -88,17 +108,26 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": True}, "max_tokens"),
     ({"stream": "yes"}, "stream"),
     ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
-    ({"n": 2}, "n"),
-    ({"presence_penalty": 0.5}, "presence_penalty"),
-    ({"frequency_penalty": 0.5}, "frequency_penalty"),
-    ({"logit_bias": {"1": 5}}, "logit_bias"),
+    ({"n": 0}, "n"),
+    ({"n": 129}, "n"),
+    ({"n": 9}, "n"),  # more than the queue holds
+    ({"presence_penalty": 2.5}, "presence_penalty"),
+    ({"frequency_penalty": -2.5}, "frequency_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"min_p": 1.5}, "min_p"),
+    ({"min_tokens": 5}, "min_tokens"),  # of at most 4
+    ({"stop_token_ids": [-1]}, "stop_token_ids.0"),
+    ({"logit_bias": {"a": 5}}, "logit_bias"),
+    ({"logit_bias": {"1": 101}}, "logit_bias.1"),
+    ({"logit_bias": {"97": 1}}, "logit_bias"),  # beyond the vocabulary
+    ({"logit_bias": [1]}, "logit_bias"),
+    ({"metadata": {"a": 1}}, "metadata.a"),
     ({"user": 5}, "user"),
     ({"ignore_eos": 1}, "ignore_eos"),
     ({"cache_salt": ""}, "cache_salt"),
     ({"cache_salt": "x" * 257}, "cache_salt"),
     ({"kvc2": {"details": "yes"}}, "kvc2.details"),
     ({"model": None}, "model"),
-    ({"no_such_field": 1}, "no_such_field"),
 ]
 
 
@@ -123,11 +152,12 @@ def test_a_bad_field_is_named(
         ({"prompt": []}, "prompt"),
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": [VOCABULARY]}, "prompt"),
-        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": ["a", ""]}, "prompt"),
+        ({"prompt": [[1], []]}, "prompt"),
         ({"prompt": 5}, "prompt"),
         ({"logprobs": 21}, "logprobs"),
-        ({"echo": True}, "echo"),
-        ({"best_of": 2}, "best_of"),
+        ({"best_of": 129}, "best_of"),
         ({"suffix": "x"}, "suffix"),
         ({"prompt": "a" * 200}, "prompt"),
         ({"prompt": "a" * 150, "max_tokens": 60}, "prompt"),
@@ -151,9 +181,20 @@ def test_a_bad_field_of_a_completion_is_named(
         ({"messages": [{"role": "user", "content": "a" * 300}]}, "messages"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type"),
-        ({"store": True}, "store"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function"),
+        ({"tools": [{"type": "custom"}]}, "tools.0.type"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+        ({"tool_choice": "maybe"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),  # of these letters
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"reasoning_effort": "much"}, "reasoning_effort"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+        ({"audio": {"voice": "a"}}, "audio"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"web_search_options": {"user_location": None}}, "web_search_options"),
+        ({"verbosity": "high"}, "verbosity"),
+        ({"modalities": ["audio"]}, "modalities"),
     ],
 )
 def test_a_bad_field_of_a_chat_is_named(
@@ -167,14 +208,18 @@ def test_a_bad_field_of_a_chat_is_named(
 NOTHING: list[dict[str, Any]] = [
     {"kvc2": None},
     {"stop": None, "user": None, "n": None, "stream_options": None},
-    {"audio": None, "prediction": {}, "functions": [], "verbosity": ""},
+    {"audio": None, "prediction": {}, "functions": []},
     {"service_tier": None},
-    {"service_tier": "auto", "safety_identifier": "a", "prompt_cache_key": "b"},
+    {"service_tier": "flex", "safety_identifier": "a", "prompt_cache_key": "b"},
+    {"store": True, "metadata": {"a": "b"}, "n": 1, "presence_penalty": 0, "logit_bias": {}},
+    {"stream": True, "stream_options": {"include_obfuscation": True}},
+    {"prompt_cache_retention": "24h", "top_k": -1},
 ]
 NOTHING_OF_A_CHAT: list[dict[str, Any]] = [
     {"tools": None, "tool_choice": "none", "parallel_tool_calls": False},
     {"tools": [], "parallel_tool_calls": True, "modalities": ["text"], "store": None},
     {"function_call": None, "reasoning_effort": None, "metadata": {}},
+    {"prediction": {"type": "content", "content": "a"}, "verbosity": "medium"},
 ]
 
 
@@ -196,6 +241,32 @@ def test_a_member_of_a_chat_that_asks_for_nothing_is_taken(
     assert reply.status_code == 200, reply.text
 
 
+@pytest.mark.parametrize("chat", [False, True], ids=["completion", "chat"])
+def test_an_unknown_field_is_ignored_and_told_once(
+    client: TestClient, caplog: pytest.LogCaptureFixture, chat: bool
+) -> None:
+    name = f"no_such_field_{chat}"
+    body = (CHAT if chat else COMPLETION) | {name: 1, "stream_options": {}, "stream": True}
+    for _ in range(2):
+        path = "/v1/chat/completions" if chat else "/v1/completions"
+        assert client.post(path, json=body).status_code == 200
+    assert caplog.text.count(name) == 1
+
+
+def test_an_unknown_field_is_refused_where_fields_are_strict() -> None:
+    served = over(build_house(64, daemon=False), {}, strict_fields=True)
+    client = next(served)
+    messages = [{"role": "user", "content": "a", "mood": "good"}]
+    for fields, param in [({"no_such_field": 1}, "no_such_field"), ({"x": None}, None)]:
+        reply = client.post("/v1/completions", json=COMPLETION | fields)
+        assert reply.status_code == (400 if param else 200)
+        if param:
+            assert reply.json()["error"]["param"] == param
+            assert reply.json()["error"]["code"] == "unknown_parameter"
+    reply = client.post("/v1/chat/completions", json=CHAT | {"messages": messages})
+    assert reply.json()["error"]["param"] == "messages.0.mood"
+
+
 def test_an_answer_can_be_sent_back_as_a_client_dumps_it(client: TestClient) -> None:
     answer = client.post("/v1/chat/completions", json=CHAT).json()
     message = ChatCompletion.model_validate(answer).choices[0].message
@@ -207,11 +278,12 @@ def test_an_answer_can_be_sent_back_as_a_client_dumps_it(client: TestClient) -> 
 
 
 def test_what_a_message_asks_for_and_is_not_done_is_refused(client: TestClient) -> None:
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
-    reply = client.post("/v1/chat/completions", json=CHAT | {"messages": messages})
-    assert reply.status_code == 400
-    assert reply.json()["error"]["param"] == "messages.0.tool_calls"
+    call = {"name": "f", "arguments": "{}"}
+    for fields in ({"function_call": call}, {"content": [{"type": "image_url"}]}):
+        messages = [{"role": "assistant", "content": None} | fields]
+        reply = client.post("/v1/chat/completions", json=CHAT | {"messages": messages})
+        assert reply.status_code == 400
+        assert reply.json()["error"]["param"].startswith(f"messages.0.{next(iter(fields))}")
 
 
 def test_other_refusals(client: TestClient) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from engine.http import app
+from engine.http import service
 from engine.prefix import (
     BridgeConfig,
     Daemon,
@@ -116,7 +116,7 @@ def test_what_is_asked_of_a_silent_daemon_holds_no_answer_back(
 ) -> None:
     never: Future[Explanation] = Future()
     monkeypatch.setattr("engine.admission.explain", lambda bridge, lease: never)
-    monkeypatch.setattr(app, "EXPLAIN_WAIT_S", 0.0)
+    monkeypatch.setattr(service, "EXPLAIN_WAIT_S", 0.0)
     assert details(client, TEN)["explanation"]["why"] == "unknown"
 
 

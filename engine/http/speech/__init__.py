@@ -1,0 +1,1 @@
+"""What a model's text says: prose, reasoning, calls of tools."""
