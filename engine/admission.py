@@ -1,8 +1,9 @@
 """Who waits, and for what: arrival -> a place in the batch -> a lease on its cached prefix.
 
-First come, first served. A prompt whose next tokens another request computes now gives its lease
-back, waits for those commits for a bounded time, and then hits them, so that identical prompts
-that come together are prefilled once. Not responsible for what a step computes (scheduler).
+Tenants take turns (turns); within one it is first come, first served. A prompt whose next tokens
+another request computes now gives its lease back, waits for those commits for a bounded time, and
+then hits them, so that identical prompts that come together are prefilled once. Not
+responsible for what a step computes (scheduler).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from engine.metrics import EngineMetrics
 from engine.prefix import Bridge, Lease, explain
 from engine.sequence import Sequence
+from engine.turns import Turns
 
 RATE_UNMEASURED = 200.0  # tokens/s before the first prefill: slow, so that waits are long enough
 WAIT_SLACK = 1.5  # of the estimate, since the other one shares its steps with others
@@ -40,6 +42,7 @@ class Admission:
         self._max_running = max_running
         self._metrics = metrics
         self._clock = clock
+        self.turns = Turns()
         self.waiting: list[Sequence] = []  # by arrival
         self.acquiring: list[Sequence] = []
         self.deferred: list[Sequence] = []
@@ -68,14 +71,28 @@ class Admission:
         ready = self._collect(running, rate)
         self._end_waits(running)
         active = [*running, *ready]
-        while self.waiting and self._places(active) > 0 and self._has_room(self.waiting[0], active):
-            self._acquire(self.waiting.pop(0))
-        self._announce()
+        self.turns.wants(each.tenant for each in (*active, *self._coming(), *self.waiting))
+        queue = self.turns.sorted(self.waiting, [*active, *self._coming()])
+        while queue and self._places(active) > 0 and self._has_room(queue[0], active):
+            self.waiting.remove(queue[0])
+            self._acquire(queue[0])
+            queue = self.turns.sorted(self.waiting, [*active, *self._coming()])
+        self._announce(queue)
         return ready
 
-    def _announce(self) -> None:
+    def yielding(self, running: Many[Sequence]) -> list[Sequence]:
+        """Who gives its place to a tenant that has none, where no place is free."""
+        if self._places(running) > 0:
+            return []
+        coming = {each.tenant for each in self._coming()}
+        return self.turns.yielding([s for s in self.waiting if s.tenant not in coming], running)
+
+    def _coming(self) -> list[Sequence]:
+        return [*self.acquiring, *self.deferred]
+
+    def _announce(self, queue: Many[Sequence]) -> None:
         """Those that have no place yet find in memory what is on disk now."""
-        for sequence in self.waiting[:ANNOUNCED_MAX]:
+        for sequence in queue[:ANNOUNCED_MAX]:
             if sequence.cached and not sequence.announced:
                 sequence.announced = True
                 self._bridge.announce(sequence.array(), sequence.request.caller)

@@ -175,6 +175,7 @@ class Request:
     hints: Hints = NO_HINTS
     explain: bool = False
     constraint: Constraint | None = None
+    deadline_s: float | None = None  # after its arrival; then it ends, however far it is
 
 
 @dataclass(frozen=True)

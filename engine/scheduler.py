@@ -2,10 +2,10 @@
 
 Laws: a chunk ends at a multiple of chunk_size counted from token 0, or at the prompt's end, so
 that the same tokens are computed in the same pieces whoever else is there. Decodes go first, then
-prefills by arrival, within the token budget. When pages run out, the youngest gives its pages up
-and is computed again later; the oldest always advances. A prompt whose next tokens another request
-computes now waits for those commits, for a bounded time, and then hits them. Not responsible for
-pages and the daemon (prefix), the thread it runs on (worker), or HTTP.
+prefills by their tenants' turns (turns) and arrival, within the token budget. When pages run out,
+the youngest gives its pages up and is computed again later; the oldest always advances. A prompt
+whose next tokens another request computes now waits for those commits, for a bounded time, and then
+hits them. Not responsible for pages and the daemon (prefix), its thread (worker), or HTTP.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from engine.admission import Admission
 from engine.batch import Batch, Slice
 from engine.metrics import EngineMetrics
 from engine.prefix import Bridge, Lease, PrefixLostError
+from engine.rate import PrefillRate
 from engine.request import Output, Request, ScoredToken
 from engine.sampler import sample
 from engine.sequence import Sequence
 
 log = logging.getLogger(__name__)
 
-RATE_SMOOTHING = 0.3  # weight of a step of a whole chunk in the measured prefill rate
 LEAST_LOGIT, LEAST_LOGPROB = -3e38, -9999.0  # of a token that is never chosen
 RECLAIM_PAUSE_S = 0.05  # between two requests for pages that were not granted
 
@@ -75,8 +75,7 @@ class Scheduler:
     ) -> None:
         self.config = config
         self.bridge = bridge
-        self.prefill_rate: float | None = None  # tokens/s
-        self._rate_weight = 0.0  # of all that was measured
+        self._rate = PrefillRate(config.chunk_size, self._tell_rate)
         self._compute = compute
         self._metrics = metrics
         self._clock = clock
@@ -117,6 +116,11 @@ class Scheduler:
     # one step
 
     @property
+    def prefill_rate(self) -> float | None:
+        """Tokens/s; None: nothing was measured yet."""
+        return self._rate.tokens_per_s
+
+    @property
     def requests(self) -> int:
         """Requests that have not ended."""
         return len(self._by_id)
@@ -128,6 +132,10 @@ class Scheduler:
 
     def step(self) -> bool:
         """Admit, compute one batch, deliver. False when there was nothing to compute."""
+        for sequence in [s for s in self._by_id.values() if s.overdue(self._clock())]:
+            self._finish(sequence, "error", "its deadline has passed", unavailable=True)
+        for sequence in self._admission.yielding(self._running):
+            self._preempt(sequence)
         self._running += self._admission.started(self._running, self.prefill_rate)
         self._running.sort(key=lambda s: s.order)
         work = self._plan()
@@ -136,31 +144,19 @@ class Scheduler:
         self._measure()
         return bool(work)
 
-    def check(self) -> None:
-        """Raises AssertionError when pages and sequences don't agree. For tests; between steps
-        only."""
-        orders = [sequence.order for sequence in self._running]
-        assert orders == sorted(orders), "running sequences are out of order"
-        for sequence in self._running:
-            assert sequence.lease is not None, "a running sequence has no lease"
-            room = len(sequence.lease.pages) * self.bridge.config.page_size
-            assert sequence.computed <= room, "KV was computed without a page"
-        for sequence in (*self._admission.waiting, *self._admission.deferred):
-            assert sequence.lease is None, "a waiting sequence holds a lease"
-        self.bridge.book.check()
-
     # what a step computes
 
     def _plan(self) -> list[Work]:
-        """Decodes first, then chunks by arrival, as far as budget and pages go."""
+        """Decodes first, then chunks by turns, as far as budget and pages go."""
         budget = self.config.token_budget
         work: list[Work] = []
         for decoding in (True, False):
-            for sequence in [s for s in self._running if s.decoding is decoding]:
+            found = [s for s in self._running if s.decoding is decoding]
+            for sequence in found if decoding else self._admission.turns.sorted(found, ()):
                 if sequence not in self._running:  # an older one took its pages meanwhile
                     continue
                 count = self._next_count(sequence)
-                if count > budget:  # nobody younger overtakes it, so that it isn't starved
+                if count > budget:  # nobody overtakes it, so that it isn't starved
                     break
                 if self._make_room(sequence, count):
                     work.append(Work(sequence, count))
@@ -239,7 +235,7 @@ class Scheduler:
         prefilled = sum(w.count for w in work if not w.sequence.decoding)
         self._metrics.prefilled_tokens.inc(prefilled)
         if layer_ready is None:  # a step that waited for its prefix would measure that
-            self._measure_rate(prefilled, self._clock() - started)
+            self._rate.measured(prefilled, self._clock() - started)
         self._advance(work, logits)
 
     def _batch(self, work: list[Work], leases: list[Lease]) -> Batch:
@@ -279,6 +275,7 @@ class Scheduler:
     def _advance(self, work: list[Work], logits: Tensor) -> None:
         for w in work:
             w.sequence.computed += w.count
+            self._admission.turns.computed(w.sequence.tenant, w.count)
             if w.sequence.first_token_at is None:
                 w.sequence.prefilled_tokens += w.count
         # before anything is released: a lease's last blocks are committed too
@@ -378,16 +375,9 @@ class Scheduler:
 
     # what is measured
 
-    def _measure_rate(self, prefilled: int, seconds: float) -> None:
-        """A short step takes longer a token than whole chunks do, and weighs less."""
-        if prefilled == 0 or seconds <= 0:
-            return
-        weight = RATE_SMOOTHING * min(1.0, prefilled / self.config.chunk_size)
-        self._rate_weight += weight * (1 - self._rate_weight)  # 1 when much has been seen
-        old = self.prefill_rate or 0.0
-        self.prefill_rate = old + weight / self._rate_weight * (prefilled / seconds - old)
-        self.bridge.prefill_rate = self.prefill_rate
-        self._metrics.prefill_rate.set(self.prefill_rate)
+    def _tell_rate(self, tokens_per_s: float) -> None:
+        self.bridge.prefill_rate = tokens_per_s
+        self._metrics.prefill_rate.set(tokens_per_s)
 
     def _measure(self) -> None:
         self._metrics.running.set(len(self._running))
@@ -395,6 +385,20 @@ class Scheduler:
         counts = self.bridge.book.counts()
         for owner in ("free", "used", "daemon", "quarantined"):
             self._metrics.pages.labels(owner).set(getattr(counts, owner))
+
+
+def check(scheduler: Scheduler) -> None:
+    """Raises AssertionError when pages and sequences don't agree. For tests; between steps
+    only."""
+    orders = [sequence.order for sequence in scheduler._running]
+    assert orders == sorted(orders), "running sequences are out of order"
+    for sequence in scheduler._running:
+        assert sequence.lease is not None, "a running sequence has no lease"
+        room = len(sequence.lease.pages) * scheduler.bridge.config.page_size
+        assert sequence.computed <= room, "KV was computed without a page"
+    for sequence in (*scheduler._admission.waiting, *scheduler._admission.deferred):
+        assert sequence.lease is None, "a waiting sequence holds a lease"
+    scheduler.bridge.book.check()
 
 
 def _choose(sequence: Sequence, logits: Tensor) -> int:

@@ -72,6 +72,15 @@ class Sequence:
         return len(self.request.tokens)
 
     @property
+    def tenant(self) -> str:
+        return self.request.caller.tenant
+
+    def overdue(self, now: float) -> bool:
+        """Its deadline has passed."""
+        deadline_s = self.request.deadline_s
+        return deadline_s is not None and now > self.arrived + deadline_s
+
+    @property
     def generated(self) -> int:
         return len(self.tokens) - self.prompt_tokens
 

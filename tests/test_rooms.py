@@ -123,12 +123,13 @@ FLOORS = {
         worker
         runner, scheduler
         admission, models
+        turns
         experts, sequence, weights
         device, prefix
         adjust, attention, grammar, identity, layers, sampler, text
         budget, config, demo_model, request
         asking, batch, flood, kernels, metrics, packed_file, settings
-        choice, errors, extents, quantised, spellings
+        choice, errors, extents, quantised, rate, spellings
     """,
     "engine/http": """
         loading

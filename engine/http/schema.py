@@ -58,18 +58,20 @@ class StreamOptions(Strict):
 
 class CacheOptions(Strict):
     """`kvc2`: hints for the daemon, accepted and ignored without one, and `details`: whether the
-    answer tells where its prompt was found, and why not more of it."""
+    answer tells where its prompt was found, and why not more of it. `deadline_s`: how long the
+    request may take, also before it runs."""
 
     ours: ClassVar[bool] = True
     priority: int = Field(default=0, ge=0, le=PRIORITY_MAX)
     session_end: bool = False
     expect_return_within_s: Seconds = 0
     ttl_s: Seconds = 0
+    deadline_s: int | None = Field(default=None, ge=1, le=SECONDS_MAX)
     details: bool = False
 
     @property
     def hints(self) -> Hints:
-        return Hints(**self.model_dump(exclude={"details"}))
+        return Hints(**self.model_dump(exclude={"details", "deadline_s"}))
 
 
 def _biases(value: Any) -> Any:

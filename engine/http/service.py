@@ -227,6 +227,7 @@ class Service:
             top_scores=scores if scores is None else min(scores, self._worker.bounds.vocab_size),
             hints=body.kvc2.hints,
             explain=body.kvc2.details and choice.index == 0,
+            deadline_s=body.kvc2.deadline_s,
             constraint=None if constraint is None else constraint.copy(),
         )
 

@@ -18,7 +18,7 @@ from engine.batch import Batch
 from engine.metrics import EngineMetrics
 from engine.prefix import Bridge, BridgeConfig, BridgeCounters, PageBook
 from engine.request import Caller, Output, Piece, Request, SamplingParams
-from engine.scheduler import Scheduler, SchedulerConfig
+from engine.scheduler import Scheduler, SchedulerConfig, check
 from tests.doubles.bridges import Inline
 from tests.doubles.small_daemon import PAGE_SIZE, SmallDaemon
 
@@ -169,7 +169,7 @@ class House:
         raise AssertionError("requests are stuck")
 
     def check(self) -> None:
-        self.scheduler.check()
+        check(self.scheduler)
         if self.daemon is not None and self.bridge.book.session and not self.ordered.calls:
             self.daemon.pages.check()
 
