@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from engine.experts.hybrid import PlacedExperts
 from engine.experts.router import Routing
 from engine.experts.statistics import Counts, Statistics
 from engine.models.mixtral import NAMES as MIXTRAL_NAMES
+from engine.models.packed import open_packed
 from engine.models.placed import place_experts
 from engine.models.qwen3_moe import NAMES as QWEN3_NAMES
 from engine.models.stack import moe_layer
@@ -34,14 +36,9 @@ Values = TypeVar("Values", Tensor, NDArray[Any])
 # The flags of `kvc2-engine serve` that are about experts, and mean here what --help says
 SETTINGS = (
     *("device_threads", "dtype", "enable_dynamic_expert_update", "expert_copies_per_s"),
-    *("expert_memory_gb", "expert_nodes", "expert_placement_seed", "expert_placement_strategy"),
-    *(
-        "gpu_experts_ratio",
-        "gpu_prefill_token_threshold",
-        "init_expert_location",
-        "num_gpu_experts",
-        "threads",
-    ),
+    *("expert_dtype", "expert_memory_gb", "expert_nodes", "expert_placement_seed"),
+    *("expert_placement_strategy", "gpu_experts_ratio", "gpu_prefill_token_threshold"),
+    *("init_expert_location", "num_gpu_experts", "threads"),
 )
 _NAMES = {"MixtralForCausalLM": MIXTRAL_NAMES, "Qwen3MoeForCausalLM": QWEN3_NAMES}
 
@@ -88,7 +85,9 @@ class HybridExperts:
             counts = statistics.load("init_expert_location", config.init_expert_location, *shape)
         with Checkpoint(config.model, model.dtype, experts_on_disk=on_disk) as checkpoint:
             names = _NAMES[model.architecture]
-            layers = {each: moe_layer(model, checkpoint, each, names) for each in wanted}
+            alone = replace(model, moe_layers=tuple(i in wanted for i in range(model.num_layers)))
+            packed = open_packed(alone, checkpoint, config.expert_dtype, None)
+            layers = {each: moe_layer(model, checkpoint, each, names, packed) for each in wanted}
             if on_disk:
                 checkpoint.digest()  # which each later read must have
             placed = place_experts(config, model, layers, counts, seen)

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from engine.config import ModelConfig
 from engine.experts import HybridExperts
 from engine.experts.router import Routing
-from engine.models import load_model
+from engine.models import build_model, load_model
+from engine.models.packed import open_packed
 from engine.models.placed import moe_layers
+from engine.weights import Checkpoint
 from kvc2.errors import InvalidConfig, InvalidRequest
 from tests import ROOT
 from tests.doubles.checkpoints import make_mixtral, make_qwen3_moe
@@ -53,6 +56,22 @@ def test_it_computes_what_the_model_computes(model_dir: Path, settings: dict[str
                 assert torch.equal(made, own[layer].experts(hidden, Routing(ids, weights)))
         assert experts.layers == (0, 2)
         assert experts.counts.sum(1).tolist() == [416, 0, 416]
+
+
+@pytest.mark.parametrize("settings", SETTINGS[:4], ids=str)
+def test_quantised_experts_are_those_of_an_engine(tmp_path: Path, settings: dict[str, Any]) -> None:
+    model_dir = make_mixtral(tmp_path / "model", hidden_size=64, intermediate_size=64)
+    config = ModelConfig.load(model_dir)
+    with Checkpoint(model_dir, config.dtype) as checkpoint:
+        packed = open_packed(config, checkpoint, "int8", None)
+        own = moe_layers(build_model(config, checkpoint, packed))
+    hidden = torch.randn(20, 64)
+    routing = Routing(torch.randint(4, (20, 2)), torch.rand(20, 2))
+    with HybridExperts.from_checkpoint(
+        model_dir, 1, threads=2, expert_dtype="int8", **settings
+    ) as experts:
+        made = experts.forward(hidden, routing.expert_ids, routing.weights)
+    assert torch.equal(made, own[1].experts(hidden, routing))
 
 
 def test_numpy_in_is_numpy_out_and_any_dtype_comes_back(model_dir: Path) -> None:
