@@ -106,7 +106,7 @@ class Source(Executor, Protocol):
     def copy(self, expert: Place, target: Weights, place: int) -> None:
         """To the device's memory, beside steps. What it raises is a copy that failed."""
 
-    def state(self) -> dict[str, int]: ...
+    def state(self) -> dict[str, float]: ...
 
     def close(self) -> None: ...
 
@@ -143,7 +143,7 @@ class HostExecutor:
         layer, index = expert
         target.copy(place, self.layers[layer], index)
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, float]:
         return {}
 
     def close(self) -> None:

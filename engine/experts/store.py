@@ -38,6 +38,10 @@ READERS = 4  # reads at a time: more bring nothing on the disks that were measur
 SECTOR = 4096  # O_DIRECT's unit
 FORGETS = 1 / 24  # of how often an expert was used, with each step of its layer
 SELDOM = 1e-3  # p of an expert that has not been used for long
+# A wrong guess costs a read, and a right one saves the part of a read that goes on beside
+# computing: as long as reads are what a step waits for, guesses pay only if nearly all are right.
+RIGHT_MIN = 0.75
+GUESSES_SEEN = 64.0  # over about so many of them is it known how many are right
 
 
 class ExpertReadError(EngineError):
@@ -154,6 +158,38 @@ class Turns:
         return waits
 
 
+class Guesses:
+    """What the layer after will need, by `guess(layer, x)`, and how often that was right of what
+    would have had to be read. `after`: the layer that follows each."""
+
+    def __init__(
+        self, after: Mapping[int, int], guess: Callable[[int, Tensor], Tensor] | None
+    ) -> None:
+        self.guess = guess
+        self.right = 1.0  # the part of late that was
+        self._after = after
+        self._made: set[Place] = set()
+
+    def of(self, layer: int, x: Tensor, held: Callable[[Place], bool]) -> set[Place]:
+        """For the layer after this one: what is not held, whether it pays to read it or not."""
+        following = self._after[layer]
+        if self.guess is None or following == layer:
+            return set()
+        ids = torch.unique(self.guess(following, x)).tolist()
+        self._made = {(following, each) for each in ids if not held((following, each))}
+        return self._made
+
+    def learn(self, needed: set[Place]) -> None:
+        """What the layer that they were for really needs."""
+        for each in self._made:
+            self.right += (float(each in needed) - self.right) / GUESSES_SEEN
+        self._made = set()
+
+    @property
+    def pay(self) -> bool:
+        return self.right >= RIGHT_MIN
+
+
 class ExpertStore:
     """As many experts in memory as `places`, of all layers. An Executor. One thread computes.
 
@@ -173,8 +209,7 @@ class ExpertStore:
         self.layers = layers
         self.reader = Reader(layers)
         self.hits = self.misses = self.late = 0  # late: a guess in time, but not read yet
-        self._next = dict(zip(order, [*order[1:], order[0]], strict=True))
-        self._guess = guess
+        self._guesses = Guesses(dict(zip(order, [*order[1:], order[0]], strict=True)), guess)
         self._kernels = kernels
         self._weights = layers[order[0]].weights(places)
         self._free = list(range(places))
@@ -192,6 +227,7 @@ class ExpertStore:
         left = {(layer, int(each)) for each in needed}
         self._take_in(self._coming, left=set())
         self._count(left)
+        self._guesses.learn(left)
         ahead: set[Place] | None = None
         while left:
             ready = {each for each in left if each in self._place_of}
@@ -209,12 +245,13 @@ class ExpertStore:
         """To the device's memory; from any thread."""
         self.reader.read(expert, target, place)
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, float]:
         return {
             "memory_experts": len(self._place_of),
             "memory_hits": self.hits,
             "memory_misses": self.misses,
             "memory_late": self.late,
+            "guesses_right": round(self._guesses.right, 3),
             "read_bytes": self.reader.read_bytes,
         }
 
@@ -237,13 +274,11 @@ class ExpertStore:
         self._kernels.compute(x, ids, self._weights.gate_up, self._weights.down, outputs)
 
     def _ahead(self, layer: int, x: Tensor) -> set[Place]:
-        """What the next layer will probably need: at most half of memory, so that a guess never
-        drives out what is certain."""
-        following = self._next[layer]
-        if self._guess is None or following == layer:
-            return set()
-        ids = torch.unique(self._guess(following, x)).tolist()
-        return {(following, each) for each in ids[: (len(self._place_of) + len(self._free)) // 2]}
+        """What is read for the next layer: at most half of memory, so that a guess never drives out
+        what is certain; nothing while most guesses are wrong."""
+        guessed = self._guesses.of(layer, x, self._held)
+        most = (len(self._place_of) + len(self._free)) // 2
+        return set(sorted(guessed)[:most]) if self._guesses.pay else set()
 
     def _begin(self, layer: int, wanted: set[Place], keep: set[Place], spare: float = 0.0) -> None:
         """Begins to read as many of these as there are places for, without giving up `keep`, nor

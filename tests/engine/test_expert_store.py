@@ -121,7 +121,7 @@ def store(model_dir: Path) -> Iterator[ExpertStore]:
 
 
 def test_the_next_layers_experts_are_read_ahead(store: ExpertStore) -> None:
-    store._guess = lambda layer, x: torch.tensor([[3, 4]])
+    store._guesses.guess = lambda layer, x: torch.tensor([[3, 4]])
     x, outputs = torch.zeros(1, 48), torch.empty(1, 2, 48)
     store.compute(0, x, torch.tensor([[1, 2]]), outputs)
     assert {(1, 3), (1, 4)} <= {*store._coming, *store._place_of}
@@ -139,7 +139,7 @@ def test_a_guess_that_can_not_be_read_fails_no_step(store: ExpertStore) -> None:
         read(expert, *place)
 
     store.reader.read = broken  # type: ignore[method-assign]
-    store._guess = lambda layer, x: torch.tensor([[3, 4]])
+    store._guesses.guess = lambda layer, x: torch.tensor([[3, 4]])
     x, outputs = torch.zeros(1, 48), torch.empty(1, 2, 48)
     for ids in ([1, 2], [3, 4], [5, 6], [7, 8], [9, 10], [11, 12]):
         store.compute(0, x, torch.tensor([ids]), outputs)
@@ -172,7 +172,7 @@ def test_wrong_guesses_never_drive_out_what_each_step_uses(model_dir: Path) -> N
     store = made.experts._host
     assert isinstance(store, ExpertStore)
     wrong = iter(range(10**6))
-    store._guess = lambda layer, x: torch.tensor([[8 + next(wrong) % 8]])
+    store._guesses.guess = lambda layer, x: torch.tensor([[8 + next(wrong) % 8]])
     x, outputs = torch.randn(1, 48), torch.empty(1, 2, 48)
     for step in range(60):
         if step == 30:
@@ -180,4 +180,37 @@ def test_wrong_guesses_never_drive_out_what_each_step_uses(model_dir: Path) -> N
         for layer in range(3):
             store.compute(layer, x, torch.tensor([[0, 1]]), outputs)
     assert (store.hits, store.misses) == (before[0] + 30 * 6, before[1])
+    made.close()
+
+
+def test_guesses_that_are_mostly_wrong_are_not_read_until_they_are_right_again(
+    model_dir: Path,
+) -> None:
+    made = placed(model_dir, expert_memory_gb=memory_gb(12))
+    assert made.experts is not None
+    store = made.experts._host
+    assert isinstance(store, ExpertStore)
+    x, outputs = torch.randn(1, 48), torch.empty(1, 2, 48)
+    needed: dict[int, list[int]] = {}
+    random = np.random.default_rng(0)
+    right = False
+
+    def guess(layer: int, x: torch.Tensor) -> torch.Tensor:
+        wrong = [each for each in range(EXPERTS) if each not in needed[layer]]
+        return torch.tensor([needed[layer] if right else wrong[:2]])
+
+    store._guesses.guess = guess
+    before = 0
+    for step in range(240):
+        right = step >= 120
+        needed = {at: random.permutation(EXPERTS)[:2].tolist() for at in range(3)}
+        before = store.misses
+        for layer in range(3):
+            store.compute(layer, x, torch.tensor([needed[layer]]), outputs)
+            if layer == 2:  # the first layer's turn comes in another step
+                store._guesses._made = set()
+        if step == 119:
+            assert not store._guesses.pay
+    assert store._guesses.pay
+    assert store.misses - before <= 2  # of the first layer, which nobody guessed
     made.close()
