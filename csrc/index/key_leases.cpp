@@ -42,13 +42,12 @@ void KeyLeases::open(LeaseId id, const Request& request) {
               std::vector<uint8_t>(request.keys.size(), 0),
               std::vector<uint32_t>(request.keys.size(), 0),
               std::vector<PageId>(request.keys.size(), kNoPage)};
-  const NodeId root = tree_.spaces[request.space].root;
   for (size_t key = 0; key < lease.keys.size(); ++key) {
     const auto at = place_of(request.space, lease.keys[key]);
     lease.found[key] = at ? tier_of(tree_, request.pools, *at) : 0;
     if (lease.found[key] == 0) {
       const BlockKey name = name_of(request.space, lease.keys[key]);
-      const auto marks = tree_.asked({root, kBeforeFirst}, {&name, 1}, request.stamp);
+      const auto marks = tree_.asked(nullptr, {&name, 1}, request.stamp);
       if (!marks.empty()) lease.marks[key] = marks[0];
       continue;
     }

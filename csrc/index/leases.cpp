@@ -39,12 +39,14 @@ LeaseView Leases::open(LeaseId id, const Request& request, Found&& found) {
     tree_.mark_reused(run);
     transfers_.requeue(run, request.pools);
   }
+  if (found.last.offset != kBeforeFirst) {
+    lease.above = tree_[found.last.node].uses[found.last.offset];
+  }
   tree_.say(found.last, lease.hints.life(tree_.now()), kNoneFresh);
   lease.tokens_from = lease.end();
   const Tokens rest = asked.tokens.first(lease.matched * size).subspan(lease.tokens_from * size);
   lease.tokens.assign(rest.begin(), rest.end());
   register_computing(lease, keys_after(lease, found.path, asked));
-  lease.marks = tree_.asked(found.last, lease.unmatched, lease.stamp);
   learn(lease, found.path, request);
   return view_of(id, leases_.emplace(id, std::move(lease)).first->second);
 }
@@ -74,6 +76,15 @@ uint32_t Leases::hold(Lease& lease, const Run& run) {
     ++held;
   }
   return held;
+}
+
+// The policy learns of what was not found, once. No acquire waits for it: it is told when somebody
+// wants to know what these blocks are worth, or has them, or when the lease ends.
+void Leases::tell_asked(Lease& lease) {
+  if (lease.told) return;
+  lease.told = true;
+  const Use* above = lease.above ? &*lease.above : nullptr;
+  lease.marks = tree_.asked(above, lease.unmatched, lease.stamp);
 }
 
 // The curve learns what was asked for, found or not.
@@ -172,6 +183,7 @@ void Leases::shorten(LeaseId id, uint32_t blocks) {
   keys.erase(keys.begin(), keys.begin() + (end - held));
   keys.insert(keys.end(), lease.unmatched.begin(), lease.unmatched.end());
   unregister_computing(lease, kEveryBlock);
+  tell_asked(lease);
   std::vector<uint32_t> marks = marks_of(lease, end);
   lease.marks.insert(lease.marks.begin(), marks.begin(), marks.end());
   lease.matched = end;
@@ -193,8 +205,9 @@ std::vector<uint32_t> Leases::marks_of(const Lease& lease, uint32_t from) const 
   return marks;
 }
 
-std::optional<Newcomer> Leases::newcomer(LeaseId id, uint32_t block) const {
-  const Lease& lease = get(id);
+std::optional<Newcomer> Leases::newcomer(LeaseId id, uint32_t block) {
+  Lease& lease = get(id);
+  tell_asked(lease);
   const uint32_t i = block - lease.matched;
   if (block < lease.matched || i >= lease.marks.size()) return std::nullopt;
   const BlockKey& key = lease.unmatched[i];
@@ -258,6 +271,7 @@ void Leases::commit(LeaseId id, const Content& blocks, std::span<const PageId> p
   const size_t size = tree_.spaces[lease.space].page_size;
   const auto last = cursor(lease);
   if (tree_.spaces[lease.space].retired || !last) return;
+  tell_asked(lease);
   const size_t before = lease.end();
   Place at = *last;
   const uint32_t known = tree_.blocks;
@@ -372,6 +386,7 @@ void Leases::release(LeaseId id, const Hints& hints) {
 bool Leases::close(LeaseId id) {
   const auto found = leases_.find(id);
   if (found == leases_.end()) return false;
+  tell_asked(found->second);
   let_go(found->second.pool, found->second.held);
   let_go(found->second.pool, found->second.stray);
   unregister_computing(found->second, kEveryBlock);
@@ -448,7 +463,10 @@ bool Leases::use_space(uint32_t space) const {
 }
 
 void Leases::halve_stamps() {
-  for (auto& [id, lease] : leases_) lease.stamp /= 2;
+  for (auto& [id, lease] : leases_) {
+    lease.stamp /= 2;
+    if (lease.above) lease.above->stamp /= 2;
+  }
 }
 
 }  // namespace kvc2

@@ -101,7 +101,7 @@ class Leases {
   uint32_t page_size(LeaseId id) const;
 
   // Its `block` as one that its pool may refuse; none where nothing was said of it.
-  std::optional<Newcomer> newcomer(LeaseId id, uint32_t block) const;
+  std::optional<Newcomer> newcomer(LeaseId id, uint32_t block);
   void insist(LeaseId id);  // all that it holds shall come to the last pool of its chain
 
   struct Where {
@@ -150,6 +150,8 @@ class Leases {
     std::vector<BlockExtras> extras{};  // of matched blocks
     std::vector<TransferId> depends{};  // transfers that fill held pages
     std::vector<BlockKey> unmatched{};  // keys of the full blocks after `matched`
+    std::optional<Use> above{};         // the last matched block's, as acquire left it
+    bool told = false;                  // the policy was told of `unmatched`
     std::vector<uint32_t> marks{};      // of `unmatched`, as the policy expects; it may say none
     uint32_t computing_from = 0;        // of them, from here on registered in computing_
 
@@ -166,6 +168,7 @@ class Leases {
   std::optional<Place> step(const Lease& lease, Place at, uint32_t block) const;
   uint32_t hold(Lease& lease, const Run& run);
   void hold_leading(Lease& lease, const std::vector<Run>& path);
+  void tell_asked(Lease& lease);
   void learn(const Lease& lease, const std::vector<Run>& path, const Request& request);
   std::vector<BlockKey> keys_after(const Lease& lease, const std::vector<Run>& path,
                                    const Content& content) const;

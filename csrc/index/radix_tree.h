@@ -158,9 +158,9 @@ class RadixTree {
   uint8_t standing_of(Place at, PoolId pool) const;  // of a page that may go
   // The standing that a page of such a block would have in a pool.
   uint8_t standing_in(PoolId pool, const BlockKey& key, const Life& life, bool held_below) const;
-  // An acquire asked for the blocks with these keys after `last`, and found none of them: the mark
-  // of each, as the policy says.
-  std::vector<uint32_t> asked(Place last, std::span<const BlockKey> keys, uint32_t stamp);
+  // An acquire asked for the blocks with these keys below one with the use `above` (null: first of
+  // their path), and found none of them: the mark of each, as the policy says.
+  std::vector<uint32_t> asked(const Use* above, std::span<const BlockKey> keys, uint32_t stamp);
   void expect(Place at, uint32_t mark);  // a block that it asked for, and that was just added
   bool dead(Place at) const;             // it matches no request any more (I8)
   uint32_t living_blocks(const Run& run) const;  // those before the first that has expired

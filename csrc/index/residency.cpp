@@ -228,9 +228,9 @@ uint8_t RadixTree::standing_in(PoolId pool, const BlockKey& key, const Life& lif
   return rank_standing(standing(life, soft, now_), held_below && !soft);
 }
 
-std::vector<uint32_t> RadixTree::asked(Place last, std::span<const BlockKey> keys, uint32_t stamp) {
-  const bool first = last.offset == kBeforeFirst;
-  return policy_.asked(keys, first ? nullptr : &nodes_[last.node].uses[last.offset], stamp);
+std::vector<uint32_t> RadixTree::asked(const Use* above, std::span<const BlockKey> keys,
+                                       uint32_t stamp) {
+  return policy_.asked(keys, above, stamp);
 }
 
 void RadixTree::expect(Place at, uint32_t mark) {

@@ -98,6 +98,18 @@ def test_a_refused_block_that_comes_back_soon_is_seen_and_then_stored() -> None:
     assert store.index.regret(0) == store.index.regret(2) == (0, 0)
 
 
+def test_a_request_that_stores_nothing_is_seen_too() -> None:
+    seen, unseen = Store(), Store()
+    for store in (seen, unseen):
+        store.learn()
+    path = seen.stranger(PAGES)
+    for _ in range(8):
+        lease = seen.index.acquire(seen.space, seen.pool, u32(path), len(path))
+        assert lease.matched == 0
+        seen.index.release(lease.id)
+    assert seen.ask(path)[1] > unseen.ask(unseen.stranger(PAGES))[1]
+
+
 def test_a_pinned_prefix_is_stored_whatever_it_is_worth() -> None:
     for hard in (True, False):
         store = Store()

@@ -70,9 +70,14 @@ class Hazard final : public EvictionPolicy {
     std::vector<size_t> watched;
     Mark mark = hung_on(parent, stamp);
     for (size_t i = 0; i < keys.size(); ++i) {
-      if (model_.watches(keys[i])) {
+      if (!model_.watches(keys[i])) continue;
+      watched.push_back(i);
+      model_.fetch(keys[i]);  // each is a wait for memory, but not one after the other
+    }
+    for (size_t i = 0, next = 0; i < keys.size(); ++i) {
+      if (next < watched.size() && watched[next] == i) {
         mark.uses = std::min(model_.known(keys[i]).uses + 1, kUsesMax);
-        watched.push_back(i);
+        ++next;
       }
       packed[i] = mark.packed();
     }
@@ -101,7 +106,8 @@ class Hazard final : public EvictionPolicy {
     use.mark = known.packed();
   }
 
-  std::optional<float> worth(const Use& use) const override {
+  std::optional<float> worth(const Use& use) override {
+    model_.catch_up();
     if (!model_.saw_returns()) return std::nullopt;
     const uint32_t group = Mark::of(use).group();
     const uint32_t age = now_ - std::min(now_, use.stamp);
@@ -134,6 +140,7 @@ class Hazard final : public EvictionPolicy {
   uint32_t queues() const override { return ReuseModel::kClasses; }
 
   std::optional<EvictionOrder::Entry> choose(PoolId, const EvictionOrder& order) override {
+    model_.catch_up();
     Oldest oldest;
     for (uint32_t group = 0; group < oldest.size(); ++group) oldest[group] = order.oldest(group);
     if (!model_.saw_returns()) return least_recently_used(oldest);

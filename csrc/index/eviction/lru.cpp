@@ -25,7 +25,7 @@ class ByKey final : public EvictionPolicy {
     for (const BlockKey& key : keys) marks.push_back(mark(key));
     return marks;
   }
-  std::optional<float> worth(const Use& use) const override { return static_cast<float>(use.mark); }
+  std::optional<float> worth(const Use& use) override { return static_cast<float>(use.mark); }
   Queued queued(const Use& use) const override { return {use.mark, use.stamp}; }
   uint32_t queues() const override { return 8; }
   Use restored(uint32_t stamp) const override { return {stamp, 0}; }

@@ -110,7 +110,7 @@ class EvictionPolicy {
   // A block that was just added is one that was asked for, and was given this mark.
   virtual void expected(Use&, uint32_t /*mark*/) {}
   // What a page is worth that has such a block, in the policy's own unit; none: it can't tell.
-  virtual std::optional<float> worth(const Use&) const { return std::nullopt; }
+  virtual std::optional<float> worth(const Use&) { return std::nullopt; }
   virtual void refused(uint8_t /*tier*/, const BlockKey&) {}
   virtual Regret regret(uint8_t /*tier*/) const { return {}; }
 

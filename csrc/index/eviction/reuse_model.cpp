@@ -68,6 +68,10 @@ const ReuseModel::Entry* ReuseModel::find(const BlockKey& key) const {
   return nullptr;
 }
 
+void ReuseModel::fetch(const BlockKey& key) const {
+  __builtin_prefetch(&sets_[set_of(hash(key))], 1);
+}
+
 ReuseModel::Known ReuseModel::known(const BlockKey& key) const {
   const Entry* entry = find(key);
   return entry ? Known{entry->when, entry->uses} : Known{};
@@ -125,7 +129,7 @@ void ReuseModel::use(const BlockKey& key, uint32_t now, uint32_t uses, uint32_t 
             .group = static_cast<uint8_t>(group & 7)};
   look_through(next_set_);
   next_set_ = (next_set_ + 1) % sets_.size();
-  if (++taught_ == kLearnEvery) learn();
+  if (++taught_ == kLearnEvery) fade();
 }
 
 using ByAge = std::array<double, ReuseModel::kAges>;
@@ -155,14 +159,25 @@ constexpr auto kOctaves = [] {
   return lengths;
 }();
 
-void ReuseModel::learn() {
+void ReuseModel::fade() {
   const double kept = 1 - taught_ / std::max(kMemoryUses, 1.0 * kWays * sets_.size());
+  for (uint32_t group = 0; group < kClasses; ++group) {
+    for (uint32_t age = 0; age < kAges; ++age) {
+      ended_[group][age] *= kept;
+      reached_[group][age] *= kept;
+    }
+  }
+  taught_ = 0;
+  due_ = true;
+}
+
+void ReuseModel::learn() {
   ByAge ended{}, reached{}, flat;
   flat.fill(kPriorHazard);
   for (uint32_t group = 0; group < kClasses; ++group) {
     for (uint32_t age = 0; age < kAges; ++age) {
-      ended[age] += ended_[group][age] *= kept;
-      reached[age] += reached_[group][age] *= kept;
+      ended[age] += ended_[group][age];
+      reached[age] += reached_[group][age];
     }
   }
   saw_returns_ = comes_back(ended, reached);
@@ -181,7 +196,7 @@ void ReuseModel::learn() {
       worth_[group][age] = static_cast<float>(best);
     }
   }
-  taught_ = 0;
+  due_ = false;
   ++lessons_;
 }
 

@@ -19,8 +19,9 @@
 // would be kept for a reason that nobody has seen.
 //
 // Costs: 12.75 bytes a page of the largest pool. A watched use reads one set of it, 64 bytes, and
-// looks through another one; once in kLearnEvery of them, 10 us to learn. Deterministic under its
-// seed.
+// looks through another one. What the waits taught is worked out when it is asked for, at most once
+// in kLearnEvery of them: so a request never waits for that, who needs a page does. Deterministic
+// under its seed.
 #pragma once
 
 #include <algorithm>
@@ -43,7 +44,8 @@ class ReuseModel {
   void forget();              // the clock was set back: waits that are open are dropped
 
   bool watches(const BlockKey& key) const;
-  struct Known {  // of a watched block's last use, as far as is remembered
+  void fetch(const BlockKey& key) const;  // a watched block is about to be looked up
+  struct Known {                          // of a watched block's last use, as far as is remembered
     uint32_t when = 0, uses = 0;
   };
   Known known(const BlockKey& key) const;
@@ -55,6 +57,10 @@ class ReuseModel {
   void refuse(const BlockKey& key, uint8_t tier);  // a watched block
   Regret regret(uint8_t tier) const { return regret_[std::min<size_t>(tier, kTiers - 1)]; }
 
+  // To be called before worth is asked for: what was seen since the last lesson is learnt.
+  void catch_up() {
+    if (due_) learn();
+  }
   float worth(uint32_t group, uint32_t octave) const { return worth_[group][octave]; }
   bool saw_returns() const { return saw_returns_; }  // until then worth() means nothing
   uint64_t lessons() const { return lessons_; }      // worth() changes only when this does
@@ -80,6 +86,7 @@ class ReuseModel {
   const Entry* find(const BlockKey& key) const;
   void count_open(const Entry& entry, uint32_t seen);
   void look_through(size_t set);
+  void fade();
   void learn();
 
   uint64_t seed_;
@@ -89,7 +96,8 @@ class ReuseModel {
   uint32_t watched_share_ = 0;  // of blocks, in 256ths
   size_t next_set_ = 0;         // to be looked through
   uint32_t now_ = 0;            // the latest use
-  uint32_t taught_ = 0;         // watched uses since the last lesson
+  uint32_t taught_ = 0;         // watched uses since what was seen has faded
+  bool due_ = false;            // it has since the last lesson
   bool saw_returns_ = false;
   uint64_t lessons_ = 0;
   Table<double> reached_{}, ended_{};  // waits, by the octave that they came to or ended in
