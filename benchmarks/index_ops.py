@@ -4,7 +4,8 @@ The index is filled as requests would: 14 engines' pools over one cpu and one du
 namespaces, prompts of a shared system prompt and turns of 10 to 40 blocks, each answered twice, so
 that the tree branches at every turn; page ids are as shuffled as after a week. Then requests of
 2,000 blocks are matched, acquired, inserted, demoted and evicted, in an order that finds no cache
-warm. A wait is what a thread spends in a short match while another inserts, moves and evicts.
+warm, under the daemon's eviction policy, with admission. A wait is what a thread spends in a short
+match while another inserts, moves and evicts.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from numpy.typing import NDArray
 
 from benchmarks import report
 from kvc2 import _core
+from kvc2.commands import replay
 
 U32 = NDArray[np.uint32]
 P = ParamSpec("P")
@@ -126,8 +128,8 @@ class Kept:
 class House:
     """A filled index, and requests to it."""
 
-    def __init__(self, blocks: int, seed: int = 1) -> None:
-        self.index = _core.Index()
+    def __init__(self, blocks: int, policy: str, seed: int = 1) -> None:
+        self.index = _core.Index(policy=policy, admission=True)
         self.blocks = blocks
         self.talk = Conversations(seed)
         self.disk = self._pool(None, durable=True, pages=blocks + blocks // 8 + WINDOW)
@@ -334,7 +336,7 @@ def operation_rows(house: House, name: str, flags: argparse.Namespace) -> list[r
 
 
 def wait_rows(house: House, name: str, flags: argparse.Namespace) -> list[report.Row]:
-    other = House(OTHER_BLOCKS)
+    other = House(OTHER_BLOCKS, flags.policy)
     other.fill()
     waits, elsewhere = [], []
     for _ in range(flags.repeats):
@@ -368,7 +370,7 @@ def wait_rows(house: House, name: str, flags: argparse.Namespace) -> list[report
 def house_rows(blocks: int, flags: argparse.Namespace) -> list[report.Row]:
     name = f"{blocks / 1e6:g} M"
     before = resident_bytes()
-    house = House(blocks)
+    house = House(blocks, flags.policy)
     house.fill()
     gc.collect()
     counts = house.index.counts()
@@ -384,7 +386,7 @@ def house_rows(blocks: int, flags: argparse.Namespace) -> list[report.Row]:
 
 def match_rows(flags: argparse.Namespace) -> list[report.Row]:
     """A match of 2,048 blocks beside what a Python tree and a memcmp take for the same tokens."""
-    house, tree = House(SMALL_BLOCKS), DictTree()
+    house, tree = House(SMALL_BLOCKS, flags.policy), DictTree()
     house.fill()
     prompts = [Kept(n % NAMESPACES, house.engines[0], house.talk.tokens(SMALL_REQUEST_BLOCKS))
                for n in range(32)]  # fmt: skip
@@ -459,6 +461,9 @@ def main() -> int:
     )
     parser.add_argument(
         "--calls", type=int, default=100, help="of each kind in a repeat (%(default)s)"
+    )
+    parser.add_argument(
+        "--policy", choices=replay.POLICIES, default=replay.POLICIES[0], help="(%(default)s)"
     )
     flags = parser.parse_args()
     sys.setswitchinterval(1e-4)  # a thread back from the core waits no longer for the interpreter
