@@ -29,6 +29,26 @@ class Workbench:
 def linear(workbench: Workbench, x: Array, w: Array, y: Array, /) -> None:
     """y [tokens, out] = x [tokens, in] times w [out, in], or one record of it, transposed."""
 
+class Gating:
+    """What experts make of gate and up, gate not over `limit`, up between -limit and limit:
+
+    silu        gate * sigmoid(alpha * gate) * (up + offset)
+    gelu_tanh   gelu of gate in its tanh form * (up + offset)
+
+    gate_up_bias [experts, 2 * size], gate first, is added before, down_bias [experts, hidden] to
+    what an expert gives. Left out: silu(gate) * up, without biases."""
+
+    def __init__(
+        self,
+        *,
+        activation: str = "silu",
+        alpha: float = 1.0,
+        limit: float | None = None,
+        offset: float = 0.0,
+        gate_up_bias: F32 | None = None,
+        down_bias: F32 | None = None,
+    ) -> None: ...
+
 def ffn(
     workbench: Workbench,
     x: Array,
@@ -38,8 +58,10 @@ def ffn(
     down: Array,
     y: Array,
     /,
+    *,
+    gating: Gating = ...,
 ) -> None:
-    """y[t] = sum over j of weights[t, j] * down_e (silu(gate_e x[t]) * up_e x[t]).
+    """y[t] = sum over j of weights[t, j] * down_e (gating(gate_e x[t], up_e x[t])).
 
     x, y [tokens, hidden]; expert_ids, weights [tokens, k], e = expert_ids[t, j]; gate_up
     [experts, 2 * size, hidden], gate first; down [experts, hidden, size].
@@ -52,8 +74,10 @@ def ffn_choices(
     gate_up: Array,
     down: Array,
     outputs: F32,
+    *,
+    gating: Gating = ...,
 ) -> None:
-    """outputs[t, j] = down_e (silu(gate_e x[t]) * up_e x[t]): what `ffn` sums, unweighed.
+    """outputs[t, j] = down_e (gating(gate_e x[t], up_e x[t])): what `ffn` sums, unweighed.
 
     outputs [tokens, k, hidden], float32. A choice whose id is -1 is somebody else's: its outputs
     are not touched, so that several callers may fill one array at a time, each with its workbench.

@@ -11,14 +11,20 @@
 namespace kvc2::attention {
 namespace {
 
-inline Lanes spread(const float* word) {  // not broadcast(): a word need not be a float
+inline Register spread(const float* word) {  // not a sum with zeros: a word need not be a float
   const float x = *word;
-  return Lanes{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+#if defined(__AVX512F__)
+  return Register{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+#elif defined(__AVX2__)
+  return Register{x, x, x, x, x, x, x, x};
+#else
+  return Register{x, x, x, x};
+#endif
 }
 
-// Add: Element; kPack; add(sum, a, b); values(rows, at, to): vectors of words, of the elements from
-// `at` on of kPack values; some(rows, at, left, to): the same where only `left` elements are left,
-// zeros behind.
+// Add: Element; kPack; add(sum, a, b) of registers; values(rows, at, to): words of the
+// elements from `at` on of kPack values; some(rows, at, left, to): the same where only `left`
+// elements are left, zeros behind.
 template <class Add>
 struct Products {
   using T = typename Add::Element;
@@ -26,8 +32,8 @@ struct Products {
   static constexpr size_t kRows = 8;  // times two vectors or, of four rows, four
   static constexpr size_t vectors(size_t rows) { return rows > 4 ? 2 : 4; }
 #else
-  static constexpr size_t kRows = 4;
-  static constexpr size_t vectors(size_t) { return 1; }
+  static constexpr size_t kRows = 4;  // times as many parts as sixteen registers hold
+  static constexpr size_t vectors(size_t rows) { return rows > 2 ? 1 : 2; }
 #endif
 
   static void score(const Score<T>& call) {
@@ -75,28 +81,36 @@ struct Products {
   static void score_some(const Score<T>& call, size_t row, size_t vector) {
     const float* queries = call.queries + row * call.steps;
     const float* keys = call.keys + vector * call.steps * kLanes;
-    Lanes sums[rows][count] = {};
+    Register sums[rows][count * kRegisters] = {};
     for (size_t step = 0; step < call.steps; ++step) {
-      Lanes key[count];
+      Register key[count * kRegisters];
 #pragma GCC unroll 8
       for (size_t v = 0; v < count; ++v) {
-        key[v] = load(keys + (v * call.steps + step) * kLanes);
+#pragma GCC unroll 4
+        for (size_t p = 0; p < kRegisters; ++p) {
+          key[v * kRegisters + p] =
+              load_register(keys + (v * call.steps + step) * kLanes + p * kRegisterLanes);
+        }
         if (fetching && v % 2 == 0) {  // the keys' lines are as many as all steps
           call.ahead.fetch((vector * call.steps + step * count + v) / 2 + 2 * call.steps);
         }
       }
 #pragma GCC unroll 8
       for (size_t r = 0; r < rows; ++r) {
-        const Lanes query = spread(queries + r * call.steps + step);
+        const Register query = spread(queries + r * call.steps + step);
 #pragma GCC unroll 8
-        for (size_t v = 0; v < count; ++v) sums[r][v] = Add::add(sums[r][v], query, key[v]);
+        for (size_t v = 0; v < count * kRegisters; ++v) {
+          sums[r][v] = Add::add(sums[r][v], query, key[v]);
+        }
       }
     }
     float* to = call.scores + row * kPiece + vector * kLanes;
 #pragma GCC unroll 8
     for (size_t r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
-      for (size_t v = 0; v < count; ++v) store(to + r * kPiece + v * kLanes, sums[r][v]);
+      for (size_t v = 0; v < count * kRegisters; ++v) {
+        store_register(to + r * kPiece + v * kRegisterLanes, sums[r][v]);
+      }
     }
   }
 
@@ -104,14 +118,16 @@ struct Products {
   static void mix_some(const Mix<T>& call, size_t row, size_t at) {
     float* to = call.sums + row * call.width + at;
     const float* weights = call.weights + row * kPiece;
-    Lanes sums[rows][count];
+    Register sums[rows][count * kRegisters];
 #pragma GCC unroll 8
     for (size_t r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
-      for (size_t v = 0; v < count; ++v) sums[r][v] = load(to + r * call.width + v * kLanes);
+      for (size_t v = 0; v < count * kRegisters; ++v) {
+        sums[r][v] = load_register(to + r * call.width + v * kRegisterLanes);
+      }
     }
     for (size_t j = 0; j < call.count; j += Add::kPack) {
-      Lanes value[count];
+      Register value[count * kRegisters];
       if constexpr (whole) {
         Add::values(call.values + j, at, value);
       } else {
@@ -125,15 +141,19 @@ struct Products {
       }
 #pragma GCC unroll 8
       for (size_t r = 0; r < rows; ++r) {
-        const Lanes weight = spread(weights + r * kPiece + j / Add::kPack);
+        const Register weight = spread(weights + r * kPiece + j / Add::kPack);
 #pragma GCC unroll 8
-        for (size_t v = 0; v < count; ++v) sums[r][v] = Add::add(sums[r][v], weight, value[v]);
+        for (size_t v = 0; v < count * kRegisters; ++v) {
+          sums[r][v] = Add::add(sums[r][v], weight, value[v]);
+        }
       }
     }
 #pragma GCC unroll 8
     for (size_t r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
-      for (size_t v = 0; v < count; ++v) store(to + r * call.width + v * kLanes, sums[r][v]);
+      for (size_t v = 0; v < count * kRegisters; ++v) {
+        store_register(to + r * call.width + v * kRegisterLanes, sums[r][v]);
+      }
     }
   }
 };
@@ -144,18 +164,18 @@ struct Floats {
   using Element = T;
   static constexpr size_t kPack = 1;
 
-  static Lanes add(Lanes sum, Lanes a, Lanes b) { return sum + a * b; }
+  static Register add(Register sum, Register a, Register b) { return sum + a * b; }
 
   template <size_t count>
-  static void values(const T* const* rows, size_t at, Lanes (&to)[count]) {
-#pragma GCC unroll 8
-    for (size_t v = 0; v < count; ++v) to[v] = load_as_floats(rows[0] + at + v * kLanes);
+  static void values(const T* const* rows, size_t at, Register (&to)[count]) {
+#pragma GCC unroll 16
+    for (size_t v = 0; v < count; ++v) to[v] = load_register(rows[0] + at + v * kRegisterLanes);
   }
   template <size_t count>
-  static void some(const T* const* rows, size_t at, size_t left, Lanes (&to)[count]) {
+  static void some(const T* const* rows, size_t at, size_t left, Register (&to)[count]) {
     for (size_t v = 0; v < count; ++v) {
-      const size_t begin = std::min(left, v * kLanes);
-      to[v] = load_some(rows[0] + at + begin, std::min(kLanes, left - begin));
+      const size_t begin = std::min(left, v * kRegisterLanes);
+      to[v] = load_some_register(rows[0] + at + begin, std::min(kRegisterLanes, left - begin));
     }
   }
 };
@@ -167,22 +187,24 @@ struct LanesMath : Floats<T>, Products<Floats<T>> {
   static Lanes words(const T* from, size_t count) { return load_some(from, count); }
 
   static void turn(const T* const* keys, size_t at, size_t count, float* to) {
-#ifdef __AVX512F__
-    Lanes words[kLanes];
+#pragma GCC unroll 4
+    for (size_t key = 0; key < kLanes; key += kRegisterLanes) {
+#pragma GCC unroll 4
+      for (size_t word = 0; word < kLanes; word += kRegisterLanes) {
+        const size_t some = count - std::min(count, word);
+        Register block[kRegisterLanes];
 #pragma GCC unroll 16
-    for (size_t i = 0; i < kLanes; ++i) {
-      words[i] = count == kLanes ? load_as_floats(keys[i] + at) : load_some(keys[i] + at, count);
-    }
-    transpose(words);
+        for (size_t i = 0; i < kRegisterLanes; ++i) {
+          const T* from = keys[key + i] + at + std::min(count, word);
+          block[i] = some >= kRegisterLanes ? load_register(from) : load_some_register(from, some);
+        }
+        transpose_registers(block);
 #pragma GCC unroll 16
-    for (size_t i = 0; i < kLanes; ++i) store(to + i * kLanes, words[i]);
-#else  // shuffles of sixteen lanes are far slower there
-    for (size_t i = 0; i < kLanes; ++i) {
-      for (size_t word = 0; word < kLanes; ++word) {
-        to[word * kLanes + i] = word < count ? to_float(keys[i][at + word]) : 0.0f;
+        for (size_t i = 0; i < kRegisterLanes; ++i) {
+          store_register(to + (word + i) * kLanes + key, block[i]);
+        }
       }
     }
-#endif
   }
 
   static void pack(Lanes weights, float* to) { store(to, weights); }

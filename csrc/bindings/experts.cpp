@@ -5,8 +5,10 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstring>
+#include <optional>
 
 #include "bindings/kernels.h"
 
@@ -95,10 +97,48 @@ void linear(Workbench& workbench, const py::array& x, const py::array& w, py::ar
   run(workbench, call);
 }
 
+using Floats = std::optional<ArrayOf<float>>;
+
+// What experts make of gate and up; keeps the arrays that it reads.
+struct Gating {
+  experts::Gating how;
+  Floats gate_up_bias, down_bias;
+};
+
+Gating make_gating(const std::string& activation, float alpha, const std::optional<float>& limit,
+                   float offset) {
+  Gating made;
+  if (activation != "silu" && activation != "gelu_tanh") {
+    throw py::value_error("activation may be silu or gelu_tanh, not '" + activation + "'");
+  }
+  made.how.activation =
+      activation == "silu" ? experts::Activation::kSilu : experts::Activation::kGeluTanh;
+  if (limit && !(*limit > 0)) throw py::value_error("limit must be over 0");
+  made.how.alpha = alpha, made.how.limit = limit.value_or(made.how.limit);
+  made.how.offset = offset;
+  return made;
+}
+
 struct ExpertWeights {
   const py::array& gate_up;
   const py::array& down;
+  const Gating& gating;
 };
+
+void take_gating(experts::Ffn& call, const Gating& gating) {
+  const auto of = [](size_t n) { return static_cast<py::ssize_t>(n); };
+  call.gating = gating.how;
+  if (gating.gate_up_bias) {
+    check_array(*gating.gate_up_bias, "gate_up_bias", gating.gate_up_bias->dtype(),
+                {of(call.experts), of(2 * call.size)});
+    call.gate_up_bias = gating.gate_up_bias->data();
+  }
+  if (gating.down_bias) {
+    check_array(*gating.down_bias, "down_bias", gating.down_bias->dtype(),
+                {of(call.experts), of(call.hidden)});
+    call.down_bias = gating.down_bias->data();
+  }
+}
 
 void run(Workbench& workbench, const experts::Ffn& call) {
   const py::gil_scoped_release released;
@@ -136,6 +176,7 @@ void run(Workbench& workbench, experts::Ffn& call, const ExpertWeights& expert,
     check_array(expert.gate_up, "gate_up", x.dtype(), {count, 2 * width, x.shape(1)});
     call.size = size(width);
     call.gate_up = plain(expert.gate_up), call.down = plain(expert.down);
+    take_gating(call, expert.gating);
     return run(workbench, call);
   }
   check_array(expert.gate_up, "gate_up", expert.down.dtype(), {count, -1});
@@ -150,6 +191,7 @@ void run(Workbench& workbench, experts::Ffn& call, const ExpertWeights& expert,
   gate_up.check(2, call.size, call.hidden);
   down.check(1, call.hidden, call.size);
   call.gate_up = gate_up.weight(), call.down = down.weight();
+  take_gating(call, expert.gating);
   run(workbench, call);
 }
 
@@ -189,20 +231,37 @@ void sum_choices(Workbench& workbench, ArrayOf<float>& outputs, const ArrayOf<fl
 
 void bind_experts(pybind11::module_& module) {
   using namespace kvc2;
+  py::class_<Gating>(module, "Gating")
+      .def(
+          py::init([](const std::string& activation, float alpha, const std::optional<float>& limit,
+                      float offset, const Floats& gate_up_bias, const Floats& down_bias) {
+            Gating made = make_gating(activation, alpha, limit, offset);
+            made.gate_up_bias = gate_up_bias, made.down_bias = down_bias;
+            return made;
+          }),
+          py::kw_only(), py::arg("activation") = "silu", py::arg("alpha") = 1.0f,
+          py::arg("limit") = py::none(), py::arg("offset") = 0.0f,
+          py::arg("gate_up_bias") = py::none(), py::arg("down_bias") = py::none());
   module.def("linear", &linear);
-  module.def("ffn",
-             [](Workbench& workbench, const py::array& x, const ArrayOf<int64_t>& expert_ids,
-                const ArrayOf<float>& weights, const py::array& gate_up, const py::array& down,
-                py::array& y) { ffn(workbench, x, expert_ids, weights, {gate_up, down}, y); });
+  module.def(
+      "ffn",
+      [](Workbench& workbench, const py::array& x, const ArrayOf<int64_t>& expert_ids,
+         const ArrayOf<float>& weights, const py::array& gate_up, const py::array& down,
+         py::array& y, const Gating& gating) {
+        ffn(workbench, x, expert_ids, weights, {gate_up, down, gating}, y);
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::pos_only(),
+      py::kw_only(), py::arg("gating") = Gating{});
   // Written to in place: a conversion would be written to, and lost.
   module.def(
       "ffn_choices",
       [](Workbench& workbench, const py::array& x, const ArrayOf<int64_t>& expert_ids,
-         const py::array& gate_up, const py::array& down, ArrayOf<float>& outputs) {
-        ffn_choices(workbench, x, expert_ids, {gate_up, down}, outputs);
+         const py::array& gate_up, const py::array& down, ArrayOf<float>& outputs,
+         const Gating& gating) {
+        ffn_choices(workbench, x, expert_ids, {gate_up, down, gating}, outputs);
       },
       py::arg("workbench"), py::arg("x"), py::arg("expert_ids"), py::arg("gate_up"),
-      py::arg("down"), py::arg("outputs").noconvert());
+      py::arg("down"), py::arg("outputs").noconvert(), py::kw_only(), py::arg("gating") = Gating{});
   module.def("sum_choices", &sum_choices, py::arg("workbench"), py::arg("outputs").noconvert(),
              py::arg("weights"), py::arg("y"));
 }

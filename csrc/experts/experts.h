@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "base/cpu.h"
 #include "base/workspace.h"
@@ -35,7 +36,19 @@ struct Linear {
   void* y;        // [tokens, out]
 };
 
-// y[t] = sum over j of weights[t, j] * down_e (silu(gate_e x[t]) * up_e x[t]), e = expert_ids[t, j]
+// What becomes of an expert's gate and up, each without more than `limit` (of up: in size):
+//   kSilu      gate * sigmoid(alpha * gate) * (up + offset)
+//   kGeluTanh  gate * (1 + tanh(sqrt(2 / pi) * (gate + 0.044715 gate^3))) / 2 * (up + offset)
+enum class Activation { kSilu, kGeluTanh };
+struct Gating {
+  Activation activation = Activation::kSilu;
+  float alpha = 1.0f;
+  float limit = std::numeric_limits<float>::infinity();
+  float offset = 0.0f;
+};
+
+// y[t] = sum over j of weights[t, j] * down_e (gating(gate_e x[t], up_e x[t])),
+// e = expert_ids[t, j]
 //
 // A call may be half of that, so that several can share the choices of one sum, and give its bits:
 // without weights and y it computes `outputs` alone, and none for a choice whose id is negative;
@@ -50,6 +63,9 @@ struct Ffn {
   Weight down;                // [experts, hidden, size]
   void* y;                    // [tokens, hidden]
   float* outputs;             // [tokens, chosen, hidden], each choice unweighed; null: not wanted
+  Gating gating;
+  const float* gate_up_bias;  // [experts, 2 * size], or null
+  const float* down_bias;     // [experts, hidden], or null
 };
 
 struct Kernels {

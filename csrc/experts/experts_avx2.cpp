@@ -2,6 +2,6 @@
 
 namespace kvc2::experts {
 
-const Kernels kAvx2Kernels = FloatKernels<32, 2, 2>::kernels;
+const Kernels kAvx2Kernels = FloatKernels<32, 4>::kernels;
 
 }  // namespace kvc2::experts

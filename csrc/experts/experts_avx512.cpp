@@ -2,6 +2,6 @@
 
 namespace kvc2::experts {
 
-const Kernels kAvx512Kernels = FloatKernels<64, 4, 4>::kernels;
+const Kernels kAvx512Kernels = FloatKernels<64, 16>::kernels;
 
 }  // namespace kvc2::experts

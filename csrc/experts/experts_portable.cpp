@@ -2,6 +2,6 @@
 
 namespace kvc2::experts {
 
-const Kernels kPortableKernels = FloatKernels<16, 1, 2>::kernels;
+const Kernels kPortableKernels = FloatKernels<16, 2>::kernels;
 
 }  // namespace kvc2::experts

@@ -81,6 +81,35 @@ inline Pick next_rows(size_t matrix, size_t rows, size_t in, size_t first) {
   return {matrix, 1, rows, in, {0, first}, {0, second}, second - first, rest};
 }
 
+// An expert's row of biases, where there are any.
+inline const float* bias_of(const float* biases, size_t expert, size_t size) {
+  return biases == nullptr ? nullptr : biases + expert * size;
+}
+
+inline void add_some(float* to, const float* from, size_t count) {
+  store_some(to, load_some(to, count) + load_some(from, count), count);
+}
+
+// e^x is computed up to 88, and what comes behind e^80 is nothing beside it.
+inline Lanes bounded_exponential(Lanes x) {
+  const Lanes most = broadcast(80.0f);
+  return exponential(x < most ? x : most);
+}
+
+inline Lanes gated(const Gating& how, Lanes gate, Lanes up) {
+  const Lanes most = broadcast(how.limit);
+  gate = most < gate ? most : gate;
+  up = most < up ? most : up;
+  up = up < -most ? -most : up;
+  if (how.offset != 0) up += how.offset;
+  if (how.activation == Activation::kSilu) {
+    return gate / (1.0f + bounded_exponential(-gate * how.alpha)) * up;
+  }
+  // (1 + tanh(u)) / 2 = 1 / (1 + e^-2u)
+  const Lanes u = 0.7978845608f * (gate + 0.044715f * gate * gate * gate);
+  return gate / (1.0f + bounded_exponential(-2.0f * u)) * up;
+}
+
 template <class Product>
 class LinearRun {
  public:
@@ -208,13 +237,19 @@ class FfnRun {
     for_blocks(divided_up(call_.size, kLanes), [&](auto& multiplier, const auto& share, size_t b) {
       const size_t row = b * kLanes, count = std::min(kLanes, call_.size - row);
       const Pick pick{share.expert, 2, call_.size, call_.hidden, {0, row}, {1, row}, count, count};
+      const float* biases = bias_of(call_.gate_up_bias, share.expert, 2 * call_.size);
       const Panels panels{inputs_ + share.first_panel * in_bytes_, share.count, in_bytes_};
       const auto rows = gate_up_.rows(pick);
       multiplier.run(rows, panels, [&](size_t p, const auto& gates, const auto& ups) {
         const Grouping::Panel& panel = groups_.panels[share.first_panel + p];
         for (size_t t = 0; t < panel.count; ++t) {
-          const Lanes gated = gates[t] / (1.0f + exponential(-gates[t])) * ups[t];
-          store_some(hidden_ + (panel.begin + t) * call_.size + row, gated, count);
+          Lanes gate = gates[t], up = ups[t];
+          if (biases != nullptr) {
+            gate += load_some(biases + row, count);
+            up += load_some(biases + call_.size + row, count);
+          }
+          store_some(hidden_ + (panel.begin + t) * call_.size + row, gated(call_.gating, gate, up),
+                     count);
         }
       });
     });
@@ -224,6 +259,7 @@ class FfnRun {
     const size_t blocks = divided_up(call_.hidden, 2 * kLanes);
     for_blocks(blocks, [&](auto& multiplier, const auto& share, size_t b) {
       const Pick pick = next_rows(share.expert, call_.hidden, call_.size, b * 2 * kLanes);
+      const float* bias = bias_of(call_.down_bias, share.expert, call_.hidden);
       const Panels panels{packed_hidden_ + share.first_panel * hidden_bytes_, share.count,
                           hidden_bytes_};
       multiplier.run(down_.rows(pick), panels, [&](size_t p, const auto& low, const auto& high) {
@@ -232,6 +268,10 @@ class FfnRun {
           float* y = outputs_ + groups_.slots[panel.begin + t] * call_.hidden;
           store_some(y + pick.first.row, low[t], pick.first_count);
           store_some(y + pick.second.row, high[t], pick.second_count);
+          if (bias != nullptr) {
+            add_some(y + pick.first.row, bias + pick.first.row, pick.first_count);
+            add_some(y + pick.second.row, bias + pick.second.row, pick.second_count);
+          }
         }
       });
     });

@@ -12,6 +12,8 @@
 //       bytes from `ahead` as the rows have
 #pragma once
 
+#include <bit>
+
 #include "experts/grouped.h"
 
 namespace kvc2::experts {
@@ -127,10 +129,10 @@ inline void fetch(const T* ahead, size_t step) {
   for (size_t r = 0; r < kRows; ++r) __builtin_prefetch(line + r * 64, 0, 2);
 }
 
-// Sums in float32 with registers of kBytes, kTokens x kAtOnce outputs at once: as many as fit. All
+// Sums in float32 with registers of kBytes, of kSums outputs at once: as many as fit. All
 // of these add in the same order: lane i of an output takes elements i, i + 16... of float32, and
 // 2 i + 1, 2 i, 2 i + 33, 2 i + 32... of bfloat16.
-template <class T, size_t kBytes, size_t kTokensAtOnce, size_t kRowsAtOnce>
+template <class T, size_t kBytes, size_t kSums>
 struct FloatDot {
   using Element = T;
   typedef float Floats __attribute__((vector_size(kBytes)));  // `using` drops a dependent size
@@ -151,15 +153,16 @@ struct FloatDot {
                         const T* ahead) {
     const Tails<T> tails(rows, in);
     Floats outputs[kLanes][kParts] = {};
-    constexpr size_t kTokensNow = std::min(kTokensAtOnce, kCount);
+    // tokens first: what is widened of a row then serves all of them
+    constexpr size_t kTokensNow = std::min(kSums, kCount);
+    constexpr size_t kRowsNow = std::bit_floor(std::min(kRows, kSums / kTokensNow));
     for (size_t t = 0; t < kCount; t += kTokensNow) {
-      for (size_t r = 0; r < kRows; r += kRowsAtOnce) {
-        add<kTokensNow, kFetch>(rows, tails.rows, in, panel, ahead, t, r, outputs);
+      for (size_t r = 0; r < kRows; r += kRowsNow) {
+        add<kTokensNow, kRowsNow, kFetch>(rows, tails.rows, in, panel, ahead, t, r, outputs);
       }
     }
-    Lanes all[kLanes];
-    std::memcpy(all, outputs, sizeof all);
-    return sums(all);
+    static_assert(kBytes == kRegisterBytes);
+    return sums(outputs);
   }
 
  private:
@@ -177,11 +180,11 @@ struct FloatDot {
   }
 
   // Outputs of the block of tokens and rows that begins at token t, row r.
-  template <size_t kTokensNow, bool kFetch>
+  template <size_t kTokensNow, size_t kRowsNow, bool kFetch>
   static void add(const T* const (&rows)[kRows], const T* const (&tails)[kRows], size_t in,
                   const std::byte* panel, const T* ahead, size_t t, size_t r,
                   Floats (&outputs)[kLanes][kParts]) {
-    Floats totals[kTokensNow][kRowsAtOnce][kParts] = {};
+    Floats totals[kTokensNow][kRowsNow][kParts] = {};
     const size_t whole = in / kStep<T>, steps = divided_up(in, kStep<T>);
     for (size_t s = 0; s < whole; ++s) {
       if (kFetch && t + r == 0) fetch(ahead, s);
@@ -189,28 +192,28 @@ struct FloatDot {
     }
     if (steps > whole) add_step(tails + r, 0, panel + (whole * 4 + t) * kStepBytes, totals);
     for (size_t i = 0; i < kTokensNow; ++i) {
-      for (size_t j = 0; j < kRowsAtOnce; ++j) {
+      for (size_t j = 0; j < kRowsNow; ++j) {
         for (size_t p = 0; p < kParts; ++p) outputs[(t + i) * kRows + r + j][p] = totals[i][j][p];
       }
     }
   }
 
-  template <size_t kTokensNow>
+  template <size_t kTokensNow, size_t kRowsNow>
   static void add_step(const T* const* rows, size_t at, const std::byte* panel,
-                       Floats (&totals)[kTokensNow][kRowsAtOnce][kParts]) {
+                       Floats (&totals)[kTokensNow][kRowsNow][kParts]) {
 #pragma GCC unroll 2
     for (size_t half = 0; half < kHalves; ++half) {
 #pragma GCC unroll 4
       for (size_t p = 0; p < kParts; ++p) {
-        Floats w[kRowsAtOnce];
+        Floats w[kRowsNow];
 #pragma GCC unroll 4
-        for (size_t j = 0; j < kRowsAtOnce; ++j) w[j] = half_of(rows[j] + at, half, p);
+        for (size_t j = 0; j < kRowsNow; ++j) w[j] = half_of(rows[j] + at, half, p);
 #pragma GCC unroll 4
         for (size_t i = 0; i < kTokensNow; ++i) {
           Floats x;
           std::memcpy(&x, panel + i * kStepBytes + (half * kParts + p) * kBytes, kBytes);
 #pragma GCC unroll 4
-          for (size_t j = 0; j < kRowsAtOnce; ++j) totals[i][j][p] += w[j] * x;
+          for (size_t j = 0; j < kRowsNow; ++j) totals[i][j][p] += w[j] * x;
         }
       }
     }
@@ -218,10 +221,10 @@ struct FloatDot {
 };
 
 // The kernels of both types with such registers.
-template <size_t kBytes, size_t kTokensAtOnce, size_t kRowsAtOnce>
+template <size_t kBytes, size_t kSums>
 struct FloatKernels {
   template <class T>
-  using Product = RowsProduct<FloatDot<T, kBytes, kTokensAtOnce, kRowsAtOnce>>;
+  using Product = RowsProduct<FloatDot<T, kBytes, kSums>>;
 
   static void linear(const Linear& call, Workspace& workspace) {
     call.type == Type::kFloat32 ? experts::linear<Product<float>>(call, workspace)

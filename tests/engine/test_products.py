@@ -118,6 +118,104 @@ def test_choices_computed_apart_sum_up_to_the_same_bits(
     assert torch.equal(y, experts.run(workbench, x, slice(0, tokens)))
 
 
+@dataclass
+class Gated:
+    """How a model's experts gate, and the plain formula of it in float64."""
+
+    how: dict[str, object]
+    formula: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    biases: bool = False
+
+
+functional = torch.nn.functional
+GATED = {
+    "gelu": Gated(
+        {"activation": "gelu_tanh"}, lambda gate, up: functional.gelu(gate, approximate="tanh") * up
+    ),
+    "quick gelu": Gated({"alpha": 1.702}, lambda gate, up: gate * torch.sigmoid(1.702 * gate) * up),
+    "gpt-oss": Gated(  # as its model card's reference: clamped, an up that is moved by one, biases
+        {"alpha": 1.702, "limit": 7.0, "offset": 1.0},
+        lambda gate, up: (
+            gate.clamp(max=7.0)
+            * torch.sigmoid(1.702 * gate.clamp(max=7.0))
+            * (up.clamp(-7.0, 7.0) + 1)
+        ),
+        biases=True,
+    ),
+    "biases": Gated({}, lambda gate, up: functional.silu(gate) * up, biases=True),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize("shape", [(1, 64, 96), (37, 40, 50)])
+def test_ffn_gates_as_the_plain_formula(
+    workbench: _kernels.Workbench, dtype: torch.dtype, name: str, shape: tuple[int, int, int]
+) -> None:
+    tokens, size, hidden = shape
+    gated = GATED[name]
+    x, experts = 4 * torch.randn(tokens, hidden), Experts.of(tokens, size, hidden, dtype)
+    x = x.to(dtype)
+    biases = torch.randn(6, 2 * size), torch.randn(6, hidden)
+    given = {"gate_up_bias": biases[0].numpy(), "down_bias": biases[1].numpy()}
+    gating = _kernels.Gating(**gated.how, **(given if gated.biases else {}))  # type: ignore[arg-type]
+    expected = torch.zeros(x.shape, dtype=torch.float64)
+    for token, row in enumerate(x.double()):
+        for expert, weight in zip(experts.expert_ids[token], experts.weights[token], strict=True):
+            both = experts.gate_up[expert].double() @ row + gated.biases * biases[0][expert]
+            made = experts.down[expert].double() @ gated.formula(*both.chunk(2))
+            expected[token] += weight * (made + gated.biases * biases[1][expert])
+    y = torch.full_like(x, math.nan)
+    routing = experts.expert_ids.numpy(), experts.weights.numpy()
+    weights = as_array(experts.gate_up), as_array(experts.down)
+    _kernels.ffn(workbench, as_array(x), *routing, *weights, as_array(y), gating=gating)
+    close(y, expected)
+    outputs = torch.full((tokens, 3, hidden), math.nan)
+    ids = experts.expert_ids.numpy()
+    _kernels.ffn_choices(workbench, as_array(x), ids, *weights, outputs.numpy(), gating=gating)
+    apart = torch.full_like(x, math.nan)
+    _kernels.sum_choices(workbench, outputs.numpy(), experts.weights.numpy(), as_array(apart))
+    assert torch.equal(apart, y)
+
+
+@pytest.mark.parametrize("size", [50.0, 87.0, 89.0, 200.0, 3e4])
+def test_a_gate_far_below_zero_is_shut(workbench: _kernels.Workbench, size: float) -> None:
+    """e^x has no more room in a float there."""
+    gate_up, down = torch.ones(1, 2, 1), torch.ones(1, 1, 1)
+    x, y, ids = torch.tensor([[-size]]), torch.full((1, 1), math.nan), torch.zeros(1, 1).long()
+    for gating in (_kernels.Gating(), _kernels.Gating(activation="gelu_tanh")):
+        _kernels.ffn(
+            workbench, x.numpy(), ids.numpy(), torch.ones(1, 1).numpy(), gate_up.numpy(),
+            down.numpy(), y.numpy(), gating=gating,
+        )  # fmt: skip
+        assert abs(y.item()) <= size**2 * math.exp(-min(size, 80.0)) * 1.001
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"activation": "relu"}, "silu or gelu_tanh"),
+        ({"limit": 0.0}, "limit must be over 0"),
+        ({"gate_up_bias": torch.zeros(6, 64).numpy()}, "gate_up_bias has a wrong shape"),
+        ({"down_bias": torch.zeros(5, 96).numpy()}, "down_bias has a wrong shape"),
+    ],
+)
+def test_a_gating_that_does_not_fit_is_refused(
+    workbench: _kernels.Workbench, given: dict[str, object], message: str
+) -> None:
+    x, experts = torch.randn(1, 96), Experts.of(1, 64, 96, torch.float32)
+    with pytest.raises(ValueError, match=message):
+        _gate(workbench, x, experts, given)
+
+
+def _gate(
+    workbench: _kernels.Workbench, x: torch.Tensor, experts: Experts, given: dict[str, object]
+) -> None:
+    routing = experts.expert_ids.numpy(), experts.weights.numpy()
+    weights, gating = (experts.gate_up.numpy(), experts.down.numpy()), _kernels.Gating(**given)  # type: ignore[arg-type]
+    _kernels.ffn(workbench, x.numpy(), *routing, *weights, x.numpy().copy(), gating=gating)
+
+
 Compute = Callable[[_kernels.Workbench, torch.Tensor], torch.Tensor]  # rows' indices -> outputs
 TOKENS = 4096
 
