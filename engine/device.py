@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine import kernels, layers
+from engine import kernels, layers, memory
 from engine.attention.base import Attention, KvPool
 from engine.attention.cpu import CpuAttention
 from engine.attention.flashinfer import FlashInferAttention
@@ -27,6 +27,7 @@ class Device:
     linear(x [T, in], weight [out, in]) -> [T, out]. experts(x, expert_ids, weights, gate_up, down)
     -> [T, hidden], see `layers.grouped_experts`. attention(pool, query_heads) makes the attention
     of a runner. claim_threads() is called before the first step, after the weights are loaded.
+    empty(shape, dtype) is memory for a weight, settle(weight) that weight where it stays.
     choose_experts: see `layers`. fused: whether a layer up to its feed-forward is one call of
     csrc/decoder (models/fused), and none of `linear` and `attention`.
     numerics(dtype): the class of these kernels; only those of one class give the same bits.
@@ -42,6 +43,8 @@ class Device:
     attention: Callable[[KvPool, int], Attention]
     fused: bool
     claim_threads: Callable[[], None]
+    empty: Callable[[tuple[int, ...], torch.dtype], Tensor]
+    settle: Callable[[Tensor], Tensor]
     numerics: Callable[[torch.dtype], str]
     takes_records: bool
 
@@ -59,6 +62,8 @@ CPU = Device(
     attention=CpuAttention,
     fused=True,
     claim_threads=kernels.claim_threads,
+    empty=memory.empty,
+    settle=memory.settle,
     numerics=kernels.numerics,
     takes_records=True,
 )
@@ -66,14 +71,17 @@ CPU = Device(
 
 def cuda(index: int = 0) -> Device:
     """An NVIDIA GPU: torch's products, flashinfer's attention. Not yet run on hardware."""
+    place = torch.device("cuda", index)
     return Device(
-        memory=torch.device("cuda", index),
+        memory=place,
         linear=functional.linear,
         experts=layers.grouped_experts,
         choose_experts=layers.choose_experts,
         attention=FlashInferAttention,
         fused=False,
         claim_threads=lambda: None,  # torch's own threads keep the GPU fed
+        empty=lambda shape, dtype: torch.empty(shape, dtype=dtype, device=place),
+        settle=lambda weight: weight,
         numerics=lambda _: "cuda",
         takes_records=False,
     )

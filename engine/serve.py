@@ -32,6 +32,7 @@ from engine.http.server import Server, fit_descriptors
 from engine.http.service import Served
 from engine.http.tokenizer import Tokenizer
 from engine.identity import SHARED_NUMERICS, identity_of
+from engine.memory import huge_bytes, shared_policy
 from engine.metrics import EngineMetrics, ExpertMetrics
 from engine.models import build_model
 from engine.models.base import Model
@@ -98,8 +99,10 @@ def assemble(config: EngineConfig) -> Engine:
         weights_bytes = checkpoint.memory_bytes - _not_held(config, model_config, packed)
         check_room(config, num_pages * shape.page_bytes, weights_bytes, machine.memory())
         memory = PoolMemory(num_pages * shape.page_bytes)
+        before = huge_bytes()
         placed = PlacedModel(config, build_model(model_config, checkpoint, packed))
         placed.budget = budget
+        _tell_huge_pages(huge_bytes() - before, weights_bytes)
     model = placed.model
     metrics = EngineMetrics()
     bridge = _bridge(config, placed, shape, memory, metrics)
@@ -160,6 +163,11 @@ def _served(config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer) -> S
         max_body_bytes=int(config.max_body_mb * 1e6),
         strict_fields=config.strict_fields,
     )
+
+
+def _tell_huge_pages(granted_bytes: int, weights_bytes: int) -> None:
+    told = "%.3f GB of %.3f GB of weights are in huge pages; for the KV pool, which is shared: %s"
+    log.info(told, granted_bytes / 1e9, weights_bytes / 1e9, shared_policy())
 
 
 def check_room(

@@ -128,7 +128,7 @@ FLOORS = {
         device, prefix
         adjust, attention, grammar, identity, layers, sampler, text
         budget, config, demo_model, request
-        asking, batch, flood, kernels, metrics, packed_file, settings
+        asking, batch, flood, kernels, memory, metrics, packed_file, settings
         choice, errors, extents, quantised, rate, spellings
     """,
     "engine/http": """

@@ -31,4 +31,5 @@ def _feed_forward(
     gate = checkpoint.tensor(f"{prefix}.gate_proj.weight", size, hidden)
     up = checkpoint.tensor(f"{prefix}.up_proj.weight", size, hidden)
     down = checkpoint.tensor(f"{prefix}.down_proj.weight", hidden, size)
-    return DenseFeedForward(torch.cat((gate, up)), down, checkpoint.device)
+    settle = checkpoint.device.settle
+    return DenseFeedForward(settle(torch.cat((gate, up))), settle(down), checkpoint.device)

@@ -43,7 +43,7 @@ def attention_layer(
     config: ModelConfig, checkpoint: Checkpoint, index: int, feed_forward: FeedForward
 ) -> DecoderLayer:
     """Layer `index` with its norms and projections; the feed-forward is the caller's."""
-    c, prefix = config, f"model.layers.{index}"
+    c, prefix, settle = config, f"model.layers.{index}", checkpoint.device.settle
     rows = {"q": c.query_heads * c.head_dim, "k": c.kv_heads * c.head_dim}
     rows["v"] = rows["k"]
     projections = [
@@ -52,9 +52,11 @@ def attention_layer(
     ]
     return DecoderLayer(
         attention_norm=checkpoint.tensor(f"{prefix}.input_layernorm.weight", c.hidden_size),
-        qkv=torch.cat(projections),
+        qkv=settle(torch.cat(projections)),
         head_norms=_head_norms(config, checkpoint, f"{prefix}.self_attn"),
-        out=checkpoint.tensor(f"{prefix}.self_attn.o_proj.weight", c.hidden_size, rows["q"]),
+        out=settle(
+            checkpoint.tensor(f"{prefix}.self_attn.o_proj.weight", c.hidden_size, rows["q"])
+        ),
         feed_forward_norm=checkpoint.tensor(
             f"{prefix}.post_attention_layernorm.weight", c.hidden_size
         ),
@@ -100,10 +102,11 @@ def stack(config: ModelConfig, checkpoint: Checkpoint, layers: list[DecoderLayer
     """The whole model: embeddings below the layers, norm and head above. The last of it to be read:
     what is left of the checkpoint is only digested."""
     c = config
-    embeddings = checkpoint.tensor("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
+    settle = checkpoint.device.settle
+    embeddings = settle(checkpoint.tensor("model.embed_tokens.weight", c.vocab_size, c.hidden_size))
     head = embeddings
     if not c.tied_embeddings:
-        head = checkpoint.tensor("lm_head.weight", c.vocab_size, c.hidden_size)
+        head = settle(checkpoint.tensor("lm_head.weight", c.vocab_size, c.hidden_size))
     norm = checkpoint.tensor("model.norm.weight", c.hidden_size)
     return Model(
         config=config,
@@ -130,9 +133,10 @@ def _fused_experts(
     config: ModelConfig, checkpoint: Checkpoint, prefix: str, names: ExpertNames
 ) -> GroupedExperts:
     count, size, hidden = config.num_experts, config.expert_size, config.hidden_size
+    settle = checkpoint.device.settle
     return GroupedExperts(
-        checkpoint.tensor(f"{prefix}.gate_up_proj", count, 2 * size, hidden),
-        checkpoint.tensor(f"{prefix}.down_proj", count, hidden, size),
+        settle(checkpoint.tensor(f"{prefix}.gate_up_proj", count, 2 * size, hidden)),
+        settle(checkpoint.tensor(f"{prefix}.down_proj", count, hidden, size)),
         checkpoint.device,
     )
 
@@ -158,9 +162,9 @@ def _single_experts(
     config: ModelConfig, checkpoint: Checkpoint, prefix: str, names: ExpertNames
 ) -> GroupedExperts:
     count, size, hidden = config.num_experts, config.expert_size, config.hidden_size
-    memory = checkpoint.device.memory
-    gate_up = torch.empty(count, 2 * size, hidden, dtype=config.dtype, device=memory)
-    down = torch.empty(count, hidden, size, dtype=config.dtype, device=memory)
+    empty = checkpoint.device.empty
+    gate_up = empty((count, 2 * size, hidden), config.dtype)
+    down = empty((count, hidden, size), config.dtype)
 
     def read(expert: int, part: str, *shape: int) -> Tensor:
         return checkpoint.tensor(f"{prefix}.{expert}.{part}.weight", *shape)

@@ -11,6 +11,7 @@ import os
 import select
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
@@ -58,6 +59,8 @@ class PoolMemory:
         except BaseException:
             os.close(self.fd)
             raise
+        with suppress(OSError):  # a kernel without huge pages
+            self._mmap.madvise(mmap.MADV_HUGEPAGE)
         self.map = memoryview(self._mmap)
 
     def close(self) -> None:

@@ -107,7 +107,9 @@ def test_prefill_in_any_chunks_gives_the_logits_of_transformers(
 @pytest.mark.parametrize("chunk", [5, 90])
 def test_the_products_of_another_device_give_the_same_logits(model_dir: Path, chunk: int) -> None:
     """Those of a GPU, on tensors of the CPU."""
-    device = dataclasses.replace(cuda(), memory=CPU.memory, attention=CPU.attention)
+    device = dataclasses.replace(
+        cuda(), memory=CPU.memory, empty=CPU.empty, attention=CPU.attention
+    )
     runner = make_runner(model_dir, device=device)
     ours = prefill(runner, PROMPT, pages_of(3, len(PROMPT)), chunk)
     close(ours[-1], reference_logits(model_dir, PROMPT, torch.float32)[-1])
