@@ -111,14 +111,18 @@ class Case:
     runs: dict[str, Run]
     absent: dict[str, str]
     found: dict[str, list[float]] = field(default_factory=dict)
+    processor: list[float] = field(default_factory=list)  # ours, milliseconds of all threads
 
     def measure(self, *, counts: bool) -> None:
         for name, run in self.runs.items():
+            before = time.process_time()
             seconds = self.batch.seconds(run)
             if counts:
                 self.found.setdefault(name, []).append(seconds)
+                if name == "ours":
+                    self.processor.append((time.process_time() - before) * 1e3)
 
-    def row(self, limits: dict[str, float], bf16_ms: float | None) -> report.Row:
+    def row(self, limits: dict[str, float], bf16: Case | None) -> report.Row:
         middle = {name: statistics.median(each) * 1e3 for name, each in self.found.items()}
         ours = [seconds * 1e3 for seconds in self.found["ours"]]
         operations = 2 * self.tokens * self.shape.chosen * self.shape.expert_weights
@@ -136,9 +140,12 @@ class Case:
         goal = (
             reached if best is None else f"{reached}; best peer {best / middle['ours']:.2f} x ours"
         )
-        if bf16_ms is not None:
-            goal += f"; {bf16_ms / middle['ours']:.2f} x as fast as our bf16"
+        goal += f"; {statistics.median(self.processor):.3g} ms of CPU time"
+        if bf16 is not None:
+            bf16_ms = statistics.median(bf16.found["ours"]) * 1e3
+            saved = statistics.median(bf16.processor) / statistics.median(self.processor)
             peers["our bf16"] = bf16_ms
+            goal += f"; our bf16 {bf16_ms / middle['ours']:.2f} x ours, CPU time {saved:.2f} x"
         return report.row(
             f"{self.shape.name}, {self.dtype}, {self.tokens} tokens ({hit} experts)",
             "ms",
@@ -196,11 +203,7 @@ def measure(shape: Shape, options: argparse.Namespace, probe: UnitProbe) -> list
     }
     units = f"vdpbf16ps {limits['vdpbf16ps']:.3f} T/s, vpdpbusd {limits['vpdpbusd']:.3f} T/s"
     print(f"{shape.name}: reads {limits['read']:.1f} GB/s, {units}")
-    plain = {
-        case.tokens: statistics.median(case.found["ours"]) * 1e3
-        for case in cases
-        if case.dtype == "bf16"
-    }
+    plain = {case.tokens: case for case in cases if case.dtype == "bf16"}
     return [
         case.row(limits, plain.get(case.tokens) if case.dtype != "bf16" else None) for case in cases
     ]

@@ -35,15 +35,21 @@ class Unavailable(Exception):
     """A peer that can't be run here, and why."""
 
 
+def has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def load_vllm(venv: Path) -> None:
     """Its kernels as torch.ops._C; installed first where they aren't."""
-    libraries = list(venv.glob("lib/python3*/site-packages/vllm/_C.abi3.so"))
+    library = "_C" if has_avx512() else "_C_AVX2"  # the former is an illegal instruction there
+    pattern = f"lib/python3*/site-packages/vllm/{library}.abi3.so"
+    libraries = list(venv.glob(pattern))
     if not libraries:
         pip = [str(venv / "bin/python"), "-m", "pip", "install", "-q", "--no-deps", VLLM]
         for command in ([sys.executable, "-m", "venv", str(venv)], pip):
             if subprocess.run(command, check=False).returncode:
                 raise Unavailable(f"{' '.join(command)} failed")
-        libraries = list(venv.glob("lib/python3*/site-packages/vllm/_C.abi3.so"))
+        libraries = list(venv.glob(pattern))
     try:
         torch.ops.load_library(str(libraries[0]))
     except (OSError, IndexError) as error:
@@ -133,8 +139,12 @@ def peers(names: list[str], weights: Weights, dtype: str) -> dict[str, Run | str
             torch.cpu._init_amx()
             made["vllm amx"] = of_vllm(weights, "amx") if dtype == "bf16" else f"no {dtype}"
     if "sglang" in names:
-        known = dtype in ("bf16", "int8")
-        made["sglang"] = of_sglang(weights, dtype) if known else f"{dtype}: not driven here"
+        if dtype not in ("bf16", "int8"):
+            made["sglang"] = f"{dtype}: not driven here"
+        elif not has_avx512():
+            made["sglang"] = "its kernels need AVX-512, which this machine lacks"
+        else:
+            made["sglang"] = of_sglang(weights, dtype)
     if "kt" in names:
         made["kt"] = "kt-kernel's experts of this type need AMX; not driven here"
     return made

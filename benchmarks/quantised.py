@@ -1,0 +1,92 @@
+"""Quantised experts of the embedded model: perplexity beside bf16, and how soon an engine is ready.
+
+Perplexity: of a fixed text (demo_prompt.md), token by token after its first. Ready: seconds from
+the start of a process of `kvc2-engine serve` to its line `serving`, medians by turns; with a file
+of packed experts, which the first start of all makes.
+Example: python -m benchmarks.quantised --json build/bench/quantised.json
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import report
+from benchmarks.deferral import TEXT, perplexity
+from engine import demo_model
+from engine.config import ModelConfig
+from engine.http.tokenizer import Tokenizer
+from engine.models import build_model
+from engine.models.packed import FORMATS, expert_bytes, open_packed
+from engine.models.placed import PlacedModel
+from engine.settings import EngineConfig
+from engine.weights import Checkpoint
+
+MOST = {"int8": 1.01, "fp8": 1.01, "int4": 1.06}  # of bf16's perplexity
+
+
+def perplexity_of(directory: Path, expert_dtype: str, tokens: list[int], kept: Path) -> float:
+    config = ModelConfig.load(directory)
+    with Checkpoint(directory, config.dtype) as checkpoint:
+        packed = open_packed(config, checkpoint, expert_dtype, kept)
+        model = build_model(config, checkpoint, packed)
+    placed = PlacedModel(EngineConfig(model=directory), model)
+    found = perplexity(placed, tokens)
+    placed.close()
+    return found
+
+
+def ready_s(directory: Path, expert_dtype: str, kept: Path) -> float:
+    command = [sys.executable, "-m", "engine", "serve", "--model", str(directory), "--port", "0"]
+    command += ["--expert-dtype", expert_dtype, "--expert-cache", str(kept)]
+    began = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        took = time.perf_counter() - began
+        process.terminate()
+    assert line.startswith("serving"), line
+    return took
+
+
+def main() -> None:
+    parser = report.parser(__doc__ or "", repeats=5)
+    parser.add_argument("--model", type=Path, help="a directory; without it the embedded model")
+    parser.add_argument("--tokens", type=int, default=1024, help="of the text (%(default)s)")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    with demo_model.console_progress() as progress:
+        target = options.model or demo_model.default_directory()
+        directory = options.model or demo_model.build(target, progress=progress)
+    torch.set_num_threads(options.threads)
+    tokens = Tokenizer(directory).encode(TEXT.read_text(), 1 << 20)[: options.tokens]
+    config, rows = ModelConfig.load(directory), []
+    with tempfile.TemporaryDirectory(dir=directory.parent) as folder:
+        kept = Path(folder)
+        plain = 0.0
+        for expert_dtype in FORMATS:
+            found = perplexity_of(directory, expert_dtype, tokens, kept)
+            plain = plain or found
+            print(f"{expert_dtype}: {found:.4f}", flush=True)
+            goal = f"{found / plain:.4f} of bf16's"
+            if expert_dtype in MOST:
+                goal += f"; at most {MOST[expert_dtype]}"
+            megabytes = expert_bytes(config, expert_dtype) / 1e6
+            name = f"{expert_dtype} ({megabytes:.2f} MB an expert): perplexity"
+            row = report.row(name, "", "lower", [found], limit=plain, limit_name="bf16", goal=goal)
+            rows.append(row)
+        ready: dict[str, list[float]] = {each: [] for each in ("bf16", "int8", "int4", "fp8")}
+        for _ in range(options.repeats):
+            for expert_dtype, samples in ready.items():
+                samples.append(ready_s(directory, expert_dtype, kept))
+        rows += [report.row(f"{d}: ready", "s", "lower", each) for d, each in ready.items()]
+    report.finish("Quantised experts", rows, options.json)
+
+
+if __name__ == "__main__":
+    main()
