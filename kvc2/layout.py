@@ -213,6 +213,23 @@ def layer_major(layers: int, num_pages: int, *, segment_bytes: int, page_size: i
     return Layout(tuple(segments), page_size)
 
 
+def side_by_side(layers: int, num_pages: int, *, segment_bytes: int, page_size: int) -> Layout:
+    """The layout of an engine's pool on a device: for each layer all pages, of each its key and
+    then its value. Rows of a copy are twice as long then, for which a bus is faster."""
+    segments = [
+        Segment(
+            layer,
+            kv,
+            segment_bytes,
+            2 * layer * num_pages * segment_bytes + kv * segment_bytes,
+            2 * segment_bytes,
+        )
+        for layer in range(layers)
+        for kv in (0, 1)
+    ]
+    return Layout(tuple(segments), page_size)
+
+
 def check_page_size(field: str, page_size: int) -> None:
     """Raises InvalidRequest unless it is a power of two from 1 to PAGE_SIZE_MAX."""
     if not (1 <= page_size <= PAGE_SIZE_MAX and page_size & (page_size - 1) == 0):

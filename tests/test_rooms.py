@@ -160,7 +160,7 @@ FLOORS = {
         base
     """,
     "engine/attention": """
-        cpu, flashinfer
+        cpu, flashinfer, paged_torch
         base
     """,
     "engine/experts": """

@@ -48,12 +48,20 @@ class KvShape:
 
 class KvPool:
     """Typed views of a flat memory of `num_pages` pages, layer-major: for each layer the K of all
-    pages, then the V of all pages; one page's K is [kv_heads, page_size, head_dim].
+    pages, then the V of all pages; one page's K is [kv_heads, page_size, head_dim]. side_by_side:
+    for each layer all pages, of each its K and then its V.
 
     Shares the memory, which must be writable, and outlive the pool; copies nothing.
     """
 
-    def __init__(self, shape: KvShape, num_pages: int, memory: Tensor | Buffer) -> None:
+    def __init__(
+        self,
+        shape: KvShape,
+        num_pages: int,
+        memory: Tensor | Buffer,
+        *,
+        side_by_side: bool = False,
+    ) -> None:
         flat = memory if isinstance(memory, Tensor) else torch.frombuffer(memory, dtype=torch.uint8)
         wanted = num_pages * shape.page_bytes
         if flat.dtype != torch.uint8 or flat.dim() != 1 or flat.numel() < wanted:
@@ -62,7 +70,11 @@ class KvPool:
         self.num_pages = num_pages
         page = (shape.kv_heads, shape.page_size, shape.head_dim)
         typed = flat[:wanted].view(shape.dtype)
-        self._parts = typed.view(shape.layers, 2, num_pages, *page)
+        if side_by_side:
+            parts = typed.view(shape.layers, num_pages, 2, *page).transpose(1, 2)
+        else:
+            parts = typed.view(shape.layers, 2, num_pages, *page)
+        self._parts = parts
 
     @property
     def device(self) -> torch.device:

@@ -1,5 +1,6 @@
 """Attention on CUDA with flashinfer, which is imported with the first pool. Not yet run on
-hardware."""
+hardware: its call is held against the signatures of two versions, and computed as documented on the
+CPU (tests/engine/test_flashinfer_api.py)."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from engine.attention.base import Attention, KvPool
 from engine.batch import Batch
 
 _WORKSPACE_BYTES = 128 << 20  # what flashinfer's documentation advises
+# By name: `auto` would take another on another GPU or in another version, and other bits with it.
+_BACKEND = "fa2"
 
 
 class FlashInferAttention(Attention):
@@ -25,18 +28,21 @@ class FlashInferAttention(Attention):
         flashinfer = importlib.import_module("flashinfer")  # the extra `cuda`; it has no types
 
         workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=pool.device)
-        self._wrapper: Any = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
+        self._wrapper: Any = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+            workspace, "HND", backend=_BACKEND
+        )
 
     def plan(self, batch: Batch) -> None:
+        """Lengths and pages stay on the CPU: flashinfer plans there, and would copy them back."""
         shape, device = self.pool.shape, self.pool.device
         self._places = batch.page_ids.to(device), batch.page_offsets.to(device)
         pages = -(-batch.context_lens // shape.page_size)
         used = torch.arange(batch.block_tables.shape[1]) < pages.unsqueeze(1)
         self._wrapper.plan(
-            _starts(batch.query_lens).to(device),
-            _starts(pages).to(device),
-            batch.block_tables[used].to(device),
-            ((batch.context_lens - 1) % shape.page_size + 1).to(device),
+            _starts(batch.query_lens),
+            _starts(pages),
+            batch.block_tables[used],
+            (batch.context_lens - 1) % shape.page_size + 1,
             self.query_heads,
             shape.kv_heads,
             shape.head_dim,
