@@ -6,18 +6,24 @@ Not responsible for the kernels themselves (kernels, layers, attention/).
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import Buffer
 
 from engine import kernels, layers, memory
 from engine.attention.base import Attention, KvPool
 from engine.attention.cpu import CpuAttention
 from engine.attention.flashinfer import FlashInferAttention
+from engine.attention.paged_torch import PagedTorchAttention
 from engine.choice import ChoiceRule
+from kvc2.errors import InvalidConfig
+from kvc2.host import machine
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,9 @@ class Device:
     csrc/decoder (models/fused), and none of `linear` and `attention`.
     numerics(dtype): the class of these kernels; only those of one class give the same bits.
     takes_records: whether weights of experts may be quantised (engine/quantised.py).
+    ordinal: of a CUDA device; None: of none. over(memory): what an engine's pool lies in, as
+    attention takes it. side_by_side: K and V of a page lie so there. room(): of `memory`.
+    finish(): returns when all that was begun is done, so that others may read it.
     """
 
     memory: torch.device  # of weights, tables and activations
@@ -47,6 +56,11 @@ class Device:
     settle: Callable[[Tensor], Tensor]
     numerics: Callable[[torch.dtype], str]
     takes_records: bool
+    ordinal: int | None
+    over: Callable[[Any], Tensor | Buffer]
+    side_by_side: bool
+    room: Callable[[], machine.Room]
+    finish: Callable[[], None]
 
 
 def set_threads(threads: int) -> None:
@@ -66,22 +80,86 @@ CPU = Device(
     settle=memory.settle,
     numerics=kernels.numerics,
     takes_records=True,
+    ordinal=None,
+    over=lambda memory: memory.map,
+    side_by_side=False,
+    room=machine.memory,
+    finish=lambda: None,
 )
 
 
 def cuda(index: int = 0) -> Device:
     """An NVIDIA GPU: torch's products, flashinfer's attention. Not yet run on hardware."""
-    place = torch.device("cuda", index)
+    device = torch.device("cuda", index)
+
+    def over(memory: Any) -> Tensor:
+        return torch.as_tensor(_DeviceBytes(memory.address, memory.num_bytes), device=device)
+
+    def room() -> machine.Room:
+        free, total = torch.cuda.mem_get_info(device)
+        return machine.Room(str(device), total, free)
+
     return Device(
-        memory=place,
+        memory=device,
         linear=functional.linear,
         experts=layers.grouped_experts,
         choose_experts=layers.choose_experts,
-        attention=FlashInferAttention,
+        attention=_attention_on_cuda,
         fused=False,
         claim_threads=lambda: None,  # torch's own threads keep the GPU fed
-        empty=lambda shape, dtype: torch.empty(shape, dtype=dtype, device=place),
+        empty=lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device),
         settle=lambda weight: weight,
-        numerics=lambda _: "cuda",
         takes_records=False,
+        numerics=lambda dtype: "cuda" if _flashinfer_has(dtype) else "cuda-torch",
+        ordinal=index,
+        over=over,
+        side_by_side=True,
+        room=room,
+        finish=lambda: torch.cuda.synchronize(device),
     )
+
+
+class _DeviceBytes:
+    """Memory of a device that torch takes over as it lies (numba's CUDA array interface)."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+def _flashinfer_has(dtype: torch.dtype) -> bool:
+    """Whether it is installed, and has kernels for this type."""
+    return dtype is not torch.float32 and importlib.util.find_spec("flashinfer") is not None
+
+
+def _attention_on_cuda(pool: KvPool, query_heads: int) -> Attention:
+    make = FlashInferAttention if _flashinfer_has(pool.shape.dtype) else PagedTorchAttention
+    return make(pool, query_heads)
+
+
+def chosen(name: str) -> Device:
+    """By --device. Raises InvalidConfig, with what was found, for one that is not there."""
+    if name == "cpu":
+        return CPU
+    why = _why_not_cuda()
+    if name == "auto":
+        return CPU if why else cuda()
+    if why:
+        raise InvalidConfig("device", name, f"cpu or auto: {why}")
+    index, count = int(name.partition(":")[2] or 0), torch.cuda.device_count()
+    if index >= count:
+        raise InvalidConfig("device", name, f"cuda:0 to cuda:{count - 1}, which torch sees")
+    return cuda(index)
+
+
+def _why_not_cuda() -> str:
+    """Why no CUDA device can be had; empty: one can."""
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no CUDA device"
+    if importlib.util.find_spec("cuda") is None or not importlib.util.find_spec("cuda.bindings"):
+        return "cuda-bindings is not installed (pip install 'kvc2[cuda]')"
+    return ""

@@ -36,20 +36,17 @@ def grouped_experts(
     weights[t, j] * down_e(silu(gate_e x[t]) * up_e x[t]), e = expert_ids[t, j].
 
     expert_ids int64 [T, k], weights float32 [T, k]; gate_up [experts, 2 * size, hidden], gate
-    first; down [experts, hidden, size]. Waits for the device to count the tokens of each expert.
+    first; down [experts, hidden, size]. Two products for all experts, and nothing that the host
+    would have to wait for, so that a CUDA graph can hold it.
     """
     tokens, chosen = expert_ids.shape
-    order = expert_ids.flatten().argsort(stable=True)
-    counts = torch.bincount(expert_ids.flatten(), minlength=gate_up.shape[0])
+    flat = expert_ids.flatten()
+    order = flat.argsort(stable=True)
+    ends = _counts(flat, gate_up.shape[0]).cumsum(0, dtype=torch.int32)
     rows = x[order // chosen]
-    outputs = torch.empty_like(rows)
-    begin = 0
-    for expert, count in enumerate(counts.tolist()):
-        if count:
-            taken = rows[begin : begin + count]
-            hidden = silu_and_multiply(functional.linear(taken, gate_up[expert]))
-            outputs[order[begin : begin + count]] = functional.linear(hidden, down[expert])
-            begin += count
+    hidden = silu_and_multiply(functional.grouped_mm(rows, gate_up.mT, offs=ends))
+    grouped = functional.grouped_mm(hidden, down.mT, offs=ends)
+    outputs = torch.empty_like(grouped).index_copy(0, order, grouped)
     weighed = outputs.view(tokens, chosen, -1).float() * weights.unsqueeze(-1)
     return weighed.sum(1).to(x.dtype)
 
@@ -78,6 +75,14 @@ def choose_experts(
     if rule.normalize:
         weights = weights / weights.sum(-1, keepdim=True)
     return ids, weights * rule.scale
+
+
+def _counts(numbers: Tensor, below: int) -> Tensor:
+    """int32 [below]: how often each number is there. Not `bincount`, whose result's size the host
+    must know."""
+    ones = torch.ones_like(numbers, dtype=torch.int32)
+    zeros = torch.zeros(below, dtype=torch.int32, device=numbers.device)
+    return zeros.scatter_add(0, numbers, ones)
 
 
 class Rope:

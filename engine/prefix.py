@@ -19,12 +19,14 @@ from kvc2.client import Bridge as Bridge
 from kvc2.client import BridgeConfig as BridgeConfig
 from kvc2.client import Counters
 from kvc2.client import Daemon as Daemon
+from kvc2.client import EngineMemory as EngineMemory
 from kvc2.client import Lease as Lease
 from kvc2.client import PageBook as PageBook
 from kvc2.client import PoolMemory as PoolMemory
 from kvc2.client import PrefixLostError as PrefixLostError
 from kvc2.client import open_bridge as open_bridge
 from kvc2.layout import layer_major as layer_major
+from kvc2.layout import side_by_side as side_by_side
 
 
 class BridgeCounters(Counters):
@@ -51,6 +53,15 @@ class BridgeCounters(Counters):
 
     def salt_let_go(self) -> None:
         self._metrics.salts_let_go.inc()
+
+
+def pool_memory(num_bytes: int, ordinal: int | None) -> EngineMemory:
+    """What an engine's pool lies in: of a CUDA device, or memory that the daemon maps (None)."""
+    if ordinal is None:
+        return PoolMemory(num_bytes)
+    from kvc2.cuda.memory import DeviceMemory  # the extra `cuda`
+
+    return DeviceMemory(num_bytes, ordinal)
 
 
 def explain(bridge: Bridge, lease: Lease) -> Future[Explanation]:

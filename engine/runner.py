@@ -61,5 +61,9 @@ class PlainModel:
             self._attention.write(layer, key, value)
             return self._attention.attend(layer, query)
 
-        hidden = self.model.hidden(batch.token_ids, batch.positions, attend)
-        return self.model.logits(hidden[batch.logits_rows])
+        memory = self.model.device.memory  # an index on the CPU would be copied in each layer
+        token_ids, positions = batch.token_ids.to(memory), batch.positions.to(memory)
+        hidden = self.model.hidden(token_ids, positions, attend)
+        logits = self.model.logits(hidden[batch.logits_rows.to(memory)])
+        self.model.device.finish()  # what is committed next is read by another process
+        return logits

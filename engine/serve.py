@@ -21,7 +21,7 @@ from engine import kernels
 from engine.attention.base import KvPool, KvShape
 from engine.budget import Measured
 from engine.config import ModelConfig
-from engine.device import CPU, set_threads
+from engine.device import Device, chosen, set_threads
 from engine.errors import EngineFailedError
 from engine.http.app import build
 from engine.http.connection import ClientLimits
@@ -43,10 +43,12 @@ from engine.prefix import (
     BridgeConfig,
     BridgeCounters,
     Daemon,
-    PoolMemory,
+    EngineMemory,
     PromptReuse,
     layer_major,
     open_bridge,
+    pool_memory,
+    side_by_side,
 )
 from engine.request import Bounds
 from engine.runner import Runner
@@ -75,7 +77,8 @@ class Engine:
 
 def assemble(config: EngineConfig) -> Engine:
     """Load the model, make the pool and connect the parts. Takes as long as reading the weights."""
-    device = CPU  # the only one that has run; the choice of another is made here
+    device = chosen(config.device)
+    check_device(config, device)
     set_threads(config.cpu_threads)
     if config.cpu_isa != "auto":
         kernels.choose(config.cpu_isa)
@@ -97,8 +100,8 @@ def assemble(config: EngineConfig) -> Engine:
             model_config, checkpoint, config.expert_dtype, expert_directory(config)
         )
         weights_bytes = checkpoint.memory_bytes - _not_held(config, model_config, packed)
-        check_room(config, num_pages * shape.page_bytes, weights_bytes, machine.memory())
-        memory = PoolMemory(num_pages * shape.page_bytes)
+        check_room(config, num_pages * shape.page_bytes, weights_bytes, device.room())
+        memory = pool_memory(num_pages * shape.page_bytes, device.ordinal)
         before = huge_bytes()
         placed = PlacedModel(config, build_model(model_config, checkpoint, packed))
         placed.budget = budget
@@ -106,10 +109,11 @@ def assemble(config: EngineConfig) -> Engine:
     model = placed.model
     metrics = EngineMetrics()
     bridge = _bridge(config, placed, shape, memory, metrics)
+    pool = KvPool(shape, num_pages, device.over(memory), side_by_side=device.side_by_side)
     scheduler = Scheduler(
         SchedulerConfig(config.chunk_size, config.step_tokens, config.max_running),
         bridge=bridge,
-        compute=placed.compute(Runner(model, KvPool(shape, num_pages, memory.map))),
+        compute=placed.compute(Runner(model, pool)),
         metrics=metrics,
         clock=time.monotonic,
     )
@@ -137,6 +141,14 @@ def _traffic(config: EngineConfig, worker: Worker, scheduler: Scheduler) -> Call
         prefill_tokens_per_s=scheduler.prefill_rate or 0.0,
         hit_rates=reuse.hit_rates(),
     )
+
+
+def check_device(config: EngineConfig, device: Device) -> None:
+    """Raises InvalidConfig for what a CUDA device can't have yet."""
+    cold = config.places_experts or config.expert_memory_gb is not None
+    if device.ordinal is not None and cold:
+        allowed = "cpu, with cold experts: beside a CUDA device they are not built"
+        raise InvalidConfig("device", config.device, allowed)
 
 
 def _not_held(config: EngineConfig, model: ModelConfig, packed: PackedExperts | None) -> int:
@@ -202,7 +214,7 @@ def _bridge(
     config: EngineConfig,
     placed: PlacedModel,
     shape: KvShape,
-    memory: PoolMemory,
+    memory: EngineMemory,
     metrics: EngineMetrics,
 ) -> Bridge:
     num_pages = memory.num_bytes // shape.page_bytes
@@ -212,6 +224,7 @@ def _bridge(
     daemon, identity = None, b""
     if config.kvc2 is not None:
         model = placed.model
+        lay = side_by_side if model.device.side_by_side else layer_major
         identity = identity_of(
             model.config,
             model.weights_digest,
@@ -223,7 +236,7 @@ def _bridge(
         daemon = Daemon(
             config.kvc2,
             memory,
-            layer_major(
+            lay(
                 shape.layers,
                 num_pages,
                 segment_bytes=shape.segment_bytes,

@@ -16,7 +16,17 @@ from typing import Annotated, Literal
 from engine import spellings
 from kvc2 import flags
 from kvc2.errors import InvalidConfig
-from kvc2.flags import Flag, Values, above, at_least, between, check, power_of_two, refused_as
+from kvc2.flags import (
+    Flag,
+    Values,
+    above,
+    at_least,
+    between,
+    check,
+    matching,
+    power_of_two,
+    refused_as,
+)
 from kvc2.host import machine
 from kvc2.host.address import Address
 from kvc2.host.paths import user_path
@@ -38,6 +48,10 @@ ToolFormat = Literal[
     "qwen3-coder",
     "template",
 ]
+DEVICE = Flag(
+    "Of model and pool; auto: CUDA, if found, which no GPU has run yet.",
+    matching(r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N"),
+)
 PAGE_SIZE_MAX = 512
 KV_MEMORY_GB = 2.0
 THREADS_MAX = 1024  # more is a mistake; csrc/bindings/kernels.cpp refuses it too
@@ -73,6 +87,7 @@ class EngineConfig:
     ] = None
     host: Annotated[str, Flag("Address; one beyond loopback needs --api-keys.")] = "127.0.0.1"
     port: Annotated[int, Flag("Port; 0: any free one.", between(0, 65535))] = 30000
+    device: Annotated[str, DEVICE] = "cpu"
     dtype: Annotated[Dtype, Flag("Of weights and KV; auto: the checkpoint's.")] = "auto"
     expert_dtype: Annotated[
         ExpertDtype, Flag("Of experts: bf16 (--dtype), or quantised; auto: the checkpoint's.")
@@ -112,10 +127,7 @@ class EngineConfig:
     ] = None
     threads: Annotated[
         int,
-        Flag(
-            "CPU threads of the kernels; 0: one a CPU that cpuset and cgroup allow.",
-            between(0, THREADS_MAX),
-        ),
+        Flag("CPU threads; 0: one for each CPU allowed to this process.", between(0, THREADS_MAX)),
     ] = 0
     num_gpu_experts: Annotated[
         int | None,

@@ -30,7 +30,7 @@ from kvc2.client.client import ArenaTerms, Client
 from kvc2.client.completions import Completions
 from kvc2.client.connection import NamespaceHandle, SessionOptions
 from kvc2.client.counters import Counters
-from kvc2.client.memory import ArenaView, PoolMemory
+from kvc2.client.memory import ArenaView, EngineMemory, PoolMemory
 from kvc2.client.objects import Objects, open_objects
 from kvc2.client.pages import PageBook
 from kvc2.client.sessions import Lease
@@ -53,6 +53,7 @@ __all__ = [
     "Daemon",
     "DaemonStats",
     "Detached",
+    "EngineMemory",
     "Evicted",
     "Explained",
     "Flushed",

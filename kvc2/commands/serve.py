@@ -17,7 +17,9 @@ from kvc2.host import machine
 EPILOG = (
     flags.example("kvc2 serve", ServeConfig) + ". Sizes in gb are 10^9 bytes. A key of the file is "
     "a flag: `cpu: {memory_size_gb: 500}`; flags go over the file. Tenants are declared in the "
-    "file only. Exit codes: 0 stopped in order, 1 can't start, 2 bad usage."
+    "file only. Engines' pools may lie on CUDA devices (pip install 'kvc2[cuda]'): that has run on "
+    "a driver for tests, and on no GPU yet. "
+    "Exit codes: 0 stopped in order, 1 can't start, 2 bad usage."
 )
 
 

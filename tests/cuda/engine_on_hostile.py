@@ -19,6 +19,10 @@ class HostileMemory(DeviceMemory):
         self.map = memoryview(mmap.mmap(self.fd, num_bytes))
 
 
+def hostile_memory(num_bytes: int, ordinal: int | None) -> HostileMemory:
+    return HostileMemory(num_bytes)
+
+
 if __name__ == "__main__":
-    engine.serve.PoolMemory = HostileMemory  # type: ignore[assignment,misc]
+    engine.serve.pool_memory = hostile_memory
     main()

@@ -108,7 +108,11 @@ def test_prefill_in_any_chunks_gives_the_logits_of_transformers(
 def test_the_products_of_another_device_give_the_same_logits(model_dir: Path, chunk: int) -> None:
     """Those of a GPU, on tensors of the CPU."""
     device = dataclasses.replace(
-        cuda(), memory=CPU.memory, empty=CPU.empty, attention=CPU.attention
+        cuda(),
+        memory=CPU.memory,
+        empty=CPU.empty,
+        attention=CPU.attention,
+        finish=CPU.finish,
     )
     runner = make_runner(model_dir, device=device)
     ours = prefill(runner, PROMPT, pages_of(3, len(PROMPT)), chunk)

@@ -1,0 +1,135 @@
+"""A decode step on CUDA can be captured by a graph: it never makes the host wait for the device,
+and mixes no devices.
+
+No GPU is needed: torch's FakeTensorMode computes shapes, types and devices alone, and refuses both.
+(A copy of a CPU index to the device it doesn't refuse: `Runner` makes them before the first layer.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+
+from engine.attention.base import Attention, KvPool, KvShape
+from engine.attention.paged_torch import PagedTorchAttention
+from engine.batch import Batch, Slice
+from engine.device import CPU, cuda
+from engine.models import load_model
+from engine.runner import Runner
+from tests.doubles.checkpoints import make_mixtral, make_qwen3_moe
+
+CUDA, PAGES, PAGE_SIZE = torch.device("cuda", 0), 24, 16
+# torch's own, which switches nothing: a build of torch without CUDA has none for it
+GUARD = """
+#include <c10/core/impl/FakeGuardImpl.h>
+namespace c10::impl {
+C10_REGISTER_GUARD_IMPL(CUDA, FakeGuardImpl<DeviceType::CUDA>);
+}
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def guard(tmp_path_factory: pytest.TempPathFactory) -> None:
+    if torch.version.cuda is not None:
+        return
+    folder = tmp_path_factory.mktemp("guard")
+    source, library = folder / "guard.cpp", folder / "guard.so"
+    source.write_text(GUARD)
+    torch_folder = Path(torch.__file__).parent
+    command = ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{torch_folder}/include", str(source)]
+    subprocess.run([*command, f"-L{torch_folder}/lib", "-lc10", "-o", str(library)], check=True)
+    torch.ops.load_library(str(library))
+
+
+def moved(thing: Any, mode: FakeTensorMode) -> Any:
+    """The same tree of objects, each tensor of it a fake one on the device."""
+    if isinstance(thing, torch.Tensor):
+        with mode:
+            return torch.empty_strided(thing.shape, thing.stride(), dtype=thing.dtype, device=CUDA)
+    if isinstance(thing, list | tuple):
+        return type(thing)(moved(each, mode) for each in thing)
+    if isinstance(thing, types.FunctionType | type) or not hasattr(thing, "__dict__"):
+        return thing
+    if not type(thing).__module__.startswith("engine."):
+        return thing
+    copy = object.__new__(type(thing))
+    for name, value in vars(thing).items():
+        object.__setattr__(copy, name, moved(value, mode))
+    return copy
+
+
+class NoAttention(Attention):
+    """flashinfer's place: it plans on the host and runs on the device."""
+
+    def plan(self, batch: Batch) -> None: ...
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None: ...
+
+    def attend(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(query)
+
+
+class Planned(PagedTorchAttention):
+    """What its plan leaves is on the device; planning itself is outside of a graph."""
+
+    mode: FakeTensorMode
+
+    def plan(self, batch: Batch) -> None:
+        pass
+
+
+BATCH = Batch.of([Slice([1], 48, [6, 2, 5], True), Slice([2], 17, [9, 10], True)], PAGE_SIZE)
+
+
+def step(make: Callable[..., Path], folder: Path, attention: type[Attention]) -> torch.Tensor:
+    """Logits of a decode step of two sequences, fake ones on the device."""
+    device = dataclasses.replace(
+        cuda(),
+        memory=CPU.memory,
+        empty=CPU.empty,
+        attention=attention,
+        finish=CPU.finish,
+    )
+    real, mode = load_model(make(folder / "model", torch.bfloat16), device=device), FakeTensorMode()
+    model = moved(real, mode)
+    object.__setattr__(model, "device", dataclasses.replace(device, memory=CUDA))
+    shape = KvShape.of(model.config, PAGE_SIZE)
+    planner = PagedTorchAttention(
+        KvPool(shape, PAGES, torch.empty(PAGES * shape.page_bytes, dtype=torch.uint8)),
+        model.config.query_heads,
+    )
+    planner.plan(BATCH)
+    with mode:
+        memory = torch.empty(PAGES * shape.page_bytes, dtype=torch.uint8, device=CUDA)
+        runner = Runner(model, KvPool(shape, PAGES, memory))
+        inputs = {f.name: moved(getattr(BATCH, f.name), mode) for f in dataclasses.fields(BATCH)}
+        planned = getattr(runner._compute, "_attention", None)
+        if isinstance(planned, Planned):
+            planned._places = moved(planner._places, mode)
+            planned._sequences = moved(planner._sequences, mode)
+        return runner.step(Batch(**inputs))
+
+
+@pytest.mark.parametrize("make", [make_mixtral, make_qwen3_moe])
+@pytest.mark.parametrize("attention", [NoAttention, Planned])
+def test_a_decode_step_never_waits_for_the_device(
+    tmp_path: Path, make: Callable[..., Path], attention: type[Attention]
+) -> None:
+    logits = step(make, tmp_path, attention)
+    assert (logits.shape[0], logits.device) == (2, CUDA)
+
+
+def test_a_step_that_waits_is_seen() -> None:
+    """As the experts' did, that counted their tokens on the host."""
+    with FakeTensorMode():
+        ids = torch.zeros(4, dtype=torch.int64, device=CUDA)
+        with pytest.raises(DynamicOutputShapeException):
+            torch.bincount(ids, minlength=4)
