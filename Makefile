@@ -4,6 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .PHONY: help env demo test test-full test-peers lint format asan tsan bench proto clean
+.PHONY: cuda-check cuda-wheels
 
 BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -95,6 +96,16 @@ bench: $(READY)  ## every benchmark of benchmarks/README.md, JSON into build/ben
 	for each in $(BENCHMARKS); do $(PYTHON) -m benchmarks.$$each --json build/bench/$$each.json; done
 	$(if $(TRACES),for each in hit_rate tier_hits reuse_curve; do \
 		$(PYTHON) -m benchmarks.$$each --traces $(TRACES) --json build/bench/$$each.json; done)
+
+# DRIVER=hostile runs what can run without a GPU; ARGS: --only STEP, --json FILE
+DRIVER ?= real
+cuda-check: $(READY)  ## what is promised of a CUDA device, checked on one in 8 minutes
+	$(PYTHON) -m tests.cuda.check --driver $(DRIVER) $(ARGS)
+
+# For a host without a network that has torch: make cuda-wheels DIR=wheels TARGET_PYTHON=3.12
+TARGET_PYTHON ?= 3.12
+cuda-wheels: $(READY)  ## wheels that daemon, engine and check need beside torch, into DIR
+	$(PYTHON) -m tests.cuda.wheels $(DIR) --python $(TARGET_PYTHON)
 
 clean:  ## remove the environment and what was built
 	rm -rf $(VENV) build

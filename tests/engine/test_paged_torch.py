@@ -76,7 +76,7 @@ def test_a_model_with_it_has_the_logits_of_transformers(
 ) -> None:
     """Over pages that hold NaN wherever nobody wrote."""
     model_dir = make(tmp_path / "model")
-    device = dataclasses.replace(CPU, attention=PagedTorchAttention)
+    device = dataclasses.replace(CPU, attention=PagedTorchAttention, fused=False)
     model = load_model(model_dir, device=device)
     shape = KvShape.of(model.config, PAGE_SIZE)
     memory = torch.full((PAGES * shape.page_bytes,), 0xFF, dtype=torch.uint8)
