@@ -61,6 +61,16 @@ def test_neighbours_that_would_overlap_the_next_page_are_not_joined() -> None:
     assert [(each.width, each.height, each.pitch) for each in rows] == [(512, 2, 512)]
 
 
+def test_rows_at_uneven_distances_are_several_copies() -> None:
+    """A pool may have gaps wherever its engine wants them."""
+    segments = [(at, 512, 512) for at in (0, 1000_000, 2000_000, 2500_000, 3000_000)]
+    rows = groups(segments, [5], MAX_PITCH)[0].rows
+    assert [(each.offset, each.height, each.pitch) for each in rows] == [
+        (0, 3, 1000_000),
+        (2500_000, 2, 500_000),
+    ]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_what_is_cut_is_the_same_bytes_and_crosses_no_border(seed: int) -> None:
     random = np.random.default_rng(seed)

@@ -124,8 +124,12 @@ def test_pieces_are_registered_when_they_are_used_and_once(one: Bench) -> None:
 
 
 def test_a_registration_that_ends_with_the_arena_is_as_long_as_that(one: Bench) -> None:
+    """What follows it may be registered by others."""
     tail = Registered(one.arena[: PIECE + 8192], PIECE)
     tail.ensure(np.array([PIECE], np.uint64), 4096)
+    after = Registered(one.arena[PIECE + 8192 : 2 * PIECE], PIECE)
+    after.ensure(np.array([0], np.uint64), 4096)
+    after.close()
     tail.close()
 
 
