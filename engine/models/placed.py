@@ -286,7 +286,7 @@ def _split(config: EngineConfig, host: HostExecutor | ExpertStore, nodes: Nodes)
         except ValueError as error:
             raise InvalidConfig("expert_nodes", config.expert_nodes, str(error)) from error
         for tensor in (whole.gate_up, whole.down):
-            tensor.untyped_storage().resize_(0)
+            tensor.set_()  # it holds no memory, whoever still holds it
     host.layers = layers
 
 

@@ -37,6 +37,7 @@ class Walk:
 WALKS = {"default": Walk(800), "quick": Walk(25), "hunt": Walk(250, shrinks=False)}
 WALK = WALKS[os.environ.get("KVC2_WALK", "default")]
 WALKS_END_S = 1800  # of walks that hang: they take one minute, and twenty on a machine that is busy
+pytestmark = pytest.mark.timeout(WALKS_END_S + 20)
 
 # Arrows of index.h and situations that a sound walk comes by: about a third of what was counted.
 # The same seed walks differently under another release of hypothesis or Python: a fifth of this is
@@ -215,7 +216,6 @@ def walk(of: Walk, *, same: bool, lives: type[IndexLives] = IndexLives) -> None:
     )
 
 
-@pytest.mark.timeout(WALKS_END_S + 20)
 def test_the_index_equals_its_oracle_on_random_walks() -> None:
     if WALK is not WALKS["default"]:
         walk(WALK, same=True)
@@ -316,6 +316,5 @@ def test_two_transfers_fail_one_after_the_other_under_one_lease() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_the_index_equals_its_oracle_on_long_random_walks() -> None:
     walk(Walk(2000, 100), same=False)

@@ -115,14 +115,18 @@ def test_hits_of_every_tier_are_equal_to_no_cache(
     cold, gpu = engine.complete(tokens), engine.complete(tokens)
     assert cold.tokens == gpu.tokens == expected
     assert (cold.matched, gpu.tiers["gpu"]) == (0, 288)
-    daemon.admin().flush(20)
-    daemon.admin().evict("gpu")
-    cpu = engine.complete(tokens)
-    assert (cpu.tiers["cpu"], cpu.tokens) == (288, expected)
-    daemon.admin().evict("gpu")
-    daemon.admin().evict("cpu")
-    disk = engine.complete(tokens)
-    assert (disk.tiers["disk"], disk.tokens) == (288, expected)
+    wait_until(lambda: not any(daemon.admin().flush(20).not_durable_blocks.values()))
+    for tier, evicted in (("cpu", ("gpu",)), ("disk", ("gpu", "cpu"))):
+
+        def hit(tier: str = tier, evicted: tuple[str, ...] = evicted) -> bool:
+            """What comes late on a busy machine is computed, so a hit may need another try."""
+            for each in evicted:
+                daemon.admin().evict(each)
+            answer = engine.complete(tokens)
+            assert answer.tokens == expected
+            return answer.tiers[tier] == 288
+
+        wait_until(hit)
 
 
 def processes(daemon: DaemonProcess) -> tuple[psutil.Process, list[psutil.Process]]:
