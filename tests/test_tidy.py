@@ -266,6 +266,14 @@ def test_every_folder_has_a_readme_of_at_most_a_hundred_lines() -> None:
     assert not long, f"over {README_LINES_MAX} lines: {long}"
 
 
+def test_a_readme_opens_with_its_title() -> None:
+    """A formatter of C++ tears a heading, and the table below it."""
+    readmes = [path for path in tracked_files() if path.name == "README.md"]
+    torn = [identify(path) for path in readmes if not path.read_text().startswith("# ")]
+    assert readmes
+    assert not torn
+
+
 def test_a_readme_can_be_read_as_text() -> None:
     """Not every reader has a renderer: a wider row of a table wraps, and its columns are lost."""
     wide = [
