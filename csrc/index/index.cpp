@@ -215,16 +215,18 @@ std::vector<PageId> Index::grant_for(LeaseId id, uint32_t first_block, uint32_t 
     const Lock lock(mutex_);
     const auto [pool, space] = leases_.where(id);
     if (pools_.at(pool).closed) return {};  // close_pool has freed them
-    for (uint32_t i = 0; more && i < kSlicePages; ++i) {
-      const auto taken = static_cast<uint32_t>(granted.size());
-      const auto block = leases_.newcomer(id, first_block + taken);
+    const auto begun = static_cast<uint32_t>(granted.size());
+    const uint32_t slice = std::min(kSlicePages, blocks - begun);
+    const auto newcomers = leases_.newcomers(id, first_block + begun, slice);
+    for (uint32_t i = 0; more && i < slice; ++i) {
+      const uint32_t taken = begun + i;
+      const auto block = i < newcomers.size() ? newcomers[i] : std::nullopt;
       const Given given = give(pool, tree_.spaces[space].tenant, block, taken);
       if (given.page) granted.push_back(*given.page);
       more = given.page && granted.size() < blocks;
-      for (uint32_t k = taken; given.refused && k < blocks; ++k) {
-        if (const auto below = leases_.newcomer(id, first_block + k)) {
-          evictor_.note_refusal(pool, below->key, *given.refused);
-        }
+      if (!given.refused) continue;
+      for (const auto& below : leases_.newcomers(id, first_block + taken, blocks - taken)) {
+        if (below) evictor_.note_refusal(pool, below->key, *given.refused);
       }
     }
   }

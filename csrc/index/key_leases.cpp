@@ -81,9 +81,11 @@ std::vector<std::optional<Newcomer>> KeyLeases::newcomers(LeaseId id,
       continue;
     }
     const BlockKey name = name_of(lease.space, key);
+    const auto there = tree_.next({tree_.spaces[lease.space].root, kBeforeFirst}, name);
+    const bool below = there && tree_.resident_below(*there, lease.pool);
     found.push_back(Newcomer{.key = name,
                              .use = {lease.stamp, mark->second},
-                             .standing = tree_.standing_in(lease.pool, name, life, false),
+                             .standing = tree_.standing_in(lease.pool, name, life, below),
                              .tenant = tree_.spaces[lease.space].tenant});
   }
   return found;

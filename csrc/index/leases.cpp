@@ -205,17 +205,32 @@ std::vector<uint32_t> Leases::marks_of(const Lease& lease, uint32_t from) const 
   return marks;
 }
 
-std::optional<Newcomer> Leases::newcomer(LeaseId id, uint32_t block) {
+std::vector<std::optional<Newcomer>> Leases::newcomers(LeaseId id, uint32_t block,
+                                                       uint32_t blocks) {
   Lease& lease = get(id);
   tell_asked(lease);
-  const uint32_t i = block - lease.matched;
-  if (block < lease.matched || i >= lease.marks.size()) return std::nullopt;
-  const BlockKey& key = lease.unmatched[i];
-  return Newcomer{
-      .key = key,
-      .use = {lease.stamp, lease.marks[i]},
-      .standing = tree_.standing_in(lease.pool, key, lease.hints.life(tree_.now()), false),
-      .tenant = tree_.spaces[lease.space].tenant};
+  const Life life = lease.hints.life(tree_.now());
+  const uint64_t end =
+      std::min<uint64_t>(uint64_t{block} + blocks, uint64_t{lease.matched} + lease.marks.size());
+  std::vector<std::optional<Newcomer>> found;
+  auto at = cursor(lease);
+  uint32_t after = lease.end();  // the block that follows `at`
+  for (; block < end; ++block) {
+    if (block < lease.matched) {
+      found.emplace_back();
+      continue;
+    }
+    for (; at && after <= block; ++after) at = follow(lease, *at, after);
+    const auto there =
+        block < lease.end() ? tree_.owner(lease.pool, lease.held[block - lease.first].anchor) : at;
+    const BlockKey& key = lease.unmatched[block - lease.matched];
+    const bool below = there && tree_.resident_below(*there, lease.pool);
+    found.push_back(Newcomer{.key = key,
+                             .use = {lease.stamp, lease.marks[block - lease.matched]},
+                             .standing = tree_.standing_in(lease.pool, key, life, below),
+                             .tenant = tree_.spaces[lease.space].tenant});
+  }
+  return found;
 }
 
 // A block that is new to the tree is the one that the policy was asked about, if its key is.
@@ -258,11 +273,18 @@ BlockKey Leases::last_key(const Lease& lease) const {
 // The lease's `block`, which follows `at`; none if acquire did not match it, if it has left the
 // tree, or if it is dead.
 std::optional<Place> Leases::step(const Lease& lease, Place at, uint32_t block) const {
-  if (block < lease.tokens_from || block >= lease.matched) return std::nullopt;
-  const size_t size = tree_.spaces[lease.space].page_size;
-  const auto next = tree_.next(at, lease.content().block(block - lease.tokens_from, size));
+  if (block >= lease.matched) return std::nullopt;
+  const auto next = follow(lease, at, block);
   if (next && tree_.dead(*next)) return std::nullopt;
   return next;
+}
+
+// The same of any block that acquire asked for, dead or not.
+std::optional<Place> Leases::follow(const Lease& lease, Place at, uint32_t block) const {
+  if (block >= lease.matched) return tree_.next(at, lease.unmatched[block - lease.matched]);
+  if (block < lease.tokens_from) return std::nullopt;
+  const size_t size = tree_.spaces[lease.space].page_size;
+  return tree_.next(at, lease.content().block(block - lease.tokens_from, size));
 }
 
 void Leases::commit(LeaseId id, const Content& blocks, std::span<const PageId> pages,

@@ -100,8 +100,9 @@ class Leases {
   uint32_t held_in(LeaseId id, PoolId pool) const;  // of its held blocks, those resident there
   uint32_t page_size(LeaseId id) const;
 
-  // Its `block` as one that its pool may refuse; none where nothing was said of it.
-  std::optional<Newcomer> newcomer(LeaseId id, uint32_t block);
+  // So many of its blocks from `block` on, up to the last that acquire asked for, as ones that its
+  // pool may refuse; none for one that acquire matched.
+  std::vector<std::optional<Newcomer>> newcomers(LeaseId id, uint32_t block, uint32_t blocks);
   void insist(LeaseId id);  // all that it holds shall come to the last pool of its chain
 
   struct Where {
@@ -166,6 +167,7 @@ class Leases {
   std::optional<Place> cursor(const Lease& lease) const;
   BlockKey last_key(const Lease& lease) const;
   std::optional<Place> step(const Lease& lease, Place at, uint32_t block) const;
+  std::optional<Place> follow(const Lease& lease, Place at, uint32_t block) const;
   uint32_t hold(Lease& lease, const Run& run);
   void hold_leading(Lease& lease, const std::vector<Run>& path);
   void tell_asked(Lease& lease);

@@ -150,6 +150,18 @@ std::optional<Place> RadixTree::next(Place at, const Block& block) const {
   return Place{found, 0};
 }
 
+std::optional<Place> RadixTree::next(Place at, const BlockKey& key) const {
+  const Node& node = nodes_[at.node];
+  const uint32_t offset = at.offset + 1;
+  if (offset < node.blocks()) {
+    if (!(node.keys[offset] == key)) return std::nullopt;
+    return Place{at.node, offset};
+  }
+  const NodeId found = heads_.get(key);
+  if (found == kNoNode || nodes_[found].parent != at.node) return std::nullopt;
+  return Place{found, 0};
+}
+
 // Whether the block after `at` cannot have this key, since other tokens have it.
 bool RadixTree::collides(Place at, const BlockKey& key) const {
   const Node& node = nodes_[at.node];

@@ -117,6 +117,7 @@ class RadixTree {
   uint32_t retire(uint32_t space);                                // the blocks in it
   std::vector<Run> find(uint32_t space, Content content) const;   // leading blocks, holes included
   std::optional<Place> next(Place at, const Block& block) const;  // the one after `at`, if there
+  std::optional<Place> next(Place at, const BlockKey& key) const;
   // Find or add; none: a collision, which is counted. A block that a restart found on disk teaches
   // the policy nothing.
   std::optional<Place> insert(Place at, const Block& block, uint32_t stamp, bool restored = false);

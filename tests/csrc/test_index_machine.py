@@ -18,9 +18,10 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests import ROOT
 from tests.csrc.mutant_patches import MUTANTS
-from tests.oracles.keys_machine import KeysMachine
+from tests.oracles.keys_machine import KEYS, KeysMachine
 from tests.oracles.lives import IndexLives
 from tests.oracles.machines import BLOCKS, SEEN
+from tests.oracles.model_parts import PRIVATE
 from tests.oracles.refusals import RefusalMachine
 
 INDEX = ROOT / "csrc" / "index"
@@ -237,7 +238,6 @@ def test_opaque_keys_equal_their_oracle_beside_tokens() -> None:
     assert not missed, f"the walks come by these too rarely: {missed}"
 
 
-@pytest.mark.xfail(reason="since b7c80c2 learns late, index and oracle part in rare walks: open")
 def test_what_pools_refuse_is_what_their_oracle_refuses() -> None:
     SEEN.clear()
     walk(Walk(max(WALK.examples // 8, 25), shrinks=WALK.shrinks), same=True, lives=RefusalMachine)
@@ -282,6 +282,42 @@ def test_of_branches_that_one_request_used_last_either_may_go_first(computed: li
     assert len({lives.model.stamps[path] for path in there}) == 1 < len(there)
     lives.evict(lives.cpu, 2)
     assert not there
+
+
+def test_a_block_that_a_tier_below_has_is_refused_as_a_copy() -> None:
+    """A lease matched less than is there, and asks for a page for what is there: that page would be
+    spare, as those are that it might put out."""
+    lives = RefusalMachine()
+    lives.build(limited=False, picky=False)
+    lives.serve_twins(gpu=0, prompt=[(0, 0), (7, 7)])
+    lives.serve_twins(gpu=0, prompt=[(0, 0), (0, 0)])
+    lives.copy_to_a_full_pool(before=[], count=1, pool=0, prompt=[])
+    for _ in range(2):
+        lives.insist(pick=0)
+    lives.serve_twins(gpu=0, prompt=[(0, 0)])
+    lives.store(count=2, lease=0, shift=0)
+    lease = lives.open(0, lives.a_head(0), [(0, 0)], 0)
+    path = lives.model.leases[lease].path[:2]
+    pool = lives.model.leases[lease].pool
+    assert lives.model.held_below(path, pool)
+    before = lives.index.pool_counts(pool).refused
+    lives.store(count=1, lease=lease, shift=0)
+    assert lives.index.pool_counts(pool).refused == before + 1
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_that_a_tier_below_has_is_refused_as_a_copy(key: bytes) -> None:
+    """Two leases ask for it, one stores it, and it goes down."""
+    lives = RefusalMachine()
+    lives.build(limited=False, picky=False)
+    lease, twin = (lives.open_lease(lives.cpu, [key]) for _ in range(2))
+    lives.grant(lives.cpu, 1)
+    lives.put(lives.cpu, [key], lives.some(lives.cpu, PRIVATE, 1, 0), twin)
+    lives.demote_all(4, to_disk=True)
+    with lives.full(lives.cpu, 0, [BLOCKS[0]]):
+        before = lives.index.pool_counts(lives.cpu).refused
+        lives.store_keys(lease, [key])
+        assert lives.index.pool_counts(lives.cpu).refused == before + 1
 
 
 def test_every_planted_bug_fits_the_code() -> None:
