@@ -16,6 +16,7 @@ from torch import Tensor
 
 HUGE_PAGE_BYTES = 2 << 20
 _CHUNK_BYTES = 64 << 20  # what small weights share
+OWN_BYTES = _CHUNK_BYTES // 4  # the least of a large weight
 _ALIGNED = 64  # a cache line
 
 _chunk = torch.empty(0, dtype=torch.uint8)
@@ -29,11 +30,15 @@ def settle(weight: Tensor) -> Tensor:
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory for a weight that stays as long as the model. For the loader's thread."""
+    """Memory for a weight that stays as long as the model. For the loader's thread.
+
+    A large one has memory of its own, which goes when the last tensor over it goes or is emptied
+    (`weight.data = ...`)."""
     global _chunk
     num_bytes = torch.Size(shape).numel() * dtype.itemsize
-    if num_bytes >= _CHUNK_BYTES // 4:
-        return _mapped(num_bytes)[:num_bytes].view(dtype).view(shape)
+    if num_bytes >= OWN_BYTES:
+        whole = _mapped(num_bytes)[:num_bytes].view(dtype).view(shape)
+        return whole.detach()  # a view keeps what it is a view of, even when it is emptied
     if num_bytes > len(_chunk):
         _chunk = _mapped(_CHUNK_BYTES)
     taken = -(-num_bytes // _ALIGNED) * _ALIGNED

@@ -286,7 +286,7 @@ def _split(config: EngineConfig, host: HostExecutor | ExpertStore, nodes: Nodes)
         except ValueError as error:
             raise InvalidConfig("expert_nodes", config.expert_nodes, str(error)) from error
         for tensor in (whole.gate_up, whole.down):
-            tensor.data = tensor.new_empty(0)  # no memory, whoever still holds it
+            tensor.data = tensor.new_empty(0)  # whoever still holds it: see memory.empty
     host.layers = layers
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from engine import spellings
-from engine.experts.hybrid import Weights
+from engine import memory, spellings
+from engine.experts.hybrid import HostExecutor, Weights
 from engine.experts.nodes import Nodes
 from engine.identity import identity_of
 from engine.kernels import Choices, workbench_of
 from engine.models import load_model
-from engine.models.placed import PlacedModel
+from engine.models.placed import PlacedModel, _split
 from engine.serve import numerics_of
 from engine.settings import EngineConfig
 from kvc2.errors import InvalidConfig
@@ -88,6 +88,28 @@ def test_the_topology_is_what_linux_tells_of_the_cpus_that_are_allowed(tmp_path:
         (tmp_path / f"node{node}").mkdir()
         (tmp_path / f"node{node}" / "cpulist").write_text(text + "\n")
     assert numa.cpus_by_node(tmp_path) == [{min(allowed)}, allowed]
+
+
+def resident_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS:"))
+
+
+def test_a_layer_that_is_split_gives_its_memory_back() -> None:
+    """Though the loaded model still holds its tensors: else a split model would be there twice."""
+    shapes = (4, 4096, 1024), (4, 1024, 2048)
+    assert all(torch.Size(shape).numel() * 4 > memory.OWN_BYTES for shape in shapes)
+    before = resident_bytes()
+    loaded = [
+        Weights(*(memory.empty(shape, torch.float32).fill_(1) for shape in shapes))
+        for _ in range(3)
+    ]
+    num_bytes = resident_bytes() - before
+    assert num_bytes > 250e6
+    host = HostExecutor(dict(enumerate(loaded)), Choices(workbench_of(1)))
+    _split(EngineConfig(model=Path(), expert_nodes=2), host, Nodes(2))
+    assert resident_bytes() - before < 1.2 * num_bytes
+    assert [float(split.down.sum()) for split in host.layers.values()] == [4 * 1024 * 2048] * 3
 
 
 @pytest.fixture(scope="module")
