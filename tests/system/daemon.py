@@ -15,6 +15,7 @@ from typing import IO, Any
 from kvc2.client import Admin
 from kvc2.client.channel import Channel, probe
 from kvc2.host.address import Address
+from tests.doubles.waiting import wait_until
 
 START_S = 20.0
 STOP_S = 20.0
@@ -100,6 +101,18 @@ class DaemonProcess:
 
     def admin(self) -> Admin:
         return Admin(self.address)
+
+    def make_durable(self) -> None:
+        """All that was answered is on the disk. What an answer's end commits and releases may come
+        after the answer: that is waited for."""
+        wait_until(lambda: not self.admin().stats().leases)
+        assert not any(self.admin().flush(20).not_durable_blocks.values())
+
+    def empty(self, *tiers: str) -> None:
+        """Makes all durable, then drops what these tiers hold."""
+        self.make_durable()
+        for tier in tiers:
+            self.admin().evict(tier)
 
     def __enter__(self) -> DaemonProcess:
         self.start()

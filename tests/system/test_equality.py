@@ -98,8 +98,7 @@ def test_from_the_gpu_tier(engine: EngineProcess, truth: Truth) -> None:
 def test_from_the_cpu_tier(engine: EngineProcess, daemon: DaemonProcess, truth: Truth) -> None:
     tokens = prompt(300, 2)
     engine.complete(tokens)
-    daemon.admin().flush(10)
-    daemon.admin().evict("gpu")
+    daemon.empty("gpu")
     warm = engine.complete(tokens)
     assert warm.tokens == truth(tokens, 8)
     assert warm.tiers == {"gpu": 0, "cpu": 288, "disk": 0, "remote": 0}
@@ -108,9 +107,7 @@ def test_from_the_cpu_tier(engine: EngineProcess, daemon: DaemonProcess, truth: 
 def test_from_the_disk_tier(engine: EngineProcess, daemon: DaemonProcess, truth: Truth) -> None:
     tokens = prompt(300, 3)
     engine.complete(tokens)
-    daemon.admin().flush(10)
-    daemon.admin().evict("gpu")
-    daemon.admin().evict("cpu")
+    daemon.empty("gpu", "cpu")
     warm = engine.complete(tokens)
     assert warm.tokens == truth(tokens, 8)
     assert warm.tiers == {"gpu": 0, "cpu": 0, "disk": 288, "remote": 0}
@@ -176,7 +173,7 @@ def test_after_the_daemon_was_killed_and_restarted(
 ) -> None:
     tokens = prompt(300, 11)
     engine.complete(tokens)
-    daemon.admin().flush(10)
+    daemon.make_durable()
     daemon.kill()
     engine.wait_attached(False)
     alone = engine.complete(tokens)
@@ -197,7 +194,7 @@ def test_after_both_were_killed_and_restarted(model: Path, truth: Truth, tmp_pat
         with EngineProcess(model, log, *flags) as first:
             first.wait_attached()
             assert first.complete(tokens).tokens == truth(tokens, 8)
-            daemon.admin().flush(10)
+            daemon.make_durable()
             daemon.kill()
             assert first.stop(signal.SIGKILL) == -signal.SIGKILL
         daemon.start()
@@ -264,13 +261,13 @@ def test_a_second_engine_hits_what_the_first_computed(
     with EngineProcess(model, tmp_path / "log", *flags) as other:
         other.wait_attached()
         engine.complete(tokens)
-        daemon.admin().flush(10)
+        daemon.make_durable()
         warm = other.complete(tokens)
         assert warm.tokens == truth(tokens, 8)
         assert warm.tiers["cpu"] == 288
         turn = tokens + warm.tokens + prompt(100, 16)
         other.complete(turn)
-        daemon.admin().flush(10)
+        daemon.make_durable()
         back = engine.complete(turn)
         assert back.tokens == truth(turn, 8)
         assert back.matched == 400
@@ -305,8 +302,7 @@ def test_under_load_a_hit_gives_the_tokens_that_any_placement_gives(
                 answers = list(pool.map(lambda a: a[0].complete(prompts[a[1]], 12), asked))
             for (_, i), answer in zip(asked, answers, strict=True):
                 assert answer.tokens == wanted[i]
-            daemon.admin().flush(10)
-            daemon.admin().evict("gpu")
+            daemon.empty("gpu")
         told = ask(other.url, "", "experts")
         assert 0 < told["device_share"] < 1
         assert told["prefill"]["copied"] > 0
@@ -325,7 +321,7 @@ def test_what_deferral_computed_is_no_hit_for_who_does_not_defer(
     with EngineProcess(model, tmp_path / "log", *flags) as late:
         late.wait_attached()
         first = late.complete(tokens)
-        daemon.admin().flush(10)
+        daemon.make_durable()
         again = late.complete(tokens)
         assert (first.matched, again.matched) == (0, 192)
         assert again.tokens == first.tokens
