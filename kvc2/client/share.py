@@ -29,7 +29,6 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 
 from kvc2 import errors
 from kvc2.client.memory import ArenaView, EngineMemory, OverSignal, Progress
@@ -193,12 +192,7 @@ class SharedPool:
     def __enter__(self) -> SharedPool:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _of(self, session: int, timeout_s: float) -> Progress | None:

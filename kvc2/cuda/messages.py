@@ -14,7 +14,6 @@ import threading
 import time
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,12 +85,7 @@ class Message:
     def __enter__(self) -> Message:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for fd in self.fds:
             os.close(fd)
         self.fds = []

@@ -7,27 +7,24 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from fastapi.testclient import TestClient
 
-from engine.serve import assemble
 from engine.settings import EngineConfig
 from tests.cuda import hostile
 from tests.doubles.waiting import wait_until
 from tests.system.daemon import DaemonProcess
-from tests.system.engine import Answer, EngineProcess, small_model
+from tests.system.engine import EngineProcess, Truth, small_model, without_cache
 
 PAGES = 160
 FLAGS = ("--num-pages", str(PAGES), "--chunk-size", "64", "--max-running", "4")
 WORDS = "seed=5,late_us=100"
 REAL = os.environ.get("KVC2_DRIVER") == "real"  # `make cuda-check` on a machine with a GPU
 DEVICE = "cuda" if REAL else "cpu"
-Truth = Callable[[list[int]], list[int]]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,24 +50,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def truth(model: Path) -> Iterator[Truth]:
-    """What an engine without any cache answers."""
-    config = EngineConfig(model, num_pages=PAGES, chunk_size=64, threads=1, device=DEVICE)
-    engine = assemble(config)
-    with TestClient(engine.app) as client:
-
-        def answer(tokens: list[int]) -> list[int]:
-            body = {
-                "model": model.name,
-                "prompt": tokens,
-                "max_tokens": 8,
-                "temperature": 0,
-                "ignore_eos": True,
-                "kvc2": {"details": True},
-            }
-            return Answer(client.post("/v1/completions", json=body).json()).tokens
-
+    with without_cache(
+        EngineConfig(model, num_pages=PAGES, chunk_size=64, threads=1, device=DEVICE)
+    ) as answer:
         yield answer
-    engine.bridge.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-"""Starts `kvc2-engine serve` as a real process, and the model directory that it serves."""
+"""Starts `kvc2-engine serve` as a real process, the model directory that it serves, and what an
+engine without a cache answers."""
 
 from __future__ import annotations
 
@@ -9,24 +10,59 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
+from fastapi.testclient import TestClient
 from openai import OpenAI
 
+from engine.serve import assemble
+from engine.settings import EngineConfig
 from tests.doubles.byte_tokenizer import VOCAB_SIZE, add_tokenizer
 from tests.doubles.checkpoints import make_mixtral
 
 START_S = 60.0
 
 
+class Truth(Protocol):
+    """The tokens of a greedy answer."""
+
+    def __call__(self, tokens: list[int], max_tokens: int = 8, /) -> list[int]: ...
+
+
 def small_model(model_dir: Path, **fields: Any) -> Path:
     """A Mixtral of 3 layers in fp32 with a byte-level tokenizer and 2,048 tokens of context."""
     defaults = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 2048}
     return add_tokenizer(make_mixtral(model_dir, **(defaults | fields)))
+
+
+def greedy(model: str, prompt: list[int] | str, max_tokens: int) -> dict[str, Any]:
+    """The body of a completion of so many tokens, answered with its details."""
+    return {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "kvc2": {"details": True},
+    }
+
+
+@contextmanager
+def without_cache(config: EngineConfig) -> Iterator[Truth]:
+    """What an engine in this process answers that has no daemon."""
+    engine = assemble(config)
+    with TestClient(engine.app) as client:
+
+        def answer(tokens: list[int], max_tokens: int = 8) -> list[int]:
+            body = greedy(config.model.name, tokens, max_tokens)
+            return Answer(client.post("/v1/completions", json=body).json()).tokens
+
+        yield answer
+    engine.bridge.close()
 
 
 class EngineProcess:
@@ -85,15 +121,8 @@ class EngineProcess:
 
     def complete(self, prompt: list[int] | str, max_tokens: int = 8, **fields: Any) -> Answer:
         """A greedy answer with its details."""
-        body = {
-            "model": self.model_name,
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "kvc2": {"details": True},
-        }
-        reply = self.http.post("/v1/completions", json=body | fields)
+        body = greedy(self.model_name, prompt, max_tokens) | fields
+        reply = self.http.post("/v1/completions", json=body)
         assert reply.status_code == 200, reply.text
         return Answer(reply.json())
 
@@ -118,12 +147,7 @@ class EngineProcess:
     def __enter__(self) -> EngineProcess:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.http.close()
         self.openai.close()
         if self.process.poll() is None:

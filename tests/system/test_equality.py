@@ -9,24 +9,21 @@ from __future__ import annotations
 import json
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from fastapi.testclient import TestClient
 
 from engine.asking import ask
-from engine.serve import assemble
 from engine.settings import EngineConfig
 from tests.system.daemon import DaemonProcess
-from tests.system.engine import Answer, EngineProcess, small_model
+from tests.system.engine import EngineProcess, Truth, small_model, without_cache
 
 PAGES = 160  # 2,560 tokens: the tests below fill it several times
 FLAGS = ("--num-pages", str(PAGES), "--chunk-size", "64", "--max-running", "4")
 STREAMED = ("--expert-placement-strategy", "random", "--gpu-prefill-token-threshold", "24")
 MOVING = ("--gpu-experts-ratio", "0.5", "--enable-dynamic-expert-update")
-Truth = Callable[[list[int], int], list[int]]
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -46,23 +43,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def truth(model: Path) -> Iterator[Truth]:
-    """What an engine without any cache answers."""
-    engine = assemble(EngineConfig(model=model, num_pages=PAGES, chunk_size=64, threads=1))
-    with TestClient(engine.app) as client:
-
-        def answer(tokens: list[int], max_tokens: int) -> list[int]:
-            body = {
-                "model": model.name,
-                "prompt": tokens,
-                "max_tokens": max_tokens,
-                "temperature": 0,
-                "ignore_eos": True,
-                "kvc2": {"details": True},
-            }
-            return Answer(client.post("/v1/completions", json=body).json()).tokens
-
+    with without_cache(
+        EngineConfig(model=model, num_pages=PAGES, chunk_size=64, threads=1)
+    ) as answer:
         yield answer
-    engine.bridge.close()
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +72,7 @@ def engine(
 def test_from_the_gpu_tier(engine: EngineProcess, truth: Truth) -> None:
     tokens = prompt(300, 1)
     cold, warm = engine.complete(tokens), engine.complete(tokens)
-    assert cold.tokens == warm.tokens == truth(tokens, 8)
+    assert cold.tokens == warm.tokens == truth(tokens)
     assert (cold.matched, warm.matched) == (0, 288)
     assert warm.tiers["gpu"] == 288
     assert warm.details["prefilled_tokens"] == 12
@@ -100,7 +84,7 @@ def test_from_the_cpu_tier(engine: EngineProcess, daemon: DaemonProcess, truth: 
     engine.complete(tokens)
     daemon.empty("gpu")
     warm = engine.complete(tokens)
-    assert warm.tokens == truth(tokens, 8)
+    assert warm.tokens == truth(tokens)
     assert warm.tiers == {"gpu": 0, "cpu": 288, "disk": 0, "remote": 0}
 
 
@@ -109,7 +93,7 @@ def test_from_the_disk_tier(engine: EngineProcess, daemon: DaemonProcess, truth:
     engine.complete(tokens)
     daemon.empty("gpu", "cpu")
     warm = engine.complete(tokens)
-    assert warm.tokens == truth(tokens, 8)
+    assert warm.tokens == truth(tokens)
     assert warm.tiers == {"gpu": 0, "cpu": 0, "disk": 288, "remote": 0}
 
 
@@ -117,7 +101,7 @@ def test_after_eviction_under_pressure(
     engine: EngineProcess, daemon: DaemonProcess, truth: Truth
 ) -> None:
     prompts = [prompt(500, seed) for seed in range(40, 48)]  # 4,000 tokens in a pool of 2,560
-    wanted = [truth(tokens, 8) for tokens in prompts]
+    wanted = [truth(tokens) for tokens in prompts]
     cold = [engine.complete(tokens) for tokens in prompts]
     assert [each.tokens for each in cold] == wanted
     assert [each.matched for each in cold] == [0] * 8
@@ -137,7 +121,7 @@ def test_a_half_shared_prefix(engine: EngineProcess, truth: Truth) -> None:
     engine.complete(shared + prompt(100, 6))
     other = shared + prompt(100, 7)
     warm = engine.complete(other)
-    assert warm.tokens == truth(other, 8)
+    assert warm.tokens == truth(other)
     assert warm.matched == 192
 
 
@@ -146,7 +130,7 @@ def test_the_next_turn_hits_what_was_generated(engine: EngineProcess, truth: Tru
     first = engine.complete(tokens, 40)
     turn = tokens + first.tokens + prompt(20, 9)
     second = engine.complete(turn)
-    assert second.tokens == truth(turn, 8)
+    assert second.tokens == truth(turn)
     assert second.matched == 64  # 79 tokens had KV
 
 
@@ -156,7 +140,7 @@ def test_concurrent_identical_prompts_are_prefilled_once(
     tokens = prompt(600, 10)
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: engine.complete(tokens), range(4)))
-    assert [a.tokens for a in answers] == [truth(tokens, 8)] * 4
+    assert [a.tokens for a in answers] == [truth(tokens)] * 4
     assert sum(a.details["prefilled_tokens"] for a in answers) == 600 + 3 * 8
 
 
@@ -177,12 +161,12 @@ def test_after_the_daemon_was_killed_and_restarted(
     daemon.kill()
     engine.wait_attached(False)
     alone = engine.complete(tokens)
-    assert alone.tokens == truth(tokens, 8)
+    assert alone.tokens == truth(tokens)
     assert alone.matched == 0
     daemon.start()
     engine.wait_attached()
     warm = engine.complete(tokens)
-    assert warm.tokens == truth(tokens, 8)
+    assert warm.tokens == truth(tokens)
     assert warm.tiers["disk"] == 288
 
 
@@ -193,7 +177,7 @@ def test_after_both_were_killed_and_restarted(model: Path, truth: Truth, tmp_pat
         flags = ("--kvc2", daemon.address, *FLAGS)
         with EngineProcess(model, log, *flags) as first:
             first.wait_attached()
-            assert first.complete(tokens).tokens == truth(tokens, 8)
+            assert first.complete(tokens).tokens == truth(tokens)
             daemon.make_durable()
             daemon.kill()
             assert first.stop(signal.SIGKILL) == -signal.SIGKILL
@@ -201,7 +185,7 @@ def test_after_both_were_killed_and_restarted(model: Path, truth: Truth, tmp_pat
         with EngineProcess(model, log, *flags) as second:
             second.wait_attached()
             warm = second.complete(tokens)
-            assert warm.tokens == truth(tokens, 8)
+            assert warm.tokens == truth(tokens)
             assert warm.tiers == {"gpu": 0, "cpu": 0, "disk": 288, "remote": 0}
 
 
@@ -263,18 +247,18 @@ def test_a_second_engine_hits_what_the_first_computed(
         engine.complete(tokens)
         daemon.make_durable()
         warm = other.complete(tokens)
-        assert warm.tokens == truth(tokens, 8)
+        assert warm.tokens == truth(tokens)
         assert warm.tiers["cpu"] == 288
         turn = tokens + warm.tokens + prompt(100, 16)
         other.complete(turn)
         daemon.make_durable()
         back = engine.complete(turn)
-        assert back.tokens == truth(turn, 8)
+        assert back.tokens == truth(turn)
         assert back.matched == 400
         with ThreadPoolExecutor(4) as pool:
             both = prompt(700, 17)
             answers = list(pool.map(lambda e: e.complete(both), [engine, other] * 2))
-        assert [a.tokens for a in answers] == [truth(both, 8)] * 4
+        assert [a.tokens for a in answers] == [truth(both)] * 4
         told = ask(other.url, "", "experts")
         assert 0 < told["device_share"] < 1
         assert ask(other.url, "", "experts/save", post=True) == {"saved": str(counts)}
@@ -327,5 +311,5 @@ def test_what_deferral_computed_is_no_hit_for_who_does_not_defer(
         assert again.tokens == first.tokens
         plain = engine.complete(tokens)
         assert plain.matched == 0
-        assert plain.tokens == truth(tokens, 8)
+        assert plain.tokens == truth(tokens)
         assert late.stop() == 0

@@ -52,41 +52,40 @@ Content = (
 )
 
 
-class MessageItem(Strict):
+class AnyItem(Strict):
+    """What an earlier answer names its items by, which changes nothing here."""
+
+    id: Ignored = None
+    status: Ignored = None
+
+
+class MessageItem(AnyItem):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
-    id: Ignored = None
-    status: Ignored = None
     phase: Ignored = None
 
 
-class CallItem(Strict):
+class CallItem(AnyItem):
     type: Literal["function_call"]
     call_id: str
     name: ToolName
     arguments: str
-    id: Ignored = None
-    status: Ignored = None
 
 
-class OutputItem(Strict):
+class OutputItem(AnyItem):
     type: Literal["function_call_output"]
     call_id: str
     output: Content
-    id: Ignored = None
-    status: Ignored = None
 
 
-class ReasoningItem(Strict):
+class ReasoningItem(AnyItem):
     """What an answer reasoned: it goes back with calls that follow it."""
 
     type: Literal["reasoning"]
     content: Annotated[list[dict[str, Any]], Field(max_length=MESSAGES_MAX)] | None = None
-    id: Ignored = None
     summary: Ignored = None
     encrypted_content: Ignored = None
-    status: Ignored = None
 
     @property
     def text(self) -> str:
