@@ -1,7 +1,7 @@
-#include "experts/rows_product.h"
+#include "experts/float_product.h"
 
 namespace kvc2::experts {
 
-const Kernels kAvx2Kernels = FloatKernels<32, 4>::kernels;
+const Kernels kAvx2Kernels = FloatKernels<5, 10>::kernels;
 
 }  // namespace kvc2::experts

@@ -1,7 +1,7 @@
-#include "experts/rows_product.h"
+#include "experts/float_product.h"
 
 namespace kvc2::experts {
 
-const Kernels kAvx512Kernels = FloatKernels<64, 16>::kernels;
+const Kernels kAvx512Kernels = FloatKernels<4, 16>::kernels;
 
 }  // namespace kvc2::experts

@@ -6,24 +6,42 @@
 namespace kvc2::experts {
 namespace {
 
+// Four tokens by four rows at a time, sixteen sums in registers.
 struct Bf16Dot {
   using Element = uint16_t;
-  static constexpr size_t kStepBytes = 64;
+  static constexpr size_t kTokens = 4, kRows = 4, kStepBytes = 64;
 
   static void widen(const uint16_t* step, std::byte* panel) {
     std::memcpy(panel, step, kStepBytes);
   }
 
   template <size_t kCount, bool kFetch>
-  static Lanes multiply(const uint16_t* const (&rows)[kRows], size_t in, const std::byte* panel,
-                        const uint16_t* ahead) {
+  static void multiply(const Sixteen<uint16_t>& rows, const std::byte* panel,
+                       Lanes (&outputs)[kTokens]) {
+    for (size_t block = 0; block < kTokens; ++block) {
+      const size_t first = block * kRows;
+      if (first >= rows.count) continue;
+      const uint16_t* w[kRows];
+      for (size_t r = 0; r < kRows; ++r) w[r] = rows.row(first + r);
+      const uint16_t* ahead =
+          first + kRows < kLanes ? rows.first + (first + kRows) * rows.in : rows.next;
+      outputs[block] = four<kCount, kFetch>(w, rows.in, panel, ahead);
+    }
+    transpose_quarters(outputs);
+  }
+
+ private:
+  // Outputs of kCount tokens and four rows, in lane 4 * token + row.
+  template <size_t kCount, bool kFetch>
+  static Lanes four(const uint16_t* const (&rows)[kRows], size_t in, const std::byte* panel,
+                    const uint16_t* ahead) {
     __m512 totals[kCount][kRows] = {};
     const size_t whole = in / kStep<Element>;
-    for (size_t s = 0; s < whole; ++s, panel += 4 * kStepBytes) {
+    for (size_t s = 0; s < whole; ++s, panel += kTokens * kStepBytes) {
       __m512i w[kRows];
 #pragma GCC unroll 4
       for (size_t r = 0; r < kRows; ++r) w[r] = _mm512_loadu_si512(rows[r] + s * kStep<Element>);
-      if (kFetch) fetch(ahead, s);
+      if (kFetch) fetch<kRows>(ahead, s);
       add(w, panel, totals);
     }
     if (const size_t rest = in % kStep<Element>; rest > 0) {
@@ -43,7 +61,6 @@ struct Bf16Dot {
     return sums(all);
   }
 
- private:
   template <size_t kCount>
   static void add(const __m512i (&w)[kRows], const std::byte* panel,
                   __m512 (&totals)[kCount][kRows]) {

@@ -1,7 +1,7 @@
-#include "experts/rows_product.h"
+#include "experts/float_product.h"
 
 namespace kvc2::experts {
 
-const Kernels kPortableKernels = FloatKernels<16, 2>::kernels;
+const Kernels kPortableKernels = FloatKernels<5, 10>::kernels;
 
 }  // namespace kvc2::experts
