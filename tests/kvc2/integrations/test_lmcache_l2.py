@@ -136,17 +136,11 @@ def wait(fd: int) -> None:
 
 
 def store(adapter: Any, given: list[Key], objects: list[Block]) -> int:
-    """Until it is answered; without a session at first it is a failure, and is tried again."""
-    for _ in range(100):
-        task = adapter.submit_store_task(given, objects)
-        wait(adapter.get_store_event_fd())
-        told: dict[int, int] = {}
-        while task not in told:
-            told |= adapter.pop_completed_store_tasks()
-        if told[task] >= 0:
-            break
-        for each in adapter._of_size.values():
-            assert each.client.wait_attached(WAIT_S)
+    task = adapter.submit_store_task(given, objects)
+    wait(adapter.get_store_event_fd())
+    told: dict[int, int] = {}
+    while task not in told:
+        told |= adapter.pop_completed_store_tasks()
     return told[task]
 
 
@@ -159,8 +153,8 @@ def query(adapter: Any, kind: str, task: int) -> list[bool]:
     return list(found.told)
 
 
-def look_up(adapter: Any, given: list[Key]) -> list[bool]:
-    task = adapter.submit_lookup_and_lock_task(given, DESCS)
+def look_up(adapter: Any, given: list[Key], descs: dict[int, Desc] = DESCS) -> list[bool]:
+    task = adapter.submit_lookup_and_lock_task(given, descs)
     return query(adapter, "lookup_and_lock", task)
 
 
@@ -229,12 +223,10 @@ def test_without_a_daemon_nothing_is_there_and_nothing_raises(
     adapter_class: Any, tmp_path: Path
 ) -> None:
     adapter = adapter_class({"address": f"unix:{tmp_path}/none"})
-    task = adapter.submit_store_task(keys(2), blocks(content(1, 2)))
-    wait(adapter.get_store_event_fd())
-    told: dict[int, int] = {}
-    while not told:
-        told = adapter.pop_completed_store_tasks()
-    assert told == {task: -1}
+    assert adapter.report_status()["is_healthy"]
+    assert store(adapter, keys(2), blocks(content(1, 2))) == -1
+    status = adapter.report_status()
+    assert (status["is_healthy"], status["state_by_bytes"]) == (False, {SIZES[0]: "detached"})
     assert look_up(adapter, keys(2)) == [False, False]
     assert load(adapter, keys(2), blocks(content(1, 2))) == [False, False]
     adapter.submit_unlock(keys(2))
@@ -246,12 +238,36 @@ def test_after_a_restart_of_the_engine_a_lookup_tells_the_sizes(
 ) -> None:
     store(adapter, keys(3, 1), blocks(content(1, 3, 1)))
     again = adapter_class({"address": served.address})
-    found = look_up(again, keys(3, 1))
-    if not all(found):  # it has attached meanwhile
-        assert again._of_size[SIZES[1]].client.wait_attached(WAIT_S)
-        found = look_up(again, keys(3, 1))
-    assert found == [True] * 3
+    assert look_up(again, keys(3, 1)) == [True] * 3
     again.close()
+
+
+@pytest.mark.parametrize("hint", [{}, {0: Desc([], [])}])
+def test_a_lookup_without_a_layout_goes_by_what_was_stored(
+    adapter: Any, hint: dict[int, Desc]
+) -> None:
+    """A layout is a hint; LMCache's own bench has none."""
+    assert look_up(adapter, keys(2), hint) == [False] * 2
+    store(adapter, keys(2), blocks(content(1, 2)))
+    store(adapter, keys(2, model_name="other"), blocks(content(1, 2, 1)))
+    both = [*keys(2), *keys(2, model_name="other"), *keys(1, model_name="third")]
+    assert look_up(adapter, both, hint) == [True] * 4 + [False]
+
+
+def test_a_call_that_fails_is_in_vain_and_the_next_one_works(
+    adapter: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("as it comes")
+
+    store(adapter, keys(2), blocks(content(1, 2)))
+    adapter._objects, by_size = fail, adapter._objects
+    assert store(adapter, keys(2), blocks(content(1, 2))) == -1
+    assert look_up(adapter, keys(2)) == [False] * 2
+    assert load(adapter, keys(2), blocks(content(1, 2))) == [False] * 2
+    assert [each.getMessage() for each in caplog.records] == ["a call of LMCache's failed"] * 3
+    adapter._objects = by_size
+    assert look_up(adapter, keys(2)) == [True] * 2
 
 
 def test_it_can_be_imported_without_lmcache() -> None:
