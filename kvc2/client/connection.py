@@ -230,6 +230,7 @@ class Connection:
             error = translated(broken)
             if isinstance(error, errors.Unreachable) and code(broken) == "UNIMPLEMENTED":
                 error = errors.Unreachable("what serves there has no Attach", "not_kvc2")
+            without_traceback(broken)  # it is the stream itself, which this connection holds
         self.ended = True
         self._over.set()
         self._inbox.put(Over(error))
@@ -275,6 +276,15 @@ class Connection:
         self._stream.cancel()
         self.channel.close()
         self.processes.close()
+
+
+def without_traceback(error: BaseException) -> None:
+    """Takes away where it and its causes were raised: who keeps an error would keep what was on the
+    way, here a connection with its descriptors."""
+    each: BaseException | None = error
+    while each is not None:
+        each.__traceback__ = None
+        each = each.__cause__ or each.__context__
 
 
 class Processes:

@@ -31,6 +31,7 @@ from kvc2.client.connection import (
     Over,
     Silence,
     SilentDaemon,
+    without_traceback,
 )
 from kvc2.client.memory import ArenaView
 from kvc2.client.share import Share, Sharing
@@ -259,6 +260,7 @@ class Keeper:
             connection = Connection(self._daemon, self._pool, self._ask_kept_pages)
         except (errors.Kvc2Error, OSError) as broken:  # OSError: out of descriptors, or so
             error = broken if isinstance(broken, errors.Kvc2Error) else _failed(broken)
+            without_traceback(error)
             self.last_refusal = error
             self._engine.on_attach_failed(error)
             if self._asked:  # the pages it gave away are its again, as far as they were

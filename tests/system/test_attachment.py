@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from pathlib import Path
 
+from tests.doubles.engines import TinyEngine
+from tests.doubles.waiting import wait_until
 from tests.system.daemon import DaemonProcess
 from tests.system.engine import EngineProcess, small_model
 
@@ -37,3 +41,27 @@ def test_an_engine_that_is_not_attached_says_why(tmp_path: Path) -> None:
             daemon = engine.http.get("/health").json()["daemon"]
             assert daemon == {"address": address, "attached": True, "reason": None}
             assert "attached to the daemon at" in engine.log.read_text().splitlines()[-1]
+
+
+def test_daemons_that_died_leave_nothing_in_an_engine_without_a_collector(tmp_path: Path) -> None:
+    """A connection, and each try that was in vain, goes with its last reference."""
+
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    gc.collect()
+    gc.disable()
+    try:
+        with DaemonProcess(tmp_path) as daemon, TinyEngine(daemon.address) as engine:
+            for died in range(1, 6):
+                failures = len(engine.failures)
+                daemon.kill()
+                assert engine.wait_detached(died)
+                wait_until(lambda failures=failures: len(engine.failures) > failures, 10)
+                daemon.start()
+                assert engine.client.wait_attached(10)
+                if died == 1:  # what is lazily made is made now
+                    before = descriptors()
+            assert descriptors() <= before + 1
+    finally:
+        gc.enable()
