@@ -20,6 +20,7 @@ from kvc2.client import BridgeConfig as BridgeConfig
 from kvc2.client import Counters
 from kvc2.client import Daemon as Daemon
 from kvc2.client import EngineMemory as EngineMemory
+from kvc2.client import Keep as Keep
 from kvc2.client import Lease as Lease
 from kvc2.client import PageBook as PageBook
 from kvc2.client import PoolMemory as PoolMemory

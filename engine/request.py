@@ -89,6 +89,14 @@ class TextStream(Protocol):
 
 
 @dataclass(frozen=True)
+class Pin:
+    """The prompt's first `num_tokens` are to be evicted last for `ttl_s` seconds."""
+
+    num_tokens: int
+    ttl_s: int
+
+
+@dataclass(frozen=True)
 class Explanation:
     """Why a request's cached prefix was not longer, as the daemon saw it at the acquire.
 
@@ -117,7 +125,6 @@ class RequestStats:
     prefilled_tokens: int
     ttft_ms: float
     generated_tokens: int
-    offered_tokens: int = 0  # of the prompt's computed ones, those that the daemon was given
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,7 @@ class Output:
     unavailable: bool = False
     stats: RequestStats | None = None  # with `finish`
     explanation: Future[Explanation] | None = None  # with `finish`, where the request asks for it
+    held: Future[int] | None = None  # likewise: the leading tokens that the daemon has then
 
 
 class Constraint(Protocol):
@@ -173,7 +181,9 @@ class Request:
     end_token_ids: frozenset[int] = frozenset()
     top_scores: int | None = None  # None: no scores; else the chosen token's, and this many best
     hints: Hints = NO_HINTS
+    pins: tuple[Pin, ...] = ()  # as far as the daemon has room for them
     explain: bool = False
+    tell_held: bool = False  # whether its last output has `held`
     constraint: Constraint | None = None
     deadline_s: float | None = None  # after its arrival; then it ends, however far it is
 

@@ -314,12 +314,10 @@ class Scheduler:
         if output.finish is None:
             sequence.request.deliver(output)
         else:
-            if sequence.lease is not None:
-                sequence.lease.ended = True
-            stats, explanation = sequence.stats(), sequence.explanation
+            last = _last(output, sequence, self.bridge)
             self._remove(sequence)
             self._metrics.requests.labels(output.finish).inc()
-            sequence.request.deliver(replace(output, stats=stats, explanation=explanation))
+            sequence.request.deliver(last)
 
     def _output(self, sequence: Sequence, token: int, logits: Tensor) -> Output:
         """The news that `token`, now its last one, makes; advances the request's text."""
@@ -410,6 +408,16 @@ def _choose(sequence: Sequence, logits: Tensor) -> int:
     if adjust is not None:
         adjust.took(token)
     return token
+
+
+def _last(output: Output, sequence: Sequence, bridge: Bridge) -> Output:
+    """The output of a sequence that is answered whole, with what the request asks to be told."""
+    held = None
+    if sequence.lease is not None:
+        sequence.lease.ended = True
+        held = bridge.settled(sequence.lease) if sequence.request.tell_held else None
+    explanation = sequence.explanation
+    return replace(output, stats=sequence.stats(), explanation=explanation, held=held)
 
 
 def _scores(logits: Tensor, token: int, count: int) -> tuple[ScoredToken, tuple[ScoredToken, ...]]:

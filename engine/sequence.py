@@ -123,10 +123,4 @@ class Sequence:
             prefilled_tokens=self.prefilled_tokens,
             ttft_ms=0.0 if first is None else 1000 * (first - self.arrived),
             generated_tokens=self.generated,
-            offered_tokens=self._offered_tokens(),
         )
-
-    def _offered_tokens(self) -> int:
-        """Of the prompt, in blocks that were sent to the daemon since it didn't have them."""
-        sent = 0 if self.lease is None else self.lease.sent * self.page_size
-        return max(0, min(sent, self.prompt_tokens) - self.matched_tokens)

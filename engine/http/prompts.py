@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from engine.grammar import Constraint, GrammarError, Grammars
 from engine.http import bodies
 from engine.http.errors import ApiError, refused
@@ -22,7 +24,7 @@ from engine.http.schema import (
 )
 from engine.http.template import TemplateError
 from engine.http.tokenizer import TextTooLongError, Tokenizer
-from engine.request import Bounds
+from engine.request import Bounds, Pin
 
 AnyBody = ChatBody | CompletionBody
 
@@ -46,6 +48,7 @@ class Understood:
     echoed: tuple[str, ...] | None = None
     inside: bool = False  # the prompt ends in the middle of reasoning
     constraint: Constraint | None = None  # each answer gets a copy
+    pins: tuple[Pin, ...] = ()
 
 
 class Prompts:
@@ -101,7 +104,26 @@ class Prompts:
         constraint = None
         if grammar is not None:
             constraint = self._constraint(body, grammar, inside)
-        return Understood(body, [prompt], inside=inside, constraint=constraint)
+        pins = self._pins(body, prompt, variables)
+        return Understood(body, [prompt], inside=inside, constraint=constraint, pins=pins)
+
+    def _pins(
+        self, body: ChatBody, prompt: list[int], variables: dict[str, Any]
+    ) -> tuple[Pin, ...]:
+        """What the body's marks stand behind: the tokens that the prompt shares with a chat that
+        ends there. Where the template has no such chat, a mark asks for nothing."""
+        found: dict[int, int] = {}
+        for mark in body.marks:
+            tools = [tool.for_template for tool in body.offered[: mark.tools]]
+            messages = [each.for_template for each in mark.messages]
+            most = self._bounds.context_tokens
+            try:
+                cut = self._tokenizer.chat(messages, most, tools=tools, variables=variables)
+            except (TemplateError, TextTooLongError):
+                continue
+            tokens = shared(prompt, cut)
+            found[tokens] = max(mark.ttl_s, found.get(tokens, 0))
+        return tuple(Pin(tokens, ttl_s) for tokens, ttl_s in sorted(found.items()))
 
     def _constraint(self, body: ChatBody, grammar: str, inside: bool) -> Constraint:
         param = "tools" if body.must_call else "response_format"
@@ -155,6 +177,13 @@ class Prompts:
         if wrong is not None:
             raise refused("tokens", wrong, f"the model has tokens below {vocabulary} only")
         return self._tokenizer.decode(asked.tokens, range(vocabulary))
+
+
+def shared(one: list[int], other: list[int]) -> int:
+    """How many first tokens are the same."""
+    most = min(len(one), len(other))
+    differs = np.flatnonzero(np.array(one[:most]) != np.array(other[:most]))
+    return int(differs[0]) if len(differs) else most
 
 
 def template_variables(body: ChatBody, template: str) -> dict[str, Any]:

@@ -75,6 +75,7 @@ class Choice:
         self.outputs: list[Output] = []
         self.news = Said()  # what the last output says
         self.calls: list[Call] = []
+        self.held_tokens = 0  # leading ones that the daemon has, as far as it told
         self.offsets = Offsets()
         self._said: list[Said] = []
         self._speech = speech or Prose()
@@ -121,6 +122,11 @@ class Choice:
         return stats
 
     @property
+    def created_tokens(self) -> int:
+        """Of the prompt, those that the daemon has now and had not before."""
+        return max(0, min(self.held_tokens, self.stats.prompt_tokens) - self.stats.matched_tokens)
+
+    @property
     def mean_logprob(self) -> float:
         scores = [output.chosen.logprob for output in self.outputs if output.chosen]
         return sum(scores) / len(scores) if scores else 0.0
@@ -130,6 +136,7 @@ class Reply(ABC):
     """One answer under way, in the words of an interface; `why`: with details."""
 
     media_type = "text/event-stream"
+    tells_created = False  # whether usage says what the cache was given
 
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
@@ -412,16 +419,17 @@ class Counts:
 
     prompt: int
     cached: int
-    offered: int  # of the computed ones, those that the cache was given
+    created: int  # of the computed ones, those that the cache has now
     generated: int
 
     @classmethod
     def of(cls, choices: Sequence[Choice]) -> Counts:
         firsts = {choice.prompt: choice.stats for choice in reversed(choices)}.values()
+        created = {choice.prompt: choice.created_tokens for choice in reversed(choices)}
         return cls(
             prompt=sum(stats.prompt_tokens for stats in firsts),
             cached=sum(stats.matched_tokens for stats in firsts),
-            offered=sum(stats.offered_tokens for stats in firsts),
+            created=sum(created.values()),
             generated=sum(choice.stats.generated_tokens for choice in choices),
         )
 

@@ -18,9 +18,11 @@ from engine.worker import Worker
 
 
 class Run:
-    """Make it on the event loop. Each request is made with `deliver(i)`, then all are submitted."""
+    """Make it on the event loop. Each request is made with `deliver(i)`, then all are submitted.
+    `tells_held`: their last outputs say what the daemon has of them."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, *, tells_held: bool = False) -> None:
+        self.tells_held = tells_held
         self._worker = worker
         self._loop = asyncio.get_running_loop()
         self._outputs: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()

@@ -8,9 +8,11 @@ what will become of the prompt, and its `details` ask for the answer's member of
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model_validator
 
 from engine.http.fields import Ignored, NotDone, Strict, few
 from engine.http.tools import CALLS_MAX, TOOLS_MAX, Tool, ToolCall, Tooled
@@ -296,8 +298,28 @@ ResponseFormat = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discrim
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A place in a chat: its first `messages`, of which the last may be cut off, and its first
+    `tools`. What stands before it is to be kept for `ttl_s` seconds."""
+
+    messages: Sequence[Message]
+    tools: int
+    ttl_s: int
+
+
 class ChatBody(Body, Tooled):
     """/v1/chat/completions."""
+
+    _marks: tuple[Mark, ...] = PrivateAttr(())  # what another interface's body says beside it
+
+    @property
+    def marks(self) -> tuple[Mark, ...]:
+        return self._marks
+
+    def marked(self, marks: Sequence[Mark]) -> ChatBody:
+        self._marks = tuple(marks)
+        return self
 
     def asks(self) -> ChatBody:
         return self

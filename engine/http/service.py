@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -120,7 +120,7 @@ class Service:
         del raw  # the answer may take minutes
         body = understood.body
         reply = endpoint.reply(self._asked(understood))
-        run = Run(self._worker)
+        run = Run(self._worker, tells_held=reply.tells_created)
         choices = [
             self._choice(understood, index)
             for index in range(len(understood.prompts) * body.generated_choices)
@@ -226,6 +226,8 @@ class Service:
             end_token_ids=ends | frozenset(body.stop_token_ids or ()),
             top_scores=scores if scores is None else min(scores, self._worker.bounds.vocab_size),
             hints=body.kvc2.hints,
+            pins=understood.pins,
+            tell_held=run.tells_held,
             explain=body.kvc2.details and choice.index == 0,
             deadline_s=body.kvc2.deadline_s,
             constraint=None if constraint is None else constraint.copy(),
@@ -250,6 +252,7 @@ class Service:
         async for choice in news:
             if choice.outputs[-1].finish == "error":
                 raise _failed(choice.outputs[-1])
+        await _learn_held(choices)
         return JSONResponse(reply.whole(choices, await _explanation(choices[0].outputs[-1])))
 
     @staticmethod
@@ -270,6 +273,7 @@ class Service:
             return
         finally:
             await news.aclose()  # type: ignore[attr-defined]  # it is a generator: cancels
+        await _learn_held(choices)
         yield reply.closing(choices)
 
 
@@ -332,3 +336,13 @@ async def _explanation(output: Output) -> Explanation | None:
         return await asyncio.wait_for(asked, EXPLAIN_WAIT_S)
     except TimeoutError:
         return Explanation("unknown")
+
+
+async def _learn_held(choices: Sequence[Choice]) -> None:
+    """What the daemon has of each, where that is to be told; of a silent one nothing is known."""
+    for choice in choices:
+        held = choice.outputs[-1].held
+        if held is not None:
+            with suppress(TimeoutError):
+                asked = asyncio.wrap_future(held)
+                choice.held_tokens = await asyncio.wait_for(asked, EXPLAIN_WAIT_S)

@@ -21,7 +21,7 @@ import numpy as np
 
 from kvc2 import errors
 from kvc2.answers import NO_HINTS, U32, Asked, Explained, Hints, LeaseCommit, beginning
-from kvc2.client.calls import BridgeConfig, CacheClient, Calls
+from kvc2.client.calls import BridgeConfig, CacheClient, Calls, Keep
 from kvc2.client.client import Client
 from kvc2.client.connection import SessionOptions
 from kvc2.client.counters import NO_COUNTERS, Counters
@@ -122,6 +122,22 @@ class Bridge:
         hint; what became of it shows when the lease is asked for."""
         if self._calls is not None and self.book.session:
             self._calls.announce(what, caller)
+
+    def pin(self, prefixes: Sequence[Keep], caller: Caller = ANYBODY) -> None:
+        """Have the daemon keep them in memory, evicted last, for their time, there or not yet. One
+        that it has a pin on has it anew. Each has a block at least. Without a session nothing is
+        kept; a fault is no request's concern."""
+        if self._calls is not None and self.book.session and prefixes:
+            self._calls.pin(prefixes, caller)
+
+    def settled(self, lease: Lease) -> Future[int]:
+        """Leading tokens of the lease that the daemon has, once what was committed is answered,
+        which a silent daemon takes its time for; 0: there is no session."""
+        if self._calls is not None and lease.session:
+            return self._calls.settled(lease)
+        done: Future[int] = Future()
+        done.set_result(0)
+        return done
 
     def explain(self, lease: Lease) -> Future[Explained | errors.Kvc2Error]:
         """Why what it found is not longer, or why that isn't told: Detached, since the session that

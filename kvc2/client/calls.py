@@ -38,6 +38,15 @@ ANSWERS: tuple[Answer, ...] = get_args(Answer)  # by what Commit's results say
 Batch = Sequence[tuple[Lease, LeaseCommit]]
 
 
+@dataclass(frozen=True)
+class Keep:
+    """A prefix that is to be evicted last for `ttl_s` seconds, at least one; its full blocks are
+    meant."""
+
+    what: U32 | Asked
+    ttl_s: int
+
+
 class CacheClient(Protocol):
     """What the bridge uses of client.Client; a namespace is whatever open_namespace returns."""
 
@@ -75,6 +84,8 @@ class CacheClient(Protocol):
     def match(self, namespace: Any, what: U32 | Asked) -> Matched: ...
 
     def prefetch(self, namespace: Any, what: U32 | Asked) -> Any: ...
+
+    def pin(self, namespace: Any, what: U32 | Asked, *, hard: bool, ttl_s: int = 0) -> Any: ...
 
     def explain_request(self, request_id: bytes) -> Explained: ...
 
@@ -146,6 +157,10 @@ class Calls:
         """Have the daemon bring to memory what it has of them on disk."""
         self._acquires.submit(self._announce, what, caller)
 
+    def pin(self, prefixes: Sequence[Keep], caller: Caller) -> None:
+        """Have the daemon keep each of them, evicted last, for its time."""
+        self._acquires.submit(self._pin, prefixes, caller)
+
     def explain(self, request_id: bytes) -> Future[Explained | errors.Kvc2Error]:
         """What the daemon remembers of this acquire, or why it doesn't tell."""
         return self._acquires.submit(self._explain, request_id)
@@ -173,7 +188,11 @@ class Calls:
 
     def refill(self, pages: int) -> Future[None]:
         """Done when all earlier calls are, and a grant was asked for if fewer `pages` are free."""
-        return self._submit(self._refill, pages)
+        return self._submit(lambda: self._grant(pages - self._book.free))
+
+    def settled(self, lease: Lease) -> Future[int]:
+        """`lease.held` in tokens, once all earlier calls are answered."""
+        return self._ordered.submit(lambda: lease.held * self._config.page_size)
 
     def close(self) -> None:
         """Wait for the calls under way, then end the session in order."""
@@ -215,6 +234,7 @@ class Calls:
             transfer=found.transfer,
             sent=blocks,
             settled=blocks,
+            held=blocks,
             hints=hints,
             extras=Asked.of(what).extras,
         )
@@ -240,6 +260,16 @@ class Calls:
             self.client.prefetch(self._namespaces.of(caller), what)
         except Exception as error:  # whatever it is, the request runs
             self._fault("prefetch", error)
+
+    def _pin(self, prefixes: Sequence[Keep], caller: Caller) -> None:
+        for keep in prefixes:
+            if not self._book.session:
+                return
+            try:
+                namespace = self._namespaces.of(caller)
+                self.client.pin(namespace, keep.what, hard=False, ttl_s=keep.ttl_s)
+            except Exception as error:  # whatever it is, the request runs
+                self._fault("pin", error)
 
     def _explain(self, request_id: bytes) -> Explained | errors.Kvc2Error:
         try:
@@ -274,6 +304,8 @@ class Calls:
         for (lease, part), each in zip(batch, results, strict=True):
             self._book.committed(session, part.pages.tolist(), each)
             lease.settled += len(each)
+            if not lease.refused:
+                lease.held += [*each, _core.REFUSED].index(_core.REFUSED)
             lease.refused |= _core.REFUSED in each
             for code, name in enumerate(ANSWERS):
                 self._counters.committed(name, each.count(code))
@@ -311,9 +343,6 @@ class Calls:
             self._fault("grant", error)
         finally:
             self._topping_up = False
-
-    def _refill(self, pages: int) -> None:
-        self._grant(pages - self._book.free)
 
     def _wanted(self, soon: int) -> int:
         return max(0, self._config.low_water + soon - self._book.free)

@@ -28,6 +28,7 @@ class Lease:
     transfer: int = 0  # the prefix may be read when this is done; 0: now
     sent: int = 0  # leading blocks matched or sent in commits
     settled: int = 0  # of these, the ones matched or answered
+    held: int = 0  # of these, the leading ones that the daemon has: none of them was refused
     refused: bool = False  # a commit was refused: nothing more is committed
     hints: Hints = NO_HINTS
     extras: Sequence[Media] = ()  # of its prompt

@@ -50,6 +50,7 @@ class SmallDaemon:
         self.leases: dict[bytes, OpenLease] = {}
         self.prefill_rates: list[float] = []  # told with commits
         self.prefetched: list[tuple[Any, list[int]]] = []  # namespace, tokens
+        self.pinned_for: list[tuple[Any, list[int], int]] = []  # namespace, tokens, seconds
         self.said: list[tuple[str, bytes, Hints]] = []  # with acquires and releases
         self.found: dict[bytes, Explained] = {}  # what explain_request answers
         self.sibling = np.zeros(0, np.uint32)  # of every block that is missing
@@ -169,6 +170,11 @@ class SmallDaemon:
     def prefetch(self, namespace: Any, tokens: Any) -> None:
         self._raise()
         self.prefetched.append((namespace, [int(t) for t in tokens]))
+
+    def pin(self, namespace: Any, what: Any, *, hard: bool, ttl_s: int = 0) -> None:
+        self._raise()
+        assert not hard
+        self.pinned_for.append((namespace, [int(t) for t in what], ttl_s))
 
     def match(self, namespace: Any, tokens: Any) -> Matched:
         self._raise()

@@ -52,6 +52,7 @@ class Spoken:
         script = Script(SCRIPTS)
         self.tokenizer = Tokenizer(script.write(folder, template))
         house = build_house(256, daemon=daemon)
+        self.house = house
         house.scheduler._compute = script.compute()
         bounds = Bounds(script.vocab_size, context_tokens=2000)
         self._served = over(

@@ -1,26 +1,30 @@
 """Anthropic's /v1/messages: its bodies as chats, its answers whole and as events.
 
-A `cache_control` mark is checked, and asks for nothing more: every prompt is cached. Not
-responsible for what a chat becomes (service).
+Every prompt is cached; what stands before a `cache_control` mark is evicted last for its time. Not
+responsible for what a chat becomes (service), nor for which tokens stand there (prompts).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from engine.http.errors import ApiError
 from engine.http.fields import Ignored, NotDone, Strict
 from engine.http.parts import Change, Part, Parts, parts_of
 from engine.http.replies import Asked, Choice, Counts, Reply, named_event
-from engine.http.schema import MESSAGES_MAX, Asking, CacheOptions, ChatBody, StopString
+from engine.http.schema import MESSAGES_MAX, Asking, CacheOptions, ChatBody, Mark, StopString
+from engine.http.schema import Message as ChatMessage
 from engine.http.tools import TOOLS_MAX, ToolName
 from engine.request import Explanation
 
 STOPS_MAX = 16
+MARKS_MAX = 4  # Anthropic's
+TTL_S = {"5m": 300, "1h": 3600}
 
 
 class CacheControl(Strict):
@@ -132,6 +136,38 @@ class MessagesBody(Asking):
     context_management: NotDone = None
     kvc2: CacheOptions = CacheOptions()
 
+    @model_validator(mode="after")
+    def _few_marks(self) -> MessagesBody:
+        if len(list(islice(self._marked(), MARKS_MAX + 1))) > MARKS_MAX:
+            raise ValueError(f"at most {MARKS_MAX} marks of cache_control")
+        return self
+
+    def _marked(self) -> Iterator[tuple[CacheControl, MessagesBody]]:
+        """Each mark, and the body up to what it is on. A template tells tools together with what
+        the system says, so that a tool's is behind both."""
+        tools = self.tools or []
+        for end, tool in enumerate(tools, 1):
+            if tool.cache_control is not None:
+                cut = {"tools": tools[:end], "messages": []}
+                yield tool.cache_control, self.model_copy(update=cut)
+        for control, system in _cuts(self.system or ""):
+            yield control, self.model_copy(update={"system": system, "messages": []})
+        for index, message in enumerate(self.messages):
+            for control, content in _cuts(message.content):
+                last = message.model_copy(update={"content": content})
+                until = [*self.messages[:index], last]
+                yield control, self.model_copy(update={"messages": until})
+        if self.cache_control is not None:
+            yield self.cache_control, self
+
+    def _mark(self, ttl: str) -> Mark:
+        """At the end of this body."""
+        told = self.chat_messages()
+        if not told or told[-1]["role"] == "system":  # templates want somebody who asks
+            told.append({"role": "user", "content": ""})
+        messages = [ChatMessage.model_validate(each) for each in told]
+        return Mark(messages, len(self.tools or ()), TTL_S[ttl])
+
     def chat_messages(self) -> list[dict[str, Any]]:
         told = [{"role": "system", "content": _text(self.system)}] if self.system else []
         return told + [each for message in self.messages for each in _messages(message)]
@@ -161,7 +197,20 @@ class MessagesBody(Asking):
         if form is not None:
             schema = {"name": "answer", "schema": form.schema_}
             asked["response_format"] = {"type": "json_schema", "json_schema": schema}
-        return ChatBody.model_validate(asked)
+        marks = [body._mark(control.ttl) for control, body in self._marked()]
+        return ChatBody.model_validate(asked).marked(marks)
+
+
+def _cuts(content: Any) -> Iterator[tuple[CacheControl, list[Any]]]:
+    """Each mark in a list of blocks, and the blocks up to it."""
+    if isinstance(content, str):
+        return
+    for index, block in enumerate(content):
+        if isinstance(block, ToolResult):
+            for control, inner in _cuts(block.content):
+                yield control, [*content[:index], block.model_copy(update={"content": inner})]
+        if isinstance(block, Marked) and block.cache_control is not None:
+            yield block.cache_control, content[: index + 1]
 
 
 def _text(content: str | list[TextBlock] | None) -> str:
@@ -220,6 +269,8 @@ STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_
 
 class MessagesReply(Reply):
     """The answer, in Anthropic's words."""
+
+    tells_created = True
 
     def __init__(self, asked: Asked) -> None:
         super().__init__(asked)
@@ -304,9 +355,9 @@ def _usage(choices: Sequence[Choice]) -> dict[str, Any]:
     """`input_tokens` are those that were neither read from the cache nor written to it."""
     counts = Counts.of(choices)
     return {
-        "input_tokens": counts.prompt - counts.cached - counts.offered,
+        "input_tokens": counts.prompt - counts.cached - counts.created,
         "cache_read_input_tokens": counts.cached,
-        "cache_creation_input_tokens": counts.offered,
+        "cache_creation_input_tokens": counts.created,
         "output_tokens": counts.generated,
     }
 
