@@ -82,6 +82,13 @@ class Process:
         except subprocess.TimeoutExpired:
             self.kill()
 
+    def freeze(self) -> None:
+        """It stands still until `thaw`, and nobody is told."""
+        self.child.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.child.send_signal(signal.SIGCONT)
+
     def wait_until(self, ready: Callable[[], bool], what: str) -> None:
         """Raises ProcessError if it dies or start_timeout_s pass before `ready`."""
         deadline = time.monotonic() + self.start_timeout_s
@@ -158,13 +165,23 @@ class SlowDaemon(Daemon):
 
 
 class Engine(Process):
-    """`kvc2-engine serve` of a model on a port of 127.0.0.1; `kvc2`: the daemon's address."""
+    """`kvc2-engine serve` of a model on a port of 127.0.0.1; `kvc2`: the daemon's address; `flags`:
+    further words of the command."""
 
-    def __init__(self, name: str, model: Path, folder: Path, *, kvc2: str | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: Path,
+        folder: Path,
+        *,
+        kvc2: str | None = None,
+        flags: Sequence[str] = (),
+    ) -> None:
         self.port = free_port()
         command = [script("kvc2-engine"), "serve", "--model", str(model), "--port", str(self.port)]
         if kvc2 is not None:
             command += ["--kvc2", kvc2]
+        command += flags
         super().__init__(name, command, folder)
 
     def wait_ready(self) -> None:
@@ -185,19 +202,26 @@ class Engine(Process):
         """The greedy continuation of token ids."""
         return self._complete("/v1/completions", {"prompt": list(tokens)}, max_tokens)
 
+    def metrics(self) -> dict[str, float]:
+        """Every sample of /metrics by its name with its labels."""
+        with urllib.request.urlopen(f"{self._url}/metrics", timeout=30) as reply:
+            lines = reply.read().decode().splitlines()
+        samples = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, value in samples}
+
     @property
     def _url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     @cached_property
-    def _served(self) -> str:
+    def served(self) -> str:
         """The name that requests must carry."""
         with urllib.request.urlopen(f"{self._url}/v1/models", timeout=5) as reply:
             return str(json.load(reply)["data"][0]["id"])
 
     def _complete(self, path: str, body: dict[str, Any], max_tokens: int) -> Answer:
         body |= {
-            "model": self._served,
+            "model": self.served,
             "max_tokens": max_tokens,
             "temperature": 0,
             "kvc2": {"details": True},
