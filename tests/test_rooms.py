@@ -134,9 +134,9 @@ FLOORS = {
     "engine/http": """
         loading
         app, server
-        outside, service
+        document, outside, service
         dialects, prompts
-        parts
+        answers, parts
         bodies, connection, experts, grammars, keys, replies, run, tokenizer
         schema, speech
         tools

@@ -19,6 +19,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from engine.http.dialects import anthropic, ollama
+from engine.http.document import add_document
 from engine.http.errors import ApiError
 from engine.http.experts import Experts, add_experts
 from engine.http.schema import DetokenizeBody, TokenizeBody
@@ -88,6 +89,8 @@ def build(
     async def metrics() -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
+    strict, keys = served.strict_fields, served.keys
+    add_document(app, served.model, strict_fields=strict, keys_needed=lambda: keys.needed)
     return app
 
 

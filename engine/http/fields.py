@@ -14,7 +14,14 @@ import logging
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationInfo,
+    WithJsonSchema,
+    model_validator,
+)
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +74,10 @@ def _not_done(value: Any) -> Any:
 
 
 Ignored = Any  # changes no answer
-NotDone = Annotated[Any, BeforeValidator(_not_done)]  # would change the answer
+ASKS_FOR_NOTHING: Any = {"enum": [None, "", [], {}, False]}
+NotDone = Annotated[  # would change the answer
+    Any, BeforeValidator(_not_done), WithJsonSchema(ASKS_FOR_NOTHING)
+]
 
 
 class Strict(BaseModel):

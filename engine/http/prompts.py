@@ -6,14 +6,14 @@ Not responsible for what runs (service), nor for a template's or tokenizer's wor
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from engine.grammar import Constraint, GrammarError, Grammars
 from engine.http import bodies
 from engine.http.errors import ApiError, refused
-from engine.http.fields import Told, Unknown
+from engine.http.fields import Strict, Told, Unknown
 from engine.http.grammars import grammar_of
 from engine.http.schema import (
     Asking,
@@ -27,6 +27,7 @@ from engine.http.tokenizer import TextTooLongError, Tokenizer
 from engine.request import Bounds, Pin
 
 AnyBody = ChatBody | CompletionBody
+AnyStrict = TypeVar("AnyStrict", bound=Strict)
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,15 @@ class Prompts:
         if name != self._model.name:
             text = f"model = {name[:80]!r}: the model served here is {self._model.name!r}"
             raise ApiError(404, text, param="model", code="model_not_found")
+
+    def checked(self, raw: bytes, kind: type[AnyStrict]) -> AnyStrict:
+        """A body that asks for no answer; unknown fields of it are refused, or told in the log.
+        Raises ApiError."""
+        unknown = Unknown(refused=self._model.strict_fields)
+        most = self._bounds.context_tokens
+        body = bodies.checked(raw, kind, token_ids_max=most, unknown=unknown)
+        self._told.tell(unknown.names)
+        return body
 
     def understood(self, raw: bytes, kind: type[Asking]) -> Understood:
         """The body and its prompts' tokens: all that takes longer the longer the body is. It runs

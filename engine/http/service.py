@@ -19,7 +19,6 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from engine import request as engine_request
 from engine.errors import ContextLengthError, InvalidRequestError
-from engine.http import bodies
 from engine.http.dialects.anthropic import MessagesBody, MessagesReply
 from engine.http.dialects.ollama import ChatOfOllama, GenerateBody, GenerateReply, OllamaReply
 from engine.http.dialects.responses import ResponsesBody, ResponsesReply
@@ -103,8 +102,7 @@ class Service:
 
     async def body(self, http: Request, kind: type[AnyStrict]) -> AnyStrict:
         """A body that asks for no answer. Raises ApiError for what is refused."""
-        most = self._worker.bounds.context_tokens
-        return bodies.checked(await self._read(http), kind, token_ids_max=most)
+        return self.prompts.checked(await self._read(http), kind)
 
     async def apart(self, call: Callable[[Any], Found], given: Any) -> Found:
         """What may take long, on the readers' threads: streams and /health don't wait for it."""

@@ -68,6 +68,7 @@ def over(
     tokenizer: Any = None,
     max_queued: int = 8,
     strict_fields: bool = False,
+    max_body_bytes: int = 4000,
     bounds: Bounds | None = None,
     end_token_ids: frozenset[int] = frozenset(),
 ) -> Iterator[TestClient]:
@@ -75,7 +76,7 @@ def over(
         model="hash",
         end_token_ids=end_token_ids,
         keys=Keys(tenants),
-        max_body_bytes=4000,
+        max_body_bytes=max_body_bytes,
         strict_fields=strict_fields,
     )
     app = build(

@@ -48,15 +48,28 @@ THINKING += "{# </think> #}"
 class Spoken:
     """A served script."""
 
-    def __init__(self, folder: Path, template: str = TEMPLATE, *, daemon: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        template: str = TEMPLATE,
+        *,
+        daemon: bool = False,
+        context_tokens: int = 2000,
+        **served: Any,
+    ) -> None:
         script = Script(SCRIPTS)
         self.tokenizer = Tokenizer(script.write(folder, template))
         house = build_house(256, daemon=daemon)
         self.house = house
         house.scheduler._compute = script.compute()
-        bounds = Bounds(script.vocab_size, context_tokens=2000)
+        bounds = Bounds(script.vocab_size, context_tokens)
         self._served = over(
-            house, {}, tokenizer=self.tokenizer, bounds=bounds, end_token_ids=frozenset({END_ID})
+            house,
+            {},
+            tokenizer=self.tokenizer,
+            bounds=bounds,
+            end_token_ids=frozenset({END_ID}),
+            **served,
         )
         self.client: TestClient = next(self._served)
 
