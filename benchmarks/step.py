@@ -67,7 +67,8 @@ class NoText:
 class Ours:
     """The engine without HTTP and without a daemon."""
 
-    def __init__(self, model_dir: Path, tokens: int) -> None:
+    def __init__(self, model_dir: Path, tokens: int, temperature: float = 0.0) -> None:
+        self._sampling = SamplingParams(temperature=temperature)
         self.model = load_model(model_dir)
         shape = KvShape.of(self.model.config, PAGE_SIZE)
         pages = tokens // PAGE_SIZE
@@ -99,7 +100,7 @@ class Ours:
             self._begun.add(name)
 
         tokens = np.array(prompt, np.uint32)
-        sampling = SamplingParams(temperature=0)
+        sampling = self._sampling
         self.scheduler.add(Request(name, tokens, max_tokens, sampling, NoText(), deliver))
         return name
 
@@ -354,6 +355,7 @@ def main() -> None:
     parser.add_argument("--users", type=numbers, default=[1, 4, 16], help="(1,4,16)")
     parser.add_argument("--context", type=int, default=1536, help="tokens (%(default)s)")
     parser.add_argument("--prefill", type=numbers, default=[1024, 4096], help="(1024,4096)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of ours (%(default)s)")
     parser.add_argument("--peers", type=lambda text: text.split(","), default=[],
                         help=f"of {','.join(step_peers.NAMES)} (none)")  # fmt: skip
     parser.add_argument("--venv", type=Path, default=Path("build/peers/vllm"),
@@ -369,7 +371,7 @@ def main() -> None:
     set_threads(probe.threads)
     room = step_peers_room(options)
     longest = max([max(options.users, default=0) * (options.context + room), *options.prefill])
-    ours = Ours(options.model, longest + 8 * CHUNK)
+    ours = Ours(options.model, longest + 8 * CHUNK, options.temperature)
     peers, absent = peers_of(options, probe.threads)
     bench = Bench(ours, peers, absent, probe, options.repeats)
     rows = [row for users in options.users for row in bench.decode(users, options.context)]

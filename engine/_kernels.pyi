@@ -158,6 +158,21 @@ class Decoder:
         """normed[i] = the last norm of token rows[i], which rise, after adding the last
         feed-forward's output."""
 
+NO_TOKEN: int
+
+def sample(
+    workbench: Workbench,
+    logits: F32,
+    row_ids: I64,
+    filters: NDArray[np.float64],
+    streams: NDArray[np.uint64],
+    tokens: I64,
+) -> None:
+    """tokens[i] of logits[row_ids[i]] [any, vocabulary], up to 2**24 tokens: the best one, or one
+    drawn by the number `position` of the stream `seed`; NO_TOKEN where nan or +inf is among them,
+    or nothing else than -inf. filters [rows, 4]: temperature (0: the best), top_k (0: all), top_p,
+    min_p; streams [rows, 2]: seed, position. Of equal logits the lower id is the better one."""
+
 def attend(
     workbench: Workbench,
     query: Array,

@@ -54,9 +54,9 @@ class Adjustment:
         if self._constraint is not None:
             self._constraint.took(token)
 
-    def of(self, logits: Tensor) -> Tensor:
-        """The adjusted copy of float32 [vocab] on the CPU. Changes nothing."""
-        params, changed = self._params, logits.clone()
+    def change(self, changed: Tensor) -> None:
+        """Changes float32 [vocab] on the CPU, and nothing else."""
+        params = self._params
         if self._repeated:
             ids = torch.tensor(list(self._repeated))
             found = changed[ids]
@@ -72,4 +72,3 @@ class Adjustment:
             changed[ends] = BANNED
         if self._constraint is not None:
             self._constraint.allow(changed)
-        return changed

@@ -6,13 +6,13 @@ Not responsible for when a request runs (scheduler), nor for the words of HTTP (
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -52,14 +52,9 @@ class SamplingParams:
         if self.seed is not None and not -SEED_LIMIT <= self.seed < SEED_LIMIT:
             raise ValueError(f"seed = {self.seed}: must be -2**63 to 2**63 - 1")
 
-    def generator(self) -> torch.Generator:
-        """A new random stream of this request: the same each time if `seed` is given."""
-        generator = torch.Generator()
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self.seed)
-        return generator
+    def stream(self) -> int:
+        """The name of this request's stream of random numbers: `seed`, or a new one each time."""
+        return secrets.randbits(64) if self.seed is None else self.seed
 
 
 @dataclass(frozen=True)

@@ -1,43 +1,105 @@
-"""Chooses the next tokens from logits."""
+"""Chooses the next tokens of a step, all rows in one call (csrc/decoder/sampler.h).
+
+Not responsible for what a request changes of its logits (adjust), nor for when (scheduler).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from engine import _kernels, kernels
+from engine.adjust import Adjustment
 from engine.request import SamplingParams
 
-
-def sample(
-    logits: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]
-) -> list[int]:
-    """The next token of each row of float32 [R, vocab].
-
-    Row i is drawn by params[i] from generators[i] alone, so that a request's tokens don't depend
-    on what else is in the batch. Advances the generators of rows that aren't greedy. Raises
-    ValueError for a row with nan or +inf: no token of it means anything. -inf is a token that is
-    never chosen.
-    """
-    if not bool((logits < float("inf")).all()):  # nan compares as false
-        raise ValueError("the model's logits hold nan or inf")
-    best: list[int] = logits.argmax(-1).tolist()
-    return [
-        best[row] if p.temperature == 0 else _draw(logits[row], p, generator)
-        for row, (p, generator) in enumerate(zip(params, generators, strict=True))
-    ]
+_WORD = (1 << 64) - 1
 
 
-def _draw(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
-    """One token of float32 [vocab]: temperature, then top-k, min-p and top-p, then the draw."""
-    count = min(params.top_k or logits.numel(), logits.numel())
-    values, ids = torch.topk(logits.cpu(), count)  # best first
-    # the best becomes 0 first, and in float64: no temperature over 0 makes inf or nan of it
-    below = values.double() - values[0].double()
-    probabilities = (below / params.temperature).softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # of all better ones: the best always stays
-    kept = probabilities * (before < params.top_p)
-    if params.min_p:
-        kept = kept * (probabilities >= params.min_p * probabilities[0])
-    return int(ids[torch.multinomial(kept, 1, generator=generator)])
+@dataclass(frozen=True)
+class Draw:
+    """How one row's token is chosen, and by which number: the `position`-th of the stream that
+    `seed` names."""
+
+    params: SamplingParams
+    seed: int
+    position: int
+    adjustment: Adjustment | None = None
+
+
+class Sampler:
+    """Keeps the memory of rows that requests change. For one thread."""
+
+    def __init__(self) -> None:
+        self._changed = torch.empty(0)
+
+    def sample(self, logits: Tensor, draws: Sequence[Draw]) -> list[int | Exception]:
+        """The next token of each row of float32 [R, vocab], or why it has none: what its adjustment
+        raised, or ValueError where no token means anything (nan, +inf, all -inf).
+
+        -inf is a token that is never chosen. Of equal logits the lower id is the better one. Row i
+        is decided by draws[i] alone, so that a request's tokens don't depend on what else is in the
+        batch; nothing is changed.
+        """
+        rows = logits.cpu().contiguous()
+        plain = [i for i, draw in enumerate(draws) if draw.adjustment is None]
+        found: list[int | Exception] = [ValueError("no row")] * len(draws)
+        self._choose(rows, plain, plain, draws, found)
+        changed, ready = self._adjusted(rows, draws, found)
+        self._choose(changed, list(range(len(ready))), ready, draws, found)
+        return found
+
+    def _adjusted(
+        self, logits: Tensor, draws: Sequence[Draw], found: list[int | Exception]
+    ) -> tuple[Tensor, list[int]]:
+        """Changed copies of rows, and which these are; what an adjustment raises is found then."""
+        wanting = [i for i, draw in enumerate(draws) if draw.adjustment is not None]
+        if not wanting:
+            return logits, []
+        if self._changed.numel() < len(wanting) * logits.shape[1]:
+            self._changed = torch.empty(len(wanting) * logits.shape[1])
+        copies = self._changed[: len(wanting) * logits.shape[1]].view(len(wanting), -1)
+        ready: list[int] = []
+        for i in wanting:
+            adjustment, row = draws[i].adjustment, copies[len(ready)]
+            assert adjustment is not None
+            row.copy_(logits[i])
+            try:
+                adjustment.change(row)
+            except Exception as error:  # it ends this request and no other
+                found[i] = error
+            else:
+                ready.append(i)
+        return copies, ready
+
+    def _choose(
+        self,
+        logits: Tensor,
+        rows: list[int],
+        wanted: list[int],
+        draws: Sequence[Draw],
+        found: list[int | Exception],
+    ) -> None:
+        """Finds the tokens of draws[wanted[i]] in logits[rows[i]]."""
+        if not rows:
+            return
+        chosen = [draws[i] for i in wanted]
+        filters = [
+            (p.temperature, p.top_k, p.top_p, p.min_p) for p in (draw.params for draw in chosen)
+        ]
+        streams = [(draw.seed & _WORD, draw.position) for draw in chosen]
+        tokens = np.empty(len(rows), np.int64)
+        _kernels.sample(
+            kernels.workbench(),
+            logits.numpy(),
+            np.array(rows, np.int64),
+            np.array(filters, np.float64),
+            np.array(streams, np.uint64),
+            tokens,
+        )
+        for i, token in zip(wanted, tokens.tolist(), strict=True):
+            strange = ValueError("the model's logits hold nan or inf, or nothing else than -inf")
+            found[i] = strange if token == _kernels.NO_TOKEN else token

@@ -23,7 +23,7 @@ from engine.metrics import EngineMetrics
 from engine.prefix import Bridge, Lease, PrefixLostError
 from engine.rate import PrefillRate
 from engine.request import Output, Request, ScoredToken
-from engine.sampler import sample
+from engine.sampler import Sampler
 from engine.sequence import Sequence
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class Scheduler:
         self.bridge = bridge
         self._rate = PrefillRate(config.chunk_size, self._tell_rate)
         self._compute = compute
+        self._sampler = Sampler()
         self._metrics = metrics
         self._clock = clock
         self._order = 0
@@ -289,8 +290,9 @@ class Scheduler:
             soon=self._pages_soon(),
         )
         ended = [w.sequence for w in work if w.sequence.computed == len(w.sequence.tokens)]
-        for row, sequence in enumerate(ended):
-            self._next_token(sequence, logits[row])
+        chosen = self._sampler.sample(logits, [sequence.draw() for sequence in ended])
+        for each in zip(ended, chosen, logits, strict=True):
+            self._next_token(*each)
 
     def _pages_soon(self) -> int:
         """Pages that the next step's chunks need, to be granted with this step's commits."""
@@ -298,10 +300,10 @@ class Scheduler:
         prefills = [s for s in self._running if not s.decoding]
         return sum(-(-self._next_count(s) // size) for s in prefills)
 
-    def _next_token(self, sequence: Sequence, logits: Tensor) -> None:
-        """One row alone, so that what fails on it ends this request and no other."""
+    def _next_token(self, sequence: Sequence, chosen: int | Exception, logits: Tensor) -> None:
+        """What fails on one row ends this request and no other."""
         try:
-            token = _choose(sequence, logits)
+            token = sequence.took(chosen)
             output = self._output(sequence, token, logits)
         except Exception:
             request_id = sequence.request.request_id
@@ -352,13 +354,9 @@ class Scheduler:
     ) -> None:
         self._remove(sequence)
         self._metrics.requests.labels(reason).inc()
+        stats = sequence.stats()
         sequence.request.deliver(
-            Output(
-                finish=reason,
-                error=error,
-                unavailable=unavailable,
-                stats=sequence.stats(),
-            )
+            Output(finish=reason, error=error, unavailable=unavailable, stats=stats)
         )
 
     def _remove(self, sequence: Sequence) -> None:
@@ -397,17 +395,6 @@ def check(scheduler: Scheduler) -> None:
     for sequence in (*scheduler._admission.waiting, *scheduler._admission.deferred):
         assert sequence.lease is None, "a waiting sequence holds a lease"
     scheduler.bridge.book.check()
-
-
-def _choose(sequence: Sequence, logits: Tensor) -> int:
-    """The next token of float32 [vocab], which the sequence has then."""
-    adjust = sequence.adjustment
-    from_ = logits if adjust is None else adjust.of(logits.cpu())
-    (token,) = sample(from_[None], [sequence.request.sampling], [sequence.generator])
-    sequence.tokens.append(token)
-    if adjust is not None:
-        adjust.took(token)
-    return token
 
 
 def _last(output: Output, sequence: Sequence, bridge: Bridge) -> Output:

@@ -9,11 +9,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from engine.adjust import Adjustment, adjustment
 from engine.prefix import Lease
 from engine.request import U32, Explanation, Request, RequestStats
+from engine.sampler import Draw
 from kvc2.answers import TierTokens
 
 
@@ -30,7 +30,7 @@ class Sequence:
     order: int  # of arrival; rises
     arrived: float
     tokens: list[int]
-    generator: torch.Generator
+    seed: int  # of its stream of random numbers
     page_size: int
     adjustment: Adjustment | None = None  # of its logits, before a token is chosen
     computed: int = 0
@@ -62,7 +62,7 @@ class Sequence:
             order=order,
             arrived=arrived,
             tokens=[int(token) for token in request.tokens],
-            generator=request.sampling.generator(),
+            seed=request.sampling.stream(),
             page_size=page_size,
             adjustment=adjustment(request),
         )
@@ -88,6 +88,19 @@ class Sequence:
     def decoding(self) -> bool:
         """Only its last token lacks KV, and that one was generated."""
         return self.generated > 0 and self.computed == len(self.tokens) - 1
+
+    def draw(self) -> Draw:
+        """How its next token is chosen."""
+        return Draw(self.request.sampling, self.seed, self.generated, self.adjustment)
+
+    def took(self, chosen: int | Exception) -> int:
+        """That token was chosen, and is its last one now. Raises why there is none."""
+        if isinstance(chosen, Exception):
+            raise chosen
+        self.tokens.append(chosen)
+        if self.adjustment is not None:
+            self.adjustment.took(chosen)
+        return chosen
 
     def lease_id(self) -> bytes:
         """Of the present attempt: a late release of an earlier one never closes a later one. The

@@ -125,8 +125,8 @@ FLOORS = {
         admission, models
         turns
         experts, sequence, weights
-        device, prefix
-        adjust, attention, grammar, identity, layers, sampler, text
+        device, prefix, sampler
+        adjust, attention, grammar, identity, layers, text
         budget, config, demo_model, request
         asking, batch, flood, kernels, memory, metrics, packed_file, settings
         choice, errors, extents, quantised, rate, spellings

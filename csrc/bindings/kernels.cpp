@@ -10,6 +10,7 @@
 void bind_attention(pybind11::module_& module);
 void bind_decoder(pybind11::module_& module);
 void bind_experts(pybind11::module_& module);
+void bind_sampler(pybind11::module_& module);
 
 namespace py = pybind11;
 namespace {
@@ -46,4 +47,5 @@ PYBIND11_MODULE(_kernels, module) {
   bind_attention(module);
   bind_decoder(module);
   bind_experts(module);
+  bind_sampler(module);
 }
