@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
+import random
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,16 +20,20 @@ import torch
 import xxhash
 from torch import Tensor
 
+from engine import digests
 from engine.config import read_json
 from engine.device import CPU, Device
 from engine.errors import CheckpointError
 from engine.extents import Extent
 from engine.quantised import BLOCK, FP8, Quantised, floats, of_blocks
 
+log = logging.getLogger(__name__)
+
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _HEADER_BYTES_MAX = 100_000_000  # safetensors' own limit
 _READ_BYTES = 1 << 20  # hashed while it is still in the processor's cache
+_SAMPLE_BYTES = 64 << 20  # read again of what was digested before
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -43,11 +49,11 @@ class Checkpoint:
     `dtype` and put into the memory of `device`. `with Checkpoint(...)` closes the files.
 
     What is loaded is what is digested: bytes come by read(2) into memory of their own and are
-    hashed there. No digest of an earlier start is believed, since size, inode and time stamps may
-    be those of other weights. Nothing is mapped: whoever writes, cuts or replaces a file later
-    changes neither the weights in memory nor their digest. Written while it is being read, a file
-    is loaded and digested as the mixture that was read, or refused by `digest`, where the file's
-    time stamp tells.
+    hashed there. Hashes that an earlier start kept stand for what isn't loaded, where `recall`
+    finds them right. Nothing is mapped: whoever writes, cuts or replaces a file later changes
+    neither the weights in memory nor their digest. Written while it is being read, a file is
+    loaded and digested as the mixture that was read, or refused by `digest`, where the file's time
+    stamp tells.
 
     Raises CheckpointError for a missing or unreadable file. Not for concurrent use.
     """
@@ -64,7 +70,8 @@ class Checkpoint:
         self.experts_on_disk = experts_on_disk  # whoever builds a model leaves them there
         self._dtype = dtype
         self.model_dir = model_dir
-        self._hashes: dict[_Entry, str] = {}  # of the tensors read so far
+        self._hashes: dict[_Entry, str] = {}  # of the tensors read so far, or recalled
+        self._recalled: Path | None = None
         with ExitStack() as stack:
             self._files = [_File(path, stack) for path in shards(model_dir)]
             self._opened = stack.pop_all()
@@ -154,6 +161,39 @@ class Checkpoint:
             file.check_unchanged()
         return hashlib.sha256(b"".join(sorted(lines))).digest()
 
+    def recall(self, kept: Path) -> None:
+        """Take the hashes that `keep` kept there, if the files are those that were read then: by
+        their stamps, which nobody can set back, and by the bytes of some tensors, drawn anew each
+        time. A tensor that is loaded later and has another hash is a CheckpointError."""
+        hashes = digests.load(kept, [file.stamp for file in self._files])
+        if hashes is None or hashes.keys() != self._entries.keys():
+            return
+        self._hashes = {entry: hashes[name] for name, entry in self._entries.items()}
+        self._recalled = kept
+        try:
+            self._read_some()
+        except CheckpointError as error:
+            log.warning("%s has changed, and its stamp has not: %s", self.model_dir, error)
+            self._hashes, self._recalled = {}, None
+
+    def keep(self, kept: Path) -> None:
+        """The hashes of all tensors, after `digest`; nothing of files that may have changed."""
+        if self._recalled == kept:
+            return
+        if all(file.settled and file.stamp == file.stamp_now() for file in self._files):
+            hashes = {name: self._hashes[entry] for name, entry in self._entries.items()}
+            digests.save(kept, [file.stamp for file in self._files], hashes)
+
+    def _read_some(self) -> None:
+        buffer, left = memoryview(bytearray(_READ_BYTES)), _SAMPLE_BYTES
+        entries = [entry for entry in self._entries.values() if entry.num_bytes > 0]
+        random.SystemRandom().shuffle(entries)
+        for entry in entries:
+            self._read(entry, buffer)
+            left -= entry.num_bytes
+            if left <= 0:
+                return
+
     def _read(self, entry: _Entry, into: memoryview) -> None:
         """Read a tensor and note its hash. `into` has its size, or is filled again and again."""
         hashed = xxhash.xxh3_128()
@@ -163,6 +203,8 @@ class Checkpoint:
             entry.file.read(part, entry.begin + begin)
             hashed.update(part)
         if self._hashes.setdefault(entry, hashed.hexdigest()) != hashed.hexdigest():
+            if self._recalled is not None:
+                digests.drop(self._recalled)
             raise entry.file.changed()
 
 
@@ -196,6 +238,8 @@ class _File:
             raise CheckpointError(f"{path} can't be opened: {error.strerror}") from error
         stack.callback(os.close, self.fd)
         self._first = self._facts()
+        self.stamp = self.stamp_now()
+        self.settled = self.stamp.settled  # before anything was read
         self.entries = self._read_header(self._first[0])
 
     def read(self, into: memoryview, offset: int) -> None:
@@ -208,6 +252,9 @@ class _File:
             if got == 0:
                 raise CheckpointError(f"{self._path} is shorter than its header says")
             into, offset = into[got:], offset + got
+
+    def stamp_now(self) -> digests.Stamp:
+        return digests.Stamp.of(self._path, self.fd)
 
     def check_unchanged(self) -> None:
         if self._facts() != self._first:

@@ -128,7 +128,7 @@ FLOORS = {
         device, prefix, sampler
         adjust, attention, grammar, identity, layers, text
         budget, config, demo_model, request
-        asking, batch, flood, kernels, memory, metrics, packed_file, settings
+        asking, batch, digests, flood, kernels, memory, metrics, packed_file, settings
         choice, errors, extents, quantised, rate, spellings
     """,
     "engine/http": """

@@ -24,7 +24,7 @@ def build_model(
     model = _BUILDERS[config.architecture](config, checkpoint, packed)
     if packed is None:
         return model
-    packed.keep(model.weights_digest)
+    packed.keep(checkpoint)
     return replace(model, expert_format=packed.format.name)
 
 

@@ -45,6 +45,7 @@ class PackedExperts:
     draft: Draft | None  # of the file that they are in, until it is kept
     filled: bool  # as a file had them
     layout: Layout
+    digests: Path | None = None  # where those of the checkpoint's tensors are kept
 
     def saved_bytes(self, config: ModelConfig) -> int:
         """Of memory, against experts that are stored as they are computed."""
@@ -52,14 +53,15 @@ class PackedExperts:
         plain = elements * sum(config.moe_layers) * config.dtype.itemsize
         return plain - sum(count * each for count, each in self.layout.values())
 
-    def keep(self, weights_digest: bytes) -> None:
-        """After all layers are filled: the file gets its name."""
-        if self.draft is None:
-            return
-        try:
-            self.draft.keep(Made(weights_digest.hex(), self.format.name, self.layout))
-        except OSError as error:
-            log.warning("packed experts are not kept: %s", error)
+    def keep(self, checkpoint: Checkpoint) -> None:
+        """After all layers are filled: the file gets its name, and what was digested is kept."""
+        if self.draft is not None:
+            try:
+                self.draft.keep(Made(checkpoint.digest().hex(), self.format.name, self.layout))
+            except OSError as error:
+                log.warning("packed experts are not kept: %s", error)
+        if self.digests is not None:
+            checkpoint.keep(self.digests)
 
 
 def stored_format(checkpoint: Checkpoint) -> Format | None:
@@ -85,19 +87,21 @@ def open_packed(
     if directory is None:
         return PackedExperts(format, packed_file.plain(layout), None, False, layout)
     path = directory / _file_name(checkpoint.model_dir, format)
+    digests = path.with_suffix(".digests")
     if path.exists():  # else the digest would be read for nothing
+        checkpoint.recall(digests)
         made = Made(checkpoint.digest().hex(), format.name, layout)
         begin = time.monotonic()
         tensors = packed_file.load(path, made)
         if tensors is not None:
             log.info("experts mapped from %s in %.1f s", path, time.monotonic() - begin)
-            return PackedExperts(format, tensors, None, True, layout)
+            return PackedExperts(format, tensors, None, True, layout, digests)
     try:
         draft = Draft(path, layout)
     except OSError as error:
         log.warning("packed experts can't be kept in %s: %s", directory, error)
         return PackedExperts(format, packed_file.plain(layout), None, False, layout)
-    return PackedExperts(format, draft.tensors, draft, False, layout)
+    return PackedExperts(format, draft.tensors, draft, False, layout, digests)
 
 
 def fill(

@@ -217,14 +217,14 @@ def test_a_restart_maps_what_was_packed(
     assert (made.filled, mapped.filled) == (False, True)
     assert torch.equal(logits(again), expected)
     assert again.weights_digest == first.weights_digest
-    (file,) = (tmp_path / "kept").iterdir()
+    (file,) = (tmp_path / "kept").glob("*.experts")
     assert file.stat().st_mode & 0o777 == 0o400
 
 
 def test_formats_are_kept_beside_each_other(models: dict[str, Path], tmp_path: Path) -> None:
     for expert_dtype in FAR:
         loaded(models["mixtral"], expert_dtype, tmp_path)
-    assert len(list(tmp_path.iterdir())) == len(FAR)
+    assert len(list(tmp_path.glob("*.experts"))) == len(FAR)
     for expert_dtype in FAR:
         _, packed = loaded(models["mixtral"], expert_dtype, tmp_path)
         assert packed is not None
