@@ -4,6 +4,7 @@ imported without SGLang, and is of no use then."""
 import ctypes
 import hashlib
 import importlib
+import logging
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,10 @@ try:
     )
 except ImportError:
     HiCacheStorage = object
+
+log = logging.getLogger(__name__)
+
+ATTACH_WAIT_S = 1.0  # SGLang gives a backup up whose first page can't be stored
 
 
 class Kvc2HiCache(HiCacheStorage):  # type: ignore[misc]
@@ -40,6 +45,8 @@ class Kvc2HiCache(HiCacheStorage):  # type: ignore[misc]
         identity = Foreign("sglang", config.model_name, {**lies, **part})
         address = config.extra_config["address"]
         self._objects = open_objects(address, identity.encode(), sizes[0], engine_name="sglang")
+        if not self._objects.client.wait_attached(ATTACH_WAIT_S):
+            log.warning("no session with the daemon at %s yet: all is a miss", address)
 
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
         return [*self._pages(self._objects.exists(self._names(keys))), False].index(False)
