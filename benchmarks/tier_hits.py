@@ -2,10 +2,10 @@
 
 Example: python -m benchmarks.tier_hits --traces DIR --splits 0.02,0.1,0.5 --json FILE
 The real index is driven with a gpu pool over a cpu pool over a durable one; its plans are carried
-out at once, without bytes: what the daemon does, had it time between two requests. A split is a
-share of the trace's distinct blocks: gpu, cpu, disk. A hit counts in the tier it was found in, if
-it came to the gpu pool. Bytes are blocks times a page of --token-bytes a token. A figure is exact:
-one repeat has no spread.
+out at once, without bytes, in the daemon's batches: what the daemon does, had it time between two
+requests. A split is a share of the trace's distinct blocks: gpu, cpu, disk. A hit counts in the
+tier it was found in, if it came to the gpu pool. Bytes are blocks times a page of --token-bytes a
+token. A figure is exact: one repeat has no spread.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ import argparse
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks import report
 from benchmarks.hit_rate import files
 from kvc2 import _core
 from kvc2.commands import replay, traces
+from kvc2.moving.batches import UNDER_WAY_MAX, batch_pages
 
 TOKEN_BYTES = 131_072  # of a dense 8 B model: 32 layers, 8 KV heads of 128, bf16
 TIERS = ("gpu", "cpu", "disk")
 MOVES = ("promoted", "loaded", "demoted", "written")
-BATCH = 256  # pages
+BATCH = 256  # pages, of a transfer
 LOW, HIGH = 0.01, 0.02  # watermarks, as the daemon's
 
 
@@ -50,6 +52,7 @@ class Tiers:
         capacities: tuple[int, int, int],
         policy: str,
         *,
+        page_bytes: int,
         second_access: bool = False,
         admission: bool = True,
     ) -> None:
@@ -70,7 +73,7 @@ class Tiers:
             pools.append(below)
         self.disk, self.cpu, self.gpu = pools
         self.space = self.index.open_namespace(replay.NAMESPACE, 1)
-        self._batch = max(1, min(BATCH, capacities[2] // 8))
+        self._batch = min(BATCH, batch_pages(*capacities[1:], page_bytes))
 
     def ask(self, blocks: traces.U32) -> tuple[int, ...]:
         """A request; blocks that hit, by tier."""
@@ -110,15 +113,17 @@ class Tiers:
         self._keep_free(self.cpu)
 
     def _store(self) -> _core.Transfer | None:
-        plan = self.index.plan_demote(self.cpu, self._batch, ahead=2 * self._batch)
+        ahead = UNDER_WAY_MAX * self._batch
+        plan = self.index.plan_demote(self.cpu, self._batch, ahead=ahead)
         self._make_room()
         return plan
 
     def _make_room(self) -> None:
         """Two batches of the durable pool are kept free ahead."""
         free = self.index.pool_counts(self.disk).free
-        if free < 2 * self._batch:
-            self.index.evict(self.disk, 2 * self._batch - free)
+        kept = UNDER_WAY_MAX * self._batch
+        if free < kept:
+            self.index.evict(self.disk, kept - free)
 
     def _keep_free(self, pool: int) -> None:
         counts = self.index.pool_counts(pool)
@@ -139,11 +144,18 @@ def drive(
     splits: tuple[float, ...],
     policy: str,
     *,
+    token_bytes: int = TOKEN_BYTES,
     second_access: bool = False,
     admission: bool = True,
 ) -> Found:
     gpu, cpu, disk = (max(round(share * trace.blocks), 1) for share in splits)
-    tiers = Tiers((gpu, cpu, disk), policy, second_access=second_access, admission=admission)
+    tiers = Tiers(
+        (gpu, cpu, disk),
+        policy,
+        page_bytes=trace.block_tokens * token_bytes,
+        second_access=second_access,
+        admission=admission,
+    )
     hits = [0, 0, 0]
     for i in range(len(trace)):
         hits = [a + b for a, b in zip(hits, tiers.ask(trace.request(i)), strict=True)]
@@ -157,11 +169,12 @@ def drive(
 
 
 def measure(trace: traces.Trace, splits: tuple[float, ...], token_bytes: int) -> list[report.Row]:
-    ours = drive(trace, splits, replay.POLICIES[0])
+    driven = partial(drive, trace, splits, token_bytes=token_bytes)
+    ours = driven(replay.POLICIES[0])
     peers = {
-        "takes all": drive(trace, splits, replay.POLICIES[0], admission=False),
-        replay.POLICIES[1]: drive(trace, splits, replay.POLICIES[1]),
-        "second_access": drive(trace, splits, replay.POLICIES[0], second_access=True),
+        "takes all": driven(replay.POLICIES[0], admission=False),
+        replay.POLICIES[1]: driven(replay.POLICIES[1]),
+        "second_access": driven(replay.POLICIES[0], second_access=True),
     }
     rows = [
         report.row(

@@ -26,17 +26,42 @@ Given Evictor::offer(PoolId id, PageState to, const Newcomer& block, uint32_t ta
   return {.page = allocate(id, to, block.tenant, taken)};
 }
 
-// A tenant that is over its quota gives way, whatever its blocks are worth (I11).
-std::optional<Worths> Evictor::refuses(PoolId id, const Newcomer& block, Place victim) const {
+// What a page of a durable pool must be worth, in times of its victim's. On recorded traces this
+// brings hits, and spares a small disk a quarter to two thirds of its writes; twice spares more,
+// but then up to five conversations more in a hundred miss their first turn.
+constexpr float kDurableMargin = 1.5;
+
+std::optional<Worths> Evictor::worths(const Newcomer& block, Place victim) const {
+  if (!admits_) return std::nullopt;
   const auto newcomer = policy_.worth(block.use);
   const auto there = policy_.worth(tree_[victim.node].uses[victim.offset]);
-  if (!newcomer || !there) return std::nullopt;
+  return newcomer && there ? std::optional(Worths{*newcomer, *there}) : std::nullopt;
+}
+
+// A tenant that is over its quota gives way, whatever its blocks are worth (I11).
+std::optional<Worths> Evictor::refuses(PoolId id, const Newcomer& block, Place victim) const {
+  const auto found = worths(block, victim);
+  if (!found) return std::nullopt;
   const TenantId tenant = tree_.spaces[tree_[victim.node].space].tenant;
   const Quota* quota = tree_.quotas.find(tenant, pools_.at(id).shape.tier);
   if (quota && quota->over() && tenant != block.tenant) return std::nullopt;
   const uint8_t standing = tree_.standing_of(victim, id);
-  const bool less = block.standing != standing ? block.standing < standing : *newcomer < *there;
-  return less ? std::optional(Worths{*newcomer, *there}) : std::nullopt;
+  const float margin = pools_.at(id).shape.durable ? kDurableMargin : 1;
+  const bool less = block.standing != standing ? block.standing < standing
+                                               : found->newcomer < margin * found->victim;
+  return less ? found : std::nullopt;
+}
+
+bool Evictor::could_evict_only(Place block, PoolId id, TenantId tenant) {
+  if (tree_.evictable(block.node, id) != block) return false;  // as a rule: it has just come
+  if (victim_for(id, tenant) != block) return false;
+  const PageId page = tree_.page(block, id);
+  pools_.at(id).pin(page);
+  tree_.refresh(block.node);
+  const bool only = !victim_for(id, tenant);
+  pools_.at(id).unpin(page);
+  tree_.refresh(block.node);
+  return only;
 }
 
 void Evictor::note_refusal(PoolId id, const BlockKey& key, const Worths& worths) {

@@ -7,7 +7,9 @@
 //   in_flight -> free   [drop]             its transfer failed
 //   resident, in_flight -> gone with its pool [forget]
 // A pool that may refuse takes a block only if that is worth what it would evict for it, as the
-// policy says: the lower standing first, then the page that is worth less (I14).
+// policy says: the lower standing first, then the page that is worth less (I14). A durable pool
+// asks for half as much again: to come there is a write, and a block that has just come to the
+// pools above is found there when it comes back soon.
 // A block whose last page goes is dead: its obituary tells why. A block that is evicted before the
 // next slower pool has it is sent back: the pools above that still have it demote it again.
 //
@@ -55,6 +57,9 @@ class Evictor {
   // free in ahead, counts as full while no more than `ahead` are free.
   Given offer(PoolId pool, PageState to, const Newcomer& block, uint32_t taken = 0,
               uint32_t ahead = 0);
+  // What the policy says of both; none where the pools refuse nothing, or it can't tell.
+  std::optional<Worths> worths(const Newcomer& block, Place victim) const;
+  bool could_evict_only(Place block, PoolId pool, TenantId tenant);  // and nothing else
   // The pool has refused this block, or one above it.
   void note_refusal(PoolId pool, const BlockKey& key, const Worths& worths);
   Worths worths_of(const BlockKey& key) const;  // of its refusal; 0 where that is forgotten

@@ -54,7 +54,9 @@
 //      granted to a lease for blocks of its own. A refused block is refused, without being judged
 //      anew, until it is used again; then, and where somebody insists, it is queued as before. It
 //      counts as spare where it is. No pool refuses what somebody insists on, what is pinned hard
-//      there, or what an engine computes into its own pool or waits for.
+//      there, or what an engine computes into its own pool or waits for. A durable pool refuses
+//      what is not worth half as much again; and what is copied down is refused where nothing but
+//      the block that it hangs on could go, now or later.
 //
 // A block is present in a pool while its page there is resident or in flight. Whether a block is a
 // leaf, and whether a pool has it already, is a question of presence. What matches, what can be the

@@ -57,6 +57,8 @@ constexpr uint32_t kNoneFresh = 0xFFFFFFFF;    // of `say`: no block of the path
 struct Place {
   NodeId node;
   uint32_t offset;
+
+  bool operator==(const Place&) const = default;
 };
 
 // Consecutive blocks of one node.

@@ -166,6 +166,8 @@ Transfers::Tried Transfers::demote(Plan& plan, PageId page, const How& how) {
     Tried tried{};
     if (how.judged && from[tree_.page(at, plan.source)].refused) {
       tried.refused = evictor_.worths_of(tree_[at.node].keys[at.offset]);
+    } else if (const auto ends = how.judged ? end_of_path(plan, at, how) : std::nullopt) {
+      tried = *ends;
     } else {
       tried = try_add(plan, at, how);
     }
@@ -173,6 +175,21 @@ Transfers::Tried Transfers::demote(Plan& plan, PageId page, const How& how) {
     if (!tried.added) return tried;
   }
   return {.added = true};
+}
+
+// Where a full target could evict nothing but the block that this one hangs on: no block is used
+// more often than that one, so it is refused; not yet, while pages there are pinned or under way.
+std::optional<Transfers::Tried> Transfers::end_of_path(const Plan& plan, Place at, const How& how) {
+  const PagePool& target = pools_.at(plan.target);
+  const PagePool::Counts& pages = target.counts();
+  const auto above = tree_.parent(at);
+  if (pages.free > (target.shape.durable ? how.ahead : 0) || !above) return std::nullopt;
+  const Newcomer block = newcomer(at, plan.target);
+  if (!evictor_.could_evict_only(*above, plan.target, block.tenant)) return std::nullopt;
+  const auto worths = evictor_.worths(block, *above);
+  if (!worths) return std::nullopt;
+  const bool busy = pages.private_ + pages.in_flight + pages.pinned > 0;
+  return Tried{.refused = busy ? std::nullopt : worths};
 }
 
 // Those that are not yet known to be refused.

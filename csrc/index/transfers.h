@@ -157,6 +157,7 @@ class Transfers {
 
   Tried try_add(Plan& plan, Place at, const How& how);
   Tried demote(Plan& plan, PageId page, const How& how);
+  std::optional<Tried> end_of_path(const Plan& plan, Place at, const How& how);
   Newcomer newcomer(Place at, PoolId target) const;
   void refuse(const Plan& plan, std::span<const Place> blocks, const Worths& worths);
   void pass_on(const Plan& plan, uint32_t done);

@@ -132,6 +132,7 @@ def _why(found: Explained) -> str:
         reason = "" if found.cause == found.why else f": {found.cause.replace('_', ' ')}"
         if found.cause == "not_admitted":
             worths = f"worth {found.worth:.2g} hits a request, its victim {found.victim_worth:.2g}"
+            worths += ", of which a disk asks for 1.5 times" if found.tier == "disk" else ""
             words += f"{reason} to {found.tier} {age(found.died_s_ago)} ago: {worths}"
         else:
             words += f"{reason} from {found.tier}{policy} {age(found.died_s_ago)} ago"

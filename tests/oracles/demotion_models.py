@@ -33,6 +33,8 @@ class DemotionModel(IndexModel):
         for i, path in enumerate(missing):
             if len(plan.paths) == count:
                 return False
+            if self.waits(plan, page, path):
+                return False
             if self.refuses(plan, page, missing[i:], back=back):
                 return True
             if back and not self.may_return(path, plan.target):
@@ -40,6 +42,10 @@ class DemotionModel(IndexModel):
             if not self.add(plan, path, source):
                 return False
         return True
+
+    def waits(self, plan: TransferModel, page: int, path: Path) -> bool:
+        """Whether nothing but the block that it hangs on could go, as long as others are busy."""
+        return False
 
     def refuses(self, plan: TransferModel, page: int, paths: list[Path], *, back: bool) -> bool:
         """Whether the target would not have the first of them, and so none."""

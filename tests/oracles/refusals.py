@@ -20,9 +20,10 @@ from tests.oracles.blocks import PAGE_SIZE, Prompt, block_bytes, extras_of, toke
 from tests.oracles.key_models import KeysModel, words
 from tests.oracles.keys_machine import KEYS, KeysMachine
 from tests.oracles.machines import DEAD_BLOCKS, SEEN, choice, prompts, small, u32
-from tests.oracles.model_parts import NO_HINTS, PRIVATE, Death, Path, TransferModel
+from tests.oracles.model_parts import IN_FLIGHT, NO_HINTS, PRIVATE, Death, Path, TransferModel
 
 Worths = tuple[float, float]
+DURABLE_MARGIN = 1.5
 
 
 class RefusalModel(KeysModel):
@@ -63,7 +64,8 @@ class RefusalModel(KeysModel):
             return None
         ours, theirs = self.standing(path, pool, life), self.precedence(victim, pool)
         worths = self.worth(path), self.worth(victim)
-        return worths if (ours, worths[0]) < (theirs, worths[1]) else None
+        margin = DURABLE_MARGIN if at.durable else 1
+        return worths if (ours, worths[0]) < (theirs, margin * worths[1]) else None
 
     def judge_copy(self, path: Path, pool: int) -> Worths | None:
         life = self.life(path).standing(self.now)
@@ -110,15 +112,40 @@ class RefusalModel(KeysModel):
         if page in at.insisted:
             return False
         known = at.blocks[paths[0]] in at.refused
-        if back and not known and not self.may_return(paths[0], plan.target):
+        ends = self.judged_by_its_parent(plan, page, paths[0])
+        if back and not known and not ends and not self.may_return(paths[0], plan.target):
             return False
-        worths = self.worths_of(paths[0]) if known else self.judge_copy(paths[0], plan.target)
+        if ends:
+            SEEN["refused: below the only one that could go"] += 1
+            worths: Worths | None = self.worth(paths[0]), self.worth(paths[0][:-1])
+        else:
+            worths = self.worths_of(paths[0]) if known else self.judge_copy(paths[0], plan.target)
         if worths is None:
             return False
         SEEN["refused: below what was refused"] += known or len(paths) > 1
         SEEN[f"refused: a copy to tier {self.pools[plan.target].tier}"] += 1
         self.refuse(plan.source, plan.target, paths, worths)
         return True
+
+    def judged_by_its_parent(self, plan: TransferModel, page: int, path: Path) -> bool:
+        """Whether a full target could evict the block that this one hangs on, and nothing else."""
+        source, at = self.pools[plan.source], self.pools[plan.target]
+        full = len(at.free_pages()) <= (self.ahead if at.durable else 0)
+        if page in source.insisted or source.blocks[path] in source.refused or not full:
+            return False
+        payers = self.payers(plan.target, self.tenant(path), 0)
+        found = [
+            filter(None, (self.victim(plan.target, spared, of=each) for each in payers))
+            for spared in (None, path[:-1])
+        ]
+        return [next(each, None) for each in found] == [path[:-1], None]
+
+    def waits(self, plan: TransferModel, page: int, path: Path) -> bool:
+        at = self.pools[plan.target]
+        busy = any(state in (PRIVATE, IN_FLIGHT) for state in at.state.values()) or any(
+            self.pins(plan.target, each) for each in at.state
+        )
+        return busy and self.judged_by_its_parent(plan, page, path)
 
     def offer(self, plan: TransferModel, path: Path, picks: deque[int]) -> bool:
         if self.judge_copy(path, plan.target) is not None:
