@@ -18,13 +18,13 @@ class Slice:
     """The tokens of one sequence that a step computes, and where its KV lies.
 
     `context_len` counts all tokens whose KV exists after the step, these included; `pages` hold
-    them in order. `wants_logits`: of the last token.
+    them in order. `num_logits`: of the last so many tokens.
     """
 
     token_ids: Sequence[int]
     context_len: int
     pages: Sequence[int]
-    wants_logits: bool
+    num_logits: int
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Batch:
         tables = np.zeros((len(slices), max(len(s.pages) for s in slices)), np.int32)
         for row, s in enumerate(slices):
             tables[row, : len(s.pages)] = s.pages
-        wanted = np.array([s.wants_logits for s in slices], bool)
+        wanted = np.array([s.num_logits for s in slices], np.int64)
+        rows = [np.arange(end - count, end) for end, count in zip(ends, wanted, strict=True)]
         return cls(
             token_ids=torch.from_numpy(
                 np.concatenate([np.asarray(s.token_ids, np.int64) for s in slices])
@@ -62,7 +63,7 @@ class Batch:
             query_lens=torch.from_numpy(query),
             context_lens=torch.from_numpy(context),
             block_tables=torch.from_numpy(tables),
-            logits_rows=torch.from_numpy(ends[wanted] - 1),
+            logits_rows=torch.from_numpy(np.concatenate(rows)),
             page_ids=torch.from_numpy(tables[owner, positions // page_size].astype(np.int64)),
             page_offsets=torch.from_numpy(positions % page_size),
         )
@@ -72,6 +73,8 @@ def _check(index: int, s: Slice, page_size: int) -> None:
     if not 0 < len(s.token_ids) <= s.context_len:
         tokens = len(s.token_ids)
         raise ValueError(f"slice {index}: {tokens} tokens in a context of {s.context_len}")
+    if not 0 <= s.num_logits <= len(s.token_ids):
+        raise ValueError(f"slice {index}: {s.num_logits} logits of {len(s.token_ids)} tokens")
     if len(s.pages) * page_size < s.context_len:
         pages = len(s.pages)
         raise ValueError(f"slice {index}: {pages} pages for a context of {s.context_len}")

@@ -131,6 +131,9 @@ class ScoredToken:
     logprob: float
 
 
+Scored = tuple[ScoredToken, tuple[ScoredToken, ...]]  # a token, and the best ones in its place
+
+
 @dataclass(frozen=True)
 class Output:
     """One step's news of one request: a token, its end, or both.
@@ -143,6 +146,7 @@ class Output:
     token_id: int | None = None
     chosen: ScoredToken | None = None  # where the request asks for scores
     top: tuple[ScoredToken, ...] = ()  # the best ones, best first, as many as were asked for
+    prompt: tuple[Scored, ...] = ()  # with the first token, where asked for: from the second on
     finish: str | None = None
     error: str | None = None
     unavailable: bool = False
@@ -175,6 +179,7 @@ class Request:
     caller: Caller = field(default_factory=Caller)
     end_token_ids: frozenset[int] = frozenset()
     top_scores: int | None = None  # None: no scores; else the chosen token's, and this many best
+    prompt_scores: int | None = None  # likewise of the prompt's tokens, which are then all computed
     hints: Hints = NO_HINTS
     pins: tuple[Pin, ...] = ()  # as far as the daemon has room for them
     explain: bool = False
@@ -211,5 +216,7 @@ class Bounds:
         if request.sampling.min_tokens > request.max_tokens:
             allowed = f"at most max_tokens, {request.max_tokens}"
             raise InvalidRequestError("min_tokens", request.sampling.min_tokens, allowed)
-        if not 0 <= (request.top_scores or 0) <= self.vocab_size:
-            raise InvalidRequestError("top_scores", request.top_scores, f"0 to {self.vocab_size}")
+        for name in ("top_scores", "prompt_scores"):
+            if not 0 <= (getattr(request, name) or 0) <= self.vocab_size:
+                value = getattr(request, name)
+                raise InvalidRequestError(name, value, f"0 to {self.vocab_size}")

@@ -22,13 +22,13 @@ from engine.batch import Batch, Slice
 from engine.metrics import EngineMetrics
 from engine.prefix import Bridge, Lease, PrefixLostError
 from engine.rate import PrefillRate
-from engine.request import Output, Request, ScoredToken
+from engine.request import Output, Request
 from engine.sampler import Sampler
+from engine.scores import apart, last_rows, score_prompts, scores
 from engine.sequence import Sequence
 
 log = logging.getLogger(__name__)
 
-LEAST_LOGIT, LEAST_LOGPROB = -3e38, -9999.0  # of a token that is never chosen
 RECLAIM_PAUSE_S = 0.05  # between two requests for pages that were not granted
 
 
@@ -57,8 +57,9 @@ class Work:
     count: int
 
     @property
-    def reaches_end(self) -> bool:
-        return self.sequence.computed + self.count == len(self.sequence.tokens)
+    def num_logits(self) -> int:
+        """Rows of logits that it gets; before it is computed."""
+        return self.sequence.logits_wanted(self.count)
 
 
 class Scheduler:
@@ -245,7 +246,7 @@ class Scheduler:
                 token_ids=w.sequence.tokens[w.sequence.computed : w.sequence.computed + w.count],
                 context_len=w.sequence.computed + w.count,
                 pages=lease.pages,
-                wants_logits=w.reaches_end,
+                num_logits=w.num_logits,
             )
             for w, lease in zip(work, leases, strict=True)
         ]
@@ -274,6 +275,7 @@ class Scheduler:
                 self._set_back(sequence)
 
     def _advance(self, work: list[Work], logits: Tensor) -> None:
+        rows = apart(logits, [w.num_logits for w in work])
         for w in work:
             w.sequence.computed += w.count
             self._admission.turns.computed(w.sequence.tenant, w.count)
@@ -289,16 +291,20 @@ class Scheduler:
             ],
             soon=self._pages_soon(),
         )
-        ended = [w.sequence for w in work if w.sequence.computed == len(w.sequence.tokens)]
-        chosen = self._sampler.sample(logits, [sequence.draw() for sequence in ended])
-        for each in zip(ended, chosen, logits, strict=True):
-            self._next_token(*each)
+        sequences = [w.sequence for w in work]
+        score_prompts(sequences, rows)
+        ended = [
+            (s, r) for s, r in zip(sequences, rows, strict=True) if s.computed == len(s.tokens)
+        ]
+        ends = last_rows(logits, [mine for _, mine in ended])
+        chosen = self._sampler.sample(ends, [sequence.draw() for sequence, _ in ended])
+        for (sequence, _), token, row in zip(ended, chosen, ends, strict=True):
+            self._next_token(sequence, token, row)
 
     def _pages_soon(self) -> int:
         """Pages that the next step's chunks need, to be granted with this step's commits."""
         size = self.bridge.config.page_size
-        prefills = [s for s in self._running if not s.decoding]
-        return sum(-(-self._next_count(s) // size) for s in prefills)
+        return sum(-(-self._next_count(s) // size) for s in self._running if not s.decoding)
 
     def _next_token(self, sequence: Sequence, chosen: int | Exception, logits: Tensor) -> None:
         """What fails on one row ends this request and no other."""
@@ -306,8 +312,7 @@ class Scheduler:
             token = sequence.took(chosen)
             output = self._output(sequence, token, logits)
         except Exception:
-            request_id = sequence.request.request_id
-            log.exception("no token of %s could be chosen; it ends", request_id)
+            log.exception("no token of %s could be chosen; it ends", sequence.request.request_id)
             self._finish(sequence, "error", "no token of this request could be chosen")
             return
         self._metrics.generated_tokens.inc()
@@ -324,9 +329,9 @@ class Scheduler:
     def _output(self, sequence: Sequence, token: int, logits: Tensor) -> Output:
         """The news that `token`, now its last one, makes; advances the request's text."""
         request = sequence.request
-        output = Output(token_id=token)
+        output = Output(token_id=token, prompt=sequence.take_prompt_scores())
         if request.top_scores is not None:
-            chosen, top = _scores(logits, token, request.top_scores)
+            ((chosen, top),) = scores(logits[None], [token], request.top_scores)
             output = replace(output, chosen=chosen, top=top)
         finish: str | None = None
         if token in request.end_token_ids:
@@ -405,15 +410,3 @@ def _last(output: Output, sequence: Sequence, bridge: Bridge) -> Output:
         held = bridge.settled(sequence.lease) if sequence.request.tell_held else None
     explanation = sequence.explanation
     return replace(output, stats=sequence.stats(), explanation=explanation, held=held)
-
-
-def _scores(logits: Tensor, token: int, count: int) -> tuple[ScoredToken, tuple[ScoredToken, ...]]:
-    """The chosen token and the `count` best of float32 [vocab]; ties by the lower token id."""
-    logprobs = logits.log_softmax(-1)
-    ids = logits.topk(count).indices
-
-    def scored(index: int) -> ScoredToken:  # JSON has no -inf
-        logit, logprob = float(logits[index]), float(logprobs[index])
-        return ScoredToken(index, max(logit, LEAST_LOGIT), max(logprob, LEAST_LOGPROB))
-
-    return scored(token), tuple(scored(int(i)) for i in ids)

@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.adjust import Adjustment, adjustment
 from engine.prefix import Lease
-from engine.request import U32, Explanation, Request, RequestStats
+from engine.request import U32, Explanation, Request, RequestStats, Scored
 from engine.sampler import Draw
 from kvc2.answers import TierTokens
 
@@ -38,7 +38,7 @@ class Sequence:
     acquiring: Future[Lease] | None = None
     attempts: int = 0  # leases asked for; makes their ids unique
     announced: bool = False  # the daemon was told of it while it had no place
-    cached: bool = True  # False: its prefix was lost, it computes without the cache
+    cached: bool = True  # False: its prefix was lost or it wants scores; it computes everything
     # waiting for another's commits
     wait_until: float | None = None  # set at the first wait, and never moved
     wait_tokens: int = 0  # matched tokens that end the wait
@@ -53,6 +53,8 @@ class Sequence:
     tiers: TierTokens = field(default_factory=TierTokens)
     explanation: Future[Explanation] | None = None  # of the lease that these count
     prefilled_tokens: int = 0
+    prompt_scores: list[Scored] = field(default_factory=list)  # until the first token
+    unscored: Exception | None = None  # why its prompt has no scores
 
     @classmethod
     def of(cls, request: Request, order: int, arrived: float, page_size: int) -> Sequence:
@@ -65,6 +67,7 @@ class Sequence:
             seed=request.sampling.stream(),
             page_size=page_size,
             adjustment=adjustment(request),
+            cached=request.prompt_scores is None,
         )
 
     @property
@@ -95,12 +98,27 @@ class Sequence:
 
     def took(self, chosen: int | Exception) -> int:
         """That token was chosen, and is its last one now. Raises why there is none."""
+        if self.unscored is not None:
+            raise self.unscored
         if isinstance(chosen, Exception):
             raise chosen
         self.tokens.append(chosen)
         if self.adjustment is not None:
             self.adjustment.took(chosen)
         return chosen
+
+    def logits_wanted(self, count: int) -> int:
+        """Of how many of the next `count` tokens, the last ones: one where they reach the end, and
+        all of a prompt that is to be scored."""
+        if self.request.prompt_scores is not None and not self.generated:
+            return count
+        return int(self.computed + count == len(self.tokens))
+
+    def take_prompt_scores(self) -> tuple[Scored, ...]:
+        """They are told once."""
+        taken = tuple(self.prompt_scores)
+        self.prompt_scores.clear()
+        return taken
 
     def lease_id(self) -> bytes:
         """Of the present attempt: a late release of an earlier one never closes a later one. The

@@ -123,7 +123,7 @@ FLOORS = {
         worker
         runner, scheduler
         admission, models
-        turns
+        scores, turns
         experts, sequence, weights
         device, prefix, sampler
         adjust, attention, grammar, identity, layers, text

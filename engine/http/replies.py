@@ -36,8 +36,8 @@ def event(value: dict[str, Any]) -> bytes:
 
 @dataclass(frozen=True)
 class Asked:
-    """What shapes an answer beside its tokens. `prompts` are their texts, where `echo` wants
-    them."""
+    """What shapes an answer beside its tokens. `echoed`: the prompts' texts, where `echo` wants
+    them; `prompts`: their tokens."""
 
     model: str
     logprobs: int | None  # beside the chosen token's; None: none
@@ -48,6 +48,7 @@ class Asked:
     special: Container[int]  # their ids
     choices: int = 1  # of each prompt, in the answer
     echoed: tuple[str, ...] | None = None
+    prompts: Sequence[Sequence[int]] = ()
 
 
 @dataclass
@@ -320,13 +321,14 @@ class CompletionReply(OpenAiReply):
         return "" if self.asked.echoed is None else self.asked.echoed[choice.prompt]
 
     def _whole(self, index: int, choice: Choice) -> dict[str, Any]:
-        text, logprobs = choice.text, self._logprobs(choice, choice.outputs)
+        text = self._echoed(choice) + choice.text
+        logprobs = self._logprobs(choice, choice.outputs)
         if logprobs:  # a stop string cuts the text, not the tokens
             logprobs["text_offset"] = [min(each, len(text)) for each in logprobs["text_offset"]]
         return {
             "index": index,
             "finish_reason": choice.finish,
-            "text": self._echoed(choice) + text,
+            "text": text,
             "logprobs": logprobs,
         }
 
@@ -341,14 +343,28 @@ class CompletionReply(OpenAiReply):
     def _logprobs(self, choice: Choice, outputs: Sequence[Output]) -> dict[str, Any] | None:
         if self.asked.logprobs is None:
             return None
-        scored = self.scored(outputs)
-        return {
-            "tokens": [self.name(chosen) for chosen, _ in scored],
-            "token_logprobs": [chosen.logprob for chosen, _ in scored],
-            # of tokens that look alike, the best one
-            "top_logprobs": [{self.name(t): t.logprob for t in reversed(top)} for _, top in scored],
-            "text_offset": [self._offset(choice, chosen.token_id) for chosen, _ in scored],
+        told: dict[str, list[Any]] = {
+            "tokens": [],
+            "token_logprobs": [],
+            "top_logprobs": [],
+            "text_offset": [],
         }
+        scored = self.scored(outputs)
+        if self.asked.echoed is not None and outputs[0] is choice.outputs[0]:
+            first = self.asked.prompts[choice.prompt][0]  # nothing stands before it
+            told["tokens"].append(name_of(self.asked.token_bytes(first)))
+            told["token_logprobs"].append(None)
+            told["top_logprobs"].append(None)
+            told["text_offset"].append(self._offset(choice, first))
+            count = self.asked.logprobs
+            scored = [(token, top[:count]) for token, top in outputs[0].prompt] + scored
+        for chosen, top in scored:
+            told["tokens"].append(self.name(chosen))
+            told["token_logprobs"].append(chosen.logprob)
+            # of tokens that look alike, the best one
+            told["top_logprobs"].append({self.name(t): t.logprob for t in reversed(top)})
+            told["text_offset"].append(self._offset(choice, chosen.token_id))
+        return told
 
     def _offset(self, choice: Choice, token_id: int) -> int:
         shown = b"" if token_id in self.asked.special else self.asked.token_bytes(token_id)

@@ -189,8 +189,6 @@ class CompletionBody(Body):
             raise ValueError("best_of must be n or more")
         if self.stream and self.generated_choices > self.choices:
             raise ValueError("stream is not allowed where best_of is more than n")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo is not done together with logprobs: a prompt's are not computed")
         return self
 
     @property
@@ -205,6 +203,11 @@ class CompletionBody(Body):
     @property
     def generated_choices(self) -> int:
         return self.best_of or self.choices
+
+    @property
+    def prompt_logprobs_asked(self) -> int | None:
+        """As `top_logprobs_asked`, of the prompt's tokens."""
+        return self.logprobs if self.echo else None
 
     @property
     def output_tokens_max(self) -> int | None:
@@ -356,6 +359,10 @@ class ChatBody(Body, Tooled):
     @property
     def output_tokens_max(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def prompt_logprobs_asked(self) -> int | None:
+        return None
 
     @property
     def top_logprobs_asked(self) -> int | None:

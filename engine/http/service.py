@@ -170,6 +170,7 @@ class Service:
             special=self._tokenizer.special_tokens,
             choices=body.choices,
             echoed=understood.echoed,
+            prompts=understood.prompts,
         )
 
     def _choice(self, understood: Understood, index: int) -> Choice:
@@ -222,7 +223,8 @@ class Service:
             deliver=run.deliver(choice.index),
             caller=self.caller(http, body.cache_salt),
             end_token_ids=ends | frozenset(body.stop_token_ids or ()),
-            top_scores=scores if scores is None else min(scores, self._worker.bounds.vocab_size),
+            top_scores=self._at_most_all(scores),
+            prompt_scores=self._at_most_all(body.prompt_logprobs_asked),
             hints=body.kvc2.hints,
             pins=understood.pins,
             tell_held=run.tells_held,
@@ -230,6 +232,10 @@ class Service:
             deadline_s=body.kvc2.deadline_s,
             constraint=None if constraint is None else constraint.copy(),
         )
+
+    def _at_most_all(self, count: int | None) -> int | None:
+        """Of the best tokens."""
+        return None if count is None else min(count, self._worker.bounds.vocab_size)
 
     @staticmethod
     async def _news(

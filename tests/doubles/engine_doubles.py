@@ -77,7 +77,7 @@ class HashModel:
                 value = chain(value, int(batch.token_ids[end - count + index]))
                 place = start + index
                 self.pool[table[place // PAGE_SIZE], place % PAGE_SIZE] = value
-            values[end - 1] = value
+                values[end - count + index] = value
         logits = torch.zeros(len(batch.logits_rows), VOCABULARY)
         for row, index in enumerate(batch.logits_rows.tolist()):
             logits[row, values[index] % VOCABULARY] = 10.0

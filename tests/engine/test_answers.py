@@ -18,7 +18,7 @@ from tokenizers import decoders, models, normalizers
 
 from engine.http.replies import Offsets, event, name_of
 from engine.http.tokenizer import Tokenizer
-from engine.scheduler import _scores
+from engine.scores import scores
 from engine.settings import EngineConfig
 from engine.text import IncrementalText
 from kvc2.errors import InvalidConfig
@@ -166,7 +166,7 @@ def test_an_event_holds_no_nan() -> None:
 
 def test_a_token_that_is_never_chosen_has_a_score_that_json_can_hold() -> None:
     logits = torch.tensor([1.0, float("-inf"), 0.0])
-    _, top = _scores(logits, 0, 3)
+    ((_, top),) = scores(logits[None], [0], 3)
     assert [each.token_id for each in top] == [0, 2, 1]
     json.dumps([(each.logit, each.logprob) for each in top], allow_nan=False)
 

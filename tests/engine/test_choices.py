@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from fastapi.testclient import TestClient
 
 from engine.http.replies import Choice, best
 from engine.request import Output, ScoredToken
-from tests.doubles.engine_doubles import House, expected_tokens
+from tests.doubles.engine_doubles import VOCABULARY, House, expected_tokens
 from tests.doubles.engine_doubles import build as build_house
 from tests.engine.test_http import CHAT, COMPLETION, Letters, over
 
@@ -106,9 +107,54 @@ def test_an_echo_begins_each_answer(client: TestClient, stream: bool) -> None:
         assert list(streamed(answer).values()) == wanted
     else:
         assert [choice["text"] for choice in answer["choices"]] == wanted
-    refused = client.post("/v1/completions", json=body | {"logprobs": 1})
-    assert refused.status_code == 400
-    assert "echo" in refused.json()["error"]["message"]
+
+
+def logprob(prefix: list[int], token: int) -> float:
+    """What the hash model's logits say: 10 for the one that follows, 0 for all others."""
+    (follows,) = expected_tokens(prefix, 1)
+    total = math.log(math.exp(10) + VOCABULARY - 1)
+    return (10 if token == follows else 0) - total
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_has_the_prompts_own_log_probabilities(client: TestClient, stream: bool) -> None:
+    """The first token has none, since nothing stands before it. A cached prompt has them too."""
+    text = "".join(chr(32 + i % 90) for i in range(40))  # several chunks
+    body = COMPLETION | {"prompt": [text, "xyz", "q"], "echo": True, "logprobs": 2}
+    for _ in range(2):
+        answer = ask(client, "completions", body | {"stream": stream})
+        told: dict[int, dict[str, list[Any]]] = {}
+        for piece in answer if stream else [answer]:
+            for choice in piece["choices"]:
+                mine = told.setdefault(choice["index"], {})
+                for name, values in (choice["logprobs"] or {}).items():
+                    mine.setdefault(name, []).extend(values)
+        for index, prompt in enumerate(body["prompt"]):
+            whole = prompt + text_of(prompt, 4)
+            ids = [ord(letter) - 32 for letter in whole]
+            found = told[index]
+            assert found["tokens"] == list(whole)
+            assert found["text_offset"] == list(range(len(whole)))
+            assert (found["token_logprobs"][0], found["top_logprobs"][0]) == (None, None)
+            wanted = [logprob(ids[:i], ids[i]) for i in range(1, len(ids))]
+            assert found["token_logprobs"][1:] == pytest.approx(wanted, abs=1e-4)
+            for i, best_ones in enumerate(found["top_logprobs"][1:], 1):
+                assert len(best_ones) == 2
+                (follows,) = expected_tokens(ids[:i], 1)
+                assert max(best_ones, key=best_ones.__getitem__) == chr(32 + follows)
+
+
+def test_a_scored_prompt_that_is_set_back_is_scored_once() -> None:
+    house = build_house(6, low_water=0)  # too few pages for both
+    asked = [house.ask(range(first, first + 9), 8, prompt_scores=1) for first in (0, 50)]
+    house.run()
+    assert house.scheduler._metrics.preemptions._value.get() > 0
+    for each in asked:
+        tokens = each.request.tokens.tolist()
+        told = [scored for output in each.outputs for scored in output.prompt]
+        assert [token.token_id for token, _ in told] == tokens[1:]
+        wanted = [logprob(tokens[:i], tokens[i]) for i in range(1, len(tokens))]
+        assert [token.logprob for token, _ in told] == pytest.approx(wanted, abs=1e-4)
 
 
 def test_the_best_of_several_are_told(client: TestClient) -> None:
