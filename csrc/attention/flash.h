@@ -289,35 +289,62 @@ class TileRun {
     const Scores& how = call_.scores;
     const Tile::Seen seen = tile_.seen(call_, row);
     float* scores = scores_ + row * kPiece;
-    Lanes best = broadcast(kNothing);
     const size_t begin = range.begin - range.first;
     const size_t end = round_up(range.end - range.first, kBlock);
     const bool all = seen.begin <= range.begin && seen.end >= range.first + end;
-    IntLanes position = kCount + static_cast<int32_t>(range.begin);
-    const auto low = static_cast<int32_t>(seen.begin), high = static_cast<int32_t>(seen.end);
-    for (size_t at = begin; at < end; at += kLanes, position += 16) {
-      Lanes score = load(scores + at) * how.scale;
-      if (how.soft_cap > 0) score = capped(score, how.soft_cap);
-      if (!all) {
-        score = (position >= low) & (position < high) ? score : broadcast(kNothing);
+    float scale = how.scale;
+    if (how.soft_cap > 0) {
+      for (size_t at = begin; at < end; at += kLanes) {
+        store(scores + at, capped(load(scores + at) * scale, how.soft_cap));
       }
-      store(scores + at, score);
-      best = maximum(score, best);
+      scale = 1;
     }
-    const float highest = highest_of(best);
-    Lanes total = {};
-    const Lanes top =
-        broadcast(highest > kNothing ? highest : 0.0f);  // of a row that sees nothing: weights of 0
+    const float highest = all ? highest_score<true>(scores, begin, end, scale, range, seen)
+                              : highest_score<false>(scores, begin, end, scale, range, seen);
+    // of a row that sees nothing: weights of 0
+    const Register top = Register{} + (highest > kNothing ? highest : 0.0f);
+    Register total[kRegisters] = {};
     for (size_t at = begin; at < end; at += kLanes) {
-      const Lanes weight = exponential(load(scores + at) - top);
-      total += weight;
-      Math::pack(weight, scores + at / Math::kPack);
+#pragma GCC unroll 4
+      for (size_t p = 0; p < kRegisters; ++p) {
+        float* score = scores + at + p * kRegisterLanes;
+        const Register weight = exponential_of(load_register(score) - top);
+        total[p] += weight;
+        store_register(score, weight);
+      }
+      if constexpr (Math::kPack > 1) Math::pack(load(scores + at), scores + at / Math::kPack);
       if (row < kFetching) {
         for (size_t i = 0; i < 2; ++i) ahead.fetch((row * kPiece + at) / kLanes * 2 + i);
       }
     }
     to.highest[row] = highest;
-    to.total[row] = sum(total);
+    to.total[row] = sum(load(total));
+  }
+
+  // Scales the scores of a range, and leaves nothing of those that the row doesn't see.
+  template <bool all>
+  static float highest_score(float* scores, size_t begin, size_t end, float scale,
+                             const Range& range, const Tile::Seen& seen) {
+    const auto low = static_cast<int32_t>(seen.begin), high = static_cast<int32_t>(seen.end);
+    const Register nothing = Register{} + kNothing;
+    Register best[kRegisters];
+    std::fill_n(best, kRegisters, nothing);
+    IntRegister lane;
+    for (size_t i = 0; i < kRegisterLanes; ++i) lane[i] = static_cast<int32_t>(i);
+    for (size_t at = begin; at < end; at += kLanes) {
+#pragma GCC unroll 4
+      for (size_t p = 0; p < kRegisters; ++p) {
+        const size_t place = at + p * kRegisterLanes;
+        Register score = load_register(scores + place) * scale;
+        if constexpr (!all) {
+          const IntRegister position = lane + static_cast<int32_t>(range.first + place);
+          score = (position >= low) & (position < high) ? score : nothing;
+        }
+        store_register(scores + place, score);
+        best[p] = score > best[p] ? score : best[p];
+      }
+    }
+    return highest_of(load(best));
   }
 
   void merge(const Part& part) {
@@ -355,7 +382,6 @@ class TileRun {
   }
 
   static constexpr size_t kFetching = 8;  // rows that fetch two lines for sixteen scores
-  static constexpr IntLanes kCount = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const Attend& call_;
   const size_t group_, steps_, width_;
   float* const queries_;  // words [kTile][steps]

@@ -33,6 +33,7 @@ constexpr size_t kRegisterBytes = 16;
 constexpr size_t kRegisters = 64 / kRegisterBytes, kRegisterLanes = kRegisterBytes / sizeof(float);
 using Register = float __attribute__((vector_size(kRegisterBytes)));
 using WordRegister = uint32_t __attribute__((vector_size(kRegisterBytes)));
+using IntRegister = int32_t __attribute__((vector_size(kRegisterBytes)));
 using HalfRegister = uint16_t __attribute__((vector_size(kRegisterBytes / 2)));
 
 // f of each part of the arguments.
@@ -154,29 +155,27 @@ inline float sum(Lanes x) {
 
 // e^x for x up to 88; exactly 0 under -87, so that a masked score adds nothing. Relative error
 // under 2e-7: x = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor series of e^r to the 7th power.
+inline Register exponential_of(Register part) {
+  const auto tiny = part < -87.0f;
+  const Register least = Register{} - 87.0f;
+  const Register bounded = part > least ? part : least;
+  const Register magic = Register{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Register shifted = bounded * 1.44269504f + magic;
+  const Register n = shifted - magic;
+  const Register r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts
+  Register series = Register{} + 1.0f / 5040;
+  series = series * r + 1.0f / 720;
+  series = series * r + 1.0f / 120;
+  series = series * r + 1.0f / 24;
+  series = series * r + 1.0f / 6;
+  series = series * r + 0.5f;
+  series = series * r + 1.0f;
+  series = series * r + 1.0f;
+  const auto exponent = (reinterpret_cast<WordRegister>(shifted) + 127) << 23;
+  return tiny ? Register{} : series * reinterpret_cast<Register>(exponent);
+}
 inline Lanes exponential(Lanes x) {
-  return by_registers(
-      [](Register part) {
-        const auto tiny = part < -87.0f;
-        const Register least = Register{} - 87.0f;
-        const Register bounded = part > least ? part : least;
-        const Register magic =
-            Register{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-        const Register shifted = bounded * 1.44269504f + magic;
-        const Register n = shifted - magic;
-        const Register r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts
-        Register series = Register{} + 1.0f / 5040;
-        series = series * r + 1.0f / 720;
-        series = series * r + 1.0f / 120;
-        series = series * r + 1.0f / 24;
-        series = series * r + 1.0f / 6;
-        series = series * r + 0.5f;
-        series = series * r + 1.0f;
-        series = series * r + 1.0f;
-        const auto exponent = (reinterpret_cast<WordRegister>(shifted) + 127) << 23;
-        return tiny ? Register{} : series * reinterpret_cast<Register>(exponent);
-      },
-      x);
+  return by_registers([](Register part) { return exponential_of(part); }, x);
 }
 
 template <int kStep>
