@@ -10,6 +10,7 @@ Example: python -m benchmarks.deferral --json build/bench/deferral.json
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
 from dataclasses import replace
@@ -65,19 +66,31 @@ def decode_s(
     return time.perf_counter() - began
 
 
-def main() -> None:
-    parser = report.parser(__doc__ or "", repeats=7)
+def parser_of_text(description: str, *, repeats: int) -> argparse.ArgumentParser:
+    """The flags of what runs a model over the text."""
+    parser = report.parser(description, repeats=repeats)
     parser.add_argument("--model", type=Path, help="a directory; without it the embedded model")
     parser.add_argument("--tokens", type=int, default=1024, help="of the text (%(default)s)")
-    parser.add_argument("--attention-ms", type=float, default=1.0, help="a layer (%(default)s)")
     parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    return parser
+
+
+def model_and_text(options: argparse.Namespace) -> tuple[Path, list[int]]:
+    """The model's directory, made where there is none, and the text's tokens. Sets the threads."""
     with demo_model.console_progress() as progress:
         target = options.model or demo_model.default_directory()
         directory = options.model or demo_model.build(target, progress=progress)
     torch.set_num_threads(options.threads)
-    model = load_model(directory)
     tokens = Tokenizer(directory).encode(TEXT.read_text(), 1 << 20)[: options.tokens]
+    return directory, tokens
+
+
+def main() -> None:
+    parser = parser_of_text(__doc__ or "", repeats=7)
+    parser.add_argument("--attention-ms", type=float, default=1.0, help="a layer (%(default)s)")
+    options = parser.parse_args()
+    directory, tokens = model_and_text(options)
+    model = load_model(directory)
     plain = EngineConfig(model=directory, threads=options.threads, num_gpu_experts=0)
     rows, before = [], 0.0
     for deferred in range(model.config.experts_per_token):

@@ -14,13 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 from benchmarks import report
-from benchmarks.deferral import TEXT, perplexity
-from engine import demo_model
+from benchmarks.deferral import model_and_text, parser_of_text, perplexity
 from engine.config import ModelConfig
-from engine.http.tokenizer import Tokenizer
 from engine.models import build_model
 from engine.models.packed import FORMATS, expert_bytes, open_packed
 from engine.models.placed import PlacedModel
@@ -55,16 +51,8 @@ def ready_s(directory: Path, expert_dtype: str, kept: Path) -> float:
 
 
 def main() -> None:
-    parser = report.parser(__doc__ or "", repeats=5)
-    parser.add_argument("--model", type=Path, help="a directory; without it the embedded model")
-    parser.add_argument("--tokens", type=int, default=1024, help="of the text (%(default)s)")
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    with demo_model.console_progress() as progress:
-        target = options.model or demo_model.default_directory()
-        directory = options.model or demo_model.build(target, progress=progress)
-    torch.set_num_threads(options.threads)
-    tokens = Tokenizer(directory).encode(TEXT.read_text(), 1 << 20)[: options.tokens]
+    options = parser_of_text(__doc__ or "", repeats=5).parse_args()
+    directory, tokens = model_and_text(options)
     config, rows = ModelConfig.load(directory), []
     with tempfile.TemporaryDirectory(dir=directory.parent) as folder:
         kept = Path(folder)

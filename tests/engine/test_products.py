@@ -55,17 +55,13 @@ def test_linear(
 
 
 @dataclass
-class Experts:
+class Routed:
+    """Experts, plain or as records, and which of them each token has."""
+
     gate_up: torch.Tensor
     down: torch.Tensor
     expert_ids: torch.Tensor
     weights: torch.Tensor
-
-    @classmethod
-    def of(cls, tokens: int, size: int, hidden: int, dtype: torch.dtype) -> Experts:
-        ids = torch.stack([torch.randperm(6)[:3] for _ in range(tokens)])
-        gate_up, down = torch.randn(6, 2 * size, hidden) / 8, torch.randn(6, hidden, size) / 8
-        return cls(gate_up.to(dtype), down.to(dtype), ids, torch.rand(tokens, 3))
 
     def run(
         self, workbench: _kernels.Workbench, x: torch.Tensor, rows: slice | torch.Tensor
@@ -75,6 +71,15 @@ class Experts:
         weights = as_array(self.gate_up), as_array(self.down)
         _kernels.ffn(workbench, as_array(x[rows]), *routing, *weights, as_array(y))
         return y
+
+
+@dataclass
+class Experts(Routed):
+    @classmethod
+    def of(cls, tokens: int, size: int, hidden: int, dtype: torch.dtype) -> Experts:
+        ids = torch.stack([torch.randperm(6)[:3] for _ in range(tokens)])
+        gate_up, down = torch.randn(6, 2 * size, hidden) / 8, torch.randn(6, hidden, size) / 8
+        return cls(gate_up.to(dtype), down.to(dtype), ids, torch.rand(tokens, 3))
 
     def reference(self, x: torch.Tensor) -> torch.Tensor:
         """One token and one choice at a time, in float64."""

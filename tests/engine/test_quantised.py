@@ -13,6 +13,7 @@ import torch
 from engine import _kernels
 from engine.kernels import as_array, numerics
 from engine.quantised import FP8, INT4, INT4_GROUP128, INT8, Format, floats, quantise
+from tests.engine.test_products import Routed
 
 INT4_ZEROS = Format("int4", 32, zeros=True)
 FORMATS = [INT8, INT4, INT4_GROUP128, INT4_ZEROS, Format("int4", 128, zeros=True), FP8]
@@ -82,14 +83,10 @@ def test_codes_of_all_values_are_read(instruction_set: str, format: Format) -> N
 
 
 @dataclass
-class Experts:
-    """Six of which a token has three."""
+class Experts(Routed):
+    """Six of which a token has three, and the floats that they were made of."""
 
     parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-    gate_up: torch.Tensor
-    down: torch.Tensor
-    expert_ids: torch.Tensor
-    weights: torch.Tensor
 
     @classmethod
     def of(cls, tokens: int, size: int, hidden: int, formats: tuple[Format, Format]) -> Experts:
@@ -104,16 +101,7 @@ class Experts:
         gate_up = torch.cat([record(formats[0], [gate, up]) for gate, up, _ in parts])
         down = torch.cat([record(formats[1], [down]) for _, _, down in parts])
         ids = torch.stack([torch.randperm(6)[:3] for _ in range(tokens)])
-        return cls(parts, gate_up, down, ids, torch.rand(tokens, 3))
-
-    def run(
-        self, bench: _kernels.Workbench, x: torch.Tensor, rows: slice | torch.Tensor
-    ) -> torch.Tensor:
-        y = torch.full_like(x[rows], math.nan)
-        routing = self.expert_ids[rows].numpy(), self.weights[rows].numpy()
-        packed = as_array(self.gate_up), as_array(self.down)
-        _kernels.ffn(bench, as_array(x[rows]), *routing, *packed, as_array(y))
-        return y
+        return cls(gate_up, down, ids, torch.rand(tokens, 3), parts)
 
     def reference(self, x: torch.Tensor) -> torch.Tensor:
         """Of the weights before they were quantised, in float64."""
