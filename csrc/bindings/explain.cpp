@@ -28,7 +28,7 @@ static py::array tokens_of(const Sibling& s) {
 }
 
 static Explanation explain(const Index& self, uint32_t space, const std::vector<PoolId>& pools,
-                           const py::object& tokens, const bindings::PromptExtras* extras) {
+                           const py::object& tokens, const bindings::GivenExtras& extras) {
   const Content prompt(bindings::elements<uint32_t>(tokens, "tokens", {bindings::kAnyLength}),
                        bindings::rows_of(extras));
   const py::gil_scoped_release release;

@@ -19,7 +19,7 @@ using namespace py::literals;
 using namespace kvc2;
 using bindings::answers_of;
 using bindings::array_of;
-using bindings::PromptExtras;
+using bindings::GivenExtras;
 using bindings::unlocked;
 
 namespace {
@@ -69,7 +69,7 @@ std::span<const Digest> digests_of(const py::object& given, const char* name) {
   return {reinterpret_cast<const Digest*>(bytes.data()), bytes.size() / sizeof(Digest)};
 }
 
-Content content_of(const py::object& tokens, const PromptExtras* extras, uint64_t first = 0) {
+Content content_of(const py::object& tokens, const GivenExtras& extras, uint64_t first = 0) {
   return {view<uint32_t>(tokens, "tokens", 1), bindings::rows_of(extras), first};
 }
 
@@ -341,7 +341,7 @@ void bind_requests(py::class_<Index>& index) {
       .def(
           "match",
           [](const Index& self, uint32_t space, PoolId pool, const py::object& tokens,
-             const PromptExtras* extras) {
+             const GivenExtras& extras) {
             const Content prompt = content_of(tokens, extras);
             return unlocked([&] { return self.match(space, pool, prompt); });
           },
@@ -350,7 +350,7 @@ void bind_requests(py::class_<Index>& index) {
           "acquire",
           [](Index& self, uint32_t space, PoolId pool, const py::object& tokens,
              uint32_t max_blocks, const Hints& hints, uint32_t skip_blocks,
-             const PromptExtras* extras) {
+             const GivenExtras& extras) {
             const Content prompt = content_of(tokens, extras);
             return unlocked(
                 [&] { return self.acquire(space, pool, prompt, max_blocks, hints, skip_blocks); });
@@ -362,7 +362,7 @@ void bind_requests(py::class_<Index>& index) {
       .def(
           "prefetch",
           [](Index& self, uint32_t space, PoolId pool, const py::object& tokens, uint32_t max_pages,
-             bool touches, const PromptExtras* extras) {
+             bool touches, const GivenExtras& extras) {
             const Content prefix = content_of(tokens, extras);
             return unlocked([&] { return self.prefetch(space, pool, prefix, max_pages, touches); });
           },
@@ -376,7 +376,7 @@ void bind_requests(py::class_<Index>& index) {
       .def(
           "commit",
           [](Index& self, LeaseId lease, uint32_t first_block, const py::object& tokens,
-             const py::object& pages, const PromptExtras* extras) {
+             const py::object& pages, const GivenExtras& extras) {
             const Content blocks = content_of(tokens, extras, first_block);
             const auto ids = view<uint32_t>(pages, "pages", 1);
             return answers_of(unlocked([&] { return self.commit(lease, blocks, ids); }));
@@ -438,7 +438,7 @@ void bind_lives(py::class_<Index>& index) {
       .def(
           "pin",
           [](Index& self, uint32_t space, PoolId pool, const py::object& tokens, bool hard,
-             uint32_t max_blocks, uint32_t ttl, const PromptExtras* extras) {
+             uint32_t max_blocks, uint32_t ttl, const GivenExtras& extras) {
             const Content prefix = content_of(tokens, extras);
             return unlocked([&] { return self.pin(space, pool, prefix, {hard, max_blocks, ttl}); });
           },
@@ -447,7 +447,7 @@ void bind_lives(py::class_<Index>& index) {
       .def(
           "unpin",
           [](Index& self, uint32_t space, PoolId pool, const py::object& tokens,
-             const PromptExtras* extras) {
+             const GivenExtras& extras) {
             const Content prefix = content_of(tokens, extras);
             return unlocked([&] { return self.unpin(space, pool, prefix); });
           },
@@ -573,7 +573,7 @@ void bind_index(py::module_& module) {
   module.def(
       "chain_keys",
       [](const py::bytes& space, const py::object& tokens, uint32_t page_size,
-         const PromptExtras* extras) {
+         const GivenExtras& extras) {
         const Digest name = namespace_of(space);
         const Content prompt = content_of(tokens, extras);
         if (page_size == 0 || page_size > kMaxPageSize)

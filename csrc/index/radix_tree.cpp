@@ -116,11 +116,12 @@ std::vector<Run> RadixTree::find(uint32_t space, Content content) const {
   while (content.tokens.size() >= size) {
     const Node& at = nodes_[node];
     const Block block = content.block(0, size);
-    node = child(node,
-                 next_key(at.keys.empty() ? root_key(spaces[space].name) : at.keys.back(), block),
-                 block);
-    if (node == kNoNode) break;
+    const NodeId above = node;
+    node = heads_.get(
+        next_key(at.keys.empty() ? root_key(spaces[space].name) : at.keys.back(), block));
+    if (node == kNoNode || nodes_[node].parent != above) break;
     const uint32_t same = equal_blocks(nodes_[node].tokens, content.until_extras(1, size), size);
+    if (same == 0 || !same_extras(extras_of(node), block.extras)) break;
     path.push_back({node, 0, same});
     if (same < nodes_[node].blocks()) break;
     content = content.after(same, size);

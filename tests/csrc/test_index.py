@@ -386,6 +386,8 @@ def test_arguments_are_refused_by_name(house: House) -> None:
     index = house.index
     with pytest.raises(TypeError, match="tokens: dtype int64"):
         index.match(house.space, house.gpu, np.zeros(4, dtype=np.int64))
+    with pytest.raises(TypeError, match="extras is neither None nor PromptExtras"):
+        house.index.match(house.space, house.gpu, tokens(1), "images")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="tokens: shape"):
         index.match(house.space, house.gpu, np.zeros((2, 2), dtype=np.uint32))
     with pytest.raises(ValueError, match="page_size"):
