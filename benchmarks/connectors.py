@@ -53,13 +53,15 @@ class Vllm(Process):
     """An OpenAI server of vLLM on the CPU, in a process group of its own, behind our connector."""
 
     start_timeout_s = 600.0
+    kv_gb = 1
+    eager = True  # not compiled
 
     def __init__(
         self, name: str, python: Path, model: Path, folder: Path, *, kvc2: str | None, dtype: str
     ) -> None:
         self.port = free_port()
         settings = {
-            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": str(self.kv_gb),
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
             "VLLM_SERVER_DEV_MODE": "1",  # for reset_prefix_cache
@@ -69,7 +71,7 @@ class Vllm(Process):
         command += [str(python), "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--model", str(model), "--served-model-name", "m", "--host", "127.0.0.1"]
         command += ["--port", str(self.port), "--dtype", dtype, "--max-model-len", "8192"]
-        command += ["--enforce-eager", "--enable-prompt-tokens-details"]
+        command += ["--enable-prompt-tokens-details", *(["--enforce-eager"] if self.eager else [])]
         if kvc2 is not None:
             command += ["--kv-transfer-config", json.dumps(transfer_config(kvc2))]
         super().__init__(name, command, folder)

@@ -31,7 +31,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.processes import Daemon, Engine, Process, ProcessError
+from benchmarks.processes import Daemon, Engine, Process, ProcessError, end_in_order
 from benchmarks.soak_users import Told, Users, truth
 from engine import demo_model
 from kvc2.errors import Kvc2Error
@@ -378,4 +378,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_in_order()
     sys.exit(main())
