@@ -28,7 +28,7 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.disk_peers import UNWANTED, VLLM, Unavailable, environment
-from benchmarks.processes import Daemon, Process, ProcessError, free_port
+from benchmarks.processes import Daemon, HttpServer, ProcessError, free_port
 from engine import demo_model
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +49,7 @@ class Completion:
     cached_tokens: int
 
 
-class Vllm(Process):
+class Vllm(HttpServer):
     """An OpenAI server of vLLM on the CPU, in a process group of its own, behind our connector."""
 
     start_timeout_s = 600.0
@@ -76,16 +76,6 @@ class Vllm(Process):
             command += ["--kv-transfer-config", json.dumps(transfer_config(kvc2))]
         super().__init__(name, command, folder)
 
-    def wait_ready(self) -> None:
-        self.wait_until(self.answers, "answer of vLLM")
-
-    def answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as reply:
-                return bool(reply.status == 200)
-        except OSError:
-            return False
-
     def kill(self) -> None:
         """kill -9 of all its processes."""
         os.killpg(self.child.pid, signal.SIGKILL)
@@ -93,7 +83,7 @@ class Vllm(Process):
 
     def forget(self) -> None:
         """Its own prefix cache is empty then."""
-        url = f"http://127.0.0.1:{self.port}/reset_prefix_cache"
+        url = f"{self.url}/reset_prefix_cache"
         deadline = time.monotonic() + 30.0
         while True:  # a request that has ended may still hold blocks
             with urllib.request.urlopen(urllib.request.Request(url, b""), timeout=30) as reply:
@@ -114,7 +104,7 @@ class Vllm(Process):
             "return_token_ids": True,
             "stream_options": {"include_usage": True},
         }
-        url = f"http://127.0.0.1:{self.port}/v1/completions"
+        url = f"{self.url}/v1/completions"
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         first, found, usage = 0.0, [], {}

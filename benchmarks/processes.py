@@ -164,7 +164,27 @@ class SlowDaemon(Daemon):
         self.admin = Admin(self.address)
 
 
-class Engine(Process):
+class HttpServer(Process):
+    """One that listens on a port of 127.0.0.1, and answers /health once it serves."""
+
+    port: int
+
+    def wait_ready(self) -> None:
+        self.wait_until(self.answers, f"answer of {self.name}")
+
+    def answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as reply:
+                return bool(reply.status == 200)
+        except OSError:
+            return False
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+class Engine(HttpServer):
     """`kvc2-engine serve` of a model on a port of 127.0.0.1; `kvc2`: the daemon's address; `flags`:
     further words of the command."""
 
@@ -184,16 +204,6 @@ class Engine(Process):
         command += flags
         super().__init__(name, command, folder)
 
-    def wait_ready(self) -> None:
-        self.wait_until(self.answers, "answer of the engine")
-
-    def answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self._url}/health", timeout=5) as reply:
-                return bool(reply.status == 200)
-        except OSError:
-            return False
-
     def chat(self, messages: Sequence[dict[str, str]], max_tokens: int) -> Answer:
         """The greedy answer to a conversation."""
         return self._complete("/v1/chat/completions", {"messages": list(messages)}, max_tokens)
@@ -204,19 +214,15 @@ class Engine(Process):
 
     def metrics(self) -> dict[str, float]:
         """Every sample of /metrics by its name with its labels."""
-        with urllib.request.urlopen(f"{self._url}/metrics", timeout=30) as reply:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as reply:
             lines = reply.read().decode().splitlines()
         samples = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {name: float(value) for name, value in samples}
 
-    @property
-    def _url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
     @cached_property
     def served(self) -> str:
         """The name that requests must carry."""
-        with urllib.request.urlopen(f"{self._url}/v1/models", timeout=5) as reply:
+        with urllib.request.urlopen(f"{self.url}/v1/models", timeout=5) as reply:
             return str(json.load(reply)["data"][0]["id"])
 
     def _complete(self, path: str, body: dict[str, Any], max_tokens: int) -> Answer:
@@ -227,7 +233,7 @@ class Engine(Process):
             "kvc2": {"details": True},
         }
         request = urllib.request.Request(
-            self._url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         begin = time.perf_counter()
         try:

