@@ -24,6 +24,7 @@ ADOPTED: Final[int]  # the page is now that block's residency in this pool
 DUPLICATE: Final[int]  # the block has a page here; this one stays private to its lease
 REFUSED: Final[int]  # nothing happened: a gap, a page that is not private here, or a key collision
 
+DURABLE_MARGIN: Final[float]  # times its victim's worth that a durable pool asks of a block (I14)
 RESTORED: Final[int]  # in the tree
 ORPHAN: Final[int]  # its parent is neither a namespace nor restored
 FORGED: Final[int]  # digest != SHA-256(parent || tokens)

@@ -551,6 +551,7 @@ void bind_index(py::module_& module) {
   module.attr("ADOPTED") = number(CommitResult::kAdopted);
   module.attr("DUPLICATE") = number(CommitResult::kDuplicate);
   module.attr("REFUSED") = number(CommitResult::kRefused);
+  module.attr("DURABLE_MARGIN") = kDurableMargin;
   module.attr("RESTORED") = number(RestoreResult::kRestored);
   module.attr("ORPHAN") = number(RestoreResult::kOrphan);
   module.attr("FORGED") = number(RestoreResult::kForged);

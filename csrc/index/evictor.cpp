@@ -26,11 +26,6 @@ Given Evictor::offer(PoolId id, PageState to, const Newcomer& block, uint32_t ta
   return {.page = allocate(id, to, block.tenant, taken)};
 }
 
-// What a page of a durable pool must be worth, in times of its victim's. On recorded traces this
-// brings hits, and spares a small disk a quarter to two thirds of its writes; twice spares more,
-// but then up to five conversations more in a hundred miss their first turn.
-constexpr float kDurableMargin = 1.5;
-
 std::optional<Worths> Evictor::worths(const Newcomer& block, Place victim) const {
   if (!admits_) return std::nullopt;
   const auto newcomer = policy_.worth(block.use);

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvc2 import errors
+from kvc2 import _core, errors
 from kvc2.client import Asked, Explained, Media
 from kvc2.host.paths import user_path
 
@@ -132,7 +132,8 @@ def _why(found: Explained) -> str:
         reason = "" if found.cause == found.why else f": {found.cause.replace('_', ' ')}"
         if found.cause == "not_admitted":
             worths = f"worth {found.worth:.2g} hits a request, its victim {found.victim_worth:.2g}"
-            worths += ", of which a disk asks for 1.5 times" if found.tier == "disk" else ""
+            if found.tier == "disk":
+                worths += f", of which a disk asks for {_core.DURABLE_MARGIN:g} times"
             words += f"{reason} to {found.tier} {age(found.died_s_ago)} ago: {worths}"
         else:
             words += f"{reason} from {found.tier}{policy} {age(found.died_s_ago)} ago"

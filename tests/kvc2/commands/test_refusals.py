@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from kvc2.answers import U32
-from kvc2.commands import cli
+from kvc2.answers import U32, Explained
+from kvc2.commands import cli, prompts
 from tests.doubles.daemons import ServedDaemon, serve_config
 from tests.doubles.engines import PAGE_SIZE
 from tests.doubles.wires import Wire
@@ -107,3 +107,11 @@ def test_a_refused_block_is_explained_with_both_worths(served: ServedDaemon) -> 
     worths = f"worth {told['worth']:.2g} hits a request, its victim {told['victim_worth']:.2g}"
     line = rf"block {at}, from token {at * PAGE_SIZE}: not admitted to cpu \d+ s ago: "
     assert re.search(line + re.escape(worths) + "$", run(cli.app, asked).stdout, re.MULTILINE)
+
+
+def test_of_a_disk_it_is_said_that_more_is_asked() -> None:
+    refused = {"why": "not_admitted", "cause": "not_admitted", "worth": 1.2, "victim_worth": 1.0}
+    for tier, more in (("cpu", ""), ("disk", ", of which a disk asks for 1.5 times")):
+        found = Explained(page_size=16, tokens=32, tier=tier, **refused)
+        (line,) = (each for each in prompts.lines(found, None, None) if "not admitted" in each)
+        assert line.endswith(f"worth 1.2 hits a request, its victim 1{more}")
