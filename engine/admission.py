@@ -15,7 +15,7 @@ from collections.abc import Sequence as Many
 import numpy as np
 
 from engine.metrics import EngineMetrics
-from engine.prefix import Bridge, Keep, Lease, explain
+from engine.prefix import Bridge, Lease, SoftPin, explain
 from engine.sequence import Sequence
 from engine.turns import Turns
 
@@ -148,9 +148,9 @@ class Admission:
     def _pin(self, sequence: Sequence) -> None:
         """What its caller wants kept, of which a part may be computed yet."""
         size, request = self._bridge.config.page_size, sequence.request
-        kept = [pin for pin in request.pins if pin.num_tokens >= size]
-        prefixes = [Keep(request.tokens[: pin.num_tokens], pin.ttl_s) for pin in kept]
-        self._bridge.pin(prefixes, request.caller)
+        pins = [pin for pin in request.pins if pin.num_tokens >= size]
+        soft = [SoftPin(request.tokens[: pin.num_tokens], pin.ttl_s) for pin in pins]
+        self._bridge.pin(soft, request.caller)
 
     # waiting for a prefix that another request computes now
 

@@ -20,11 +20,11 @@ from kvc2.client import BridgeConfig as BridgeConfig
 from kvc2.client import Counters
 from kvc2.client import Daemon as Daemon
 from kvc2.client import EngineMemory as EngineMemory
-from kvc2.client import Keep as Keep
 from kvc2.client import Lease as Lease
 from kvc2.client import PageBook as PageBook
 from kvc2.client import PoolMemory as PoolMemory
 from kvc2.client import PrefixLostError as PrefixLostError
+from kvc2.client import SoftPin as SoftPin
 from kvc2.client import open_bridge as open_bridge
 from kvc2.layout import layer_major as layer_major
 from kvc2.layout import side_by_side as side_by_side

@@ -25,7 +25,7 @@ from kvc2.answers import (
 )
 from kvc2.client.admin import Admin
 from kvc2.client.bridge import Bridge, Daemon, PrefixLostError, open_bridge
-from kvc2.client.calls import BridgeConfig, Keep
+from kvc2.client.calls import BridgeConfig, SoftPin
 from kvc2.client.client import ArenaTerms, Client
 from kvc2.client.completions import Completions
 from kvc2.client.connection import NamespaceHandle, SessionOptions
@@ -59,7 +59,6 @@ __all__ = [
     "Flushed",
     "Hints",
     "Invalidated",
-    "Keep",
     "LayoutSlabs",
     "Lease",
     "LeaseCommit",
@@ -78,6 +77,7 @@ __all__ = [
     "SessionStats",
     "Share",
     "SharedPool",
+    "SoftPin",
     "Streams",
     "TenantUse",
     "TierStats",

@@ -21,7 +21,7 @@ import numpy as np
 
 from kvc2 import errors
 from kvc2.answers import NO_HINTS, U32, Asked, Explained, Hints, LeaseCommit, beginning
-from kvc2.client.calls import BridgeConfig, CacheClient, Calls, Keep
+from kvc2.client.calls import BridgeConfig, CacheClient, Calls, SoftPin
 from kvc2.client.client import Client
 from kvc2.client.connection import SessionOptions
 from kvc2.client.counters import NO_COUNTERS, Counters
@@ -123,12 +123,12 @@ class Bridge:
         if self._calls is not None and self.book.session:
             self._calls.announce(what, caller)
 
-    def pin(self, prefixes: Sequence[Keep], caller: Caller = ANYBODY) -> None:
-        """Have the daemon keep them in memory, evicted last, for their time, there or not yet. One
-        that it has a pin on has it anew. Each has a block at least. Without a session nothing is
-        kept; a fault is no request's concern."""
-        if self._calls is not None and self.book.session and prefixes:
-            self._calls.pin(prefixes, caller)
+    def pin(self, pins: Sequence[SoftPin], caller: Caller = ANYBODY) -> None:
+        """Have the daemon pin these prefixes softly in memory, there or not yet. A prefix that has
+        a pin gets this one instead. Each has a block at least. Without a session nothing is pinned;
+        a fault is no request's concern."""
+        if self._calls is not None and self.book.session and pins:
+            self._calls.pin(pins, caller)
 
     def settled(self, lease: Lease) -> Future[int]:
         """Leading tokens of the lease that the daemon has, once what was committed is answered,

@@ -39,7 +39,7 @@ Batch = Sequence[tuple[Lease, LeaseCommit]]
 
 
 @dataclass(frozen=True)
-class Keep:
+class SoftPin:
     """A prefix that is to be evicted last for `ttl_s` seconds, at least one; its full blocks are
     meant."""
 
@@ -157,9 +157,9 @@ class Calls:
         """Have the daemon bring to memory what it has of them on disk."""
         self._acquires.submit(self._announce, what, caller)
 
-    def pin(self, prefixes: Sequence[Keep], caller: Caller) -> None:
-        """Have the daemon keep each of them, evicted last, for its time."""
-        self._acquires.submit(self._pin, prefixes, caller)
+    def pin(self, pins: Sequence[SoftPin], caller: Caller) -> None:
+        """Have the daemon evict each of them last, for its time."""
+        self._acquires.submit(self._pin, pins, caller)
 
     def explain(self, request_id: bytes) -> Future[Explained | errors.Kvc2Error]:
         """What the daemon remembers of this acquire, or why it doesn't tell."""
@@ -261,13 +261,13 @@ class Calls:
         except Exception as error:  # whatever it is, the request runs
             self._fault("prefetch", error)
 
-    def _pin(self, prefixes: Sequence[Keep], caller: Caller) -> None:
-        for keep in prefixes:
+    def _pin(self, pins: Sequence[SoftPin], caller: Caller) -> None:
+        for pin in pins:
             if not self._book.session:
                 return
             try:
                 namespace = self._namespaces.of(caller)
-                self.client.pin(namespace, keep.what, hard=False, ttl_s=keep.ttl_s)
+                self.client.pin(namespace, pin.what, hard=False, ttl_s=pin.ttl_s)
             except Exception as error:  # whatever it is, the request runs
                 self._fault("pin", error)
 
