@@ -13,6 +13,7 @@ stored; when there is one again it goes on. Not here: sessions (keeper.py), stag
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -38,10 +39,13 @@ Bools: TypeAlias = NDArray[np.bool_]
 # (ctypes.c_ubyte * num_bytes).from_address(address).
 Buffers: TypeAlias = Buffer | list[Buffer]
 
+log = logging.getLogger(__name__)
+
 KEYS_A_CALL = 1024  # the daemon's index is locked for 1.5 to 3 us a key
 BYTES_A_CALL = 64 << 20  # what one lease brings from the disk before its deadline
 LEASES_A_CALL = 32
 STAGING_BYTES = 64 << 20
+ATTACH_WAIT_S = 1.0
 COPY_THREADS = 2  # share one copy of many bytes
 _request_numbers = itertools.count()
 
@@ -84,6 +88,14 @@ class Objects:
         handle = NamespaceHandle(identity, layout=_layout(num_bytes), opaque=True)
         storing = Streamed(Streams(self.client), handle)
         return Objects(self.client, handle, storing, num_bytes=num_bytes, close=lambda: None)
+
+    def wait_attached(self, timeout_s: float = ATTACH_WAIT_S) -> bool:
+        """Whether there is a session, for which it may wait: an engine that asks at once, and takes
+        a no for final, would have nothing."""
+        attached = self.client.wait_attached(timeout_s)
+        if not attached:
+            log.warning("no session with the daemon yet: all is a miss until there is one")
+        return attached
 
     def exists(self, keys: Sequence[bytes]) -> Bools:
         """[n] whether each is in any tier. Changes nothing."""

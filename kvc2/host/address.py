@@ -51,7 +51,9 @@ class Address:
 
     @classmethod
     def of_daemon(cls, text: str, *, field: str = "address") -> Address:
-        """One to connect to. Raises InvalidRequest."""
+        """One to connect to, as its caller's settings have it. Raises InvalidRequest."""
+        if not isinstance(text, str):
+            raise errors.InvalidRequest(field, text, FORMS)
         found = cls.parse(text, field=field)
         if found.path is None and found.port == 0:
             raise errors.InvalidRequest(field, text, f"{FORMS}, port 1 to {PORT_MAX}")

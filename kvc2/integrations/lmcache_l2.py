@@ -16,6 +16,7 @@ import numpy as np
 from kvc2.client import Completions, Objects, open_objects
 from kvc2.client.objects import Bools
 from kvc2.foreign_identity import Foreign
+from kvc2.host.address import Address
 
 try:
     from lmcache.lmcache_native import Bitmap  # type: ignore[import-not-found]
@@ -29,8 +30,6 @@ except ImportError:
 
 log = logging.getLogger(__name__)
 
-ATTACH_WAIT_S = 1.0  # what the first call for a size waits for a session
-
 SizeKey = tuple[str, int]  # model, group: what objects of one size have in common
 
 
@@ -39,7 +38,8 @@ class Kvc2L2(L2AdapterInterface):  # type: ignore[misc]
 
     def __init__(self, params: dict[str, Any], l1_memory_desc: object = None) -> None:
         super().__init__()
-        self._address = params["address"]
+        self._address: str = params.get("address", "")
+        Address.of_daemon(self._address, field="adapter_params.address")
         self._of_size: dict[int, Objects] = {}
         self._sizes: dict[SizeKey, int] = {}  # of the objects that were given
         self._stores, self._lookups, self._loads = Completions(), Completions(), Completions()
@@ -153,8 +153,7 @@ class Kvc2L2(L2AdapterInterface):  # type: ignore[misc]
             identity = Foreign("lmcache", "keys say", {"page_size": 1, "bytes": size})
             objects = open_objects(self._address, identity.encode(), size)
             self._of_size[size] = objects
-        if not objects.client.wait_attached(ATTACH_WAIT_S):
-            log.warning("no session with the daemon at %s yet: all is a miss", self._address)
+        objects.wait_attached()
         return objects
 
     def _begin(

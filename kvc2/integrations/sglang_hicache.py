@@ -4,7 +4,6 @@ imported without SGLang, and is of no use then."""
 import ctypes
 import hashlib
 import importlib
-import logging
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from kvc2.client import open_objects
 from kvc2.errors import InvalidConfig
 from kvc2.foreign_identity import Foreign
+from kvc2.host.address import Address
 
 try:
     from sglang.srt.mem_cache.hicache_storage import (  # type: ignore[import-not-found]
@@ -20,16 +20,14 @@ try:
 except ImportError:
     HiCacheStorage = object
 
-log = logging.getLogger(__name__)
-
-ATTACH_WAIT_S = 1.0  # SGLang gives a backup up whose first page can't be stored
-
 
 class Kvc2HiCache(HiCacheStorage):  # type: ignore[misc]
     """Each piece of a page (its keys, its values) is a block, since they lie apart in the pool."""
 
     def __init__(self, storage_config: Any, kwargs: dict[str, Any]) -> None:
         self._config = storage_config
+        self._address: str = (storage_config.extra_config or {}).get("address", "")
+        Address.of_daemon(self._address, field="extra_config.address")
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
         super().register_mem_pool_host(mem_pool_host)
@@ -43,10 +41,9 @@ class Kvc2HiCache(HiCacheStorage):  # type: ignore[misc]
         lies = {"layout": str(pool.layout), "dtype": str(pool.dtype), "bytes": sizes[0]}
         part = {"tp_rank": config.tp_rank, "tp_size": config.tp_size, "page_size": 1}
         identity = Foreign("sglang", config.model_name, {**lies, **part})
-        address = config.extra_config["address"]
-        self._objects = open_objects(address, identity.encode(), sizes[0], engine_name="sglang")
-        if not self._objects.client.wait_attached(ATTACH_WAIT_S):
-            log.warning("no session with the daemon at %s yet: all is a miss", address)
+        encoded = identity.encode()
+        self._objects = open_objects(self._address, encoded, sizes[0], engine_name="sglang")
+        self._objects.wait_attached()
 
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
         return [*self._pages(self._objects.exists(self._names(keys))), False].index(False)

@@ -17,6 +17,7 @@ import pytest
 from numpy.typing import NDArray
 
 from kvc2.client import Admin
+from kvc2.errors import InvalidRequest
 from tests.doubles.daemons import ServedDaemon, serve_config
 
 WAIT_S = 20.0
@@ -268,6 +269,14 @@ def test_a_call_that_fails_is_in_vain_and_the_next_one_works(
     assert [each.getMessage() for each in caplog.records] == ["a call of LMCache's failed"] * 3
     adapter._objects = by_size
     assert look_up(adapter, keys(2)) == [True] * 2
+
+
+@pytest.mark.parametrize("params", [{}, {"address": 5}, {"address": "here"}])
+def test_an_address_that_is_none_is_refused_by_name(
+    adapter_class: Any, params: dict[str, Any]
+) -> None:
+    with pytest.raises(InvalidRequest, match=r"adapter_params\.address = .*unix:PATH"):
+        adapter_class(params)
 
 
 def test_it_can_be_imported_without_lmcache() -> None:

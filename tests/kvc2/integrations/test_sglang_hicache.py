@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvc2.errors import InvalidConfig
+from kvc2.errors import InvalidConfig, InvalidRequest
 from tests.doubles.daemons import ServedDaemon, serve_config
 
 PAGE_SIZE, TOKEN_BYTES, PAGES = 4, 1000, 24
@@ -132,3 +132,10 @@ def test_pieces_of_several_sizes_are_refused_at_the_start(
 
 def test_it_can_be_imported_without_sglang() -> None:
     assert importlib.import_module("kvc2.integrations.sglang_hicache").Kvc2HiCache
+
+
+@pytest.mark.parametrize("extra", [None, {}, {"address": 5}, {"address": "here"}])
+def test_an_address_that_is_none_is_refused_by_name(backend_class: Any, extra: Any) -> None:
+    config = SimpleNamespace(extra_config=extra, model_name="model", tp_rank=0, tp_size=1)
+    with pytest.raises(InvalidRequest, match=r"extra_config\.address = .*unix:PATH"):
+        backend_class(config, {})
