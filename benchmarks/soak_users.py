@@ -286,7 +286,8 @@ class Visit:
                 if line.startswith(b"data: {"):
                     event = json.loads(line[6:])
                     if "error" in event:
-                        self._answered(kind, 503, line)
+                        code = event["error"].get("code")
+                        self._answered(kind, 503 if code == "unavailable" else 500, line)
                         return
                     yield event
         except OSError:
