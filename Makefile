@@ -52,7 +52,7 @@ test: lint  ## everything that runs in under 15 minutes
 test-full: lint  ## the slow tests too
 	$(PYTEST) -m "not peers"
 
-test-peers: $(READY)  ## other engines on this tree, each in an environment below build/peers: 3 GB, 10 minutes
+test-peers: $(READY)  ## other engines on this tree, in an environment below build/peers: 3 GB, 15 minutes
 	$(PYTHON) -m pytest -v -m peers tests/peers
 
 lint: $(READY)  ## ruff, mypy --strict, clang-format

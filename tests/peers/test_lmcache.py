@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.connectors import install_kvc2
-from benchmarks.disk_peers import LMCACHE, UNWANTED, VLLM, environment
 from benchmarks.processes import Daemon
-from tests import ROOT
+from tests.peers.environments import peers_python
 
 pytestmark = pytest.mark.peers
 KEYS, IN_FLIGHT, ROUNDS = 16, 2, 3
@@ -22,19 +20,13 @@ OBJECTS = KEYS * IN_FLIGHT * ROUNDS  # of an operation that is measured
 
 
 @pytest.fixture(scope="module")
-def lmcache() -> Path:
-    """Its command."""
-    if given := os.environ.get("KVC2_PEERS_LMCACHE"):  # of an environment that has kvc2 already
-        return Path(given)
-    venvs = ROOT / "build/peers"
-    python = environment(venvs / "lmcache", VLLM, UNWANTED, LMCACHE)
-    install_kvc2(python, venvs / "wheels")
-    return python.with_name("lmcache")
+def python() -> Path:
+    return peers_python()
 
 
 class Bench:
-    def __init__(self, lmcache: Path, folder: Path, block_kb: int) -> None:
-        self._lmcache, self._folder, self._block_kb = lmcache, folder, block_kb
+    def __init__(self, python: Path, folder: Path, block_kb: int) -> None:
+        self._python, self._folder, self._block_kb = python, folder, block_kb
         self._result = folder / "result.json"
 
     def run(self, *more: str) -> dict[str, dict[str, Any]]:
@@ -43,14 +35,21 @@ class Bench:
         module = {"module_path": "kvc2.integrations.lmcache_l2", "class_name": "Kvc2L2"}
         adapter = {"type": "plugin", **module, "adapter_params": params}
         command = [
-            str(self._lmcache), "bench", "l2", "--l2-adapter", json.dumps(adapter),
+            str(self._python), "-m", "lmcache.cli.main", "bench", "l2",
+            "--l2-adapter", json.dumps(adapter),
             "--num-keys", str(KEYS), "--in-flight", str(IN_FLIGHT), "--rounds", str(ROUNDS),
             "--data-size-kb", str(self._block_kb), "--l1-align-bytes", "4096",
             "--lookup-max-hit-rate", "1.0", "--no-skip-verify",
             "--format", "json", "--output", str(self._result), *more,
         ]  # fmt: skip
         done = subprocess.run(
-            command, check=False, capture_output=True, text=True, timeout=300, cwd=self._folder
+            command,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=self._folder,
+            env={**os.environ, "PYTHONSAFEPATH": "1"},
         )
         said = done.stdout + done.stderr
         assert not done.returncode, said[-2000:]
@@ -62,9 +61,9 @@ class Bench:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("block_kb", [64, 1024])
 def test_its_bench_finds_and_verifies_all_that_it_stored(
-    lmcache: Path, tmp_path: Path, block_kb: int
+    python: Path, tmp_path: Path, block_kb: int
 ) -> None:
-    bench = Bench(lmcache, tmp_path, block_kb)
+    bench = Bench(python, tmp_path, block_kb)
     daemon = Daemon(tmp_path, cpu_gb=0.5, disk_gb=1.0)
     try:
         daemon.wait_ready()

@@ -10,16 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.connectors import install_kvc2
-from benchmarks.disk_peers import UNWANTED, VLLM, environment
 from benchmarks.processes import Daemon
-from tests import ROOT
 from tests.doubles.waiting import wait_until
+from tests.peers.environments import peers_python
 
 pytestmark = pytest.mark.peers
 DRIVER = Path(__file__).with_name("hicache.py")
-# beside vLLM, which brings torch and most of what else it imports
-SGLANG = ["sglang==0.5.23", "orjson", "IPython", "traitlets", "gguf"]
 ALL = 2048  # tokens, as the driver has them
 NOTHING = {"hit": 0, "loaded": 0, "equal": 0}
 EVERYTHING = {"hit": ALL, "loaded": ALL, "equal": ALL}
@@ -27,12 +23,7 @@ EVERYTHING = {"hit": ALL, "loaded": ALL, "equal": ALL}
 
 @pytest.fixture(scope="module")
 def python() -> Path:
-    if given := os.environ.get("KVC2_PEERS_SGLANG"):  # of an environment that has kvc2 already
-        return Path(given)
-    venvs = ROOT / "build/peers"
-    made = environment(venvs / "sglang", VLLM, UNWANTED, SGLANG)
-    install_kvc2(made, venvs / "wheels")
-    return made
+    return peers_python()
 
 
 class HiCache:

@@ -3,7 +3,6 @@ answer is that of a vLLM without a connector, in float32."""
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.connectors import Completion, Vllm, vllm_with_kvc2
+from benchmarks.connectors import Completion, Vllm
 from benchmarks.processes import Daemon, ProcessError
 from engine import demo_model
-from tests import ROOT
+from tests.peers.environments import peers_python
 
 pytestmark = pytest.mark.peers
 SHARED, OWN = 512, 40  # tokens: four blocks of vLLM on the CPU, and what is computed
@@ -33,8 +32,7 @@ class Setting:
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._folder, self._stack = folder, stack
-        given = os.environ.get("KVC2_PEERS_PYTHON")  # of an environment that has both already
-        self._python = Path(given) if given else vllm_with_kvc2(ROOT / "build/peers")
+        self._python = peers_python()
         self._model = demo_model.build(demo_model.default_directory())
         self.expected = self._computed()
         self.daemon = self.new_daemon()

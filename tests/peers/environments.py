@@ -1,0 +1,24 @@
+"""The environment of the other engines, below build/peers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from benchmarks.connectors import install_kvc2
+from benchmarks.disk_peers import LMCACHE, UNWANTED, VLLM, environment
+from tests import ROOT
+
+# beside vLLM, which brings torch and most of what else it imports
+SGLANG = ["sglang==0.5.23", "orjson", "IPython", "traitlets", "gguf"]
+
+
+def peers_python() -> Path:
+    """The python of an environment with vLLM, LMCache, SGLang, and this tree's kvc2 as it is now.
+    KVC2_PEERS_PYTHON names one that has all of it already."""
+    if given := os.environ.get("KVC2_PEERS_PYTHON"):
+        return Path(given)
+    venvs = ROOT / "build/peers"
+    python = environment(venvs / "all", VLLM, UNWANTED, [*LMCACHE, *SGLANG])
+    install_kvc2(python, venvs / "wheels")
+    return python
