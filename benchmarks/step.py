@@ -31,7 +31,7 @@ from benchmarks.step_peers import Peer, Prompt
 from benchmarks.unit_probe import UnitProbe
 from engine import _kernels, kernels
 from engine.attention.base import KvPool, KvShape
-from engine.batch import Batch, Slice
+from engine.batch import Batch
 from engine.demo_model import default_directory
 from engine.device import set_threads
 from engine.experts.grouped import GroupedExperts, MoeLayer
@@ -42,7 +42,7 @@ from engine.models import load_model
 from engine.models.base import Model
 from engine.prefix import BridgeConfig, BridgeCounters, PoolMemory, open_bridge
 from engine.request import Output, Piece, Request, SamplingParams
-from engine.runner import Runner
+from engine.runner import LayerReady, Runner
 from engine.scheduler import Scheduler, SchedulerConfig
 
 PAGE_SIZE, CHUNK, SAMPLES = (
@@ -64,6 +64,18 @@ class NoText:
         return ""
 
 
+class Watched:
+    """A runner that keeps the last batch that it was given."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.last: Batch | None = None
+
+    def step(self, batch: Batch, layer_ready: LayerReady | None = None) -> Tensor:
+        self.last = batch
+        return self._runner.step(batch, layer_ready)
+
+
 class Ours:
     """The engine without HTTP and without a daemon."""
 
@@ -79,10 +91,11 @@ class Ours:
         )
         self.pool = KvPool(shape, pages, self._memory.map)
         self.runner = Runner(self.model, self.pool)
+        self.watched = Watched(self.runner)
         self.scheduler = Scheduler(
             SchedulerConfig(CHUNK, CHUNK + 16, 16),
             bridge=self.bridge,
-            compute=self.runner,
+            compute=self.watched,
             metrics=metrics,
             clock=time.monotonic,
         )
@@ -117,6 +130,11 @@ class Ours:
             self.scheduler.step()
             seconds.append(time.perf_counter() - begin)
         return seconds
+
+    def parts(self) -> Parts:
+        """Of the last step."""
+        assert self.watched.last is not None, "no step was computed yet"
+        return Parts(self.model, self.pool, self.watched.last)
 
     def end(self) -> None:
         for name in self._names:
@@ -156,12 +174,11 @@ class Recorded:
 
 
 class Parts:
-    """One step's kernel calls, each part's seconds apart. Writes no KV."""
+    """The kernel calls of a step that was computed before, each part's seconds apart. It writes
+    the KV that is there already."""
 
-    def __init__(self, model: Model, pool: KvPool, slices: list[Slice]) -> None:
-        self.model, self.pool = model, pool
-        self.slices = slices
-        self.batch = Batch.of(slices, PAGE_SIZE)
+    def __init__(self, model: Model, pool: KvPool, batch: Batch) -> None:
+        self.model, self.pool, self.batch = model, pool, batch
         recorded = Recorded()
         Runner(recorded.model(model), pool).step(self.batch)
         self.inputs = recorded.inputs
@@ -256,12 +273,7 @@ class Bench:
         prompts = [self.prompt(context) for _ in range(users)]
         for each in self.everybody().values():
             each.start(prompts)
-        slices = [
-            Slice(s.tokens[-1:], len(s.tokens), s.lease.pages, True)
-            for s in self.ours.scheduler._running
-            if s.lease is not None
-        ]
-        parts = Parts(self.ours.model, self.ours.pool, slices)
+        parts = self.ours.parts()
         found: dict[str, list[float]] = defaultdict(list)
         split: dict[str, list[float]] = defaultdict(list)
         read = []
