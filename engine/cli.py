@@ -6,7 +6,9 @@ Exit codes: 0 done, 1 failed, 2 bad usage. Heavy imports wait until a command ne
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,9 +60,18 @@ def serve(
     for handler in logging.getLogger().handlers:
         handler.addFilter(OncePerSecond())
     settings = load(config, flags.nested(EngineConfig, given))
+    _hurry()
     from engine import serve as server
 
     server.run(settings)
+
+
+def _hurry() -> None:
+    """Until it serves. Before torch is imported, whose threads read the environment then."""
+    gc.disable()  # a million objects of imports would be walked a dozen times; `run` enables it
+    # torch's threads would spin after each small weight that they copy, and keep each other, and
+    # whatever else runs here, from the processors
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @app.command(epilog="Example: kvc2-engine experts --url http://127.0.0.1:30000")

@@ -116,3 +116,21 @@ def test_weights_replaced_behind_equal_time_stamps_hit_nothing(tmp_path: Path) -
                 matched.append(engine.complete(list(range(3, 200))).matched)
                 engine.stop()
     assert matched == [0, 0, 192]
+
+
+COLLECTS = """
+import atexit, gc, sys
+from engine.cli import main
+tell = lambda: print("collects:", gc.isenabled(), gc.get_freeze_count() > 100_000, file=sys.stderr)
+atexit.register(tell)
+main()
+"""
+
+
+def test_an_engine_that_serves_collects_garbage_but_not_what_its_imports_left(
+    tmp_path: Path, model: Path
+) -> None:
+    with EngineProcess(model, tmp_path / "log", python=("-c", COLLECTS)) as engine:
+        engine.process.terminate()
+        engine.process.wait(START_S)
+    assert "collects: True True" in (tmp_path / "log").read_text()
