@@ -16,6 +16,7 @@ Array: TypeAlias = NDArray[Any]  # float32, uint16 that holds bfloat16, or uint8
 I32: TypeAlias = NDArray[np.int32]
 I64: TypeAlias = NDArray[np.int64]
 F32: TypeAlias = NDArray[np.float32]
+F64: TypeAlias = NDArray[np.float64]
 
 def instruction_sets() -> list[str]:
     """Of portable, avx2, avx512, avx512_vnni, avx512_bf16, amx: those that this machine offers,
@@ -85,6 +86,10 @@ def ffn_choices(
 
 def sum_choices(workbench: Workbench, outputs: F32, weights: F32, y: Array) -> None:
     """y[t] = sum over j of weights[t, j] * outputs[t, j], with the bits that `ffn` gives."""
+
+def count_choices(expert_ids: I64, counts: F64) -> None:
+    """Adds one to counts [experts] for each of expert_ids, of any shape. ValueError, and nothing is
+    added, for an id that is none."""
 
 class ChoiceRule:
     """How experts are chosen (engine/choice.py), with its biases, float32 [experts]: `bias` is

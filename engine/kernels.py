@@ -8,7 +8,9 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine import _kernels
@@ -115,6 +117,12 @@ def choose_experts(
     known = rule_with(rule, bias, selection_bias)
     _kernels.choose(workbench(), known, as_array(logits), ids.numpy(), weights.numpy())
     return ids, weights
+
+
+def count_choices(expert_ids: Tensor, counts: NDArray[np.float64]) -> None:
+    """Adds one to counts [experts] for each of int64 expert_ids, of any shape. Raises ValueError,
+    and adds nothing, for an id that is none."""
+    _kernels.count_choices(expert_ids.numpy(), counts)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@
 
 #include <cstring>
 #include <optional>
+#include <string>
 
 #include "bindings/kernels.h"
 
@@ -226,6 +227,20 @@ void sum_choices(Workbench& workbench, ArrayOf<float>& outputs, const ArrayOf<fl
   run(workbench, call);
 }
 
+// One more in counts [experts] for each id of an array of any shape; nothing where one is wrong.
+void count_choices(const ArrayOf<int64_t>& expert_ids, ArrayOf<double>& counts) {
+  check_array(counts, "counts", counts.dtype(), {-1});
+  const int64_t* ids = expert_ids.data();
+  for (py::ssize_t i = 0; i < expert_ids.size(); ++i) {
+    if (ids[i] < 0 || ids[i] >= counts.size()) {
+      throw py::value_error("expert_ids must be under the number of experts, not " +
+                            std::to_string(ids[i]));
+    }
+  }
+  double* const found = counts.mutable_data();
+  for (py::ssize_t i = 0; i < expert_ids.size(); ++i) found[ids[i]] += 1;
+}
+
 }  // namespace
 }  // namespace kvc2
 
@@ -264,4 +279,5 @@ void bind_experts(pybind11::module_& module) {
       py::arg("down"), py::arg("outputs").noconvert(), py::kw_only(), py::arg("gating") = Gating{});
   module.def("sum_choices", &sum_choices, py::arg("workbench"), py::arg("outputs").noconvert(),
              py::arg("weights"), py::arg("y"));
+  module.def("count_choices", &count_choices, py::arg("expert_ids"), py::arg("counts").noconvert());
 }

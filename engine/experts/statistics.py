@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from engine.kernels import count_choices
 from kvc2.errors import InvalidConfig
 
 Counts = NDArray[np.float64]  # [layers, experts], choices of each expert; layers without: zeros
@@ -34,6 +35,7 @@ class Statistics:
 
     def __init__(self, layers: int, experts: int) -> None:
         self._counts: Counts = np.zeros((layers, experts))
+        self._of_layer = list(self._counts)  # views: to make one costs as much as to count
 
     @property
     def counts(self) -> Counts:
@@ -41,9 +43,8 @@ class Statistics:
         return self._counts.copy()
 
     def record(self, layer: int, expert_ids: Tensor) -> None:
-        """One more for each choice in int64 [T, k]. O(T * k + experts)."""
-        ids = expert_ids.cpu().numpy().reshape(-1)
-        self._counts[layer] += np.bincount(ids, minlength=self._counts.shape[1])
+        """One more for each choice in int64 [T, k]. Raises ValueError for an id that is none."""
+        count_choices(expert_ids.cpu(), self._of_layer[layer])
 
     def add(self, counts: Counts) -> None:
         """What an earlier run counted."""

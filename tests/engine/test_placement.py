@@ -102,6 +102,21 @@ def test_what_was_recorded_is_counted_by_layer() -> None:
     assert statistics.counts.tolist() == [[0, 0, 0, 0], [1, 2, 0, 3]]
 
 
+@given(st.lists(st.integers(-1, 5), max_size=24))
+def test_choices_are_counted_whole_or_not_at_all(chosen: list[int]) -> None:
+    statistics = Statistics(2, 5)
+    statistics.record(0, torch.tensor([[4, 0]]))
+    ids = torch.tensor(chosen, dtype=torch.int64).view(-1, 1)
+    if all(0 <= each < 5 for each in chosen):
+        statistics.record(0, ids)
+        expected = np.bincount([4, 0, *chosen], minlength=5)
+    else:
+        with pytest.raises(ValueError, match=r"under the number of experts, not (-1|5)"):
+            statistics.record(0, ids)
+        expected = np.array([1, 0, 0, 0, 1])
+    assert np.array_equal(statistics.counts, [expected, np.zeros(5)])
+
+
 @pytest.mark.parametrize("name", ["counts.json", "counts.safetensors"])
 def test_saved_counts_come_back_and_add_up_over_restarts(tmp_path: Path, name: str) -> None:
     path, counts = tmp_path / name, random_counts(5)
