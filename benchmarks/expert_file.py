@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,9 +21,11 @@ import torch
 import xxhash
 from torch import Tensor
 
+from benchmarks import report
 from benchmarks.routings import Text
 from engine.experts.hybrid import Weights
-from engine.experts.store import READERS, ExpertStore, StoredExperts
+from engine.experts.reads import READERS
+from engine.experts.store import ExpertStore, StoredExperts
 from engine.extents import Extent
 from engine.kernels import Choices, workbench_of
 
@@ -30,6 +34,7 @@ DTYPE = torch.bfloat16
 WARM_TOKENS, TOKENS = 16, 24
 THREADS = 2
 SEED = 100
+READ_EXPERTS = 48
 
 
 def size_of(total_bytes: float) -> int:
@@ -134,6 +139,48 @@ def plain_reads(path: Path) -> float:
     took = time.perf_counter() - began
     os.close(fd)
     return len(places) * block / took / 1e9
+
+
+def fio_gb_s(path: Path) -> float | report.Absent:
+    """GB/s of O_DIRECT reads of 1 MiB at random places, as many threads as the store's, by fio."""
+    if shutil.which("fio") is None:
+        return report.Absent("fio is not installed")
+    command = ["fio", "--name=reads", f"--filename={path}", "--rw=randread", "--bs=1M"]
+    command += ["--direct=1", "--ioengine=psync", f"--numjobs={READERS}", "--thread", "--readonly"]
+    command += ["--group_reporting", "--time_based", "--runtime=3", "--output-format=json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        return report.Absent(done.stderr[-200:])
+    text = done.stdout[done.stdout.index("{") :]
+    return float(json.loads(text)["jobs"][0]["read"]["bw_bytes"]) / 1e9
+
+
+def median_or_absent(samples: list[float | report.Absent]) -> float | report.Absent:
+    numbers = [each for each in samples if not isinstance(each, report.Absent)]
+    return float(np.median(numbers)) if numbers else samples[0]
+
+
+def expert_reads(path: Path, at_once: int) -> float:
+    """GB/s of the store's reads of whole experts at random, so many at a time, nothing computed."""
+    fd = os.open(path, os.O_RDONLY)
+    layers = stored(path, fd)
+    store = ExpertStore(layers, at_once, Choices(workbench_of(1)))
+    memory = layers[0].weights(at_once)
+    for tensor in (memory.gate_up, memory.down):
+        tensor.zero_()  # the first touch of memory is no read
+    random = np.random.default_rng(0)
+    rounds = max(1, READ_EXPERTS // at_once)
+    began = time.perf_counter()
+    for _ in range(rounds):
+        chosen = [
+            (int(random.integers(LAYERS)), int(random.integers(EXPERTS))) for _ in range(at_once)
+        ]
+        for each in [store.read(expert, memory, place) for place, expert in enumerate(chosen)]:
+            each.result()
+    took = time.perf_counter() - began
+    store.close()
+    os.close(fd)
+    return rounds * at_once * layers[0].expert_bytes / took / 1e9
 
 
 def main() -> None:

@@ -7,7 +7,9 @@ begins, without reading ahead.
 Serving: 16 layers of 64 experts with random weights, --gb in all, which one decoding request
 chooses by those routings. Ours: the engine's store, with memory for --part of them, and no guesses.
 Peer: the same kernels on the mapped file (what llama.cpp does). Each runs in a memory cgroup of the
-same limit, by turns. Limit of the reads: plain O_DIRECT of 1 MiB, as many at a time.
+same limit, by turns. Limit of the reads: fio (if it is installed) and plain O_DIRECT of 1 MiB, as
+many at a time as the store's; the store's own reads of one and of four experts at a time, nothing
+computed, and those beside serving.
 Example: python -m benchmarks.experts_on_disk --gb 2 --folder DIR (on the disk to be measured)
 """
 
@@ -20,6 +22,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -175,10 +178,14 @@ def served(folder: Path, total_bytes: float, part: float, repeats: int) -> list[
     limit = BASE_BYTES + int(part * path.stat().st_size)
     command = [sys.executable, "-m", "benchmarks.expert_file"]
     found: dict[str, list[dict[str, float]]] = {"ours": [], "mmap": []}
-    plain = []
+    plain, fio = [], []
+    alone: dict[int, list[float]] = {1: [], 4: []}
     try:
         for _ in range(repeats):
             plain.append(expert_file.plain_reads(path))
+            fio.append(expert_file.fio_gb_s(path))
+            for at_once, samples_of in alone.items():
+                samples_of.append(expert_file.expert_reads(path, at_once))
             for way, samples in found.items():
                 told = in_cgroup(limit, [*command, way, str(path), str(places)])
                 if isinstance(told, report.Absent):
@@ -196,18 +203,25 @@ def served(folder: Path, total_bytes: float, part: float, repeats: int) -> list[
     name = f"{total_bytes / 1e9:.0f} GB of experts, {part:.0%} in memory"
     peers = {"mmap": float(np.median(rates["mmap"]))}
     ours = found["ours"]
-    reads = float(np.median(plain))
+    limit_gb_s = float(np.median(plain))
+    limits: dict[str, Any] = {"fio": expert_file.median_or_absent(fio)}
+
+    def reads(what: str, samples: list[float]) -> report.Row:
+        return report.row(
+            f"{name}: reads, {what}",
+            "GB/s",
+            "higher",
+            samples,
+            limit=limit_gb_s,
+            limit_name="plain O_DIRECT",
+            peers=limits,
+        )
+
     return [
         report.row(f"{name}: decode", "tokens/s", "higher", rates["ours"], peers=peers),
         report.row(f"{name}: hits", "%", "higher", [each["hit"] for each in ours]),
-        report.row(
-            f"{name}: reads, warm-up in the mean",
-            "GB/s",
-            "higher",
-            [each["read"] for each in ours],
-            limit=reads,
-            limit_name="plain O_DIRECT",
-        ),
+        *(reads(f"{at_once} at a time", samples) for at_once, samples in alone.items()),
+        reads("computing and warm-up in the mean", [each["read"] for each in ours]),
     ]
 
 

@@ -8,8 +8,8 @@ most chosen quarter serves is printed: OLMoE's is 52 % (benchmarks.routings). 51
 Each way runs in a memory cgroup (v1) of --limit-gb: ours, `serve --expert-memory-gb`; peer, experts
 computed in place on the mapped checkpoint by the page cache, which is what llama.cpp does. Both
 answer the same prompts greedily, and their tokens must be equal. A first answer warms up; the
-second is measured. Limit of the reads: fio (if it is installed) and plain O_DIRECT of 1 MiB, four
-at a time.
+second is measured. Limit of the reads: fio (if it is installed) and plain O_DIRECT of 1 MiB, as
+many at a time as the store's.
 
 Example: python -m benchmarks.large_checkpoint --folder DIR (on the disk to be measured; its 8 GB
 are removed in the end, unless --keep)
@@ -21,7 +21,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -264,20 +263,6 @@ def _mapped(model: Path) -> Any:
 # ---- both ways ----
 
 
-def fio_gb_s(path: Path) -> float | report.Absent:
-    """GB/s of O_DIRECT reads of 1 MiB at random places, four threads, as fio has them."""
-    if shutil.which("fio") is None:
-        return report.Absent("fio is not installed")
-    command = ["fio", "--name=reads", f"--filename={path}", "--rw=randread", "--bs=1M"]
-    command += ["--direct=1", "--ioengine=psync", "--numjobs=4", "--thread", "--readonly"]
-    command += ["--group_reporting", "--time_based", "--runtime=5", "--output-format=json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    if done.returncode:
-        return report.Absent(done.stderr[-200:])
-    text = done.stdout[done.stdout.index("{") :]
-    return float(json.loads(text)["jobs"][0]["read"]["bw_bytes"]) / 1e9
-
-
 def measure(options: argparse.Namespace, model: Path) -> list[report.Row]:
     limit = int(options.limit_gb * 1e9)
     command = [sys.executable, "-m", "benchmarks.large_checkpoint", "--one"]
@@ -292,7 +277,7 @@ def measure(options: argparse.Namespace, model: Path) -> list[report.Row]:
             print(way, {k: v for k, v in told.items() if k != "tokens"}, flush=True)
             samples.append(told)
         plain.append(expert_file.plain_reads(model / "model.safetensors"))
-        fio.append(fio_gb_s(model / "model.safetensors"))
+        fio.append(expert_file.fio_gb_s(model / "model.safetensors"))
     answers = [each["tokens"] for samples in found.values() for each in samples]
     if any(each != answers[0] for each in answers):
         raise SystemExit("the ways gave different tokens")
@@ -306,7 +291,7 @@ def measure(options: argparse.Namespace, model: Path) -> list[report.Row]:
 
     size = (model / "model.safetensors").stat().st_size / 1e9
     name = f"{size:.1f} GB in {options.limit_gb} GB, {options.expert_gb} GB of experts"
-    peers = {"plain O_DIRECT": float(np.median(plain)), "fio": _median(fio)}
+    peers = {"plain O_DIRECT": float(np.median(plain)), "fio": expert_file.median_or_absent(fio)}
     return [
         row(f"{name}: decode", "tokens/s", "tokens_per_s"),
         row("in memory when their layer began", "%", "hit_rate", 100),
@@ -314,11 +299,6 @@ def measure(options: argparse.Namespace, model: Path) -> list[report.Row]:
         row("reads, computing in the mean", "GB/s", "read_gb_s", **peers),
         row("the most chosen quarter of the experts serves", "%", "quarter", 100),
     ]
-
-
-def _median(samples: list[float | report.Absent]) -> Any:
-    numbers = [each for each in samples if not isinstance(each, report.Absent)]
-    return float(np.median(numbers)) if numbers else samples[0]
 
 
 def main() -> None:

@@ -167,7 +167,7 @@ FLOORS = {
         deferral, nodes, prefill, store
         hybrid
         dynamic, grouped
-        placement, router
+        placement, reads, router
         statistics
     """,
 }

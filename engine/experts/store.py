@@ -3,9 +3,8 @@
     compute(layer i)   begin reads of what is missing -> begin reads for the next layer (its router
                        on this layer's input guesses them) -> compute what is there, then what came
 
-Reads bypass the page cache (O_DIRECT), several at a time, and each tensor read must have the digest
-that it had when serving began: what was written since is an error, never a wrong token. A read that
-fails fails the step that needs it.
+What was written since serving began is an error, never a wrong token; a read that fails fails the
+step that needs it (reads).
 
 Layers come round in a circle, where the least recently used expert is the next to be used: so the
 victim is the one whose next use is expected last, `(turns until its layer) + layers * (1 - p) / p`,
@@ -15,37 +14,27 @@ where p is how often a step of late used it. Not responsible for the device's ex
 from __future__ import annotations
 
 import logging
-import mmap
-import os
-import threading
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.errors import EngineError
 from engine.experts.hybrid import Kernels, Place, Weights
+from engine.experts.reads import Part, Reader
 from engine.extents import Extent
 
 log = logging.getLogger(__name__)
 
-READERS = 4  # reads at a time: more bring nothing on the disks that were measured
-SECTOR = 4096  # O_DIRECT's unit
 FORGETS = 1 / 24  # of how often an expert was used, with each step of its layer
 SELDOM = 1e-3  # p of an expert that has not been used for long
 # A wrong guess costs a read, and a right one saves the part of a read that goes on beside
 # computing: as long as reads are what a step waits for, guesses pay only if nearly all are right.
 RIGHT_MIN = 0.75
 GUESSES_SEEN = 64.0  # over about so many of them is it known how many are right
-
-
-class ExpertReadError(EngineError):
-    """An expert can't be read, or isn't what it was when serving began."""
 
 
 @dataclass(frozen=True)
@@ -69,64 +58,12 @@ class StoredExperts:
         gate_up = torch.empty(count, 2 * self.size, self.hidden, dtype=self.dtype)
         return Weights(gate_up, torch.empty(count, self.hidden, self.size, dtype=self.dtype))
 
-
-class Reader:
-    """Reads experts, from any thread. Opens the extents' files anew, past the page cache where the
-    file system allows that."""
-
-    def __init__(self, layers: Mapping[int, StoredExperts]) -> None:
-        self._layers = layers
-        fds = {part.fd for each in layers.values() for parts in each.experts for part in parts}
-        self._files = {fd: _reopened(fd) for fd in fds}
-        most = max(p.num_bytes for each in layers.values() for p in each.experts[0])
-        self._buffer_bytes = -(-most // SECTOR) * SECTOR + 2 * SECTOR
-        self._own = threading.local()
-        self.read_bytes = 0  # about: threads add without a lock
-
-    def read(self, expert: Place, target: Weights, place: int) -> None:
-        """The expert into a place. Raises ExpertReadError."""
-        layer, index = expert
-        stored = self._layers[layer]
-        gate, up, down = stored.experts[index]
+    def parts(self, index: int, target: Weights, place: int) -> list[Part]:
+        """What is read of an expert, and where each tensor goes."""
+        gate, up, down = self.experts[index]
         gate_up = target.gate_up[place]
-        self._part(gate, gate_up[: stored.size])
-        self._part(up, gate_up[stored.size :])
-        self._part(down, target.down[place])
-
-    def close(self) -> None:
-        for fd in self._files.values():
-            os.close(fd)
-
-    def _part(self, extent: Extent, into: Tensor) -> None:
-        found = self._bytes(extent)
-        if xxhash.xxh3_128(found).hexdigest() != extent.digest():
-            raise ExpertReadError(f"{extent.name} was written since serving began")
-        into.view(torch.uint8).view(-1).numpy()[:] = np.frombuffer(found, np.uint8)
-
-    def _bytes(self, extent: Extent) -> memoryview:
-        """What lies there, valid until this thread's next call."""
-        first = extent.begin // SECTOR * SECTOR
-        end = extent.begin + extent.num_bytes
-        buffer, done = self._buffer(), 0
-        while first + done < end:
-            wanted = -(-(end - first - done) // SECTOR) * SECTOR
-            try:
-                got = os.preadv(
-                    self._files[extent.fd], [buffer[done : done + wanted]], first + done
-                )
-            except OSError as error:
-                raise ExpertReadError(f"{extent.name} can't be read: {error.strerror}") from error
-            done += got
-            if got == 0 or (got % SECTOR and first + done < end):
-                raise ExpertReadError(f"{extent.name} can't be read: its file has become shorter")
-        self.read_bytes += done
-        return buffer[extent.begin - first : end - first]
-
-    def _buffer(self) -> memoryview:
-        """This thread's, which O_DIRECT takes."""
-        if not hasattr(self._own, "buffer"):
-            self._own.buffer = memoryview(mmap.mmap(-1, self._buffer_bytes))
-        return self._own.buffer  # type: ignore[no-any-return]
+        halves = Part(gate, gate_up[: self.size]), Part(up, gate_up[self.size :])
+        return [*halves, Part(down, target.down[place])]
 
 
 class Turns:
@@ -207,7 +144,8 @@ class ExpertStore:
     ) -> None:
         order = sorted(layers)
         self.layers = layers
-        self.reader = Reader(layers)
+        extents = (part for each in layers.values() for parts in each.experts for part in parts)
+        self.reader = Reader(each.fd for each in extents)
         self.hits = self.misses = self.late = 0  # late: a guess in time, but not read yet
         self._guesses = Guesses(dict(zip(order, [*order[1:], order[0]], strict=True)), guess)
         self._kernels = kernels
@@ -217,7 +155,6 @@ class ExpertStore:
         self._coming: dict[Place, tuple[int, Future[None]]] = {}
         experts = len(layers[order[0]].experts)
         self._turns = Turns(order, (order[-1] + 1, experts))
-        self._readers = ThreadPoolExecutor(READERS, "kvc2-expert-reader")
 
     def compute(self, layer: int, x: Tensor, expert_ids: Tensor, outputs: Tensor) -> None:
         """Those that are there first, while the others are read. Raises ExpertReadError."""
@@ -242,8 +179,13 @@ class ExpertStore:
                 self._await(left)
 
     def copy(self, expert: Place, target: Weights, place: int) -> None:
-        """To the device's memory; from any thread."""
-        self.reader.read(expert, target, place)
+        """To the device's memory; from any thread. Raises ExpertReadError."""
+        self.read(expert, target, place).result()
+
+    def read(self, expert: Place, target: Weights, place: int) -> Future[None]:
+        """Begins to read it; see Reader.begin. From any thread."""
+        layer, index = expert
+        return self.reader.begin(self.layers[layer].parts(index, target, place))
 
     def state(self) -> dict[str, float]:
         return {
@@ -256,7 +198,6 @@ class ExpertStore:
         }
 
     def close(self) -> None:
-        self._readers.shutdown(cancel_futures=True)
         self.reader.close()
 
     def _count(self, needed: set[Place]) -> None:
@@ -287,8 +228,7 @@ class ExpertStore:
         self._evict(layer, len(new) - len(self._free), keep, spare)
         for expert in new[: len(self._free)]:
             place = self._free.pop()
-            reading = self._readers.submit(self.reader.read, expert, self._weights, place)
-            self._coming[expert] = place, reading
+            self._coming[expert] = place, self.read(expert, self._weights, place)
 
     def _held(self, expert: Place) -> bool:
         return expert in self._place_of or expert in self._coming
@@ -322,13 +262,3 @@ class ExpertStore:
             if expert in left:
                 reading.result()
             log.warning("expert %s was guessed and can't be read: %s", expert, reading.exception())
-
-
-def _reopened(fd: int) -> int:
-    """The same file, even if its name is another's by now."""
-    path, flags = f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC
-    try:
-        return os.open(path, flags | os.O_DIRECT)
-    except OSError:
-        log.warning("no O_DIRECT where the experts lie: reads go through the page cache")
-        return os.open(path, flags)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from benchmarks import experts_on_disk as benchmark
 from benchmarks.routings import Text
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
-from engine.experts.store import ExpertReadError, ExpertStore, Turns
+from engine.experts.reads import ExpertReadError
+from engine.experts.store import ExpertStore, Turns
 from engine.models import build_model
 from engine.models.placed import PlacedModel
 from engine.settings import EngineConfig
@@ -131,14 +133,16 @@ def test_the_next_layers_experts_are_read_ahead(store: ExpertStore) -> None:
 
 
 def test_a_guess_that_can_not_be_read_fails_no_step(store: ExpertStore) -> None:
-    read = store.reader.read
+    read = store.read
 
-    def broken(expert: tuple[int, int], *place: Any) -> None:
-        if expert[0] == 1:
-            raise ExpertReadError("gone")
-        read(expert, *place)
+    def broken(expert: tuple[int, int], *place: Any) -> Future[None]:
+        if expert[0] != 1:
+            return read(expert, *place)
+        failed: Future[None] = Future()
+        failed.set_exception(ExpertReadError("gone"))
+        return failed
 
-    store.reader.read = broken  # type: ignore[method-assign]
+    store.read = broken  # type: ignore[method-assign]
     store._guesses.guess = lambda layer, x: torch.tensor([[3, 4]])
     x, outputs = torch.zeros(1, 48), torch.empty(1, 2, 48)
     for ids in ([1, 2], [3, 4], [5, 6], [7, 8], [9, 10], [11, 12]):
