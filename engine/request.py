@@ -67,10 +67,10 @@ class Caller:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that a token made certain; `stopped`: a stop string was met and cut off."""
+    """Text that a token made certain; `stop`: the stop string that was met, and cut off."""
 
     text: str
-    stopped: bool = False
+    stop: str | None = None
 
 
 class TextStream(Protocol):
@@ -139,6 +139,7 @@ class Output:
     """One step's news of one request: a token, its end, or both.
 
     `finish` is None while it runs; then "stop" (end token or stop string), "length" or "error".
+    `stop`: the stop string that ended it.
     `unavailable`: the error is the engine's state, not the request's fault: it may be tried again.
     """
 
@@ -148,6 +149,7 @@ class Output:
     top: tuple[ScoredToken, ...] = ()  # the best ones, best first, as many as were asked for
     prompt: tuple[Scored, ...] = ()  # with the first token, where asked for: from the second on
     finish: str | None = None
+    stop: str | None = None
     error: str | None = None
     unavailable: bool = False
     stats: RequestStats | None = None  # with `finish`

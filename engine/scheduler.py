@@ -333,17 +333,14 @@ class Scheduler:
         if request.top_scores is not None:
             ((chosen, top),) = scores(logits[None], [token], request.top_scores)
             output = replace(output, chosen=chosen, top=top)
-        finish: str | None = None
         if token in request.end_token_ids:
-            finish, text = "stop", request.text.flush()
-        else:
-            piece = request.text.push(token)
-            text = piece.text
-            if piece.stopped:
-                finish = "stop"
-            elif sequence.generated >= request.max_tokens:
-                finish, text = "length", text + request.text.flush()
-        return replace(output, text=text, finish=finish)
+            return replace(output, text=request.text.flush(), finish="stop")
+        piece = request.text.push(token)
+        if piece.stop is not None:
+            return replace(output, text=piece.text, finish="stop", stop=piece.stop)
+        if sequence.generated >= request.max_tokens:
+            return replace(output, text=piece.text + request.text.flush(), finish="length")
+        return replace(output, text=piece.text)
 
     def _first_token(self, sequence: Sequence) -> None:
         sequence.first_token_at = self._clock()

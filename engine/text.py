@@ -44,7 +44,7 @@ class IncrementalText:
         for i, text in sorted(stopping, key=lambda each: len(each[1]), reverse=True):
             if i in self._marks:
                 marked = [s.replace(text, self._marks[i]) for s in marked]
-        self._stop = tuple(dict.fromkeys([*stop, *marked]))
+        self._stop = dict(zip([*marked, *stop], [*stop, *stop], strict=True))
         self._min_tokens = min_tokens
         self._ids: list[int] = []
         self._shown = 0  # tokens whose text is out
@@ -62,7 +62,7 @@ class IncrementalText:
         """What is still held back, an unfinished character included. Call it once, at the end."""
         self._held += self._settled(last=True)
         piece = self._release()
-        text, self._held = piece.text + ("" if piece.stopped else self._held), ""
+        text, self._held = piece.text + (self._held if piece.stop is None else ""), ""
         return text.translate(self._unmarked)
 
     def _settled(self, last: bool) -> str:
@@ -80,10 +80,11 @@ class IncrementalText:
         if len(self._ids) < self._min_tokens:
             text, self._held = self._held, ""
             return Piece(text.translate(self._unmarked))
-        found = [at for at in map(self._held.find, self._stop) if at >= 0]
+        found = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
-            text, self._held = self._held[: min(found)], ""
-            return Piece(text.translate(self._unmarked), stopped=True)
+            at, stop = min(found, key=lambda each: each[0])  # the first that was given, of equals
+            text, self._held = self._held[:at], ""
+            return Piece(text.translate(self._unmarked), stop=self._stop[stop])
         keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
         cut = len(self._held) - keep
         text, self._held = self._held[:cut], self._held[cut:]

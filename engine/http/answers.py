@@ -92,7 +92,7 @@ ANSWERS: dict[str, Schema] = {
         role=exactly("assistant"),
         model=TEXT,
         content=a_list(record(type=one_of("text", "thinking", "tool_use"))),
-        stop_reason=one_of("end_turn", "max_tokens", "tool_use"),
+        stop_reason=one_of("end_turn", "max_tokens", "stop_sequence", "tool_use"),
         usage=record(
             input_tokens=COUNT,
             cache_read_input_tokens=COUNT,

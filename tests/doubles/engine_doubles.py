@@ -99,7 +99,7 @@ class NoText:
         self.stop_at = stop_at
 
     def push(self, token_id: int) -> Piece:
-        return Piece("", stopped=token_id == self.stop_at)
+        return Piece("", "stop" if token_id == self.stop_at else None)
 
     def flush(self) -> str:
         return ""

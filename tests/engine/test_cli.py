@@ -230,7 +230,9 @@ def test_text_ends_before_the_first_stop_string(text: str, stop: list[str], show
     for byte in text.encode():
         piece = stream.push(byte)
         out += piece.text
-        if piece.stopped:
+        if piece.stop is not None:
+            assert piece.stop in stop
+            assert text.startswith(shown + piece.stop)
             break
     else:
         out += stream.flush()

@@ -136,6 +136,17 @@ def test_a_message_has_blocks(spoken: Spoken) -> None:
     assert (cut["stop_reason"], cut["content"][0]["text"]) == ("max_tokens", "ab")
 
 
+def test_a_message_names_the_sequence_that_ended_it(spoken: Spoken) -> None:
+    fields: dict[str, Any] = {"stop_sequences": ["zz", "c"]}
+    answer = ask(spoken, "say", **fields).json()
+    assert answer["content"][0]["text"] == "ab"
+    assert (answer["stop_reason"], answer["stop_sequence"]) == ("stop_sequence", "c")
+    told = events(ask(spoken, "say", stream=True, **fields).text)
+    assert told[-2]["delta"] == {"stop_reason": "stop_sequence", "stop_sequence": "c"}
+    unmet = ask(spoken, "say", stop_sequences=["zz"]).json()
+    assert (unmet["stop_reason"], unmet["stop_sequence"]) == ("end_turn", None)
+
+
 @pytest.mark.parametrize("text", ["talk and call", "think", "call one"])
 def test_a_streamed_message_says_the_same(spoken: Spoken, text: str) -> None:
     whole = ask(spoken, text, tools=[CLAUDES]).json()

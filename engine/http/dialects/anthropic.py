@@ -282,8 +282,8 @@ class MessagesReply(Reply):
         (choice,) = choices
         return self._message() | {
             "content": [_block(part) for part in parts_of(choice)],
-            "stop_reason": STOP_REASONS[choice.finish or "stop"],
             "usage": _usage(choices),
+            **_stop(choice),
         }
 
     def _message(self) -> dict[str, Any]:
@@ -306,9 +306,8 @@ class MessagesReply(Reply):
 
     def closing(self, choices: Sequence[Choice]) -> bytes:
         (choice,) = choices
-        delta = {"stop_reason": STOP_REASONS[choice.finish or "stop"], "stop_sequence": None}
         last = b"".join(_told(change) for change in self._parts.close())
-        last += _event("message_delta", delta=delta, usage=_usage(choices))
+        last += _event("message_delta", delta=_stop(choice), usage=_usage(choices))
         return last + _event("message_stop")
 
     def failed(self, error: ApiError) -> bytes:
@@ -317,6 +316,14 @@ class MessagesReply(Reply):
 
 def _event(kind: str, **values: Any) -> bytes:
     return named_event(kind, {"type": kind} | values)
+
+
+def _stop(choice: Choice) -> dict[str, Any]:
+    """Why it ended, and the stop sequence that ended it."""
+    sequence = choice.outputs[-1].stop
+    if sequence is not None and not choice.calls:
+        return {"stop_reason": "stop_sequence", "stop_sequence": sequence}
+    return {"stop_reason": STOP_REASONS[choice.finish or "stop"], "stop_sequence": None}
 
 
 def _block(part: Part) -> dict[str, Any]:
