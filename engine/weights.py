@@ -26,6 +26,7 @@ from engine.device import CPU, Device
 from engine.errors import CheckpointError
 from engine.extents import Extent
 from engine.quantised import BLOCK, FP8, Quantised, floats, of_blocks
+from kvc2.host.file_stamp import Stamp
 
 log = logging.getLogger(__name__)
 
@@ -253,8 +254,8 @@ class _File:
                 raise CheckpointError(f"{self._path} is shorter than its header says")
             into, offset = into[got:], offset + got
 
-    def stamp_now(self) -> digests.Stamp:
-        return digests.Stamp.of(self._path, self.fd)
+    def stamp_now(self) -> Stamp:
+        return Stamp.of(self._path, self.fd)
 
     def check_unchanged(self) -> None:
         if self._facts() != self._first:

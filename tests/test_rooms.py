@@ -113,7 +113,7 @@ FLOORS = {
     """,
     "kvc2/host": """
         address
-        heap, machine, numa, paths, priority
+        file_stamp, heap, machine, numa, paths, priority
     """,
     "engine": """
         __main__

@@ -13,6 +13,8 @@ import torch
 from engine import digests, weights
 from engine.errors import CheckpointError
 from engine.weights import Checkpoint
+from kvc2.host import file_stamp
+from kvc2.host.file_stamp import Stamp
 from tests.doubles.checkpoints import make_mixtral, reshard, weights_digest
 
 LOADED = "model.norm.weight"  # of any start
@@ -32,7 +34,7 @@ def read_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(os, "preadv", counted)
     monkeypatch.setattr(weights, "_SAMPLE_BYTES", 1)
-    monkeypatch.setattr(digests, "_COARSE_NS", 0)
+    monkeypatch.setattr(file_stamp, "_COARSE_NS", 0)
     return lengths
 
 
@@ -145,8 +147,8 @@ def lying(monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> None:
     """Stamps stay what they are now, whatever happens to the file."""
     path = model_dir / FILE
     with path.open("rb") as file:
-        now = digests.Stamp.of(path, file.fileno())
-    monkeypatch.setattr(digests.Stamp, "of", lambda path, fd: now)
+        now = Stamp.of(path, file.fileno())
+    monkeypatch.setattr(Stamp, "of", lambda path, fd: now)
 
 
 @pytest.mark.usefixtures("read_bytes")

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from kvc2 import errors
 from kvc2.answers import Media
 from kvc2.client import NamespaceHandle
 from kvc2.foreign_identity import Foreign, Scalar
+from kvc2.host.file_stamp import Stamp
 from kvc2.integrations.vllm.messages import Caches, Record
 
 
@@ -94,25 +95,32 @@ def adapter_digest(path: str) -> str:
 
 
 def weights_digest(folder: Path, cache: Path | None) -> str:
-    """SHA-256 of the weights' files in a folder, read whole; `cache` keeps it by the files' names,
-    sizes and times, since it takes a second for each two gigabytes. Raises InvalidConfig where
-    there are none."""
+    """SHA-256 of the weights' files in a folder, read whole; `cache` keeps it by the files' stamps,
+    since it takes a second for each two gigabytes. Raises InvalidConfig where there are none."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.gguf")])
     if not files:
         allowed = "a folder with weights, or `weights` in kv_connector_extra_config"
         raise errors.InvalidConfig("weights", str(folder), allowed)
-    stats = [(each.resolve(), each.stat()) for each in files]
-    stamp = json.dumps([(str(path), s.st_size, s.st_mtime_ns, s.st_ino) for path, s in stats])
-    kept = None if cache is None else cache / hashlib.sha256(stamp.encode()).hexdigest()
+    stamps = _stamps(files)
+    told = json.dumps([astuple(each) for each in stamps])
+    kept = None if cache is None else cache / hashlib.sha256(told.encode()).hexdigest()
     if kept is not None and kept.exists():
         return kept.read_text()
     digest = _digest_of(files)
-    if kept is not None:
+    if kept is not None and all(each.settled for each in stamps) and stamps == _stamps(files):
         kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         part = kept.with_suffix(f".{os.getpid()}")
         part.write_text(digest)
         part.rename(kept)
     return digest
+
+
+def _stamps(files: Sequence[Path]) -> list[Stamp]:
+    stamps = []
+    for path in files:
+        with path.open("rb") as opened:
+            stamps.append(Stamp.of(path, opened.fileno()))
+    return stamps
 
 
 def _digest_of(files: Sequence[Path]) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from kvc2.errors import InvalidConfig
+from kvc2.host.file_stamp import Stamp
 from kvc2.integrations.vllm import connector
 from kvc2.integrations.vllm.identity import weights_digest
 from kvc2.integrations.vllm.worker import Rank, caches_of
@@ -183,6 +184,25 @@ def test_other_weights_are_another_model(tmp_path: Path, opened: Opened) -> None
     assert opened(weights=first).run(Request("c", PROMPT)) == TEN
     with pytest.raises(InvalidConfig, match="weights"):
         weights_digest(tmp_path / "cache", None)
+
+
+def test_a_kept_digest_is_not_that_of_files_whose_times_were_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, cache = tmp_path / "a.safetensors", tmp_path / "cache"
+    path.write_bytes(b"weights")
+    os.utime(path, (1, 1))
+    first = weights_digest(tmp_path, cache)
+    assert not cache.exists()  # it has just been changed
+    monkeypatch.setattr(Stamp, "settled", True)
+    assert weights_digest(tmp_path, cache) == first
+    [kept] = cache.iterdir()
+    kept.write_text("kept")
+    assert weights_digest(tmp_path, cache) == "kept"
+    with path.open("r+b") as file:
+        file.write(b"Weights")
+    os.utime(path, (1, 1))
+    assert weights_digest(tmp_path, cache) not in ("kept", first)
 
 
 def test_how_kv_lies_is_told_and_what_is_not_dense_is_refused() -> None:
