@@ -388,6 +388,32 @@ def test_a_path_that_fills_the_disk_is_refused_where_it_ends_and_nothing_waits_f
     tiers.index.check()
 
 
+def test_a_path_that_fills_the_disk_waits_while_another_block_is_on_its_way_there() -> None:
+    tiers = Tiers(gpu=100, cpu=90, disk=34)
+    tiers.learn()
+    tiers.index.evict(tiers.disk, 34)
+    tiers.ask(tiers.stranger(1))
+    tiers.index.insist(tiers.lease)
+    tiers.index.release(tiers.lease)
+    for pool in (tiers.gpu, tiers.cpu):
+        plan = tiers.index.plan_demote(pool, 1)
+        assert plan is not None
+        if pool == tiers.gpu:
+            tiers.index.complete(plan.id, 1)
+    path = tiers.stranger(80)
+    tiers.ask(path)
+    tiers.index.release(tiers.lease)
+    before = tiers.index.pool_counts(tiers.disk).refused
+    tiers.behind(1)
+    assert tiers.index.explain(tiers.space, [tiers.disk], u32(path)).blocks == 32
+    assert tiers.index.pool_counts(tiers.disk).refused == before
+    assert tiers.index.undemoted(tiers.cpu) == 80 - 32
+    tiers.index.complete(plan.id, 1)
+    tiers.behind(1)
+    assert tiers.index.undemoted(tiers.cpu) == 0
+    tiers.index.check()
+
+
 @pytest.mark.parametrize("ahead", [1, 4])
 def test_a_path_longer_than_the_disk_is_written_once_as_far_as_it_fits(ahead: int) -> None:
     tiers = Tiers(gpu=100, cpu=90, disk=34)
