@@ -455,6 +455,7 @@ class Index:
         hard: bool,
         max_blocks: int,
         ttl_s: int = 0,
+        keep_stronger: bool = False,
     ) -> U8:
         """[n] 1 where `pin` of this key holds now, 0 where it was refused."""
     def unpin_keys(self, namespace: int, pool: int, keys: Sequence[bytes]) -> U8:
@@ -531,13 +532,15 @@ class Index:
         hard: bool,
         max_blocks: int,
         ttl_s: int = 0,
+        keep_stronger: bool = False,
         extras: PromptExtras | None = None,
     ) -> bool:
         """Keep the full blocks of `tokens` (at least one) in `pool`, whether they are there now or
         come later. hard: they are never evicted from it; else they are evicted last. Dead blocks
         are not kept. False, and nothing changes, if more than `max_blocks` blocks of the pool would
         be pinned in this way, or the namespace is retired. Pinning the same prefix again replaces
-        its pin. With ttl_s it is over after so many seconds. Walks the path."""
+        its pin; with keep_stronger not one that is hard where this one is soft, or as hard and ends
+        as late or later. With ttl_s it is over after so many seconds. Walks the path."""
     def unpin(
         self, namespace: int, pool: int, tokens: U32, extras: PromptExtras | None = None
     ) -> int:

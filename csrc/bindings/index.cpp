@@ -438,12 +438,13 @@ void bind_lives(py::class_<Index>& index) {
       .def(
           "pin",
           [](Index& self, uint32_t space, PoolId pool, const py::object& tokens, bool hard,
-             uint32_t max_blocks, uint32_t ttl, const GivenExtras& extras) {
+             uint32_t max_blocks, uint32_t ttl, bool keep_stronger, const GivenExtras& extras) {
             const Content prefix = content_of(tokens, extras);
-            return unlocked([&] { return self.pin(space, pool, prefix, {hard, max_blocks, ttl}); });
+            const Keeping as{hard, max_blocks, ttl, keep_stronger};
+            return unlocked([&] { return self.pin(space, pool, prefix, as); });
           },
           "namespace"_a, "pool"_a, "tokens"_a, py::kw_only(), "hard"_a, "max_blocks"_a,
-          "ttl_s"_a = 0, "extras"_a = py::none())
+          "ttl_s"_a = 0, "keep_stronger"_a = false, "extras"_a = py::none())
       .def(
           "unpin",
           [](Index& self, uint32_t space, PoolId pool, const py::object& tokens,

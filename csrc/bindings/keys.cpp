@@ -52,12 +52,13 @@ static void bind_pins_of_keys(py::class_<Index>& index) {
       .def(
           "pin_keys",
           [](Index& self, uint32_t space, PoolId pool, const py::object& keys, bool hard,
-             uint32_t max_blocks, uint32_t ttl) {
+             uint32_t max_blocks, uint32_t ttl, bool keep_stronger) {
             const auto blocks = blocks_of(keys);
-            return array_of(unlocked(
-                [&] { return self.pin_keys(space, pool, blocks, {hard, max_blocks, ttl}); }));
+            const Keeping as{hard, max_blocks, ttl, keep_stronger};
+            return array_of(unlocked([&] { return self.pin_keys(space, pool, blocks, as); }));
           },
-          "namespace"_a, "pool"_a, "keys"_a, py::kw_only(), "hard"_a, "max_blocks"_a, "ttl_s"_a = 0)
+          "namespace"_a, "pool"_a, "keys"_a, py::kw_only(), "hard"_a, "max_blocks"_a, "ttl_s"_a = 0,
+          "keep_stronger"_a = false)
       .def(
           "unpin_keys",
           [](Index& self, uint32_t space, PoolId pool, const py::object& keys) {

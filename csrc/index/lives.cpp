@@ -70,6 +70,7 @@ bool Index::pin_path(uint32_t space, PoolId id, const Content& prefix, const Kee
   if (tree_.spaces[space].retired) return false;
   const Pinned how = as.hard ? Pinned::kHard : Pinned::kSoft;
   const uint32_t ends = seconds_later(tree_.now(), as.ttl);
+  if (as.keep_stronger && tree_.pins.stronger(id, keys.back(), how, ends)) return true;
   const bool pinned = tree_.pins.pin(id, space, std::move(keys), how, as.max_blocks, ends);
   refresh_path(space, prefix);
   return pinned;

@@ -44,6 +44,15 @@ bool PrefixPins::pin(PoolId pool, uint32_t space, std::vector<BlockKey>&& keys, 
   return true;
 }
 
+bool PrefixPins::stronger(PoolId pool, const BlockKey& last, Pinned how, uint32_t ends) const {
+  if (pool >= pools_.size()) return false;
+  const auto found = pools_[pool].pins.find(last);
+  if (found == pools_[pool].pins.end()) return false;
+  const Pin& pin = found->second;
+  if (pin.how != how) return pin.how > how;
+  return pin.ends == 0 || (ends > 0 && pin.ends >= ends);
+}
+
 uint32_t PrefixPins::unpin(PoolId pool, const BlockKey& last) {
   if (pool >= pools_.size()) return 0;
   const auto found = pools_[pool].pins.find(last);

@@ -5,9 +5,10 @@
 //     pin A = [b0 b1], hard     pin B = [b0 b1 b2], soft
 //     b0, b1: one hard, one soft     b2: one soft     -> without A, B's blocks stay soft
 //
-// A pin is known by its pool and its last block: pinning a prefix again replaces its pin. One with
-// an end is over from that second on. Costs: about 70 bytes a block of a pin; `of` hashes once, or
-// not at all where a pool has no pins. Not thread-safe: the index holds its lock.
+// A pin is known by its pool and its last block: pinning a prefix again replaces its pin, unless
+// the new one is to keep a stronger. One with an end is over from that second on. Costs: about 70
+// bytes a block of a pin; `of` hashes once, or not at all where a pool has no pins. Not
+// thread-safe: the index holds its lock.
 #pragma once
 
 #include <cstdint>
@@ -24,11 +25,13 @@ namespace kvc2 {
 enum class Pinned : uint8_t { kNot, kSoft, kHard };
 
 // How a prefix is to be kept. max_blocks: of its pool, that may be pinned in this way. ttl: how
-// many seconds; 0: until unpin.
+// many seconds; 0: until unpin. keep_stronger: a pin of the prefix that is hard where this one is
+// soft, or as hard and ends as late or later, stays in the place of this one.
 struct Keeping {
   bool hard = false;
   uint32_t max_blocks = ~uint32_t{0};
   uint32_t ttl = 0;
+  bool keep_stronger = false;
 };
 
 class PrefixPins {
@@ -39,6 +42,8 @@ class PrefixPins {
            uint32_t ends = 0);
   uint32_t unpin(PoolId pool, const BlockKey& last);  // the blocks of that pin; 0: there is none
   std::vector<BlockKey> advance(uint32_t now);        // blocks of the pins that are over
+  // Whether this very prefix has a pin that is harder, or as hard and ends as late or later.
+  bool stronger(PoolId pool, const BlockKey& last, Pinned how, uint32_t ends) const;
   void forget_pool(PoolId pool);
   void forget_space(uint32_t space);
   bool of_space(uint32_t space) const;  // whether a pin is on a prefix of this namespace

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypedDict
 
 from kvc2 import _core, errors
 from kvc2.answers import U8, Asked, PrefixPinned
@@ -30,11 +31,22 @@ class PinRoom:
 
 @dataclass(frozen=True)
 class Keeping:
-    """How a prefix is kept. ttl_s: how long; 0: until it is unpinned."""
+    """How a prefix is kept. ttl_s: how long; 0: until it is unpinned. keep_stronger: a pin of it
+    that is harder, or as hard and ends as late or later, stays."""
 
     tier: str
     hard: bool
     ttl_s: int = 0
+    keep_stronger: bool = False
+
+
+class _How(TypedDict):
+    """The same, as the index is told."""
+
+    hard: bool
+    max_blocks: int
+    ttl_s: int
+    keep_stronger: bool
 
 
 class Pins:
@@ -63,28 +75,24 @@ class Pins:
         there is room for, and the answer tells which."""
         self._check(namespace, asked)
         self._tick()
-        tier, hard, ttl_s = keeping.tier, keeping.hard, keeping.ttl_s
+        tier, hard = keeping.tier, keeping.hard
         room = self._room(session, namespace, tier, hard=hard)
         number = namespace.number
+        how = _How(
+            hard=hard,
+            max_blocks=room.room,
+            ttl_s=keeping.ttl_s,
+            keep_stronger=keeping.keep_stronger,
+        )
         if namespace.opaque:
-            kept = self._index.pin_keys(
-                number, room.pool, asked.keys, hard=hard, max_blocks=room.room, ttl_s=ttl_s
-            )
+            kept = self._index.pin_keys(number, room.pool, asked.keys, **how)
             found = self._index.match_keys(number, room.pool, asked.keys)
             all_pinned = self._index.pinned_blocks(room.pool, hard=hard)
             return PrefixPinned(
                 _distinct(asked, kept), _distinct(asked, kept & (found == 1)), all_pinned, kept
             )
         tokens, extras = asked.tokens, prompt_extras(asked.extras, namespace.page_size)
-        if not self._index.pin(
-            number,
-            room.pool,
-            tokens,
-            hard=hard,
-            max_blocks=room.room,
-            ttl_s=ttl_s,
-            extras=extras,
-        ):
+        if not self._index.pin(number, room.pool, tokens, **how, extras=extras):
             percent = self._hard_percent if hard else 100
             raise errors.LimitReached(
                 "limits.hard_pin_percent" if hard else "tier",

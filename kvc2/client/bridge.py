@@ -125,8 +125,8 @@ class Bridge:
 
     def pin(self, pins: Sequence[SoftPin], caller: Caller = ANYBODY) -> None:
         """Have the daemon pin these prefixes softly in memory, there or not yet. A prefix that has
-        a pin gets this one instead. Each has a block at least. Without a session nothing is pinned;
-        a fault is no request's concern."""
+        a pin keeps it, if that is stronger. Each has a block at least. Without a session nothing is
+        pinned; a fault is no request's concern."""
         if self._calls is not None and self.book.session and pins:
             self._calls.pin(pins, caller)
 

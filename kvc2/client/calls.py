@@ -41,7 +41,7 @@ Batch = Sequence[tuple[Lease, LeaseCommit]]
 @dataclass(frozen=True)
 class SoftPin:
     """A prefix that is to be evicted last for `ttl_s` seconds, at least one; its full blocks are
-    meant."""
+    meant. A stronger pin of it stays: a hard one, or a soft one that ends later."""
 
     what: U32 | Asked
     ttl_s: int
@@ -85,7 +85,15 @@ class CacheClient(Protocol):
 
     def prefetch(self, namespace: Any, what: U32 | Asked) -> Any: ...
 
-    def pin(self, namespace: Any, what: U32 | Asked, *, hard: bool, ttl_s: int = 0) -> Any: ...
+    def pin(
+        self,
+        namespace: Any,
+        what: U32 | Asked,
+        *,
+        hard: bool,
+        ttl_s: int = 0,
+        keep_stronger: bool = False,
+    ) -> Any: ...
 
     def explain_request(self, request_id: bytes) -> Explained: ...
 
@@ -267,7 +275,9 @@ class Calls:
                 return
             try:
                 namespace = self._namespaces.of(caller)
-                self.client.pin(namespace, pin.what, hard=False, ttl_s=pin.ttl_s)
+                self.client.pin(
+                    namespace, pin.what, hard=False, ttl_s=pin.ttl_s, keep_stronger=True
+                )
             except Exception as error:  # whatever it is, the request runs
                 self._fault("pin", error)
 

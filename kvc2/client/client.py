@@ -330,10 +330,12 @@ class Client:
         tier: str = "cpu",
         hard: bool,
         ttl_s: int = 0,
+        keep_stronger: bool = False,
     ) -> answers.PrefixPinned:
         """Keep the full blocks of some tokens in gpu (this session's), cpu or disk, there or not,
         or those of opaque keys in cpu or disk: hard, they are never evicted; else last. A pin of
-        cpu or disk outlives the session. It ends after ttl_s; 0: not by itself."""
+        cpu or disk outlives the session. It ends after ttl_s; 0: not by itself. It replaces the
+        prefix's pin, with keep_stronger only one that is softer, or as hard and ends earlier."""
         connection = self._keeper.current()
         request = cache_pb2.PinRequest(
             session=connection.head,
@@ -341,6 +343,7 @@ class Client:
             tier=tier,
             hard=hard,
             ttl_s=ttl_s,
+            keep_stronger=keep_stronger,
         )
         answer = self._keeper.call_in(connection, namespace, "Pin", request)
         return from_message(answers.PrefixPinned, answer)

@@ -112,7 +112,7 @@ class SharedCalls:
     async def Pin(self, request: cache_pb2.PinRequest) -> cache_pb2.PinResponse:
         session, namespace, asked = self._asked(request)
         tier = checks.tier(request.tier or "cpu")
-        keeping = Keeping(tier, request.hard, request.ttl_s)
+        keeping = Keeping(tier, request.hard, request.ttl_s, request.keep_stronger)
         found = self._cache.pins.pin(session, namespace, asked, keeping)
         return to_message(found, cache_pb2.PinResponse)
 

@@ -546,7 +546,7 @@ class InvalidateResponse(_message.Message):
     def __init__(self, namespaces: _Optional[int] = ..., blocks: _Optional[int] = ..., durable: _Optional[bool] = ...) -> None: ...
 
 class PinRequest(_message.Message):
-    __slots__ = ("session", "namespace_id", "namespace", "tokens", "tier", "hard", "ttl_s", "keys", "extras")
+    __slots__ = ("session", "namespace_id", "namespace", "tokens", "tier", "hard", "ttl_s", "keys", "extras", "keep_stronger")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
@@ -556,6 +556,7 @@ class PinRequest(_message.Message):
     TTL_S_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     EXTRAS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_STRONGER_FIELD_NUMBER: _ClassVar[int]
     session: SessionRef
     namespace_id: int
     namespace: bytes
@@ -565,7 +566,8 @@ class PinRequest(_message.Message):
     ttl_s: int
     keys: _containers.RepeatedScalarFieldContainer[bytes]
     extras: _containers.RepeatedCompositeFieldContainer[Media]
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., namespace: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., tier: _Optional[str] = ..., hard: _Optional[bool] = ..., ttl_s: _Optional[int] = ..., keys: _Optional[_Iterable[bytes]] = ..., extras: _Optional[_Iterable[_Union[Media, _Mapping]]] = ...) -> None: ...
+    keep_stronger: bool
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., namespace_id: _Optional[int] = ..., namespace: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., tier: _Optional[str] = ..., hard: _Optional[bool] = ..., ttl_s: _Optional[int] = ..., keys: _Optional[_Iterable[bytes]] = ..., extras: _Optional[_Iterable[_Union[Media, _Mapping]]] = ..., keep_stronger: _Optional[bool] = ...) -> None: ...
 
 class PinResponse(_message.Message):
     __slots__ = ("blocks", "resident_blocks", "pinned_blocks", "pinned")

@@ -2,6 +2,7 @@
 test_index_machine.py."""
 
 import numpy as np
+import pytest
 
 from kvc2 import _core
 from tests.oracles.machines import u32
@@ -114,6 +115,61 @@ def test_the_end_of_a_pin_is_that_of_its_last_pinning() -> None:
     index.remove_pool(pool)
     index.advance(400)
     index.check()
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "stays"),
+    [
+        ((True, 0), (False, 0), True),
+        ((True, 5), (False, 0), True),
+        ((True, 5), (False, 9), True),
+        ((False, 0), (False, 9), True),
+        ((False, 9), (False, 5), True),
+        ((False, 5), (False, 9), False),
+        ((False, 5), (False, 0), False),
+        ((False, 0), (True, 5), False),
+        ((True, 9), (True, 5), True),
+        ((True, 5), (True, 0), False),
+    ],
+)
+def test_a_pin_may_keep_a_stronger_one(
+    first: tuple[bool, int], then: tuple[bool, int], *, stays: bool
+) -> None:
+    at = Pool()
+    index, pool = at.index, at.pool
+
+    def pin(hard: bool, ttl_s: int, keep_stronger: bool) -> bool:
+        return index.pin(
+            0,
+            pool,
+            u32([1]),
+            hard=hard,
+            max_blocks=1,
+            ttl_s=ttl_s,
+            keep_stronger=keep_stronger,
+        )
+
+    def ends() -> list[tuple[int, int]]:
+        """Soft and hard pins, second by second."""
+        found = []
+        for second in range(10, 21):
+            index.advance(second)
+            index.check()
+            found.append(
+                (index.pinned_blocks(pool, hard=False), index.pinned_blocks(pool, hard=True))
+            )
+        return found
+
+    def alone(hard: bool, ttl_s: int) -> list[tuple[int, int]]:
+        return [
+            (int(not hard), int(hard)) if not ttl_s or second < 10 + ttl_s else (0, 0)
+            for second in range(10, 21)
+        ]
+
+    index.advance(10)
+    assert pin(*first, keep_stronger=True)
+    assert pin(*then, keep_stronger=True)
+    assert ends() == alone(*(first if stays else then))
 
 
 def test_second_uses_are_known_after_a_branch_has_gone() -> None:

@@ -171,9 +171,18 @@ class SmallDaemon:
         self._raise()
         self.prefetched.append((namespace, [int(t) for t in tokens]))
 
-    def pin(self, namespace: Any, what: Any, *, hard: bool, ttl_s: int = 0) -> None:
+    def pin(
+        self,
+        namespace: Any,
+        what: Any,
+        *,
+        hard: bool,
+        ttl_s: int = 0,
+        keep_stronger: bool = False,
+    ) -> None:
         self._raise()
         assert not hard
+        assert keep_stronger
         self.pinned_for.append((namespace, [int(t) for t in what], ttl_s))
 
     def match(self, namespace: Any, tokens: Any) -> Matched:

@@ -106,6 +106,7 @@ class IndexEndings(IndexMachine):
             known = self.index.unpin(old_namespace, old_pool, tokens_of(blocks), extras_of(blocks))  # type: ignore[arg-type]
             assert known == self.model.unpin(old_pool, (old_namespace, *blocks))
         ttl = (0, 1, 2)[pool // 7 % 3]
+        keep = pool // 3 % 2 == 1
         pinned = self.index.pin(
             prefix[0],  # type: ignore[arg-type]
             at,
@@ -113,9 +114,17 @@ class IndexEndings(IndexMachine):
             hard=hard,
             max_blocks=most,
             ttl_s=ttl,
+            keep_stronger=keep,
             extras=extras,
         )
-        assert pinned == self.model.pin(at, prefix, hard=hard, most=most, ttl=ttl)
+        again = keep and (at, prefix) in pins
+        before = (pins.get((at, prefix)), self.model.pin_ends.get((at, prefix)))
+        assert pinned == self.model.pin(
+            at, prefix, hard=hard, most=most, ttl=ttl, keep_stronger=keep
+        )
+        after = (self.model.prefix_pins.get((at, prefix)), self.model.pin_ends.get((at, prefix)))
+        SEEN["pin: a stronger one stays"] += again and before == after
+        SEEN["pin: a weaker one goes"] += again and before != after
         self.pins_agree()
         SEEN["pin: what is there"] += pinned and prefix in there
         SEEN["pin: what is not there"] += pinned and prefix not in there

@@ -208,17 +208,26 @@ class KeysMachine(IndexLives):
         self.open_keys()
 
     @rule(pool=choice, keys=some_keys, hard=st.booleans(), most=st.sampled_from([9, 1]),
-          ttl=st.sampled_from([0, 1, 3]))  # fmt: skip
-    def pin_keys(self, pool: int, keys: list[bytes], hard: bool, most: int, ttl: int) -> None:
+          ttl=st.sampled_from([0, 1, 3]), keep=st.booleans())  # fmt: skip
+    def pin_keys(
+        self, pool: int, keys: list[bytes], hard: bool, most: int, ttl: int, keep: bool
+    ) -> None:
         at = self.a_pool(pool)
         pins = [p for p in self.model.prefix_pins if p[1][0] in self.key_spaces]
+        if keep:
+            pins = pins[2:]
         for old_pool, path in pins:  # else soon nothing may be evicted
             [key] = [key for key in KEYS if words(key) == path[1]]
             assert self.index.unpin_keys(path[0], old_pool, [key, key]).tolist() == [1, 0]  # type: ignore[arg-type]
             self.model.unpin(old_pool, path)
         paths = [(self.space, words(key)) for key in keys]
-        pinned = [self.model.pin(at, path, hard=hard, most=most, ttl=ttl) for path in paths]
-        real = self.index.pin_keys(self.space, at, keys, hard=hard, max_blocks=most, ttl_s=ttl)
+        pinned = [
+            self.model.pin(at, path, hard=hard, most=most, ttl=ttl, keep_stronger=keep)
+            for path in paths
+        ]
+        real = self.index.pin_keys(
+            self.space, at, keys, hard=hard, max_blocks=most, ttl_s=ttl, keep_stronger=keep
+        )
         assert real.tolist() == pinned
         SEEN["keys: pinned"] += any(pinned)
         SEEN["keys: a pin refused"] += not all(pinned)

@@ -1,5 +1,6 @@
 """The oracle's part about lives: who has said what of which block, what is dead, and why."""
 
+import math
 from dataclasses import replace
 
 from kvc2._core import Cause
@@ -31,7 +32,21 @@ class LivesModel:
         pins = [p for (at, p), how in self.prefix_pins.items() if at == pool and how == hard]
         return len({prefix[:n] for prefix in pins for n in range(2, len(prefix) + 1)})
 
-    def pin(self, pool: int, prefix: Path, *, hard: bool, most: int, ttl: int = 0) -> bool:
+    def pin(
+        self,
+        pool: int,
+        prefix: Path,
+        *,
+        hard: bool,
+        most: int,
+        ttl: int = 0,
+        keep_stronger: bool = False,
+    ) -> bool:
+        known = self.prefix_pins.get((pool, prefix))
+        if keep_stronger and known is not None:
+            end = self.pin_ends.get((pool, prefix), math.inf)
+            if (known, end) >= (hard, self.now + ttl if ttl else math.inf):
+                return True
         before = dict(self.prefix_pins)
         self.prefix_pins[pool, prefix] = hard
         fits = prefix[0] not in self.retired and self.pinned_blocks(pool, hard=hard) <= most

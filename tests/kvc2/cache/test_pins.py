@@ -193,6 +193,19 @@ def test_a_client_gives_a_pin_its_time(served: ServedDaemon, engine: TinyEngine)
     assert engine.client.unpin(handle, FIRST) == 0
 
 
+def test_an_engines_soft_pin_leaves_a_hard_one(served: ServedDaemon, engine: TinyEngine) -> None:
+    """A request's mark must not undo what an operator asked for."""
+    handle = opened(engine)
+    with Admin(served.address) as admin:
+        admin.pin(TOKENS, hard=True)
+    told = engine.client.pin(handle, TOKENS, hard=False, ttl_s=300, keep_stronger=True)
+    assert (told.blocks, told.pinned_blocks) == (BLOCKS, 0)
+    pool = next(iter(served.daemon.cache._pools.layouts.values())).cpu.id
+    assert served.on_loop(partial(served.daemon.cache.index.pinned_blocks, pool, hard=True))
+    engine.client.pin(handle, TOKENS, hard=False, ttl_s=300)
+    assert not served.on_loop(partial(served.daemon.cache.index.pinned_blocks, pool, hard=True))
+
+
 def test_a_command_pins_and_unpins(
     served: ServedDaemon, engine: TinyEngine, tmp_path: Path
 ) -> None:
