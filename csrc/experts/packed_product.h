@@ -151,13 +151,17 @@ class PackedProduct {
         IntsOf<How, kCount> sums;
         const auto* inputs = reinterpret_cast<const int32_t*>(sums_of) + g * kTokens;
         start<How, kCount, kNibbles>(rows, block, g, inputs, sums);
-        while (at < end) {
-          const size_t stop = std::min(end, at + kLinesAtOnce);
-          SumsOf<How, kCount> some = {};
-          for (; at < stop; ++at) add_line<How, kCount, kNibbles>(line, x, some);
-          for_all<How, kCount>([&](size_t b, size_t t, size_t p) __attribute__((always_inline)) {
-            sums[b][t][p] += How::widened(some[b][t][p]);
-          });
+        if constexpr (How::kSteps == PackedHead::kPackedIn) {  // Sums take all: int32 already
+          for (; at < end; ++at) add_line<How, kCount, kNibbles>(line, x, sums);
+        } else {
+          while (at < end) {
+            const size_t stop = std::min(end, at + kLinesAtOnce);
+            SumsOf<How, kCount> some = {};
+            for (; at < stop; ++at) add_line<How, kCount, kNibbles>(line, x, some);
+            for_all<How, kCount>([&](size_t b, size_t t, size_t p) __attribute__((always_inline)) {
+              sums[b][t][p] += How::widened(some[b][t][p]);
+            });
+          }
         }
         const auto* x_scales = reinterpret_cast<const float*>(panel) + g * kTokens;
         add_scaled<How, kCount, kNibbles>(rows, block, g, sums, totals,
@@ -209,7 +213,8 @@ class PackedProduct {
       typename R::Words w[kBlocks][R::kParts];
 #pragma GCC unroll 2
       for (size_t b = 0; b < kBlocks; ++b) {
-        __builtin_prefetch(line.at[b] + kAhead);
+        kBlocks* kCount == 1 ? __builtin_prefetch(line.at[b] + 2 * kAhead, 0, 2)
+                             : __builtin_prefetch(line.at[b] + kAhead);
 #pragma GCC unroll 4
         for (size_t p = 0; p < R::kParts; ++p) {
           w[b][p] = R::template load<typename R::Words>(line.at[b] + p * How::kBytes);
@@ -303,7 +308,9 @@ class PackedProduct {
       }
     }
 
-    // Bytes from a line to what is fetched with it: memory answers later than a loop asks.
+    // Bytes from a line to what is fetched with it: memory answers later than a loop asks. For one
+    // token and one block it comes from twice as far into the second cache, which is a quarter
+    // faster of bytes on Zen 4, and slower of nibbles for four tokens.
     static constexpr size_t kAhead = 2048;
 
     Lanes sums_[2][kTokens];
@@ -416,9 +423,10 @@ struct PairBytes {
   }
 
   [[gnu::always_inline]] static Input input(const std::byte* at) {
-    uint32_t pairs[2];
-    std::memcpy(pairs, at, sizeof pairs);
-    return {Words{} + pairs[0], Words{} + pairs[1]};
+    uint32_t first, second;  // apart: each is broadcast from memory
+    std::memcpy(&first, at, sizeof first);
+    std::memcpy(&second, at + sizeof first, sizeof second);
+    return {Words{} + first, Words{} + second};
   }
 
   [[gnu::always_inline]] static Sums add(Sums sums, const Split& w, const Input& x) {
