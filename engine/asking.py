@@ -50,6 +50,7 @@ def experts(told: dict[str, Any], *, as_json: bool) -> str:
     if "prefill" in told:
         lines.append(_prefill(told["prefill"]))
     lines += _budget(told.get("budget", {}))
+    lines += _host_budget(told.get("host_budget", {}))
     lines.append("layer  hot  served by the device")
     lines += [
         f"{each['layer']:5}  {len(each['hot']):3}  {each['device_share']:.1%}"
@@ -69,6 +70,18 @@ def _budget(told: dict[str, Any]) -> list[str]:
             f"the next start would give KV {better['kv_gb']} GB, experts {better['experts_gb']} GB"
         )
     more = f"another GB would bring {another['activations']:+.1%} of activations"
+    return [*lines, more + (f", or {another['hits']:+.1%} of hits" if "hits" in another else "")]
+
+
+def _host_budget(told: dict[str, Any]) -> list[str]:
+    if not told:
+        return []
+    now, goal, another = told["now"], told["goal"], told["another_gb"]
+    line = f"of {told['host_memory_gb']} GB of host memory KV has {now['kv_gb']} GB, "
+    lines = [line + f"{now['experts']} experts {now['experts_gb']} GB, {now['by']}"]
+    if goal["experts"] != now["experts"]:
+        lines.append(f"it moves towards {goal['kv_gb']} GB and {goal['experts_gb']} GB")
+    more = f"another GB of it would bring {another['needed']:+.1%} of what layers need"
     return [*lines, more + (f", or {another['hits']:+.1%} of hits" if "hits" in another else "")]
 
 

@@ -24,12 +24,16 @@ from kvc2.errors import InvalidConfig
 
 GB = 1e9
 Counts = NDArray[np.float64]  # [layers, experts]
+SUMS = ("host_activations", "host_s", "device_activations", "device_s")
+OF_READS = ("needed_experts", "missed_experts", "read_wait_s")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What serving showed, added up over restarts; `hit_rates`: (tokens of KV, share of the
-    prompts' tokens that an LRU pool of that size would have had), of the last run."""
+    """What serving showed, added up over restarts. `needed_experts`: that layers needed of those on
+    disk, `missed_experts` of them had to be read, and were waited for `read_wait_s`. `hit_rates`:
+    (tokens of KV, share of the prompts' tokens that an LRU pool of that size would have had), of
+    the last run."""
 
     host_activations: float = 0.0
     host_s: float = 0.0
@@ -38,22 +42,24 @@ class Measured:
     prompt_tokens: float = 0.0
     prefill_tokens_per_s: float = 0.0
     hit_rates: tuple[tuple[float, float], ...] = ()
+    needed_experts: float = 0.0
+    missed_experts: float = 0.0
+    read_wait_s: float = 0.0
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> Measured:
         """From a file. Raises ValueError, KeyError or TypeError for what isn't one."""
         rates = tuple((float(size), float(rate)) for size, rate in told.get("hit_rates", ()))
-        numbers = {name: float(told[name]) for name in asdict(cls()) if name != "hit_rates"}
+        reads = {name: told.get(name, 0.0) for name in OF_READS}  # an older file has none
+        names = asdict(cls()).keys() - {"hit_rates"}
+        numbers = {name: float({**told, **reads}[name]) for name in names}
         if not all(math.isfinite(n) and n >= 0 for n in (*numbers.values(), *sum(rates, ()))):
             raise ValueError("numbers that are no measurements")
         return cls(**numbers, hit_rates=rates)
 
     def plus(self, later: Measured) -> Measured:
         """With what a later run showed."""
-        added = {
-            name: getattr(self, name) + getattr(later, name)
-            for name in ("host_activations", "host_s", "device_activations", "device_s")
-        }
+        added = {name: getattr(self, name) + getattr(later, name) for name in (*SUMS, *OF_READS)}
         return Measured(
             **added,
             prompt_tokens=self.prompt_tokens + later.prompt_tokens,
@@ -68,6 +74,11 @@ class Measured:
             return None
         host = self.host_s / self.host_activations
         return max(0.0, host - self.device_s / self.device_activations)
+
+    @property
+    def missing_expert_s(self) -> float | None:
+        """What a layer waits for one that isn't in memory; None where none was read."""
+        return self.read_wait_s / self.missed_experts if self.missed_experts else None
 
     def hit_rate(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
         sizes, rates = zip((0.0, 0.0), *self.hit_rates, strict=True)

@@ -7,6 +7,7 @@ shared with the daemon (kvc2/client/memory), nor for what a weight means.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,9 @@ HUGE_PAGE_BYTES = 2 << 20
 _CHUNK_BYTES = 64 << 20  # what small weights share
 OWN_BYTES = _CHUNK_BYTES // 4  # the least of a large weight
 _ALIGNED = 64  # a cache line
+
+_libc = ctypes.CDLL(None)
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 _chunk = torch.empty(0, dtype=torch.uint8)
 
@@ -44,6 +48,16 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     taken = -(-num_bytes // _ALIGNED) * _ALIGNED
     mine, _chunk = _chunk[:num_bytes], _chunk[taken:]
     return mine.view(dtype).view(shape)
+
+
+def give_up(x: Tensor) -> None:
+    """The host has the whole pages of its memory back, and what it held is lost. Contiguous, and no
+    memory that is shared with others. Nothing where the system refuses."""
+    page = mmap.PAGESIZE
+    begin = -(-x.data_ptr() // page) * page
+    num_bytes = (x.data_ptr() + x.numel() * x.dtype.itemsize - begin) // page * page
+    if num_bytes > 0:
+        _libc.madvise(begin, num_bytes, mmap.MADV_DONTNEED)
 
 
 def huge_bytes() -> int:

@@ -82,19 +82,27 @@ class ExpertMetrics(Collector):
             yield _counter("read_bytes", "Read of experts on disk", told)
             yield _counter("memory_hits", "Experts in memory when their layer began", told)
             yield _counter("memory_misses", "Experts that a layer had to wait for", told)
-        bytes_of = "Device memory, 10^9 bytes, by what lies there"
-        memory = GaugeMetricFamily("kvc2_engine_device_memory_gb", bytes_of, labels=["what"])
-        now = told.get("budget", {}).get("now", {})
-        for what in ("experts", "kv"):
-            if f"{what}_gb" in now:
-                memory.add_metric([what], now[f"{what}_gb"])
-        yield memory
-        brings = "What another GB of device memory would bring: shares of activations, of hits"
-        another = GaugeMetricFamily("kvc2_engine_another_gb", brings, labels=["what"])
-        for what in ("activations", "hits"):
-            if what in told.get("budget", {}).get("another_gb", {}):
-                another.add_metric([what], told["budget"]["another_gb"][what])
-        yield another
+        yield from _memory(told.get("budget", {}), "device", "", ("activations", "hits"))
+        yield from _memory(told.get("host_budget", {}), "host", "host_", ("needed", "hits"))
+
+
+def _memory(
+    told: dict[str, Any], place: str, prefix: str, brings: tuple[str, ...]
+) -> Iterator[Metric]:
+    """A budget of memory: what has how much of it, and what another GB would bring."""
+    bytes_of = f"{place.capitalize()} memory, 10^9 bytes, by what lies there"
+    memory = GaugeMetricFamily(f"kvc2_engine_{place}_memory_gb", bytes_of, labels=["what"])
+    now = told.get("now", {})
+    for what in ("experts", "kv"):
+        if f"{what}_gb" in now:
+            memory.add_metric([what], now[f"{what}_gb"])
+    yield memory
+    shares = f"What another GB of {place} memory would bring: shares of {' and of '.join(brings)}"
+    another = GaugeMetricFamily(f"kvc2_engine_another_{prefix}gb", shares, labels=["what"])
+    for what in brings:
+        if what in told.get("another_gb", {}):
+            another.add_metric([what], told["another_gb"][what])
+    yield another
 
 
 def _counter(name: str, text: str, told: dict[str, Any]) -> Metric:

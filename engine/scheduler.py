@@ -88,6 +88,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # by arrival
         self._by_id: dict[str, Sequence] = {}
         self._reclaim_at = 0.0
+        self.spare: Callable[[int], bool] = lambda _: False  # frees pages that are held back
 
     # what comes in
 
@@ -188,12 +189,11 @@ class Scheduler:
 
     def _reclaim(self, pages: int) -> bool:
         now = self._clock()
-        if now < self._reclaim_at:
-            return False
-        if self.bridge.reclaim(pages):
-            return True
-        self._reclaim_at = now + RECLAIM_PAUSE_S
-        return False
+        if now >= self._reclaim_at:
+            if self.bridge.reclaim(pages):
+                return True
+            self._reclaim_at = now + RECLAIM_PAUSE_S
+        return self.spare(pages)
 
     def _starve(self, sequence: Sequence) -> None:
         """Nobody is younger. Beside others it just waits for them; alone, not for ever."""

@@ -23,6 +23,7 @@ from engine.budget import Measured
 from engine.config import ModelConfig
 from engine.device import Device, chosen, set_threads
 from engine.errors import EngineFailedError
+from engine.host_budget import Redivision
 from engine.http.app import build
 from engine.http.connection import ClientLimits
 from engine.http.keys import FileKeys, Keys
@@ -36,14 +37,16 @@ from engine.memory import huge_bytes, shared_policy
 from engine.metrics import EngineMetrics, ExpertMetrics
 from engine.models import build_model
 from engine.models.base import Model
+from engine.models.host_memory import HeldPages
 from engine.models.packed import PackedExperts, open_packed
-from engine.models.placed import PlacedModel, budgeted
+from engine.models.placed import PlacedModel, budgeted, divided, most_stored
 from engine.prefix import (
     Bridge,
     BridgeConfig,
     BridgeCounters,
     Daemon,
     EngineMemory,
+    PoolMemory,
     PromptReuse,
     layer_major,
     open_bridge,
@@ -53,7 +56,7 @@ from engine.prefix import (
 from engine.request import Bounds
 from engine.runner import Runner
 from engine.scheduler import Scheduler, SchedulerConfig
-from engine.settings import EngineConfig, expert_directory
+from engine.settings import EngineConfig, expert_directory, experts_on_disk, pages_ahead
 from engine.weights import Checkpoint
 from engine.worker import Worker
 from kvc2.errors import InvalidConfig
@@ -88,38 +91,42 @@ def assemble(config: EngineConfig) -> Engine:
     )
     shape = KvShape.of(model_config, config.page_size)
     config, budget = budgeted(config, model_config, shape.page_bytes)
+    config, division = divided(config, model_config, shape.page_bytes)
     num_pages = config.num_pages or config.kv_bytes // shape.page_bytes
     if num_pages * config.page_size < 2 * config.page_size:
         mend = f"a page needs {shape.page_bytes} bytes, and two are the least"
         raise InvalidConfig("kv_memory_gb", config.kv_bytes / 1e9, mend)
-    on_disk = config.expert_memory_gb is not None
+    pool_bytes = num_pages * shape.page_bytes
+    kv_bytes = pool_bytes if division is None else division.goal.pages * shape.page_bytes
     with Checkpoint(
-        config.model, model_config.dtype, device, experts_on_disk=on_disk
+        config.model, model_config.dtype, device, experts_on_disk=experts_on_disk(config)
     ) as checkpoint:
         packed = open_packed(
             model_config, checkpoint, config.expert_dtype, expert_directory(config)
         )
         weights_bytes = checkpoint.memory_bytes - _not_held(config, model_config, packed)
-        check_room(config, num_pages * shape.page_bytes, weights_bytes, device.room())
-        memory = pool_memory(num_pages * shape.page_bytes, device.ordinal)
+        check_room(config, kv_bytes, weights_bytes, device.room())
+        memory = pool_memory(pool_bytes, device.ordinal)
         before = huge_bytes()
-        placed = PlacedModel(config, build_model(model_config, checkpoint, packed))
+        model = build_model(model_config, checkpoint, packed)
+        placed = PlacedModel(config, model, most_stored(division))
         placed.budget = budget
         _tell_huge_pages(huge_bytes() - before, weights_bytes)
-    model = placed.model
     metrics = EngineMetrics()
-    bridge = _bridge(config, placed, shape, memory, metrics)
+    bridge = _bridge(config, placed, shape, memory, metrics, division)
     pool = KvPool(shape, num_pages, device.over(memory), side_by_side=device.side_by_side)
     scheduler = Scheduler(
         SchedulerConfig(config.chunk_size, config.step_tokens, config.max_running),
         bridge=bridge,
-        compute=placed.compute(Runner(model, pool)),
+        compute=placed.compute(Runner(placed.model, pool)),
         metrics=metrics,
         clock=time.monotonic,
     )
     max_tokens = min(model_config.max_positions, num_pages * config.page_size)
     worker = Worker(scheduler, config.max_queued, Bounds(model_config.vocab_size, max_tokens))
     placed.traffic = _traffic(config, worker, scheduler)
+    if placed.host_memory is not None:
+        scheduler.spare = placed.host_memory.spare
     metrics.registry.register(ExpertMetrics(placed.state))
     app = build(
         _served(config, model_config, tokenizer),
@@ -145,7 +152,7 @@ def _traffic(config: EngineConfig, worker: Worker, scheduler: Scheduler) -> Call
 
 def check_device(config: EngineConfig, device: Device) -> None:
     """Raises InvalidConfig for what a CUDA device can't have yet."""
-    cold = config.places_experts or config.expert_memory_gb is not None
+    cold = config.places_experts or experts_on_disk(config)
     if device.ordinal is not None and cold:
         allowed = "cpu, with cold experts: beside a CUDA device they are not built"
         raise InvalidConfig("device", config.device, allowed)
@@ -189,6 +196,8 @@ def check_room(
     be had now."""
     needed = f"the pool takes {pool_bytes / 1e9:.3f} GB, the weights {weights_bytes / 1e9:.3f} GB"
     name = "kv_memory_gb" if config.num_pages is None else "num_pages"
+    if config.host_memory_gb is not None:
+        name = "host_memory_gb"
     if weights_bytes >= room.total_bytes:
         name = "model"
     value = str(config.model) if name == "model" else getattr(config, name)
@@ -216,11 +225,11 @@ def _bridge(
     shape: KvShape,
     memory: EngineMemory,
     metrics: EngineMetrics,
+    division: Redivision | None,
 ) -> Bridge:
+    """The bridge; and what moves host memory, where it is divided, has its pages from then on."""
     num_pages = memory.num_bytes // shape.page_bytes
-    # two steps ahead, so that a grant is there before it is needed; but most pages cache
-    ahead = 2 * -(-config.step_tokens // config.page_size) + config.max_running
-    low_water = min(ahead, max(1, num_pages // 4))
+    low_water = min(pages_ahead(config), max(1, num_pages // 4))  # most pages cache
     daemon, identity = None, b""
     if config.kvc2 is not None:
         model = placed.model
@@ -251,7 +260,14 @@ def _bridge(
         high_water=2 * low_water,
         load_timeout_s=config.load_timeout_s,
     )
-    return open_bridge(num_pages, settings, daemon, BridgeCounters(metrics))
+
+    def share(bridge: Bridge) -> None:
+        if division is not None and isinstance(memory, PoolMemory):
+            pages = HeldPages(bridge, memory, shape, num_pages)
+            pages.hold_first(num_pages - division.goal.pages)
+            placed.share(division, pages, num_pages)
+
+    return open_bridge(num_pages, settings, daemon, BridgeCounters(metrics), share)
 
 
 def run(config: EngineConfig) -> None:

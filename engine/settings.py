@@ -65,6 +65,14 @@ FOREIGN_SECTIONS = frozenset(
 )
 
 
+HOST_MEMORY = Flag(
+    "Host memory for KV and cold experts together, 10^9 bytes, without the daemon's arena. It "
+    "moves between both by what each saves; --kv-memory-gb or --expert-memory-gb fixes one.",
+    above(0),
+    shown="each as it is given",
+)
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """What `kvc2-engine serve` runs with. Raises InvalidConfig that names the field."""
@@ -118,6 +126,7 @@ class EngineConfig:
             shown="each as it is given",
         ),
     ] = None
+    host_memory_gb: Annotated[float | None, HOST_MEMORY] = None
     max_running: Annotated[int, Flag("Requests in a batch.", at_least(1))] = 16
     max_queued: Annotated[
         int, Flag("Requests at once, running ones included; more get 429.", at_least(1))
@@ -316,6 +325,16 @@ class EngineConfig:
         return self.served_model_name or self.model.resolve().name
 
 
+def experts_on_disk(config: EngineConfig) -> bool:
+    """Memory need not hold all of them."""
+    return config.expert_memory_gb is not None or config.host_memory_gb is not None
+
+
+def pages_ahead(config: EngineConfig) -> int:
+    """Of two steps, so that a grant of pages is there before it is needed."""
+    return 2 * -(-config.step_tokens // config.page_size) + config.max_running
+
+
 def _check_experts(config: EngineConfig) -> None:
     """The rules between flags of experts. Raises InvalidConfig."""
     if config.num_gpu_experts is not None and config.gpu_experts_ratio is not None:
@@ -329,11 +348,15 @@ def _check_experts(config: EngineConfig) -> None:
         mend = "needs --num-gpu-experts or --gpu-experts-ratio: else all are on the device"
         raise InvalidConfig("enable_dynamic_expert_update", True, mend)
     tokens = config.gpu_prefill_token_threshold
-    if tokens is not None and not config.places_experts and config.expert_memory_gb is None:
+    if tokens is not None and not config.places_experts and not experts_on_disk(config):
         mend = "needs --num-gpu-experts or --gpu-experts-ratio: else all are on the device"
         raise InvalidConfig("gpu_prefill_token_threshold", tokens, mend)
-    if config.expert_dtype not in ("auto", "bf16") and config.expert_memory_gb is not None:
-        mend = "is not read from disk: leave out --expert-memory-gb, or take bf16"
+    if config.host_memory_gb is not None and config.gpu_memory_gb is not None:
+        mend = "KV is the device's with --gpu-memory-gb: give --expert-memory-gb instead"
+        raise InvalidConfig("host_memory_gb", config.host_memory_gb, mend)
+    if config.expert_dtype not in ("auto", "bf16") and experts_on_disk(config):
+        by = "host" if config.expert_memory_gb is None else "expert"
+        mend = f"is not read from disk: leave out --{by}-memory-gb, or take bf16"
         raise InvalidConfig("expert_dtype", config.expert_dtype, mend)
     for field in ("init_expert_location", "expert_statistics"):
         path: Path | None = getattr(config, field)

@@ -126,7 +126,7 @@ FLOORS = {
         scores, turns
         experts, sequence, weights
         device, prefix, sampler
-        adjust, attention, grammar, identity, layers, text
+        adjust, attention, grammar, host_budget, identity, layers, text
         budget, config, demo_model, request
         asking, batch, digests, flood, kernels, memory, metrics, packed_file, settings
         choice, errors, extents, quantised, rate, spellings
@@ -156,7 +156,7 @@ FLOORS = {
         mixtral, qwen3_moe
         stack
         fused, placed
-        packed
+        host_memory, packed
         base
     """,
     "engine/attention": """

@@ -360,6 +360,11 @@ class PlacedExperts:
         self.hot = hot.copy()
 
     @property
+    def host(self) -> Source:
+        """Who has those that are cold, and all others too."""
+        return self._host
+
+    @property
     def numerics(self) -> str:
         """Of both executors, where they differ: then the sum depends on the placement. Else ""."""
         device, host = self._device.numerics, self._host.numerics

@@ -14,9 +14,11 @@ where p is how often a step of late used it. Not responsible for the device's ex
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from torch import Tensor
 from engine.experts.hybrid import Kernels, Place, Weights
 from engine.experts.reads import Part, Reader
 from engine.extents import Extent
+from engine.memory import give_up
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +133,8 @@ class Guesses:
 class ExpertStore:
     """As many experts in memory as `places`, of all layers. An Executor. One thread computes.
 
-    `guess(layer, x)`: ids that the layer will probably need for this input.
+    `guess(layer, x)`: ids that the layer will probably need for this input. `most`: as many as it
+    may grow to; what isn't used of that takes no memory.
     """
 
     numerics = ""  # those of any executor with the same kernels
@@ -141,6 +145,7 @@ class ExpertStore:
         places: int,
         kernels: Kernels,
         guess: Callable[[int, Tensor], Tensor] | None = None,
+        most: int | None = None,
     ) -> None:
         order = sorted(layers)
         self.layers = layers
@@ -149,8 +154,11 @@ class ExpertStore:
         self.hits = self.misses = self.late = 0  # late: a guess in time, but not read yet
         self._guesses = Guesses(dict(zip(order, [*order[1:], order[0]], strict=True)), guess)
         self._kernels = kernels
-        self._weights = layers[order[0]].weights(places)
+        most = most or places
+        self._weights = layers[order[0]].weights(most)
         self._free = list(range(places))
+        self._unused = list(range(most - 1, places - 1, -1))  # places that have no memory
+        self.wait_s = 0.0  # that layers waited for reads
         self._place_of: dict[Place, int] = {}
         self._coming: dict[Place, tuple[int, Future[None]]] = {}
         experts = len(layers[order[0]].experts)
@@ -178,6 +186,26 @@ class ExpertStore:
             else:
                 self._await(left)
 
+    @property
+    def places(self) -> int:
+        """That have memory."""
+        return self._weights.count - len(self._unused)
+
+    def resize(self, places: int) -> None:
+        """Between steps: memory for so many, at most as many as were asked for at first. Those that
+        have to go are the ones whose next use is expected last; while reads are under way, fewer
+        may go (`places` tells). Waits for nothing."""
+        while self.places < places:
+            self._free.append(self._unused.pop())
+        self._take_in(list(self._coming), left=set())
+        excess = self.places - places
+        if excess > 0:
+            self._evict(min(self.layers), excess - len(self._free), set(), 0.0)
+            for place in [self._free.pop() for _ in range(min(excess, len(self._free)))]:
+                for tensor in (self._weights.gate_up, self._weights.down):
+                    give_up(tensor[place])
+                self._unused.append(place)
+
     def copy(self, expert: Place, target: Weights, place: int) -> None:
         """To the device's memory; from any thread. Raises ExpertReadError."""
         self.read(expert, target, place).result()
@@ -190,11 +218,22 @@ class ExpertStore:
     def state(self) -> dict[str, float]:
         return {
             "memory_experts": len(self._place_of),
+            "memory_places": self.places,
             "memory_hits": self.hits,
             "memory_misses": self.misses,
             "memory_late": self.late,
             "guesses_right": round(self._guesses.right, 3),
             "read_bytes": self.reader.read_bytes,
+        }
+
+    def reads(self) -> dict[str, Any]:
+        """What layers needed, of that what they had to wait for, and how long; for a budget."""
+        missed = self.misses + self.late
+        needed = self.hits + missed
+        return {
+            "needed_experts": needed,
+            "missed_experts": missed,
+            "read_wait_s": self.wait_s,
         }
 
     def close(self) -> None:
@@ -247,7 +286,9 @@ class ExpertStore:
     def _await(self, left: set[Place]) -> None:
         """Until something has come: of `left`, or else whatever holds the place for it."""
         coming = [each for each in left if each in self._coming] or list(self._coming)
+        began = time.perf_counter()
         wait([self._coming[each][1] for each in coming], return_when=FIRST_COMPLETED)
+        self.wait_s += time.perf_counter() - began
         self._take_in(coming, left)
 
     def _take_in(self, coming: Iterable[Place], left: set[Place]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from engine.batch import Batch
-from engine.budget import Budget, Division, Measured, Sizes, decided, least_pages
+from engine.budget import GB, Budget, Division, Measured, Sizes, decided, least_pages
 from engine.config import ModelConfig
 from engine.experts import placement, statistics
 from engine.experts.deferral import DeferredExperts
@@ -36,10 +36,12 @@ from engine.experts.prefill import PrefillStream
 from engine.experts.router import Routing
 from engine.experts.statistics import Counts, Statistics
 from engine.experts.store import ExpertStore, StoredExperts
+from engine.host_budget import HostSizes, Redivision, divide, given, most_pages
 from engine.kernels import Choices, workbench_of
 from engine.models.base import Model
+from engine.models.host_memory import HostMemory, Pages
 from engine.models.packed import expert_bytes
-from engine.settings import EngineConfig
+from engine.settings import EngineConfig, experts_on_disk, pages_ahead
 from kvc2.errors import InvalidConfig
 
 PLACES_MIN = 8  # of experts in memory: reads need some while others compute
@@ -84,11 +86,15 @@ class BetweenSteps:
     compute: Compute
     experts: PlacedExperts
     deferred: DeferredExperts | None
+    host_memory: Callable[[], HostMemory | None]
 
     def step(self, batch: Batch, layer_ready: Callable[[int], None] | None = None) -> Tensor:
         if self.deferred is not None:
             self.deferred.drop()
-        self.experts.between_steps(time.monotonic())
+        now = time.monotonic()
+        self.experts.between_steps(now)
+        if (memory := self.host_memory()) is not None:
+            memory.turn(now)
         return self.compute.step(batch, layer_ready)
 
 
@@ -96,7 +102,8 @@ class PlacedModel:
     """A model, what was chosen of its experts, and where they lie. `experts`: None where all are on
     the device. Raises InvalidConfig for a file of counts that isn't this model's."""
 
-    def __init__(self, config: EngineConfig, model: Model) -> None:
+    def __init__(self, config: EngineConfig, model: Model, most_stored: int | None = None) -> None:
+        """`most_stored`: experts that memory may be asked to hold later on."""
         c = model.config
         shape = (c.num_layers, c.num_experts)
         self._file = config.expert_statistics
@@ -104,6 +111,7 @@ class PlacedModel:
         self.statistics = Statistics(*shape)
         self.experts: PlacedExperts | None = None
         self.budget: Budget | None = None
+        self.host_memory: HostMemory | None = None
         self.traffic: Callable[[], Measured] = Measured  # of this run, without the experts' part
         self._earlier = Measured()
         if self._file is not None:
@@ -114,8 +122,9 @@ class PlacedModel:
         if config.init_expert_location is not None:
             known = statistics.load("init_expert_location", config.init_expert_location, *shape)
         late, split = _deferred(config, c), config.expert_nodes > 1
-        if config.places_experts or config.expert_memory_gb is not None or late or split:
-            self.experts = place_experts(config, c, moe_layers(model), known, self.statistics)
+        if config.places_experts or experts_on_disk(config) or late or split:
+            layers = moe_layers(model)
+            self.experts = place_experts(config, c, layers, known, self.statistics, most_stored)
         self._deferred = DeferredExperts(self.experts, late) if self.experts and late else None
         self.model = _with_experts(model, self._layer)
 
@@ -123,7 +132,18 @@ class PlacedModel:
         """The runner, before whose steps experts move."""
         if self.experts is None:
             return runner
-        return BetweenSteps(runner, self.experts, self._deferred)
+        return BetweenSteps(runner, self.experts, self._deferred, lambda: self.host_memory)
+
+    def share(self, division: Redivision, pages: Pages, num_pages: int) -> None:
+        """From now on host memory moves between the experts on disk and the pages of a pool."""
+        experts = self.experts
+        if experts is None or not isinstance(experts.host, ExpertStore):
+            raise RuntimeError("what is shared with KV must be a store's memory")
+
+        def shown() -> tuple[Counts, Measured]:
+            return self.statistics.counts * ~experts.hot, self.measured()
+
+        self.host_memory = HostMemory(division, experts.host, pages, num_pages, shown)
 
     def save(self) -> str | None:
         """Keeps the counts in their file, whose name is returned; None without one. Raises
@@ -136,6 +156,8 @@ class PlacedModel:
 
     def close(self) -> None:
         """After the last step."""
+        if self.host_memory is not None:
+            self.host_memory.close()
         if self.experts is not None:
             self.experts.close()
         try:
@@ -154,6 +176,8 @@ class PlacedModel:
         }
         if self.budget is not None:
             told["budget"] = self.budget.told(counts, self.measured())
+        if self.host_memory is not None:
+            told["host_budget"] = self.host_memory.told()
         return told | (self.experts.state() if self.experts is not None else {})
 
     @property
@@ -166,6 +190,8 @@ class PlacedModel:
         now = self.traffic()
         if self.experts is not None:
             now = replace(now, **asdict(self.experts.spent))
+            if isinstance(self.experts.host, ExpertStore):
+                now = replace(now, **self.experts.host.reads())
         return self._earlier.plus(now)
 
     def _layer(self, index: int, moe: MoeLayer) -> Callable[[Tensor, Routing], Tensor]:
@@ -215,6 +241,55 @@ def budgeted(
     return config, Budget(config.gpu_memory_gb, least_pages(config), sizes, division)
 
 
+def divided(
+    config: EngineConfig, model: ModelConfig, page_bytes: int
+) -> tuple[EngineConfig, Redivision | None]:
+    """The settings with --host-memory-gb divided, by what is kept of earlier runs: the pool's pages
+    are as many as there may ever be. Raises InvalidConfig."""
+    if config.host_memory_gb is None:
+        return config, None
+    total, c = round(config.host_memory_gb * GB), model
+    each = 3 * c.expert_size * c.hidden_size * c.dtype.itemsize
+    all_experts = sum(c.moe_layers) * c.num_experts
+    least = min(all_experts, least_stored(c))
+    sizes = HostSizes(
+        each, all_experts, least, page_bytes, config.page_size, 4 * pages_ahead(config)
+    )
+    pages = config.num_pages
+    if pages is None and config.kv_memory_gb is not None:
+        pages = config.kv_bytes // page_bytes
+    experts = None
+    if config.expert_memory_gb is not None:
+        experts = min(all_experts, round(config.expert_memory_gb * GB) // each)
+    if pages is None and experts is None:
+        known, counts = config.expert_statistics, np.zeros((c.num_layers, c.num_experts))
+        measured = Measured()
+        if known is not None and known.exists():
+            counts = statistics.load("expert_statistics", known, *counts.shape)
+            measured = measured_in(known)
+        division, num_pages = divide(total, sizes, counts, measured), most_pages(total, sizes)
+    else:
+        division = given(total, sizes, pages, experts)
+        num_pages = division.pages
+    memory_gb = division.experts * each / GB
+    config = replace(config, num_pages=num_pages, expert_memory_gb=memory_gb)
+    return config, Redivision(total, sizes, division, time.monotonic())
+
+
+def most_stored(division: Redivision | None) -> int | None:
+    """Experts that memory may hold at most, under this division."""
+    if division is None or division.fixed:
+        return None
+    sizes = division.sizes
+    room = division.total_bytes - sizes.least_pages * sizes.page_bytes
+    return min(sizes.total, room // sizes.expert_bytes)
+
+
+def least_stored(model: ModelConfig) -> int:
+    """Experts in memory without which nothing can be computed."""
+    return max(PLACES_MIN, model.experts_per_token)
+
+
 def _deferred(config: EngineConfig, model: ModelConfig) -> int:
     """Choices of a token that are late. Raises InvalidConfig where none would be left."""
     deferred, chosen = config.max_deferred_experts_per_token, model.experts_per_token
@@ -230,10 +305,11 @@ def place_experts(
     layers: Mapping[int, MoeLayer],
     counts: Counts,
     seen: Statistics,
+    most_stored: int | None = None,
 ) -> PlacedExperts:
     """The experts of these layers, those of the strategy on the device: what they hold is the
-    host's. `counts`: what is known beforehand; `seen`: what the steps choose. Raises
-    InvalidConfig."""
+    host's. `counts`: what is known beforehand; `seen`: what the steps choose; `most_stored`: as
+    PlacedModel has it. Raises InvalidConfig."""
     per_layer, ratio = config.num_gpu_experts, config.gpu_experts_ratio
     if not config.places_experts:
         per_layer = 0  # what is loaded stays where it is
@@ -242,7 +318,7 @@ def place_experts(
     moves = config.enable_dynamic_expert_update and 0 < hot < room.total
     threads = _threads(config, room)
     nodes = Nodes(config.expert_nodes) if config.expert_nodes > 1 else None
-    host = _host(config, model, layers, _kernels(nodes, threads.host))
+    host = _host(config, model, layers, _kernels(nodes, threads.host), most_stored)
     if nodes is not None:
         _split(config, host, nodes)
     on_device = _kernels(nodes, threads.device)
@@ -314,7 +390,11 @@ def moe_layers(model: Model) -> dict[int, MoeLayer]:
 
 
 def _host(
-    config: EngineConfig, model: ModelConfig, layers: Mapping[int, MoeLayer], kernels: Kernels
+    config: EngineConfig,
+    model: ModelConfig,
+    layers: Mapping[int, MoeLayer],
+    kernels: Kernels,
+    most_stored: int | None,
 ) -> HostExecutor | ExpertStore:
     """All experts as they were loaded, or as many as --expert-memory-gb holds."""
     stored = {i: moe.experts for i, moe in layers.items() if isinstance(moe.experts, StoredExperts)}
@@ -326,8 +406,8 @@ def _host(
         }
         return HostExecutor(loaded, kernels)
     each = stored[min(stored)].expert_bytes
-    places = int((config.expert_memory_gb or 0) * 1e9) // each
-    least = max(PLACES_MIN, model.experts_per_token)
+    places = round((config.expert_memory_gb or 0) * 1e9) // each
+    least = least_stored(model)
     if places < least:
         mend = f"an expert has {each} bytes, and memory for {least} is the least"
         raise InvalidConfig("expert_memory_gb", config.expert_memory_gb, mend)
@@ -336,7 +416,7 @@ def _host(
     def guess(layer: int, x: Tensor) -> Tensor:
         return layers[layer].router(x).expert_ids
 
-    return ExpertStore(stored, places, kernels, guess)
+    return ExpertStore(stored, places, kernels, guess, most_stored)
 
 
 def _with_experts(

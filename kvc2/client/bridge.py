@@ -288,11 +288,13 @@ def open_bridge(
     config: BridgeConfig,
     daemon: Daemon | None = None,
     counters: Counters = NO_COUNTERS,
+    prepare: Callable[[Bridge], None] = lambda _: None,
 ) -> Bridge:
     """A bridge over a pool of so many pages, on threads of its own; attached to the daemon if there
-    is one."""
+    is one. `prepare` is called before that: pages taken then were never the daemon's."""
     address = None if daemon is None else daemon.address
     bridge = Bridge(PageBook(num_pages), config, counters=counters, address=address)
+    prepare(bridge)
     if daemon is not None:
         bridge.connect(
             daemon.client,

@@ -63,6 +63,15 @@ class PoolMemory:
             self._mmap.madvise(mmap.MADV_HUGEPAGE)
         self.map = memoryview(self._mmap)
 
+    def give_up(self, begin: int, num_bytes: int) -> None:
+        """The host has these bytes' whole pages back until somebody writes there again: what they
+        held is lost. Nothing where the system refuses."""
+        first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        whole = (begin + num_bytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        if whole > 0:
+            with suppress(OSError):
+                self._mmap.madvise(mmap.MADV_REMOVE, first, whole)
+
     def close(self) -> None:
         """BufferError while an array still lies over it."""
         self.map.release()

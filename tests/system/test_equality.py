@@ -297,6 +297,29 @@ def test_under_load_a_hit_gives_the_tokens_that_any_placement_gives(
         assert other.stop() == 0
 
 
+def test_host_memory_that_moves_between_kv_and_experts_changes_no_token(
+    model: Path, engine: EngineProcess, daemon: DaemonProcess, truth: Truth, tmp_path: Path
+) -> None:
+    """Four prompts at once need more pages than KV has at first: experts give them up. Hits are
+    those of any other engine."""
+    prompts = [prompt(460, seed) for seed in (80, 81, 82, 83)]
+    wanted = [truth(tokens, 12) for tokens in prompts]
+    flags = ("--kvc2", daemon.address, *FLAGS[2:], "--host-memory-gb", "0.002")
+    with EngineProcess(model, tmp_path / "log", *flags) as other:
+        other.wait_attached()
+        engine.complete(prompts[0])
+        daemon.make_durable()
+        for _ in range(3):
+            with ThreadPoolExecutor(4) as pool:
+                answers = list(pool.map(lambda tokens: other.complete(tokens, 12), prompts))
+            assert [each.tokens for each in answers] == wanted
+            now = ask(other.url, "", "experts")["host_budget"]["now"]
+            assert now["experts_gb"] + now["kv_gb"] <= 0.0021  # each is rounded
+            daemon.empty("gpu")
+        assert other.metric("kvc2_engine_matched_tokens_total", tier="cpu") >= 448
+        assert other.stop() == 0
+
+
 def test_what_deferral_computed_is_no_hit_for_who_does_not_defer(
     model: Path, engine: EngineProcess, daemon: DaemonProcess, truth: Truth, tmp_path: Path
 ) -> None:
