@@ -1,8 +1,9 @@
 """Decides what each step computes: first come, first served, continuous batching, chunked prefill.
 
-Laws: a chunk ends at a multiple of chunk_size counted from token 0, or at the prompt's end, so
-that the same tokens are computed in the same pieces whoever else is there. Decodes go first, then
-prefills by their tenants' turns (turns) and arrival, within the token budget. When pages run out,
+Laws: a chunk ends at a multiple of chunk_size counted from token 0, or at the prompt's end; in a
+step that decodes too, of mixed_chunk_size, and no more is prefilled there, so that a long prompt
+doesn't hold up what others read. Decodes go first, then prefills by their tenants' turns (turns)
+and arrival, within the token budget. When pages run out,
 the youngest gives its pages up and is computed again later; the oldest always advances. A prompt
 whose next tokens another request computes now waits for those commits, for a bounded time, and then
 hits them. Not responsible for pages and the daemon (prefix), its thread (worker), or HTTP.
@@ -40,12 +41,14 @@ class Compute(Protocol):
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """`token_budget`: tokens a step computes at most. `starve_s`: how long a request that is alone
-    may wait for pages that a silent daemon holds, before it fails."""
+    """`token_budget`: tokens a step computes at most. `mixed_chunk_size`: tokens that a step with
+    decodes prefills at most. `starve_s`: how long a request that is alone may wait for pages that a
+    silent daemon holds, before it fails."""
 
     chunk_size: int
     token_budget: int
     max_running: int
+    mixed_chunk_size: int = 64
     starve_s: float = 30.0
 
 
@@ -151,14 +154,17 @@ class Scheduler:
 
     def _plan(self) -> list[Work]:
         """Decodes first, then chunks by turns, as far as budget and pages go."""
-        budget = self.config.token_budget
+        budget, chunk = self.config.token_budget, self.config.chunk_size
         work: list[Work] = []
         for decoding in (True, False):
             found = [s for s in self._running if s.decoding is decoding]
+            if work:
+                chunk = min(chunk, self.config.mixed_chunk_size)
+                budget = min(budget, chunk)
             for sequence in found if decoding else self._admission.turns.sorted(found, ()):
                 if sequence not in self._running:  # an older one took its pages meanwhile
                     continue
-                count = self._next_count(sequence)
+                count = self._next_count(sequence, chunk)
                 if count > budget:  # nobody overtakes it, so that it isn't starved
                     break
                 if self._make_room(sequence, count):
@@ -166,8 +172,7 @@ class Scheduler:
                     budget -= count
         return [w for w in work if w.sequence in self._running]
 
-    def _next_count(self, sequence: Sequence) -> int:
-        chunk = self.config.chunk_size
+    def _next_count(self, sequence: Sequence, chunk: int) -> int:
         end = min(len(sequence.tokens), (sequence.computed // chunk + 1) * chunk)
         return end - sequence.computed
 
@@ -303,8 +308,8 @@ class Scheduler:
 
     def _pages_soon(self) -> int:
         """Pages that the next step's chunks need, to be granted with this step's commits."""
-        size = self.bridge.config.page_size
-        return sum(-(-self._next_count(s) // size) for s in self._running if not s.decoding)
+        size, chunk = self.bridge.config.page_size, self.config.chunk_size
+        return sum(-(-self._next_count(s, chunk) // size) for s in self._running if not s.decoding)
 
     def _next_token(self, sequence: Sequence, chosen: int | Exception, logits: Tensor) -> None:
         """What fails on one row ends this request and no other."""

@@ -116,7 +116,9 @@ def assemble(config: EngineConfig) -> Engine:
     bridge = _bridge(config, placed, shape, memory, metrics, division)
     pool = KvPool(shape, num_pages, device.over(memory), side_by_side=device.side_by_side)
     scheduler = Scheduler(
-        SchedulerConfig(config.chunk_size, config.step_tokens, config.max_running),
+        SchedulerConfig(
+            config.chunk_size, config.step_tokens, config.max_running, config.mixed_chunk_size
+        ),
         bridge=bridge,
         compute=placed.compute(Runner(placed.model, pool)),
         metrics=metrics,

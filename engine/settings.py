@@ -108,6 +108,9 @@ class EngineConfig:
     chunk_size: Annotated[
         int, Flag("Tokens of a prefill chunk, a multiple of the page size.", at_least(1))
     ] = 256
+    mixed_chunk_size: Annotated[
+        int, Flag("Tokens that a step with decodes prefills at most.", at_least(1))
+    ] = 64
     num_pages: Annotated[
         int | None, Flag("Pages of the KV pool.", at_least(2), shown="what --kv-memory-gb holds")
     ] = None

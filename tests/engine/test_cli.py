@@ -63,6 +63,7 @@ def test_flags_go_over_the_file(tmp_path: Path) -> None:
         ({"max_body_mb": float("inf")}, "max_body_mb"),
         ({"load_timeout_s": -1.0}, "load_timeout_s"),
         ({"token_budget": 256}, "token_budget"),
+        ({"mixed_chunk_size": 0}, "mixed_chunk_size"),
         ({"host": "0.0.0.0"}, "host"),
         ({"num_gpu_experts": -1}, "num_gpu_experts"),
         ({"gpu_experts_ratio": 1.5}, "gpu_experts_ratio"),

@@ -61,6 +61,32 @@ def test_decodes_go_first_and_the_budget_holds() -> None:
     )
 
 
+def test_beside_decodes_little_is_prefilled_and_on_its_own_grid() -> None:
+    config = SchedulerConfig(chunk_size=16, token_budget=20, max_running=4, mixed_chunk_size=4)
+    house = build(64, config=config)
+    talks = house.ask(prompt(3), 12)
+    house.step(2)
+    asked = [house.ask(prompt(42, seed), 1) for seed in (1, 2)]
+    house.model.batches.clear()
+    mixed = alone = 0
+    while not house.scheduler.idle:
+        house.step()
+    for batch in house.model.batches:
+        chunks = [int(n) for n in batch.query_lens if n > 1]
+        ends = [int(c) for c, n in zip(batch.context_lens, batch.query_lens, strict=True) if n > 1]
+        beside = 1 in batch.query_lens.tolist() and sum(chunks) > 0
+        mixed += beside
+        alone += not beside and bool(chunks)
+        grid = 4 if beside else 16
+        assert sum(chunks) <= (4 if beside else 20)
+        assert all(end % grid == 0 or end == 42 for end in ends)
+    assert mixed > 5
+    assert alone > 0
+    for each in (talks, *asked):
+        assert each.tokens == expected_tokens(each.request.tokens.tolist(), len(each.tokens))
+        assert each.finish == "length"
+
+
 def test_first_come_is_first_served() -> None:
     house = build(64, config=SchedulerConfig(chunk_size=8, token_budget=8, max_running=1))
     asked = [house.ask(prompt(9, seed), 2) for seed in range(4)]
