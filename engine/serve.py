@@ -78,6 +78,11 @@ class Engine:
     experts: PlacedModel
 
 
+def _steps(config: EngineConfig) -> SchedulerConfig:
+    chunk, mixed = config.chunk_size, config.mixed_chunk_size
+    return SchedulerConfig(chunk, config.step_tokens, config.max_running, mixed)
+
+
 def assemble(config: EngineConfig) -> Engine:
     """Load the model, make the pool and connect the parts. Takes as long as reading the weights."""
     device = chosen(config.device)
@@ -116,9 +121,7 @@ def assemble(config: EngineConfig) -> Engine:
     bridge = _bridge(config, placed, shape, memory, metrics, division)
     pool = KvPool(shape, num_pages, device.over(memory), side_by_side=device.side_by_side)
     scheduler = Scheduler(
-        SchedulerConfig(
-            config.chunk_size, config.step_tokens, config.max_running, config.mixed_chunk_size
-        ),
+        _steps(config),
         bridge=bridge,
         compute=placed.compute(Runner(placed.model, pool)),
         metrics=metrics,
