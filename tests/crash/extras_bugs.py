@@ -25,7 +25,7 @@ BUGS = (
     bug("what comes over the wire has no extras", COPIED, "self._pages[:1], extras)",
         "self._pages[:1])"),
     bug("a copy that comes again has no extras", COPIED, "held, blocks.extras)", "held)"),
-    bug("a pin is of every image", PINS, "            extras=extras,\n", ""),
+    bug("a pin is of every image", PINS, "**how, extras=extras)", "**how)"),
     bug("an unpin is of no image", PINS, "pool, asked.tokens, extras)", "pool, asked.tokens)"),
     bug("a bridge's commits have no extras", BRIDGE, "new, pages, begun)", "new, pages)"),
     bug("a restart forgets extras", RESTART,
