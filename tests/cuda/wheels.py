@@ -3,7 +3,8 @@
     python -m tests.cuda.wheels DIR [--python 3.12]
 
 What `kvc2`, its engine, the extra `cuda` and the checks ask for, but torch and what torch brings
-with it; for x86-64, as many bytes as it prints. There: `pip install --no-index --find-links DIR`.
+with it; for x86-64 and glibc 2.31 or later, which llguidance asks for; as many bytes as it prints.
+There: `pip install --no-index --find-links DIR`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ CHECKS = ("pytest", "httpx", "psutil", "openai", "pytest-timeout", "pytest-xdist
 # flashinfer asks for compilers of kernels that we don't use; it imports and attends with these
 # (0.6.13 and 0.7.4). 0.6.13 is the last small one, and the last with prebuilt kernels.
 FLASHINFER = "flashinfer-python==0.6.13"
+PLATFORMS = ("manylinux_2_31", "manylinux_2_28", "manylinux2014")
 FOR_FLASHINFER = ("apache-tvm-ffi", "einops", "tabulate", "requests", "tqdm", "packaging", "ninja")
 
 
@@ -42,8 +44,8 @@ def name_of(requirement: str) -> str:
 
 
 def download(folder: Path, python: str, *words: str) -> None:
-    platform = ["--only-binary", ":all:", "--platform", "manylinux_2_28_x86_64"]
-    platform += ["--platform", "manylinux2014_x86_64", "--python-version", python]
+    platform = ["--only-binary", ":all:", "--python-version", python]
+    platform += [word for tag in PLATFORMS for word in ("--platform", f"{tag}_x86_64")]
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(folder)]
     subprocess.run([*pip, *platform, "-c", str(ROOT / "constraints.txt"), *words], check=True)
 
