@@ -162,8 +162,8 @@ def test_an_engine_outlives_its_daemon_and_attaches_to_the_next(
 def test_without_a_driver_the_daemon_says_so_and_refuses_devices_by_name(
     model: Path, tmp_path: Path, truth: Truth
 ) -> None:
-    if REAL:
-        pytest.skip("a real driver is there")
+    if "KVC2_DRIVER" in os.environ:
+        pytest.skip("the check finds a driver wherever it looks, a real or the hostile one")
     with DaemonProcess(tmp_path) as daemon:
         wait_until(lambda: " cuda " in daemon.log.read_text())
         assert "libcuda.so.1" in daemon.log.read_text()
