@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from http import HTTPStatus
 from typing import Any
 
 import h11
@@ -138,10 +139,19 @@ class Connection(H11Protocol):
     def _refuse(self) -> None:
         """Tell 408, unless nothing was asked or an answer has begun, and close."""
         asked = bool(self.conn.trailing_data[0]) or self.phase is Phase.body
-        if asked and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            text = f"the rest of the request did not come in time ({self.phase.value})"
-            body = json.dumps(ApiError(408, text, code="request_timeout").body()).encode()
-            self.transport.write(_whole_response(self.conn, 408, body))
+        text = f"the rest of the request did not come in time ({self.phase.value})"
+        self._end(ApiError(408, text, code="request_timeout") if asked else None)
+
+    def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP, or a body is none (uvicorn calls it, and has logged why)."""
+        text = "what came is not a whole HTTP/1.1 request: its line, a header or its body's framing"
+        self._end(ApiError(400, text, code="invalid_http"))
+
+    def _end(self, error: ApiError | None) -> None:
+        """Tell it, unless an answer has begun, and close."""
+        if error is not None and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = json.dumps(error.body()).encode()
+            self.transport.write(_whole_response(self.conn, error.status, body))
         if self.cycle is not None:  # the application learns that nobody waits any more
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -154,8 +164,9 @@ def _whole_response(conn: h11.Connection, status: int, body: bytes) -> bytes:
         ("content-length", str(len(body))),
         ("connection", "close"),
     ]
+    reason = HTTPStatus(status).phrase.encode()
     events = (
-        h11.Response(status_code=status, headers=headers, reason=b"Request Timeout"),
+        h11.Response(status_code=status, headers=headers, reason=reason),
         h11.Data(data=body),
         h11.EndOfMessage(),
     )

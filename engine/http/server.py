@@ -52,7 +52,7 @@ class Server(uvicorn.Server):
     ) -> None:
         super().__init__(
             uvicorn.Config(
-                without_hang_ups(app),
+                without_smuggling(without_hang_ups(app)),
                 http="h11",
                 ws="none",
                 log_config=None,  # its lines go where all of this process go
@@ -155,19 +155,35 @@ def only_spare_paths(app: ASGIApp) -> ASGIApp:
     """`app` for SPARE_PATHS, 503 for all others; the connection ends with the answer."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        async def closing(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
-            await send(message)
-
         if scope["path"] in SPARE_PATHS:
-            await app(scope, receive, closing)
+            await app(scope, receive, _closing(send))
         else:
             text = "all connections are in use; try again later"
             error = ApiError(503, text, code="too_many_connections")
-            await error.response()(scope, receive, closing)
+            await error.response()(scope, receive, _closing(send))
 
     return answer
+
+
+def without_smuggling(app: ASGIApp) -> ASGIApp:
+    """`app`; the connection ends with the answer to a request that says its body's end in two ways.
+    Another server on the way may have read the other one (RFC 9112, 6.1)."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        names = {name for name, _ in scope.get("headers", ())}
+        both = {b"content-length", b"transfer-encoding"} <= names
+        await app(scope, receive, _closing(send) if both else send)
+
+    return answer
+
+
+def _closing(send: Send) -> Send:
+    async def closing(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+        await send(message)
+
+    return closing
 
 
 def fit_descriptors(max_connections: int) -> int:

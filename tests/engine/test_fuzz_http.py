@@ -1,5 +1,5 @@
 """No body is a 5xx, whatever interface it is sent to: valid ones with parts changed, dropped, put
-elsewhere, and what is no JSON. Framing of HTTP itself is tests/system/test_fuzz.py's."""
+elsewhere, and what is no JSON. Framing of HTTP itself is tests/system/test_framing.py's."""
 
 from __future__ import annotations
 
