@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import admission, large_checkpoint, replayers, report, tier_hits
+from benchmarks import admission, large_checkpoint, replayers, report, tier_hits, ttft
 from benchmarks.equality import bf16_step, compare
+from benchmarks.processes import Process
 from engine.config import ModelConfig
 from engine.models import build_model, load_model
 from engine.models.placed import moe_layers
@@ -177,3 +180,26 @@ def test_a_large_checkpoint_is_one_that_loads_and_can_be_mapped(tmp_path: Path) 
     for layer, mean in large_checkpoint.router_inputs(source).items():  # no expert has the most
         pull = whole[layer].router.weight.float() @ mean
         assert float(pull.abs().max()) < 0.02 * float(mean.norm())
+
+
+def test_what_a_daemon_costs_is_told_of_each_pair_in_time_and_in_processor_time() -> None:
+    samples = {
+        ttft.COLD: [100.0, 220.0, 300.0],
+        ttft.ALONE: [100.0, 200.0, 400.0],
+        ttft.COLD_CPU: [101.0, 50.0, 306.0],
+        ttft.ALONE_CPU: [100.0, 50.0, 300.0],
+    }
+    wall, processor = ttft.rows_of("1k", samples)
+    assert (wall.case, wall.ours) == ("overhead_1k_no_hits", 0.0)
+    assert wall.spread == pytest.approx((-25.0, 10.0))
+    assert processor.case == "overhead_1k_no_hits_cpu"
+    assert processor.ours == pytest.approx(1.0)
+    assert processor.spread == pytest.approx((0.0, 2.0))
+
+
+def test_a_process_tells_what_it_has_had_of_the_processors(tmp_path: Path) -> None:
+    work = "import time\nwhile time.process_time() < 0.05: pass\nprint('did')\ntime.sleep(60)"
+    process = Process("worker (a)", [sys.executable, "-c", work], tmp_path)
+    process.wait_until(lambda: "did" in process.log.read_text(), "work")
+    assert 0.05 - 2 / os.sysconf("SC_CLK_TCK") <= process.cpu_s() < 60
+    process.stop()
