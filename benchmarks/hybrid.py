@@ -2,7 +2,8 @@
 
 By ratio: 4 layers of 64 experts (1024 x 512, bf16, 8 a token) with random weights, chosen by
 `benchmarks.routings`, the most chosen hot; the CPU plays the device, at equal threads in all. So
-nothing is gained by a hot expert here: the rows show what dividing a layer costs.
+nothing is gained by a hot expert here: the rows show what dividing a layer costs. Pauses: how long
+steps stand still while topics change and experts move.
 
 Timeline: two cores can't show two computations side by side. A device and a bus are declared
 instead: they do the work, and answer when such a device would, which is later than this CPU is
@@ -160,6 +161,50 @@ def counting(tokens: Tokens, experts: PlacedExperts, sizes: Sizes, repeats: int)
             statistics.record(layer, routing.expert_ids)
         samples.append(100 * (time.perf_counter() - computed) / (computed - began))
     return report.row("counting choices, of a decode's experts", "%", "lower", samples[1:])
+
+
+def pauses(threads: int, repeats: int) -> list[report.Row]:
+    """The longest time that steps stood still between two of them, of 400 in which topics change
+    and experts move, ms: on the clock, and on a CPU, which other processes don't lengthen."""
+    sizes = Sizes(4, 64, 1024, 512)
+    weights, text = sizes.weights(), Text(SEED, Shape(layers=sizes.layers))
+    clock, cpu, moved = [], [], 0
+    for _ in range(repeats):
+        statistics = Statistics(sizes.layers, sizes.experts)
+        hot = sizes.layers * sizes.experts // 4
+        room = Room((True,) * sizes.layers, sizes.experts, hot)
+        host = HostExecutor(weights, Choices(workbench_of(threads)))
+        places = weights[0].weights(hot + SPARE_PLACES)
+        shape = sizes.layers, sizes.experts
+        device = DeviceExecutor(places, shape, Choices(workbench_of(1)))
+        sums = Choices(workbench_of(1))
+        made = PlacedExperts(host, device, sums, statistics=statistics, chosen=sizes.chosen)
+        known = text.profile((0,))
+        made.fill(best(known, room))
+        made.follow(DynamicPlacement(room, made.hot, known, Pace(1000.0)))
+        took = []
+        for at in range(400):
+            began = time.perf_counter(), time.thread_time()
+            made.between_steps(began[0])
+            took.append((time.perf_counter() - began[0], time.thread_time() - began[1]))
+            document = text.document(at // 100)
+            chosen = [np.flatnonzero(row) for row in text.choose(document, 1)]
+            for layer, row in enumerate(chosen):
+                ids = torch.from_numpy(row.copy()).view(1, -1)
+                statistics.record(layer, ids)
+                weighed = Routing(ids, torch.full(ids.shape, 1 / sizes.chosen))
+                made.compute(layer, torch.randn(1, sizes.hidden).to(torch.bfloat16), weighed)
+        moved += made.state()["exchanges"]
+        made.close()
+        clock.append(1e3 * max(each for each, _ in took))
+        cpu.append(1e3 * max(each for _, each in took))
+    if not moved:
+        raise SystemExit("no expert moved")
+    name = f"longest pause between steps, {moved // repeats} experts moved"
+    return [
+        report.row(name, "ms", "lower", clock, goal="5"),
+        report.row(f"{name}, CPU time", "ms", "lower", cpu, goal="5"),
+    ]
 
 
 # ---- the timeline ----
@@ -349,10 +394,12 @@ def crossing(sizes: Sizes, declared: Declared, repeats: int) -> list[report.Row]
 def main() -> None:
     parser = report.parser(__doc__ or "")
     parser.add_argument("--threads", type=int, default=2, help="in all (%(default)s)")
-    parser.add_argument("--only", choices=("ratio", "timeline"), help="one half of it")
+    parts_of = ("ratio", "pauses", "timeline")
+    parser.add_argument("--only", choices=parts_of, help="one part of it")
     options = parser.parse_args()
     parts: dict[str, Callable[[], list[report.Row]]] = {
         "ratio": lambda: by_ratio(options.threads, options.repeats),
+        "pauses": lambda: pauses(options.threads, options.repeats),
         "timeline": lambda: timelines(options.repeats),
     }
     wanted = [options.only] if options.only else list(parts)

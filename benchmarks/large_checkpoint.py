@@ -2,8 +2,9 @@
 
 The embedded model with --experts a layer instead of 8: the same embeddings and attention, experts
 that are its own times random factors, and random routers, orthogonal to the mean of what they see
-(else nearly all tokens choose the same few, and what is used of the file fits in memory). What the
-most chosen quarter serves is printed: OLMoE's is 52 % (benchmarks.routings). 51 of them are 8.2 GB.
+(else nearly all tokens choose the same few, and what is used of the file fits in memory, which
+--plain-routers shows). What the most chosen quarter serves is printed: OLMoE's is 52 %
+(benchmarks.routings). 51 of them are 8.2 GB.
 
 Each way runs in a memory cgroup (v1) of --limit-gb: ours, `serve --expert-memory-gb`; peer, experts
 computed in place on the mapped checkpoint by the page cache, which is what llama.cpp does. Both
@@ -51,9 +52,9 @@ TOKENS = 48
 # ---- the checkpoint ----
 
 
-def write(source: Path, target: Path, experts: int) -> None:
+def write(source: Path, target: Path, experts: int, *, plain_routers: bool = False) -> None:
     """A directory of one safetensors file, whose experts lie as a mapping computes on them: of each
-    layer gate and up of all experts by turns, then down of all."""
+    layer gate and up of all experts by turns, then down of all. plain_routers: merely random."""
     target.mkdir(parents=True)
     for path in source.iterdir():
         if path.suffix == ".json" and path.name not in ("config.json", demo_model.MARKER):
@@ -65,6 +66,8 @@ def write(source: Path, target: Path, experts: int) -> None:
     config["num_local_experts"] = experts
     (target / "config.json").write_text(json.dumps(config))
     means = router_inputs(source)
+    if plain_routers:
+        means = {layer: torch.zeros_like(mean) for layer, mean in means.items()}
     layers = [
         _Layer(source, config, layer, experts, means[layer])
         for layer in range(config["num_hidden_layers"])
@@ -94,7 +97,7 @@ class _Layer:
     def __init__(
         self, source: Path, config: Mapping[str, Any], layer: int, experts: int, mean: Tensor
     ) -> None:
-        self._mean = mean / mean.norm()
+        self._mean = mean / mean.norm().clamp(min=1e-12)  # zeros stay: nothing is taken away
         self._source, self._experts, self._layer = source, experts, layer
         self._of_source = demo_model.RECIPE.experts
         hidden, size = config["hidden_size"], config["intermediate_size"]
@@ -240,7 +243,7 @@ def _mapped(model: Path) -> Any:
 
     whole = np.memmap(model / "model.safetensors", np.uint8, "c")
 
-    def host(config: Any, _: Any, layers: Any, kernels: Any) -> HostExecutor:
+    def host(config: Any, _: Any, layers: Any, kernels: Any, *most: Any) -> HostExecutor:
         found = {}
         for index, moe in layers.items():
             stored = moe.experts
@@ -308,18 +311,21 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=51, help="a layer (%(default)s)")
     parser.add_argument("--limit-gb", type=float, default=3.0, help="of memory (%(default)s)")
     parser.add_argument("--expert-gb", type=float, default=2.3, help="of it (%(default)s)")
+    plain = "merely random: most tokens choose the same few experts"
+    parser.add_argument("--plain-routers", action="store_true", help=plain)
     parser.add_argument("--keep", action="store_true", help="leave the checkpoint there")
     parser.add_argument("--one", choices=("ours", "mmap"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one is not None:
         print(json.dumps(serve_once(options.one, options.folder, options.expert_gb)))
         return
-    model = options.folder / f"demo-{options.experts}"
+    kind = "-plain" if options.plain_routers else ""
+    model = options.folder / f"demo-{options.experts}{kind}"
     if not model.exists():
         with demo_model.console_progress() as progress:
             given = options.model or demo_model.default_directory()
             source = options.model or demo_model.build(given, progress=progress)
-        write(source, model, options.experts)
+        write(source, model, options.experts, plain_routers=options.plain_routers)
     try:
         rows = measure(options, model)
     finally:

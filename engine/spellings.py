@@ -21,7 +21,7 @@ OURS = {
     "kt_cpuinfer": "threads",
 }
 REFUSED = {
-    "kt_method": "leave it out: experts are computed as the checkpoint stores them, or as --dtype",
+    "kt_method": "use --expert-dtype bf16, int8, int4 or fp8: of the CPU's and the device's",
     "kt_weight_path": "leave it out: the CPU's experts are read from --model too",
     "record_kt_gpu_expert_distribution": "use --expert-statistics FILE: choices are always counted",
     "expert_distribution_recorder_mode": "use --expert-statistics FILE: choices are always counted",

@@ -171,7 +171,7 @@ def test_a_large_checkpoint_is_one_that_loads_and_can_be_mapped(tmp_path: Path) 
     whole = moe_layers(load_model(tmp_path / "large"))
     with Checkpoint(tmp_path / "large", config.dtype, experts_on_disk=True) as checkpoint:
         stored = moe_layers(build_model(config, checkpoint))
-    mapped = large_checkpoint._mapped(tmp_path / "large")(None, None, stored, None)
+    mapped = large_checkpoint._mapped(tmp_path / "large")(None, None, stored, None, None)
     assert len(whole) == 3
     for layer, moe in whole.items():
         assert moe.experts.gate_up.shape[0] == 12  # type: ignore[attr-defined]
