@@ -69,6 +69,46 @@ class StoredExperts:
         return [*halves, Part(down, target.down[place])]
 
 
+class Held:
+    """Which experts are in memory, and at which place each."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self._at: NDArray[np.int64] = np.full(shape, -1)
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __contains__(self, expert: Place) -> bool:
+        return bool(self._at[expert] >= 0)
+
+    def put(self, expert: Place, place: int) -> None:
+        self._at[expert] = place
+        self._count += 1
+
+    def pop(self, expert: Place) -> int:
+        """Its place, which is nobody's from now on."""
+        place = int(self._at[expert])
+        self._at[expert] = -1
+        self._count -= 1
+        return place
+
+    def places(self, layer: int, ids: NDArray[np.int64], of: set[Place]) -> NDArray[np.int64]:
+        """[...] places of ids of a layer; -1 for those that aren't `of` these, and for -1."""
+        only = np.full(self._at.shape[1] + 1, -1)  # the last is of the id -1
+        chosen = [index for _, index in of]
+        only[chosen] = self._at[layer, chosen]
+        found: NDArray[np.int64] = only[ids]
+        return found
+
+    def beside(self, keep: Iterable[Place]) -> NDArray[np.int64]:
+        """[n, 2] the others as (layer, id), in order."""
+        held = self._at >= 0
+        for each in keep:
+            held[each] = False
+        return np.argwhere(held)
+
+
 class Turns:
     """When each expert will be used again, as far as that can be told."""
 
@@ -159,15 +199,16 @@ class ExpertStore:
         self._free = list(range(places))
         self._unused = list(range(most - 1, places - 1, -1))  # places that have no memory
         self.wait_s = 0.0  # that layers waited for reads
-        self._place_of: dict[Place, int] = {}
         self._coming: dict[Place, tuple[int, Future[None]]] = {}
         experts = len(layers[order[0]].experts)
         self._turns = Turns(order, (order[-1] + 1, experts))
+        self._held = Held((order[-1] + 1, experts))
 
     def compute(self, layer: int, x: Tensor, expert_ids: Tensor, outputs: Tensor) -> None:
         """Those that are there first, while the others are read. Raises ExpertReadError."""
-        needed = np.unique(expert_ids.numpy())
-        needed = needed[needed >= 0]
+        chosen = np.zeros(len(self.layers[layer].experts) + 1, bool)
+        chosen[expert_ids.numpy()] = True
+        needed = np.flatnonzero(chosen[:-1])  # the last is of the id -1
         self._turns.use(layer, needed)
         left = {(layer, int(each)) for each in needed}
         self._take_in(self._coming, left=set())
@@ -175,13 +216,13 @@ class ExpertStore:
         self._guesses.learn(left)
         ahead: set[Place] | None = None
         while left:
-            ready = {each for each in left if each in self._place_of}
+            ready = {each for each in left if each in self._held}
             self._begin(layer, left - ready, left)
             if ahead is None:
                 ahead = self._ahead(layer, x)
                 self._begin(layer, ahead, left | ahead, self._turns.soon)
             if ready:
-                self._run(ready, x, expert_ids, outputs)
+                self._run(layer, ready, x, expert_ids, outputs)
                 left -= ready
             else:
                 self._await(left)
@@ -217,7 +258,7 @@ class ExpertStore:
 
     def state(self) -> dict[str, float]:
         return {
-            "memory_experts": len(self._place_of),
+            "memory_experts": len(self._held),
             "memory_places": self.places,
             "memory_hits": self.hits,
             "memory_misses": self.misses,
@@ -240,48 +281,49 @@ class ExpertStore:
         self.reader.close()
 
     def _count(self, needed: set[Place]) -> None:
-        there = sum(each in self._place_of for each in needed)
+        there = sum(each in self._held for each in needed)
         coming = sum(each in self._coming for each in needed)
         self.hits += there
         self.late += coming
         self.misses += len(needed) - there - coming
 
-    def _run(self, ready: set[Place], x: Tensor, expert_ids: Tensor, outputs: Tensor) -> None:
-        places = torch.full((len(self.layers[next(iter(ready))[0]].experts),), -1)
-        for expert in ready:
-            places[expert[1]] = self._place_of[expert]
-        ids = torch.where(expert_ids >= 0, places[expert_ids], -1)  # -1 reads the last: not used
+    def _run(
+        self, layer: int, ready: set[Place], x: Tensor, expert_ids: Tensor, outputs: Tensor
+    ) -> None:
+        places = self._held.places(layer, expert_ids.numpy(), ready)
+        ids = torch.from_numpy(places)
         self._kernels.compute(x, ids, self._weights.gate_up, self._weights.down, outputs)
 
     def _ahead(self, layer: int, x: Tensor) -> set[Place]:
         """What is read for the next layer: at most half of memory, so that a guess never drives out
         what is certain; nothing while most guesses are wrong."""
-        guessed = self._guesses.of(layer, x, self._held)
-        most = (len(self._place_of) + len(self._free)) // 2
+        guessed = self._guesses.of(layer, x, self._there)
+        most = (len(self._held) + len(self._free)) // 2
         return set(sorted(guessed)[:most]) if self._guesses.pay else set()
 
     def _begin(self, layer: int, wanted: set[Place], keep: set[Place], spare: float = 0.0) -> None:
         """Begins to read as many of these as there are places for, without giving up `keep`, nor
         what is expected to be used before `spare`."""
-        new = [each for each in sorted(wanted) if not self._held(each)]
+        new = [each for each in sorted(wanted) if not self._there(each)]
         self._evict(layer, len(new) - len(self._free), keep, spare)
         for expert in new[: len(self._free)]:
             place = self._free.pop()
             self._coming[expert] = place, self.read(expert, self._weights, place)
 
-    def _held(self, expert: Place) -> bool:
-        return expert in self._place_of or expert in self._coming
+    def _there(self, expert: Place) -> bool:
+        """Or on its way."""
+        return expert in self._held or expert in self._coming
 
     def _evict(self, layer: int, count: int, keep: set[Place], spare: float) -> None:
         """Gives up so many experts, those whose next use is expected last, after `spare`."""
-        can = [each for each in self._place_of if each not in keep]
-        if count <= 0 or not can:
+        if count <= 0:
             return
-        waits = self._turns.until_use(layer, np.array(can))
+        can = self._held.beside(keep)
+        waits = self._turns.until_use(layer, can)
         for index in np.argsort(-waits, kind="stable")[:count]:
             if waits[index] < spare:
                 break
-            self._free.append(self._place_of.pop(can[index]))
+            self._free.append(self._held.pop((int(can[index, 0]), int(can[index, 1]))))
 
     def _await(self, left: set[Place]) -> None:
         """Until something has come: of `left`, or else whatever holds the place for it."""
@@ -297,7 +339,7 @@ class ExpertStore:
         for expert in [each for each in coming if self._coming[each][1].done()]:
             place, reading = self._coming.pop(expert)
             if reading.exception() is None:
-                self._place_of[expert] = place
+                self._held.put(expert, place)
                 continue
             self._free.append(place)
             if expert in left:

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks import experts_on_disk as benchmark
 from benchmarks.routings import Text
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.experts.reads import ExpertReadError
-from engine.experts.store import ExpertStore, Turns
+from engine.experts.store import ExpertStore, Held, Turns
 from engine.models import build_model
 from engine.models.placed import PlacedModel
 from engine.settings import EngineConfig
@@ -126,7 +128,7 @@ def test_the_next_layers_experts_are_read_ahead(store: ExpertStore) -> None:
     store._guesses.guess = lambda layer, x: torch.tensor([[3, 4]])
     x, outputs = torch.zeros(1, 48), torch.empty(1, 2, 48)
     store.compute(0, x, torch.tensor([[1, 2]]), outputs)
-    assert {(1, 3), (1, 4)} <= {*store._coming, *store._place_of}
+    assert all(each in store._coming or each in store._held for each in ((1, 3), (1, 4)))
     before = store.misses
     store.compute(1, x, torch.tensor([[3, 4]]), outputs)
     assert store.misses == before
@@ -150,6 +152,39 @@ def test_a_guess_that_can_not_be_read_fails_no_step(store: ExpertStore) -> None:
     with pytest.raises(ExpertReadError, match="gone"):
         store.compute(1, x, torch.tensor([[3, 4]]), outputs)
     store.compute(0, x, torch.tensor([[1, 2]]), outputs)
+
+
+def test_a_layer_that_has_all_it_needs_looks_for_no_victim(
+    model_dir: Path, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look at all that memory holds would cost more than computing, the more it holds."""
+    made = placed(model_dir, expert_memory_gb=memory_gb(1000))
+    logits(made.model, made)  # reads them all
+    monkeypatch.setattr(Turns, "until_use", lambda *_: pytest.fail("looked"))
+    assert torch.equal(logits(made.model, made), expected)
+    made.close()
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 2), st.integers(0, 4)), max_size=40))
+def test_what_is_held_is_what_was_put_and_not_taken(
+    events: list[tuple[bool, int, int]],
+) -> None:
+    held, there = Held((3, 5)), dict[tuple[int, int], int]()
+    for number, (put, *expert) in enumerate(events):
+        each = (expert[0], expert[1])
+        if put and each not in there:
+            held.put(each, number)
+            there[each] = number
+        elif not put and each in there:
+            assert held.pop(each) == there.pop(each)
+        assert len(held) == len(there)
+        assert (each in held) == (each in there)
+    keep = {each for each in there if sum(each) % 2}
+    assert held.beside(keep).tolist() == [list(each) for each in sorted(there.keys() - keep)]
+    ids = np.array([[-1, 0, 1], [2, 3, 4]])
+    wanted = [[there.get((1, int(id)), -1) if (1, int(id)) in keep else -1 for id in row]
+              for row in ids]  # fmt: skip
+    assert held.places(1, ids, {each for each in keep if each[0] == 1}).tolist() == wanted
 
 
 def test_the_victim_is_whose_next_use_is_expected_last() -> None:

@@ -385,6 +385,6 @@ def test_a_store_gives_memory_up_and_takes_it_again(
     for places in (8, most, 12, 9):
         store.resize(places)
         assert store.places == places
-        assert len(store._place_of) <= places
+        assert len(store._held) <= places
         assert answers(client, prompts) == expected
-        assert store.places == len(store._free) + len(store._place_of) + len(store._coming)
+        assert store.places == len(store._free) + len(store._held) + len(store._coming)
