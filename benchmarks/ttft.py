@@ -40,6 +40,7 @@ PEER_FILE = "DynamicCache from a file"
 PEER_COLD = "transformers"
 COLD, ALONE = "own cold run", "own cold run without a daemon"
 COLD_CPU, ALONE_CPU = "processor time of that", "processor time without a daemon"
+DAEMON_CPU = "the daemon's part of it"
 COPY, READ = "bytes copied", "bytes read"
 LIMITS = {
     "gpu": ("the delta at the cold run's rate", ()),
@@ -112,15 +113,19 @@ class Bench:
             attached = name == COLD
             engine = self._engine if attached else self._alone
             processes = [engine, self._daemon] if attached else [engine]
-            before = sum(each.cpu_s() for each in processes)
+            before = [each.cpu_s() for each in processes]
             answer = engine.complete(prompt, 1)
             if answer.matched_tokens:
                 raise RuntimeError(f"{name}: {answer.matched_tokens} tokens matched, none expected")
             if attached:
                 self._daemon.flush()  # what is copied and written after the answer is a cost too
-            spent = sum(each.cpu_s() for each in processes) - before
+            spent = [
+                1e3 * (each.cpu_s() - begin) for each, begin in zip(processes, before, strict=True)
+            ]
             times[name] = answer.seconds * 1e3
-            times[COLD_CPU if attached else ALONE_CPU] = spent * 1e3
+            times[COLD_CPU if attached else ALONE_CPU] = sum(spent)
+            if attached:
+                times[DAEMON_CPU] = spent[-1]
         return times
 
     def _hit(self, prompt: Sequence[int], tier: str, cached: int) -> float:
@@ -189,6 +194,8 @@ def overhead_rows(name: str, samples: Samples) -> list[report.Row]:
         overheads = [(attached / alone - 1) * 100 for attached, alone in both]
         told = f"{statistics.median(samples[with_daemon]):.0f} ms"
         told += f", {statistics.median(samples[without]):.0f} alone"
+        if with_daemon == COLD_CPU:
+            told += f", {statistics.median(samples[DAEMON_CPU]):.0f} of the daemon"
         goal = f"{goal}; {told}" if goal else told
         rows.append(
             report.row(f"overhead_{name}_no_hits{what}", "%", "lower", overheads, goal=goal)

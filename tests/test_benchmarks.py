@@ -188,6 +188,7 @@ def test_what_a_daemon_costs_is_told_of_each_pair_in_time_and_in_processor_time(
         ttft.ALONE: [100.0, 200.0, 400.0],
         ttft.COLD_CPU: [101.0, 50.0, 306.0],
         ttft.ALONE_CPU: [100.0, 50.0, 300.0],
+        ttft.DAEMON_CPU: [1.0, 2.0, 9.0],
     }
     wall, processor = ttft.rows_of("1k", samples)
     assert (wall.case, wall.ours) == ("overhead_1k_no_hits", 0.0)
@@ -195,6 +196,8 @@ def test_what_a_daemon_costs_is_told_of_each_pair_in_time_and_in_processor_time(
     assert processor.case == "overhead_1k_no_hits_cpu"
     assert processor.ours == pytest.approx(1.0)
     assert processor.spread == pytest.approx((0.0, 2.0))
+    assert processor.goal is not None
+    assert "101 ms, 100 alone, 2 of the daemon" in processor.goal
 
 
 def test_a_process_tells_what_it_has_had_of_the_processors(tmp_path: Path) -> None:
