@@ -223,6 +223,24 @@ class PromptExtras:
         """blocks [n], rising: positions in the prompt; digests [n, 32], of which zeros mean none.
         ValueError for others."""
 
+KV_CLEARED: Final[int]  # whatever was told: nothing is anywhere
+KV_STORED: Final[int]  # the block is in the tier
+KV_REMOVED: Final[int]  # it is there no more
+
+class KvEvents:
+    """Changes of what is in which tier, in their order."""
+
+    kinds: U8  # [n] KV_CLEARED, KV_STORED or KV_REMOVED
+    tiers: U8  # [n] as the pools were given them
+    opaque: U8  # [n] 1: an opaque key names the block
+    page_sizes: U32  # [n] tokens of a block
+    words_of: U32  # [n] how many of `words` it has; a removed block without opaque key has none
+    words: U32  # a stored block's tokens; of an opaque key its length in bytes, and 64 bytes
+    namespaces: U8  # [n, 32]
+    extras: U8  # [n, 32] zeros: none
+    keys: U8  # [n, 16]
+    parents: U8  # [n, 16] key of the block before; zeros: it is the first of its path
+
 class Index:
     """The tree, its pools and the leases on it; csrc/index/index.h states its laws, I1-I14.
 
@@ -238,12 +256,14 @@ class Index:
         seed: int = 0,
         dead_blocks: int = 65536,
         admission: bool = False,
+        kv_event_bytes: int = 0,
     ) -> None:
         """Generations (of pages in durable pools) rise from first_generation, stamps (recency) from
         first_stamp. The policy, "lru", "arc", "s3fifo" or "hazard", chooses what every pool evicts;
         under the same seed it decides the same. ValueError: another policy. The last `dead_blocks`
         deaths of blocks are remembered, 40 bytes each, and so are refused blocks. admission: pools
-        may refuse blocks (I14), under a policy that knows what they are worth, as "hazard" does."""
+        may refuse blocks (I14), under a policy that knows what they are worth, as "hazard" does.
+        kv_event_bytes: at most so much is kept of what `take_kv_events` answers; 0: nothing."""
 
     # pools and slabs
     def add_pool(
@@ -594,6 +614,16 @@ class Index:
     def hit_rates(self, capacities: U64) -> NDArray[np.float64]:
         """[n] of all tokens that `acquire` was asked for, the share that an LRU cache of so many
         tokens would have had (NO_LIMIT: any size); learnt from a sample since the start."""
+    def take_kv_events(self, scan_pages: int = 256) -> tuple[KvEvents, bool]:
+        """The oldest changes that nobody has taken, some hundred of them, and whether there is more
+        by now. Who applies all of them to nothing has, by tier, just the blocks that are resident.
+        Where more than `kv_event_bytes` waited, all of it is dropped: KV_CLEARED comes, and then
+        what is there, of up to `scan_pages` pages a call, while changes go on. KV_CLEARED is what
+        comes first of all, too."""
+    def tell_kv_events_anew(self) -> None:
+        """Drop what was not taken: KV_CLEARED comes next, and then what is there."""
+    def kv_event_overflows(self) -> int:
+        """How often changes were dropped because too many waited."""
     def counts(self) -> IndexCounts: ...
     def check(self) -> None:
         """Prove the laws I1-I14; ends the process with the facts if one is broken."""

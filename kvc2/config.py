@@ -32,6 +32,8 @@ ARENA_SHARE = 0.25  # of available memory: the machine is also there for others
 DISK_SHARE = 0.25  # of the file system's size, which a restart doesn't change
 ARENA_BYTES_MIN = 1 << 20
 SIDE_ENDING = ".side"  # the side socket lies beside the main one
+REPLAY_ENDING = ".replay"  # and the one for replays of KV events beside theirs
+TOPICS = "up to 256 visible ASCII characters"
 TTL_S_MAX = (1 << 32) - 1
 DEFAULT_TENANT = "default"
 WritePolicy = Literal["behind", "back", "through"]
@@ -256,6 +258,56 @@ class LimitsConfig:
         return 8 * self.max_tokens + (1 << 20) + 4096
 
 
+@dataclass(frozen=True)
+class KvEventsConfig:
+    """What routers are told: which blocks are in which tier, in vLLM's schema."""
+
+    listen: Annotated[
+        str | None,
+        Flag(
+            "unix:PATH of a ZeroMQ PUB socket; PATH.replay answers requests for replay. Events "
+            "tell prompts' tokens: both sockets are their owner's alone. Needs the extra `events`.",
+            shown="off",
+        ),
+    ] = None
+    topic: Annotated[str, Flag("Topic of each message.", matching(r"[!-~]{0,256}", TOPICS))] = ""
+    salted: Annotated[
+        bool,
+        Flag(
+            "The first block of a path names its namespace, kvc2-HEX, where vLLM names a request's "
+            "cache_salt. Without it a router can't tell models and tenants apart."
+        ),
+    ] = True
+    buffer_mb: Annotated[
+        int,
+        Flag(
+            "Changes that wait to be sent, and those sent that are kept for replay, each at most "
+            "so much, 10^6 bytes.",
+            between(1, 100_000),
+        ),
+    ] = 64
+
+    def __post_init__(self) -> None:
+        check(self, "kv_events")
+        if self.listen is None:
+            return
+        with refused_as("kv_events.listen", self.listen):
+            most = SOCKET_PATH_BYTES_MAX - len(REPLAY_ENDING)
+            address = Address.parse(self.listen, field="kv_events.listen", path_bytes_max=most)
+        if address.path is None:
+            allowed = "unix:PATH: events tell tokens, and TCP doesn't say who listens"
+            raise errors.InvalidConfig("kv_events.listen", self.listen, allowed)
+
+    @property
+    def path(self) -> Path | None:
+        return None if self.listen is None else Address.parse(self.listen).path
+
+    @property
+    def buffer_bytes(self) -> int:
+        """0: nothing is told."""
+        return 0 if self.listen is None else self.buffer_mb * 1_000_000
+
+
 Quota = between(0, 1e6)
 
 
@@ -383,6 +435,7 @@ class ServeConfig:
     cpu: CpuConfig = field(default_factory=CpuConfig)
     disk: DiskConfig = field(default_factory=DiskConfig)
     attn: AttnConfig = field(default_factory=AttnConfig)
+    kv_events: KvEventsConfig = field(default_factory=KvEventsConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     tenants: tuple[TenantConfig, ...] = ()
 

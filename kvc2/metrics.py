@@ -26,6 +26,7 @@ FAULTS = {
     "foreign_block": "a sound block of another name lay where one was expected",
     "fenced_call": "a call of a session that is over, or without its secret",
     "internal_error": "an rpc failed by a fault of the daemon's own",
+    "kv_events_lost": "changes were dropped, as too many waited for routers: all is told anew",
     "lost_slab": "a slab file was missing or short",
     "refused_commit": "blocks of a commit were refused: a page or a key was not theirs",
     "refused_request": "a request was refused with INVALID_ARGUMENT",

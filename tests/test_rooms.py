@@ -42,8 +42,8 @@ FLOORS = {
         wiring
         session_calls, shared_calls, streams
         attach, commits
-        callers, hello
-        checks, claim, scrapes, side, tenants
+        callers, hello, kv_events
+        checks, claim, kv_event_messages, scrapes, side, tenants
     """,
     "kvc2/client": """
         examples
@@ -179,7 +179,8 @@ CPP_FLOORS = """
     index/transfers, index/prefetch
     index/explain, index/claims
     index/evictor, index/match, index/records
-    index/radix_tree, index/residency, index/lives_of_nodes, index/eviction
+    index/radix_tree, index/residency, index/lives_of_nodes, index/telling, index/eviction
+    index/kv_events
     index/explanation, index/pools, index/prefix_pins, index/key_table, index/reuse_curve
     index/quotas, index/page_pool
     index/obituaries

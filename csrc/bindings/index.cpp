@@ -535,10 +535,11 @@ int number(Answer answer) {
 
 }  // namespace
 
-void bind_reuse_curve(py::module_& module);                        // reuse_curve.cpp
-void bind_extras(py::module_& module);                             // extras.cpp
-void bind_explain(py::module_& module, py::class_<Index>& index);  // explain.cpp
-void bind_keys(py::module_& module, py::class_<Index>& index);     // keys.cpp
+void bind_reuse_curve(py::module_& module);                          // reuse_curve.cpp
+void bind_extras(py::module_& module);                               // extras.cpp
+void bind_explain(py::module_& module, py::class_<Index>& index);    // explain.cpp
+void bind_keys(py::module_& module, py::class_<Index>& index);       // keys.cpp
+void bind_kv_events(py::module_& module, py::class_<Index>& index);  // kv_events.cpp
 
 void bind_index(py::module_& module) {
   bind_reuse_curve(module);
@@ -561,9 +562,9 @@ void bind_index(py::module_& module) {
   bind_transfer(module);
   bind_extras(module);
   py::class_<Index> index(module, "Index");
-  index.def(py::init<uint64_t, uint32_t, std::string_view, uint64_t, uint32_t, bool>(),
+  index.def(py::init<uint64_t, uint32_t, std::string_view, uint64_t, uint32_t, bool, size_t>(),
             py::kw_only(), "first_generation"_a = 1, "first_stamp"_a = 1, "policy"_a = "lru",
-            "seed"_a = 0, "dead_blocks"_a = 1 << 16, "admission"_a = false);
+            "seed"_a = 0, "dead_blocks"_a = 1 << 16, "admission"_a = false, "kv_event_bytes"_a = 0);
   bind_pools(index);
   bind_grants(index);
   bind_quotas(index);
@@ -572,6 +573,7 @@ void bind_index(py::module_& module) {
   bind_behind(index);
   bind_explain(module, index);
   bind_keys(module, index);
+  bind_kv_events(module, index);
   module.def(
       "chain_keys",
       [](const py::bytes& space, const py::object& tokens, uint32_t page_size,

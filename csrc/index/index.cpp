@@ -317,4 +317,21 @@ IndexCounts Index::counts() const {
           .dead_bytes = evictor_.obituaries().metadata_bytes()};
 }
 
+std::pair<KvEvents, bool> Index::take_kv_events(uint32_t scan_pages) {
+  const Lock lock(mutex_);
+  if (tree_.events.empty()) tree_.tell_some(scan_pages);
+  KvEvents taken = tree_.events.take();
+  return {std::move(taken), !tree_.events.empty() || tree_.events.scan};
+}
+
+void Index::tell_kv_events_anew() {
+  const Lock lock(mutex_);
+  tree_.events.tell_anew();
+}
+
+uint64_t Index::kv_event_overflows() const {
+  const Lock lock(mutex_);
+  return tree_.events.overflows();
+}
+
 }  // namespace kvc2

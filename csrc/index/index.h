@@ -124,10 +124,14 @@ struct RestoreBatch {  // by block; tokens are page_size each
 // for misuse that an argument shows.
 class Index {
  public:
+  // What is done before the lock changes hands: each about a fifth of a millisecond's work.
+  static constexpr uint32_t kSlicePages = 256, kSliceCommits = 2048;
+
   Index(uint64_t first_generation, uint32_t first_stamp, std::string_view policy = "lru",
-        uint64_t seed = 0, uint32_t dead_blocks = 1 << 16, bool admission = false)
+        uint64_t seed = 0, uint32_t dead_blocks = 1 << 16, bool admission = false,
+        size_t kv_event_bytes = 0)
       : policy_(make_policy(policy, seed)),
-        tree_(pools_, *policy_),
+        tree_(pools_, *policy_, kv_event_bytes),
         evictor_(pools_, tree_, *policy_, dead_blocks, admission),
         transfers_(pools_, tree_, evictor_, first_generation),
         leases_(pools_, tree_, transfers_, curve_),
@@ -218,6 +222,12 @@ class Index {
   // generation before and after its bytes were read had that block all the time.
   Residents residents(PoolId pool, PageId first, uint32_t count);
 
+  // What routers are told (kv_events.h): the oldest changes, and whether there are more by now.
+  // Where none wait, a scan goes on over so many pages.
+  std::pair<KvEvents, bool> take_kv_events(uint32_t scan_pages = kSlicePages);
+  void tell_kv_events_anew();
+  uint64_t kv_event_overflows() const;
+
   IndexCounts counts() const;
   // What LRU caches of so many tokens would have hit, of all tokens asked for; see reuse_curve.h.
   std::vector<double> hit_rates(std::span<const uint64_t> capacities);
@@ -225,8 +235,6 @@ class Index {
 
  private:
   using Lock = std::lock_guard<TurnLock>;
-  // What is done before the lock changes hands: each about a fifth of a millisecond's work.
-  static constexpr uint32_t kSlicePages = 256, kSliceCommits = 2048;
 
   // Calls `step` until it says that there is no more, in slices between which the lock changes
   // hands. Throws UnknownId once the pool is removed.

@@ -42,6 +42,7 @@
 #include "index/block_key.h"
 #include "index/eviction/policy.h"
 #include "index/key_table.h"
+#include "index/kv_events.h"
 #include "index/life.h"
 #include "index/pools.h"
 #include "index/prefix_pins.h"
@@ -109,7 +110,8 @@ struct Node {
 
 class RadixTree {
  public:
-  RadixTree(Pools& pools, EvictionPolicy& policy) : pools_(pools), policy_(policy) {}
+  RadixTree(Pools& pools, EvictionPolicy& policy, size_t kv_event_bytes = 0)
+      : events(kv_event_bytes), pools_(pools), policy_(policy) {}
 
   // Structure.
   // Its number: a closed one's, or new.
@@ -189,6 +191,9 @@ class RadixTree {
   uint32_t advance(uint32_t now);
   uint32_t now() const { return now_; }
 
+  // Telling (telling.cpp). What comes and goes is told by `place`, `arrive`, `replace`, `clear`.
+  bool tell_some(uint32_t pages);  // a scan goes on, over so many pages at most; false: it is over
+
   // Identity.
   const Digest& digest(Place at);         // makes the digests that are missing on its path
   const Digest& parent_digest(Place at);  // of a first block: the name of the namespace
@@ -205,6 +210,7 @@ class RadixTree {
   std::vector<Space> spaces;
   PrefixPins pins;  // the caller refreshes the nodes
   Quotas quotas;    // a tenant's first quota is set before the tenant has blocks
+  KvEventQueue events;
   uint32_t live_nodes = 0;
   uint32_t blocks = 0;  // holes included
   uint32_t holes = 0;
@@ -238,6 +244,11 @@ class RadixTree {
   void tell_marked(Place at, const Use& before);
   EvictionOrder& order(PoolId pool);
   std::optional<Place> coldest(PoolId pool, const EvictionOrder& order);
+  KvBlock told_as(Place at) const;
+  bool elsewhere_in_tier(Place at, PoolId pool) const;
+  void tell_stored(Place at, PoolId pool);
+  void tell_removed(Place at, PoolId pool);
+  bool tell_path(Place to, PoolId pool);
   Quota* quota(NodeId node, PoolId pool);  // that its blocks' pages of the pool count in
   void count_pages(NodeId node, PoolId pool, int64_t pages);
   template <typename Change>

@@ -145,6 +145,11 @@ void RadixTree::place(const Run& run, PoolId pool, std::span<const PageId> pages
     in.arriving += pools_[pool].state(page) == PageState::kInFlight;
   }
   in.count += run.blocks;
+  if (events.on()) {
+    for (uint32_t i = 0; i < run.blocks; ++i) {
+      if (resident({run.node, run.offset + i}, pool)) tell_stored({run.node, run.offset + i}, pool);
+    }
+  }
   forget_refusals(run, pool);
   count_pages(run.node, pool, run.blocks);
   if (!had) propagate(run.node, pool, +1);
@@ -160,12 +165,16 @@ void RadixTree::forget_refusals(const Run& run, PoolId pool) {
   }
 }
 
-void RadixTree::arrive(Place at, PoolId pool) { --find_residency(nodes_[at.node], pool)->arriving; }
+void RadixTree::arrive(Place at, PoolId pool) {
+  --find_residency(nodes_[at.node], pool)->arriving;
+  tell_stored(at, pool);
+}
 
 PageId RadixTree::clear(Place at, PoolId pool) {
   Residency* in = find_residency(nodes_[at.node], pool);
   KVC2_CHECK(in && at.offset < in->pages.size() && in->pages[at.offset] != kNoPage,
              "no page of pool %u at node %u, %u", pool, at.node, at.offset);
+  if (events.on() && resident(at, pool)) tell_removed(at, pool);
   const PageId page = in->pages[at.offset];
   in->pages[at.offset] = kNoPage;
   --in->count;
@@ -188,6 +197,7 @@ void RadixTree::replace(Place at, PoolId pool, PageId page) {
   find_residency(nodes_[at.node], pool)->pages[at.offset] = page;
   pools_[pool][page].node = at.node;
   pools_[pool][page].block = nodes_[at.node].first + at.offset;
+  if (events.scan) tell_stored(at, pool);  // the scan may have passed the new page
 }
 
 // The subtree of `node` gained its first (+1) or lost its last (-1) page of a pool.

@@ -157,6 +157,7 @@ def _index(config: ServeConfig, tiers: Tiers) -> _core.Index:
         policy=config.eviction_policy,
         admission=config.admission == "worth",
         dead_blocks=config.limits.max_dead_blocks,
+        kv_event_bytes=config.kv_events.buffer_bytes,
     )
 
 

@@ -20,6 +20,16 @@ from kvc2.host.address import SOCKET_PATH_BYTES_MAX
 LOCK_ENDING = ".lock"
 
 
+@contextlib.contextmanager
+def private_files() -> Iterator[None]:
+    """Sockets bound inside are 0600 from the moment they exist."""
+    mask = os.umask(0o177)
+    try:
+        yield
+    finally:
+        os.umask(mask)
+
+
 class Claim:
     """One daemon's claim on what it listens at, held until `close`. Raises StartRefused and
     InvalidConfig. `path` is the socket's, None on TCP; `side_path` is the side socket's."""
@@ -44,20 +54,11 @@ class Claim:
                 f"listen: the side socket {self.side_path} has {size} bytes, at most "
                 f"{SOCKET_PATH_BYTES_MAX} are possible: give a shorter XDG_RUNTIME_DIR"
             )
-        _own_folder(owned.parent)
-        self._lock = _lock(owned.with_name(owned.name + LOCK_ENDING))
+        own_folder(owned.parent)
+        self._lock = lock(owned.with_name(owned.name + LOCK_ENDING))
         for each in (self.path, self.side_path):
             if each is not None:
-                _unlink_stale(each)
-
-    @contextlib.contextmanager
-    def private_files(self) -> Iterator[None]:
-        """Sockets bound inside are 0600 from the moment they exist."""
-        mask = os.umask(0o177)
-        try:
-            yield
-        finally:
-            os.umask(mask)
+                unlink_stale(each)
 
     def close(self) -> None:
         """Remove the sockets, then give up the lock. The lock's file stays: unlinking it would let
@@ -68,40 +69,42 @@ class Claim:
         os.close(self._lock)
 
 
-def _own_folder(folder: Path) -> None:
+def own_folder(folder: Path, field: str = "listen") -> None:
+    """Makes it if it is missing. Raises StartRefused where others may write in it."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         facts = folder.stat()
     except OSError as error:
-        raise errors.StartRefused(f"listen: {folder}: {error.strerror}") from error
+        raise errors.StartRefused(f"{field}: {folder}: {error.strerror}") from error
     if facts.st_uid not in (os.getuid(), 0) or stat.S_IMODE(facts.st_mode) & 0o022:
         raise errors.StartRefused(
-            f"listen: {folder} belongs to another user or is writable by others; "
+            f"{field}: {folder} belongs to another user or is writable by others; "
             "use a folder of mode 0700"
         )
 
 
-def _lock(path: Path) -> int:
+def lock(path: Path, field: str = "listen") -> int:
+    """Its descriptor, which holds the lock. Raises StartRefused where another daemon has it."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
-        raise errors.StartRefused(f"listen: {path}: {error.strerror}") from error
+        raise errors.StartRefused(f"{field}: {path}: {error.strerror}") from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
         raise errors.StartRefused(
-            f"listen: another daemon serves here ({path} is locked)"
+            f"{field}: another daemon serves here ({path} is locked)"
         ) from None
     return fd
 
 
-def _unlink_stale(path: Path) -> None:
+def unlink_stale(path: Path, field: str = "listen") -> None:
     """We hold the lock, so a socket here is a dead daemon's. Anything else is someone's file."""
     try:
         facts = path.lstat()
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(facts.st_mode):
-        raise errors.StartRefused(f"listen: {path} exists and is not a socket")
+        raise errors.StartRefused(f"{field}: {path} exists and is not a socket")
     path.unlink()

@@ -30,7 +30,7 @@ from kvc2.periodic import periodically
 from kvc2.server import wiring
 from kvc2.server.attach import EXPIRY_CHECK_S, Attachments
 from kvc2.server.callers import Callers
-from kvc2.server.claim import Claim
+from kvc2.server.claim import Claim, private_files
 from kvc2.server.commits import Commits
 from kvc2.server.scrapes import Scrapes
 from kvc2.server.session_calls import SessionCalls
@@ -122,6 +122,7 @@ class Daemon:
             self._bind()
             stack.callback(self._side.close)
             self._serve_metrics(stack)
+            self._tell_routers(stack)
             await self._server.start()
             stack.push_async_callback(self._server.stop, STOP_GRACE_S)
             stack.push_async_callback(self.attachments.close)
@@ -153,7 +154,7 @@ class Daemon:
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, library)
 
     def _bind(self) -> None:
-        with self._claim.private_files():
+        with private_files():
             try:
                 self.port = self._server.add_insecure_port(self._claim.grpc_target)
             except RuntimeError as error:
@@ -173,6 +174,19 @@ class Daemon:
         scrapes = Scrapes(self.config.metrics_port, self.metrics.registry)
         self.metrics_port = scrapes.port
         stack.push_async_callback(scrapes.close)
+
+    def _tell_routers(self, stack: contextlib.AsyncExitStack) -> None:
+        path = self.config.kv_events.path
+        if path is None:
+            return
+        try:
+            from kvc2.server.kv_events import KvEvents, Sockets
+        except ModuleNotFoundError as error:
+            raise errors.StartRefused(
+                f"kv_events.listen: {error.name} is missing: pip install 'kvc2[events]'"
+            ) from error
+        told = KvEvents(self.config.kv_events, Sockets(path), self.cache.index, self.metrics)
+        stack.push_async_callback(asyncio.to_thread, told.close)
 
     def _watch_tiers(self) -> None:
         loop, own = asyncio.get_running_loop(), threading.get_ident()

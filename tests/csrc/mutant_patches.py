@@ -24,8 +24,23 @@ POLICY = "eviction/policy.h"
 HAZARD, REUSE = "eviction/hazard.cpp", "eviction/reuse_model.cpp"
 EXPLAIN, OBITUARIES = "explain.cpp", "obituaries.cpp"
 KEY_LEASES = "key_leases.cpp"
+TELLING, KV_EVENTS = "telling.cpp", "kv_events.cpp"
 
 MUTANTS = [
+    Mutant("what comes to a second pool of a tier is not told while a scan runs", TELLING,
+           "(!events.scan && elsewhere_in_tier(at, pool))", "elsewhere_in_tier(at, pool)"),
+    Mutant("what a move brings behind a scan is not told", RESIDENCY,
+           "if (events.scan) tell_stored(at, pool);", "if (false) tell_stored(at, pool);"),
+    Mutant("a block that another pool of the tier has is told to be gone", TELLING,
+           "if (!events.on() || elsewhere_in_tier(at, pool)) return;", "if (!events.on()) return;"),
+    Mutant("a copy that failed is told to be gone", RESIDENCY,
+           "if (events.on() && resident(at, pool)) tell_removed(at, pool);",
+           "tell_removed(at, pool);"),
+    Mutant("a page is told before it is filled", RESIDENCY,
+           "if (resident({run.node, run.offset + i}, pool)) tell_stored",
+           "if (anywhere({run.node, run.offset + i})) tell_stored"),
+    Mutant("what was dropped is not told anew", KV_EVENTS, "  scan.emplace();", "  scan.reset();"),
+    Mutant("the rest of a long path is not told", TELLING, "return rest == 0;", "return true;"),
     Mutant("what hangs on a refused block is stored", TRANSFERS,
            "subspan(i), *tried.refused);\n    if (!tried.added) return",
            "subspan(i, 1), *tried.refused);\n    if (!tried.added && !tried.refused) return"),

@@ -28,6 +28,7 @@ PYTHON_TESTS = [
     "tests/csrc/test_index_returns.py",
     "tests/csrc/test_index_prefetch.py",
     "tests/csrc/test_index_demotion.py",
+    "tests/csrc/test_index_events.py",
     "tests/csrc/test_index_tenants.py",
     "tests/csrc/test_index_explain.py",
     "tests/csrc/test_index_cold.py",

@@ -1,4 +1,4 @@
-"""The environment of the other engines, below build/peers."""
+"""The environments of the other engines and of a router, below build/peers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,17 @@ from tests import ROOT
 
 # beside vLLM, which brings torch and most of what else it imports
 SGLANG = ["sglang==0.5.23", "orjson", "IPython", "traitlets", "gguf"]
+
+
+# its indexer is native code; of the rest of its Python only the imports are wanted
+DYNAMO = ["ai-dynamo-runtime==1.6.1"]
+
+
+def dynamo_python() -> Path:
+    """The python of an environment with Dynamo's runtime alone. KVC2_PEERS_DYNAMO names one."""
+    if given := os.environ.get("KVC2_PEERS_DYNAMO"):
+        return Path(given)
+    return environment(ROOT / "build/peers/dynamo", DYNAMO, [])
 
 
 def peers_python() -> Path:
