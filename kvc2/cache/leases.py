@@ -264,10 +264,10 @@ class Leases:
     def release(self, session: Session, request_id: bytes, said: Hints = NO_HINTS) -> None:
         """Close a lease; an acquire of it that is under way answers with nothing. What is said here
         stands in the place of what acquire was told."""
+        self._tick()  # what may fail comes first: a lease that is no more the session's is released
         gpu, lease = session.mapped_pool(), session.end_lease(request_id)
         if lease is None:
             return
-        self._tick()
         if said == NO_HINTS:
             self._index.release(lease.id)
         else:

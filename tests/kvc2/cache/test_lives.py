@@ -149,6 +149,26 @@ def test_what_has_expired_matches_nobody_and_gives_its_pages_up(tmp_path: Path) 
     asyncio.run(run())
 
 
+def test_a_release_that_fails_leaves_the_lease_to_be_released() -> None:
+    """What it holds would be pinned for as long as the daemon lives."""
+
+    async def run() -> None:
+        clock = Clock()
+        async with running(None, clock=clock) as cache:
+            engine = StandIn(cache, 32)
+            request, _ = await engine.compute(prompt(1, 6))
+            pool = engine.session.mapped_pool().id
+            assert cache.index.pool_counts(pool).pinned == 6
+            clock.now = float("nan")
+            with pytest.raises(ValueError, match="NaN"):
+                cache.leases.release(engine.session, request)
+            clock.now = 1001.0
+            cache.leases.release(engine.session, request)
+            assert cache.index.pool_counts(pool).pinned == 0
+
+    asyncio.run(run())
+
+
 def test_the_shorter_of_a_namespaces_and_a_requests_time_to_live_counts() -> None:
     async def run() -> None:
         clock = Clock()
