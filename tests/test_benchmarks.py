@@ -11,9 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import admission, large_checkpoint, replayers, report, tier_hits, ttft
+from benchmarks import (
+    admission,
+    first_repeat,
+    large_checkpoint,
+    replayers,
+    report,
+    tier_hits,
+    ttft,
+)
 from benchmarks.equality import bf16_step, compare
-from benchmarks.processes import Process
+from benchmarks.processes import Answer, Process
 from engine.config import ModelConfig
 from engine.models import build_model, load_model
 from engine.models.placed import moe_layers
@@ -206,3 +214,25 @@ def test_a_process_tells_what_it_has_had_of_the_processors(tmp_path: Path) -> No
     process.wait_until(lambda: "did" in process.log.read_text(), "work")
     assert 0.05 - 2 / os.sysconf("SC_CLK_TCK") <= process.cpu_s() < 60
     process.stop()
+
+
+def test_what_a_first_repeat_finds_and_how_long_it_takes() -> None:
+    """Of three requests the second and third go on from the first; the third is too long for the
+    model, which cuts it to two blocks."""
+    offsets = np.array([0, 2, 5, 8])
+    ids = np.array([0, 1, 0, 1, 2, 0, 1, 3], np.uint32)
+    trace = traces.Trace("t", 1, ids, offsets, np.array([2, 3, 3]), 4)
+    prompts = first_repeat.Prompts(trace, 3 * first_repeat.PAGE_SIZE)
+    assert [prompts.pages(i) for i in range(3)] == [2, 2, 2]
+    first, second = prompts.tokens(0), prompts.tokens(1)
+    assert len(first) == 2 * first_repeat.PAGE_SIZE + 1
+    assert first[:-1] == second[:-1]  # their first two blocks are the same
+    answers = [
+        Answer("", (), (), 33, matched, {}, 0, 0.0, seconds)
+        for matched, seconds in ((0, 0.5), (32, 0.1), (16, 0.3))
+    ]
+    found = first_repeat.figures(prompts, answers, np.array([0, 2, 3]))
+    assert found["second turns"] == 2
+    assert (found["whole"], found["found"]) == (50, 75)
+    assert found["TTFT mean"] == pytest.approx(200)
+    assert found["TTFT mean, all requests"] == pytest.approx(300)
