@@ -13,6 +13,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import deque
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -169,18 +171,19 @@ def expert_reads(path: Path, at_once: int) -> float:
     for tensor in (memory.gate_up, memory.down):
         tensor.zero_()  # the first touch of memory is no read
     random = np.random.default_rng(0)
-    rounds = max(1, READ_EXPERTS // at_once)
+    reading: deque[Future[None]] = deque()
     began = time.perf_counter()
-    for _ in range(rounds):
-        chosen = [
-            (int(random.integers(LAYERS)), int(random.integers(EXPERTS))) for _ in range(at_once)
-        ]
-        for each in [store.read(expert, memory, place) for place, expert in enumerate(chosen)]:
-            each.result()
+    for number in range(READ_EXPERTS):
+        if len(reading) == at_once:
+            reading.popleft().result()
+        expert = int(random.integers(LAYERS)), int(random.integers(EXPERTS))
+        reading.append(store.read(expert, memory, number % at_once))
+    for each in reading:
+        each.result()
     took = time.perf_counter() - began
     store.close()
     os.close(fd)
-    return rounds * at_once * layers[0].expert_bytes / took / 1e9
+    return READ_EXPERTS * layers[0].expert_bytes / took / 1e9
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Reads experts from their files: O_DIRECT, in blocks of which many are under way at a time.
 
-    begin(expert)   gate, up and down -> blocks of 1 MiB -> threads, each its own buffer -> place
+    begin(expert)   gate, up, down -> blocks of up to 1 MiB -> threads, each its own buffer -> place
                     a tensor's last block checks its digest; the last of all ends the future
 
 A disk needs several reads at a time to be as fast as it can, and what a layer waits for is often
@@ -102,8 +102,10 @@ class _PartRead:
         self.extent = part.extent
         self.memory: NDArray[np.uint8] = part.into.view(torch.uint8).view(-1).numpy()
         begin, end = part.extent.begin, part.extent.begin + part.extent.num_bytes
-        starts = range(begin // SECTOR * SECTOR, end, BLOCK_BYTES)
-        self.blocks = [(each, min(each + BLOCK_BYTES, end)) for each in starts]
+        first = begin // SECTOR * SECTOR
+        count = -(-(end - first) // BLOCK_BYTES)  # of one size: what waits for all waits for one
+        size = -(-(end - first) // (count * SECTOR)) * SECTOR
+        self.blocks = [(each, min(each + size, end)) for each in range(first, end, size)]
         self.left = len(self.blocks)
 
     def put(self, first: int, found: memoryview) -> None:
