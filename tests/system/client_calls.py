@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,53 @@ def by_langchain(url: str, model: str) -> Any:
     last = bound.invoke([asked, message, ToolMessage("rain", tool_call_id=call["id"])])
     streamed = "".join(str(piece.content) for piece in chat.stream("rain"))
     return [call["name"], call["args"], last.content, streamed]
+
+
+def by_llamaindex(url: str, model: str) -> Any:
+    """Its OpenAI-like model runs the tool itself."""
+    from llama_index.core.llms import ChatMessage
+    from llama_index.core.tools import FunctionTool
+    from llama_index.llms.openai_like import OpenAILike
+
+    seen: list[str] = []
+
+    def weather(city: str) -> str:
+        """The weather in a city."""
+        seen.append(city)
+        return "rain"
+
+    llm = OpenAILike(
+        model=model,
+        api_base=f"{url}/v1",
+        api_key="none",
+        temperature=0,
+        context_window=2000,
+        is_chat_model=True,
+        is_function_calling_model=True,
+        max_retries=0,
+    )
+    told = llm.predict_and_call([FunctionTool.from_defaults(weather)], user_msg=QUESTION)
+    asked = [ChatMessage(role="user", content="rain")]
+    streamed = "".join(piece.delta or "" for piece in llm.stream_chat(asked))
+    return [seen, str(told), llm.complete("rain").text, streamed]
+
+
+def by_litellm(url: str, model: str) -> Any:
+    """What aider and others call models by."""
+    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # it asks the internet for prices else
+    import litellm
+
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
+    asked: Any = {"model": f"openai/{model}", "api_base": f"{url}/v1", "api_key": "none"}
+    asked |= {"temperature": 0, "num_retries": 0}
+    messages: list[Any] = [{"role": "user", "content": QUESTION}]
+    message = litellm.completion(messages=messages, tools=tools, **asked).choices[0].message
+    (call,) = message.tool_calls
+    messages += [message, {"role": "tool", "tool_call_id": call.id, "content": "rain"}]
+    last = litellm.completion(messages=messages, tools=tools, **asked).choices[0].message
+    pieces = litellm.completion(messages=messages, stream=True, **asked)
+    streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces)
+    return [call.function.name, json.loads(call.function.arguments), last.content, streamed]
 
 
 def by_agents(url: str, model: str, *, responses: bool) -> Any:
@@ -134,6 +182,8 @@ def by_anthropic(url: str, model: str) -> Any:
 CLIENTS: dict[str, Callable[[str, str], Any]] = {
     "openai": by_openai,
     "langchain": by_langchain,
+    "llamaindex": by_llamaindex,
+    "litellm": by_litellm,
     "agents, chat": lambda url, model: by_agents(url, model, responses=False),
     "agents, responses": lambda url, model: by_agents(url, model, responses=True),
     "ollama": by_ollama,
