@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvc2 import errors
 from kvc2.answers import NO_ROOM
 from kvc2.client import ArenaTerms, Client, LeaseCommit, NamespaceHandle, PoolMemory, SessionOptions
 from kvc2.client.staging import Staging
@@ -67,8 +68,17 @@ class Connector:
         self._namespace = self.client.open_handle(NamespaceHandle(IDENTITY))
 
     def serve(self, request: int, wanted: int) -> Served:
-        """Asks why, where fewer than `wanted` blocks are found. Raises RuntimeError if what is read
-        is another block's."""
+        """Asks why, where fewer than `wanted` blocks are found. Where the daemon is silent, as on a
+        busy machine, it is waited for, and asked again. Raises RuntimeError if what is read is
+        another block's."""
+        while True:
+            try:
+                return self._serve(request, wanted)
+            except errors.Detached:
+                if not self.client.wait_attached(ATTACH_S):
+                    raise
+
+    def _serve(self, request: int, wanted: int) -> Served:
         blocks, name = self._trace.request(request), b"%d" % request
         tokens, terms = np.concatenate([blocks, self._end]), ArenaTerms(deadline_s=DEADLINE_S)
         begin = time.perf_counter()
