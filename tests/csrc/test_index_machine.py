@@ -179,6 +179,7 @@ REFUSALS_AT_LEAST = {
     "refused: a grant": 5,
     "refused: a key": 5,
     "refused: a prefetch": 5,
+    "refused: below the only one that could go": 5,
     "insisted: on what was refused": 5,
     "insisted: on its way": 20,
     "explain: NOT_ADMITTED": 400,

@@ -19,7 +19,7 @@ from kvc2._core import Cause
 from tests.oracles.blocks import PAGE_SIZE, Prompt, block_bytes, extras_of, tokens_of
 from tests.oracles.key_models import KeysModel, words
 from tests.oracles.keys_machine import KEYS, KeysMachine
-from tests.oracles.machines import DEAD_BLOCKS, SEEN, choice, prompts, small, u32
+from tests.oracles.machines import BLOCKS, DEAD_BLOCKS, SEEN, STEM, choice, prompts, small, u32
 from tests.oracles.model_parts import IN_FLIGHT, NO_HINTS, PRIVATE, Death, Path, TransferModel
 
 Worths = tuple[float, float]
@@ -134,11 +134,12 @@ class RefusalModel(KeysModel):
         if page in source.insisted or source.blocks[path] in source.refused or not full:
             return False
         payers = self.payers(plan.target, self.tenant(path), 0)
-        found = [
-            filter(None, (self.victim(plan.target, spared, of=each) for each in payers))
-            for spared in (None, path[:-1])
-        ]
-        return [next(each, None) for each in found] == [path[:-1], None]
+
+        def victim(spared: Path | None) -> Path | None:
+            found = (self.victim(plan.target, spared, of=each) for each in payers)
+            return next(filter(None, found), None)
+
+        return victim(None) == path[:-1] and victim(path[:-1]) is None
 
     def waits(self, plan: TransferModel, page: int, path: Path) -> bool:
         at = self.pools[plan.target]
@@ -361,6 +362,21 @@ class RefusalMachine(KeysMachine):
         with self.full(self.cpu, pool, before):
             self.store(self.open(0, self.cpu, prompt, 9), count, 0)
             self.store_keys(self.open_lease(self.cpu, KEYS[:count]), KEYS[:count])
+
+    @rule(pool=choice, prompt=prompts, count=st.integers(1, 9))
+    def a_path_fills_a_pool(self, pool: int, prompt: Prompt, count: int) -> None:
+        """What else is there is pinned, and nothing is on its way."""
+        self.calm()
+        self.evict(self.cpu, 9)
+        kept = [BLOCKS[2], BLOCKS[2], BLOCKS[0]]
+        self.serve(0, pool, kept, 0, NO_HINTS, 0, 0)
+        self.demote_all(9, to_disk=True)
+        self.pin(0, self.cpu, kept, True, 9)
+        self.serve(0, pool, [*STEM[:3], *prompt], 0, NO_HINTS, 0, 0)
+        self.calm()
+        for _ in range(2):
+            self.demote_all(count, to_disk=False)
+        self.unpin(0, self.cpu, kept)
 
     @contextmanager
     def full(self, at: int, pool: int, before: Prompt) -> Iterator[None]:
