@@ -2,15 +2,19 @@
 
 namespace kvc2 {
 
-size_t KvEvents::bytes() const {
-  constexpr size_t event = 3 + 2 * sizeof(uint32_t) + 2 * sizeof(Digest) + 2 * sizeof(BlockKey);
-  return size() * event + words.size() * sizeof(uint32_t);
-}
+constexpr size_t kEventBytes = 3 + 2 * sizeof(uint32_t) + 2 * sizeof(Digest) + 2 * sizeof(BlockKey);
+
+size_t KvEvents::bytes() const { return size() * kEventBytes + words.size() * sizeof(uint32_t); }
 
 void KvEventQueue::Scan::tell(PoolId of, PageId at) {
   if (told.size() <= of) told.resize(of + 1);
   if (told[of].size() <= at) told[of].resize(size_t{at} + 1, false);
   told[of][at] = true;
+}
+
+bool KvEventQueue::has_room(const KvBlock& block) const {
+  const size_t more = kEventBytes + block.block.tokens.size() * sizeof(uint32_t);
+  return !full_chunk() && (empty() || bytes_ + more <= bytes_max_);
 }
 
 void KvEventQueue::append(const std::optional<KvBlock>& of, uint8_t tier, KvEventKind kind) {

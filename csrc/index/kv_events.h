@@ -85,15 +85,17 @@ class KvEventQueue {
 
   KvEvents take();  // the oldest chunk; an empty one where there is none
   bool empty() const { return chunks_.empty(); }
-  bool full_chunk() const {
-    return !empty() &&
-           (chunks_.back().size() >= kChunkEvents || chunks_.back().words.size() >= kChunkWords);
-  }
+  // Whether one more block may be told with what is to be taken next, and nothing be dropped for it.
+  bool has_room(const KvBlock& block) const;
 
   std::optional<Scan> scan;
 
  private:
   void append(const std::optional<KvBlock>& of, uint8_t tier, KvEventKind kind);
+  bool full_chunk() const {
+    return !empty() &&
+           (chunks_.back().size() >= kChunkEvents || chunks_.back().words.size() >= kChunkWords);
+  }
 
   size_t bytes_max_;
   size_t bytes_ = 0;  // of all chunks

@@ -36,22 +36,24 @@ void RadixTree::tell_removed(Place at, PoolId pool) {
 }
 
 bool RadixTree::tell_some(uint32_t pages) {
-  for (; events.scan && pages > 0 && !events.full_chunk(); --pages) {
+  for (; events.scan && pages > 0; --pages) {
     const auto [pool, page] = std::pair(events.scan->pool, events.scan->page);
     if (pool >= pools_.size()) {
       events.scan.reset();
     } else if (!pools_.alive(pool) || page >= pools_[pool].size()) {
       events.scan->page = 0;
       ++events.scan->pool;
-    } else if (!pools_[pool].is(page, PageState::kResident) || tell_path(owner(pool, page), pool)) {
+    } else if (pools_[pool].is(page, PageState::kResident) && !tell_path(owner(pool, page), pool)) {
+      break;
+    } else {
       ++events.scan->page;
     }
   }
   return events.scan.has_value();
 }
 
-// The blocks of the path that the pool has and that were not told, first things first, at most a
-// chunk of them: false where there are more.
+// The blocks of the path that the pool has and that were not told, first things first, as far as
+// there is room: false where there are more.
 bool RadixTree::tell_path(Place to, PoolId pool) {
   std::vector<Place> untold;
   for (std::optional<Place> at = to; at; at = parent(*at)) {
@@ -59,13 +61,13 @@ bool RadixTree::tell_path(Place to, PoolId pool) {
     if (events.scan->was_told(pool, page(*at, pool))) break;
     untold.push_back(*at);
   }
-  const size_t now = std::min(untold.size(), KvEventQueue::kChunkEvents);
-  const size_t rest = untold.size() - now;
-  for (size_t i = untold.size(); i-- > rest;) {
-    events.scan->tell(pool, page(untold[i], pool));
-    events.stored(told_as(untold[i]), pools_[pool].shape.tier);
+  for (; !untold.empty(); untold.pop_back()) {
+    const KvBlock first = told_as(untold.back());
+    if (!events.has_room(first)) return false;
+    events.scan->tell(pool, page(untold.back(), pool));
+    events.stored(first, pools_[pool].shape.tier);
   }
-  return rest == 0;
+  return true;
 }
 
 }  // namespace kvc2

@@ -40,19 +40,32 @@ class Store:
 
     def __init__(self, kv_event_bytes: int, pages: int, page_size: int = 2) -> None:
         self.index = _core.Index(kv_event_bytes=kv_event_bytes)
-        self.page_size = page_size
-        self.pool = self.index.add_pool(
-            page_size=page_size, pages_per_slab=pages, below=None, durable=False
-        )
-        self.index.add_slab(self.pool)
+        self.page_size, self.per_slab = page_size, pages
+        self.pool = self.add_pool()
         self.space = self.index.open_namespace(b"n" * 32, page_size)
 
-    def put(self, tokens: np.ndarray) -> None:
-        blocks = len(tokens) // self.page_size
-        lease = self.index.acquire(self.space, self.pool, tokens, blocks)
-        pages = self.index.grant(self.pool, blocks)
+    def add_pool(self) -> int:
+        pool = self.index.add_pool(
+            page_size=self.page_size, pages_per_slab=self.per_slab, below=None, durable=False
+        )
+        self.index.add_slab(pool)
+        return pool
+
+    def put(self, tokens: np.ndarray, pool: int | None = None) -> None:
+        blocks, pool = len(tokens) // self.page_size, self.pool if pool is None else pool
+        lease = self.index.acquire(self.space, pool, tokens, blocks)
+        pages = self.index.grant(pool, blocks)
         self.index.commit(lease.id, 0, tokens, pages)
         self.index.release(lease.id)
+
+    def begin_scan(self, pages: int) -> Router:
+        """A scan that has looked at so many pages, and told nothing yet."""
+        self.index.tell_kv_events_anew()
+        router = Router()
+        for event in events_of(self.index.take_kv_events()[0]):  # all is cleared
+            router.apply(event)
+        assert len(self.index.take_kv_events(scan_pages=pages)[0].kinds) == 0
+        return router
 
     def take_all(self, router: Router) -> int:
         """How many chunks there were."""
@@ -88,6 +101,50 @@ def test_a_scan_tells_a_path_of_many_chunks_from_its_root_on() -> None:
     assert len(router.there) == 4000
     assert SEEN["event: before its parent"] == 0
     assert SEEN["event: told again"] == 0
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_a_scan_waits_where_no_more_may_wait(blocks: int) -> None:
+    """It would begin anew with each change that it tells too many."""
+    store = Store(1000, 36)
+    for start in range(12):
+        store.put(tokens(2 * blocks) + np.uint32(1000 * start))
+    overflows = store.index.kv_event_overflows()
+    router = Router()
+    SEEN.clear()
+    store.index.tell_kv_events_anew()
+    store.take_all(router)
+    assert len(router.there) == 12 * blocks
+    assert store.index.kv_event_overflows() == overflows
+    assert SEEN["event: before its parent"] == 0
+
+
+def test_what_moves_to_where_a_scan_has_been_is_told() -> None:
+    store = Store(1 << 20, 4)
+    held = store.index.grant(store.pool, 4)
+    store.index.add_slab(store.pool)
+    store.put(tokens(2))  # its block is in the second slab
+    assert store.index.give_back(store.pool, held)
+    router = store.begin_scan(4)
+    assert store.index.close_slab(store.pool, 1)
+    move = store.index.plan_move(store.pool, 1, 1)
+    assert move is not None
+    assert move.target_pages[0] < 4
+    store.index.complete(move.id, 1)
+    store.take_all(router)
+    assert len(router.there) == 1
+
+
+def test_what_comes_to_a_pool_where_a_scan_has_been_is_told_though_another_has_it() -> None:
+    """That other pool of the tier may lose it before the scan comes there."""
+    store = Store(1 << 20, 4)
+    other = store.add_pool()
+    store.put(tokens(2), other)
+    router = store.begin_scan(4)
+    store.put(tokens(2))
+    assert store.index.evict(other, 1).pages.size == 1
+    store.take_all(router)
+    assert len(router.there) == 1
 
 
 def test_what_waits_is_bounded_and_the_router_has_all_in_the_end() -> None:
