@@ -99,15 +99,22 @@ def test_a_refused_block_that_comes_back_soon_is_seen_and_then_stored() -> None:
 
 
 def test_a_request_that_stores_nothing_is_seen_too() -> None:
+    """What was asked for before and is stored at last stays, where what is new goes."""
     seen, unseen = Store(), Store()
+    path = seen.stranger(8)
+    last = {seen: path, unseen: unseen.stranger(8)}
     for store in (seen, unseen):
         store.learn()
-    path = seen.stranger(PAGES)
-    for _ in range(8):
-        lease = seen.index.acquire(seen.space, seen.pool, u32(path), len(path))
-        assert lease.matched == 0
-        seen.index.release(lease.id)
-    assert seen.ask(path)[1] > unseen.ask(unseen.stranger(PAGES))[1]
+        for _ in range(8):
+            store.ask(TURNS)
+            asked = path if store is seen else store.stranger(8)
+            lease = store.index.acquire(store.space, store.pool, u32(asked), len(asked))
+            assert lease.matched == 0
+            store.index.release(lease.id)
+        assert store.ask(last[store]) == (0, 8)
+        store.ask(TURNS)
+        store.ask(store.stranger())
+    assert [store.ask(last[store])[0] for store in (seen, unseen)] == [8, 0]
 
 
 def test_a_pinned_prefix_is_stored_whatever_it_is_worth() -> None:
