@@ -85,7 +85,7 @@ class KvEventQueue {
 
   KvEvents take();  // the oldest chunk; an empty one where there is none
   bool empty() const { return chunks_.empty(); }
-  // Whether one more block may be told with what is to be taken next, and nothing be dropped for it.
+  // Whether one more block may be told with what is taken next, and nothing be dropped for it.
   bool has_room(const KvBlock& block) const;
 
   std::optional<Scan> scan;
