@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kvc2 import _core
-from tests.csrc.test_index_machine import WALK, WALKS, Walk, walk
+from tests.csrc.test_index_machine import WALK, walk_and_see
 from tests.oracles.events_machine import EventsMachine, Router, events_of
 from tests.oracles.machines import SEEN
 
@@ -27,12 +27,7 @@ class EventsUnderHazard(EventsMachine):
 
 @pytest.mark.parametrize("lives", [EventsMachine, EventsUnderHazard])
 def test_who_applies_all_events_has_what_is_resident(lives: type[EventsMachine]) -> None:
-    SEEN.clear()
-    walk(Walk(max(WALK.examples // 20, 25), shrinks=WALK.shrinks), same=True, lives=lives)
-    if WALK is not WALKS["default"]:
-        return
-    missed = {what: SEEN[what] for what, least in AT_LEAST.items() if SEEN[what] * 5 < least}
-    assert not missed, f"the walks come by these too rarely: {missed}"
+    walk_and_see(lives, WALK.examples // 20, AT_LEAST)
 
 
 class Store:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pytest
@@ -218,36 +219,30 @@ def walk(of: Walk, *, same: bool, lives: type[IndexLives] = IndexLives) -> None:
     )
 
 
-def test_the_index_equals_its_oracle_on_random_walks() -> None:
+def walk_and_see(lives: type[IndexLives], examples: int, at_least: Mapping[str, int]) -> None:
+    """Walks that come by all of this, in a process of their own (walks.py); others see nothing."""
     if WALK is not WALKS["default"]:
-        walk(WALK, same=True)
+        walk(Walk(max(examples, 25), shrinks=WALK.shrinks), same=True, lives=lives)
         return
-    walks = [sys.executable, "-m", "tests.oracles.walks"]
+    machine = f"{lives.__module__}:{lives.__qualname__}"
+    walks = [sys.executable, "-m", "tests.oracles.walks", machine, str(examples)]
     ran = subprocess.run(walks, capture_output=True, text=True, timeout=WALKS_END_S)
     assert ran.returncode == 0, ran.stderr
     seen = Counter(json.loads(ran.stdout))
-    missed = {what: seen[what] for what, least in AT_LEAST.items() if seen[what] * 5 < least}
+    missed = {what: seen[what] for what, least in at_least.items() if seen[what] * 5 < least}
     assert not missed, f"the walks come by these too rarely: {missed}"
+
+
+def test_the_index_equals_its_oracle_on_random_walks() -> None:
+    walk_and_see(IndexLives, WALK.examples, AT_LEAST)
 
 
 def test_opaque_keys_equal_their_oracle_beside_tokens() -> None:
-    SEEN.clear()
-    walk(Walk(WALK.examples // 4, shrinks=WALK.shrinks), same=True, lives=KeysMachine)
-    if WALK is not WALKS["default"]:
-        return
-    missed = {what: SEEN[what] for what, least in KEYS_AT_LEAST.items() if SEEN[what] * 5 < least}
-    assert not missed, f"the walks come by these too rarely: {missed}"
+    walk_and_see(KeysMachine, WALK.examples // 4, KEYS_AT_LEAST)
 
 
 def test_what_pools_refuse_is_what_their_oracle_refuses() -> None:
-    SEEN.clear()
-    walk(Walk(max(WALK.examples // 8, 25), shrinks=WALK.shrinks), same=True, lives=RefusalMachine)
-    if WALK is not WALKS["default"]:
-        return
-    missed = {
-        what: SEEN[what] for what, least in REFUSALS_AT_LEAST.items() if SEEN[what] * 5 < least
-    }
-    assert not missed, f"the walks come by these too rarely: {missed}"
+    walk_and_see(RefusalMachine, WALK.examples // 8, REFUSALS_AT_LEAST)
 
 
 @pytest.mark.parametrize(
