@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -188,13 +189,12 @@ def exchange(port: int, raw: bytes, *, pieces: int = 1) -> bytes:
     answer = b""
     with socket.create_connection(("127.0.0.1", port), END_S) as client:
         size = max(1, -(-len(raw) // pieces))
-        try:
+        with suppress(ConnectionResetError, BrokenPipeError):  # it ends while we still send:
             for begin in range(0, len(raw), size):
                 client.sendall(raw[begin : begin + size])
+        with suppress(ConnectionResetError):  # what it said by then is read all the same
             while more := client.recv(1 << 16):
                 answer += more
-        except (ConnectionResetError, BrokenPipeError):
-            pass  # it was told and let go of while it still sent
     return answer
 
 
