@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from benchmarks.processes import free_port
+from tests.doubles.replicas import SIZE, Served, prompt, two_replicas
 from tests.doubles.waiting import wait_until
-from tests.kvc2.server.test_kv_events_routing import SIZE, Served, prompt
 from tests.peers.environments import dynamo_python, peers_python
 
 pytestmark = pytest.mark.peers
@@ -28,10 +28,8 @@ BLOCKS = 8
 
 @pytest.fixture
 def replicas(tmp_path: Path) -> Iterator[list[Served]]:
-    found = [Served(tmp_path / name) for name in ("a", "b")]
-    yield found
-    for each in found:
-        each.close()
+    with two_replicas(tmp_path) as found:
+        yield found
 
 
 def decoded(folder: Path) -> list[dict[str, Any]]:
