@@ -193,12 +193,10 @@ def rows_of(trace: traces.Trace, sizes: Sizes, *, processes: int, repeats: int) 
         if row not in samples[OURS][0]:
             continue
         found = {name: [each[row] for each in runs] for name, runs in samples.items()}
-        peers = {name: float(np.median(of)) for name, of in found.items() if name != OURS}
         if row == "found" and not sizes.disk:
             pages = round(samples[OURS][0]["cpu pages"])
-            peers["one by one"] = 100 * replay.hit_rate(trace, pages, replay.POLICIES[0])
-        case = f"{sizes.name}: {row}"
-        rows.append(report.row(case, unit, better, found[OURS], peers=peers))
+            found["one by one"] = [100 * replay.hit_rate(trace, pages, replay.POLICIES[0])]
+        rows.append(report.beside(f"{sizes.name}: {row}", unit, better, found, OURS))
     return rows
 
 

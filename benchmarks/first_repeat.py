@@ -132,8 +132,7 @@ def rows_of(case: str, samples: dict[str, list[dict[str, float]]]) -> list[repor
     rows = []
     for row, (unit, better) in ROWS.items():
         found = {name: [each[row] for each in runs] for name, runs in samples.items()}
-        peers = {name: float(np.median(of)) for name, of in found.items() if name != admission.OURS}
-        rows.append(report.row(f"{case}: {row}", unit, better, found[admission.OURS], peers=peers))
+        rows.append(report.beside(f"{case}: {row}", unit, better, found, admission.OURS))
     return rows
 
 

@@ -90,6 +90,18 @@ def row(
     )
 
 
+def beside(
+    case: str,
+    unit: str,
+    better: Literal["higher", "lower"],
+    samples: Mapping[str, Sequence[float]],
+    ours: str,
+) -> Row:
+    """A Row of the samples named `ours`; the medians of the others are its peers."""
+    peers = {name: statistics.median(of) for name, of in samples.items() if name != ours}
+    return row(case, unit, better, samples[ours], peers=peers)
+
+
 def parser(description: str, *, repeats: int = 5) -> argparse.ArgumentParser:
     """The flags that every benchmark takes: --repeats N and --json FILE."""
     made = argparse.ArgumentParser(description=description)

@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks import report
 from benchmarks.kept_cache import KeptCache
 from benchmarks.probe import Probe
-from benchmarks.processes import Daemon, Engine
+from benchmarks.processes import Daemon, Engine, end_in_order
 from engine import demo_model
 from engine.attention.base import KvShape
 from engine.config import ModelConfig
@@ -208,6 +208,7 @@ def main() -> int:
     parser.add_argument("--no-hits", action="store_true",
                         help="only the cold runs, with a daemon and without")  # fmt: skip
     flags = parser.parse_args()
+    end_in_order()
     with demo_model.console_progress() as progress:
         model = demo_model.build(demo_model.default_directory(), progress=progress)
     with tempfile.TemporaryDirectory(prefix="kvc2-ttft-") as name, ExitStack() as stack:
