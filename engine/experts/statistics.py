@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,38 @@ class Statistics:
         return self._counts.copy()
 
     def record(self, layer: int, expert_ids: Tensor) -> None:
-        """One more for each choice in int64 [T, k]. Raises ValueError for an id that is none."""
-        count_choices(expert_ids.cpu(), self._of_layer[layer])
+        """One more for each choice in int64 [T, k] on the CPU. Raises ValueError for an id that is
+        none."""
+        count_choices(expert_ids, self._of_layer[layer])
 
     def add(self, counts: Counts) -> None:
         """What an earlier run counted."""
         self._counts += counts
+
+
+class LateCounts:
+    """What the layers of a step on a device chose, counted when the step has ended: to read it in
+    between, the host would wait for the device once a layer. One thread calls.
+
+    `chosen`: int64 [layers, tokens, k] on the device, for the largest step; `layers`: those that
+    have experts.
+    """
+
+    def __init__(self, statistics: Statistics, chosen: Tensor, layers: Sequence[int]) -> None:
+        self._statistics = statistics
+        self._chosen = chosen
+        self._layers = layers
+
+    def record(self, layer: int, expert_ids: Tensor) -> None:
+        """Keeps int64 [T, k] until the step's end; no wait, and the same memory in each step."""
+        self._chosen[layer, : len(expert_ids)].copy_(expert_ids)
+
+    def count(self, tokens: int) -> None:
+        """Waits for the device, and counts the choices of the step's first rows: what is behind
+        them is padding."""
+        chosen = self._chosen[:, :tokens].cpu()
+        for layer in self._layers:
+            self._statistics.record(layer, chosen[layer])
 
 
 def save(path: Path, counts: Counts, model: str, measured: Mapping[str, Any] | None = None) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from engine.batch import Batch
@@ -34,7 +35,7 @@ from engine.experts.nodes import Nodes
 from engine.experts.placement import Room
 from engine.experts.prefill import PrefillStream
 from engine.experts.router import Routing
-from engine.experts.statistics import Counts, Statistics
+from engine.experts.statistics import Counts, LateCounts, Statistics
 from engine.experts.store import ExpertStore, StoredExperts
 from engine.host_budget import HostSizes, Redivision, divide, given, most_pages
 from engine.kernels import Choices, workbench_of
@@ -54,7 +55,7 @@ class Observed:
     """A layer's experts, whose choices are counted."""
 
     layer: int
-    statistics: Statistics
+    statistics: Statistics | LateCounts
     experts: Callable[[Tensor, Routing], Tensor]
 
     def __call__(self, x: Tensor, routing: Routing) -> Tensor:
@@ -77,6 +78,19 @@ class Compute(Protocol):
     """engine.runner.Runner, as it is used here."""
 
     def step(self, batch: Batch, layer_ready: Callable[[int], None] | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class CountedLate:
+    """A runner on a device, whose choices of experts are counted behind each step."""
+
+    compute: Compute
+    chosen: LateCounts
+
+    def step(self, batch: Batch, layer_ready: Callable[[int], None] | None = None) -> Tensor:
+        logits = self.compute.step(batch, layer_ready)
+        self.chosen.count(len(batch.token_ids))
+        return logits
 
 
 @dataclass(frozen=True)
@@ -126,10 +140,13 @@ class PlacedModel:
             layers = moe_layers(model)
             self.experts = place_experts(config, c, layers, known, self.statistics, most_stored)
         self._deferred = DeferredExperts(self.experts, late) if self.experts and late else None
+        self._late = _late_counts(config, model, self.statistics)
         self.model = _with_experts(model, self._layer)
 
     def compute(self, runner: Compute) -> Compute:
         """The runner, before whose steps experts move."""
+        if self._late is not None:
+            runner = CountedLate(runner, self._late)
         if self.experts is None:
             return runner
         return BetweenSteps(runner, self.experts, self._deferred, lambda: self.host_memory)
@@ -198,7 +215,16 @@ class PlacedModel:
         experts = moe.experts
         if self.experts is not None:
             experts = PlacedLayer(index, self._deferred or self.experts)
-        return Observed(index, self.statistics, experts)
+        return Observed(index, self._late or self.statistics, experts)
+
+
+def _late_counts(config: EngineConfig, model: Model, seen: Statistics) -> LateCounts | None:
+    """Where a device computes, which the host must not wait for in each layer."""
+    c, layers = model.config, list(moe_layers(model))
+    if model.device.ordinal is None or not layers:
+        return None
+    shape = c.num_layers, config.step_tokens, c.experts_per_token
+    return LateCounts(seen, model.device.empty(shape, torch.int64), layers)
 
 
 def measured_in(path: Path) -> Measured:

@@ -1,8 +1,10 @@
 """A decode step on CUDA can be captured by a graph: it never makes the host wait for the device,
-and mixes no devices.
+and copies nothing between the two. The model is the one that serves: its experts' choices are
+counted.
 
-No GPU is needed: torch's FakeTensorMode computes shapes, types and devices alone, and refuses both.
-(A copy of a CPU index to the device it doesn't refuse: `Runner` makes them before the first layer.)
+No GPU is needed: torch's FakeTensorMode computes shapes, types and devices alone, and refuses to
+wait; what crosses devices is refused here. (Where a batch lies on the CPU, `Runner` copies it to
+the device before the first layer, which is before the graph.)
 """
 
 from __future__ import annotations
@@ -17,13 +19,17 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from engine.attention.base import Attention, KvPool, KvShape
 from engine.attention.paged_torch import PagedTorchAttention
 from engine.batch import Batch, Slice
 from engine.device import CPU, cuda
 from engine.models import load_model
+from engine.models.placed import PlacedModel
 from engine.runner import Runner
+from engine.settings import EngineConfig
 from tests.doubles.checkpoints import make_mixtral, make_qwen3_moe
 
 CUDA, PAGES, PAGE_SIZE = torch.device("cuda", 0), 24, 16
@@ -66,6 +72,19 @@ def moved(thing: Any, mode: FakeTensorMode) -> Any:
     return copy
 
 
+class OneDevice(TorchDispatchMode):
+    """Refuses what has to do with two: a copy between them waits for one of them."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, made)) if isinstance(x, torch.Tensor)]
+        devices = {str(each.device) for each in tensors}
+        assert len(devices) <= 1, f"{func} has to do with {sorted(devices)}"
+        return made
+
+
 class NoAttention(Attention):
     """flashinfer's place: it plans on the host and runs on the device."""
 
@@ -98,8 +117,10 @@ def step(make: Callable[..., Path], folder: Path, attention: type[Attention]) ->
         attention=attention,
         finish=CPU.finish,
     )
-    real, mode = load_model(make(folder / "model", torch.bfloat16), device=device), FakeTensorMode()
-    model = moved(real, mode)
+    path = make(folder / "model", torch.bfloat16)
+    placed = PlacedModel(EngineConfig(model=path), load_model(path, device=device))
+    mode = FakeTensorMode()
+    model = moved(placed.model, mode)
     object.__setattr__(model, "device", dataclasses.replace(device, memory=CUDA))
     shape = KvShape.of(model.config, PAGE_SIZE)
     planner = PagedTorchAttention(
@@ -115,7 +136,8 @@ def step(make: Callable[..., Path], folder: Path, attention: type[Attention]) ->
         if isinstance(planned, Planned):
             planned._places = moved(planner._places, mode)
             planned._sequences = moved(planner._sequences, mode)
-        return runner.step(Batch(**inputs))
+        with OneDevice():
+            return runner.step(Batch(**inputs))
 
 
 @pytest.mark.parametrize("make", [make_mixtral, make_qwen3_moe])
@@ -133,3 +155,11 @@ def test_a_step_that_waits_is_seen() -> None:
         ids = torch.zeros(4, dtype=torch.int64, device=CUDA)
         with pytest.raises(DynamicOutputShapeException):
             torch.bincount(ids, minlength=4)
+
+
+def test_a_copy_between_devices_is_seen() -> None:
+    """As the counting of choices did, a layer at a time."""
+    with FakeTensorMode(), OneDevice():
+        ids = torch.zeros(4, dtype=torch.int64, device=CUDA)
+        with pytest.raises(AssertionError, match="'cpu', 'cuda:0'"):
+            ids.cpu()

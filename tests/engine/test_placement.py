@@ -17,7 +17,15 @@ from benchmarks import placement as benchmark
 from benchmarks.routings import Text, usage
 from engine.experts.dynamic import PLAN_TOKENS, DynamicPlacement, Exchange, Pace
 from engine.experts.placement import Room, best, hot_experts, place, share
-from engine.experts.statistics import SCHEMA, Counts, Statistics, load, resume, save
+from engine.experts.statistics import (
+    SCHEMA,
+    Counts,
+    LateCounts,
+    Statistics,
+    load,
+    resume,
+    save,
+)
 from engine.settings import PlacementStrategy
 from kvc2.errors import InvalidConfig
 
@@ -100,6 +108,19 @@ def test_what_was_recorded_is_counted_by_layer() -> None:
     statistics.record(1, torch.tensor([[0, 3], [3, 1]]))
     statistics.record(1, torch.tensor([[3, 1]]))
     assert statistics.counts.tolist() == [[0, 0, 0, 0], [1, 2, 0, 3]]
+
+
+def test_what_a_device_chose_is_counted_behind_the_step_and_padding_never() -> None:
+    at_once, behind = Statistics(3, 4), Statistics(3, 4)
+    late = LateCounts(behind, torch.full((3, 8, 2), 99), layers=[0, 2])
+    for tokens in (5, 2):  # the second step leaves rows of the first behind its own
+        for layer in (0, 2):
+            ids = torch.randint(4, (tokens + 1, 2), generator=torch.Generator().manual_seed(layer))
+            at_once.record(layer, ids[:tokens])
+            late.record(layer, ids)
+        assert (behind.counts != at_once.counts).any()
+        late.count(tokens)
+        assert (behind.counts == at_once.counts).all()
 
 
 @given(st.lists(st.integers(-1, 5), max_size=24))
