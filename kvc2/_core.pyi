@@ -566,8 +566,9 @@ class Index:
     ) -> int:
         """End the pin of exactly these full blocks. Returns how many blocks it had, 0: there is no
         such pin. Blocks of other pins stay pinned. Walks the path."""
-    def pinned_blocks(self, pool: int, *, hard: bool) -> int:
-        """Blocks with a pin of this kind, whether the pool has them or not."""
+    def pinned_blocks(self, pool: int, *, hard: bool, tenant: int | None = None) -> int:
+        """Blocks with a pin of this kind, whether the pool has them or not; of one tenant, if it is
+        named (0: of all that have no number): then it walks the namespaces."""
     def advance(self, now: int) -> int:
         """It is second `now`; an earlier one than before changes nothing. Blocks that have expired
         are dead, requests that are late are awaited no more, and pins that are over keep nothing.

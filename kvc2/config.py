@@ -247,6 +247,12 @@ class LimitsConfig:
     hard_pin_percent: Annotated[
         int, Flag("Percent of a tier that hard pins may keep from eviction.", between(0, 90))
     ] = 25
+    soft_pin_percent: Annotated[
+        int,
+        Flag(
+            "Percent of a tier that soft pins of one tenant may have dropped last.", between(0, 100)
+        ),
+    ] = 50
 
     def __post_init__(self) -> None:
         check(self, "limits")

@@ -454,7 +454,7 @@ void bind_lives(py::class_<Index>& index) {
           },
           "namespace"_a, "pool"_a, "tokens"_a, "extras"_a = py::none())
       .def("pinned_blocks", &Index::pinned_blocks, "pool"_a, py::kw_only(), "hard"_a,
-           py::call_guard<py::gil_scoped_release>())
+           "tenant"_a = py::none(), py::call_guard<py::gil_scoped_release>())
       .def(
           "lifetimes",
           [](const Index& self, PoolId pool) {

@@ -61,7 +61,8 @@ void PrefixPins::check() const {
       count(counted, pin);
     }
     KVC2_CHECK(counted.soft == of.soft && counted.hard == of.hard &&
-                   counted.blocks.size() == of.blocks.size(),
+                   counted.blocks.size() == of.blocks.size() &&
+                   counted.spaces.size() == of.spaces.size(),
                "I10: %u soft and %u hard blocks of pins, counted %u and %u", counted.soft,
                counted.hard, of.soft, of.hard);
     for (const auto& [key, counts] : counted.blocks) {
@@ -69,6 +70,12 @@ void PrefixPins::check() const {
       KVC2_CHECK(found != of.blocks.end() && found->second.soft == counts.soft &&
                      found->second.hard == counts.hard,
                  "I10: the pins of a block");
+    }
+    for (const auto& [space, counts] : counted.spaces) {
+      const auto found = of.spaces.find(space);
+      KVC2_CHECK(found != of.spaces.end() && found->second.soft == counts.soft &&
+                     found->second.hard == counts.hard,
+                 "I10: the pinned blocks of namespace %u", space);
     }
   }
   KVC2_CHECK(ends == ends_.size(), "I10: %zu ends of %zu pins", ends_.size(), ends);

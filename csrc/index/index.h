@@ -162,7 +162,7 @@ class Index {
   Evicted reap(PoolId pool, uint32_t pages);
   bool pin(uint32_t space, PoolId pool, const Content& prefix, const Keeping& as);
   uint32_t unpin(uint32_t space, PoolId pool, const Content& prefix);
-  uint32_t pinned_blocks(PoolId pool, bool hard) const;
+  uint32_t pinned_blocks(PoolId pool, bool hard, std::optional<TenantId> of = {}) const;
 
   Match match(uint32_t space, PoolId pool, const Content& prompt) const;
   Explanation explain(uint32_t space, std::span<const PoolId> pools, const Content& prompt) const;

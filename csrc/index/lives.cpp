@@ -94,10 +94,16 @@ bool Index::has_pins(uint32_t space) const {
   return tree_.pins.of_space(space);
 }
 
-uint32_t Index::pinned_blocks(PoolId id, bool hard) const {
+uint32_t Index::pinned_blocks(PoolId id, bool hard, std::optional<TenantId> of) const {
   const Lock lock(mutex_);
   pools_.at(id);
-  return tree_.pins.blocks(id, hard ? Pinned::kHard : Pinned::kSoft);
+  const Pinned how = hard ? Pinned::kHard : Pinned::kSoft;
+  if (!of) return tree_.pins.blocks(id, how);
+  uint32_t blocks = 0;
+  for (uint32_t space = 0; space < tree_.spaces.size(); ++space) {
+    if (tree_.spaces[space].tenant == *of) blocks += tree_.pins.blocks(id, how, space);
+  }
+  return blocks;
 }
 
 }  // namespace kvc2

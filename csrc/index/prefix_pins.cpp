@@ -12,16 +12,23 @@ static auto& of_kind(auto& counts, Pinned how) {
 
 void PrefixPins::count(OfPool& of, const Pin& pin) {
   for (const BlockKey& key : pin.keys) {
-    if (of_kind(of.blocks[key], pin.how)++ == 0) ++of_kind(of, pin.how);
+    if (of_kind(of.blocks[key], pin.how)++ > 0) continue;
+    ++of_kind(of, pin.how);
+    ++of_kind(of.spaces[pin.space], pin.how);
   }
 }
 
 void PrefixPins::discount(OfPool& of, const Pin& pin) {
   for (const BlockKey& key : pin.keys) {
     const auto found = of.blocks.find(key);
-    if (--of_kind(found->second, pin.how) == 0) --of_kind(of, pin.how);
+    if (--of_kind(found->second, pin.how) == 0) {
+      --of_kind(of, pin.how);
+      --of_kind(of.spaces.at(pin.space), pin.how);
+    }
     if (found->second.soft + found->second.hard == 0) of.blocks.erase(found);
   }
+  const auto space = of.spaces.find(pin.space);
+  if (space->second.soft + space->second.hard == 0) of.spaces.erase(space);
 }
 
 bool PrefixPins::pin(PoolId pool, uint32_t space, std::vector<BlockKey>&& keys, Pinned how,
@@ -104,12 +111,19 @@ uint32_t PrefixPins::blocks(PoolId pool, Pinned how) const {
   return pool < pools_.size() ? of_kind(pools_[pool], how) : 0;
 }
 
+uint32_t PrefixPins::blocks(PoolId pool, Pinned how, uint32_t space) const {
+  if (pool >= pools_.size()) return 0;
+  const auto found = pools_[pool].spaces.find(space);
+  return found == pools_[pool].spaces.end() ? 0 : of_kind(found->second, how);
+}
+
 size_t PrefixPins::metadata_bytes() const {
   size_t bytes = pools_.capacity() * sizeof(OfPool);
   constexpr size_t kLink = 2 * sizeof(void*);  // of a hash map's entry
   bytes += ends_.size() * (sizeof(*ends_.begin()) + 2 * kLink);
   for (const OfPool& of : pools_) {
     bytes += of.blocks.size() * (sizeof(BlockKey) + sizeof(Counts) + kLink);
+    bytes += of.spaces.size() * (sizeof(uint32_t) + sizeof(Counts) + kLink);
     for (const auto& [last, pin] : of.pins) {
       bytes += sizeof(BlockKey) + sizeof(Pin) + kLink + pin.keys.capacity() * sizeof(BlockKey);
     }

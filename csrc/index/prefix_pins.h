@@ -54,7 +54,8 @@ class PrefixPins {
     if (found == pools_[pool].blocks.end()) return Pinned::kNot;
     return found->second.hard > 0 ? Pinned::kHard : Pinned::kSoft;
   }
-  uint32_t blocks(PoolId pool, Pinned how) const;  // distinct ones
+  uint32_t blocks(PoolId pool, Pinned how) const;                  // distinct ones
+  uint32_t blocks(PoolId pool, Pinned how, uint32_t space) const;  // of this namespace
   size_t metadata_bytes() const;
   void check() const;
 
@@ -72,6 +73,7 @@ class PrefixPins {
     std::unordered_map<BlockKey, Counts, NameHash> blocks;
     std::unordered_map<BlockKey, Pin, NameHash> pins;  // by their last block
     uint32_t soft = 0, hard = 0;                       // blocks with such a pin
+    std::unordered_map<uint32_t, Counts> spaces;       // those of each namespace
   };
 
   static void count(OfPool& of, const Pin& pin);

@@ -2,14 +2,15 @@
 
 A pin is on the names of blocks (csrc/index/prefix_pins.h): it holds for what comes later too, and
 ends with unpin, after its time, with its namespace, its session's pool or the daemon. Hard pins
-take at most limits.hard_pin_percent of a tier, soft ones all of it. Not here: what a pin forbids
-(csrc/index).
+take at most limits.hard_pin_percent of a tier, and soft ones of a tenant limits.soft_pin_percent:
+its marks leave the others' blocks room. Not here: what a pin forbids (csrc/index).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypedDict
 
 from kvc2 import _core, errors
@@ -23,10 +24,12 @@ from kvc2.config import ServeConfig
 
 @dataclass(frozen=True)
 class PinRoom:
-    """The pool of a namespace in a tier; `room`: blocks that may be pinned there in one way."""
+    """The pool of a namespace in a tier, and the blocks that may be pinned there in one way: `room`
+    by all, or by `tenant` alone."""
 
     pool: int
     room: int
+    tenant: int | None
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,10 @@ class Pins:
         self._index = index
         self._namespaces = namespaces
         self._counts = counts
-        self._hard_percent = config.limits.hard_pin_percent
+        self._percent = {
+            True: config.limits.hard_pin_percent,
+            False: config.limits.soft_pin_percent,
+        }
 
     def pin(
         self, session: Session | None, namespace: Namespace, asked: Asked, keeping: Keeping
@@ -80,7 +86,7 @@ class Pins:
         number = namespace.number
         how = _How(
             hard=hard,
-            max_blocks=room.room,
+            max_blocks=self._most(room, hard=hard),
             ttl_s=keeping.ttl_s,
             keep_stronger=keeping.keep_stronger,
         )
@@ -93,11 +99,11 @@ class Pins:
             )
         tokens, extras = asked.tokens, prompt_extras(asked.extras, namespace.page_size)
         if not self._index.pin(number, room.pool, tokens, **how, extras=extras):
-            percent = self._hard_percent if hard else 100
+            whose = "" if hard else f" by tenant {namespace.owner.tenant!r}"
             raise errors.LimitReached(
-                "limits.hard_pin_percent" if hard else "tier",
-                percent,
-                f"% of the {tier} tier ({room.room} blocks of this layout) may be pinned so",
+                f"limits.{'hard' if hard else 'soft'}_pin_percent",
+                self._percent[hard],
+                f"% of the {tier} tier ({room.room} blocks of this layout) may be pinned so{whose}",
             )
         resident = self._index.match(number, room.pool, tokens, extras).tiers[0]
         blocks = len(tokens) // namespace.page_size
@@ -143,21 +149,31 @@ class Pins:
     def _room(
         self, session: Session | None, namespace: Namespace, tier: str, *, hard: bool
     ) -> PinRoom:
-        percent = self._hard_percent if hard else 100
+        percent = self._percent[hard]
         pool = self.pool(session, namespace, tier)
+        tenant = None if hard else namespace.owner.number
         if tier == "gpu" and session is not None:
-            return PinRoom(pool, session.num_pages * percent // 100)
+            return PinRoom(pool, session.num_pages * percent // 100, tenant)
         pool, page_bytes = self._below(namespace, tier)
-        taken = self._bytes_of_others(tier, pool, hard=hard)
+        taken = self._bytes_elsewhere(tier, pool, tenant, hard=hard)
         limit = self._counts.tier(tier).capacity_bytes * percent // 100
-        return PinRoom(pool, max(limit - taken, 0) // page_bytes)
+        return PinRoom(pool, max(limit - taken, 0) // page_bytes, tenant)
 
-    def _bytes_of_others(self, tier: str, pool: int, *, hard: bool) -> int:
-        """Pinned in the same way in the tier's pools of other layouts."""
+    def _most(self, room: PinRoom, *, hard: bool) -> int:
+        """Blocks that may be pinned in the pool by all, which is what the index is told: what the
+        other tenants have there is theirs."""
+        if room.tenant is None:
+            return room.room
+        blocks = partial(self._index.pinned_blocks, room.pool, hard=hard)
+        return room.room + blocks() - blocks(tenant=room.tenant)
+
+    def _bytes_elsewhere(self, tier: str, pool: int, tenant: int | None, *, hard: bool) -> int:
+        """Pinned in the same way in the tier's pools of other layouts, by all or by a tenant."""
         chains = {each.pools.chain for each in self._namespaces}
         others = [link for chain in chains for link in chain if link.tier == tier]
         return sum(
-            self._index.pinned_blocks(each.id, hard=hard) * each.store.shape.page_bytes
+            self._index.pinned_blocks(each.id, hard=hard, tenant=tenant)
+            * each.store.shape.page_bytes
             for each in others
             if each.id != pool
         )

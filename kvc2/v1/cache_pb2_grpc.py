@@ -304,9 +304,10 @@ class CacheServicer:
     def Pin(self, request, context):
         """Pin keeps the full blocks of some tokens in one tier, whether they are there now or come later: hard,
         they are never evicted from it, for at most limits.hard_pin_percent of the tier; else they are
-        evicted last. What is dead is not kept. A pin ends with Unpin, after its ttl_s, with an Invalidate of
-        its namespace or with the daemon; one of tier gpu with its session. The same prefix again replaces its
-        pin, and its end, unless a stronger one is to be kept.
+        evicted last, for at most limits.soft_pin_percent of the tier a tenant. What is dead is not kept. A
+        pin ends with Unpin, after its ttl_s, with an Invalidate of its namespace or with the daemon; one of
+        tier gpu with its session. The same prefix again replaces its pin, and its end, unless a stronger one
+        is to be kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -68,6 +68,34 @@ def test_pins_end_with_their_namespace() -> None:
     at.index.check()
 
 
+def test_the_pinned_blocks_of_a_tenant_are_those_of_its_namespaces() -> None:
+    """Counted once each; also where a namespace joins a tenant later, or ends."""
+    at = Pool()
+    index, pool = at.index, at.pool
+
+    def pinned(hard: bool = False) -> list[int]:
+        index.check()
+        return [index.pinned_blocks(pool, hard=hard, tenant=tenant) for tenant in (0, 1, 2)]
+
+    def pin(space: int, *blocks: int, hard: bool = False) -> None:
+        assert index.pin(space, pool, u32(blocks), hard=hard, max_blocks=ROOM)
+
+    index.set_tenant(1, 1)
+    pin(0, 1, 2)
+    pin(0, 1, 3)  # shares a block
+    pin(1, 1)
+    pin(1, 1, 2, 3, hard=True)
+    assert (pinned(), pinned(hard=True)) == ([3, 1, 0], [0, 3, 0])
+    pin(1, 1, hard=True)  # in the place of the soft one
+    assert (pinned(), pinned(hard=True)) == ([3, 0, 0], [0, 3, 0])
+    index.set_tenant(0, 2)
+    assert pinned() == [0, 0, 3]
+    index.unpin(0, pool, u32([1, 2]))
+    assert pinned() == [0, 0, 2]
+    index.retire(0)
+    assert pinned() == [0, 0, 0]
+
+
 def test_a_pin_with_an_end_is_over_at_that_second() -> None:
     """Its blocks may go at once; what another pin keeps stays."""
     at = Pool()

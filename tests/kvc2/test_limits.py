@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,30 @@ def hard_pins(folder: Path) -> None:
         assert client.pin(handle, other, tier="gpu", hard=True).blocks == 3
 
 
+def soft_pins(folder: Path) -> None:
+    """A tenant's are refused by name until one of its own ends; another tenant's fit."""
+    secrets = {name: folder / name for name in ("good", "greedy")}
+    for name, path in secrets.items():
+        path.write_bytes(name.encode() * 16)
+        path.chmod(0o600)
+    config = serve_config(
+        folder,
+        limits=LimitsConfig(soft_pin_percent=10, max_tokens=1 << 12),  # of 64 pages
+        tenants=tuple(TenantConfig(name, path) for name, path in secrets.items()),
+    )
+    with ServedDaemon(config, cache=None) as served, TinyEngine(served.address) as engine:
+        pin = partial(engine.client.pin, tier="gpu", hard=False)
+        greedy = [salted(engine.client, salt, "greedy") for salt in range(3)]
+        assert [pin(each, TOKENS).pinned_blocks for each in greedy[:2]] == [3, 6]
+        words = "soft_pin_percent = 10.*6 blocks.*'greedy'"
+        refused(lambda: pin(greedy[2], TOKENS), LimitReached, words)
+        good = [salted(engine.client, salt, "good") for salt in range(2)]
+        assert [pin(each, TOKENS).pinned_blocks for each in good] == [9, 12]
+        refused(lambda: pin(greedy[2], TOKENS), LimitReached, words)
+        assert engine.client.unpin(greedy[0], TOKENS, tier="gpu") == 3
+        assert pin(greedy[2], TOKENS).pinned_blocks == 12
+
+
 def requests_told_of(folder: Path) -> None:
     """The oldest is forgotten, by name."""
     with attached(folder) as (_, client):
@@ -301,6 +326,7 @@ LIMITS: dict[str, Callable[[Path], None] | str] = {
     "limits.max_keys": keys,
     "limits.max_streams": "kvc2.server.test_streams.test_one_stream_too_many_is_refused_by_name",
     "limits.hard_pin_percent": hard_pins,
+    "limits.soft_pin_percent": soft_pins,
     "explain.RECENT_MAX": requests_told_of,
     "callers.DURABLE_WAITS_MAX": durable_waits,
     "side.PENDING_MAX": side_sockets,

@@ -133,8 +133,11 @@ class IndexEndings(IndexMachine):
     def pins_agree(self) -> None:
         for at in self.model.pools:
             for kind in (False, True):
-                count = self.index.pinned_blocks(at, hard=kind)
-                assert count == self.model.pinned_blocks(at, hard=kind)
+                paths = self.model.pinned_paths(at, hard=kind)
+                assert self.index.pinned_blocks(at, hard=kind) == len(paths)
+                for tenant in (0, 1):
+                    count = sum(self.model.tenant(path) == tenant for path in paths)
+                    assert self.index.pinned_blocks(at, hard=kind, tenant=tenant) == count
 
     @rule(which=st.integers(0, 1), pool=choice, blocks=st.integers(0, 4), of_bytes=st.booleans(),
           joins=st.sampled_from([False, False, True]), trims=st.booleans())  # fmt: skip

@@ -28,9 +28,9 @@ class LivesModel:
             for (at, prefix), how in self.prefix_pins.items()
         )
 
-    def pinned_blocks(self, pool: int, *, hard: bool) -> int:
+    def pinned_paths(self, pool: int, *, hard: bool) -> set[Path]:
         pins = [p for (at, p), how in self.prefix_pins.items() if at == pool and how == hard]
-        return len({prefix[:n] for prefix in pins for n in range(2, len(prefix) + 1)})
+        return {prefix[:n] for prefix in pins for n in range(2, len(prefix) + 1)}
 
     def pin(
         self,
@@ -49,7 +49,7 @@ class LivesModel:
                 return True
         before = dict(self.prefix_pins)
         self.prefix_pins[pool, prefix] = hard
-        fits = prefix[0] not in self.retired and self.pinned_blocks(pool, hard=hard) <= most
+        fits = prefix[0] not in self.retired and len(self.pinned_paths(pool, hard=hard)) <= most
         self.prefix_pins = self.prefix_pins if fits else before
         if fits:
             self.pin_ends[pool, prefix] = self.now + ttl
