@@ -1,4 +1,4 @@
-"""The environments of the other engines and of a router, below build/peers."""
+"""The environments of the other engines, of a router and of a client, below build/peers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from tests import ROOT
 # beside vLLM, which brings torch and most of what else it imports
 SGLANG = ["sglang==0.5.23", "orjson", "IPython", "traitlets", "gguf"]
 
-
 # its indexer is native code; of the rest of its Python only the imports are wanted
 DYNAMO = ["ai-dynamo-runtime==1.6.1"]
+
+# 3 GB, most of it torch for searches in documents
+OPEN_WEBUI = ["open-webui==0.12.4", "torch==2.13.0"]
 
 
 def dynamo_python() -> Path:
@@ -22,6 +24,13 @@ def dynamo_python() -> Path:
     if given := os.environ.get("KVC2_PEERS_DYNAMO"):
         return Path(given)
     return environment(ROOT / "build/peers/dynamo", DYNAMO, [])
+
+
+def open_webui_python() -> Path:
+    """The python of an environment with Open WebUI. KVC2_PEERS_OPEN_WEBUI names one."""
+    if given := os.environ.get("KVC2_PEERS_OPEN_WEBUI"):
+        return Path(given)
+    return environment(ROOT / "build/peers/open-webui", OPEN_WEBUI, [])
 
 
 def peers_python() -> Path:
