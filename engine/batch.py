@@ -68,6 +68,30 @@ class Batch:
             page_offsets=torch.from_numpy(positions % page_size),
         )
 
+    @property
+    def only_decodes(self) -> bool:
+        """Each slice is one token, whose logits are wanted."""
+        return len(self.query_lens) == len(self.token_ids) == len(self.logits_rows)
+
+    def padded(self, rows: int, page: int) -> Batch:
+        """Decodes with more of them, so that they are `rows`: each is token 0, alone at the
+        beginning of `page`, which nobody reads."""
+        more = rows - len(self.token_ids)
+
+        def with_more(part: Tensor, value: int) -> Tensor:
+            return torch.cat((part, part.new_full((more, *part.shape[1:]), value)))
+
+        return Batch(
+            token_ids=with_more(self.token_ids, 0),
+            positions=with_more(self.positions, 0),
+            query_lens=with_more(self.query_lens, 1),
+            context_lens=with_more(self.context_lens, 1),
+            block_tables=with_more(self.block_tables, page),
+            logits_rows=torch.arange(rows),
+            page_ids=with_more(self.page_ids, page),
+            page_offsets=with_more(self.page_offsets, 0),
+        )
+
 
 def _check(index: int, s: Slice, page_size: int) -> None:
     if not 0 < len(s.token_ids) <= s.context_len:

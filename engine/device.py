@@ -22,6 +22,7 @@ from engine.attention.cpu import CpuAttention
 from engine.attention.flashinfer import FlashInferAttention
 from engine.attention.paged_torch import PagedTorchAttention
 from engine.choice import ChoiceRule
+from engine.graphs import CudaRecorder, Recorder
 from kvc2.errors import InvalidConfig
 from kvc2.host import machine
 
@@ -41,6 +42,7 @@ class Device:
     ordinal: of a CUDA device; None: of none. over(memory): what an engine's pool lies in, as
     attention takes it. side_by_side: K and V of a page lie so there. room(): of `memory`.
     finish(): returns when all that was begun is done, so that others may read it.
+    recorder(): what captures steps there (graphs); None: nothing does.
     """
 
     memory: torch.device  # of weights, tables and activations
@@ -61,6 +63,7 @@ class Device:
     side_by_side: bool
     room: Callable[[], machine.Room]
     finish: Callable[[], None]
+    recorder: Callable[[], Recorder | None]
 
 
 def set_threads(threads: int) -> None:
@@ -85,12 +88,24 @@ CPU = Device(
     side_by_side=False,
     room=machine.memory,
     finish=lambda: None,
+    recorder=lambda: None,
 )
 
 
-def cuda(index: int = 0) -> Device:
-    """An NVIDIA GPU: torch's products, flashinfer's attention. Not yet run on hardware."""
+def cuda(index: int = 0, split_pages: int = 0) -> Device:
+    """An NVIDIA GPU: torch's products, flashinfer's attention. Not yet run on hardware.
+    `split_pages`: as FlashInferAttention has it; it changes bits."""
     device = torch.device("cuda", index)
+
+    def numerics(dtype: torch.dtype) -> str:
+        if not _flashinfer_has(dtype):
+            return "cuda-torch"
+        return f"cuda-split.{split_pages}" if split_pages else "cuda"
+
+    def attention(pool: KvPool, query_heads: int) -> Attention:
+        if _flashinfer_has(pool.shape.dtype):
+            return FlashInferAttention(pool, query_heads, split_pages)
+        return PagedTorchAttention(pool, query_heads)
 
     def over(memory: Any) -> Tensor:
         return torch.as_tensor(_DeviceBytes(memory.address, memory.num_bytes), device=device)
@@ -104,18 +119,19 @@ def cuda(index: int = 0) -> Device:
         linear=functional.linear,
         experts=layers.grouped_experts,
         choose_experts=layers.choose_experts,
-        attention=_attention_on_cuda,
+        attention=attention,
         fused=False,
         claim_threads=lambda: None,  # torch's own threads keep the GPU fed
         empty=lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device),
         settle=lambda weight: weight,
         takes_records=False,
-        numerics=lambda dtype: "cuda" if _flashinfer_has(dtype) else "cuda-torch",
+        numerics=numerics,
         ordinal=index,
         over=over,
         side_by_side=True,
         room=room,
         finish=lambda: torch.cuda.synchronize(device),
+        recorder=lambda: CudaRecorder(device),
     )
 
 
@@ -136,24 +152,20 @@ def _flashinfer_has(dtype: torch.dtype) -> bool:
     return dtype is not torch.float32 and importlib.util.find_spec("flashinfer") is not None
 
 
-def _attention_on_cuda(pool: KvPool, query_heads: int) -> Attention:
-    make = FlashInferAttention if _flashinfer_has(pool.shape.dtype) else PagedTorchAttention
-    return make(pool, query_heads)
-
-
-def chosen(name: str) -> Device:
-    """By --device. Raises InvalidConfig, with what was found, for one that is not there."""
+def chosen(name: str, split_pages: int = 0) -> Device:
+    """By --device; `split_pages`: as `cuda` has it. Raises InvalidConfig, with what was found, for
+    one that is not there."""
     if name == "cpu":
         return CPU
     why = _why_not_cuda()
     if name == "auto":
-        return CPU if why else cuda()
+        return CPU if why else cuda(split_pages=split_pages)
     if why:
         raise InvalidConfig("device", name, f"cpu or auto: {why}")
     index, count = int(name.partition(":")[2] or 0), torch.cuda.device_count()
     if index >= count:
         raise InvalidConfig("device", name, f"cuda:0 to cuda:{count - 1}, which torch sees")
-    return cuda(index)
+    return cuda(index, split_pages)
 
 
 def _why_not_cuda() -> str:

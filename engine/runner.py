@@ -10,12 +10,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from engine.attention.base import KvPool, KvShape
+from engine.attention.base import Attention, KvPool, KvShape
 from engine.batch import Batch
-from engine.models.base import Model
+from engine.graphs import Graphs, GraphSizes
+from engine.models.base import Attend, Model
 from engine.models.fused import FusedModel
 
 LayerReady = Callable[[int], None]
+NO_GRAPHS = GraphSizes()
 
 
 class Runner:
@@ -24,14 +26,17 @@ class Runner:
     The first one on the CPU gives torch's threads to our kernels (`Device.claim_threads`).
     """
 
-    def __init__(self, model: Model, pool: KvPool) -> None:
+    def __init__(self, model: Model, pool: KvPool, graphs: GraphSizes = NO_GRAPHS) -> None:
+        """`graphs`: of decode steps, where the device captures any."""
         expected = KvShape.of(model.config, pool.shape.page_size)
         if pool.shape != expected:
             raise ValueError(f"pool: its shape is {pool.shape}, the model's {expected}")
         self.model = model
         self.pool = pool
         model.device.claim_threads()
-        self._compute = FusedModel(model, pool) if model.device.fused else PlainModel(model, pool)
+        self._compute = (
+            FusedModel(model, pool) if model.device.fused else PlainModel(model, pool, graphs)
+        )
 
     @torch.inference_mode()
     def step(self, batch: Batch, layer_ready: LayerReady | None = None) -> Tensor:
@@ -45,25 +50,52 @@ class Runner:
 
 
 class PlainModel:
-    """A model whose layers torch computes one operation after the other, on any device."""
+    """A model whose layers torch computes one operation after the other, on any device; decode
+    steps by a graph, where they can be."""
 
-    def __init__(self, model: Model, pool: KvPool) -> None:
+    def __init__(self, model: Model, pool: KvPool, graphs: GraphSizes) -> None:
         self.model = model
         self._attention = model.device.attention(pool, model.config.query_heads)
+        self.graphs: Graphs | None = None
+        recorder = model.device.recorder() if graphs.rows else None
+        if recorder is not None:
+            self.graphs = Graphs(
+                graphs,
+                recorder,
+                attention=self._attention,
+                memory=model.device.memory,
+                compute=self._decoded,
+            )
 
     def logits(self, batch: Batch, layer_ready: LayerReady | None) -> Tensor:
         """As `Runner.step`."""
-        self._attention.plan(batch)
-
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            if layer_ready is not None:
-                layer_ready(layer)
-            self._attention.write(layer, key, value)
-            return self._attention.attend(layer, query)
-
-        memory = self.model.device.memory  # an index on the CPU would be copied in each layer
-        token_ids, positions = batch.token_ids.to(memory), batch.positions.to(memory)
-        hidden = self.model.hidden(token_ids, positions, attend)
-        logits = self.model.logits(hidden[batch.logits_rows.to(memory)])
+        logits = None
+        if self.graphs is not None and layer_ready is None:
+            logits = self.graphs.logits(batch)
+        if logits is None:
+            logits = self._one_by_one(batch, layer_ready)
         self.model.device.finish()  # what is committed next is read by another process
         return logits
+
+    def _one_by_one(self, batch: Batch, layer_ready: LayerReady | None) -> Tensor:
+        self._attention.plan(batch)
+        memory = self.model.device.memory  # an index on the CPU would be copied in each layer
+        token_ids, positions = batch.token_ids.to(memory), batch.positions.to(memory)
+        attend = _attend(self._attention, layer_ready)
+        hidden = self.model.hidden(token_ids, positions, attend)
+        return self.model.logits(hidden[batch.logits_rows.to(memory)])
+
+    def _decoded(self, attention: Attention, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """What a graph holds: all rows' logits, of an attention that is planned."""
+        hidden = self.model.hidden(token_ids, positions, _attend(attention, None))
+        return self.model.logits(hidden)
+
+
+def _attend(attention: Attention, layer_ready: LayerReady | None) -> Attend:
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if layer_ready is not None:
+            layer_ready(layer)
+        attention.write(layer, key, value)
+        return attention.attend(layer, query)
+
+    return attend

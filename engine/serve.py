@@ -23,6 +23,7 @@ from engine.budget import Measured
 from engine.config import ModelConfig
 from engine.device import Device, chosen, set_threads
 from engine.errors import EngineFailedError
+from engine.graphs import GraphSizes, graph_bytes
 from engine.host_budget import Redivision
 from engine.http.app import build
 from engine.http.connection import ClientLimits
@@ -46,6 +47,7 @@ from engine.prefix import (
     BridgeCounters,
     Daemon,
     EngineMemory,
+    Lease,
     PoolMemory,
     PromptReuse,
     layer_major,
@@ -56,7 +58,13 @@ from engine.prefix import (
 from engine.request import Bounds
 from engine.runner import Runner
 from engine.scheduler import Scheduler, SchedulerConfig
-from engine.settings import EngineConfig, expert_directory, experts_on_disk, pages_ahead
+from engine.settings import (
+    EngineConfig,
+    expert_directory,
+    experts_on_disk,
+    graph_rows,
+    pages_ahead,
+)
 from engine.weights import Checkpoint
 from engine.worker import Worker
 from kvc2.errors import InvalidConfig
@@ -85,7 +93,7 @@ def _steps(config: EngineConfig) -> SchedulerConfig:
 
 def assemble(config: EngineConfig) -> Engine:
     """Load the model, make the pool and connect the parts. Takes as long as reading the weights."""
-    device = chosen(config.device)
+    device = chosen(config.device, config.attention_split_pages)
     check_device(config, device)
     set_threads(config.cpu_threads)
     if config.cpu_isa != "auto":
@@ -97,10 +105,7 @@ def assemble(config: EngineConfig) -> Engine:
     shape = KvShape.of(model_config, config.page_size)
     config, budget = budgeted(config, model_config, shape.page_bytes)
     config, division = divided(config, model_config, shape.page_bytes)
-    num_pages = config.num_pages or config.kv_bytes // shape.page_bytes
-    if num_pages * config.page_size < 2 * config.page_size:
-        mend = f"a page needs {shape.page_bytes} bytes, and two are the least"
-        raise InvalidConfig("kv_memory_gb", config.kv_bytes / 1e9, mend)
+    num_pages = _num_pages(config, shape)
     pool_bytes = num_pages * shape.page_bytes
     kv_bytes = pool_bytes if division is None else division.goal.pages * shape.page_bytes
     with Checkpoint(
@@ -110,7 +115,8 @@ def assemble(config: EngineConfig) -> Engine:
             model_config, checkpoint, config.expert_dtype, expert_directory(config)
         )
         weights_bytes = checkpoint.memory_bytes - _not_held(config, model_config, packed)
-        check_room(config, kv_bytes, weights_bytes, device.room())
+        rows = graph_rows(config) if device.ordinal is not None else ()
+        check_room(config, kv_bytes, weights_bytes, device.room(), graph_bytes(model_config, rows))
         memory = pool_memory(pool_bytes, device.ordinal)
         before = huge_bytes()
         model = build_model(model_config, checkpoint, packed)
@@ -118,16 +124,18 @@ def assemble(config: EngineConfig) -> Engine:
         placed.budget = budget
         _tell_huge_pages(huge_bytes() - before, weights_bytes)
     metrics = EngineMetrics()
-    bridge = _bridge(config, placed, shape, memory, metrics, division)
+    padding, prepare = _first_pages(placed, memory, shape, division, rows)
+    bridge = _bridge(config, placed, shape, memory, metrics, prepare)
     pool = KvPool(shape, num_pages, device.over(memory), side_by_side=device.side_by_side)
     scheduler = Scheduler(
         _steps(config),
         bridge=bridge,
-        compute=placed.compute(Runner(placed.model, pool)),
+        compute=placed.compute(Runner(placed.model, pool, GraphSizes(rows, *padding.pages))),
         metrics=metrics,
         clock=time.monotonic,
     )
-    max_tokens = min(model_config.max_positions, num_pages * config.page_size)
+    max_tokens = (num_pages - len(padding.pages)) * config.page_size
+    max_tokens = min(model_config.max_positions, max_tokens)
     worker = Worker(scheduler, config.max_queued, Bounds(model_config.vocab_size, max_tokens))
     placed.traffic = _traffic(config, worker, scheduler)
     if placed.host_memory is not None:
@@ -142,6 +150,37 @@ def assemble(config: EngineConfig) -> Engine:
         experts=placed,
     )
     return Engine(app, bridge, worker, metrics, placed)
+
+
+def _num_pages(config: EngineConfig, shape: KvShape) -> int:
+    """Of the pool. Raises InvalidConfig for too small a one."""
+    num_pages = config.num_pages or config.kv_bytes // shape.page_bytes
+    if num_pages < 2:
+        mend = f"a page needs {shape.page_bytes} bytes, and two are the least"
+        raise InvalidConfig("kv_memory_gb", config.kv_bytes / 1e9, mend)
+    return num_pages
+
+
+def _first_pages(
+    placed: PlacedModel,
+    memory: EngineMemory,
+    shape: KvShape,
+    division: Redivision | None,
+    graph_rows: tuple[int, ...],
+) -> tuple[Lease, Callable[[Bridge], None]]:
+    """What takes pages for good, before there is a session: what moves host memory, where it is
+    divided; and a lease, where decode steps are captured, whose page is for rows that pad them."""
+    padding, num_pages = Lease(b"padding"), memory.num_bytes // shape.page_bytes
+
+    def prepare(bridge: Bridge) -> None:
+        if graph_rows:
+            bridge.grow(padding, shape.page_size)
+        if division is not None and isinstance(memory, PoolMemory):
+            pages = HeldPages(bridge, memory, shape, num_pages)
+            pages.hold_first(num_pages - division.goal.pages)
+            placed.share(division, pages, num_pages)
+
+    return padding, prepare
 
 
 def _traffic(config: EngineConfig, worker: Worker, scheduler: Scheduler) -> Callable[[], Measured]:
@@ -195,20 +234,27 @@ def _tell_huge_pages(granted_bytes: int, weights_bytes: int) -> None:
 
 
 def check_room(
-    config: EngineConfig, pool_bytes: int, weights_bytes: int, room: machine.Room
+    config: EngineConfig,
+    pool_bytes: int,
+    weights_bytes: int,
+    room: machine.Room,
+    graphs_bytes: int = 0,
 ) -> None:
-    """Raises InvalidConfig for a pool that can never be had beside the weights; logs one that can't
-    be had now."""
+    """Raises InvalidConfig for a pool that can never be had beside the weights and graphs; logs one
+    that can't be had now."""
     needed = f"the pool takes {pool_bytes / 1e9:.3f} GB, the weights {weights_bytes / 1e9:.3f} GB"
+    if graphs_bytes:
+        needed += f", graphs {graphs_bytes / 1e9:.3f} GB"
+    all_bytes = pool_bytes + weights_bytes + graphs_bytes
     name = "kv_memory_gb" if config.num_pages is None else "num_pages"
     if config.host_memory_gb is not None:
         name = "host_memory_gb"
     if weights_bytes >= room.total_bytes:
         name = "model"
     value = str(config.model) if name == "model" else getattr(config, name)
-    if pool_bytes + weights_bytes > room.total_bytes:
+    if all_bytes > room.total_bytes:
         raise InvalidConfig(name, value, f"{needed}, and {room}")
-    if pool_bytes + weights_bytes > room.available_bytes:
+    if all_bytes > room.available_bytes:
         free = room.available_bytes / 1e9
         log.warning("%s = %s: %s, and only %.3f GB are free now", name, value, needed, free)
 
@@ -230,9 +276,9 @@ def _bridge(
     shape: KvShape,
     memory: EngineMemory,
     metrics: EngineMetrics,
-    division: Redivision | None,
+    prepare: Callable[[Bridge], None],
 ) -> Bridge:
-    """The bridge; and what moves host memory, where it is divided, has its pages from then on."""
+    """The bridge; `prepare` is called before there is a session."""
     num_pages = memory.num_bytes // shape.page_bytes
     low_water = min(pages_ahead(config), max(1, num_pages // 4))  # most pages cache
     daemon, identity = None, b""
@@ -265,14 +311,7 @@ def _bridge(
         high_water=2 * low_water,
         load_timeout_s=config.load_timeout_s,
     )
-
-    def share(bridge: Bridge) -> None:
-        if division is not None and isinstance(memory, PoolMemory):
-            pages = HeldPages(bridge, memory, shape, num_pages)
-            pages.hold_first(num_pages - division.goal.pages)
-            placed.share(division, pages, num_pages)
-
-    return open_bridge(num_pages, settings, daemon, BridgeCounters(metrics), share)
+    return open_bridge(num_pages, settings, daemon, BridgeCounters(metrics), prepare)
 
 
 def run(config: EngineConfig) -> None:

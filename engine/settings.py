@@ -65,6 +65,19 @@ FOREIGN_SECTIONS = frozenset(
 )
 
 
+GRAPHS = Flag(
+    "Decode steps of so many requests are captured as CUDA graphs when they first come; of fewer "
+    "requests the next larger one is taken, of more none. off: none. On a CPU there are none.",
+    matching(r"auto|off|[1-9]\d{0,3}(,[1-9]\d{0,3})*", "auto, off, or numbers by commas"),
+    shown="1, 2, 4, 8 and so on, up to --max-running",
+    example="1,2,4,8,16",
+)
+SPLIT_PAGES = Flag(
+    "On CUDA attention sums a context so many pages at a time, whatever else is in the batch. It "
+    "changes bits: KV is shared with engines of the same number only. 0: as the GPU is free, which "
+    "is faster for few long contexts.",
+    at_least(0),
+)
 HOST_MEMORY = Flag(
     "Host memory for KV and cold experts together, 10^9 bytes, without the daemon's arena. It "
     "moves between both by what each saves; --kv-memory-gb or --expert-memory-gb fixes one.",
@@ -131,6 +144,8 @@ class EngineConfig:
     ] = None
     host_memory_gb: Annotated[float | None, HOST_MEMORY] = None
     max_running: Annotated[int, Flag("Requests in a batch.", at_least(1))] = 16
+    cuda_graph_sizes: Annotated[str, GRAPHS] = "auto"
+    attention_split_pages: Annotated[int, SPLIT_PAGES] = 0
     max_queued: Annotated[
         int, Flag("Requests at once, running ones included; more get 429.", at_least(1))
     ] = 256
@@ -326,6 +341,16 @@ class EngineConfig:
     @property
     def model_name(self) -> str:
         return self.served_model_name or self.model.resolve().name
+
+
+def graph_rows(config: EngineConfig) -> tuple[int, ...]:
+    """Of --cuda-graph-sizes, ascending."""
+    if config.cuda_graph_sizes == "off":
+        return ()
+    if config.cuda_graph_sizes == "auto":
+        powers = (1 << n for n in range(config.max_running.bit_length()))
+        return tuple(sorted({*powers, config.max_running}))
+    return tuple(sorted({int(rows) for rows in config.cuda_graph_sizes.split(",")}))
 
 
 def experts_on_disk(config: EngineConfig) -> bool:

@@ -126,6 +126,7 @@ FLOORS = {
         scores, turns
         experts, sequence, weights
         device, prefix, sampler
+        graphs
         adjust, attention, grammar, host_budget, identity, layers, text
         budget, config, demo_model, request
         asking, batch, digests, flood, kernels, memory, metrics, packed_file, settings

@@ -111,6 +111,15 @@ class Attention(ABC):
     def plan(self, batch: Batch) -> None:
         """Prepares what all layers of the step share."""
 
+    def captured(self, rows: int) -> Attention | None:
+        """Another one over the same pool, for steps of so many decodes: its plans always lie at the
+        same addresses, so that a graph may hold what reads them. None: there is none."""
+        return None
+
+    def holds(self, batch: Batch) -> bool:
+        """Whether `plan` takes these decodes; further ones that pad them always fit."""
+        return True
+
     @abstractmethod
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Puts [T, kv_heads, head_dim] of K and V into the pages of the step's tokens."""

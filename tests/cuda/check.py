@@ -25,7 +25,7 @@ from tests import ROOT
 from tests.cuda import hostile
 
 PYTEST = ("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-p", "no:xdist")
-LAWS = "tests/cuda/laws/"
+LAWS, ENGINE = "tests/cuda/laws/", "tests/engine/test_cuda.py"
 SKIPPED = 77  # exit code of a step that can't be taken here; its last line says why
 
 
@@ -51,8 +51,9 @@ STEPS = (
     measured("overlap", 90, "copies of one process beside another's products"),
     Step("copies", 90, (*PYTEST, LAWS + "mover_laws.py"), "the laws of the mover"),
     Step("workers", 240, (*PYTEST, LAWS + "executor_laws.py"), "the contract, and every death"),
-    Step("attention", 90, (*PYTEST, "tests/engine/test_cuda.py", "-k", "attend"), "flashinfer"),
-    Step("models", 120, (*PYTEST, "tests/engine/test_cuda.py", "-k", "not attend"), "models"),
+    Step("attention", 90, (*PYTEST, ENGINE, "-k", "attend"), "flashinfer"),
+    Step("models", 120, (*PYTEST, ENGINE, "-k", "not attend and not graphs"), "models"),
+    Step("graphs", 60, (*PYTEST, "-s", ENGINE, "-k", "graphs"), "decode steps, replayed"),
     Step("end", 240, (*PYTEST, "tests/cuda/test_end_to_end.py"), "daemon and engine, all tiers"),
 )
 

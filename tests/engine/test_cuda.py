@@ -7,6 +7,7 @@ tier runs on the stand-in, in the other tests.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from engine.device import CPU, Device
 from engine.device import cuda as cuda_device
 from engine.experts.grouped import GroupedExperts
 from engine.experts.router import Routing
+from engine.graphs import GraphSizes, graph_bytes
 from engine.models import load_model
 from engine.runner import Runner
 from tests.doubles.checkpoints import make_mixtral, make_qwen3_moe, reference_logits
@@ -136,3 +138,41 @@ def test_a_model_on_the_device_stays_as_near_to_float32_as_transformers_does(
     theirs = reference_logits(model_dir, PROMPT, torch.bfloat16)[ends]
     our_error = (torch.stack(rows) - exact).abs().mean().item()
     assert our_error <= 1.5 * (theirs - exact).abs().mean().item()
+
+
+def test_a_graphs_decodes_are_those_of_the_same_rows_computed_one_by_one(
+    cuda_attends: Device, tmp_path: Path
+) -> None:
+    """Bit for bit, since both launch the same kernels; what it prints only hardware can tell."""
+    device, rows, padding = cuda_device(split_pages=PAGES), (1, 4, 16), PAGES - 1
+    model = load_model(make_qwen3_moe(tmp_path / "m", torch.bfloat16, head_dim=64), device=device)
+    shape = KvShape.of(model.config, PAGE_SIZE)
+
+    def runner(sizes: GraphSizes) -> Runner:
+        memory = torch.zeros(PAGES * shape.page_bytes, dtype=torch.uint8, device=device.memory)
+        runner = Runner(model, KvPool(shape, PAGES, memory, side_by_side=True), sizes)
+        prompts = [Slice(PROMPT[:20], 20, [2 * n, 2 * n + 1], 1) for n in range(8)]
+        runner.step(Batch.of(prompts, PAGE_SIZE))
+        return runner
+
+    def decodes(length: int, count: int) -> Batch:
+        slices = [Slice([PROMPT[length]], length, [2 * n, 2 * n + 1], 1) for n in range(count)]
+        return Batch.of(slices, PAGE_SIZE)
+
+    one_by_one, replayed = runner(GraphSizes()), runner(GraphSizes(rows, padding))
+    before, took = torch.cuda.memory_reserved(), dict.fromkeys(("one by one", "replayed"), 0.0)
+    for count in (3, 1, 8):
+        size = next(n for n in rows if n >= count)
+        for length in range(21, 29):
+            batch = decodes(length, count)
+            began = time.perf_counter()
+            expected = one_by_one.step(batch.padded(size, padding))[:count]
+            middle = time.perf_counter()
+            assert torch.equal(replayed.step(batch), expected)
+            if length > 24:  # the first ones capture, and compile
+                took["one by one"] += middle - began
+                took["replayed"] += time.perf_counter() - middle
+    for way, seconds in took.items():
+        print(f"{way}: {seconds / 12 * 1e3:.3f} ms a step")
+    grew = torch.cuda.memory_reserved() - before
+    print(f"graphs: {grew / 1e6:.1f} MB, {graph_bytes(model.config, rows) / 1e6:.1f} MB expected")

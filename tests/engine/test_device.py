@@ -59,5 +59,7 @@ def test_float32_is_attended_to_in_torch(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: object())
     numerics = device.cuda().numerics
     assert (numerics(torch.bfloat16), numerics(torch.float32)) == ("cuda", "cuda-torch")
+    assert device.cuda(0, 64).numerics(torch.bfloat16) == "cuda-split.64"
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
     assert numerics(torch.bfloat16) == "cuda-torch"
+    assert device.cuda(0, 64).numerics(torch.bfloat16) == "cuda-torch"

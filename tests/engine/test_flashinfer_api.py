@@ -44,6 +44,46 @@ def test_our_call_means_what_our_own_kernel_does(
 
 
 @pytest.mark.parametrize("version", SIGNATURES)
+def test_by_fixed_splits_a_context_is_summed_the_same_beside_any_other(
+    monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """As flashinfer divides them itself, it depends on what else is in the batch."""
+    monkeypatch.setitem(sys.modules, "flashinfer", stand_in(version))
+    one = Slice([1], 180, list(range(12)), 1)
+    others = [Slice([2], 190, list(range(12)), 1), Slice(range(40), 40, [12, 13, 14], 1)]
+
+    def parts(split_pages: int, slices: list[Slice]) -> int:
+        memory = torch.zeros(PAGES * SHAPE.page_bytes, dtype=torch.uint8)
+        attention = FlashInferAttention(KvPool(SHAPE, PAGES, memory), QUERY_HEADS, split_pages)
+        attention.plan(Batch.of(slices, PAGE_SIZE))
+        return -(-12 // attention._wrapper.division.part_pages)
+
+    assert [parts(5, slices) for slices in ([one], [one, *others], [one] * 9)] == [3, 3, 3]
+    assert len({parts(0, slices) for slices in ([one], [one, *others], [one] * 9)}) > 1
+
+
+@pytest.mark.parametrize("version", SIGNATURES)
+@pytest.mark.parametrize("split_pages", [1, 2, 3])
+def test_parts_of_a_context_are_merged_to_what_the_whole_is(
+    monkeypatch: pytest.MonkeyPatch, version: str, split_pages: int
+) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", stand_in(version))
+    random = torch.Generator().manual_seed(5)
+    batch = Batch.of(SLICES["all of it"], PAGE_SIZE)
+    query = torch.randn(len(batch.token_ids), QUERY_HEADS, 64, generator=random).bfloat16()
+    numbers = torch.randn(PAGES * SHAPE.page_bytes // 2, generator=random).bfloat16()
+    pool = KvPool(SHAPE, PAGES, numbers.view(torch.uint8))
+
+    def attended(attention: Attention) -> torch.Tensor:
+        attention.plan(batch)
+        return attention.attend(1, query).float()
+
+    ours = attended(FlashInferAttention(pool, QUERY_HEADS, split_pages))
+    theirs = attended(CpuAttention(pool, QUERY_HEADS))
+    assert ((ours - theirs).abs().max() / theirs.abs().max()).item() <= ROUNDING
+
+
+@pytest.mark.parametrize("version", SIGNATURES)
 def test_a_call_that_flashinfer_would_not_take_is_seen(version: str) -> None:
     with pytest.raises(TypeError, match="head_dim"):
         bound(version, "plan", (None,) * 9, {"head_dim": 64})

@@ -145,6 +145,8 @@ def test_the_engine_refuses_what_can_never_fit_and_tells_what_does_not_now(
         engine_serve.check_room(by_size, 18 * GB, 3 * GB, room)
     with pytest.raises(InvalidConfig, match=r"^num_pages = 1000: .*this machine has 20"):
         engine_serve.check_room(by_pages, 18 * GB, 3 * GB, room)
+    with pytest.raises(InvalidConfig, match=r"the weights 2\.000 GB, graphs 1\.000 GB, and this"):
+        engine_serve.check_room(by_size, 18 * GB, 2 * GB, room, 1 * GB)
     with pytest.raises(InvalidConfig, match=r"^model = '.*m': .*the weights 21\.000 GB"):
         engine_serve.check_room(by_size, 1 * GB, 21 * GB, room)
 

@@ -1,0 +1,170 @@
+"""Decode steps that are captured once for a number of rows, and replayed from then on: the host
+launches one graph in the place of each layer's kernels.
+
+    n decodes -> the next size N >= n -> padded to N rows -> planned by the host -> replayed
+
+A size is captured at its first step. All else is computed as before: prefill and mixed steps, more
+decodes than the largest size, layers of a prefix that are still under way, what an attention's
+fixed plan doesn't hold, and everything where a capture failed once. The only file that names
+torch's graphs and streams. On the CPU a stand-in of `Recorder` was run (tests/engine/graph_tape);
+CudaRecorder never was. Not responsible for what a step computes (runner).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.attention.base import Attention
+from engine.batch import Batch
+from engine.config import ModelConfig
+
+log = logging.getLogger(__name__)
+
+# (attention, token_ids int64 [N], positions int64 [N]) -> float32 logits [N, vocab]
+Compute = Callable[[Attention, Tensor, Tensor], Tensor]
+Replay = Callable[[], None]
+
+
+class Recorder(Protocol):
+    """What captures work on a device."""
+
+    def capture(self, compute: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        """Records what `compute` launches. Each replay launches the same on the same memory, which
+        fills the tensor: it holds nothing before the first. What `compute` reads must stay where it
+        is, and it may not wait for the device: RuntimeError."""
+
+
+class CudaRecorder:
+    """CUDA graphs. They share one memory for what lies between two kernels, since one is replayed
+    at a time. Never run on hardware."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._memory = torch.cuda.graph_pool_handle()
+
+    def capture(self, compute: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        """As `Recorder`. Computed once before: what libraries make at their first call, such as
+        workspaces, can't be captured."""
+        now = torch.cuda.current_stream(self._device)
+        beside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        beside.wait_stream(now)
+        with torch.cuda.stream(beside):
+            compute()
+        now.wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(now):  # again the current one, also after a capture that failed
+            # other threads' calls are theirs
+            mode = "thread_local"
+            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode=mode):
+                made = compute()
+        return graph.replay, made
+
+
+@dataclass(frozen=True)
+class GraphSizes:
+    """Rows for which decode steps are captured, ascending; none: none is. `page`: of the pool, that
+    rows which only pad write to and nobody reads."""
+
+    rows: tuple[int, ...] = ()
+    page: int = 0
+
+
+class Step:
+    """A step of so many decodes: its input at fixed addresses, and its graph once there is one."""
+
+    def __init__(self, attention: Attention, rows: int, memory: torch.device) -> None:
+        self.attention = attention
+        self.token_ids, self.positions = (
+            torch.zeros(rows, dtype=torch.int64, device=memory) for _ in range(2)
+        )
+        self.graph: tuple[Replay, Tensor] | None = None
+
+    def fill(self, batch: Batch) -> None:
+        """The input of the next replay."""
+        self.attention.plan(batch)
+        self.token_ids.copy_(batch.token_ids)
+        self.positions.copy_(batch.positions)
+
+
+class Graphs:
+    """A model's decode steps by their rows. One step at a time, from one thread."""
+
+    def __init__(
+        self,
+        sizes: GraphSizes,
+        recorder: Recorder,
+        *,
+        attention: Attention,
+        memory: torch.device,
+        compute: Compute,
+    ) -> None:
+        self._sizes = sizes
+        self._recorder = recorder
+        self._attention = attention
+        self._memory = memory
+        self._compute = compute
+        self._steps: dict[int, Step] = {}
+
+    @property
+    def captured(self) -> list[int]:
+        """Rows of the steps that were captured so far."""
+        return sorted(rows for rows, step in self._steps.items() if step.graph is not None)
+
+    def logits(self, batch: Batch) -> Tensor | None:
+        """float32 [R, vocab] as `Runner.step`, its KV in its pages; None: nothing was computed,
+        this is no step for a graph."""
+        rows = next((n for n in self._sizes.rows if n >= len(batch.token_ids)), None)
+        if rows is None or not batch.only_decodes:
+            return None
+        step = self._step(rows)
+        if step is None or not step.attention.holds(batch):
+            return None
+        step.fill(batch.padded(rows, self._sizes.page))
+        if step.graph is None:
+            step.graph = self._capture(step)
+        if step.graph is None:
+            return None
+        replay, logits = step.graph
+        replay()
+        return logits[: len(batch.token_ids)].clone()  # the next replay fills it anew
+
+    def _step(self, rows: int) -> Step | None:
+        if rows not in self._steps:
+            attention = self._attention.captured(rows)
+            if attention is None:
+                self._give_up(f"{type(self._attention).__name__} has no fixed plans")
+                return None
+            self._steps[rows] = Step(attention, rows, self._memory)
+        return self._steps[rows]
+
+    def _capture(self, step: Step) -> tuple[Replay, Tensor] | None:
+        try:
+            return self._recorder.capture(
+                lambda: self._compute(step.attention, step.token_ids, step.positions)
+            )
+        except RuntimeError as error:  # torch's of CUDA too
+            self._give_up(f"a step of {len(step.token_ids)} can't be captured: {error}")
+            return None
+
+    def _give_up(self, why: str) -> None:
+        log.warning("no decode step is replayed from a graph: %s", why)
+        self._sizes = GraphSizes()
+
+
+def graph_bytes(model: ModelConfig, rows: Sequence[int]) -> int:
+    """What graphs of these sizes take on the device, at most: the logits of each, and once, of the
+    largest, what lies between kernels (a layer's, and logits in the model's type). Without what a
+    driver keeps of a graph itself, which only hardware can tell."""
+    if not rows:
+        return 0
+    c = model
+    heads = (c.query_heads + 2 * c.kv_heads) * c.head_dim
+    chosen = max(1, c.experts_per_token) * (3 * max(c.expert_size, 1) + 3 * c.hidden_size)
+    between = 4 * (4 * c.hidden_size + 3 * heads + chosen) + c.vocab_size * c.dtype.itemsize
+    return sum(rows) * c.vocab_size * 4 + max(rows) * between
