@@ -360,6 +360,7 @@ class Index:
         hints: Hints = ...,
         *,
         skip_blocks: int = 0,
+        touches: bool = True,
         extras: PromptExtras | None = None,
     ) -> Lease:
         """Open a lease on at most max_blocks matched blocks. Touches them, pins the leading ones
@@ -370,7 +371,10 @@ class Index:
         The caller has the first skip_blocks blocks: they are matched and touched, but the lease
         neither pins nor brings them. As long as it has no page they may be evicted, and then
         nothing more of it can be brought or committed. Blocks of them that are not matched are not
-        skipped: the lease begins with them, to be computed."""
+        skipped: the lease begins with them, to be computed.
+
+        touches: it is a use of these blocks. Else it only pins, and takes commits: nothing is
+        learnt of it, no block lives longer for it, and it counts as computing nothing."""
     def next_load(self, lease: int, max_pages: int) -> Transfer | Wait | None:
         """The next part of the leased prefix that must come from a durable pool into the pool above
         it, evicting there; None when there is nothing left that can be loaded and must be. Always
@@ -666,8 +670,11 @@ BLOCK_OTHER: Final[int]  # a sound header of another block, namespace or layout
 BLOCK_STALE: Final[int]  # the generation is not the expected one
 BLOCK_BAD_PAYLOAD: Final[int]  # the payload's checksum
 
-def chain_digests(parent: bytes, tokens: U32, page_size: int) -> U8:
-    """[blocks, 32] SHA-256(digest[i-1] || tokens[i]) of the full blocks; digest[-1] = parent."""
+def chain_digests(
+    parent: bytes, tokens: U32, page_size: int, extras: PromptExtras | None = None
+) -> U8:
+    """[blocks, 32] SHA-256(digest[i-1] || tokens[i] || extras[i]) of the full blocks; digest[-1] =
+    parent."""
 
 def xxh3_128(data: Buffer) -> bytes:
     """16 bytes, canonical (big-endian) as XXH128_canonicalFromHash writes them; seed 0."""

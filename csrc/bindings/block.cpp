@@ -9,7 +9,9 @@
 #include "base/sha256.h"
 #include "base/xxh3.h"
 #include "bindings/arrays.h"
+#include "bindings/extras.h"
 #include "block/header.h"
+#include "index/block_key.h"
 
 namespace py = pybind11;
 
@@ -52,16 +54,20 @@ py::bytes hash_sha256(const py::object& data) {
   return to_bytes(hash);
 }
 
-py::array_t<uint8_t> digests_of(const py::bytes& parent, const py::object& tokens,
-                                size_t page_size) {
-  const Bytes32 first = bytes32(parent, "parent");
+py::array_t<uint8_t> digests_of(const py::bytes& parent, const py::object& tokens, size_t page_size,
+                                const GivenExtras& extras) {
+  Digest digest = bytes32(parent, "parent");
   const auto words = elements<uint32_t>(tokens, "tokens", {kAnyLength});
   if (page_size == 0) throw py::value_error("page_size is 0; it is at least 1");
+  const Content content(words, rows_of(extras));
   const size_t blocks = words.size() / page_size;
-  py::array_t<uint8_t> digests({blocks, sizeof(Bytes32)});
-  const std::span<uint8_t> out(digests.mutable_data(), blocks * sizeof(Bytes32));
+  py::array_t<uint8_t> digests({blocks, sizeof(Digest)});
+  uint8_t* out = digests.mutable_data();
   const py::gil_scoped_release released;
-  chain_digests(first, words, page_size, out);
+  for (size_t i = 0; i < blocks; ++i, out += sizeof digest) {
+    digest = next_digest(digest, content.block(i, page_size));
+    std::memcpy(out, digest.data(), sizeof digest);
+  }
   return digests;
 }
 
@@ -244,7 +250,7 @@ void bind_block(py::module_& module) {
   module.def("xxh3_128", &hash_xxh3, py::arg("data"));
   module.def("sha256", &hash_sha256, py::arg("data"));
   module.def("chain_digests", &digests_of, py::arg("parent"), py::arg("tokens"),
-             py::arg("page_size"));
+             py::arg("page_size"), py::arg("extras") = py::none());
   module.def("encode_headers", &encode, py::arg("memory"), py::arg("offsets"), py::arg("records"),
              py::arg("layout_digest"), py::arg("payload_bytes"));
   py::class_<HeaderArrays>(module, "Headers")

@@ -349,14 +349,15 @@ void bind_requests(py::class_<Index>& index) {
       .def(
           "acquire",
           [](Index& self, uint32_t space, PoolId pool, const py::object& tokens,
-             uint32_t max_blocks, const Hints& hints, uint32_t skip_blocks,
+             uint32_t max_blocks, const Hints& hints, uint32_t skip_blocks, bool touches,
              const GivenExtras& extras) {
             const Content prompt = content_of(tokens, extras);
-            return unlocked(
-                [&] { return self.acquire(space, pool, prompt, max_blocks, hints, skip_blocks); });
+            return unlocked([&] {
+              return self.acquire(space, pool, prompt, max_blocks, hints, skip_blocks, touches);
+            });
           },
           "namespace"_a, "pool"_a, "tokens"_a, "max_blocks"_a, "hints"_a = Hints{}, py::kw_only(),
-          "skip_blocks"_a = 0, "extras"_a = py::none())
+          "skip_blocks"_a = 0, "touches"_a = true, "extras"_a = py::none())
       .def("next_load", &Index::next_load, "lease"_a, "max_pages"_a,
            py::call_guard<py::gil_scoped_release>())
       .def(

@@ -159,17 +159,4 @@ bool read_header(const uint8_t* page, const PayloadShape& payload, uint64_t gene
   return true;
 }
 
-void chain_digests(const Bytes32& parent, std::span<const uint32_t> tokens, size_t page_size,
-                   std::span<uint8_t> digests) {
-  const size_t blocks = tokens.size() / page_size;
-  KVC2_CHECK(digests.size() >= blocks * sizeof(Bytes32), "room for %zu bytes, %zu blocks",
-             digests.size(), blocks);
-  Bytes32 digest = parent;
-  for (size_t i = 0; i < blocks; ++i) {
-    const std::span<const uint32_t> block = tokens.subspan(i * page_size, page_size);
-    digest = sha256(digest, {reinterpret_cast<const uint8_t*>(block.data()), block.size_bytes()});
-    std::memcpy(digests.data() + i * sizeof digest, digest.data(), sizeof digest);
-  }
-}
-
 }  // namespace kvc2

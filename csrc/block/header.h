@@ -25,7 +25,7 @@
 //      280     8 payload_bytes     after the header; the page's padding to 4096 is not counted
 //      288     8 generation        of the page in its durable pool: one more at each reuse
 //      296    16 payload_checksum  xxh3_128 of the payload, canonical
-//      312    32 mac               reserved: 0; later HMAC of header and payload
+//      312    32 mac               reserved: 0 (that of a remote store lies after the payload)
 //      344   680                   reserved: 0
 //     1024  2048 tokens            page_size of u32, then 0; key_mode 1: 0
 //     3072  1008                   reserved: 0
@@ -91,10 +91,5 @@ struct HeaderFields {
 };
 bool read_header(const uint8_t* page, const PayloadShape& payload, uint64_t generation,
                  const HeaderFields& into);
-
-// digest[i] = SHA-256(digest[i-1] || tokens[i]), digest[-1] = parent, for each full block of
-// `tokens`; into `digests`, which has room for them, 32 bytes each.
-void chain_digests(const Bytes32& parent, std::span<const uint32_t> tokens, size_t page_size,
-                   std::span<uint8_t> digests);
 
 }  // namespace kvc2

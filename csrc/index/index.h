@@ -167,7 +167,7 @@ class Index {
   Match match(uint32_t space, PoolId pool, const Content& prompt) const;
   Explanation explain(uint32_t space, std::span<const PoolId> pools, const Content& prompt) const;
   LeaseView acquire(uint32_t space, PoolId pool, const Content& prompt, uint32_t max_blocks,
-                    const Hints& hints = {}, uint32_t skip_blocks = 0);
+                    const Hints& hints = {}, uint32_t skip_blocks = 0, bool touches = true);
   Load next_load(LeaseId lease, uint32_t max_pages);
   Load prefetch(uint32_t space, PoolId pool, const Content& prefix, uint32_t max_pages,
                 bool touches);

@@ -26,7 +26,9 @@ LeaseView Leases::open(LeaseId id, const Request& request, Found&& found) {
               .stamp = request.stamp,
               .hints = request.hints,
               .matched = static_cast<uint32_t>(found.tiers.size()),
-              .found = std::move(found.tiers)};
+              .found = std::move(found.tiers),
+              .told = !request.touches,
+              .touches = request.touches};
   lease.first = std::min(request.skip, lease.matched);
   const Content& asked = request.content;
   const Tokens skipped = asked.tokens.first(lease.first * size);
@@ -34,6 +36,19 @@ LeaseView Leases::open(LeaseId id, const Request& request, Found&& found) {
   const auto matches = [&](const BlockExtras& each) { return each.block < lease.matched; };
   std::ranges::copy_if(asked.extras, std::back_inserter(lease.extras), matches);
   hold_leading(lease, found.path);
+  lease.tokens_from = lease.end();
+  const Tokens rest = asked.tokens.first(lease.matched * size).subspan(lease.tokens_from * size);
+  lease.tokens.assign(rest.begin(), rest.end());
+  if (request.touches) {
+    use(lease, found, request);
+  } else {
+    for (const Run& run : found.path) tree_.refresh(run.node);  // their pages are pinned now
+  }
+  return view_of(id, leases_.emplace(id, std::move(lease)).first->second);
+}
+
+// What is known of uses learns of this one, and others see what the lease computes.
+void Leases::use(Lease& lease, const Found& found, const Request& request) {
   for (const Run& run : found.path) {
     tree_.touch(run, lease.stamp);
     tree_.mark_reused(run);
@@ -43,12 +58,8 @@ LeaseView Leases::open(LeaseId id, const Request& request, Found&& found) {
     lease.above = tree_[found.last.node].uses[found.last.offset];
   }
   tree_.say(found.last, lease.hints.life(tree_.now()), kNoneFresh);
-  lease.tokens_from = lease.end();
-  const Tokens rest = asked.tokens.first(lease.matched * size).subspan(lease.tokens_from * size);
-  lease.tokens.assign(rest.begin(), rest.end());
-  register_computing(lease, keys_after(lease, found.path, asked));
+  register_computing(lease, keys_after(lease, found.path, request.content));
   learn(lease, found.path, request);
-  return view_of(id, leases_.emplace(id, std::move(lease)).first->second);
 }
 
 // Pins what the lease's pool has of the path, after the blocks to skip, without a gap. The caller
@@ -326,6 +337,7 @@ void Leases::commit(LeaseId id, const Content& blocks, std::span<const PageId> p
 // The curve learns the held blocks from `from` on that acquire had not asked for. Acquire asks for
 // all blocks of a prompt but the last one, if the prompt ends with it.
 void Leases::learn_committed(const Lease& lease, size_t from) {
+  if (!lease.touches) return;
   const size_t asked = lease.matched + lease.unmatched.size();
   for (size_t block = std::max(from, asked - (asked > 0)); block < lease.end(); ++block) {
     const Place held = tree_.owner(lease.pool, lease.held[block - lease.first].anchor);

@@ -82,6 +82,7 @@ class Leases {
     uint32_t stamp;
     const Hints& hints;
     uint32_t skip;  // leading blocks that the caller has
+    bool touches;   // it is a use; else nothing is learnt of it, and it computes nothing
   };
 
   Leases(Pools& pools, RadixTree& tree, Transfers& transfers, ReuseCurve& curve)
@@ -153,6 +154,7 @@ class Leases {
     std::vector<BlockKey> unmatched{};  // keys of the full blocks after `matched`
     std::optional<Use> above{};         // the last matched block's, as acquire left it
     bool told = false;                  // the policy was told of `unmatched`
+    bool touches = true;                // what is known of uses may change
     std::vector<uint32_t> marks{};      // of `unmatched`, as the policy expects; it may say none
     uint32_t computing_from = 0;        // of them, from here on registered in computing_
 
@@ -170,6 +172,7 @@ class Leases {
   std::optional<Place> follow(const Lease& lease, Place at, uint32_t block) const;
   uint32_t hold(Lease& lease, const Run& run);
   void hold_leading(Lease& lease, const std::vector<Run>& path);
+  void use(Lease& lease, const Found& found, const Request& request);
   void tell_asked(Lease& lease);
   void learn(const Lease& lease, const std::vector<Run>& path, const Request& request);
   std::vector<BlockKey> keys_after(const Lease& lease, const std::vector<Run>& path,

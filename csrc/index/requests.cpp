@@ -96,7 +96,7 @@ Explanation Index::explain(uint32_t space, std::span<const PoolId> pools,
 }
 
 LeaseView Index::acquire(uint32_t space, PoolId head, const Content& prompt, uint32_t max_blocks,
-                         const Hints& hints, uint32_t skip_blocks) {
+                         const Hints& hints, uint32_t skip_blocks, bool touches) {
   const Lock lock(mutex_);
   check_tokens(space, head);
   check_leasable(head);
@@ -107,8 +107,8 @@ LeaseView Index::acquire(uint32_t space, PoolId head, const Content& prompt, uin
   const uint32_t stamp = tick();
   Found found = find_resident(tree_, space, pools, tree_.join(tree_.find(space, asked)));
   Explanation why = explanation_of(tree_, evictor_.obituaries(), found, asked, kSiblingsOfAcquire);
-  LeaseView opened = leases_.open(++last_lease_, {pools, prompt, blocks, stamp, hints, skip_blocks},
-                                  std::move(found));
+  LeaseView opened = leases_.open(
+      ++last_lease_, {pools, prompt, blocks, stamp, hints, skip_blocks, touches}, std::move(found));
   opened.explanation = std::move(why);
   return opened;
 }

@@ -122,20 +122,6 @@ void a_sound_header_of_something_else_is_told_apart() {
   EXPECT(later.verify() == BlockState::kOther);
 }
 
-void digests_form_a_chain() {
-  const std::vector<uint32_t> tokens = {1, 2, 3, 4, 5};
-  Bytes32 parent;
-  parent.fill(7);
-  std::vector<uint8_t> digests(2 * 32);
-  chain_digests(parent, tokens, 2, digests);
-  std::vector<uint8_t> first(parent.begin(), parent.end());
-  const auto* bytes = reinterpret_cast<const uint8_t*>(tokens.data());
-  first.insert(first.end(), bytes, bytes + 8);
-  const Bytes32 one = sha256(first);
-  EXPECT(std::memcmp(one.data(), digests.data(), 32) == 0);
-  EXPECT(std::memcmp(sha256(one, {bytes + 8, 8}).data(), digests.data() + 32, 32) == 0);
-}
-
 }  // namespace
 
 int main() {
@@ -144,6 +130,5 @@ int main() {
   a_reserved_field_has_one_value();
   a_key_stands_in_the_place_of_tokens();
   a_sound_header_of_something_else_is_told_apart();
-  digests_form_a_chain();
   return failures == 0 ? 0 : 1;
 }

@@ -72,6 +72,17 @@ def test_digests_chain_over_full_blocks_only(page_size: int):
     assert digests.tobytes() == b"".join(expected)
 
 
+def test_extras_are_hashed_after_the_tokens_of_their_block():
+    tokens, extras = np.arange(12, dtype=np.uint32), hashlib.sha256(b"an image").digest()
+    rows = np.frombuffer(extras, np.uint8).reshape(1, 32)
+    found = _core.chain_digests(bytes(32), tokens, 4, _core.PromptExtras(np.uint32([1]), rows))
+    digest = bytes(32)
+    for block in range(3):
+        words = tokens[4 * block : 4 * block + 4].tobytes()
+        digest = hashlib.sha256(digest + words + (extras if block == 1 else b"")).digest()
+        assert found[block].tobytes() == digest
+
+
 @pytest.mark.parametrize("page_size", [1, 16, 512])
 def test_what_is_encoded_verifies(page_size: int):
     records, (memory, offsets) = blocks(7, page_size), pages(7)
