@@ -7,7 +7,7 @@ come from a message are read-only views of it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -99,6 +99,11 @@ class TierTokens:
     cpu: int = 0
     disk: int = 0
     remote: int = 0
+
+    def from_remote(self, tokens: int) -> TierTokens:
+        """The same, but so many of those of the cpu tier came there from the remote store."""
+        came = min(tokens, self.cpu)
+        return replace(self, cpu=self.cpu - came, remote=self.remote + came)
 
     def __iter__(self) -> Iterator[int]:
         """From the fastest tier on."""

@@ -6,7 +6,6 @@ A field is all there is of a flag: its key in the file, its option, help and err
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,9 @@ from kvc2.flags import (
 )
 from kvc2.host import machine
 from kvc2.host.address import SOCKET_PATH_BYTES_MAX, Address
+from kvc2.host.loopback import is_loopback
 from kvc2.host.machine import GB as GB
+from kvc2.host.store_url import StoreUrl, masked
 
 ALIGNMENT = 4096
 ARENA_SHARE = 0.25  # of available memory: the machine is also there for others
@@ -58,18 +59,11 @@ def listen_address(listen: str) -> Address:
     most = SOCKET_PATH_BYTES_MAX - len(SIDE_ENDING)
     with refused_as("listen", listen):
         address = Address.parse(listen, field="listen", path_bytes_max=most)
-    if address.path is None and not _is_loopback(address.host):
+    if address.path is None and not is_loopback(address.host):
         raise errors.InvalidConfig(
             "listen", listen, "a loopback address: a public one needs mTLS, which is not built"
         )
     return address
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 NUMA = r"interleave|local|\d{1,3}(-\d{1,3})?(,\d{1,3}(-\d{1,3})?)*"  # nodes as Linux lists them
@@ -314,6 +308,83 @@ class KvEventsConfig:
         return 0 if self.listen is None else self.buffer_mb * 1_000_000
 
 
+@dataclass(frozen=True)
+class RemoteConfig:
+    """The store below the disk, which other hosts share."""
+
+    url: Annotated[
+        str | None,
+        Flag(
+            "Valkey or Redis: redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE], rediss://... with "
+            "TLS, or unix:///PATH. Prompts lie there in clear. Needs the extra `remote`, and "
+            "disk.path, where invalidations are kept.",
+            shown="no remote tier",
+        ),
+    ] = None
+    secret_file: Annotated[
+        Path | None,
+        Flag(
+            "Holds at least 16 bytes, readable by its owner alone, the same on all hosts that "
+            "share the store: what others wrote there is not believed, nor found."
+        ),
+    ] = None
+    ca_file: Annotated[
+        Path | None,
+        Flag(
+            "Certificates, one of which has signed that of a rediss:// store.",
+            shown="those that the system trusts",
+        ),
+    ] = None
+    patience_ms: Annotated[
+        int,
+        Flag(
+            "How long in all a request waits for a store that is silent; after that nobody asks it "
+            "until it answers again.",
+            between(1, 10_000),
+        ),
+    ] = 100
+    deadline_ms: Annotated[
+        int, Flag("How long any call of the store may take, ms.", between(10, 600_000))
+    ] = 2000
+    queue_mb: Annotated[
+        int,
+        Flag(
+            "Blocks that wait to be put, 10^6 bytes; what comes when so much waits is not put.",
+            between(1, 1_000_000),
+        ),
+    ] = 1000
+
+    def __post_init__(self) -> None:
+        check(self, "remote")
+        if self.url is None:
+            return
+        found = self.parsed_url
+        if self.secret_file is None:
+            raise errors.InvalidConfig("remote.secret_file", None, "a path, with remote.url")
+        if self.ca_file is not None and not found.tls:
+            allowed = "only with a rediss:// URL"
+            raise errors.InvalidConfig("remote.ca_file", str(self.ca_file), allowed)
+
+    @property
+    def parsed_url(self) -> StoreUrl:
+        """Of `url`, which is there. Raises InvalidConfig."""
+        text = self.url or ""
+        with refused_as("remote.url", masked(text)):
+            return StoreUrl.parse(text, field="remote.url")
+
+    @property
+    def patience_s(self) -> float:
+        return self.patience_ms / 1000
+
+    @property
+    def deadline_s(self) -> float:
+        return self.deadline_ms / 1000
+
+    @property
+    def queue_bytes(self) -> int:
+        return self.queue_mb * 1_000_000
+
+
 Quota = between(0, 1e6)
 
 
@@ -441,6 +512,7 @@ class ServeConfig:
     cpu: CpuConfig = field(default_factory=CpuConfig)
     disk: DiskConfig = field(default_factory=DiskConfig)
     attn: AttnConfig = field(default_factory=AttnConfig)
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
     kv_events: KvEventsConfig = field(default_factory=KvEventsConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     tenants: tuple[TenantConfig, ...] = ()
@@ -456,6 +528,9 @@ class ServeConfig:
             object.__setattr__(self, "copy_threads", min(cores, 4))  # memory is full with 4
         if self.gpu_only and self.disk.path is not None:
             object.__setattr__(self, "disk", DiskConfig())
+        if self.remote.url is not None and self.disk.path is None:
+            allowed = "a daemon with disk.path, which keeps what was invalidated"
+            raise errors.InvalidConfig("remote.url", masked(self.remote.url), allowed)
         names = [each.name for each in self.tenants]
         if len(set(names)) != len(names):
             raise errors.InvalidConfig("tenants", names, "each name once")

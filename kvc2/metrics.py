@@ -30,6 +30,10 @@ FAULTS = {
     "lost_slab": "a slab file was missing or short",
     "refused_commit": "blocks of a commit were refused: a page or a key was not theirs",
     "refused_request": "a request was refused with INVALID_ARGUMENT",
+    "remote_bad_block": "a value in the remote store was not a block of ours: deleted there",
+    "remote_error": "a call of the remote store failed: it is left alone until it answers",
+    "remote_late": "a request has waited for the remote store as long as it may",
+    "remote_refused": "the remote store answered that it won't: it is full, or may only be read",
     "restore_refused": "a catalogue record did not fit at restart",
     "session_crashed": "a session ended without a detach",
     "session_expired": "a session's heartbeats stopped",
@@ -43,6 +47,12 @@ FAULTS = {
 # seconds: the hot calls take 50 us to 1 ms, disk transfers up to seconds
 BUCKETS = (50e-6, 100e-6, 200e-6, 300e-6, 500e-6, 1e-3, 2e-3, 5e-3, 0.02, 0.1, 0.5, 2.0, 10.0)
 
+NOT_PUT = (
+    "queue_full",
+    "store_away",
+    "store_refused",
+    "not_in_memory",
+)  # why reused blocks were not put
 RECOMPUTED = ("slower", "overdue", "deadline")  # why matched tokens were not brought
 
 
@@ -162,6 +172,28 @@ class Metrics:
                 name = sample.name.removeprefix("kvc2_")
                 found[f"{name}{{{labels}}}" if labels else name] = sample.value
         return found
+
+
+class RemoteMetrics:
+    """What is counted of a remote store besides, where there is one. `all`: the daemon's own."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.all = metrics
+        registry = metrics.registry
+        self.up = Gauge("kvc2_remote_up", "1: the remote store is asked", registry=registry)
+        self.not_put = Counter(
+            "kvc2_remote_not_put_blocks",
+            "Reused blocks that were not put into the remote store",
+            ["why"],
+            registry=registry,
+        )
+        for why in NOT_PUT:
+            self.not_put.labels(why)
+
+    def moved(self, way: tuple[str, str], blocks: int, payload_bytes: int) -> None:
+        """Blocks have gone from the one tier to the other."""
+        self.all.transfer_blocks.labels(*way).inc(blocks)
+        self.all.transfer_bytes.labels(*way).inc(blocks * payload_bytes)
 
 
 class _Tiers(Collector):

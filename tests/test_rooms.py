@@ -72,7 +72,10 @@ FLOORS = {
         assemble
         cache
         leases, prefetch
-        copied, explain, pins, whole
+        beyond
+        remote
+        fetches, puts
+        arrivals, chains, copied, explain, lease_views, pins, whole
         counts, extras
         sessions
         namespaces, quotas, ticker
@@ -89,8 +92,12 @@ FLOORS = {
     "kvc2/tiers": """
         executors, pools
         device
-        cpu, disk, gpu
+        cpu, disk, gpu, remote
         base, meter
+    """,
+    "kvc2/tiers/remote": """
+        link, valkey
+        breaker, codec, queue, store
     """,
     "kvc2/tiers/disk": """
         repair
@@ -112,8 +119,8 @@ FLOORS = {
         faults
     """,
     "kvc2/host": """
-        address
-        file_stamp, heap, machine, numa, paths, priority
+        address, store_url
+        file_stamp, heap, loopback, machine, numa, paths, priority
     """,
     "engine": """
         __main__

@@ -13,15 +13,18 @@ from functools import partial
 
 from kvc2 import _core
 from kvc2.arena import Arena
+from kvc2.cache.beyond import Beyond
 from kvc2.cache.cache import Cache, Parts
 from kvc2.cache.copied import CopiedCommits
 from kvc2.cache.counts import Counts
 from kvc2.cache.explain import Explainer
+from kvc2.cache.lease_views import LeaseViews
 from kvc2.cache.leases import Leases
 from kvc2.cache.namespaces import Namespace, Namespaces
 from kvc2.cache.pins import Pins
 from kvc2.cache.prefetch import Prefetcher
 from kvc2.cache.quotas import TenantQuotas
+from kvc2.cache.remote import Remote, store_of
 from kvc2.cache.sessions import Session
 from kvc2.cache.ticker import TICK_S, Seconds, Ticker
 from kvc2.cache.whole import Whole
@@ -54,8 +57,8 @@ async def assemble(
 ) -> Cache:
     """A whole cache, its threads and tasks running. `clock` is monotonic seconds. `wall` is read
     for times that outlive this run, and for nothing else: it may be set at any moment. `files` is
-    where tests put faults of the disk. `cuda`: what was found of it before this
-    process had threads. Raises StartRefused."""
+    where tests put faults of the disk. `cuda`: what was found of it before this process had
+    threads. Raises StartRefused."""
     seconds = Seconds(clock)
     tiers = _tiers(config, metrics, files, Clocks(wall, seconds), clock, cuda)
     index = _index(config, tiers)
@@ -75,6 +78,8 @@ async def assemble(
     explainer = Explainer(index, namespaces, counts, config, tick=ticker.tick)
     background = Background(index, mover, pools, gpus, config=config, metrics=metrics)
     changes.connect(loader, background)
+    beyond, wake = _beyond(config, (index, pools, loader), metrics, changes), changes.woken
+    leases = Leases(index, loader, explainer, tick=ticker.tick, wake=wake, beyond=beyond)
     parts = Parts(
         config=config,
         metrics=metrics,
@@ -82,7 +87,7 @@ async def assemble(
         ticker=ticker,
         pools=pools,
         mover=mover,
-        leases=Leases(index, loader, explainer, tick=ticker.tick, wake=changes.woken),
+        leases=leases,
         background=background,
         namespaces=namespaces,
         counts=counts,
@@ -91,13 +96,13 @@ async def assemble(
         prefetcher=Prefetcher(index, pins, pools, loader=loader, mover=mover),
         scrubber=Scrubber(index, pools, loader=loader, mover=mover),
         explainer=explainer,
-        copied=CopiedCommits(index, pools, tick=ticker.tick, wake=changes.woken),
+        copied=CopiedCommits(index, pools, tick=ticker.tick, wake=wake),
         whole=Whole(index, namespaces, counts, loader=loader, background=background, config=config),
         gpus=gpus,
         sessions=sessions,
         executors=Executors(pools.arena.memory, config.copy_threads, cuda),
         ticking=asyncio.create_task(periodically(TICK_S, ticker.tick, metrics)),
-        woken=changes.woken,
+        woken=wake,
     )
     _begin(parts, changes)
     return Cache(parts)
@@ -145,6 +150,22 @@ def _tiers(
     path, memory = config.disk.path, arena.memory
     disk = DiskTier(path, config.disk, memory, metrics, files=files, clocks=clocks)
     return Tiers.of(arena, (disk,), clock)
+
+
+def _beyond(
+    config: ServeConfig,
+    over: tuple[_core.Index, Pools, Loader],
+    metrics: Metrics,
+    changes: CacheChanges,
+) -> Beyond | None:
+    """The remote store, where there is one."""
+    if config.remote.url is None:
+        return None
+    index, pools, loader = over
+    make = store_of(config.remote)
+    remote = Remote(index, pools, make, config, metrics, wake=changes.woken)
+    remote.start(loader)
+    return Beyond(index, remote, LeaseViews(index, loader))
 
 
 def _index(config: ServeConfig, tiers: Tiers) -> _core.Index:

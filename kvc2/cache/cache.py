@@ -121,6 +121,7 @@ class Cache:
         self._ticking.cancel()
         await self._background.stop()
         await self._background.writer.save_recency()
+        await self.leases.stop()
         await asyncio.to_thread(self.copied.close)
         await asyncio.to_thread(self._mover.close)
         await self.executors.close()

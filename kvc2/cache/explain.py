@@ -9,7 +9,7 @@ restart: `uptime_s` says since when anything is known. One thread (the event loo
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from kvc2.answers import NO_PAGES, Asked, DifferingField, Explained, OtherNamesp
 from kvc2.cache.counts import Counts
 from kvc2.cache.extras import prompt_extras
 from kvc2.cache.namespaces import Namespace, Namespaces
+from kvc2.cache.sessions import NOT_BROUGHT, Brought
 from kvc2.config import ServeConfig
 from kvc2.namespace import fields_of
 
@@ -29,10 +30,26 @@ UNSEEN = (_core.Why.NEVER_SEEN, _core.Why.DIVERGED)
 
 
 class Found(NamedTuple):
-    """What an acquire found, in these tiers."""
+    """What an acquire found, in these tiers; of the cpu tier's blocks, which came from the remote
+    store for it."""
 
     explanation: _core.Explanation
-    tiers: tuple[str, ...]
+    tiers: Sequence[str]
+    brought: Brought = NOT_BROUGHT
+
+    def runs(self) -> Iterator[TierBlocks]:
+        """Its blocks in their order, by tier."""
+        at = 0
+        for tier, blocks in self.explanation.runs.tolist():
+            end = at + blocks
+            if self.tiers[tier] != "cpu" or not self.brought.of(end):
+                yield TierBlocks(self.tiers[tier], blocks)
+            else:
+                before = max(0, self.brought.first - at)
+                come = min(end, self.brought.end) - at - before
+                pieces = ("cpu", before), ("remote", come), ("cpu", blocks - before - come)
+                yield from (TierBlocks(*each) for each in pieces if each[1] > 0)
+            at = end
 
 
 @dataclass(frozen=True)
@@ -84,7 +101,7 @@ class Explainer:
         asked = self._recent.get(request_id)
         if asked is None or epoch not in (None, asked.epoch) or asked.namespace.gone:
             raise errors.NotFound("request_id", request_id, f"one of the last {RECENT_MAX}")
-        answer = self._told(asked.namespace, asked.tokens, *asked.found)
+        answer = self._told(asked.namespace, asked.tokens, asked.found)
         return replace(answer, asked_s_ago=float(self._now() - asked.second))
 
     def of_asked(self, namespace: Namespace, asked: Asked, session_pool: int | None) -> Explained:
@@ -96,7 +113,7 @@ class Explainer:
         if not pools:
             return Explained(page_size, count, why="never_seen", uptime_s=float(self._now()))
         found = self._explanation(namespace.number, page_size, pools, asked)
-        answer = self._told(namespace, count, found, tiers)
+        answer = self._told(namespace, count, Found(found, tiers))
         if found.why not in UNSEEN:
             return answer
         earlier = self._namespaces.earlier(namespace)
@@ -133,16 +150,14 @@ class Explainer:
                 return tier
         return "gpu"  # of a session, which may be over
 
-    def _told(
-        self, namespace: Namespace, tokens: int, found: _core.Explanation, tiers: Sequence[str]
-    ) -> Explained:
+    def _told(self, namespace: Namespace, tokens: int, of: Found) -> Explained:
         counts = self._index.counts()
-        sibling = found.sibling
+        found, sibling = of.explanation, of.explanation.sibling
         answer = Explained(
             page_size=namespace.page_size,
             tokens=tokens,
             hit_blocks=found.blocks,
-            runs=tuple(TierBlocks(tiers[tier], blocks) for tier, blocks in found.runs.tolist()),
+            runs=tuple(of.runs()),
             why=found.why.name.lower(),
             sibling_equal=0 if sibling is None else sibling.common,
             sibling=NO_PAGES if sibling is None else sibling.tokens,

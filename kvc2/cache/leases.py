@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,21 +18,20 @@ from numpy.typing import NDArray
 from kvc2 import _core, errors
 from kvc2.answers import (
     NO_HINTS,
-    NOWHERE,
     U8,
     U32,
     Acquired,
     Asked,
-    Components,
     Hints,
     Matched,
     Terms,
-    TierTokens,
-    of_offsets,
     of_pages,
 )
+from kvc2.cache.arrivals import Prompt
+from kvc2.cache.beyond import Beyond, ended_meanwhile
 from kvc2.cache.explain import Explainer, Found
 from kvc2.cache.extras import prompt_extras
+from kvc2.cache.lease_views import LeaseViews, nothing, tiers_of_keys, tokens_by_tier
 from kvc2.cache.namespaces import Namespace
 from kvc2.cache.sessions import OpenLease, Session
 from kvc2.moving.loading import Destination, Loader
@@ -50,12 +50,15 @@ class Leases:
         *,
         tick: Callable[[], int],
         wake: Callable[[], None],
+        beyond: Beyond | None = None,
     ) -> None:
         self._index = index
         self._loader = loader
         self._explainer = explainer
         self._tick = tick
         self._wake = wake
+        self._beyond = beyond
+        self._views = LeaseViews(index, loader)
 
     async def acquire(
         self, session: Session, namespace: Namespace, request_id: bytes, what: Blocks, terms: Terms
@@ -67,7 +70,31 @@ class Leases:
             return again
         to = self._destination(session, namespace, terms)
         self._tick()
-        asked = Asked.of(what)
+        lease, asked = OpenLease(request_id, 0, namespace, namespace.number, to), Asked.of(what)
+        if self._beyond is None:
+            return await self._open(session, lease, asked, terms)
+        prompt = Prompt(namespace, asked, to.pools, terms.hints)
+        async with self._beyond.brought(session, lease, prompt, terms) as left:
+            if not lease.is_open:
+                return ended_meanwhile(session, lease)
+            answer = await self._open(session, lease, asked, left)
+        self._beyond.used(prompt, answer)
+        return answer
+
+    def there(self, lease: OpenLease) -> Acquired:
+        """What an open lease holds now. Changes nothing."""
+        return self._views.there(lease)
+
+    async def stop(self) -> None:
+        """No remote store is asked any more."""
+        if self._beyond is not None:
+            await self._beyond.remote.stop()
+
+    async def _open(
+        self, session: Session, lease: OpenLease, asked: Asked, terms: Terms
+    ) -> Acquired:
+        """Its answer. A lease that it is in the index already ends there."""
+        namespace, to, pinned = lease.namespace, lease.to, lease.id
         opened = self._index.acquire(
             namespace.number,
             to.pool,
@@ -77,9 +104,12 @@ class Leases:
             skip_blocks=terms.skip_blocks,
             extras=prompt_extras(asked.extras, namespace.page_size),
         )
-        found = Found(opened.explanation, to.tiers)
-        self._explainer.keep(session.epoch, namespace, request_id, len(asked.tokens), found)
-        lease = OpenLease(request_id, opened.id, namespace, namespace.number, to)
+        lease.id, lease.number = opened.id, namespace.number
+        if pinned:
+            self._index.release_all(np.array([pinned], np.uint64))
+        found = Found(opened.explanation, to.tiers, lease.brought)
+        tokens = len(asked.tokens)
+        self._explainer.keep(session.epoch, namespace, lease.request_id, tokens, found)
         if opened.ahead.size or (to.in_arena and opened.transfer):
             return await self._bring(session, lease, terms)
         return self._settled(session, lease, terms, opened)
@@ -92,7 +122,7 @@ class Leases:
         ready = session.state == "ready"
         grant_pages = terms.grant_pages if ready else 0  # nobody would hear of them
         granted = of_pages(self.grant(session, grant_pages, lease.namespace))
-        answer = self._prefix_there(lease, granted, view)
+        answer = self._views.prefix(lease, granted, view)
         lease.reply.set_result(answer)
         if not ready:
             raise errors.SessionOver(f"session {session.epoch} is {session.state}")
@@ -141,7 +171,7 @@ class Leases:
             raise
         finally:
             # also when the caller went away: it may ask again under this request_id
-            answer = self._answer(session, lease, grant_pages) if lease.is_open else _nothing()
+            answer = self._answer(session, lease, grant_pages) if lease.is_open else nothing()
             lease.reply.set_result(answer)
         if session.state != "ready":
             raise errors.SessionOver(f"session {session.epoch} is {session.state}")
@@ -177,56 +207,12 @@ class Leases:
             raise errors.InvalidRequest("poll", terms.poll, allowed)
         if terms.poll > lease.poll or lease.polled is None:
             lease.poll = terms.poll
-            lease.polled = self.there(lease) if lease.is_open else _nothing()
+            lease.polled = self._views.there(lease) if lease.is_open else nothing()
         return lease.polled
 
     def _answer(self, session: Session, lease: OpenLease, grant_pages: int) -> Acquired:
         """What an open lease holds now, and pages to compute the rest into."""
-        return self.there(lease, of_pages(self.grant(session, grant_pages, lease.namespace)))
-
-    def there(self, lease: OpenLease, granted: Components = ()) -> Acquired:
-        """What an open lease holds now. Changes nothing."""
-        if lease.namespace.opaque:
-            return self._keys_there(lease, granted)
-        return self._prefix_there(lease, granted, self._index.lease(lease.id))
-
-    def _prefix_there(self, lease: OpenLease, granted: Components, view: _core.Lease) -> Acquired:
-        to, size = lease.to, lease.namespace.page_size
-        pages = view.pages[: view.arrived] if to.in_arena else view.pages
-        tiers = (0, *_leading(view.tiers, pages.size)) if to.in_arena else view.tiers
-        end = view.first_block + pages.size
-        coming = 0 if lease.is_brought else view.matched - end
-        return Acquired(
-            matched_tokens=end * size,
-            tiers=tokens_by_tier(tiers, size),
-            transfer=0 if to.in_arena else to.gpu.pending.get(view.transfer, 0),
-            computing_tokens=view.computing * size if end == view.matched else 0,
-            held=of_offsets(to.pools.payloads(pages)) if to.in_arena else of_pages(pages),
-            granted=granted,
-            first_block=view.first_block,
-            coming_blocks=coming,
-            expected_ms=_expected_ms(self._loader, lease, coming),
-        )
-
-    def _keys_there(self, lease: OpenLease, granted: Components) -> Acquired:
-        """By key where it is in the arena."""
-        view, pools = self._index.key_lease(lease.id), lease.to.pools
-        there = view.arrived.astype(bool)
-        offsets = np.full(there.size, NOWHERE, np.uint64)
-        offsets[there] = pools.payloads(view.pages[there])
-        found = tiers_of_keys(view.found, lease.to.tiers)
-        blocks = [int(np.count_nonzero(there & (found == tier))) for tier in (1, 2, 3)]
-        missing = int(np.count_nonzero(found) - np.count_nonzero(there))
-        coming = 0 if lease.is_brought else missing
-        return Acquired(
-            matched_tokens=sum(blocks) * lease.namespace.page_size,
-            tiers=tokens_by_tier(blocks, lease.namespace.page_size),
-            held=of_offsets(offsets),
-            granted=granted,
-            found=found,
-            coming_blocks=coming,
-            expected_ms=_expected_ms(self._loader, lease, coming),
-        )
+        return self._views.there(lease, of_pages(self.grant(session, grant_pages, lease.namespace)))
 
     def match(self, session: Session, namespace: Namespace, what: Blocks) -> Matched:
         """The longest cached prefix of less than all tokens. Changes nothing."""
@@ -236,6 +222,15 @@ class Leases:
         blocks = (*(0,) * (3 - len(to.tiers)), *found.tiers)
         tiers = tokens_by_tier(blocks, namespace.page_size)
         return Matched(sum(tiers), tiers)
+
+    async def match_beyond(self, session: Session, namespace: Namespace, what: Blocks) -> Matched:
+        """The same, and what a remote store has after it. Brings nothing."""
+        found = self.match(session, namespace, what)
+        if self._beyond is None:
+            return found
+        to, asked = self._nearest(session, namespace), Asked.of(what)
+        tokens = await self._beyond.tokens(to, Prompt(namespace, asked, to.pools))
+        return Matched(found.matched_tokens + tokens, replace(found.tiers, remote=tokens))
 
     def match_keys(self, session: Session, namespace: Namespace, keys: Sequence[bytes]) -> Matched:
         """The fastest tier that has each key. Changes nothing."""
@@ -298,41 +293,11 @@ def _number_in_pool(session: Session, namespace: Namespace | None) -> int | None
     return namespace.number
 
 
-def _expected_ms(loader: Loader, lease: OpenLease, coming_blocks: int) -> int:
-    """In which they should be there; 0: it isn't known, or nothing comes."""
-    if not coming_blocks:
-        return 0
-    return round(1000 * loader.seconds(coming_blocks * lease.to.pools.shape.page_bytes))
-
-
-def tiers_of_keys(found: U8, tiers: Sequence[str]) -> U8:
-    """By key 0, or 1 gpu, 2 cpu, 3 disk, of what the index found in these tiers."""
-    return np.where(found, found + (3 - len(tiers)), 0).astype(np.uint8)
-
-
 def u32(array: NDArray[np.integer]) -> U32:
     return np.ascontiguousarray(array, np.uint32)
-
-
-def tokens_by_tier(blocks: Sequence[int], page_size: int) -> TierTokens:
-    return TierTokens(*(count * page_size for count in blocks))
-
-
-def _nothing() -> Acquired:
-    """The answer to an acquire that was released meanwhile."""
-    return Acquired(0, TierTokens())
 
 
 async def _suppressed(bringing: Awaitable[None]) -> None:
     """What goes on behind an answer: a lease or session that ends meanwhile ends it."""
     with suppress(KeyError, errors.SessionOver):
         await bringing
-
-
-def _leading(tiers: Sequence[int], blocks: int) -> tuple[int, ...]:
-    """Of the first so many blocks, where the others came from the slowest tiers."""
-    found = []
-    for count in tiers:
-        found.append(min(count, blocks))
-        blocks -= found[-1]
-    return tuple(found)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 from kvc2 import _core, errors
@@ -29,6 +29,7 @@ from kvc2.tiers.disk.recency import SECOND_MAX
 from kvc2.tiers.disk.records import NamespaceEntry
 from kvc2.tiers.disk.tier import DiskTier
 from kvc2.tiers.pools import LayoutPools
+from kvc2.tiers.remote.codec import Shared
 
 LOOKED_AT = 256  # namespaces, for some that may go; all of them go
 ENDED_AT_ONCE = 16  # whose blocks die when none may go: walks them
@@ -44,6 +45,8 @@ class Owner:
     tenant: str = DEFAULT_TENANT
     salt: bytes = b""
     number: int = 0  # the tenant's in the index; 0: nothing is counted for it
+    # as hosts know the namespace that share a store; None: there is no store
+    shared: Shared | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(eq=False)

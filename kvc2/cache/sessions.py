@@ -15,6 +15,7 @@ import hmac
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,20 @@ INSTANCE_BYTES = 16
 SECRET_BYTES = 16
 
 
+class Brought(NamedTuple):
+    """Blocks [first, end) of a prompt came from the remote store, for this request."""
+
+    first: int
+    end: int
+
+    def of(self, blocks: int) -> int:
+        """How many of so many leading blocks."""
+        return max(0, min(blocks, self.end) - self.first)
+
+
+NOT_BROUGHT = Brought(0, 0)
+
+
 @dataclass(eq=False)
 class OpenLease:
     """What one request holds, from its acquire until its release or its session's end.
@@ -49,6 +64,8 @@ class OpenLease:
        waiting for slower tiers.
     5. The same poll number gets the same answer (`polled`); the next one gets what is there by
        then. `bringing` is what goes on meanwhile.
+    6. While the remote store is waited for, `id` is a lease that only pins what this host has.
+       `brought` says which blocks came from there then.
     """
 
     request_id: bytes
@@ -56,6 +73,7 @@ class OpenLease:
     namespace: Namespace
     number: int  # the index's, of the namespace's era then
     to: Destination
+    brought: Brought = NOT_BROUGHT
     poll: int = 0
     polled: Acquired | None = None
     bringing: asyncio.Task[None] | None = None

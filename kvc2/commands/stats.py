@@ -10,6 +10,7 @@ from rich.table import Table
 
 from kvc2 import config
 from kvc2.client import DaemonStats
+from kvc2.metrics import NOT_PUT
 
 DIGEST_SHOWN = 12  # letters of a layout that no engine has now
 
@@ -32,6 +33,7 @@ def show(found: DaemonStats) -> None:
     console.print(pages)
     _print_slabs(console, found)
     _print_pace(console, found)
+    _print_remote(console, found)
     _print_hit_rates(console, found)
     _print_refusals(console, found)
     _print_tenants(console, found)
@@ -84,6 +86,25 @@ def _print_refusals(console: Console, found: DaemonStats) -> None:
         console.print(table)
 
 
+def _print_remote(console: Console, found: DaemonStats) -> None:
+    """Whether there is a remote store, and what went there and came from there."""
+    asked = found.counters.get("remote_up")
+    if asked is None:
+        return
+    ways = ("source=cpu,target=remote", "source=remote,target=cpu")
+    put, came = (found.counters.get(f"transfer_blocks_total{{{way}}}", 0.0) for way in ways)
+    console.print(
+        f"remote store {'is asked' if asked else 'is left alone'}: "
+        f"{put:.0f} blocks put, {came:.0f} fetched"
+    )
+    table = Table("not put", "blocks")
+    for why in NOT_PUT:
+        if count := found.counters.get(f"remote_not_put_blocks_total{{why={why}}}", 0.0):
+            table.add_row(why, f"{count:.0f}")
+    if table.row_count:
+        console.print(table)
+
+
 def _print_tenants(console: Console, found: DaemonStats) -> None:
     """What declared tenants take, where they do or have a limit."""
     table = Table("tenant", "tier", "takes", "of", "blocks", "of")
@@ -99,7 +120,7 @@ def _print_tenants(console: Console, found: DaemonStats) -> None:
 
 def _print_pace(console: Console, found: DaemonStats) -> None:
     """What decides whether a prefix is brought or computed; nothing before it is measured."""
-    for tier in ("cpu", "disk"):
+    for tier in ("cpu", "disk", "remote"):
         label = f"{{tier={tier}}}"
         bandwidth = found.counters.get(f"bandwidth_bytes_per_s{label}")
         if bandwidth is not None:

@@ -70,7 +70,8 @@ class SessionCalls:
         )
         ttl_s = shorter(request.ttl_s, self._tenants.ttl_s(tenant))
         quota = self._cache.quotas.number(tenant)
-        owner = Owner(tenant or DEFAULT_TENANT, request.salt, quota)
+        shared = self._tenants.shared(tenant, request.identity, request.salt, opaque=of.opaque)
+        owner = Owner(tenant or DEFAULT_TENANT, request.salt, quota, shared)
         namespace = self._cache.open_namespace(session, name, request.identity, ttl_s, owner, of=of)
         if namespace.id not in session.namespaces:
             self._make_room(session, namespace, owner.tenant)
@@ -107,7 +108,7 @@ class SessionCalls:
         if namespace.opaque:
             found = self._cache.leases.match_keys(session, namespace, asked.keys)
         else:
-            found = self._cache.leases.match(session, namespace, asked)
+            found = await self._cache.leases.match_beyond(session, namespace, asked)
         return to_message(found, cache_pb2.MatchResponse)
 
     async def Acquire(self, request: cache_pb2.AcquireRequest) -> cache_pb2.AcquireResponse:

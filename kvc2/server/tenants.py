@@ -15,6 +15,7 @@ from pathlib import Path
 from kvc2 import errors
 from kvc2.config import DEFAULT_TENANT, ServeConfig
 from kvc2.namespace import SECRET_BYTES_MIN, namespace
+from kvc2.tiers.remote.codec import Shared, mac_key, shared_key
 
 SECRET_FILE = "default-tenant.secret"
 SECRET_BYTES = 32
@@ -26,6 +27,7 @@ class Tenants:
     def __init__(self, config: ServeConfig) -> None:
         owner = os.getuid()
         self._secrets = {DEFAULT_TENANT: _default_secret(config.disk.path)}
+        self._shared: dict[str, bytes] = {}
         self._uids = {DEFAULT_TENANT: {owner}}
         for index, each in enumerate(config.tenants):
             if each.secret_file is None:  # the default tenant's
@@ -33,10 +35,25 @@ class Tenants:
             self._secrets[each.name] = _read_secret(f"tenants[{index}]", each.secret_file)
             self._uids[each.name] = set(each.uids) or {owner}
         self._ttls = {each.name: each.ttl_s for each in config.tenants}
+        if config.remote.url is not None and config.remote.secret_file is not None:
+            secret = _read_secret("remote", config.remote.secret_file)
+            # the default tenant's own secret is another one on each host
+            own = {**self._secrets, DEFAULT_TENANT: b""}
+            self._shared = {name: shared_key(secret, each) for name, each in own.items()}
 
     def ttl_s(self, tenant: str) -> int:
         """How long after its last use a block of the tenant matches; 0: for ever."""
         return self._ttls.get(tenant or DEFAULT_TENANT, 0)
+
+    def shared(
+        self, tenant: str, identity: bytes, salt: bytes, *, opaque: bool = False
+    ) -> Shared | None:
+        """The namespace of a known tenant as other hosts know it; None: there is no store."""
+        key = self._shared.get(tenant or DEFAULT_TENANT)
+        if key is None:
+            return None
+        name = namespace(key, identity, salt, opaque=opaque)
+        return Shared(name, mac_key(key, name))
 
     def namespace(
         self, tenant: str, uid: int, identity: bytes, salt: bytes, *, opaque: bool = False

@@ -9,6 +9,7 @@ from dataclasses import replace
 from tests.crash.bugs import Bug, bug
 
 LEASES, COPIED = "kvc2/cache/leases.py", "kvc2/cache/copied.py"
+VIEWS = "kvc2/cache/lease_views.py"
 CACHE, SESSIONS = "kvc2/cache/cache.py", "kvc2/cache/sessions.py"
 WHOLE = "kvc2/cache/whole.py"
 ATTACH, CHECKS = "kvc2/server/attach.py", "kvc2/server/checks.py"
@@ -30,13 +31,13 @@ TESTS = (
 WHAT_IS_TOLD = (
     bug(
         "what is on its way is told",
-        LEASES,
+        VIEWS,
         "        pages = view.pages[: view.arrived] if to.in_arena else view.pages\n",
         "        pages = view.pages\n",
     ),
     bug(
         "a key that is on its way is told",
-        LEASES,
+        VIEWS,
         "        there = view.arrived.astype(bool)\n",
         "        there = view.pages != _core.NO_PAGE\n",
     ),
@@ -66,7 +67,7 @@ WHAT_IS_TOLD = (
     ),
     bug(
         "skipped blocks count as held",
-        LEASES,
+        VIEWS,
         "            first_block=view.first_block,\n",
         "            first_block=0,\n",
     ),

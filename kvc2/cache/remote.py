@@ -1,0 +1,108 @@
+"""The remote store as the cache uses it: what requests fetch from it, and what goes there behind.
+
+Not here: whether and how a request waits (fetches.py), what is put (puts.py), which kind of
+store it is (tiers/remote/).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+from kvc2 import _core, errors, events
+from kvc2.cache.arrivals import Arrivals, Fetch, Means, Prompt
+from kvc2.cache.fetches import Fetches, Wanted
+from kvc2.cache.puts import Puts
+from kvc2.config import RemoteConfig, ServeConfig
+from kvc2.metrics import Metrics, RemoteMetrics
+from kvc2.moving.loading import Loader
+from kvc2.tiers.pools import Pools
+from kvc2.tiers.remote.link import Link
+from kvc2.tiers.remote.store import Store
+
+THREADS = 2  # that make names and values, and judge these: about 1 GB/s each
+
+MakeStore = Callable[[], Store]
+
+
+def store_of(config: RemoteConfig) -> MakeStore:
+    """What opens the store of a configuration that has one. Raises StartRefused where the package
+    for it is missing."""
+    try:
+        from kvc2.tiers.remote.valkey import Valkey
+    except ModuleNotFoundError as error:
+        raise errors.StartRefused(
+            f"remote.url: {error.name} is missing: pip install 'kvc2[remote]'"
+        ) from error
+    url = config.parsed_url
+    if not url.tls and not url.is_local:
+        events.warning("remote_in_clear", store=url.shown)
+    return lambda: Valkey(url, config.ca_file, config.deadline_s)
+
+
+class Remote:
+    """All on the event loop. `make` opens the store. `wake`: there is something to copy to the
+    disk."""
+
+    def __init__(
+        self,
+        index: _core.Index,
+        pools: Pools,
+        make: MakeStore,
+        config: ServeConfig,
+        metrics: Metrics,
+        *,
+        wake: Callable[[], None],
+    ) -> None:
+        of, counted = config.remote, RemoteMetrics(metrics)
+        self.link = Link(make, counted, deadline_s=of.deadline_s, patience_s=of.patience_s)
+        self._means = Means(
+            index, pools, self.link, counted, ThreadPoolExecutor(THREADS, "kvc2-values")
+        )
+        self._arrivals = Arrivals(self._means, wake=wake)
+        always = config.load_policy == "always"
+        self._fetches = Fetches(self._means, self._arrivals, always=always)
+        self._puts = Puts(self._means, queue_bytes=of.queue_bytes)
+        self._putting: asyncio.Task[None] | None = None
+
+    def start(self, loader: Loader) -> None:
+        """Begin to put what is used."""
+        self._putting = asyncio.create_task(self._puts.run(loader))
+
+    async def stop(self) -> None:
+        """What waits to be put is dropped; what is under way ends within its deadline."""
+        if self._putting is not None:
+            self._putting.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._putting
+        await self._arrivals.stop()
+        await self.link.close()
+        await asyncio.to_thread(self._means.threads.shutdown)
+
+    def may_bring(self, wanted: Wanted) -> bool:
+        """Whether it is worth asking the store."""
+        return self._fetches.may_bring(wanted) is not None
+
+    async def beyond(self, wanted: Wanted) -> int:
+        """As Fetches has it, as the next three do."""
+        return await self._fetches.beyond(wanted)
+
+    async def bring(self, wanted: Wanted) -> Fetch | None:
+        return await self._fetches.bring(wanted)
+
+    def bring_behind(self, wanted: Wanted) -> None:
+        self._fetches.bring_behind(wanted)
+
+    def let_go(self, fetch: Fetch) -> None:
+        self._arrivals.let_go(fetch)
+
+    def used(self, prompt: Prompt, blocks: int) -> None:
+        """As Puts has it."""
+        self._puts.used(prompt, blocks)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits to be put, nor comes."""
+        return self._puts.idle and self._arrivals.idle

@@ -1,0 +1,83 @@
+"""Where a remote store is, as its users write it: the one place that reads such a URL.
+
+A password may stand in it, so that no error, log line or repr shows the text as it was given. Not
+here: who connects (tiers/remote/), which settings go together (config.py).
+"""
+
+from __future__ import annotations
+
+import re
+import urllib.parse
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvc2 import errors
+from kvc2.host.loopback import is_loopback
+
+FORMS = "redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE], rediss://... (TLS) or unix://PATH"
+PORT = 6379
+DATABASES_MAX = 1 << 16
+
+
+def masked(text: str) -> str:
+    """`text` without what may be a password."""
+    return re.sub(r"(?<=//).*@", "...@", text, flags=re.DOTALL)
+
+
+@dataclass(frozen=True)
+class StoreUrl:
+    """`path`: of a unix socket, or None. An empty `user` is the store's default one."""
+
+    host: str
+    port: int = PORT
+    database: int = 0
+    user: str = ""
+    password: str = field(default="", repr=False)
+    tls: bool = False
+    path: Path | None = None
+
+    @classmethod
+    def parse(cls, text: str, *, field: str) -> StoreUrl:
+        """Raises InvalidRequest."""
+        try:
+            parts = urllib.parse.urlsplit(text)
+            port = parts.port or PORT
+        except ValueError as error:  # a port that is no number, a bracket that isn't closed
+            raise errors.InvalidRequest(field, masked(text), FORMS) from error
+        if parts.query or parts.fragment:
+            allowed = f"{FORMS}, and nothing after it: other settings are flags"
+            raise errors.InvalidRequest(field, masked(text), allowed)
+        user = urllib.parse.unquote(parts.username or "")
+        password = urllib.parse.unquote(parts.password or "")
+        if user and not password:
+            raise errors.InvalidRequest(field, masked(text), f"{FORMS}: a user has a password")
+        if parts.scheme == "unix":
+            path = Path(urllib.parse.unquote(parts.path))
+            if not path.is_absolute() or path == Path("/") or parts.hostname:
+                raise errors.InvalidRequest(field, masked(text), "unix:///PATH, absolute")
+            return cls("", 0, 0, user, password, path=path)
+        if parts.scheme not in ("redis", "rediss") or not parts.hostname:
+            raise errors.InvalidRequest(field, masked(text), FORMS)
+        database = _database(parts.path, field, text)
+        tls = parts.scheme == "rediss"
+        return cls(parts.hostname, port, database, user, password, tls)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether what goes there stays on this host."""
+        return self.path is not None or is_loopback(self.host)
+
+    @property
+    def shown(self) -> str:
+        """For logs: without user and password."""
+        if self.path is not None:
+            return f"unix://{self.path}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"redis{'s' * self.tls}://{host}:{self.port}/{self.database}"
+
+
+def _database(path: str, field: str, text: str) -> int:
+    found = re.fullmatch(r"/?|/([0-9]{1,5})", path)
+    if found is None or int(found[1] or 0) >= DATABASES_MAX:
+        raise errors.InvalidRequest(field, masked(text), f"{FORMS}: DATABASE is a number")
+    return int(found[1] or 0)

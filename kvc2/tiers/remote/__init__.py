@@ -1,0 +1,1 @@
+"""The remote store, below the disk: see README.md."""
