@@ -149,17 +149,16 @@ class Layout:
         self._check_apart(sorted(spans))
 
     def _check_apart(self, spans: list[tuple[int, int, int, int, int]]) -> None:
-        """Two segments are apart when their spans are, or when they interleave at one stride with
-        all of their parts inside it (pages as one contiguous record each)."""
-        rows = np.array(spans, dtype=np.float64).reshape(-1, 5)
-        starts, ends = rows[:, 0], rows[:, 1]
-        if (starts[1:] >= np.maximum.accumulate(ends)[:-1]).all():
-            return
-        same = len({stride for _, _, stride, _, _ in spans}) == 1
-        stride = spans[0][2]
-        inside = spans[-1][0] + spans[-1][3] - spans[0][0] <= stride
-        apart = all(a[0] + a[3] <= b[0] for a, b in itertools.pairwise(spans))
-        if not (same and inside and apart):
+        """Segments whose spans overlap must interleave, as the K and V of each page do where they
+        lie side by side, or all segments where a page is one contiguous record."""
+        groups: list[list[tuple[int, int, int, int, int]]] = []
+        end = -1
+        for span in spans:
+            if span[0] >= end:
+                groups.append([])
+            groups[-1].append(span)
+            end = max(end, span[1])
+        if not all(_interleave(group) for group in groups):
             raise errors.InvalidRequest("layout.segments", "overlap", "pages that lie apart")
 
     def to_proto(self) -> cache_pb2.Layout:
@@ -196,6 +195,13 @@ class Layout:
                 "layout.row_bytes", message.row_bytes, f"as its segments lie: {layout.row_bytes}"
             )
         return layout
+
+
+def _interleave(spans: list[tuple[int, int, int, int, int]]) -> bool:
+    """Whether segments, by their offsets, have one stride and lie apart inside of it."""
+    same = len({stride for _, _, stride, _, _ in spans}) == 1
+    inside = spans[-1][0] + spans[-1][3] - spans[0][0] <= spans[0][2]
+    return same and inside and all(a[0] + a[3] <= b[0] for a, b in itertools.pairwise(spans))
 
 
 def layer_major(layers: int, num_pages: int, *, segment_bytes: int, page_size: int) -> Layout:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +21,7 @@ from kvc2.layout import (
     block_size,
     check_page_size,
     layer_major,
+    side_by_side,
     slab_shape,
 )
 from kvc2.v1 import cache_pb2
@@ -86,6 +90,53 @@ def test_pages_that_overlap_are_refused() -> None:
         Layout(twice, 16).check_fits(4, 4096)
     interleaved = (Segment(0, 0, 64, 0, 128), Segment(0, 1, 64, 64, 128))
     Layout(interleaved, 16).check_fits(4, 4 * 128)
+
+
+@pytest.mark.parametrize("lay", [layer_major, side_by_side])
+def test_the_pools_of_engines_lie_apart_and_fill_their_memory(lay: Callable[..., Layout]) -> None:
+    """Whatever the number of pages and layers; shifted by one byte they don't."""
+    for layers, num_pages in itertools.product((1, 2, 5), (1, 2, 7)):
+        found = lay(layers, num_pages, segment_bytes=64, page_size=16)
+        found.check_fits(num_pages, num_pages * found.payload_bytes)
+        assert len(bytes_of(found, num_pages)) == num_pages * found.payload_bytes
+        if layers > 1:
+            late = [
+                *found.segments[:2],
+                *(replace(s, offset=s.offset - 1) for s in found.segments[2:]),
+            ]
+            with pytest.raises(InvalidRequest, match="apart"):
+                Layout(tuple(late), 16).check_fits(num_pages, num_pages * found.payload_bytes)
+
+
+def bytes_of(layout: Layout, num_pages: int) -> Counter[int]:
+    """How often each byte is a page's."""
+    return Counter(
+        each.offset + page * each.stride + byte
+        for each in layout.segments
+        for page in range(num_pages)
+        for byte in range(each.bytes)
+    )
+
+
+segments_of_small_pools = st.lists(
+    st.tuples(st.integers(1, 4), st.integers(0, 40), st.integers(0, 12)), min_size=1, max_size=5
+)
+
+
+@given(segments_of_small_pools, st.integers(1, 4))
+def test_no_layout_that_is_taken_has_a_byte_in_two_pages(
+    parts: list[tuple[int, int, int]], num_pages: int
+) -> None:
+    segments = [
+        Segment(layer, 0, size, offset, size + more)
+        for layer, (size, offset, more) in enumerate(parts)
+    ]
+    layout = Layout(tuple(segments), 16)
+    try:
+        layout.check_fits(num_pages, 1000)
+    except InvalidRequest:
+        return
+    assert max(bytes_of(layout, num_pages).values()) == 1
 
 
 @given(st.integers(1, 1 << 42), st.sampled_from([1 << 16, 1 << 20, 64 << 20]))
