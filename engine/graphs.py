@@ -128,8 +128,9 @@ class Graphs:
         step.fill(batch.padded(rows, self._sizes.page))
         if step.graph is None:
             step.graph = self._capture(step)
-        if step.graph is None:
-            return None
+            if step.graph is None:
+                return None
+            log.info("decode steps of %d rows are replayed from a graph from now on", rows)
         replay, logits = step.graph
         replay()
         return logits[: len(batch.token_ids)].clone()  # the next replay fills it anew

@@ -114,6 +114,7 @@ class PagedPrefill:
     """BatchPrefillWithPagedKVCacheWrapper."""
 
     VERSION = ""
+    TYPES: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = bound(self.VERSION, "__init__", (self, *args), kwargs)
@@ -145,7 +146,7 @@ class PagedPrefill:
         assert ((last >= 1) & (last <= p["page_size"])).all()
         assert p["causal"]
         assert p["num_qo_heads"] % p["num_kv_heads"] == 0
-        assert p["q_data_type"] in (torch.float16, torch.bfloat16), "it has no float32 kernels"
+        assert p["q_data_type"] in self.TYPES, "it has no float32 kernels"
         assert p["kv_data_type"] in (None, p["q_data_type"])
         self._planned, self.division = p, divided(p, graph=self._graph)
         self._tokens = int(starts[-1])
