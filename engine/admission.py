@@ -9,7 +9,7 @@ responsible for what a step computes (scheduler).
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Many
 
 import numpy as np
@@ -65,7 +65,7 @@ class Admission:
             self._cancelled.append(sequence)
             self._bridge.cancel(sequence.lease_id())
 
-    def started(self, running: Many[Sequence], rate: float | None) -> list[Sequence]:
+    def started(self, running: Collection[Sequence], rate: float | None) -> list[Sequence]:
         """Those that have their lease now and join the `running` ones; asks for further leases.
         `rate`: measured prefill, tokens/s."""
         ready = self._collect(running, rate)
@@ -80,7 +80,7 @@ class Admission:
         self._announce(queue)
         return ready
 
-    def yielding(self, running: Many[Sequence]) -> list[Sequence]:
+    def yielding(self, running: Collection[Sequence]) -> list[Sequence]:
         """Who gives its place to a tenant that has none, where no place is free."""
         if self._places(running) > 0:
             return []
@@ -97,10 +97,10 @@ class Admission:
                 sequence.announced = True
                 self._bridge.announce(sequence.array(), sequence.request.caller)
 
-    def _places(self, active: Many[Sequence]) -> int:
+    def _places(self, active: Collection[Sequence]) -> int:
         return self._max_running - len(active) - len(self.acquiring) - len(self.deferred)
 
-    def _has_room(self, sequence: Sequence, active: Many[Sequence]) -> bool:
+    def _has_room(self, sequence: Sequence, active: Collection[Sequence]) -> bool:
         """Whether its tokens fit beside what is held and what the others have yet to compute;
         alone, it always may try."""
         others = [*active, *self.acquiring, *self.deferred]
@@ -126,7 +126,7 @@ class Admission:
         )
         self.acquiring.append(sequence)
 
-    def _collect(self, running: Many[Sequence], rate: float | None) -> list[Sequence]:
+    def _collect(self, running: Collection[Sequence], rate: float | None) -> list[Sequence]:
         ready: list[Sequence] = []
         for sequence in [s for s in self._cancelled if s.acquiring and s.acquiring.done()]:
             self._cancelled.remove(sequence)
@@ -160,7 +160,7 @@ class Admission:
         return sequence.wait_until is None or self._clock() < sequence.wait_until
 
     def _defer(
-        self, sequence: Sequence, lease: Lease, running: Many[Sequence], rate: float | None
+        self, sequence: Sequence, lease: Lease, running: Collection[Sequence], rate: float | None
     ) -> None:
         """Give the lease back, so that nobody takes this one for the one that computes."""
         if sequence.wait_until is None:
@@ -179,13 +179,13 @@ class Admission:
         self._bridge.release([lease])
         self.deferred.append(sequence)
 
-    def _end_waits(self, running: Many[Sequence]) -> None:
+    def _end_waits(self, running: Collection[Sequence]) -> None:
         for sequence in [s for s in self.deferred if self._wait_is_over(s, running)]:
             self.deferred.remove(sequence)
             sequence.wait_for = sequence.matching = None
             self._acquire(sequence)
 
-    def _wait_is_over(self, sequence: Sequence, running: Many[Sequence]) -> bool:
+    def _wait_is_over(self, sequence: Sequence, running: Collection[Sequence]) -> bool:
         now = self._clock()
         if sequence.wait_until is None or now >= sequence.wait_until:
             return True
@@ -211,7 +211,7 @@ def _take_lease(sequence: Sequence) -> Lease:
     return lease
 
 
-def _computing(sequence: Sequence, running: Many[Sequence]) -> tuple[Sequence | None, int]:
+def _computing(sequence: Sequence, running: Collection[Sequence]) -> tuple[Sequence | None, int]:
     """The running one that shares the longest beginning, and how many tokens that is."""
     mine = sequence.array()
     best: tuple[Sequence | None, int] = (None, 0)

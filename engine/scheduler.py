@@ -3,34 +3,34 @@
 Laws: a chunk ends at a multiple of chunk_size counted from token 0, or at the prompt's end; in a
 step that decodes too, of mixed_chunk_size, and no more is prefilled there, so that a long prompt
 doesn't hold up what others read. Decodes go first, then prefills by their tenants' turns (turns)
-and arrival, within the token budget. When pages run out,
-the youngest gives its pages up and is computed again later; the oldest always advances. A prompt
-whose next tokens another request computes now waits for those commits, for a bounded time, and then
-hits them. Not responsible for pages and the daemon (prefix), its thread (worker), or HTTP.
+and arrival, within the token budget. A prompt whose next tokens another request computes now waits
+for those commits, for a bounded time, and then hits them. Not responsible for whose pages go when
+they run out (running), what a request is told (delivery), the daemon (prefix), the thread (worker),
+or HTTP.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from engine.admission import Admission
 from engine.batch import Batch, Slice
+from engine.delivery import Delivery
 from engine.metrics import EngineMetrics
 from engine.prefix import Bridge, Lease, PrefixLostError
 from engine.rate import PrefillRate
 from engine.request import Output, Request
+from engine.running import Running
 from engine.sampler import Sampler
-from engine.scores import apart, last_rows, score_prompts, scores
+from engine.scores import apart, last_rows, score_prompts
 from engine.sequence import Sequence
 
 log = logging.getLogger(__name__)
-
-RECLAIM_PAUSE_S = 0.05  # between two requests for pages that were not granted
 
 
 class Compute(Protocol):
@@ -82,16 +82,21 @@ class Scheduler:
         self._rate = PrefillRate(config.chunk_size, self._tell_rate)
         self._compute = compute
         self._sampler = Sampler()
+        self._delivery = Delivery(bridge=bridge, metrics=metrics, clock=clock)
         self._metrics = metrics
         self._clock = clock
         self._order = 0
         self._admission = Admission(
             bridge=bridge, max_running=config.max_running, metrics=metrics, clock=clock
         )
-        self._running: list[Sequence] = []  # by arrival
+        self.running = Running(
+            self._admission.put,
+            bridge=bridge,
+            metrics=metrics,
+            clock=clock,
+            starve_s=config.starve_s,
+        )
         self._by_id: dict[str, Sequence] = {}
-        self._reclaim_at = 0.0
-        self.spare: Callable[[int], bool] = lambda _: False  # frees pages that are held back
 
     # what comes in
 
@@ -134,16 +139,15 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """No request is there at all."""
-        return not self._running and not len(self._admission)
+        return not self.running and not len(self._admission)
 
     def step(self) -> bool:
         """Admit, compute one batch, deliver. False when there was nothing to compute."""
         for sequence in [s for s in self._by_id.values() if s.overdue(self._clock())]:
             self._finish(sequence, "error", "its deadline has passed", unavailable=True)
-        for sequence in self._admission.yielding(self._running):
-            self._preempt(sequence)
-        self._running += self._admission.started(self._running, self.prefill_rate)
-        self._running.sort(key=lambda s: s.order)
+        for sequence in self._admission.yielding(self.running):
+            self.running.preempt(sequence)
+        self.running.join(self._admission.started(self.running, self.prefill_rate))
         work = self._plan()
         if work:
             self._run(work)
@@ -157,71 +161,27 @@ class Scheduler:
         budget, chunk = self.config.token_budget, self.config.chunk_size
         work: list[Work] = []
         for decoding in (True, False):
-            found = [s for s in self._running if s.decoding is decoding]
+            found = [s for s in self.running if s.decoding is decoding]
             if work:
                 chunk = min(chunk, self.config.mixed_chunk_size)
                 budget = min(budget, chunk)
             for sequence in found if decoding else self._admission.turns.sorted(found, ()):
-                if sequence not in self._running:  # an older one took its pages meanwhile
+                if sequence not in self.running:  # an older one took its pages meanwhile
                     continue
                 count = self._next_count(sequence, chunk)
                 if count > budget:  # nobody overtakes it, so that it isn't starved
                     break
-                if self._make_room(sequence, count):
+                if self.running.make_room(sequence, count):
                     work.append(Work(sequence, count))
                     budget -= count
-        return [w for w in work if w.sequence in self._running]
+                elif self.running.starved(sequence):
+                    error = "no KV pages became free; the cache daemon is silent"
+                    self._finish(sequence, "error", error, unavailable=True)
+        return [w for w in work if w.sequence in self.running]
 
     def _next_count(self, sequence: Sequence, chunk: int) -> int:
         end = min(len(sequence.tokens), (sequence.computed // chunk + 1) * chunk)
         return end - sequence.computed
-
-    def _make_room(self, sequence: Sequence, count: int) -> bool:
-        """Pages for its next tokens, if need be those of younger ones. False: not in this step."""
-        lease, tokens = sequence.lease, sequence.computed + count
-        assert lease is not None
-        while not self.bridge.grow(lease, tokens):
-            if self._reclaim(-(-tokens // self.bridge.config.page_size) - len(lease.pages)):
-                continue
-            victim = self._running[-1]
-            if victim is sequence:
-                self._starve(sequence)
-                return False
-            self._preempt(victim)
-            self._reclaim_at = 0.0
-        sequence.starved_since = None
-        return True
-
-    def _reclaim(self, pages: int) -> bool:
-        now = self._clock()
-        if now >= self._reclaim_at:
-            if self.bridge.reclaim(pages):
-                return True
-            self._reclaim_at = now + RECLAIM_PAUSE_S
-        return self.spare(pages)
-
-    def _starve(self, sequence: Sequence) -> None:
-        """Nobody is younger. Beside others it just waits for them; alone, not for ever."""
-        if len(self._running) > 1:
-            return
-        now = self._clock()
-        if sequence.starved_since is None:
-            sequence.starved_since = now
-        elif now - sequence.starved_since > self.config.starve_s:
-            error = "no KV pages became free; the cache daemon is silent"
-            self._finish(sequence, "error", error, unavailable=True)
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Back to the head of the queue: it is younger than all running, older than all waiting."""
-        self._metrics.preemptions.inc()
-        self._set_back(sequence)
-
-    def _set_back(self, sequence: Sequence) -> None:
-        assert sequence.lease is not None
-        self._running.remove(sequence)
-        self.bridge.release([sequence.lease])
-        sequence.lease, sequence.computed = None, 0
-        self._admission.put(sequence)
 
     # the step itself
 
@@ -277,7 +237,7 @@ class Scheduler:
                 log.warning("%s is computed anew: %s", sequence.request.request_id, lost)
                 self._metrics.prefix_lost.inc()
                 sequence.cached = False
-                self._set_back(sequence)
+                self.running.set_back(sequence)
 
     def _advance(self, work: list[Work], logits: Tensor) -> None:
         rows = apart(logits, [w.num_logits for w in work])
@@ -309,50 +269,24 @@ class Scheduler:
     def _pages_soon(self) -> int:
         """Pages that the next step's chunks need, to be granted with this step's commits."""
         size, chunk = self.bridge.config.page_size, self.config.chunk_size
-        return sum(-(-self._next_count(s, chunk) // size) for s in self._running if not s.decoding)
+        return sum(-(-self._next_count(s, chunk) // size) for s in self.running if not s.decoding)
 
     def _next_token(self, sequence: Sequence, chosen: int | Exception, logits: Tensor) -> None:
         """What fails on one row ends this request and no other."""
         try:
             token = sequence.took(chosen)
-            output = self._output(sequence, token, logits)
+            output = self._delivery.output(sequence, token, logits)
         except Exception:
             log.exception("no token of %s could be chosen; it ends", sequence.request.request_id)
             self._finish(sequence, "error", "no token of this request could be chosen")
             return
-        self._metrics.generated_tokens.inc()
-        if sequence.first_token_at is None:
-            self._first_token(sequence)
+        self._delivery.count(sequence)
         if output.finish is None:
             sequence.request.deliver(output)
         else:
-            last = _last(output, sequence, self.bridge)
+            last = self._delivery.whole(sequence, output)
             self._remove(sequence)
-            self._metrics.requests.labels(output.finish).inc()
-            sequence.request.deliver(last)
-
-    def _output(self, sequence: Sequence, token: int, logits: Tensor) -> Output:
-        """The news that `token`, now its last one, makes; advances the request's text."""
-        request = sequence.request
-        output = Output(token_id=token, prompt=sequence.take_prompt_scores())
-        if request.top_scores is not None:
-            ((chosen, top),) = scores(logits[None], [token], request.top_scores)
-            output = replace(output, chosen=chosen, top=top)
-        if token in request.end_token_ids:
-            return replace(output, text=request.text.flush(), finish="stop")
-        piece = request.text.push(token)
-        if piece.stop is not None:
-            return replace(output, text=piece.text, finish="stop", stop=piece.stop)
-        if sequence.generated >= request.max_tokens:
-            return replace(output, text=piece.text + request.text.flush(), finish="length")
-        return replace(output, text=piece.text)
-
-    def _first_token(self, sequence: Sequence) -> None:
-        sequence.first_token_at = self._clock()
-        self._metrics.ttft.observe(sequence.first_token_at - sequence.arrived)
-        self._metrics.prompt_tokens.inc(sequence.prompt_tokens)
-        for tier in ("gpu", "cpu", "disk", "remote"):
-            self._metrics.matched_tokens.labels(tier).inc(getattr(sequence.tiers, tier))
+            self._delivery.end(sequence, last)
 
     # the end of a request
 
@@ -360,21 +294,13 @@ class Scheduler:
         self, sequence: Sequence, reason: str, error: str, *, unavailable: bool = False
     ) -> None:
         self._remove(sequence)
-        self._metrics.requests.labels(reason).inc()
-        stats = sequence.stats()
-        sequence.request.deliver(
-            Output(finish=reason, error=error, unavailable=unavailable, stats=stats)
-        )
+        self._delivery.fail(sequence, reason, error, unavailable=unavailable)
 
     def _remove(self, sequence: Sequence) -> None:
         """Out of whatever state it is in; its pages go back."""
         del self._by_id[sequence.request.request_id]
         self._admission.remove(sequence)
-        if sequence in self._running:
-            self._running.remove(sequence)
-        if sequence.lease is not None:
-            self.bridge.release([sequence.lease])
-            sequence.lease = None
+        self.running.leave(sequence)
 
     # what is measured
 
@@ -383,7 +309,7 @@ class Scheduler:
         self._metrics.prefill_rate.set(tokens_per_s)
 
     def _measure(self) -> None:
-        self._metrics.running.set(len(self._running))
+        self._metrics.running.set(len(self.running))
         self._metrics.waiting.set(len(self._admission))
         counts = self.bridge.book.counts()
         for owner in ("free", "used", "daemon", "quarantined"):
@@ -393,22 +319,12 @@ class Scheduler:
 def check(scheduler: Scheduler) -> None:
     """Raises AssertionError when pages and sequences don't agree. For tests; between steps
     only."""
-    orders = [sequence.order for sequence in scheduler._running]
+    orders = [sequence.order for sequence in scheduler.running]
     assert orders == sorted(orders), "running sequences are out of order"
-    for sequence in scheduler._running:
+    for sequence in scheduler.running:
         assert sequence.lease is not None, "a running sequence has no lease"
         room = len(sequence.lease.pages) * scheduler.bridge.config.page_size
         assert sequence.computed <= room, "KV was computed without a page"
     for sequence in (*scheduler._admission.waiting, *scheduler._admission.deferred):
         assert sequence.lease is None, "a waiting sequence holds a lease"
     scheduler.bridge.book.check()
-
-
-def _last(output: Output, sequence: Sequence, bridge: Bridge) -> Output:
-    """The output of a sequence that is answered whole, with what the request asks to be told."""
-    held = None
-    if sequence.lease is not None:
-        sequence.lease.ended = True
-        held = bridge.settled(sequence.lease) if sequence.request.tell_held else None
-    explanation = sequence.explanation
-    return replace(output, stats=sequence.stats(), explanation=explanation, held=held)

@@ -139,7 +139,7 @@ def assemble(config: EngineConfig) -> Engine:
     worker = Worker(scheduler, config.max_queued, Bounds(model_config.vocab_size, max_tokens))
     placed.traffic = _traffic(config, worker, scheduler)
     if placed.host_memory is not None:
-        scheduler.spare = placed.host_memory.spare
+        scheduler.running.spare = placed.host_memory.spare
     metrics.registry.register(ExpertMetrics(placed.state))
     app = build(
         _served(config, model_config, tokenizer),

@@ -10,7 +10,7 @@ served. Not responsible for places and pages (admission, scheduler).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from engine.sequence import Sequence as Request
 
@@ -35,7 +35,7 @@ class Turns:
         if tenant in self._served:
             self._served[tenant] += tokens
 
-    def sorted(self, requests: Sequence[Request], running: Sequence[Request]) -> list[Request]:
+    def sorted(self, requests: Sequence[Request], running: Collection[Request]) -> list[Request]:
         """By the tenants' turns, then by arrival; of two as much served, the one with fewer that
         run goes first."""
         runs = Counter(each.tenant for each in running)
@@ -45,7 +45,7 @@ class Turns:
 
         return sorted(requests, key=place)
 
-    def yielding(self, waiting: Sequence[Request], running: Sequence[Request]) -> list[Request]:
+    def yielding(self, waiting: Sequence[Request], running: Collection[Request]) -> list[Request]:
         """Who of the `running` ones gives its place up, where all are taken: the youngest of the
         tenant with the most, for a tenant that waits and has none. Maybe nobody."""
         runs = Counter(each.tenant for each in running)

@@ -129,7 +129,7 @@ FLOORS = {
         http
         worker
         runner, scheduler
-        admission, models
+        admission, delivery, models, running
         scores, turns
         experts, sequence, weights
         device, prefix, sampler

@@ -350,7 +350,7 @@ def test_what_can_not_run_now_is_503(stream: bool) -> None:
     house = build_house(4, config=SchedulerConfig(8, 16, 4, starve_s=0.0))
     assert house.daemon is not None
     house.daemon.detach("silent")  # its pages may not be touched, and those granted are too few
-    house.scheduler._clock = time.monotonic
+    house.scheduler.running._clock = time.monotonic
     for client in over(house, {}):
         body = COMPLETION | {"prompt": "abc" * 6, "stream": stream}
         refused = client.post("/v1/completions", json=body)

@@ -214,11 +214,11 @@ def test_what_a_request_computed_itself_is_not_cached() -> None:
     house.run()
     asked = house.ask(prompt(8) + prompt(22, 1), 3)
     house.step(3)  # two chunks of the 22 tokens
-    (sequence,) = house.scheduler._running
+    (sequence,) = house.scheduler.running
     assert (sequence.computed, sequence.generated) == (24, 0)
     assert house.daemon is not None
     assert list(house.daemon.leases) == [b"r1"]  # the id that the caller's answer has
-    house.scheduler._preempt(sequence)
+    house.scheduler.running.preempt(sequence)
     house.step()
     assert b"r1/2" in house.daemon.leases  # one of its own, whenever the first one's release comes
     house.run()
