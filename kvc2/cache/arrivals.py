@@ -116,7 +116,7 @@ class Arrivals:
         self.meter = Meter(time.monotonic)
 
     async def stop(self) -> None:
-        """When nothing is under way any more, which the link's deadline bounds."""
+        """When nothing is under way any more; the link is closed."""
         while self._behind:
             await asyncio.wait(self._behind)
 

@@ -72,13 +72,13 @@ class Remote:
         self._putting = asyncio.create_task(self._puts.run(loader))
 
     async def stop(self) -> None:
-        """What waits to be put is dropped; what is under way ends within its deadline."""
+        """What waits to be put is dropped, and what is under way."""
         if self._putting is not None:
             self._putting.cancel()
             with suppress(asyncio.CancelledError):
                 await self._putting
-        await self._arrivals.stop()
         await self.link.close()
+        await self._arrivals.stop()
         await asyncio.to_thread(self._means.threads.shutdown)
 
     def may_bring(self, wanted: Wanted) -> bool:

@@ -48,9 +48,11 @@ class Link:
         self._opened.set()
         self._loop = asyncio.new_event_loop()
         self._store = make
-        self._thread = threading.Thread(target=self._loop.run_forever, name="kvc2-remote")
+        run = self._loop.run_forever
+        self._thread = threading.Thread(target=run, name="kvc2-remote", daemon=True)
         self._thread.start()
         self._made: Store | None = None
+        self._closed = False
         self._mending = asyncio.create_task(self._mend())
 
     @property
@@ -78,7 +80,8 @@ class Link:
         self._open("late")
 
     async def close(self) -> None:
-        """What is under way fails."""
+        """What is under way fails, and so does what comes."""
+        self._closed = True
         self._mending.cancel()
         with suppress(StoreError):
             await self._on_thread(self._close_store())
@@ -89,7 +92,7 @@ class Link:
     # ---- calls ----
 
     async def _call(self, make: Callable[[Store], Awaitable[T]]) -> T:
-        if not self._breaker.closed:
+        if self._closed or not self._breaker.closed:
             raise StoreError("the store is left alone")
         try:
             found = await self._on_thread(self._bounded(make))

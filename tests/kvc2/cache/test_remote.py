@@ -4,14 +4,16 @@ whatever the store does is a miss at worst."""
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kvc2.answers import Acquired, Hints, Terms
+from kvc2.answers import Acquired, Asked, Hints, Media, Terms
 from kvc2.cache.cache import Cache
+from kvc2.config import LimitsConfig
 from kvc2.errors import SessionOver
 from tests.doubles.caches import faults
 from tests.doubles.shared_hosts import SharingEngine, host, remote_of
@@ -21,6 +23,7 @@ from tests.doubles.waiting import on_a_loop, until
 
 BLOCKS = 12
 TOKENS = BLOCKS * PAGE_SIZE
+HEADER_EXTRAS = slice(248, 280)
 
 
 def counter(cache: Cache, name: str) -> float:
@@ -66,10 +69,10 @@ async def test_a_block_is_put_at_its_second_use(tmp_path: Path) -> None:
         assert not store.values
         await engine.ask(prompt(1, BLOCKS))
         await until(lambda: len(store.values) == BLOCKS)
-        puts = store.calls.count("put")
+        calls = len(store.calls)
         await engine.ask(prompt(1, BLOCKS))
         await until(lambda: remote_of(cache).idle)
-        assert store.calls.count("put") == puts, "it was put again"
+        assert len(store.calls) == calls, "it was asked for again"
 
 
 @on_a_loop
@@ -101,6 +104,28 @@ async def test_match_tells_what_the_store_has_and_brings_nothing(tmp_path: Path)
         assert "get" not in store.calls
         none = await leases.match_beyond(engine.session, engine.opened, prompt(2, BLOCKS))
         assert none.matched_tokens == 0
+
+
+@on_a_loop
+async def test_an_image_is_part_of_what_is_put_and_found(tmp_path: Path) -> None:
+    store, tokens = ToldStore(), prompt(1, BLOCKS)
+    images = [Media(5 * PAGE_SIZE + 1, 3, hashlib.sha256(each).digest()) for each in (b"a", b"b")]
+    seen, other = (Asked(tokens, extras=(each,)) for each in images)
+    async with host(tmp_path / "a", store) as cache:
+        engine = SharingEngine(cache)
+        for _ in range(2):
+            request, _ = await engine.compute(seen)
+            cache.leases.release(engine.session, request)
+            await engine.demoted()
+        await until(lambda: len(store.values) == BLOCKS)
+    told = [any(value[HEADER_EXTRAS]) for value in store.values.values()]
+    assert told.count(True) == 1  # the header of the block in which it begins
+    async with host(tmp_path / "b", store) as cache:
+        engine = SharingEngine(cache)
+        for asked, blocks in ((other, 5), (seen, BLOCKS)):
+            request, found = await engine.compute(asked)  # judges
+            cache.leases.release(engine.session, request)
+            assert found.matched_tokens == blocks * PAGE_SIZE
 
 
 @on_a_loop
@@ -151,6 +176,8 @@ async def test_no_spoiled_value_is_served(tmp_path: Path) -> None:
             assert from_remote(found) < BLOCKS
             if store.values.get(victim) != b"":
                 assert faults(cache, "remote_bad_block") == 1
+                await until(lambda: remote_of(cache).idle)
+                assert not cache.index.pool_counts(cache._pools.ids("cpu")[0]).private
                 await until(partial(_gone, store, victim))
 
 
@@ -384,6 +411,26 @@ async def test_a_session_may_end_meanwhile(tmp_path: Path) -> None:
         await until(lambda: remote_of(cache).idle)
         assert cache.index.counts().leases == 0
         cache.index.check()
+
+
+@on_a_loop
+async def test_what_comes_for_a_namespace_that_is_over_is_no_others(tmp_path: Path) -> None:
+    """Its number in the index is another namespace's by then."""
+    store, limits = ToldStore(), LimitsConfig(max_known_namespaces=1)
+    await put_by_another(tmp_path, store, 1)
+    async with host(tmp_path / "b", store, limits=limits) as cache:
+        engine, whole = SharingEngine(cache), prompt(1, BLOCKS)
+        store.before = lambda call: setattr(store, "slow_s", 0.3 if call == "get" else 0.0)
+        terms = Terms(0, 20.0, at_once=True)
+        await cache.leases.acquire(engine.session, engine.opened, b"one", whole, terms)
+        cache.leases.release(engine.session, b"one")
+        await until(lambda: store.calls.count("get") > 0)
+        other = cache.open_namespace(engine.session, bytes(31) + b"o", engine.identity)
+        assert engine.opened.gone
+        assert other.number == engine.opened.number
+        await until(lambda: remote_of(cache).idle)
+        found = cache.leases.match(engine.session, other, whole)
+        assert found.matched_tokens == 0
 
 
 @on_a_loop

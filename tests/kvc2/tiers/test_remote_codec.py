@@ -104,6 +104,10 @@ def test_each_check_stands_alone() -> None:
     assert opened([value + b"x"], of)[0] == [Verdict.SIZE]
     assert opened([b""], of)[0] == [Verdict.SIZE]
     assert opened([sealed(of, key=other_key)[0]], of)[0] == [Verdict.MAC]
+    # the header's checksum of the payload is no proof against who chooses both
+    flipped = bytearray(value)
+    flipped[5000] ^= 1
+    assert opened([bytes(flipped)], of)[0] == [Verdict.MAC]
     # who has the secret, and puts a block of this namespace under another's name
     assert opened([sealed(of)[1]], of)[0] == [Verdict.OTHER]
     assert opened([sealed(chain(of_era(NAME, 1)))[0]], of)[0] == [Verdict.OTHER]
