@@ -35,6 +35,7 @@ Made = TypeVar("Made")
 PART_S = 0.02  # of one get: so often shows that the store is alive ...
 PART_BYTES = 1 << 20  # ... before its speed is known
 PART_BYTES_MAX = 8 << 20
+GETS_MAX = 8  # of all fetches: the other connections are for who asks what there is
 DEPTH = 3  # gets under way: one is judged while others come
 
 
@@ -97,6 +98,10 @@ class Fetch:
     def num_bytes(self) -> int:
         return (self.end - self.first) * self.prompt.pools.shape.page_bytes
 
+    def brings(self, block: int, digest: bytes) -> bool:
+        """Whether it is the block of this digest, at this place of its prompt."""
+        return self.first <= block < self.end and self.chain.digests[block].tobytes() == digest
+
     @property
     def valid(self) -> bool:
         """Whether the namespace is what it was."""
@@ -110,7 +115,8 @@ class Arrivals:
     def __init__(self, means: Means, *, wake: Callable[[], None]) -> None:
         self._means = means
         self._wake = wake
-        self._coming: dict[bytes, Fetch] = {}  # by digest of each block
+        self._coming: list[Fetch] = []
+        self._gets = asyncio.Semaphore(GETS_MAX)
         self._bytes = 0  # on their way
         self._behind: set[asyncio.Task[Any]] = set()
         self.meter = Meter(time.monotonic)
@@ -134,7 +140,8 @@ class Arrivals:
 
     def coming(self, chain: Chain, block: int) -> Fetch | None:
         """What brings this block."""
-        return self._coming.get(chain.digests[block].tobytes())
+        digest = chain.digests[block].tobytes()
+        return next((each for each in self._coming if each.brings(block, digest)), None)
 
     @property
     def idle(self) -> bool:
@@ -148,8 +155,7 @@ class Arrivals:
         if blocks <= 0:
             return None
         fetch = Fetch(prompt, chain, first, first + blocks, prompt.namespace.number)
-        for digest in chain.digests[fetch.first : fetch.end]:
-            self._coming[digest.tobytes()] = fetch
+        self._coming.append(fetch)
         self._bytes += fetch.num_bytes
         self.keep(self._run(fetch, sealer))
         return fetch
@@ -181,8 +187,7 @@ class Arrivals:
         finally:
             for get in gets:
                 get.cancel()
-            for digest in fetch.chain.digests[fetch.first : fetch.end]:
-                self._coming.pop(digest.tobytes(), None)
+            self._coming.remove(fetch)
             self._bytes -= fetch.num_bytes
             fetch.over = True
             fetch.changed.changed()
@@ -196,7 +201,7 @@ class Arrivals:
             while at < fetch.end and len(gets) < DEPTH:
                 end = min(at + self.part(fetch.prompt.pools), fetch.end)
                 names = fetch.chain.names(shape, at, end)
-                gets.append(asyncio.create_task(self._means.link.get(names, value_bytes(shape))))
+                gets.append(asyncio.create_task(self._get(names, value_bytes(shape))))
                 at = end
             values = await gets[0]
             gets.popleft()
@@ -206,6 +211,10 @@ class Arrivals:
             now = time.monotonic()
             self._saw(came * shape.page_bytes, now - mark)
             mark = now
+
+    async def _get(self, names: list[bytes], num_bytes: int) -> list[bytes | None]:
+        async with self._gets:
+            return await self._means.link.get(names, num_bytes)
 
     async def _take(self, fetch: Fetch, sealer: Sealer, values: Sequence[bytes | None]) -> int:
         """How many leading values are blocks of the cpu tier now."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,7 +25,8 @@ from kvc2.tiers.meter import PROBE_BYTES, Estimate
 from kvc2.tiers.remote.codec import Chain, Sealer, Shared
 from kvc2.tiers.remote.store import StoreError
 
-WINDOWS = (64, 512, 4096)  # blocks that are asked for at a time: a short prefix is found soon
+WINDOW = 64  # blocks that are asked for at a time: a short prefix is found soon ...
+WINDOW_MAX = 4096  # ... and each next time eight times as many, in a call that is still short
 
 
 @dataclass(frozen=True)
@@ -127,32 +127,31 @@ class Fetches:
         """Blocks from `wanted.first` on; 0 too where the store doesn't say so in time."""
         pools = wanted.prompt.pools
         end = min(wanted.blocks, wanted.first + self._arrivals.room(pools))
-        asking = self._arrivals.keep(self._exist(chain.names(pools.shape, wanted.first, end)))
+        begun, asking = time.monotonic(), self._arrivals.keep(self._exist(wanted, chain, end))
         waits: list[asyncio.Future[Any]] = [asking, wanted.released]
         wait_s = min(self._link.patience_s, wanted.deadline_s)
         await asyncio.wait(waits, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
         if asking.done():
             found: int = asking.result()
             return found
-        if not wanted.released.done():
+        if not wanted.released.done() and self._link.heard_at < begun:
             self._link.late()
         return 0
 
-    async def _exist(self, names: Sequence[bytes]) -> int:
-        """How many leading ones. Never raises."""
-        found = 0
-        for size in (*WINDOWS, len(names)):
-            window = names[found : found + size]
-            if not window:
-                break
+    async def _exist(self, wanted: Wanted, chain: Chain, end: int) -> int:
+        """How many leading ones of those from `wanted.first` to `end`. Never raises."""
+        at, size, shape = wanted.first, WINDOW, wanted.prompt.pools.shape
+        while at < end:
+            make = partial(chain.names, shape, at, min(at + size, end))
             try:
-                there = await self._link.exists(window)
+                there = await self._link.exists(await self._means.on_threads(make))
             except StoreError:
                 return 0
-            found += leading(there)
+            at += leading(there)
             if not all(there):
                 break
-        return found
+            size = min(8 * size, WINDOW_MAX)
+        return at - wanted.first
 
     # ---- what is worth it ----
 
@@ -198,8 +197,8 @@ class Fetches:
     async def _wait(
         self, fetch: Fetch, wanted: Wanted, silent_s: float, patience_s: float | None
     ) -> None:
-        """Until it is over, or as long as it is worth it. silent_s: for a store that says
-        nothing."""
+        """Until it is over, or as long as it is worth it. silent_s: for a store that says nothing
+        to anybody; one that answers others is busy, and alive."""
         begun, left_s = time.monotonic(), wanted.deadline_s
         if patience_s is not None:
             left_s = min(left_s, self._seconds(fetch.num_bytes) + patience_s)
@@ -211,10 +210,13 @@ class Fetches:
             waits: list[asyncio.Future[Any]] = [changed, wanted.released]
             await asyncio.wait(waits, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
             took_s = time.monotonic() - before
-            if not changed.done() and not wanted.released.done():
-                self._give_up(fetch, silent=took_s >= expected_s + silent_s)
+            if changed.done() or wanted.released.done():
+                silent_s -= max(0.0, took_s - expected_s)
+                continue
+            silent = self._link.heard_at < before
+            if silent or time.monotonic() >= begun + left_s:
+                self._give_up(fetch, silent=silent and took_s >= expected_s + silent_s)
                 return
-            silent_s -= max(0.0, took_s - expected_s)
 
     def _seconds(self, num_bytes: int) -> float:
         """In which so much should come; 0: not known."""

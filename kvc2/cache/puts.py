@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from bisect import bisect_left
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -97,9 +98,10 @@ class Puts:
         keys = _core.chain_keys(
             namespace.known, prompt.tokens(blocks), namespace.page_size, prompt.extras
         )
-        first = blocks  # what is known comes first: parents were put before their children
-        while first and keys[first - 1].tobytes() not in self._known:
-            first -= 1
+        # parents are put before their children: what is known comes first
+        first = bisect_left(
+            range(blocks), True, key=lambda at: keys[at].tobytes() not in self._known
+        )
         if first == blocks:
             return
         if not self._link.up or time.monotonic() < self._refused_until:

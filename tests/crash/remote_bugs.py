@@ -52,8 +52,11 @@ BUGS = (
         "    def mended(self) -> None:\n        self.closed = True\n",
         "    def mended(self) -> None:\n        self.closed, self.rest_s = True, 0.0\n"),
     bug("nobody waits for less than the deadline", FETCHES,
-        "        if not wanted.released.done():\n            self._link.late()\n",
+        "        if not wanted.released.done() and self._link.heard_at < begun:\n"
+        "            self._link.late()\n",
         "        await asyncio.wait([asking])\n"),
+    bug("a busy store is silent", FETCHES,
+        "            silent = self._link.heard_at < before\n", "            silent = True\n"),
     bug("a silent store stays in use", FETCHES,
         "        if silent:\n            self._link.late()\n", ""),
     bug("a call has no deadline", LINK,

@@ -59,7 +59,11 @@ class ServerProcess:
     def start(self) -> None:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
-        wait_until(self._answers, START_S)
+        try:
+            wait_until(self._answers, START_S)
+        except BaseException:
+            self.kill()
+            raise
 
     def kill(self) -> None:
         assert self._process is not None

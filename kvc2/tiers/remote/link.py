@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import TypeVar
@@ -53,6 +54,7 @@ class Link:
         self._thread.start()
         self._made: Store | None = None
         self._closed = False
+        self.heard_at = 0.0  # when a call was answered last, of time.monotonic
         self._mending = asyncio.create_task(self._mend())
 
     @property
@@ -104,6 +106,7 @@ class Link:
             self._metrics.all.fault("remote_error")
             self._open(str(error))
             raise
+        self.heard_at = time.monotonic()
         self._close_breaker(self._breaker.worked)
         return found
 

@@ -289,6 +289,27 @@ async def test_a_store_that_freezes_between_exists_and_get_costs_once(tmp_path: 
 
 
 @on_a_loop
+async def test_a_store_that_answers_others_is_busy_not_silent(tmp_path: Path) -> None:
+    store = ToldStore()
+    await put_by_another(tmp_path, store, 1)
+    async with host(tmp_path / "b", store, patience_ms=200) as cache:
+        engine = SharingEngine(cache)
+        store.before = lambda call: setattr(store, "slow_s", 0.8 if call == "get" else 0.0)
+
+        async def others() -> None:
+            while True:
+                await remote_of(cache).link.exists([b"of another prompt"])
+                await asyncio.sleep(0.01)
+
+        asking = asyncio.create_task(others())
+        found = await engine.ask(prompt(1, BLOCKS))
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        assert found.matched_tokens == TOKENS
+        assert faults(cache, "remote_late") == 0
+
+
+@on_a_loop
 async def test_what_comes_too_late_for_a_request_is_there_for_the_next(tmp_path: Path) -> None:
     store = ToldStore()
     await put_by_another(tmp_path, store, 1)
