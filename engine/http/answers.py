@@ -1,4 +1,5 @@
-"""The JSON schemas of answers, as the OpenAPI document shows them (document).
+"""The JSON schemas of answers, and of the events of streams, as the OpenAPI document shows them
+(document).
 
 Of each object those members that are always there, and their types; further ones may stand beside.
 Not responsible for making answers (replies, dialects).
@@ -63,6 +64,43 @@ def _completion(kind: str, **of_a_choice: Schema) -> Schema:
     )
 
 
+def _piece(kind: str, **of_a_choice: Schema) -> Schema:
+    """Of a stream: the choices that have news; none in the last one, which has the usage."""
+    choice = record(index=COUNT, finish_reason=maybe(TEXT), **of_a_choice)
+    return record(id=TEXT, object=exactly(kind), created=COUNT, model=TEXT, choices=a_list(choice))
+
+
+def _event(*values: Schema, done: bool = False, **named: Schema) -> Schema:
+    """Of server-sent events: `data` is one of these in JSON. done: or OpenAI's [DONE], the last."""
+    content = {"contentMediaType": "application/json", "contentSchema": {"anyOf": list(values)}}
+    data: Schema = TEXT | content
+    return record(data={"anyOf": [exactly("[DONE]"), data]} if done else data, **named)
+
+
+OPENAI_ERROR = record(
+    error=record(message=TEXT, type=TEXT, param=maybe(TEXT), code=maybe(TEXT)),
+)
+MESSAGES_ERROR = record(type=exactly("error"), error=record(type=TEXT, message=TEXT))
+
+# By the path that they are of. An interface that names its events does so in the data too.
+EVENTS: dict[str, Schema] = {
+    "/v1/completions": _event(_piece("text_completion", text=TEXT), OPENAI_ERROR, done=True),
+    "/v1/chat/completions": _event(
+        _piece("chat.completion.chunk", delta=ANY_RECORD), OPENAI_ERROR, done=True
+    ),
+    "/v1/responses": _event(record(type=TEXT, sequence_number=COUNT), event=TEXT),
+    "/v1/messages": _event(
+        record(
+            type=one_of(
+                *("message_start", "message_delta", "message_stop"),
+                *("content_block_start", "content_block_delta", "content_block_stop"),
+            )
+        ),
+        MESSAGES_ERROR,
+        event=TEXT,
+    ),
+}
+
 ANSWERS: dict[str, Schema] = {
     "CompletionAnswer": _completion("text_completion", text=TEXT),
     "ChatAnswer": _completion(
@@ -114,7 +152,7 @@ ANSWERS: dict[str, Schema] = {
     "Health": record(status=one_of("ok", "failed", "loading"), attached=FLAG),
     "Experts": ANY_RECORD,
     "ExpertsSaved": record(saved=TEXT),
-    "Error": record(error=record(message=TEXT, type=TEXT, param=maybe(TEXT), code=maybe(TEXT))),
-    "MessagesError": record(type=exactly("error"), error=record(type=TEXT, message=TEXT)),
+    "Error": OPENAI_ERROR,
+    "MessagesError": MESSAGES_ERROR,
     "OllamaError": record(error=TEXT),
 }

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_json_schema
 from pydantic_core import core_schema
 
-from engine.http.answers import ANSWERS, Schema, maybe
+from engine.http.answers import ANSWERS, EVENTS, Schema, maybe
 from engine.http.dialects.anthropic import MessagesBody
 from engine.http.dialects.ollama import LATEST, ChatOfOllama, GenerateBody, ShowBody
 from engine.http.dialects.responses import ResponsesBody
@@ -25,7 +25,7 @@ from engine.http.fields import Strict
 from engine.http.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 
 REFERENCE = "#/components/schemas/{model}"
-EVENTS, LINES = "text/event-stream", "application/x-ndjson"
+SSE, LINES = "text/event-stream", "application/x-ndjson"
 REFUSALS = {
     400: "The body, or a field of it that is named, can't be served",
     401: "No known key",
@@ -61,16 +61,10 @@ class Operation:
 
 
 OPERATIONS = (
-    Operation(
-        "/v1/completions", "post", "Complete text", "CompletionAnswer", CompletionBody, EVENTS
-    ),
-    Operation("/v1/chat/completions", "post", "Answer a chat", "ChatAnswer", ChatBody, EVENTS),
-    Operation(
-        "/v1/responses", "post", "Answer, as items", "ResponsesAnswer", ResponsesBody, EVENTS
-    ),
-    Operation(
-        "/v1/messages", "post", "Answer a conversation", "MessagesAnswer", MessagesBody, EVENTS
-    ),
+    Operation("/v1/completions", "post", "Complete text", "CompletionAnswer", CompletionBody, SSE),
+    Operation("/v1/chat/completions", "post", "Answer a chat", "ChatAnswer", ChatBody, SSE),
+    Operation("/v1/responses", "post", "Answer, as items", "ResponsesAnswer", ResponsesBody, SSE),
+    Operation("/v1/messages", "post", "Answer a conversation", "MessagesAnswer", MessagesBody, SSE),
     Operation("/v1/models", "get", "The served model, in a list", "Models"),
     Operation("/v1/models/{name}", "get", "The served model", "Model"),
     Operation("/api/chat", "post", "Answer a chat", "OllamaChatAnswer", ChatOfOllama, LINES),
@@ -191,7 +185,8 @@ def _operation(each: Operation, body: Any, about: Told) -> dict[str, Any]:
     if each.answer:
         answer = {"application/json": {"schema": {"$ref": REFERENCE.format(model=each.answer)}}}
     if each.stream:
-        answer[each.stream] = {"schema": {"type": "string"}}
+        # of each event, as OpenAPI before 3.2 is read (itemSchema came with it)
+        answer[each.stream] = {"schema": EVENTS.get(each.path, {"type": "string"})}
     refused = REFUSALS if each.body is not None else {s: REFUSALS[s] for s in UNREAD}
     refused = refused | dict(each.more or {})
     error = {"schema": {"$ref": REFERENCE.format(model=each.error)}}

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import httpx
 import hypothesis
 import pytest
 import schemathesis
@@ -109,6 +110,38 @@ def test_it_says_which_fields_there_are_and_whether_others_pass() -> None:
             headers = {"authorization": "Bearer k"}
             reply = client.post("/v1/completions", json=COMPLETION | {"x": 1}, headers=headers)
             assert reply.status_code == (400 if strict else 200)
+
+
+HELLO = [{"role": "user", "content": "hello"}]
+STREAMS: dict[str, tuple[dict[str, Any], str]] = {  # a body, and what its events all have
+    "/v1/completions": ({"prompt": ["a", "b"], "logprobs": 1}, "model"),
+    "/v1/chat/completions": (
+        {"messages": HELLO, "stream_options": {"include_usage": True}},
+        "model",
+    ),
+    "/v1/responses": ({"input": "hello"}, "sequence_number"),
+    "/v1/messages": ({"messages": HELLO, "max_tokens": 5}, "type"),
+}
+
+
+@pytest.mark.parametrize("path", STREAMS)
+def test_a_stream_is_told_event_by_event(spoken: Spoken, path: str) -> None:
+    """And what is no such event is seen to be none."""
+    body, member = STREAMS[path]
+    asked = operation(spoken.client.get("/openapi.json").json(), path)
+    case = asked.Case(body={"model": "hash", "stream": True, **body})
+    sent = case.as_transport_kwargs(base_url="http://testserver")
+    sent.pop("cookies", None)
+    reply = spoken.client.request(**sent)
+    assert reply.status_code == 200
+    case.validate_response(reply, checks=JUDGED)
+    for good, bad in (("data: {", 'data: {"'), (f'"{member}":', '"x":')):
+        assert good in reply.text
+        text = reply.text.replace(good, bad)
+        broken = httpx.Response(200, headers=reply.headers, text=text, request=reply.request)
+        broken.elapsed = reply.elapsed
+        with pytest.raises(schemathesis.core.failures.FailureGroup, match="SSE event"):
+            case.validate_response(broken, checks=JUDGED)
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
