@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.request import Request
 
 BANNED = float("-inf")
+LARGEST = torch.finfo(torch.float32).max
 
 
 def adjustment(request: Request) -> Adjustment | None:
@@ -59,9 +60,7 @@ class Adjustment:
         params = self._params
         if self._repeated:
             ids = torch.tensor(list(self._repeated))
-            found = changed[ids]
-            by = params.repetition_penalty
-            changed[ids] = torch.where(found > 0, found / by, found * by)
+            changed[ids] = penalised(changed[ids], params.repetition_penalty)
         if self._counts and (params.presence_penalty or params.frequency_penalty):
             ids = torch.tensor(list(self._counts))
             counts = torch.tensor(list(self._counts.values()), dtype=torch.float32)
@@ -72,3 +71,11 @@ class Adjustment:
             changed[ends] = BANNED
         if self._constraint is not None:
             self._constraint.allow(changed)
+
+
+def penalised(logits: Tensor, by: float) -> Tensor:
+    """float32: those above 0 divided by it (arXiv 1909.05858, section 4.1), the others times it, as
+    other servers do. What is finite stays finite, whatever it is divided by."""
+    exact = logits.double()
+    found = torch.where(exact > 0, exact / by, exact * by).clamp(-LARGEST, LARGEST)
+    return torch.where(logits.isfinite(), found.float(), logits)

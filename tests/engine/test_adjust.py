@@ -53,6 +53,22 @@ def test_repetition_counts_the_prompt_too() -> None:
     assert changed(adjust).tolist() == [1.0, -2.0, 0.25, 0.0]
 
 
+FLOAT = torch.finfo(torch.float32)
+
+
+@pytest.mark.parametrize("by", [5e-324, 1e-300, FLOAT.tiny, FLOAT.max, 1e308])
+def test_no_penalty_makes_a_logit_infinite(by: float) -> None:
+    """All that may be asked for has an answer; what a model says itself stays."""
+    adjust = made([0, 1, 2, 3], repetition_penalty=by, frequency_penalty=2.0, logit_bias={0: 100.0})
+    for token in (0, 1):
+        adjust.took(token)
+    assert changed(adjust).isfinite().all()
+    logits = torch.tensor([float("-inf"), float("nan"), -1.0, 2.0])
+    adjust.change(logits)
+    assert [logits[0].item(), logits[1].isnan().item()] == [float("-inf"), True]
+    assert logits[2:].isfinite().all()
+
+
 def test_a_bias_is_added() -> None:
     assert changed(made([0], logit_bias={3: 5.0, 0: -100.0})).tolist() == [-98.0, -1.0, 0.5, 5.0]
 
