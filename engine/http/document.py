@@ -1,8 +1,8 @@
 """The OpenAPI document of what is served: every body, answer, refusal and stream.
 
 Bodies come from what checks them (schema, dialects), and say the rule of fields too: a field that
-is not required may be null, and one that is unknown is ignored unless --strict-fields is given. Not
-responsible for what answers say (answers), nor for the routes themselves (app).
+is not required may be null, and one that is unknown is ignored; with --strict-fields only where it
+is null or empty. Not responsible for what answers say (answers), nor for the routes (app).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from engine.http.answers import ANSWERS, EVENTS, Schema, maybe
 from engine.http.dialects.anthropic import MessagesBody
 from engine.http.dialects.ollama import LATEST, ChatOfOllama, GenerateBody, ShowBody
 from engine.http.dialects.responses import ResponsesBody
-from engine.http.fields import Strict
+from engine.http.fields import EMPTY, Strict
 from engine.http.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 
 REFERENCE = "#/components/schemas/{model}"
@@ -103,7 +103,8 @@ class BodySchemas(GenerateJsonSchema):
             for name, each in told.get("properties", {}).items():
                 if name not in needed and not takes_null(each):
                     told["properties"][name] = maybe(each)
-            told["additionalProperties"] = not (self.strict_fields or kind.ours)
+            refused = self.strict_fields or kind.ours
+            told["additionalProperties"] = {"enum": list(EMPTY)} if refused else True
         return told
 
 
