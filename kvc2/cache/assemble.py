@@ -93,7 +93,7 @@ async def assemble(
         counts=counts,
         quotas=TenantQuotas(index, config),
         pins=pins,
-        prefetcher=Prefetcher(index, pins, pools, loader=loader, mover=mover),
+        prefetcher=Prefetcher(index, pins, pools, loader=loader, mover=mover, beyond=beyond),
         scrubber=Scrubber(index, pools, loader=loader, mover=mover),
         explainer=explainer,
         copied=CopiedCommits(index, pools, tick=ticker.tick, wake=wake),

@@ -21,7 +21,7 @@ from kvc2.cache.fetches import Wanted
 from kvc2.cache.lease_views import LeaseViews, nothing
 from kvc2.cache.remote import Remote
 from kvc2.cache.sessions import Brought, OpenLease, Session
-from kvc2.moving.loading import Destination
+from kvc2.moving.loading import TIERS, Destination
 
 
 class Beyond:
@@ -48,6 +48,7 @@ class Beyond:
             session.prefill_rate,
             terms.deadline_s,
             lease.ended,
+            usable(prompt),
         )
         fetch = None
         if terms.at_once:
@@ -62,6 +63,22 @@ class Beyond:
             if fetch is not None:
                 self.remote.let_go(fetch)
 
+    @asynccontextmanager
+    async def brought_to_cpu(self, prompt: Prompt) -> AsyncIterator[None]:
+        """All that the store has of the full blocks of these tokens after what cpu and disk hold is
+        in the cpu tier, pinned while the body runs."""
+        blocks = len(prompt.asked.tokens) // prompt.namespace.page_size
+        held = self._match(prompt.pools.cpu.id, prompt, blocks)
+        never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        tiers = TIERS[1:]
+        wanted = Wanted(prompt, tiers, held, 0.0, math.inf, never, blocks)
+        fetch = await self.remote.bring(wanted)
+        try:
+            yield
+        finally:
+            if fetch is not None:
+                self.remote.let_go(fetch)
+
     def used(self, prompt: Prompt, answer: Acquired) -> None:
         """A request has found so much of the prompt here."""
         self.remote.used(prompt, answer.matched_tokens // prompt.namespace.page_size)
@@ -69,14 +86,17 @@ class Beyond:
     async def tokens(self, to: Destination, prompt: Prompt) -> int:
         """That the store has after what the tiers hold. Brings nothing."""
         never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        wanted = Wanted(prompt, to.tiers, self._held(to, prompt), 0.0, math.inf, never)
+        held, blocks = self._held(to, prompt), usable(prompt)
+        wanted = Wanted(prompt, to.tiers, held, 0.0, math.inf, never, blocks)
         return await self.remote.beyond(wanted) * prompt.namespace.page_size
 
     def _held(self, to: Destination, prompt: Prompt) -> tuple[int, ...]:
         """Blocks that a request can have of the prompt, by the tiers of its chain."""
-        size = prompt.namespace.page_size
-        tokens = prompt.tokens((len(prompt.asked.tokens) - 1) // size)
-        return self._index.match(prompt.namespace.number, to.pool, tokens, prompt.extras).tiers
+        return self._match(to.pool, prompt, usable(prompt))
+
+    def _match(self, pool: int, prompt: Prompt, blocks: int) -> tuple[int, ...]:
+        tokens, number = prompt.tokens(blocks), prompt.namespace.number
+        return self._index.match(number, pool, tokens, prompt.extras).tiers
 
     async def _fetch(self, session: Session, lease: OpenLease, wanted: Wanted) -> Fetch | None:
         """Meanwhile the lease is known by its request_id, and may end."""
@@ -98,6 +118,11 @@ class Beyond:
         if fetch is not None:
             lease.brought = Brought(max(first, fetch.first), fetch.first + fetch.came)
         return fetch
+
+
+def usable(prompt: Prompt) -> int:
+    """Blocks that a request can have of it: its last token is computed."""
+    return (len(prompt.asked.tokens) - 1) // prompt.namespace.page_size
 
 
 def ended_meanwhile(session: Session, lease: OpenLease) -> Acquired:

@@ -31,9 +31,9 @@ WINDOW_MAX = 4096  # ... and each next time eight times as many, in a call that 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A request's prompt; how many blocks each tier of its chain (`tiers`, the fastest first) holds
-    of it; what it would compute instead, at `prefill_rate` tokens/s (0: not known, or not asked).
-    `released` is done when nobody waits any more."""
+    """The leading `blocks` of a prompt; how many of them each tier of its chain (`tiers`, the
+    fastest first) holds; what it would compute instead, at `prefill_rate` tokens/s (0: not known,
+    or not asked). `released` is done when nobody waits any more."""
 
     prompt: Prompt
     tiers: tuple[str, ...]
@@ -41,16 +41,12 @@ class Wanted:
     prefill_rate: float
     deadline_s: float
     released: asyncio.Future[None]
+    blocks: int
 
     @property
     def first(self) -> int:
         """The first block that is missing."""
         return sum(self.held)
-
-    @property
-    def blocks(self) -> int:
-        """That a request can have of the prompt: its last token is computed."""
-        return (len(self.prompt.asked.tokens) - 1) // self.prompt.namespace.page_size
 
 
 class Fetches:

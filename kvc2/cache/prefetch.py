@@ -1,4 +1,4 @@
-"""Brings prefixes to a faster tier before a request asks for them.
+"""Brings prefixes to a faster tier, or from a remote store, before a request asks for them.
 
 One transfer at a time, in prefix order, and only while none is under way that somebody waits for:
 what a request can meet is one part of PART_S in its queue. Nothing is leased: what came is evicted
@@ -16,6 +16,8 @@ import numpy as np
 
 from kvc2 import _core, errors
 from kvc2.answers import Asked, Prefetched, TierTokens
+from kvc2.cache.arrivals import Prompt
+from kvc2.cache.beyond import Beyond
 from kvc2.cache.extras import prompt_extras
 from kvc2.cache.namespaces import Namespace
 from kvc2.cache.pins import Pins
@@ -66,7 +68,9 @@ class Prefetcher:
         *,
         loader: Loader,
         mover: Mover,
+        beyond: Beyond | None,
     ) -> None:
+        self._beyond = beyond
         self._index = index
         self._pins = pins
         self._loader = loader
@@ -91,7 +95,7 @@ class Prefetcher:
         wish = self._wish(session, namespace, asked, tier)
         if len(self._under_way) >= AT_ONCE_MAX:
             raise errors.LimitReached("prefetches", AT_ONCE_MAX, "are under way")
-        task = asyncio.create_task(self._bring(wish))
+        task = asyncio.create_task(self._bring_all(wish))
         self._under_way.add(task)
         task.add_done_callback(self._over)
         await asyncio.wait([task], timeout=deadline_s)
@@ -129,6 +133,15 @@ class Prefetcher:
         return Prefetched(tiers, 0 if over else sum(tiers) - there)
 
     # ---- what moves ----
+
+    async def _bring_all(self, wish: Wish) -> None:
+        """What a remote store has after this host's tiers comes to cpu first."""
+        if self._beyond is None or wish.namespace.opaque:
+            await self._bring(wish)
+            return
+        prompt = Prompt(wish.namespace, wish.asked, wish.pools)
+        async with self._beyond.brought_to_cpu(prompt):
+            await self._bring(wish)
 
     async def _bring(self, wish: Wish) -> None:
         """Each block moves once from tier to tier, unless others evict it as fast as it comes: then

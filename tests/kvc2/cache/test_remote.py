@@ -129,6 +129,22 @@ async def test_an_image_is_part_of_what_is_put_and_found(tmp_path: Path) -> None
 
 
 @on_a_loop
+async def test_a_prefetch_brings_what_the_store_has(tmp_path: Path) -> None:
+    store, whole = ToldStore(), prompt(1, BLOCKS)
+    await put_by_another(tmp_path, store, 1)
+    async with host(tmp_path / "b", store) as cache:
+        engine = SharingEngine(cache)
+        asked = Asked(whole[: BLOCKS * PAGE_SIZE])
+        told = await cache.prefetcher.prefetch(
+            None, engine.opened, asked, tier="cpu", deadline_s=20.0
+        )
+        assert told.tiers.cpu == TOKENS
+        found = await engine.ask(whole)
+        assert (found.tiers.cpu, from_remote(found)) == (TOKENS, 0)
+        assert not cache.index.counts().leases
+
+
+@on_a_loop
 async def test_explain_names_the_store(tmp_path: Path) -> None:
     store = ToldStore()
     await put_by_another(tmp_path, store, 1)
