@@ -22,7 +22,7 @@ from engine.attention.cpu import CpuAttention
 from engine.attention.flashinfer import FlashInferAttention
 from engine.attention.paged_torch import PagedTorchAttention
 from engine.choice import ChoiceRule
-from engine.graphs import CudaRecorder, Recorder
+from engine.graphs import CudaRecorder, CudaSideStream, Recorder, SideStream
 from kvc2.errors import InvalidConfig
 from kvc2.host import machine
 
@@ -42,7 +42,8 @@ class Device:
     ordinal: of a CUDA device; None: of none. over(memory): what an engine's pool lies in, as
     attention takes it. side_by_side: K and V of a page lie so there. room(): of `memory`.
     finish(): returns when all that was begun is done, so that others may read it.
-    recorder(): what captures steps there (graphs); None: nothing does.
+    recorder(): what captures steps there (graphs); None: nothing does. side_stream(): what runs
+    beside its own work; not of a CPU.
     """
 
     memory: torch.device  # of weights, tables and activations
@@ -64,11 +65,16 @@ class Device:
     room: Callable[[], machine.Room]
     finish: Callable[[], None]
     recorder: Callable[[], Recorder | None]
+    side_stream: Callable[[], SideStream]
 
 
 def set_threads(threads: int) -> None:
     """How many CPU threads load the weights, and how many `claim_threads` takes later."""
     torch.set_num_threads(threads)
+
+
+def _no_side_stream() -> SideStream:
+    raise RuntimeError("a CPU's work has threads of its own beside it (experts/hybrid)")
 
 
 CPU = Device(
@@ -89,6 +95,7 @@ CPU = Device(
     room=machine.memory,
     finish=lambda: None,
     recorder=lambda: None,
+    side_stream=_no_side_stream,
 )
 
 
@@ -132,6 +139,7 @@ def cuda(index: int = 0, split_pages: int = 0) -> Device:
         room=room,
         finish=lambda: torch.cuda.synchronize(device),
         recorder=lambda: CudaRecorder(device),
+        side_stream=lambda: CudaSideStream(device),
     )
 
 

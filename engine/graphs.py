@@ -6,16 +6,19 @@ launches one graph in the place of each layer's kernels.
 A size is captured at its first step. All else is computed as before: prefill and mixed steps, more
 decodes than the largest size, layers of a prefix that are still under way, what an attention's
 fixed plan doesn't hold, and everything where a capture failed once. The only file that names
-torch's graphs and streams. On the CPU a stand-in of `Recorder` was run (tests/engine/graph_tape);
-CudaRecorder never was. Not responsible for what a step computes (runner).
+torch's graphs and streams: also of what runs beside a device's own work (SideStream). On the CPU
+stand-ins of both were run (tests/engine/graph_tape); CudaRecorder and CudaSideStream never were.
+Not responsible for what a step computes (runner).
 """
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -64,6 +67,68 @@ class CudaRecorder:
             with torch.cuda.graph(graph, pool=self._memory, capture_error_mode=mode):
                 made = compute()
         return graph.replay, made
+
+
+class SideStream(Protocol):
+    """Work in order beside what the device computes: copies, and the host's own in between. A
+    capture holds it too."""
+
+    def fork(self) -> None:
+        """What is begun here from now on comes after what the device was told so far."""
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """From the device to `pinned` memory, or back. Both must stay until `join`."""
+
+    def call(self, work: Callable[[], None]) -> None:
+        """The host runs it, on another thread, when what came before here is done: at each replay
+        too, so that it must stay. It asks nothing of the device, and raises nothing."""
+
+    def join(self) -> None:
+        """What the device is told from now on comes after what was begun here."""
+
+    def wait(self) -> None:
+        """The host waits until all of it is done, and what was replayed."""
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Zeros in the host's memory."""
+
+
+class CudaSideStream:
+    """A CUDA stream and its host functions. Never run on hardware."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._driver = importlib.import_module("cuda.bindings.driver")  # the extra `cuda`
+        self._functions: dict[Callable[[], None], Any] = {}  # the driver doesn't keep them
+
+    def fork(self) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+
+    def call(self, work: Callable[[], None]) -> None:
+        if work not in self._functions:
+            self._functions[work] = _HOST_FUNCTION(lambda _: work())
+        address = ctypes.cast(self._functions[work], ctypes.c_void_p).value
+        stream = self._driver.CUstream(self._stream.cuda_stream)
+        (status,) = self._driver.cuLaunchHostFunc(stream, self._driver.CUhostFn(address), 0)
+        if status != self._driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"cuLaunchHostFunc: {status.name}")
+
+    def join(self) -> None:
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def wait(self) -> None:
+        torch.cuda.synchronize(self._device)
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, pin_memory=True)
+
+
+_HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 @dataclass(frozen=True)

@@ -39,16 +39,33 @@ def grouped_experts(
     first; down [experts, hidden, size]. Two products for all experts, and nothing that the host
     would have to wait for, so that a CUDA graph can hold it.
     """
-    tokens, chosen = expert_ids.shape
-    flat = expert_ids.flatten()
-    order = flat.argsort(stable=True)
-    ends = _counts(flat, gate_up.shape[0]).cumsum(0, dtype=torch.int32)
+    ends = _counts(expert_ids.flatten(), gate_up.shape[0]).cumsum(0, dtype=torch.int32)
+    outputs = _grouped_outputs(x, expert_ids, ends, gate_up, down)
+    return (outputs.float() * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+
+def some_experts(
+    x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """The same without the choices whose id is -1: those are another's."""
+    count = gate_up.shape[0]
+    other = expert_ids < 0
+    ids = expert_ids.masked_fill(other, count)  # behind all groups, and so not computed
+    ends = _counts(ids.flatten(), count + 1)[:count].cumsum(0, dtype=torch.int32)
+    outputs = _grouped_outputs(x, ids, ends, gate_up, down)
+    weighed = outputs.float() * weights.unsqueeze(-1)
+    # what wasn't computed may be anything, nan too
+    return weighed.masked_fill(other.unsqueeze(-1), 0).sum(1).to(x.dtype)
+
+
+def _grouped_outputs(x: Tensor, ids: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """[T, k, hidden] of ids [T, k], whose rows by id end at `ends`."""
+    tokens, chosen = ids.shape
+    order = ids.flatten().argsort(stable=True)
     rows = x[order // chosen]
     hidden = silu_and_multiply(functional.grouped_mm(rows, gate_up.mT, offs=ends))
     grouped = functional.grouped_mm(hidden, down.mT, offs=ends)
-    outputs = torch.empty_like(grouped).index_copy(0, order, grouped)
-    weighed = outputs.view(tokens, chosen, -1).float() * weights.unsqueeze(-1)
-    return weighed.sum(1).to(x.dtype)
+    return torch.empty_like(grouped).index_copy(0, order, grouped).view(tokens, chosen, -1)
 
 
 def choose_experts(

@@ -21,8 +21,9 @@ from engine import kernels
 from engine.attention.base import KvPool, KvShape
 from engine.budget import Measured
 from engine.config import ModelConfig
-from engine.device import Device, chosen, set_threads
+from engine.device import CPU, Device, chosen, set_threads
 from engine.errors import EngineFailedError
+from engine.experts.placement import hot_experts
 from engine.graphs import GraphSizes, graph_bytes
 from engine.host_budget import Redivision
 from engine.http.app import build
@@ -72,6 +73,11 @@ from kvc2.host import machine
 
 log = logging.getLogger(__name__)
 
+# what moves experts, or reads them, or adds them late: for the CPU alone so far
+NOT_BESIDE_CUDA = (
+    *("enable_dynamic_expert_update", "expert_memory_gb", "expert_nodes", "host_memory_gb"),
+    *("gpu_prefill_token_threshold", "max_deferred_experts_per_token"),
+)
 BACKLOG = 2048  # connections that the kernel holds until they are accepted
 
 
@@ -108,13 +114,12 @@ def assemble(config: EngineConfig) -> Engine:
     num_pages = _num_pages(config, shape)
     pool_bytes = num_pages * shape.page_bytes
     kv_bytes = pool_bytes if division is None else division.goal.pages * shape.page_bytes
-    with Checkpoint(
-        config.model, model_config.dtype, device, experts_on_disk=experts_on_disk(config)
-    ) as checkpoint:
+    with _opened(config, model_config, device) as checkpoint:
         packed = open_packed(
             model_config, checkpoint, config.expert_dtype, expert_directory(config)
         )
-        weights_bytes = checkpoint.memory_bytes - _not_held(config, model_config, packed)
+        not_held = _not_held(config, model_config, packed, device)
+        weights_bytes = checkpoint.memory_bytes - not_held
         rows = graph_rows(config) if device.ordinal is not None else ()
         check_room(config, kv_bytes, weights_bytes, device.room(), graph_bytes(model_config, rows))
         memory = pool_memory(pool_bytes, device.ordinal)
@@ -196,20 +201,51 @@ def _traffic(config: EngineConfig, worker: Worker, scheduler: Scheduler) -> Call
 
 def check_device(config: EngineConfig, device: Device) -> None:
     """Raises InvalidConfig for what a CUDA device can't have yet."""
-    cold = config.places_experts or experts_on_disk(config)
-    if device.ordinal is not None and cold:
-        allowed = "cpu, with cold experts: beside a CUDA device they are not built"
-        raise InvalidConfig("device", config.device, allowed)
+    if device.ordinal is None:
+        return
+    for field in NOT_BESIDE_CUDA:
+        value = getattr(config, field)
+        if value != EngineConfig.__dataclass_fields__[field].default:
+            raise InvalidConfig(field, value, f"not with --device {config.device}: it is not built")
 
 
-def _not_held(config: EngineConfig, model: ModelConfig, packed: PackedExperts | None) -> int:
-    """Bytes of experts beyond --expert-memory-gb, and what quantising takes off."""
+def _opened(config: EngineConfig, model: ModelConfig, device: Device) -> Checkpoint:
+    """The checkpoint; where some experts are cold beside a GPU, all are read to host memory. Raises
+    InvalidConfig where that is too small for them."""
+    experts_on = device
+    if device.ordinal is not None and config.places_experts:
+        experts_on, needed = CPU, _experts_bytes(model)
+        room = machine.memory()
+        if needed > room.total_bytes:
+            mend = f"its experts take {needed / 1e9:.3f} GB, and {room}"
+            raise InvalidConfig("model", str(config.model), mend)
+    on_disk = experts_on_disk(config)
+    return Checkpoint(
+        config.model, model.dtype, device, experts_on_disk=on_disk, experts_on=experts_on
+    )
+
+
+def _experts_bytes(model: ModelConfig) -> int:
+    """Of all layers' experts, as they are computed."""
+    elements = 3 * model.expert_size * model.hidden_size
+    return sum(model.moe_layers) * model.num_experts * elements * model.dtype.itemsize
+
+
+def _not_held(
+    config: EngineConfig, model: ModelConfig, packed: PackedExperts | None, device: Device
+) -> int:
+    """Bytes of experts that aren't in the device's memory: beyond --expert-memory-gb, cold ones
+    beside a GPU, and what quantising takes off."""
     if packed is not None:
         return packed.saved_bytes(model)
+    experts = _experts_bytes(model)
+    if device.ordinal is not None and config.places_experts:
+        layers = sum(model.moe_layers)
+        per_layer, ratio = config.num_gpu_experts, config.gpu_experts_ratio
+        hot = hot_experts(layers, model.num_experts, per_layer, ratio)
+        return experts - hot * experts // max(1, layers * model.num_experts)
     if config.expert_memory_gb is None:
         return 0
-    elements = 3 * model.expert_size * model.hidden_size
-    experts = sum(model.moe_layers) * model.num_experts * elements * model.dtype.itemsize
     return max(0, experts - int(config.expert_memory_gb * 1e9))
 
 

@@ -66,8 +66,10 @@ class Checkpoint:
         device: Device = CPU,
         *,
         experts_on_disk: bool = False,
+        experts_on: Device | None = None,
     ) -> None:
         self.device = device
+        self.experts_on = experts_on or device  # where their weights are read to
         self.experts_on_disk = experts_on_disk  # whoever builds a model leaves them there
         self._dtype = dtype
         self.model_dir = model_dir
@@ -92,11 +94,13 @@ class Checkpoint:
         """What all tensors take in the run-time dtype."""
         return sum(math.prod(e.shape) for e in self._entries.values()) * self._dtype.itemsize
 
-    def tensor(self, name: str, *shape: int) -> Tensor:
-        """A tensor in the checkpoint's run-time dtype; its shape must be the one given."""
+    def tensor(self, name: str, *shape: int, device: Device | None = None) -> Tensor:
+        """A tensor in the checkpoint's run-time dtype, in the memory of its device or another; its
+        shape must be the one given."""
+        memory = (device or self.device).memory
         if len(shape) == 2 and (matrix := self.fp8(name, *shape)) is not None:
-            return floats(matrix, FP8).to(self.device.memory, self._dtype)
-        return self._stored(name, *shape).to(self.device.memory, self._dtype)
+            return floats(matrix, FP8).to(memory, self._dtype)
+        return self._stored(name, *shape).to(memory, self._dtype)
 
     def fp8(self, name: str, rows: int, inputs: int) -> Quantised | None:
         """A matrix as it is stored in fp8, with a scale for each block; None for another."""

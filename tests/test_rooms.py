@@ -172,7 +172,7 @@ FLOORS = {
         base
     """,
     "engine/experts": """
-        deferral, nodes, prefill, store
+        beside, deferral, nodes, prefill, store
         hybrid
         dynamic, grouped
         placement, reads, router

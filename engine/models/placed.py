@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine import kernels
 from engine.batch import Batch
 from engine.budget import GB, Budget, Division, Measured, Sizes, decided, least_pages
 from engine.config import ModelConfig
 from engine.experts import placement, statistics
+from engine.experts.beside import BesideDevice, Pinned
 from engine.experts.deferral import DeferredExperts
 from engine.experts.dynamic import DynamicPlacement, Pace
 from engine.experts.grouped import GroupedExperts, MoeLayer
@@ -68,7 +70,7 @@ class PlacedLayer:
     """A layer of experts that lie in several places."""
 
     layer: int
-    experts: PlacedExperts | DeferredExperts
+    experts: PlacedExperts | DeferredExperts | BesideDevice
 
     def __call__(self, x: Tensor, routing: Routing) -> Tensor:
         return self.experts.compute(self.layer, x, routing)
@@ -78,6 +80,18 @@ class Compute(Protocol):
     """engine.runner.Runner, as it is used here."""
 
     def step(self, batch: Batch, layer_ready: Callable[[int], None] | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class BesideSteps:
+    """A runner on a device, beside which the CPU computes cold experts."""
+
+    compute: Compute
+    experts: BesideDevice
+
+    def step(self, batch: Batch, layer_ready: Callable[[int], None] | None = None) -> Tensor:
+        with self.experts.step(len(batch.token_ids)):
+            return self.compute.step(batch, layer_ready)
 
 
 @dataclass(frozen=True)
@@ -136,15 +150,21 @@ class PlacedModel:
         if config.init_expert_location is not None:
             known = statistics.load("init_expert_location", config.init_expert_location, *shape)
         late, split = _deferred(config, c), config.expert_nodes > 1
-        if config.places_experts or experts_on_disk(config) or late or split:
-            layers = moe_layers(model)
+        self.beside: BesideDevice | None = None
+        layers = moe_layers(model)
+        if model.device.ordinal is not None:
+            if config.places_experts and layers:
+                self.beside = place_beside(config, model, layers, known)
+        elif config.places_experts or experts_on_disk(config) or late or split:
             self.experts = place_experts(config, c, layers, known, self.statistics, most_stored)
         self._deferred = DeferredExperts(self.experts, late) if self.experts and late else None
         self._late = _late_counts(config, model, self.statistics)
         self.model = _with_experts(model, self._layer)
 
     def compute(self, runner: Compute) -> Compute:
-        """The runner, before whose steps experts move."""
+        """The runner, before whose steps experts move, and behind which choices are counted."""
+        if self.beside is not None:
+            runner = BesideSteps(runner, self.beside)
         if self._late is not None:
             runner = CountedLate(runner, self._late)
         if self.experts is None:
@@ -175,8 +195,9 @@ class PlacedModel:
         """After the last step."""
         if self.host_memory is not None:
             self.host_memory.close()
-        if self.experts is not None:
-            self.experts.close()
+        for each in (self.experts, self.beside):
+            if each is not None:
+                each.close()
         try:
             self.save()
         except OSError as error:
@@ -189,17 +210,22 @@ class PlacedModel:
             "layers": counts.shape[0],
             "experts": counts.shape[1],
             "activations": int(counts.sum()),
-            "placed": self.experts is not None,
+            "placed": self.experts is not None or self.beside is not None,
         }
         if self.budget is not None:
             told["budget"] = self.budget.told(counts, self.measured())
         if self.host_memory is not None:
             told["host_budget"] = self.host_memory.told()
+        if self.beside is not None:
+            told |= self.beside.state(self.statistics)
         return told | (self.experts.state() if self.experts is not None else {})
 
     @property
     def numerics(self) -> str:
         """Of its experts' executors, where they differ."""
+        if self.beside is not None:
+            own, cpu = self.model.device.numerics(self.model.config.dtype), kernels.numerics
+            return f"{own}:{cpu(self.model.config.dtype)}" if not self.beside.hot.all() else ""
         return "" if self.experts is None else self.experts.numerics
 
     def measured(self) -> Measured:
@@ -213,7 +239,9 @@ class PlacedModel:
 
     def _layer(self, index: int, moe: MoeLayer) -> Callable[[Tensor, Routing], Tensor]:
         experts = moe.experts
-        if self.experts is not None:
+        if self.beside is not None:
+            experts = PlacedLayer(index, self.beside)
+        elif self.experts is not None:
             experts = PlacedLayer(index, self._deferred or self.experts)
         return Observed(index, self._late or self.statistics, experts)
 
@@ -372,6 +400,41 @@ def place_experts(
     return experts
 
 
+def place_beside(
+    config: EngineConfig, model: Model, layers: Mapping[int, MoeLayer], counts: Counts
+) -> BesideDevice:
+    """The experts of these layers, which lie in the host's memory: those of the strategy on the
+    model's device too. `counts`: what is known beforehand."""
+    c, device = model.config, model.device
+    per_layer, ratio = config.num_gpu_experts, config.gpu_experts_ratio
+    hot = placement.hot_experts(len(layers), c.num_experts, per_layer, ratio)
+    room = Room([i in layers for i in range(c.num_layers)], c.num_experts, hot)
+    strategy, seed = config.expert_placement_strategy, config.expert_placement_seed
+    bench, side = workbench_of(config.cpu_threads), device.side_stream()
+    host = HostExecutor(_loaded(layers), Choices(bench))
+    of_one = host.layers[min(layers)]
+    gate_up, down = (
+        device.empty((hot, *each.shape[1:]), each.dtype) for each in (of_one.gate_up, of_one.down)
+    )
+    return BesideDevice(
+        host,
+        Weights(gate_up, down),
+        placement.place(strategy, room, counts, seed),
+        side=side,
+        sums=Choices(bench),
+        pinned=Pinned(side, (config.step_tokens, c.hidden_size), c.experts_per_token, c.dtype),
+    )
+
+
+def _loaded(layers: Mapping[int, MoeLayer]) -> dict[int, Weights]:
+    """Their weights as they were loaded."""
+    return {
+        index: Weights(moe.experts.gate_up, moe.experts.down)
+        for index, moe in layers.items()
+        if isinstance(moe.experts, GroupedExperts)
+    }
+
+
 def _kernels(nodes: Nodes | None, threads: int) -> Kernels:
     return Choices(workbench_of(threads)) if nodes is None else nodes.kernels(threads)
 
@@ -425,12 +488,7 @@ def _host(
     """All experts as they were loaded, or as many as --expert-memory-gb holds."""
     stored = {i: moe.experts for i, moe in layers.items() if isinstance(moe.experts, StoredExperts)}
     if not stored:
-        loaded = {
-            index: Weights(moe.experts.gate_up, moe.experts.down)
-            for index, moe in layers.items()
-            if isinstance(moe.experts, GroupedExperts)
-        }
-        return HostExecutor(loaded, kernels)
+        return HostExecutor(_loaded(layers), kernels)
     each = stored[min(stored)].expert_bytes
     places = round((config.expert_memory_gb or 0) * 1e9) // each
     least = least_stored(model)

@@ -133,12 +133,13 @@ def _fused_experts(
     config: ModelConfig, checkpoint: Checkpoint, prefix: str, names: ExpertNames
 ) -> GroupedExperts:
     count, size, hidden = config.num_experts, config.expert_size, config.hidden_size
-    settle = checkpoint.device.settle
-    return GroupedExperts(
-        settle(checkpoint.tensor(f"{prefix}.gate_up_proj", count, 2 * size, hidden)),
-        settle(checkpoint.tensor(f"{prefix}.down_proj", count, hidden, size)),
-        checkpoint.device,
-    )
+    device = checkpoint.experts_on
+
+    def read(part: str, *shape: int) -> Tensor:
+        return device.settle(checkpoint.tensor(f"{prefix}.{part}_proj", *shape, device=device))
+
+    gate_up, down = read("gate_up", count, 2 * size, hidden), read("down", count, hidden, size)
+    return GroupedExperts(gate_up, down, device)
 
 
 def _experts_on_disk(
@@ -162,18 +163,18 @@ def _single_experts(
     config: ModelConfig, checkpoint: Checkpoint, prefix: str, names: ExpertNames
 ) -> GroupedExperts:
     count, size, hidden = config.num_experts, config.expert_size, config.hidden_size
-    empty = checkpoint.device.empty
-    gate_up = empty((count, 2 * size, hidden), config.dtype)
-    down = empty((count, hidden, size), config.dtype)
+    device = checkpoint.experts_on
+    gate_up = device.empty((count, 2 * size, hidden), config.dtype)
+    down = device.empty((count, hidden, size), config.dtype)
 
     def read(expert: int, part: str, *shape: int) -> Tensor:
-        return checkpoint.tensor(f"{prefix}.{expert}.{part}.weight", *shape)
+        return checkpoint.tensor(f"{prefix}.{expert}.{part}.weight", *shape, device=device)
 
     for expert in range(count):
         gate_up[expert, :size] = read(expert, names.gate, size, hidden)
         gate_up[expert, size:] = read(expert, names.up, size, hidden)
         down[expert] = read(expert, names.down, hidden, size)
-    return GroupedExperts(gate_up, down, checkpoint.device)
+    return GroupedExperts(gate_up, down, device)
 
 
 def _fused_parts(

@@ -52,8 +52,9 @@ STEPS = (
     Step("copies", 90, (*PYTEST, LAWS + "mover_laws.py"), "the laws of the mover"),
     Step("workers", 240, (*PYTEST, LAWS + "executor_laws.py"), "the contract, and every death"),
     Step("attention", 90, (*PYTEST, ENGINE, "-k", "attend"), "flashinfer"),
-    Step("models", 120, (*PYTEST, ENGINE, "-k", "not attend and not graphs"), "models"),
+    Step("models", 120, (*PYTEST, ENGINE, "-k", "model or on_the_device_are"), "models"),
     Step("graphs", 60, (*PYTEST, "-s", ENGINE, "-k", "graphs"), "decode steps, replayed"),
+    Step("hybrid", 60, (*PYTEST, "-s", ENGINE, "-k", "cold"), "cold experts beside the device"),
     Step("end", 240, (*PYTEST, "tests/cuda/test_end_to_end.py"), "daemon and engine, all tiers"),
 )
 

@@ -2,7 +2,8 @@
 map of the descriptor that stands for the device's memory, which only the hostile driver gives.
 
 With `--device cuda` it is put together as on a GPU, on CPU tensors: torch's products, flashinfer's
-stand-in (which computes in float32 too, so that tokens can be compared), graphs on a tape.
+stand-in (which computes in float32 too, so that tokens can be compared), graphs and the side stream
+of cold experts on a tape.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from engine.cli import main
 from engine.device import CPU, Device, cuda
 from kvc2.cuda.memory import DeviceMemory
 from tests.engine import flashinfer_stand_in
-from tests.engine.graph_tape import TapeRecorder
+from tests.engine.graph_tape import TapeRecorder, TapeSideStream
 
 chosen = engine.device.chosen
 
@@ -38,6 +39,7 @@ def hostile_memory(num_bytes: int, ordinal: int | None) -> HostileMemory:
 def as_on_a_device(name: str, split_pages: int) -> Device:
     if name != "cuda":
         return chosen(name)
+    recorder = TapeRecorder()
     return dataclasses.replace(
         cuda(0, split_pages),
         memory=CPU.memory,
@@ -46,7 +48,8 @@ def as_on_a_device(name: str, split_pages: int) -> Device:
         over=CPU.over,
         room=CPU.room,
         finish=CPU.finish,
-        recorder=TapeRecorder,
+        recorder=lambda: recorder,
+        side_stream=lambda: TapeSideStream(recorder),
     )
 
 

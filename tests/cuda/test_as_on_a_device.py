@@ -19,6 +19,7 @@ from tests.system.engine import EngineProcess, Truth, small_model, without_cache
 
 PAGES, LAYERS, CHOSEN, ANSWER = 100, 3, 2, 8
 FLAGS = ("--num-pages", str(PAGES), "--chunk-size", "64", "--max-running", "4")
+FLAGS += ("--device", "cuda", "--attention-split-pages", "32")
 WORDS = "seed=6,late_us=100"
 
 
@@ -48,17 +49,22 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
         yield process
 
 
+def started(model: Path, daemon: DaemonProcess, log: Path, *more: str) -> EngineProcess:
+    return EngineProcess(
+        model,
+        log,
+        *("--kvc2", daemon.address, *FLAGS, *more),
+        python=("-m", "tests.cuda.engine_on_hostile"),
+        environment=hostile.environment(WORDS),
+    )
+
+
 @pytest.fixture(scope="module")
 def engine(
     model: Path, daemon: DaemonProcess, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[EngineProcess]:
-    with EngineProcess(
-        model,
-        tmp_path_factory.mktemp("engine") / "log",
-        *("--kvc2", daemon.address, *FLAGS, "--device", "cuda", "--attention-split-pages", "32"),
-        python=("-m", "tests.cuda.engine_on_hostile"),
-        environment=hostile.environment(WORDS),
-    ) as process:
+    log = tmp_path_factory.mktemp("engine") / "log"
+    with started(model, daemon, log) as process:
         process.wait_attached()
         yield process
 
@@ -98,6 +104,22 @@ def test_answers_of_several_requests_come_from_padded_graphs(
     said = engine.log.read_text()
     assert "decode steps of 1 rows are replayed" in said
     assert "can't be captured" not in said
+
+
+def test_cold_experts_beside_the_device_give_the_same_tokens(
+    model: Path, daemon: DaemonProcess, truth: Truth, tmp_path: Path
+) -> None:
+    tokens, log = prompt(6), tmp_path / "log"
+    with started(model, daemon, log, "--gpu-experts-ratio", "0.5") as engine:
+        engine.wait_attached()
+        expected = truth(tokens, ANSWER)
+        cold, hit = engine.complete(tokens), engine.complete(tokens)
+        assert (cold.matched, hit.matched) == (0, 288)
+        assert cold.tokens == hit.tokens == expected
+        told = engine.http.get("/experts").json()
+        assert (told["placed"], told["hot"]) == (True, 6)
+        assert 0 < told["device_share"] < 1
+    assert "decode steps of 1 rows are replayed" in log.read_text()
 
 
 def test_a_request_may_have_all_pages_but_the_one_for_rows_that_pad(engine: EngineProcess) -> None:

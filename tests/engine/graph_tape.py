@@ -9,6 +9,7 @@ fails. Whatever would make the host wait for a device is refused while it captur
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,16 @@ class Outside:
 
 
 @dataclass(frozen=True)
+class HostCall:
+    """What a stream has the host do, at each replay and not when it is captured."""
+
+    work: Callable[[], None]
+
+    def run(self) -> None:
+        self.work()
+
+
+@dataclass(frozen=True)
 class Operation:
     """One that is run again: what it makes is copied to where it was made first."""
 
@@ -89,7 +100,7 @@ class Tape(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations: list[Operation] = []
+        self.operations: list[Operation | HostCall] = []
         self._mine: dict[int, torch.UntypedStorage] = {}  # kept, so that no address comes twice
 
     def __torch_dispatch__(
@@ -145,11 +156,15 @@ class TapeRecorder:
 
     def __init__(self) -> None:
         self.captures = self.replays = 0
+        self.tape: Tape | None = None  # under way
 
     def capture(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        tape = Tape()
-        with NoWaiting(), tape:
-            made = compute()
+        self.tape = tape = Tape()
+        try:
+            with NoWaiting(), tape:
+                made = compute()
+        finally:
+            self.tape = None
         tape.poison()
         self.captures += 1
 
@@ -158,3 +173,65 @@ class TapeRecorder:
             tape.replay()
 
         return replay, made
+
+
+class TapeSideStream:
+    """engine.graphs.SideStream, as late as it may be: nothing that was begun is done before `join`,
+    and until then its targets hold 0xDB. `prompt`: as early as it may be, at once."""
+
+    def __init__(self, recorder: TapeRecorder, *, prompt: bool = False) -> None:
+        self._recorder = recorder
+        self._prompt = prompt
+        self._begun: list[Callable[[], object]] = []
+        self._forked = False
+        self.host_calls = 0
+
+    def fork(self) -> None:
+        assert not self._begun, "what was begun was never joined"
+        self._forked = True
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        assert source.shape == target.shape
+        assert source.dtype == target.dtype
+        target.view(torch.uint8).fill_(POISON)
+        self._begin(lambda: target.copy_(source))
+
+    def call(self, work: Callable[[], None]) -> None:
+        def called() -> None:
+            self.host_calls += 1
+            on_a_thread(work)
+
+        if self._recorder.tape is not None:
+            tape = self._recorder.tape
+            self._begin(lambda: tape.operations.append(HostCall(called)))
+        else:
+            self._begin(called)
+
+    def join(self) -> None:
+        assert self._forked, "nothing was begun"
+        for each in self._begun:
+            each()
+        self._begun, self._forked = [], False
+
+    def wait(self) -> None:
+        """What nobody has joined runs all the same."""
+        for each in self._begun:
+            each()
+        self._begun, self._forked = [], False
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    def _begin(self, what: Callable[[], object]) -> None:
+        assert self._forked, "it follows nothing that the device was told"
+        if self._prompt:
+            what()
+        else:
+            self._begun.append(what)
+
+
+def on_a_thread(work: Callable[[], None]) -> None:
+    """As a driver calls the host: not on the thread that computes, whose modes don't hold there."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()

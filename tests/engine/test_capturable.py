@@ -108,17 +108,41 @@ class Planned(PagedTorchAttention):
 BATCH = Batch.of([Slice([1], 48, [6, 2, 5], True), Slice([2], 17, [9, 10], True)], PAGE_SIZE)
 
 
-def step(make: Callable[..., Path], folder: Path, attention: type[Attention]) -> torch.Tensor:
-    """Logits of a decode step of two sequences, fake ones on the device."""
+class NoCopies:
+    """The side stream's place: it copies beside the device, and waits for nothing."""
+
+    def fork(self) -> None: ...
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None: ...
+
+    def call(self, work: Callable[[], None]) -> None: ...
+
+    def join(self) -> None: ...
+
+    def wait(self) -> None: ...
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+
+def step(
+    make: Callable[..., Path],
+    folder: Path,
+    attention: type[Attention],
+    hot: float | None = None,
+) -> torch.Tensor:
+    """Logits of a decode step of two sequences, fake ones on the device. `hot`: of the experts."""
     device = dataclasses.replace(
         cuda(),
         memory=CPU.memory,
         empty=CPU.empty,
         attention=attention,
         finish=CPU.finish,
+        side_stream=NoCopies,
     )
     path = make(folder / "model", torch.bfloat16)
-    placed = PlacedModel(EngineConfig(model=path), load_model(path, device=device))
+    config = EngineConfig(model=path, gpu_experts_ratio=hot)
+    placed = PlacedModel(config, load_model(path, device=device))
     mode = FakeTensorMode()
     model = moved(placed.model, mode)
     object.__setattr__(model, "device", dataclasses.replace(device, memory=CUDA))
@@ -146,6 +170,14 @@ def test_a_decode_step_never_waits_for_the_device(
     tmp_path: Path, make: Callable[..., Path], attention: type[Attention]
 ) -> None:
     logits = step(make, tmp_path, attention)
+    assert (logits.shape[0], logits.device) == (2, CUDA)
+
+
+@pytest.mark.parametrize("make", [make_mixtral, make_qwen3_moe])
+def test_a_decode_step_with_cold_experts_waits_for_nothing_either(
+    tmp_path: Path, make: Callable[..., Path]
+) -> None:
+    logits = step(make, tmp_path, NoAttention, hot=0.5)
     assert (logits.shape[0], logits.device) == (2, CUDA)
 
 

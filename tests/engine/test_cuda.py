@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,9 +19,12 @@ from engine.attention.base import KvPool, KvShape
 from engine.batch import Batch, Slice
 from engine.device import CPU, Device
 from engine.device import cuda as cuda_device
+from engine.experts.beside import BesideDevice, Pinned
 from engine.experts.grouped import GroupedExperts
+from engine.experts.hybrid import HostExecutor, Weights
 from engine.experts.router import Routing
 from engine.graphs import GraphSizes, graph_bytes
+from engine.kernels import Choices, workbench
 from engine.models import load_model
 from engine.runner import Runner
 from tests.doubles.checkpoints import make_mixtral, make_qwen3_moe, reference_logits
@@ -176,3 +180,44 @@ def test_a_graphs_decodes_are_those_of_the_same_rows_computed_one_by_one(
         print(f"{way}: {seconds / 12 * 1e3:.3f} ms a step")
     grew = torch.cuda.memory_reserved() - before
     print(f"graphs: {grew / 1e6:.1f} MB, {graph_bytes(model.config, rows) / 1e6:.1f} MB expected")
+
+
+def test_cold_experts_are_computed_beside_the_device_in_a_graph_too(cuda: Device) -> None:
+    random, memory, tokens = torch.Generator().manual_seed(6), cuda.memory, 33
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=random) / 8).bfloat16()
+
+    host, hot = (
+        Weights(drawn(6, 2 * 96, 64), drawn(6, 64, 96)),
+        np.array([[1, 0, 0, 1, 0, 1]], bool),
+    )
+    side, sums = cuda.side_stream(), Choices(workbench())
+    experts = BesideDevice(
+        HostExecutor({0: host}, sums),
+        Weights(drawn(3, 2 * 96, 64).to(memory), drawn(3, 64, 96).to(memory)),
+        hot,
+        side=side,
+        sums=sums,
+        pinned=Pinned(side, (tokens, 64), 2, torch.bfloat16),
+    )
+    ids = torch.stack([torch.randperm(6, generator=random)[:2] for _ in range(tokens)])
+    weights = torch.rand(tokens, 2, generator=random)
+    x, there = drawn(tokens, 64).to(memory), Routing(ids.to(memory), weights.to(memory))
+
+    def expected() -> torch.Tensor:
+        return GroupedExperts(host.gate_up, host.down, CPU)(x.cpu(), Routing(ids, weights))
+
+    with torch.inference_mode():
+        with experts.step(tokens):
+            made = experts.compute(0, x, there)
+        near(made, expected())
+        recorder = cuda.recorder()
+        assert recorder is not None
+        with experts.step(tokens):
+            replay, made = recorder.capture(lambda: experts.compute(0, x, there))
+        for _ in range(3):
+            x.copy_(drawn(tokens, 64).to(memory))
+            with experts.step(tokens):
+                replay()
+            near(made, expected())

@@ -47,11 +47,24 @@ def test_what_is_no_device_is_refused_by_name(name: str) -> None:
         EngineConfig(model=Path("m"), device=name)
 
 
-def test_cold_experts_beside_a_cuda_device_are_refused() -> None:
-    config = EngineConfig(model=Path("m"), device="cuda", gpu_experts_ratio=0.5)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("enable_dynamic_expert_update", True),
+        ("expert_memory_gb", 1.0),
+        ("expert_nodes", 2),
+        ("host_memory_gb", 1.0),
+        ("gpu_prefill_token_threshold", 512),
+        ("max_deferred_experts_per_token", 1),
+    ],
+)
+def test_what_a_cuda_device_lacks_is_refused_by_name(field: str, value: float) -> None:
+    given = {field: value, "gpu_experts_ratio": 0.5, "device": "cuda"}
+    config = EngineConfig(Path("m"), **given)  # type: ignore[arg-type]
     check_device(config, device.CPU)
-    with pytest.raises(InvalidConfig, match="not built"):
+    with pytest.raises(InvalidConfig, match=f"^{field} = .*not built"):
         check_device(config, device.cuda())
+    check_device(EngineConfig(Path("m"), device="cuda", gpu_experts_ratio=0.5), device.cuda())
 
 
 def test_float32_is_attended_to_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:

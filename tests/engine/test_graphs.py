@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from engine.settings import EngineConfig, graph_rows
 from kvc2.errors import InvalidConfig
 from tests.doubles.checkpoints import make_mixtral, make_qwen3_moe
 from tests.engine.flashinfer_stand_in import SIGNATURES, stand_in
-from tests.engine.graph_tape import TapeRecorder
+from tests.engine.graph_tape import TapeRecorder, TapeSideStream
 
 PAGES, PAGE_SIZE, PADDING = 24, 16, 23
 SIZES = GraphSizes((1, 2, 4), PADDING)
@@ -85,6 +85,15 @@ class Bench:
         return self.runner.pool._parts
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """More would wait for each other, spinning, in small operations."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[Make, Path]:
     folder = tmp_path_factory.mktemp("models")
@@ -101,10 +110,15 @@ def bench(
     monkeypatch.setitem(sys.modules, "flashinfer", stand_in(request.param))
 
     def make(
-        sizes: GraphSizes = SIZES, *, make: Make = make_mixtral, split_pages: int = 8, **parts: Any
+        sizes: GraphSizes = SIZES,
+        *,
+        make: Make = make_mixtral,
+        split_pages: int = 8,
+        hot: float | None = None,
+        **parts: Any,
     ) -> Bench:
         """`split_pages`: at least what contexts here have, so that attention's bits are the same
-        in a graph and without."""
+        in a graph and without. `hot`: part of the experts."""
         recorder = TapeRecorder()
         device = dataclasses.replace(
             cuda(),
@@ -113,14 +127,18 @@ def bench(
             attention=lambda pool, heads: FlashInferAttention(pool, heads, split_pages),
             finish=CPU.finish,
             recorder=lambda: recorder,
+            side_stream=lambda: TapeSideStream(recorder),
         )
-        return bench_of(models[make], dataclasses.replace(device, **parts), sizes, recorder)
+        config = EngineConfig(model=models[make], gpu_experts_ratio=hot, threads=1)
+        return bench_of(config, dataclasses.replace(device, **parts), sizes, recorder)
 
     return make
 
 
-def bench_of(path: Path, device: Device, sizes: GraphSizes, recorder: TapeRecorder) -> Bench:
-    placed = PlacedModel(EngineConfig(model=path), load_model(path, device=device))
+def bench_of(
+    config: EngineConfig, device: Device, sizes: GraphSizes, recorder: TapeRecorder
+) -> Bench:
+    placed = PlacedModel(config, load_model(config.model, device=device))
     shape = KvShape.of(placed.model.config, PAGE_SIZE)
     memory = torch.full((PAGES * shape.page_bytes,), 0xFF, dtype=torch.uint8)
     pool = KvPool(shape, PAGES, memory, side_by_side=True)
@@ -203,6 +221,24 @@ def test_padding_is_not_counted_among_the_choices_of_experts(bench: Callable[...
     ours.step({0: 1, 1: 1, 3: 1})
     assert ours.recorder.replays == 1
     assert (ours.placed.statistics.counts.sum(1) - counted).tolist() == [2.0 * 3] * 3
+
+
+@pytest.mark.parametrize("make", [make_mixtral, make_qwen3_moe])
+@pytest.mark.parametrize("hot", [0.0, 0.5, 0.8])
+def test_cold_experts_are_computed_beside_a_replay_and_padding_is_not(
+    bench: Callable[..., Bench], make: Make, hot: float
+) -> None:
+    """The graph calls the host at each replay, for the rows that are live then."""
+    ours, theirs = bench(make=make, hot=hot), bench(GraphSizes(), make=make, hot=hot)
+    assert torch.equal(ours.step(PROMPTS), theirs.step(PROMPTS))
+    for rows in DECODES:
+        size = next(n for n in SIZES.rows if n >= len(rows))
+        tokens = dict.fromkeys(rows, 1)
+        assert torch.equal(ours.step(tokens), theirs.step(tokens, padded_to=size))
+    assert ours.recorder.replays == len(DECODES)
+    beside, counts = ours.placed.beside, ours.placed.statistics.counts
+    assert beside is not None
+    assert beside.spent.host_activations == int((counts * ~beside.hot).sum())
 
 
 ELSE: dict[str, dict[int, int]] = {
