@@ -93,14 +93,37 @@ class SideStream(Protocol):
         """Zeros in the host's memory."""
 
 
+class HostFunctions:
+    """Python that CUDA streams call, on a thread of the driver's: by cuda-bindings, since torch has
+    no call for it. Run on the hostile driver of tests/cuda alone."""
+
+    def __init__(self) -> None:
+        self._driver = importlib.import_module("cuda.bindings.driver")  # the extra `cuda`
+        self._functions: dict[Callable[[], None], Any] = {}  # the driver doesn't keep them
+
+    def launch(self, work: Callable[[], None], stream: int) -> None:
+        """It runs when what `stream` was told before is done; at each replay of a capture too.
+        Kept for ever: whoever calls gives the same few again and again."""
+        if work not in self._functions:
+            self._functions[work] = _HOST_FUNCTION(lambda _: work())
+        address = ctypes.cast(self._functions[work], ctypes.c_void_p).value
+        driver = self._driver
+        function = driver.CUhostFn(address)
+        (status,) = driver.cuLaunchHostFunc(driver.CUstream(stream), function, 0)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"cuLaunchHostFunc: {status.name}")
+
+
+_HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
 class CudaSideStream:
     """A CUDA stream and its host functions. Never run on hardware."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._driver = importlib.import_module("cuda.bindings.driver")  # the extra `cuda`
-        self._functions: dict[Callable[[], None], Any] = {}  # the driver doesn't keep them
+        self._functions = HostFunctions()
 
     def fork(self) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -110,13 +133,7 @@ class CudaSideStream:
             target.copy_(source, non_blocking=True)
 
     def call(self, work: Callable[[], None]) -> None:
-        if work not in self._functions:
-            self._functions[work] = _HOST_FUNCTION(lambda _: work())
-        address = ctypes.cast(self._functions[work], ctypes.c_void_p).value
-        stream = self._driver.CUstream(self._stream.cuda_stream)
-        (status,) = self._driver.cuLaunchHostFunc(stream, self._driver.CUhostFn(address), 0)
-        if status != self._driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"cuLaunchHostFunc: {status.name}")
+        self._functions.launch(work, self._stream.cuda_stream)
 
     def join(self) -> None:
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
@@ -126,9 +143,6 @@ class CudaSideStream:
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
-
-
-_HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 @dataclass(frozen=True)

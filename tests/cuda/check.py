@@ -50,6 +50,7 @@ STEPS = (
     measured("bandwidth", 90, "2-D rows by size and group, beside one plain copy"),
     measured("overlap", 90, "copies of one process beside another's products"),
     Step("copies", 90, (*PYTEST, LAWS + "mover_laws.py"), "the laws of the mover"),
+    Step("calls", 60, (*PYTEST, LAWS + "host_call_laws.py"), "streams that call the host"),
     Step("workers", 240, (*PYTEST, LAWS + "executor_laws.py"), "the contract, and every death"),
     Step("attention", 90, (*PYTEST, ENGINE, "-k", "attend"), "flashinfer"),
     Step("models", 120, (*PYTEST, ENGINE, "-k", "model or on_the_device_are"), "models"),

@@ -31,6 +31,13 @@ def test_workers_meet_the_executors_contract_and_survive_every_death(mood: str) 
     assert "skipped" not in said, said
 
 
+@pytest.mark.parametrize("mood", list(MOODS)[:2])
+def test_streams_call_the_host_in_their_order(mood: str) -> None:
+    _, words = MOODS[mood]
+    said = hostile.run(*PYTEST, "tests/cuda/laws/host_call_laws.py", hostile=words)
+    assert "skipped" not in said, said
+
+
 def test_faults_and_mistakes_are_seen_and_leave_nothing() -> None:
     said = hostile.run(*PYTEST, "tests/cuda/laws/fault_laws.py", hostile="seed=4,late_us=300")
     assert "skipped" not in said, said

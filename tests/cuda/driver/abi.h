@@ -10,6 +10,7 @@ using CUdeviceptr = unsigned long long;
 using CUcontext = struct CUctx_st*;
 using CUstream = struct CUstream_st*;
 using CUevent = struct CUevent_st*;
+using CUhostFn = void (*)(void*);
 
 enum : int {
   CUDA_SUCCESS = 0,
@@ -27,6 +28,7 @@ enum : int {
   CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED = 712,
   CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED = 713,
   CUDA_ERROR_LAUNCH_FAILED = 719,
+  CUDA_ERROR_NOT_PERMITTED = 800,
 };
 enum : int {
   CU_DEVICE_ATTRIBUTE_MAX_PITCH = 11,

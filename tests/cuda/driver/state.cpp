@@ -10,6 +10,7 @@ namespace hostile {
 
 Driver* the_driver = nullptr;
 thread_local std::vector<int> t_contexts;
+thread_local bool t_calls_host = false;
 
 bool is_sticky(int code) {
   static const std::set<int> codes{214, 220, 700, 714, 715, 716, 717, 718, 719, 721};
@@ -89,6 +90,10 @@ CUresult enter(const char* name, bool needs_context) {
   Driver* driver = the_driver;
   if (driver == nullptr || !driver->initialised) return CUDA_ERROR_NOT_INITIALIZED;
   if (driver->pid != getpid()) return CUDA_ERROR_NOT_INITIALIZED;  // it was forked after cuInit
+  if (t_calls_host) {
+    violate(std::string(name) + " in a host function");
+    return CUDA_ERROR_NOT_PERMITTED;
+  }
   if (needs_context && t_contexts.empty()) {
     violate(std::string(name) + " without a context on this thread");
     return CUDA_ERROR_INVALID_CONTEXT;

@@ -119,6 +119,7 @@ struct Driver {
 
 extern Driver* the_driver;                        // made by cuInit
 extern thread_local std::vector<int> t_contexts;  // devices whose context is current, last on top
+extern thread_local bool t_calls_host;            // whether this thread is in a host function
 
 // What every call of the API asks first. Not CUDA_SUCCESS: the call's answer.
 CUresult enter(const char* name, bool needs_context);

@@ -196,3 +196,15 @@ HOSTILE_API CUresult cuEventSynchronize(CUevent handle) {
   while (event->completed < wanted && !the_driver->sticky) event->changed.wait_for(lock, kLook);
   return the_driver->sticky;
 }
+
+// The host's own work, in its stream's order. It may not call the driver, as cuda.h says.
+HOSTILE_API CUresult cuLaunchHostFunc(CUstream stream, CUhostFn function, void* data) {
+  HOSTILE_ENTER(cuLaunchHostFunc);
+  const auto call = [function, data] {
+    hostile::t_calls_host = true;
+    function(data);
+    hostile::t_calls_host = false;
+    return static_cast<int>(CUDA_SUCCESS);
+  };
+  return hostile::queue(stream, {"cuLaunchHostFunc", call, {}, false});
+}
