@@ -325,7 +325,8 @@ class RemoteConfig:
         Path | None,
         Flag(
             "Holds at least 16 bytes, readable by its owner alone, the same on all hosts that "
-            "share the store: what others wrote there is not believed, nor found."
+            "share the store: what others wrote there is not believed, nor found.",
+            shown="none, and needed with a url",
         ),
     ] = None
     ca_file: Annotated[

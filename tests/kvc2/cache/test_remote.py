@@ -305,6 +305,23 @@ async def test_a_store_that_freezes_between_exists_and_get_costs_once(tmp_path: 
 
 
 @on_a_loop
+async def test_what_the_engine_computes_sooner_is_not_waited_for(tmp_path: Path) -> None:
+    store = ToldStore()
+    await put_by_another(tmp_path, store, 1, 2, 3)
+    async with host(tmp_path / "b", store) as cache:
+        engine = SharingEngine(cache)
+        store.before = lambda call: setattr(store, "slow_s", 0.1 if call == "get" else 0.0)
+        assert from_remote(await engine.ask(prompt(1, BLOCKS))) == BLOCKS  # not measured before
+        engine.session.prefill_rate = 1e9
+        found = await engine.ask(prompt(2, BLOCKS))
+        assert found.matched_tokens == 0
+        assert counter(cache, "recomputed_tokens_total{why=slower}") == TOKENS
+        engine.session.prefill_rate = 1.0
+        await until(lambda: remote_of(cache).idle)
+        assert from_remote(await engine.ask(prompt(3, BLOCKS))) == BLOCKS
+
+
+@on_a_loop
 async def test_a_store_that_answers_others_is_busy_not_silent(tmp_path: Path) -> None:
     store = ToldStore()
     await put_by_another(tmp_path, store, 1)

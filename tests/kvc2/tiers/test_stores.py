@@ -100,16 +100,19 @@ async def test_what_is_no_value_is_not_there(tmp_path: Path) -> None:
                 await store.get([b"list"], 10)
 
 
+async def fill(store: Store) -> None:
+    """With 64 MiB."""
+    for number in range(64):
+        await store.put([(b"%d" % number, bytes(1 << 20))], 0)
+
+
 @on_a_loop
-async def test_a_store_that_is_full_is_an_error(tmp_path: Path) -> None:
-    with ServerProcess(
-        tmp_path, "--maxmemory", "4mb", "--maxmemory-policy", "noeviction"
-    ) as server:
+async def test_a_store_that_is_full_refuses_and_is_read_on(tmp_path: Path) -> None:
+    limits = ("--maxmemory", "24mb", "--maxmemory-policy", "noeviction")
+    with ServerProcess(tmp_path, *limits) as server:
         async with connected(server.url) as store:
-            for number in range(2):
-                await store.put([(b"%d" % number, bytes(1 << 20))], 0)
             with pytest.raises(StoreRefused, match="maxmemory"):
-                await store.put([(b"%d" % number, bytes(1 << 20)) for number in range(2, 6)], 0)
+                await fill(store)
             assert await store.get([b"0"], 1 << 20) == [bytes(1 << 20)]
 
 
