@@ -478,8 +478,11 @@ def test_a_fault_that_poisons_nothing_fails_its_transfer_alone(house: House) -> 
     assert came(house, ours.pool(), pages(4), house.offsets(4))
 
 
-@words("fail=cuMemUnmap:1:700")
+@pytest.mark.parametrize(
+    "house", [f"fail=cuMemUnmap:1:{code}" for code in (700, 2)], indirect=True, ids=str
+)
 def test_a_fault_of_letting_go_kills_the_worker(house: House) -> None:
+    """Also one that poisons nothing: the pool's memory would stay taken."""
     pool, _, _ = house.pool(house.engine())
     pool.close()
     assert pool.worker.dead
