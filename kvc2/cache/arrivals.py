@@ -7,6 +7,7 @@ block of the cpu tier as any other. Not here: which blocks are fetched, and who 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
@@ -29,6 +30,8 @@ from kvc2.tiers.pools import LayoutPools, Pools
 from kvc2.tiers.remote.codec import Chain, Sealer, Verdict, value_bytes
 from kvc2.tiers.remote.link import Link
 from kvc2.tiers.remote.store import StoreError
+
+LOG = logging.getLogger(__name__)
 
 Made = TypeVar("Made")
 
@@ -130,8 +133,14 @@ class Arrivals:
         """A task that goes on, whoever waits for it."""
         task = asyncio.create_task(work)
         self._behind.add(task)
-        task.add_done_callback(self._behind.discard)
+        task.add_done_callback(self._over)
         return task
+
+    def _over(self, task: asyncio.Task[Any]) -> None:
+        self._behind.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._means.metrics.all.fault("internal_error")
+            LOG.error("fetching from the remote store: %r", error)
 
     def room(self, pools: LayoutPools) -> int:
         """Blocks that may be on their way beside those that are."""

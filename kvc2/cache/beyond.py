@@ -49,6 +49,7 @@ class Beyond:
             terms.deadline_s,
             lease.ended,
             usable(prompt),
+            terms.skip_blocks,
         )
         fetch = None
         if terms.at_once:

@@ -42,6 +42,7 @@ class Wanted:
     deadline_s: float
     released: asyncio.Future[None]
     blocks: int
+    skipped: int = 0  # leading ones that the client has
 
     @property
     def first(self) -> int:
@@ -90,6 +91,8 @@ class Fetches:
             there = await self._leading(wanted, chain)
             if not there or wanted.released.done():
                 return None
+            if wanted.first + there <= wanted.skipped:
+                return None  # nobody would read them
             choice = self._choose(wanted, there)
             patience_s = choice.patience_s
             fetch = self._arrivals.coming(chain, wanted.first)  # begun while this asked

@@ -54,6 +54,7 @@ class Link:
         self._thread.start()
         self._made: Store | None = None
         self._closed = False
+        self._told_away = False
         self.heard_at = 0.0  # when a call was answered last, of time.monotonic
         self._mending = asyncio.create_task(self._mend())
 
@@ -145,15 +146,21 @@ class Link:
     # ---- the breaker ----
 
     def _open(self, why: str) -> None:
-        if self._breaker.closed:
-            events.warning("remote_away", why=why)
+        self._tell_away(why)
         self._breaker.failed()
         self._metrics.up.set(0)
         self._opened.set()
 
+    def _tell_away(self, why: str) -> None:
+        """Once, until it is there again."""
+        if not self._told_away:
+            events.warning("remote_away", why=why)
+        self._told_away = True
+
     def _close_breaker(self, say: Callable[[], None]) -> None:
         if not self._breaker.closed:
             events.event("remote_there")
+        self._told_away = False
         say()
         self._metrics.up.set(1)
 
@@ -168,7 +175,11 @@ class Link:
             try:
                 async with asyncio.timeout(self.patience_s):
                     await self._on_thread(self._bounded(lambda store: store.ping()))
-            except (StoreError, TimeoutError):
+            except StoreError as error:
+                self._tell_away(str(error))
+                self._breaker.failed()
+            except TimeoutError:
+                self._tell_away(f"no answer within {self.patience_s:g} s")
                 self._breaker.failed()
             else:
                 self._close_breaker(self._breaker.mended)

@@ -129,6 +129,19 @@ async def test_an_image_is_part_of_what_is_put_and_found(tmp_path: Path) -> None
 
 
 @on_a_loop
+async def test_what_the_client_has_is_not_fetched_for_it(tmp_path: Path) -> None:
+    store, whole = ToldStore(), prompt(1, BLOCKS)
+    await put_by_another(tmp_path, store, 1)
+    async with host(tmp_path / "b", store) as cache:
+        engine = SharingEngine(cache)
+        for skipped, gets in ((BLOCKS, 0), (BLOCKS - 1, 1)):
+            terms = Terms(0, 20.0, in_arena=True, skip_blocks=skipped)
+            await cache.leases.acquire(engine.session, engine.opened, b"one", whole, terms)
+            cache.leases.release(engine.session, b"one")
+            assert store.calls.count("get") == gets
+
+
+@on_a_loop
 async def test_a_prefetch_brings_what_the_store_has(tmp_path: Path) -> None:
     store, whole = ToldStore(), prompt(1, BLOCKS)
     await put_by_another(tmp_path, store, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -122,6 +123,24 @@ async def test_a_store_that_is_dead_from_the_start_is_not_asked() -> None:
         with pytest.raises(StoreError):
             await link.exists([b"a"])
         assert "exists" not in store.calls
+
+
+@on_a_loop
+async def test_why_a_store_is_left_alone_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    store, logger = ToldStore(), logging.getLogger("kvc2")
+    logger.addHandler(caplog.handler)
+    try:
+        store.fails = {"ping", "exists"}
+        async with linked(store) as link:
+            await until(lambda: store.calls.count("ping") > 1)
+            store.fails = {"exists"}
+            await until(lambda: link.up)
+            with pytest.raises(StoreError):
+                await link.exists([b"a"])
+    finally:
+        logger.removeHandler(caplog.handler)
+    told = [each.__dict__["facts"]["why"] for each in caplog.records if each.msg == "remote_away"]
+    assert told == ["ping fails", "exists fails"]
 
 
 @on_a_loop
