@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from kvc2.cache.remote import store_of
+from kvc2.config import RemoteConfig
+from kvc2.errors import StartRefused
 from kvc2.host.store_url import StoreUrl
 from kvc2.tiers.remote.store import Store, StoreError, StoreRefused
 from kvc2.tiers.remote.valkey import GROUP, Valkey
@@ -171,6 +175,14 @@ async def test_passwords_and_databases_come_from_the_url(tmp_path: Path) -> None
         async with connected(f"unix://{path}") as store:
             with pytest.raises(StoreError, match=r"NOAUTH|Authentication"):
                 await store.ping()
+
+
+def test_without_the_package_the_start_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "kvc2.tiers.remote.valkey")
+    monkeypatch.setitem(sys.modules, "redis.asyncio", None)
+    config = RemoteConfig("redis://store", Path("/secret"))
+    with pytest.raises(StartRefused, match=r"remote\.url: redis.* pip install 'kvc2\[remote\]'"):
+        store_of(config)
 
 
 @contextmanager
