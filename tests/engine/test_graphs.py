@@ -241,22 +241,31 @@ def test_cold_experts_are_computed_beside_a_replay_and_padding_is_not(
     assert beside.spent.host_activations == int((counts * ~beside.hot).sum())
 
 
-ELSE: dict[str, dict[int, int]] = {
-    "a prompt": {0: 7},
-    "a chunk beside decodes": {0: 1, 1: 9, 2: 1},
-    "more decodes than the largest size": {0: 1, 1: 1, 2: 1},
+ELSE: dict[str, tuple[tuple[int, ...], dict[int, int]]] = {
+    "a prompt": (SIZES.rows, {0: 2}),
+    "a chunk beside decodes": (SIZES.rows, {0: 1, 1: 2, 2: 1}),
+    "more decodes than the largest size": ((1, 2), {0: 1, 1: 1, 2: 1}),
 }
 
 
-@pytest.mark.parametrize("tokens", ELSE.values(), ids=ELSE)
+@pytest.mark.parametrize(("rows", "tokens"), ELSE.values(), ids=ELSE)
 def test_what_no_graph_holds_is_computed_as_before(
-    bench: Callable[..., Bench], tokens: dict[int, int]
+    bench: Callable[..., Bench], rows: tuple[int, ...], tokens: dict[int, int]
 ) -> None:
-    ours, theirs = bench(GraphSizes((1, 2), PADDING)), bench(GraphSizes())
+    ours, theirs = bench(GraphSizes(rows, PADDING)), bench(GraphSizes())
     for each in (ours, theirs):
         each.step(PROMPTS)
     assert torch.equal(ours.step(tokens), theirs.step(tokens))
     assert ours.recorder.captures == 0
+
+
+def test_logits_stay_when_their_graph_is_replayed_again(bench: Callable[..., Bench]) -> None:
+    ours = bench()
+    ours.step(PROMPTS)
+    first = ours.step({0: 1, 1: 1})
+    kept = first.clone()
+    assert not torch.equal(ours.step({2: 1, 3: 1}), kept)
+    assert torch.equal(first, kept)
 
 
 def test_layers_that_are_still_under_way_are_waited_for_one_by_one(
