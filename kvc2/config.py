@@ -27,6 +27,7 @@ from kvc2.host.address import SOCKET_PATH_BYTES_MAX, Address
 from kvc2.host.loopback import is_loopback
 from kvc2.host.machine import GB as GB
 from kvc2.host.store_url import StoreUrl, masked
+from kvc2.host.tls import TlsFiles
 
 ALIGNMENT = 4096
 ARENA_SHARE = 0.25  # of available memory: the machine is also there for others
@@ -55,18 +56,49 @@ def default_listen() -> str:
 
 
 def listen_address(listen: str) -> Address:
-    """Of a unix: path or a loopback HOST:PORT, port 0: any free one. Raises InvalidConfig."""
+    """Of a unix: path or HOST:PORT, port 0: any free one. Raises InvalidConfig."""
     most = SOCKET_PATH_BYTES_MAX - len(SIDE_ENDING)
     with refused_as("listen", listen):
-        address = Address.parse(listen, field="listen", path_bytes_max=most)
-    if address.path is None and not is_loopback(address.host):
-        raise errors.InvalidConfig(
-            "listen", listen, "a loopback address: a public one needs mTLS, which is not built"
-        )
-    return address
+        return Address.parse(listen, field="listen", path_bytes_max=most)
 
 
 NUMA = r"interleave|local|\d{1,3}(-\d{1,3})?(,\d{1,3}(-\d{1,3})?)*"  # nodes as Linux lists them
+
+
+@dataclass(frozen=True)
+class TlsConfig:
+    """TLS of a listener on TCP, whose clients show certificates too (mTLS): all three, or none."""
+
+    certificate: Annotated[
+        Path | None,
+        Flag(
+            "The daemon's certificate, and those between it and its CA, in PEM. Each connection "
+            "begins with what the three files hold then.",
+            shown="no TLS",
+        ),
+    ] = None
+    key: Annotated[
+        Path | None, Flag("Its key in PEM, in clear, readable by its owner alone.", shown="no TLS")
+    ] = None
+    client_ca: Annotated[
+        Path | None,
+        Flag("In PEM; one of these has signed each client's certificate.", shown="no TLS"),
+    ] = None
+
+    def __post_init__(self) -> None:
+        check(self, "tls")
+        given = {name: getattr(self, name) for name in ("certificate", "key", "client_ca")}
+        missing = [name for name, path in given.items() if path is None]
+        if missing and len(missing) < len(given):
+            other = next(name for name in given if name not in missing)
+            raise errors.InvalidConfig(f"tls.{missing[0]}", None, f"a path, with tls.{other}")
+
+    @property
+    def files(self) -> TlsFiles | None:
+        """None: there is no TLS."""
+        if self.certificate is None or self.key is None or self.client_ca is None:
+            return None
+        return TlsFiles(self.certificate, self.key, self.client_ca, ca_field="tls.client_ca")
 
 
 @dataclass(frozen=True)
@@ -443,7 +475,7 @@ class ServeConfig:
     listen: Annotated[
         str,
         Flag(
-            "unix:PATH (~ is a home), or HOST:PORT of a loopback address.",
+            "unix:PATH (~ is a home), or HOST:PORT: of a loopback address, or with TLS of any.",
             shown="$XDG_RUNTIME_DIR/kvc2/kvc2.sock",
         ),
     ] = field(default_factory=default_listen)
@@ -510,6 +542,7 @@ class ServeConfig:
         float, Flag("How long SIGTERM may flush, seconds.", between(0, 3600))
     ] = 30.0
     log_format: Annotated[LogFormat, Flag("Format of the lines on stderr.")] = "text"
+    tls: TlsConfig = field(default_factory=TlsConfig)
     cpu: CpuConfig = field(default_factory=CpuConfig)
     disk: DiskConfig = field(default_factory=DiskConfig)
     attn: AttnConfig = field(default_factory=AttnConfig)
@@ -520,7 +553,7 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        listen_address(self.listen)
+        self._check_listen()
         if self.high_watermark < self.low_watermark:
             allowed = f"at least low_watermark, {self.low_watermark:g}"
             raise errors.InvalidConfig("high_watermark", self.high_watermark, allowed)
@@ -535,3 +568,15 @@ class ServeConfig:
         names = [each.name for each in self.tenants]
         if len(set(names)) != len(names):
             raise errors.InvalidConfig("tenants", names, "each name once")
+
+    def _check_listen(self) -> None:
+        address = listen_address(self.listen)
+        if address.path is not None and self.tls.files is not None:
+            path = str(self.tls.certificate)
+            raise errors.InvalidConfig("tls.certificate", path, "only with listen on HOST:PORT")
+        if address.path is None and self.tls.files is None and not is_loopback(address.host):
+            allowed = (
+                "a loopback address: a public one needs mTLS, by tls.certificate, tls.key and "
+                "tls.client_ca"
+            )
+            raise errors.InvalidConfig("listen", self.listen, allowed)

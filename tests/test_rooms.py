@@ -35,7 +35,7 @@ FLOORS = {
         cli
         sizing
         replay, serve
-        check, config_file, exits, prompts, stats, traces
+        check, config_file, exits, prompts, reach, stats, traces
     """,
     "kvc2/server": """
         daemon
@@ -44,6 +44,7 @@ FLOORS = {
         attach, commits
         callers, hello, kv_events
         checks, claim, kv_event_messages, scrapes, side, tenants
+        tls
     """,
     "kvc2/client": """
         examples
@@ -120,7 +121,7 @@ FLOORS = {
     """,
     "kvc2/host": """
         address, store_url
-        file_stamp, heap, loopback, machine, numa, paths, priority
+        file_stamp, heap, loopback, machine, numa, paths, priority, tls
     """,
     "engine": """
         __main__

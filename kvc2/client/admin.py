@@ -20,8 +20,8 @@ MARGIN_S = 10.0  # on top of a deadline that the daemon keeps itself
 class Admin:
     """Raises errors.Unreachable when no daemon answers. Threads may share it."""
 
-    def __init__(self, address: str) -> None:
-        self.address = address
+    def __init__(self, address: str | Address) -> None:
+        self.address = str(address)
         self._daemon = Address.of_daemon(address)
         self._channel = channel.Channel(self._daemon)
 

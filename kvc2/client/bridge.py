@@ -31,6 +31,7 @@ from kvc2.client.namespaces import Caller
 from kvc2.client.pages import PageBook
 from kvc2.client.sessions import Lease, Sessions
 from kvc2.client.share import Share
+from kvc2.host.address import Address
 from kvc2.layout import Layout
 
 log = logging.getLogger(__name__)
@@ -267,7 +268,7 @@ class Bridge:
 class Daemon:
     """Where the daemon listens, and what it is told of this engine's pool."""
 
-    address: str
+    address: str | Address
     pool: EngineMemory
     layout: Layout
     engine_name: str
@@ -292,7 +293,7 @@ def open_bridge(
 ) -> Bridge:
     """A bridge over a pool of so many pages, on threads of its own; attached to the daemon if there
     is one. `prepare` is called before that: pages taken then were never the daemon's."""
-    address = None if daemon is None else daemon.address
+    address = None if daemon is None else str(daemon.address)
     bridge = Bridge(PageBook(num_pages), config, counters=counters, address=address)
     prepare(bridge)
     if daemon is not None:

@@ -71,7 +71,8 @@ class Closed(grpc.RpcError):
 
 
 class Channel:
-    """One connection. Threads may share it. `close` cancels what is under way."""
+    """One connection. Threads may share it. `close` cancels what is under way. The files of TLS are
+    read when it is made; raises InvalidRequest for those that can't be used."""
 
     def __init__(self, address: Address) -> None:
         options = [
@@ -81,7 +82,13 @@ class Channel:
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.enable_http_proxy", 0),
         ]
-        self._channel = grpc.insecure_channel(address.grpc_target, options)
+        self._tls = address.tls is not None
+        if address.tls is None:
+            self._channel = grpc.insecure_channel(address.grpc_target, options)
+        else:
+            pems = address.tls.read()
+            credentials = grpc.ssl_channel_credentials(pems.ca, pems.key, pems.certificate)
+            self._channel = grpc.secure_channel(address.grpc_target, credentials, options)
         self._calls: dict[str, Callable[..., Any]] = {}
 
     def call(self, name: str, request: Any, timeout_s: float = CALL_S) -> Any:
@@ -132,6 +139,8 @@ class Channel:
         except grpc.RpcError as error:
             if code(error) == "DEADLINE_EXCEEDED":
                 return errors.Unreachable("the daemon doesn't answer", "no_answer")
+            if code(error) == "UNAVAILABLE" and self._tls:
+                return errors.Unreachable(f"no connection with TLS: {_handshake(error)}", "refused")
             if code(error) == "UNAVAILABLE" and "HTTP/2" not in str(error):
                 return errors.Unreachable("the connection broke")  # it has just ended
             told = f"what listens there is no kvc2 daemon ({code(error)})"
@@ -149,6 +158,14 @@ class Channel:
 
     def close(self) -> None:
         self._channel.close()
+
+
+def _handshake(error: grpc.RpcError) -> str:
+    """Why one failed, as far as this end was told."""
+    told = str(error.details()) if isinstance(error, grpc.Call) else str(error)
+    if "Socket closed" in told or "reset" in told:
+        return "the daemon ended it, as it does where it doesn't believe a certificate"
+    return told.partition("Tls handshake failed ")[2] or told
 
 
 def translated(error: grpc.RpcError) -> errors.Kvc2Error:

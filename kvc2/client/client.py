@@ -16,6 +16,7 @@ from kvc2.client.connection import EnginePool, NamespaceHandle, SessionOptions
 from kvc2.client.keeper import Engine, Keeper, State
 from kvc2.client.memory import ArenaView, EngineMemory
 from kvc2.client.share import Share
+from kvc2.host.address import Address
 from kvc2.layout import Layout
 from kvc2.v1 import cache_pb2
 from kvc2.wire import from_message, to_message
@@ -50,7 +51,7 @@ class Client:
 
     def __init__(
         self,
-        address: str,
+        address: str | Address,
         *,
         pool: EngineMemory,
         layout: Layout,

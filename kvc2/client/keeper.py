@@ -98,7 +98,7 @@ class Keeper:
     what is no address. Calls raise errors.Detached when there is no session, and another
     errors.Kvc2Error when the daemon refuses what was asked."""
 
-    def __init__(self, address: str, pool: EnginePool, engine: Engine) -> None:
+    def __init__(self, address: str | Address, pool: EnginePool, engine: Engine) -> None:
         self._daemon = Address.of_daemon(address)
         self.last_refusal: errors.Kvc2Error | None = None
         self._engine = engine

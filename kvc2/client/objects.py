@@ -32,6 +32,7 @@ from kvc2.client.connection import NamespaceHandle, SessionOptions
 from kvc2.client.memory import ArenaView, PoolMemory
 from kvc2.client.staging import Staging
 from kvc2.client.streams import Streams
+from kvc2.host.address import Address
 from kvc2.layout import Layout, Segment
 
 Bools: TypeAlias = NDArray[np.bool_]
@@ -284,7 +285,7 @@ class Streamed:
 
 
 def open_objects(
-    address: str,
+    address: str | Address,
     identity: bytes,
     num_bytes: int,
     *,

@@ -6,22 +6,25 @@ Exit codes: 0 done, 1 failed, 2 bad usage. Imports are lazy, so that `--help` is
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvc2 import config, errors
+from kvc2 import config, errors, flags
+from kvc2.commands import reach
 from kvc2.commands.exits import BAD_USAGE, FAILED, exit_codes
+from kvc2.commands.reach import Reach
 from kvc2.commands.serve import EPILOG, serve
 from kvc2.config import EvictionPolicy
 from kvc2.host.paths import user_path
 
 if TYPE_CHECKING:
-    from kvc2.client import Admin, Asked, Flushed
+    from kvc2.client import Asked, Flushed
 
 AS_ASKED = ("no_disk", "not_admitted")  # how the daemon was asked to run: no failure
 TTL_MAX = (1 << 32) - 1  # seconds
@@ -42,13 +45,6 @@ class Tier(StrEnum):
     disk = "disk"
 
 
-Address = Annotated[
-    str | None,
-    typer.Option(
-        help="The daemon's address, unix:PATH (~ is a home) or HOST:PORT.",
-        show_default="as `kvc2 serve`'s",
-    ),
-]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of a table.")]
 PromptTokens = Annotated[
     Path | None,
@@ -71,11 +67,12 @@ app.command(epilog=EPILOG)(serve)
 
 
 @app.command(epilog="Example: kvc2 stats --json | jq .tiers")
-def stats(address: Address = None, as_json: Json = False) -> None:
+@flags.takes(Reach)
+def stats(as_json: Json = False, **at: Any) -> None:
     """Show tiers, sessions and counters of a running daemon."""
     from kvc2.commands.stats import show
 
-    with exit_codes(), _admin(address) as admin:
+    with exit_codes(), reach.admin(at) as admin:
         found = admin.stats()
         if as_json:
             print(json.dumps(asdict(found), indent=2))
@@ -84,21 +81,23 @@ def stats(address: Address = None, as_json: Json = False) -> None:
 
 
 @app.command(epilog="Example: kvc2 flush --deadline-s 60")
-def flush(address: Address = None, deadline_s: Deadline = 30.0, as_json: Json = False) -> None:
+@flags.takes(Reach)
+def flush(deadline_s: Deadline = 30.0, as_json: Json = False, **at: Any) -> None:
     """Wait until all committed blocks are on disk; exit code 1 if some are not."""
-    with exit_codes(), _admin(address) as admin:
+    with exit_codes(), reach.admin(at) as admin:
         _report_flushed(admin.flush(deadline_s), as_json)
 
 
 @app.command(epilog="Example: kvc2 evict --tier cpu")
+@flags.takes(Reach)
 def evict(
     tier: Annotated[Tier, typer.Option(help="Which tier's copies to drop.")],
-    address: Address = None,
     blocks: Annotated[int, typer.Option(help="How many; 0: all that can be.", min=0)] = 0,
     as_json: Json = False,
+    **at: Any,
 ) -> None:
     """Drop unpinned blocks from one tier; they stay in the others."""
-    with exit_codes(), _admin(address) as admin:
+    with exit_codes(), reach.admin(at) as admin:
         found = admin.evict(tier.value, blocks)
         if as_json:
             print(json.dumps(asdict(found)))
@@ -107,6 +106,7 @@ def evict(
 
 
 @app.command(epilog="Example: kvc2 invalidate --weights-digest 5f1d...e0")
+@flags.takes(Reach)
 def invalidate(
     weights_digest: Annotated[
         str,
@@ -115,11 +115,11 @@ def invalidate(
         ),
     ] = "",
     namespace: Annotated[str, typer.Option(help="Of this namespace; 64 hex digits.")] = "",
-    address: Address = None,
     as_json: Json = False,
+    **at: Any,
 ) -> None:
     """Drop all blocks of changed weights, in every tier and for good; give one of the two."""
-    with exit_codes(), _admin(address) as admin:
+    with exit_codes(), reach.admin(at) as admin:
         if bool(weights_digest) == bool(namespace):
             raise errors.InvalidRequest("weights-digest, namespace", None, "one of them")
         found = admin.invalidate(
@@ -178,6 +178,7 @@ def replay(
     "/models/qwen3. A request is known by its id while it is among the last 1024; neither it nor "
     "the dead outlive the daemon. Needs the unix socket: the answer tells tokens of other prompts."
 )
+@flags.takes(Reach)
 def explain(
     request_id: Annotated[
         str, typer.Argument(help="A request's id, as the engine's answer has it.")
@@ -186,13 +187,13 @@ def explain(
     text: PromptText = None,
     tokenizer: TokenizerFolder = None,
     namespace: Namespace = "",
-    address: Address = None,
     as_json: Json = False,
+    **at: Any,
 ) -> None:
     """Tell which blocks of a request or prompt hit in which tier, and why the next one did not."""
     from kvc2.commands import prompts
 
-    with exit_codes(), _admin(address) as admin:
+    with exit_codes(), reach.admin(at) as admin:
         if bool(request_id) + (tokens is not None) + (text is not None) != 1:
             raise errors.InvalidRequest("REQUEST_ID, tokens, text", None, "one of them")
         words = None if tokenizer is None else prompts.open_tokenizer(tokenizer)
@@ -242,19 +243,20 @@ def check(
     epilog="Example: kvc2 scrub --mb-per-s 200. The pass goes on in the daemon if this command "
     "ends first; disk.scrub_mb_per_s has the daemon begin one each day. Exit code 1: bad blocks."
 )
+@flags.takes(Reach)
 def scrub(
     mb_per_s: Annotated[
         int, typer.Option(help="10^6 bytes a second; 0: 100. Also of a pass under way.", min=0)
     ] = 0,
     stop: Annotated[bool, typer.Option("--stop", help="End the pass under way instead.")] = False,
     status: Annotated[bool, typer.Option("--status", help="Only tell how it goes.")] = False,
-    address: Address = None,
     as_json: Json = False,
+    **at: Any,
 ) -> None:
     """Verify what a running daemon has on disk, in the background; bad blocks are dropped."""
     from kvc2.commands import check
 
-    with exit_codes(), _admin(address) as admin:
+    with exit_codes(), reach.admin(at) as admin:
         if stop or status:
             found = admin.scrub(stop=stop)
         else:
@@ -268,16 +270,17 @@ def scrub(
 
 
 @app.command(epilog="Example: kvc2 quota agents --tier cpu --gb 20")
+@flags.takes(Reach)
 def quota(
     tenant: Annotated[str, typer.Argument(help="One that the configuration declares.")],
     tier: Annotated[Tier, typer.Option(help="Of gpu (all engines' pools), cpu or disk.")],
     gb: Annotated[float, typer.Option(help="10^9 bytes; 0: no limit.", min=0)] = 0.0,
     blocks: Annotated[int, typer.Option(help="Blocks; 0: no limit.", min=0)] = 0,
-    address: Address = None,
     as_json: Json = False,
+    **at: Any,
 ) -> None:
     """Set what a tenant may take of a tier, until the daemon ends; its own coldest blocks go."""
-    with exit_codes(), _admin(address) as admin:
+    with exit_codes(), reach.admin(at) as admin:
         max_bytes = round(gb * config.GB)
         found = admin.set_quota(tenant, tier.value, max_bytes=max_bytes, max_blocks=blocks)
         if as_json:
@@ -290,6 +293,7 @@ def quota(
     epilog="Example: kvc2 pin --text system.txt --tokenizer /models/qwen3 --hard. A pin ends with "
     "unpin, after --ttl, with an invalidate or with the daemon. Needs the unix socket."
 )
+@flags.takes(Reach)
 def pin(
     tokens: PromptTokens = None,
     text: PromptText = None,
@@ -305,11 +309,11 @@ def pin(
         ),
     ] = 0,
     namespace: Namespace = "",
-    address: Address = None,
     as_json: Json = False,
+    **at: Any,
 ) -> None:
     """Keep a prompt's full blocks in a tier, whether they are there now or come later."""
-    with exit_codes(), _admin(address) as admin:
+    with exit_codes(), reach.admin(at) as admin:
         prompt = _prompt(tokens, text, tokenizer)
         name = _bytes("namespace", namespace)
         found = admin.pin(prompt, tier=tier.value, hard=hard, ttl_s=ttl, namespace=name)
@@ -326,16 +330,17 @@ def pin(
 
 
 @app.command(epilog="Example: kvc2 unpin --text system.txt --tokenizer /models/qwen3")
+@flags.takes(Reach)
 def unpin(
     tokens: PromptTokens = None,
     text: PromptText = None,
     tokenizer: TokenizerFolder = None,
     tier: Annotated[Tier, typer.Option(help="Where: cpu or disk.")] = Tier.cpu,
     namespace: Namespace = "",
-    address: Address = None,
+    **at: Any,
 ) -> None:
     """End the pin of exactly these blocks; exit code 1 when there was none."""
-    with exit_codes(), _admin(address) as admin:
+    with exit_codes(), reach.admin(at) as admin:
         prompt = _prompt(tokens, text, tokenizer)
         blocks = admin.unpin(prompt, tier=tier.value, namespace=_bytes("namespace", namespace))
         if not blocks:
@@ -348,6 +353,7 @@ def unpin(
     epilog="Example: kvc2 prefetch --text system.txt --tokenizer /models/qwen3 --deadline-s 5. "
     "Needs the unix socket."
 )
+@flags.takes(Reach)
 def prefetch(
     tokens: PromptTokens = None,
     text: PromptText = None,
@@ -356,11 +362,11 @@ def prefetch(
     deadline_s: Annotated[
         float, typer.Option(help="Wait so many seconds; 0: not at all.", min=0.0)
     ] = 0.0,
-    address: Address = None,
     as_json: Json = False,
+    **at: Any,
 ) -> None:
     """Bring a prompt's cached prefix from the disk to the cpu tier, before it is asked for."""
-    with exit_codes(), _admin(address) as admin:
+    with exit_codes(), reach.admin(at) as admin:
         prompt = _prompt(tokens, text, tokenizer)
         name = _bytes("namespace", namespace)
         found = admin.prefetch(prompt, namespace=name, deadline_s=deadline_s)
@@ -374,9 +380,10 @@ def prefetch(
 
 
 @app.command(epilog="Example: kvc2 drain --deadline-s 120")
-def drain(address: Address = None, deadline_s: Deadline = 30.0, as_json: Json = False) -> None:
+@flags.takes(Reach)
+def drain(deadline_s: Deadline = 30.0, as_json: Json = False, **at: Any) -> None:
     """Flush and stop a running daemon; exit code 1 if some blocks are not on disk."""
-    with exit_codes(), _admin(address) as admin:
+    with exit_codes(), reach.admin(at) as admin:
         _report_flushed(admin.drain(deadline_s), as_json)
 
 
@@ -385,12 +392,6 @@ def _prompt(tokens: Path | None, text: Path | None, tokenizer: Path | None) -> A
 
     words = None if tokenizer is None else prompts.open_tokenizer(tokenizer)
     return prompts.read(tokens, text, words)
-
-
-def _admin(address: str | None) -> Admin:
-    from kvc2.client import Admin
-
-    return Admin(address or config.default_listen())
 
 
 def _report_flushed(found: Flushed, as_json: bool) -> None:
@@ -404,4 +405,6 @@ def _report_flushed(found: Flushed, as_json: bool) -> None:
 
 
 def main() -> None:
+    # gRPC writes a line for each handshake that fails, which is whoever's choice that connects
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     app()

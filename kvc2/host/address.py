@@ -11,11 +11,12 @@ import os
 import re
 import socket
 import urllib.parse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvc2 import errors
 from kvc2.host.paths import user_path
+from kvc2.host.tls import TlsFiles
 
 SOCKET_PATH_BYTES_MAX = 107  # sun_path
 PORT_MAX = 65535
@@ -25,11 +26,12 @@ FORMS = "unix:PATH or HOST:PORT"
 @dataclass(frozen=True)
 class Address:
     """`path`, absolute, of a unix socket; or None, and `host` (an IPv6 one without brackets) and
-    `port`."""
+    `port`; `tls`, then: how it is spoken to, None: in clear."""
 
     path: Path | None
     host: str = ""
     port: int = 0
+    tls: TlsFiles | None = None
 
     @classmethod
     def parse(
@@ -50,14 +52,25 @@ class Address:
         return cls(None, host.strip("[]"), int(port))
 
     @classmethod
-    def of_daemon(cls, text: str, *, field: str = "address") -> Address:
-        """One to connect to, as its caller's settings have it. Raises InvalidRequest."""
+    def of_daemon(
+        cls, text: str | Address, *, field: str = "address", tls: TlsFiles | None = None
+    ) -> Address:
+        """One to connect to, as its caller's settings have it, or one that is made already. Raises
+        InvalidRequest."""
+        if isinstance(text, Address):
+            return text
         if not isinstance(text, str):
             raise errors.InvalidRequest(field, text, FORMS)
         found = cls.parse(text, field=field)
         if found.path is None and found.port == 0:
             raise errors.InvalidRequest(field, text, f"{FORMS}, port 1 to {PORT_MAX}")
-        return found
+        if found.path is not None and tls is not None:
+            raise errors.InvalidRequest(field, text, "HOST:PORT, with tls")
+        return replace(found, tls=tls)
+
+    def __str__(self) -> str:
+        """As it is written, without what TLS needs."""
+        return self.grpc_target if self.path is None else f"unix:{self.path}"
 
     @property
     def grpc_target(self) -> str:

@@ -13,9 +13,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import grpc
+
 from kvc2 import errors
 from kvc2.config import SIDE_ENDING, default_listen, listen_address
 from kvc2.host.address import SOCKET_PATH_BYTES_MAX
+from kvc2.server.tls import ServerTls
 
 LOCK_ENDING = ".lock"
 
@@ -32,13 +35,15 @@ def private_files() -> Iterator[None]:
 
 class Claim:
     """One daemon's claim on what it listens at, held until `close`. Raises StartRefused and
-    InvalidConfig. `path` is the socket's, None on TCP; `side_path` is the side socket's."""
+    InvalidConfig. `path` is the socket's, None on TCP; `side_path` is the side socket's. `tls`:
+    of a port."""
 
-    def __init__(self, listen: str) -> None:
+    def __init__(self, listen: str, tls: ServerTls | None = None) -> None:
+        self._listen, self._tls = listen, tls
         address = listen_address(listen)
         if address.host == "localhost":  # one address, where the name may have two
             address = replace(address, host="127.0.0.1")
-        self.grpc_target = address.grpc_target
+        self._target = address.grpc_target
         self.path = address.path
         if self.path is None:
             beside = listen_address(default_listen()).path
@@ -59,6 +64,19 @@ class Claim:
         for each in (self.path, self.side_path):
             if each is not None:
                 unlink_stale(each)
+
+    def bind(self, server: grpc.aio.Server) -> int:
+        """Its port; of a unix path gRPC says 1. Raises StartRefused and InvalidConfig."""
+        try:
+            if self._tls is not None:
+                return server.add_secure_port(self._target, self._tls.credentials())
+            with private_files():
+                return server.add_insecure_port(self._target)
+        except RuntimeError as error:
+            if self.path is None:
+                allowed = "a port that nobody has: this one can't be bound"
+                raise errors.InvalidConfig("listen", self._listen, allowed) from error
+            raise errors.StartRefused(f"listen: can't bind {self._listen}") from error
 
     def close(self) -> None:
         """Remove the sockets, then give up the lock. The lock's file stays: unlinking it would let

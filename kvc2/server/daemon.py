@@ -30,13 +30,14 @@ from kvc2.periodic import periodically
 from kvc2.server import wiring
 from kvc2.server.attach import EXPIRY_CHECK_S, Attachments
 from kvc2.server.callers import Callers
-from kvc2.server.claim import Claim, private_files
+from kvc2.server.claim import Claim
 from kvc2.server.commits import Commits
 from kvc2.server.scrapes import Scrapes
 from kvc2.server.session_calls import SessionCalls
 from kvc2.server.shared_calls import SharedCalls
 from kvc2.server.side import SideSocket
 from kvc2.server.streams import Streams
+from kvc2.server.tls import ServerTls
 from kvc2.server.wiring import Calls
 
 STOP_GRACE_S = 0.5  # for calls under way when the last flush has ended
@@ -54,9 +55,9 @@ async def running(
     and `clock` are where tests put theirs."""
     started = time.monotonic()
     async with contextlib.AsyncExitStack() as stack:
-        claim = Claim(config.listen)
-        stack.callback(claim.close)
         metrics = Metrics()
+        claim = Claim(config.listen, ServerTls.of(config.tls, metrics))
+        stack.callback(claim.close)
         cache = await open_cache(config, metrics)
         table = SessionTable(max_sessions=config.limits.max_sessions, clock=clock)
         daemon = Daemon(config, metrics, cache, claim, table)
@@ -68,6 +69,7 @@ async def running(
             "serving",
             listen=config.listen,
             **port,
+            tls=config.tls.files is not None,
             arena_bytes=0 if config.gpu_only else config.cpu.memory_bytes,
             disk=config.disk.path,
             seconds=round(time.monotonic() - started, 3),
@@ -154,14 +156,7 @@ class Daemon:
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, library)
 
     def _bind(self) -> None:
-        with private_files():
-            try:
-                self.port = self._server.add_insecure_port(self._claim.grpc_target)
-            except RuntimeError as error:
-                if self._claim.path is None:
-                    allowed = "a port that nobody has: this one can't be bound"
-                    raise errors.InvalidConfig("listen", self.config.listen, allowed) from error
-                raise errors.StartRefused(f"listen: can't bind {self.config.listen}") from error
+        self.port = self._claim.bind(self._server)
         self.attachments.side_path = str(self._claim.side_path)
         self._side = SideSocket(
             self._claim.side_path, self.attachments.expect, self.attachments.join, self.metrics

@@ -37,6 +37,9 @@ kvc2:
 """
 
 
+TLS = {"certificate": "/c", "key": "/k", "client_ca": "/a"}
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_file_of_configs_loads(path: Path) -> None:
     config_file.load(path, {})
@@ -96,6 +99,15 @@ def test_flags_go_over_the_file(tmp_path: Path) -> None:
         ({"tenants": [{"name": "default", "uids": [1]}]}, "tenants.uids = (1,): none for default"),
         ({"listen": "0.0.0.0:50051"}, "mTLS"),
         ({"listen": "example.org:50051"}, "mTLS"),
+        ({"tls": {"key": "/k"}}, "tls.certificate: a path, with tls.key"),
+        (
+            {"tls": {"key": "/k", "certificate": "/c"}},
+            "tls.client_ca: a path, with tls.certificate",
+        ),
+        (
+            {"listen": "unix:/k", "tls": TLS},
+            "tls.certificate = '/c': only with listen on HOST:PORT",
+        ),
         ({"listen": "unix:/" + "x" * 120}, "unix:PATH of 1 to"),
         ({"listen": "127.0.0.1"}, "unix:PATH or HOST:PORT"),
     ],
