@@ -17,6 +17,7 @@ from kvc2.flags import (
     at_least,
     between,
     check,
+    each_matching,
     matching,
     multiple_of,
     power_of_two,
@@ -36,6 +37,9 @@ ARENA_BYTES_MIN = 1 << 20
 SIDE_ENDING = ".side"  # the side socket lies beside the main one
 REPLAY_ENDING = ".replay"  # and the one for replays of KV events beside theirs
 TOPICS = "up to 256 visible ASCII characters"
+CERTIFICATE_NAMES = each_matching(
+    r"[!-~]([ -~]{0,254}[!-~])?", "names of 1 to 256 printable ASCII characters"
+)
 TTL_S_MAX = (1 << 32) - 1
 DEFAULT_TENANT = "default"
 WritePolicy = Literal["behind", "back", "through"]
@@ -67,7 +71,8 @@ NUMA = r"interleave|local|\d{1,3}(-\d{1,3})?(,\d{1,3}(-\d{1,3})?)*"  # nodes as 
 
 @dataclass(frozen=True)
 class TlsConfig:
-    """TLS of a listener on TCP, whose clients show certificates too (mTLS): all three, or none."""
+    """TLS of a listener on TCP, whose clients show certificates too (mTLS): all three files, or
+    none. Which names are a tenant's: `tenants`."""
 
     certificate: Annotated[
         Path | None,
@@ -84,6 +89,15 @@ class TlsConfig:
         Path | None,
         Flag("In PEM; one of these has signed each client's certificate.", shown="no TLS"),
     ] = None
+    administrators: Annotated[
+        tuple[str, ...],
+        Flag(
+            "A certificate with one of these names may do what a unix socket's owner may: flush, "
+            "evict, drain, stats and so on, and all as the default tenant. Its alternative names "
+            "count, or the common name of one without these. May be given several times.",
+            CERTIFICATE_NAMES,
+        ),
+    ] = ()
 
     def __post_init__(self) -> None:
         check(self, "tls")
@@ -92,6 +106,10 @@ class TlsConfig:
         if missing and len(missing) < len(given):
             other = next(name for name in given if name not in missing)
             raise errors.InvalidConfig(f"tls.{missing[0]}", None, f"a path, with tls.{other}")
+        if missing and self.administrators:
+            raise errors.InvalidConfig(
+                "tls.administrators", self.administrators, "only with tls.certificate"
+            )
 
     @property
     def files(self) -> TlsFiles | None:
@@ -436,6 +454,13 @@ class TenantConfig:
         tuple[int, ...],
         Flag("User ids that may open its namespaces; empty: the socket's owner."),
     ] = ()
+    certificate_names: Annotated[
+        tuple[str, ...],
+        Flag(
+            "Over TLS, who has a certificate with one of these names calls for it.",
+            CERTIFICATE_NAMES,
+        ),
+    ] = ()
     ttl_s: Annotated[
         int,
         Flag("How long after its last use a block matches; 0: for ever.", between(0, TTL_S_MAX)),
@@ -580,3 +605,13 @@ class ServeConfig:
                 "tls.client_ca"
             )
             raise errors.InvalidConfig("listen", self.listen, allowed)
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """Who may call over TLS is named, and nobody where there is none."""
+        names = [name for each in self.tenants for name in each.certificate_names]
+        if self.tls.files is None and names:
+            raise errors.InvalidConfig("tenants.certificate_names", names, "none without tls")
+        if self.tls.files is not None and not names and not self.tls.administrators:
+            allowed = "a name, here or in tenants.certificate_names: else nobody may call"
+            raise errors.InvalidConfig("tls.administrators", (), allowed)

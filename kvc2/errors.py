@@ -64,7 +64,7 @@ class LimitReached(FieldError):
 
 
 class Denied(FieldError):
-    """The caller's user id may not do this."""
+    """The caller, by its user id or its certificate, may not do this."""
 
 
 class SessionOver(Kvc2Error):

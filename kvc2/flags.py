@@ -78,6 +78,12 @@ def matching(pattern: str, text: str) -> Allowed:
     return Allowed(text, lambda value: re.fullmatch(pattern, value) is not None)
 
 
+def each_matching(pattern: str, text: str) -> Allowed:
+    """Of a tuple of texts."""
+    whole = re.compile(pattern)
+    return Allowed(text, lambda values: all(whole.fullmatch(each) for each in values))
+
+
 def _number(value: float) -> str:
     return str(int(value)) if value == int(value) else f"{value:g}"
 
@@ -311,7 +317,7 @@ def nested(config: type, given: Values) -> Values:
     """Options as a file nests them, without those that are None."""
     values: Values = {}
     for each in options_of(config):
-        if given.get(each.name) is not None:
+        if given.get(each.name) not in (None, []):  # [] is a list's option that isn't given
             place = values.setdefault(each.section, {}) if each.section else values
             place[each.field.name] = given[each.name]
     return values
@@ -327,6 +333,8 @@ def _parameter(option: Option) -> inspect.Parameter:
     import typer  # here, since what only reads a configuration needs no command line
 
     kind = option.field.kind
+    if get_origin(kind) is tuple:  # an option that may come several times
+        kind = list[get_args(kind)[0]]  # type: ignore[misc]
     names = f"{option.text}/--no{option.text[1:]}" if kind is bool else option.text
     about = typer.Option(names, help=option.help, show_default=False)
     return inspect.Parameter(
@@ -340,4 +348,6 @@ def _parameter(option: Option) -> inspect.Parameter:
 def _shown(default: object) -> str:
     if isinstance(default, bool):
         return "yes" if default else "no"
+    if default == ():
+        return "none"
     return _number(default) if isinstance(default, float) else str(default)

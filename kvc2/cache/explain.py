@@ -9,7 +9,7 @@ restart: `uptime_s` says since when anything is known. One thread (the event loo
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple
@@ -96,10 +96,22 @@ class Explainer:
         if len(self._recent) > RECENT_MAX:
             self._recent.popitem(last=False)
 
-    def of_request(self, request_id: bytes, epoch: int | None) -> Explained:
-        """A recent request's answer; one of a session (None: of any). Raises NotFound."""
+    def of_request(
+        self,
+        request_id: bytes,
+        epoch: int | None = None,
+        *,
+        tenants: Collection[str] | None = None,
+    ) -> Explained:
+        """A recent request's answer; one of a session (None: of any) and of these tenants (None: of
+        all). Raises NotFound."""
         asked = self._recent.get(request_id)
-        if asked is None or epoch not in (None, asked.epoch) or asked.namespace.gone:
+        if (
+            asked is None
+            or epoch not in (None, asked.epoch)
+            or asked.namespace.gone
+            or (tenants is not None and asked.namespace.owner.tenant not in tenants)
+        ):
             raise errors.NotFound("request_id", request_id, f"one of the last {RECENT_MAX}")
         answer = self._told(asked.namespace, asked.tokens, asked.found)
         return replace(answer, asked_s_ago=float(self._now() - asked.second))

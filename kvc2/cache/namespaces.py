@@ -14,7 +14,7 @@ Not here: who may open a namespace (server/tenants.py), which of them a session 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -138,16 +138,24 @@ class Namespaces:
         """Those that were opened, the last one first."""
         return reversed(self._opened.values())
 
-    def find(self, name: bytes) -> Namespace:
-        """The one of this name; without a name the only one. Raises NotFound for what nobody has
-        opened since the start."""
-        if name and name not in self._opened:
-            raise errors.NotFound("namespace", name.hex(), "one that was opened since the start")
-        if not name and len(self._opened) != 1:
-            names = [each.name.hex() for each in islice(self, LISTED_MAX)]
-            known = ", ".join(names) or "none is open"
+    def find(self, name: bytes, tenants: Collection[str] | None = None) -> Namespace:
+        """The one of this name, without a name the only one, as if there were those of these
+        tenants alone (None: of all). Raises NotFound for what nobody has opened since the start."""
+
+        def is_told(each: Namespace) -> bool:
+            return tenants is None or each.owner.tenant in tenants
+
+        if name:
+            found = self._opened.get(name)
+            if found is None or not is_told(found):
+                allowed = "one that was opened since the start"
+                raise errors.NotFound("namespace", name.hex(), allowed)
+            return found
+        told = list(islice(filter(is_told, self), LISTED_MAX))
+        if len(told) != 1:
+            known = ", ".join(each.name.hex() for each in told) or "none is open"
             raise errors.NotFound("namespace", "", f"one of these: {known}")
-        return self._opened[name] if name else next(iter(self))
+        return told[0]
 
     def adopt(self, restored: Mapping[bytes, int]) -> None:
         """What a restart found: the index's numbers by the name of the era. Tenants show later."""

@@ -96,8 +96,8 @@ class OpenLease:
 
 @dataclass(eq=False)
 class Session:
-    """One attachment. The table makes it, the server fills `pid`, `uid` and `give_up`, and the
-    cache fills `pool` and `leases`.
+    """One attachment. The table makes it, the server fills `pid`, `uid`, `credential` (of who
+    attached over TLS) and `give_up`, and the cache fills `pool` and `leases`.
 
     `pool` is there from Cache.open_session until the end of Cache.close_session. `give_up` ends the
     attachment when the pool can't be filled any more; the engine attaches again. `leases` are the
@@ -114,6 +114,7 @@ class Session:
     life: SessionLife = field(default_factory=SessionLife)
     pid: int = 0
     uid: int = -1
+    credential: object = None
     pool: GpuPool | None = None
     give_up: Callable[[], None] = field(default=lambda: None, repr=False)
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(SECRET_BYTES), repr=False)

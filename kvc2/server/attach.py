@@ -24,6 +24,7 @@ from kvc2.config import ServeConfig
 from kvc2.cuda.faults import NoWorker, RefusedByWorker, WorkerLost
 from kvc2.metrics import Metrics
 from kvc2.server import checks, hello
+from kvc2.server.credentials import CALLER
 from kvc2.server.hello import Greeting
 from kvc2.server.side import NONCE_BYTES, Expected, Handover
 from kvc2.tiers.device import DeviceShare
@@ -103,6 +104,7 @@ class Attachments:
         session = self.table.open(
             greeting.engine_name, greeting.layout, greeting.num_pages, expiry_s=greeting.expiry_s
         )
+        session.credential = CALLER.get()
         ended: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         nonce = secrets.token_bytes(NONCE_BYTES)
         attachment = _Attachment(session, greeting, nonce, context, ended)

@@ -1,24 +1,28 @@
-"""Who makes a call, and how many of them may wait.
+"""Who makes a call, what that may call, and how many of them may wait.
 
-Not here: what a call may carry (checks.py), and what it does (session_calls.py, shared_calls.py).
+Not here: whose a certificate is (credentials.py), what a call may carry (checks.py), and what it
+does (session_calls.py, shared_calls.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
+
+import grpc
 
 from kvc2 import errors
 from kvc2.cache.sessions import Session, SessionTable
 from kvc2.config import ServeConfig, listen_address
 from kvc2.metrics import Metrics
+from kvc2.server.credentials import CALLER, Credential, Credentials
 from kvc2.v1 import cache_pb2
 
-Whose = Literal["owner", "session", "session or owner", "administrator"]
+Whose = Literal["owner", "session", "session or owner", "session or administrator", "administrator"]
 # Whose each rpc is. owner: who may open the unix socket, and so the side socket beside it. session:
 # the engine that was told its secret. administrator: whoever reaches the address, which on TCP is
-# any local user.
+# any local user. Over TLS: `Callers.gate`.
 WHOSE: dict[str, Whose] = {
     "Attach": "owner",
     "OpenNamespace": "session",
@@ -35,39 +39,82 @@ WHOSE: dict[str, Whose] = {
     "Prefetch": "session or owner",
     "Flush": "administrator",
     "Evict": "administrator",
-    "Invalidate": "administrator",
+    "Invalidate": "session or administrator",
     "SetQuota": "administrator",
     "Scrub": "administrator",
     "Stats": "administrator",
     "Drain": "administrator",
 }
+Context = grpc.aio.ServicerContext[Any, Any]
+Gate = Callable[[Context], None]  # raises Denied
 DURABLE_WAITS_MAX = 64  # flushes and durable commits that wait at a time
 
 
 class Callers:
-    """A call is its session's, which its secret proves, or the socket's owner's."""
+    """A call is its session's, which its secret proves, or the socket's owner's.
+
+    Over TLS each call needs a certificate that the configuration names: a session's calls the one
+    that it attached with, an administrator's one of tls.administrators, which is the owner too. Who
+    calls for tenants and without a session knows the namespaces of these alone (`tenants`)."""
 
     def __init__(self, config: ServeConfig, table: SessionTable, metrics: Metrics) -> None:
+        self._credentials = None if config.tls.files is None else Credentials(config)
         self._owner_is_known = listen_address(config.listen).path is not None
         self._metrics = metrics
         self.table = table
         self.waits = UnderWay("durable waits", DURABLE_WAITS_MAX)
 
     def session(self, head: cache_pb2.SessionRef) -> Session:
-        """Raises SessionOver."""
+        """Raises SessionOver, and Denied over TLS for another's session."""
         try:
-            return self.table.of_call(head.secret, head.session_epoch)
+            found = self.table.of_call(head.secret, head.session_epoch)
         except errors.SessionOver:
             self._metrics.fault("fenced_call")
             raise
+        caller = CALLER.get()
+        if found.credential != caller:
+            raise errors.Denied("certificate", str(caller), "the one that the session began with")
+        return found
 
     def session_or_owner(self, request: Any) -> Session | None:
-        """None: the socket's owner asks, of all sessions. Raises Denied on TCP."""
+        """None: the socket's owner asks, of all sessions, or over TLS who has a certificate, of
+        what `tenants` says. Raises Denied on TCP in clear."""
         if request.HasField("session"):
             return self.session(request.session)
-        if not self._owner_is_known:
+        if not self._owner_is_known and self._credentials is None:
             raise errors.Denied("session", "none", "one: TCP doesn't say who calls")
         return None
+
+    def gate(self, rpc: str) -> Gate | None:
+        """What each call of this rpc passes first, which makes its credential CALLER; None: there
+        is no TLS. KeyError for an rpc without a rule."""
+        whose, credentials = WHOSE[rpc], self._credentials
+        if credentials is None:
+            return None
+
+        def admit(context: Context) -> None:
+            caller = credentials.of(context.auth_context())
+            if whose == "administrator":
+                check_administrator(caller)
+            CALLER.set(caller)
+
+        return admit
+
+    def administrator(self) -> None:
+        """Raises Denied for another's call, which came over TLS."""
+        if (caller := CALLER.get()) is not None:
+            check_administrator(caller)
+
+    def tenants(self) -> frozenset[str] | None:
+        """Whose namespaces this call may name; None: all."""
+        caller = CALLER.get()
+        return None if caller is None or caller.is_administrator else caller.tenants
+
+
+def check_administrator(caller: Credential) -> None:
+    """Raises Denied."""
+    if not caller.is_administrator:
+        raise errors.Denied("certificate", str(caller), "one of tls.administrators, for this rpc")
 
 
 class UnderWay:

@@ -106,6 +106,7 @@ class Daemon:
         callers = Callers(config, table, metrics)
         commits = Commits(config, cache, callers.waits, metrics)
         self.calls = Calls(
+            callers,
             SessionCalls(config, cache, self.attachments, callers, commits, metrics),
             SharedCalls(config, cache, callers, metrics, self._drain_call),
             Streams(config.limits, cache, callers, commits),

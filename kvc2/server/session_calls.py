@@ -28,6 +28,7 @@ from kvc2.server import checks
 from kvc2.server.attach import Attachments
 from kvc2.server.callers import Callers
 from kvc2.server.commits import Commits
+from kvc2.server.credentials import CALLER
 from kvc2.server.tenants import Tenants
 from kvc2.v1 import cache_pb2
 from kvc2.wire import to_message
@@ -62,6 +63,7 @@ class SessionCalls:
     ) -> cache_pb2.OpenNamespaceResponse:
         session = self._callers.session(request.session)
         tenant = checks.text("tenant", request.tenant, checks.TENANT_BYTES_MAX)
+        self._tenants.check_credential(tenant, CALLER.get())
         identity = decode(request.identity)
         of = self._keyed_layout(session, request)
         check_layout(identity, of.layout)

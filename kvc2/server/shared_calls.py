@@ -71,8 +71,9 @@ class SharedCalls:
         if request.WhichOneof("what") == "request_id":
             request_id = checks.request_id("request_id", request.request_id)
             checks.no_extras("extras", request.extras, "they were the request's own")
-            epoch = None if session is None else session.epoch
-            return self._cache.explainer.of_request(request_id, epoch)
+            if session is None:
+                return self._cache.explainer.of_request(request_id, tenants=self._callers.tenants())
+            return self._cache.explainer.of_request(request_id, session.epoch)
         namespace = self._namespace(session, request)
         asked = checks.explained(request, namespace, self._limits)
         return self._cache.explain(session, namespace, asked)
@@ -97,8 +98,10 @@ class SharedCalls:
             session = self._callers.session(request.session)
             names = [checks.namespace_id(session, request.namespace_id).name]
         elif what == "namespace":
+            self._callers.administrator()
             names = [checks.namespace("namespace", request.namespace)]
         else:
+            self._callers.administrator()
             names = self._cache.namespaces.of_weights(request.weights_digest)
             checks.weights("weights_digest", request.weights_digest, known=bool(names))
         return to_message(await self._cache.invalidate(names), cache_pb2.InvalidateResponse)
@@ -144,14 +147,14 @@ class SharedCalls:
     def _asked(
         self, request: cache_pb2.PinRequest | cache_pb2.UnpinRequest | cache_pb2.PrefetchRequest
     ) -> tuple[Session | None, Namespace, Asked]:
-        """Who asks (None: the socket's owner), the namespace, and which blocks of it."""
+        """Who asks (None: no session), the namespace, and which blocks of it."""
         session = self._callers.session_or_owner(request)
         namespace = self._namespace(session, request)
         return session, namespace, checks.asked(request, namespace, self._limits)
 
     def _namespace(self, session: Session | None, request: InNamespace) -> Namespace:
         if session is None:
-            return self._cache.namespaces.find(request.namespace)
+            return self._cache.namespaces.find(request.namespace, self._callers.tenants())
         return checks.namespace_id(session, request.namespace_id)
 
     async def Stats(self, request: cache_pb2.StatsRequest) -> cache_pb2.StatsResponse:

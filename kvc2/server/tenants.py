@@ -15,6 +15,7 @@ from pathlib import Path
 from kvc2 import errors
 from kvc2.config import DEFAULT_TENANT, ServeConfig
 from kvc2.namespace import SECRET_BYTES_MIN, namespace
+from kvc2.server.credentials import Credential
 from kvc2.tiers.remote.codec import Shared, mac_key, shared_key
 
 SECRET_FILE = "default-tenant.secret"
@@ -54,6 +55,12 @@ class Tenants:
             return None
         name = namespace(key, identity, salt, opaque=opaque)
         return Shared(name, mac_key(key, name))
+
+    def check_credential(self, tenant: str, caller: Credential | None) -> None:
+        """Raises Denied where a call over TLS is not this tenant's, known or not."""
+        name = tenant or DEFAULT_TENANT
+        if caller is not None and name not in caller.tenants:
+            raise errors.Denied("tenant", name, f"not open to the certificate of {caller}")
 
     def namespace(
         self, tenant: str, uid: int, identity: bytes, salt: bytes, *, opaque: bool = False

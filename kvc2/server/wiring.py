@@ -21,6 +21,7 @@ from kvc2.config import LimitsConfig
 from kvc2.metrics import Metrics
 from kvc2.server import checks
 from kvc2.server.attach import Attachments
+from kvc2.server.callers import Callers, Gate
 from kvc2.server.session_calls import SessionCalls
 from kvc2.server.shared_calls import SharedCalls
 from kvc2.server.streams import Streams
@@ -40,8 +41,9 @@ IDLE_MS = 300_000  # and who is connected and calls nothing: an engine's Attach 
 
 
 class Calls(NamedTuple):
-    """The handlers of the Cache service."""
+    """The handlers of the Cache service, and who may call them."""
 
+    callers: Callers
     session: SessionCalls
     shared: SharedCalls
     streams: Streams
@@ -79,18 +81,18 @@ def register(
     """Add the two services of the wire."""
     handlers = {
         name: grpc.unary_unary_rpc_method_handler(
-            answered(name, calls.of(name), metrics),
+            answered(name, calls.of(name), metrics, calls.callers.gate(name)),
             response_serializer=getattr(cache_pb2, f"{name}Response").SerializeToString,
         )
         for name in UNARY
     }
-    read, write = _streamed(calls.streams, metrics)
+    read, write = _streamed(calls, metrics)
     handlers["Read"] = grpc.unary_stream_rpc_method_handler(read)  # it writes bytes itself
     handlers["Write"] = grpc.stream_unary_rpc_method_handler(
         write, response_serializer=cache_pb2.WriteResponse.SerializeToString
     )
     attach = grpc.stream_stream_rpc_method_handler(
-        _attach(attachments, metrics),
+        _attach(attachments, metrics, calls.callers.gate("Attach")),
         response_serializer=cache_pb2.AttachResponse.SerializeToString,
     )
     sessions, cache = SERVICES
@@ -102,9 +104,11 @@ def register(
     )
 
 
-def answered(name: str, handler: Handler, metrics: Metrics) -> Callable[[Any, Any], Awaitable[Any]]:
-    """The handler as gRPC calls it: its request parsed, timed, its exceptions turned into statuses.
-    What is no bytes is handed on as it is."""
+def answered(
+    name: str, handler: Handler, metrics: Metrics, gate: Gate | None
+) -> Callable[[Any, Any], Awaitable[Any]]:
+    """The handler as gRPC calls it: its caller admitted, its request parsed, timed, its exceptions
+    turned into statuses. What is no bytes is handed on as it is."""
     seconds = metrics.rpc_seconds.labels(name)
     ok = metrics.rpcs.labels(name, "OK")
     clock = time.perf_counter
@@ -113,6 +117,8 @@ def answered(name: str, handler: Handler, metrics: Metrics) -> Callable[[Any, An
     async def call(request: Any, context: Context) -> Any:
         started = clock()
         try:
+            if gate is not None:
+                gate(context)
             if isinstance(request, bytes):
                 request = checks.message(kind, request)
             response = await handler(request)
@@ -130,22 +136,29 @@ def answered(name: str, handler: Handler, metrics: Metrics) -> Callable[[Any, An
 
 
 def _streamed(
-    streams: Streams, metrics: Metrics
+    calls: Calls, metrics: Metrics
 ) -> tuple[Callable[[Any, Context], Awaitable[None]], Callable[[Any, Context], Awaitable[Any]]]:
     """Read and Write as gRPC calls them."""
+    streams = calls.streams
+    reading, writing = (calls.callers.gate(name) for name in STREAMS)
 
     async def read(request: bytes, context: Context) -> None:
-        await answered("Read", partial(streams.Read, context), metrics)(request, context)
+        handler = partial(streams.Read, context)
+        await answered("Read", handler, metrics, reading)(request, context)
 
     async def write(_: Any, context: Context) -> Any:
-        return await answered("Write", streams.Write, metrics)(context, context)
+        return await answered("Write", streams.Write, metrics, writing)(context, context)
 
     return read, write
 
 
-def _attach(attachments: Attachments, metrics: Metrics) -> Callable[[Any, Any], Awaitable[None]]:
+def _attach(
+    attachments: Attachments, metrics: Metrics, gate: Gate | None
+) -> Callable[[Any, Any], Awaitable[None]]:
     async def call(requests: Any, context: Context) -> None:
         try:
+            if gate is not None:
+                gate(context)
             await attachments.attach(context)
         except asyncio.CancelledError:
             raise

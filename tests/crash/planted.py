@@ -1,4 +1,5 @@
-"""Do the tests catch bugs of the disk's path, of leases, of the remote tier, of what calls CUDA?
+"""Do the tests catch bugs of the disk's path, of leases, of the remote tier, of TLS, of what calls
+CUDA?
 Plants each in a copy of the tree, runs the tests that are about it, and demands that one of them
 fails.
 
@@ -32,6 +33,8 @@ from tests.crash.lease_bugs import LEASE_BUGS
 from tests.crash.lease_bugs import TESTS as LEASE_TESTS
 from tests.crash.remote_bugs import REMOTE_BUGS
 from tests.crash.remote_bugs import TESTS as REMOTE_TESTS
+from tests.crash.tls_bugs import TESTS as TLS_TESTS
+from tests.crash.tls_bugs import TLS_BUGS
 from tests.cuda import hostile
 from tests.cuda.bugs import CUDA_BUGS
 from tests.cuda.bugs import TESTS as CUDA_TESTS
@@ -51,7 +54,7 @@ TESTS = (  # the quick ones first
     ("tests/crash/test_power_cuts.py",),
     ("tests/crash/test_migration.py", "tests/crash/test_kills.py"),
 )
-BUGS = (*DISK_BUGS, *LEASE_BUGS, *EXTRAS_BUGS, *REMOTE_BUGS, *CUDA_BUGS)
+BUGS = (*DISK_BUGS, *LEASE_BUGS, *EXTRAS_BUGS, *REMOTE_BUGS, *TLS_BUGS, *CUDA_BUGS)
 LIMIT_S = 600  # a bug that makes a test hang is caught too
 # An editable install answers for kvc2 before the path does: not here.
 SITE = """
@@ -149,7 +152,8 @@ def main() -> int:
             folders.put(folder)
         if "" in asked.only and (
             sound := failure(
-                folder, (*TESTS, *LEASE_TESTS, *EXTRAS_TESTS, *REMOTE_TESTS, *CUDA_TESTS)
+                folder,
+                (*TESTS, *LEASE_TESTS, *EXTRAS_TESTS, *REMOTE_TESTS, *TLS_TESTS, *CUDA_TESTS),
             )
         ):
             print(f"without any bug: {sound}")

@@ -13,6 +13,7 @@ import grpc
 import numpy as np
 import pytest
 
+from kvc2.host.tls import TlsFiles
 from kvc2.v1 import cache_pb2
 from tests.doubles.engines import NUM_PAGES, POOL_BYTES, identity, layout
 
@@ -70,11 +71,14 @@ def status_of(error: grpc.RpcError) -> tuple[str, str]:
 class Wire:
     """One connection. `attach` and `join` open a session; `call` sends any request of the wire."""
 
-    def __init__(self, address: str) -> None:
-        self._channel = grpc.insecure_channel(
-            address,
-            [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)],
-        )
+    def __init__(self, address: str, tls: TlsFiles | None = None) -> None:
+        options = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+        if tls is None:
+            self._channel = grpc.insecure_channel(address, options)
+        else:
+            pems = tls.read()
+            credentials = grpc.ssl_channel_credentials(pems.ca, pems.key, pems.certificate)
+            self._channel = grpc.secure_channel(address, credentials, options)
         self._outbox: queue.SimpleQueue[cache_pb2.AttachRequest | None] = queue.SimpleQueue()
         self.head = cache_pb2.SessionRef()
         self.namespace_id = 0
@@ -122,12 +126,12 @@ class Wire:
                 os.close(fd)
             return answer
 
-    def open(self) -> Wire:
+    def open(self, **changes: Any) -> Wire:
         """A ready session with a namespace."""
         attached = self.attach()
         assert self.side(attached, attached.nonce, [memfd()]) == b"ok"
         assert next(self.stream).WhichOneof("message") == "ready"
-        self.open_namespace()
+        self.open_namespace(**changes)
         return self
 
     def open_namespace(self, **changes: Any) -> int:

@@ -38,6 +38,7 @@ kvc2:
 
 
 TLS = {"certificate": "/c", "key": "/k", "client_ca": "/a"}
+NAMED = {"name": "a", "secret_file": "/s", "certificate_names": ["a"]}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
@@ -108,6 +109,11 @@ def test_flags_go_over_the_file(tmp_path: Path) -> None:
             {"listen": "unix:/k", "tls": TLS},
             "tls.certificate = '/c': only with listen on HOST:PORT",
         ),
+        ({"listen": "0.0.0.0:1", "tls": TLS}, "tls.administrators = (): a name, here or in"),
+        ({"tls": {"administrators": ["a"]}}, "tls.administrators = ('a',): only with tls.certif"),
+        ({"tls": TLS | {"administrators": ["a\nb"]}}, "names of 1 to 256 printable ASCII"),
+        ({"tls": TLS | {"administrators": "a"}}, "tls.administrators = 'a': a value of type"),
+        ({"tenants": [NAMED]}, "tenants.certificate_names = ['a']: none without tls"),
         ({"listen": "unix:/" + "x" * 120}, "unix:PATH of 1 to"),
         ({"listen": "127.0.0.1"}, "unix:PATH or HOST:PORT"),
     ],

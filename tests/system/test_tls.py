@@ -47,6 +47,7 @@ class TlsDaemon(DaemonProcess):
         paths = (own.certificate, own.key, own.ca)
         names = ("--tls-certificate", "--tls-key", "--tls-client-ca")
         flags = [text for pair in zip(names, map(str, paths), strict=True) for text in pair]
+        flags += ["--tls-administrators", "somebody", "--tls-administrators", OPERATOR]
         super().__init__(
             folder,
             *("--listen", f"{host}:{self.port}", *flags),
@@ -229,7 +230,7 @@ def test_files_that_can_t_be_used_are_refused_at_start(
     files = OURS.pair("daemon", HOSTS).files(tmp_path, OURS)
     assert callable(spoil)
     spoil(files)
-    listen = ("--listen", "127.0.0.1:0", "--gpu-only")
+    listen = ("--listen", "127.0.0.1:0", "--gpu-only", "--tls-administrators", OPERATOR)
     done = run("serve", *listen, *options(files, "--tls-client-ca"))
     assert done.returncode == 2
     assert told.format(key=str(files.key), ca=str(files.ca)) in done.stderr
