@@ -148,6 +148,10 @@ class FakeCache:
         count = len(self._prefix(session, namespace, asked.tokens)) * session.layout.page_size
         return Matched(count, TierTokens(gpu=count))
 
+    async def match_beyond(self, session: Session, namespace: Namespace, asked: Asked) -> Matched:
+        """There is nothing beyond it."""
+        return self.match(session, namespace, asked)
+
     async def acquire(
         self,
         session: Session,
