@@ -24,7 +24,9 @@ class Credential:
     is_administrator: bool
 
     def __str__(self) -> str:
-        return ", ".join(self.names)
+        """For a message: a certificate may have hundreds of names."""
+        text = ", ".join(self.names)
+        return text if len(text) <= errors.VALUE_TEXT_MAX else text[: errors.VALUE_TEXT_MAX] + "..."
 
 
 # of the call under way; None: it didn't come over TLS

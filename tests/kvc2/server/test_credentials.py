@@ -242,6 +242,17 @@ def test_alternative_names_count_before_the_common_one(callers: Callers, tmp_pat
     assert names_of({}) == ()
 
 
+def test_a_refusal_names_no_hundreds_of_names(callers: Callers, tmp_path: Path) -> None:
+    names = ["spiffe://a", *(f"host-{number}.example" for number in range(300))]
+    files = CA.pair("a", names).files(tmp_path / "many", CA)
+    with callers.wire("", files) as wire:
+        wire.open(tenant="a")
+        with pytest.raises(grpc.RpcError) as caught:
+            wire.open_namespace(tenant="b")
+    assert "not open to the certificate of spiffe://a, host-0" in status_of(caught.value)[1]
+    assert len(status_of(caught.value)[1]) < 200
+
+
 def test_calls_side_by_side_are_each_their_caller_s(callers: Callers) -> None:
     """One loop runs them all: none sees the credential of another."""
     with callers.wire("a") as tenant, callers.wire("operator") as operator:
