@@ -24,6 +24,7 @@ from tests.oracles.lives import IndexLives
 from tests.oracles.machines import BLOCKS, SEEN
 from tests.oracles.model_parts import PRIVATE
 from tests.oracles.refusals import RefusalMachine
+from tests.oracles.untouched_machine import UntouchedLives
 
 INDEX = ROOT / "csrc" / "index"
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
@@ -239,6 +240,11 @@ def test_the_index_equals_its_oracle_on_random_walks() -> None:
 
 def test_opaque_keys_equal_their_oracle_beside_tokens() -> None:
     walk_and_see(KeysMachine, WALK.examples // 4, KEYS_AT_LEAST)
+
+
+def test_leases_that_are_no_use_equal_their_oracle() -> None:
+    least = {"acquire: no use of what it finds": 60}
+    walk_and_see(UntouchedLives, WALK.examples // 4, least)
 
 
 def test_what_pools_refuse_is_what_their_oracle_refuses() -> None:

@@ -2,9 +2,8 @@
 
 from hypothesis.stateful import invariant
 
-from tests.oracles.blocks import Prompt
 from tests.oracles.machines import SEEN
-from tests.oracles.model_parts import NO_HINTS, Hints, Path
+from tests.oracles.model_parts import LeaseModel, Path
 from tests.oracles.prefetch_machine import PrefetchMachine, PrefetchModel
 
 
@@ -16,19 +15,9 @@ class AdmissionModel(PrefetchModel):
         self.again: set[Path] = set()
         self.picky = False
 
-    def acquire(
-        self,
-        lease: int,
-        namespace: int,
-        pool: int,
-        blocks: Prompt,
-        limit: int,
-        hints: Hints = NO_HINTS,
-        skip: int = 0,
-    ) -> None:
-        super().acquire(lease, namespace, pool, blocks, limit, hints, skip)
-        found = len(self.leases[lease].found)
-        self.again |= {(namespace, *blocks[: i + 1]) for i in range(found)}
+    def use(self, lease: LeaseModel) -> None:
+        super().use(lease)
+        self.again |= {lease.path[: i + 2] for i in range(len(lease.found))}
 
     def forget(self) -> None:
         super().forget()

@@ -107,11 +107,12 @@ class IndexDeaths(IndexEndings):
         hints: Hints = NO_HINTS,
         *,
         skip: int = 0,
+        touches: bool = True,
     ) -> int:
         """Acquire explains what it found before it changed anything; meanwhile time goes on."""
         self.model.advance(limit % 3)
         self.index.advance(self.model.now)
-        lease = super().open(namespace, pool, prompt, limit, hints, skip=skip)
+        lease = super().open(namespace, pool, prompt, limit, hints, skip=skip, touches=touches)
         blocks = prompt[:limit]
         space = self.model.leases[lease].namespace  # another one, if this was invalidated
         expected = explain(self.model, space, self.model.chain(pool), blocks)

@@ -182,6 +182,7 @@ class IndexMachine(RuleBasedStateMachine):
         hints: Hints = NO_HINTS,
         *,
         skip: int = 0,
+        touches: bool = True,
     ) -> int:
         """A new lease's id. With 5 open the oldest ends, else every page is pinned soon."""
         if len(self.model.leases) == 5:
@@ -196,11 +197,13 @@ class IndexMachine(RuleBasedStateMachine):
             limit,
             of_hints(hints),
             skip_blocks=skip,
+            touches=touches,
             extras=extras_of(prompt),
         )
         SEEN["acquire: nodes are joined"] += self.index.counts().nodes < nodes
-        self.model.acquire(real.id, namespace, pool, prompt, limit, hints, skip)
+        self.model.acquire(real.id, namespace, pool, prompt, limit, hints, skip, touches=touches)
         lease, state = self.model.leases[real.id], self.model.pools[pool].state
+        SEEN["acquire: no use of what it finds"] += not touches and len(lease.found) > 0
         assert (real.matched, real.computing) == (len(lease.found), lease.computing)
         SEEN["acquire: some blocks are skipped"] += 0 < lease.first < len(lease.found)
         SEEN["acquire: past a block with extras"] += any(

@@ -117,6 +117,7 @@ class LeaseModel:
     stray: list[Held] = field(default_factory=list)
     known_from: int = 0  # matched blocks before this one can't be found again once lost
     committed: int = 0  # blocks before this one are not being computed
+    touches: bool = True  # it is a use of what it found, and computes the rest
 
     @property
     def end(self) -> int:
@@ -128,6 +129,8 @@ class LeaseModel:
         return self.held[-1].path if self.held else self.path[: self.first + 1]
 
     def computes(self) -> list[Path]:
+        if not self.touches:
+            return []
         first = max(len(self.found), self.committed)
         return [self.path[: i + 2] for i in range(first, len(self.path) - 1)]
 

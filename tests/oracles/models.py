@@ -233,24 +233,31 @@ class IndexModel(QuotasModel):
         limit: int,
         hints: Hints = NO_HINTS,
         skip: int = 0,
+        *,
+        touches: bool = True,
     ) -> None:
         self.clock += 1
         found = self.tiers(namespace, self.chain(pool), blocks[:limit])
         opened = LeaseModel(namespace, pool, self.clock, (namespace, *blocks), found, 0, hints)
         opened.first = min(skip, len(found))
-        opened.computing = self.computed_by_others(opened)
-        matched = [opened.path[: i + 2] for i in range(len(found))]
-        for path in matched:
-            self.stamps[path] = self.clock
-        self.say(hints, matched, fresh=[])
-        chain = self.chain(pool)
-        for upper, lower in itertools.pairwise(chain):
-            for path in matched:
-                if self.pools[upper].resident(path) and not self.pools[lower].present(path):
-                    self.enqueue(upper, self.pools[upper].blocks[path])
+        opened.touches = touches
+        if touches:
+            self.use(opened)
         self.hold_more(opened)
         opened.known_from = opened.end
         self.leases[lease] = opened
+
+    def use(self, lease: LeaseModel) -> None:
+        """What it found is used now, and others may wait for what it computes."""
+        lease.computing = self.computed_by_others(lease)
+        matched = [lease.path[: i + 2] for i in range(len(lease.found))]
+        for path in matched:
+            self.stamps[path] = self.clock
+        self.say(lease.hints, matched, fresh=[])
+        for upper, lower in itertools.pairwise(self.chain(lease.pool)):
+            for path in matched:
+                if self.pools[upper].resident(path) and not self.pools[lower].present(path):
+                    self.enqueue(upper, self.pools[upper].blocks[path])
 
     def computed_by_others(self, lease: LeaseModel) -> int:
         """Blocks right after what the lease has found."""
