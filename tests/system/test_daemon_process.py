@@ -38,13 +38,12 @@ def disk_daemon(tmp_path: Path) -> DaemonProcess:
     return DaemonProcess(tmp_path, "--disk-path", str(tmp_path / "disk"), "--disk-size-gb", "0.064")
 
 
-def test_it_starts_quickly_and_small(disk_daemon: DaemonProcess) -> None:
+def test_it_starts_small(disk_daemon: DaemonProcess) -> None:
     with disk_daemon as daemon:
         memory = psutil.Process(daemon.pid).memory_info()
         beside = memory.rss - memory.shared
         print(f"start {daemon.start_s:.2f} s, {beside / 2**20:.0f} MiB beside shared memory")
         assert beside < 100 << 20
-        assert daemon.start_s < 5  # the figure (1 s) is a benchmark's; this machine is shared
         assert stat.S_IMODE(os.stat(daemon.folder / "kvc2.sock").st_mode) == 0o600
         assert stat.S_IMODE(os.stat(daemon.folder / "kvc2.sock.side").st_mode) == 0o600
 
