@@ -79,7 +79,7 @@ FLOORS = {
         arrivals, chains, copied, explain, lease_views, pins, whole
         counts, extras
         sessions
-        namespaces, quotas, ticker
+        brought, namespaces, quotas, ticker
     """,
     "kvc2/moving": """
         background, scrub

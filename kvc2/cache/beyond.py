@@ -17,10 +17,11 @@ from dataclasses import replace
 from kvc2 import _core, errors
 from kvc2.answers import Acquired, Terms
 from kvc2.cache.arrivals import Fetch, Prompt
+from kvc2.cache.brought import Brought
 from kvc2.cache.fetches import Wanted
 from kvc2.cache.lease_views import LeaseViews, nothing
 from kvc2.cache.remote import Remote
-from kvc2.cache.sessions import Brought, OpenLease, Session
+from kvc2.cache.sessions import OpenLease, Session
 from kvc2.moving.loading import TIERS, Destination
 
 

@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 from kvc2 import _core, errors
 from kvc2.answers import NO_PAGES, Asked, DifferingField, Explained, OtherNamespace, TierBlocks
+from kvc2.cache.brought import NOT_BROUGHT, Brought
 from kvc2.cache.counts import Counts
 from kvc2.cache.extras import prompt_extras
 from kvc2.cache.namespaces import Namespace, Namespaces
-from kvc2.cache.sessions import NOT_BROUGHT, Brought
 from kvc2.config import ServeConfig
 from kvc2.namespace import fields_of
 

@@ -15,13 +15,13 @@ import hmac
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvc2 import errors
 from kvc2.answers import Acquired
+from kvc2.cache.brought import NOT_BROUGHT, Brought
 from kvc2.cache.namespaces import Namespace
 from kvc2.layout import Layout
 from kvc2.moving.gpu_pools import GpuPool, SessionLife, SessionState
@@ -34,20 +34,6 @@ EXPIRY_S = 3.0  # three heartbeats
 JOIN_S = 10.0  # for the side socket; an earlier session of the engine may have to end first
 INSTANCE_BYTES = 16
 SECRET_BYTES = 16
-
-
-class Brought(NamedTuple):
-    """Blocks [first, end) of a prompt came from the remote store, for this request."""
-
-    first: int
-    end: int
-
-    def of(self, blocks: int) -> int:
-        """How many of so many leading blocks."""
-        return max(0, min(blocks, self.end) - self.first)
-
-
-NOT_BROUGHT = Brought(0, 0)
 
 
 @dataclass(eq=False)

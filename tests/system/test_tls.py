@@ -214,26 +214,28 @@ def test_commands_refuse_halves(daemon: TlsDaemon) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "field", "told"),
     [
-        (lambda tls: tls.key.chmod(0o640), "tls.key = {key!r}: mode 0600: others may read it"),
-        (lambda tls: tls.key.unlink(), "tls.key = {key!r}: a readable file"),
-        (lambda tls: tls.ca.write_text("nothing"), "tls.client_ca = {ca!r}: certificates in PEM"),
-        (lambda tls: tls.certificate.write_text(""), "tls.key = {key!r}: the key, in clear, of"),
-        (lambda tls: replace(tls.key, OURS.pair("x").key), "tls.key = {key!r}: the key, in clear"),
+        (lambda tls: tls.key.chmod(0o640), "tls.key", ": mode 0600: others may read it"),
+        (lambda tls: tls.key.unlink(), "tls.key", ": a readable file"),
+        (lambda tls: tls.ca.write_text("nothing"), "tls.client_ca", ": certificates in PEM"),
+        (lambda tls: tls.certificate.write_text(""), "tls.key", ": the key, in clear, of"),
+        (lambda tls: replace(tls.key, OURS.pair("x").key), "tls.key", ": the key, in clear"),
     ],
     ids=["mode", "missing", "no CA", "no certificate", "another key"],
 )
 def test_files_that_can_t_be_used_are_refused_at_start(
-    tmp_path: Path, spoil: object, told: str
+    tmp_path: Path, spoil: object, field: str, told: str
 ) -> None:
+    """By name; a long path is cut in the message."""
     files = OURS.pair("daemon", HOSTS).files(tmp_path, OURS)
     assert callable(spoil)
     spoil(files)
     listen = ("--listen", "127.0.0.1:0", "--gpu-only", "--tls-administrators", OPERATOR)
     done = run("serve", *listen, *options(files, "--tls-client-ca"))
     assert done.returncode == 2
-    assert told.format(key=str(files.key), ca=str(files.ca)) in done.stderr
+    assert f"{field} = {str(tmp_path)[:20]!r}"[:-1] in done.stderr
+    assert told in done.stderr
 
 
 def test_a_client_s_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
