@@ -149,6 +149,10 @@ class Daemon(Process):
         """Until exactly `count` engines are attached."""
         self.wait_until(lambda: len(self.admin.stats().sessions) == count, f"{count} sessions")
 
+    def wait_released(self) -> None:
+        """Until no request holds a lease, which comes after its answer: what it pins stays."""
+        self.wait_until(lambda: self.admin.stats().leases == 0, "no lease")
+
     def flush(self) -> None:
         """All that is committed is on disk, or ProcessError."""
         flushed = self.admin.flush(60.0)
