@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import library
 
 from engine.batch import Slice
 
@@ -180,7 +181,7 @@ class PagedPrefill:
         return paged_prefill(query, keys, values, read, self._launch, launch, scale)
 
 
-@torch.library.custom_op("kvc2_tests::paged_prefill", mutates_args=())
+@library.custom_op("kvc2_tests::paged_prefill", mutates_args=())
 def paged_prefill(
     query: torch.Tensor,
     keys: torch.Tensor,
