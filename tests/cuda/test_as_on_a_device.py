@@ -5,7 +5,6 @@ without a cache."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,18 +13,14 @@ import pytest
 
 from engine.settings import EngineConfig
 from tests.cuda import hostile
-from tests.system.daemon import DaemonProcess
-from tests.system.engine import EngineProcess, Truth, small_model, without_cache
+from tests.system.daemon import DaemonProcess, loading_daemon
+from tests.system.engine import EngineProcess, Truth, prompt, small_model, without_cache
 
 PAGES, LAYERS, CHOSEN, ANSWER = 100, 3, 2, 8
+LENGTH = 300  # of a prompt: 18 blocks, and 12 tokens more
 FLAGS = ("--num-pages", str(PAGES), "--chunk-size", "64", "--max-running", "4")
 FLAGS += ("--device", "cuda", "--attention-split-pages", "32")
 WORDS = "seed=6,late_us=100"
-
-
-def prompt(seed: int) -> list[int]:
-    """18 blocks, and 12 tokens more."""
-    return random.Random(seed).choices(range(3, 259), k=300)
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +38,7 @@ def truth(model: Path) -> Iterator[Truth]:
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
     folder = tmp_path_factory.mktemp("daemon")
-    disk = ("--disk-path", str(folder / "disk"), "--disk-size-gb", "0.2")
-    loads = ("--load-policy", "always", "--acquire-deadline-ms", "20000")
-    with DaemonProcess(folder, *disk, *loads, environment=hostile.environment(WORDS)) as process:
+    with loading_daemon(folder, environment=hostile.environment(WORDS)) as process:
         yield process
 
 
@@ -76,7 +69,7 @@ def activations(engine: EngineProcess) -> int:
 def test_hits_of_every_tier_are_equal_to_no_cache(
     engine: EngineProcess, daemon: DaemonProcess, truth: Truth
 ) -> None:
-    tokens = prompt(1)
+    tokens = prompt(LENGTH, 1)
     expected, before = truth(tokens, ANSWER), activations(engine)
     cold = engine.complete(tokens)
     assert (cold.matched, cold.tokens) == (0, expected)
@@ -95,7 +88,7 @@ def test_hits_of_every_tier_are_equal_to_no_cache(
 def test_answers_of_several_requests_come_from_padded_graphs(
     engine: EngineProcess, truth: Truth
 ) -> None:
-    prompts = [prompt(seed)[: 40 + 30 * seed] for seed in (2, 3, 4)]
+    prompts = [prompt(LENGTH, seed)[: 40 + 30 * seed] for seed in (2, 3, 4)]
     expected = [truth(tokens, ANSWER) for tokens in prompts]
     with ThreadPoolExecutor(3) as beside:
         for _ in range(2):
@@ -109,7 +102,7 @@ def test_answers_of_several_requests_come_from_padded_graphs(
 def test_cold_experts_beside_the_device_give_the_same_tokens(
     model: Path, daemon: DaemonProcess, truth: Truth, tmp_path: Path
 ) -> None:
-    tokens, log = prompt(6), tmp_path / "log"
+    tokens, log = prompt(LENGTH, 6), tmp_path / "log"
     with started(model, daemon, log, "--gpu-experts-ratio", "0.5") as engine:
         engine.wait_attached()
         expected = truth(tokens, ANSWER)
@@ -124,7 +117,7 @@ def test_cold_experts_beside_the_device_give_the_same_tokens(
 
 def test_a_request_may_have_all_pages_but_the_one_for_rows_that_pad(engine: EngineProcess) -> None:
     """More could never be had: it would wait for ever."""
-    tokens, room = prompt(5) * 6, (PAGES - 1) * 16
+    tokens, room = prompt(LENGTH, 5) * 6, (PAGES - 1) * 16
     body = {"model": engine.model_name, "prompt": tokens[: room - 7], "max_tokens": 8}
     answer = engine.http.post("/v1/completions", json=body)
     assert answer.status_code == 400

@@ -5,7 +5,6 @@ what an engine without a cache says, wherever the prefix comes from and whoever 
 from __future__ import annotations
 
 import os
-import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +16,11 @@ import torch
 from engine.settings import EngineConfig
 from tests.cuda import hostile
 from tests.doubles.waiting import wait_until
-from tests.system.daemon import DaemonProcess
-from tests.system.engine import EngineProcess, Truth, small_model, without_cache
+from tests.system.daemon import DaemonProcess, loading_daemon
+from tests.system.engine import EngineProcess, Truth, prompt, small_model, without_cache
 
 PAGES = 160
+LENGTH = 300  # of a prompt: 18 blocks, and 12 tokens more
 FLAGS = ("--num-pages", str(PAGES), "--chunk-size", "64", "--max-running", "4")
 WORDS = "seed=5,late_us=100"
 REAL = os.environ.get("KVC2_DRIVER") == "real"  # `make cuda-check` on a machine with a GPU
@@ -36,11 +36,6 @@ def driver() -> None:
 def environment() -> dict[str, str]:
     """Of daemon and engine."""
     return dict(os.environ) if REAL else hostile.environment(WORDS)
-
-
-def prompt(seed: int) -> list[int]:
-    """18 blocks, and 12 tokens more."""
-    return random.Random(seed).choices(range(3, 259), k=300)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +54,7 @@ def truth(model: Path) -> Iterator[Truth]:
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
     folder = tmp_path_factory.mktemp("daemon")
-    disk = ("--disk-path", str(folder / "disk"), "--disk-size-gb", "0.2")
-    loads = ("--load-policy", "always", "--acquire-deadline-ms", "20000")
-    with DaemonProcess(folder, *disk, *loads, environment=environment()) as process:
+    with loading_daemon(folder, environment=environment()) as process:
         yield process
 
 
@@ -93,7 +86,7 @@ def test_the_daemon_says_what_it_found(daemon: DaemonProcess) -> None:
 def test_hits_of_every_tier_are_equal_to_no_cache(
     engine: EngineProcess, daemon: DaemonProcess, truth: Truth
 ) -> None:
-    tokens = prompt(1)
+    tokens = prompt(LENGTH, 1)
     expected = truth(tokens)
     cold, gpu = engine.complete(tokens), engine.complete(tokens)
     assert cold.tokens == gpu.tokens == expected
@@ -115,7 +108,7 @@ def processes(daemon: DaemonProcess) -> tuple[psutil.Process, list[psutil.Proces
 def test_a_killed_worker_costs_a_session_and_no_answer(
     engine: EngineProcess, daemon: DaemonProcess, truth: Truth
 ) -> None:
-    tokens = prompt(2)
+    tokens = prompt(LENGTH, 2)
     assert engine.complete(tokens).tokens == truth(tokens)
     daemon.make_durable()
     _, (worker,) = processes(daemon)
@@ -130,7 +123,7 @@ def test_what_a_killed_engine_left_on_the_device_is_served_to_the_next(
     model: Path, daemon: DaemonProcess, truth: Truth, tmp_path: Path
 ) -> None:
     """It was rescued from memory whose maker is dead."""
-    tokens = prompt(3)
+    tokens = prompt(LENGTH, 3)
     with started(model, daemon, tmp_path / "first") as first:
         first.wait_attached()
         assert first.complete(tokens).tokens == truth(tokens)
@@ -146,7 +139,7 @@ def test_what_a_killed_engine_left_on_the_device_is_served_to_the_next(
 def test_an_engine_outlives_its_daemon_and_attaches_to_the_next(
     engine: EngineProcess, daemon: DaemonProcess, truth: Truth
 ) -> None:
-    tokens = prompt(4)
+    tokens = prompt(LENGTH, 4)
     assert engine.complete(tokens).tokens == truth(tokens)
     daemon.make_durable()
     nursery, workers = processes(daemon)
@@ -169,7 +162,7 @@ def test_without_a_driver_the_daemon_says_so_and_refuses_devices_by_name(
         assert "libcuda.so.1" in daemon.log.read_text()
         wait_until(lambda: not psutil.Process(daemon.pid).children())  # nobody needs them
         with started(model, daemon, tmp_path / "engine") as engine:
-            tokens = prompt(5)
+            tokens = prompt(LENGTH, 5)
             assert engine.complete(tokens).tokens == truth(tokens)  # it goes on without
             wait_until(lambda: "found no CUDA device" in (tmp_path / "engine").read_text())
     assert "LD_LIBRARY_PATH" not in os.environ or "hostile" not in os.environ["LD_LIBRARY_PATH"]

@@ -124,6 +124,14 @@ class DaemonProcess:
             self._process.wait()
 
 
+def loading_daemon(folder: Path, environment: Mapping[str, str] = os.environ) -> DaemonProcess:
+    """With a disk, and every hit is one: also where a tier is slower than a small model, which a
+    busy machine makes likely."""
+    disk = ("--disk-path", str(folder / "disk"), "--disk-size-gb", "0.2")
+    loads = ("--load-policy", "always", "--acquire-deadline-ms", "20000")
+    return DaemonProcess(folder, *disk, *loads, environment=environment)
+
+
 class EngineProcess:
     """tests/system/tiny_engine.py: takes commands as JSON lines and answers each with one. So does
     arena_reader.py, which takes more `arguments`."""

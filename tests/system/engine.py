@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import queue
+import random
 import signal
 import subprocess
 import sys
@@ -31,6 +32,11 @@ class Truth(Protocol):
     """The tokens of a greedy answer."""
 
     def __call__(self, tokens: list[int], max_tokens: int = 8, /) -> list[int]: ...
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    """Tokens of the small model, none of them special."""
+    return random.Random(seed).choices(range(3, 259), k=length)
 
 
 def small_model(model_dir: Path, **fields: Any) -> Path:

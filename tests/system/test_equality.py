@@ -7,7 +7,6 @@ without a daemon. Every prompt is its test's own, so that the tests don't feed e
 from __future__ import annotations
 
 import json
-import random
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,17 +16,13 @@ import pytest
 
 from engine.asking import ask
 from engine.settings import EngineConfig
-from tests.system.daemon import DaemonProcess
-from tests.system.engine import EngineProcess, Truth, small_model, without_cache
+from tests.system.daemon import DaemonProcess, loading_daemon
+from tests.system.engine import EngineProcess, Truth, prompt, small_model, without_cache
 
 PAGES = 160  # 2,560 tokens: the tests below fill it several times
 FLAGS = ("--num-pages", str(PAGES), "--chunk-size", "64", "--max-running", "4")
 STREAMED = ("--expert-placement-strategy", "random", "--gpu-prefill-token-threshold", "24")
 MOVING = ("--gpu-experts-ratio", "0.5", "--enable-dynamic-expert-update")
-
-
-def prompt(length: int, seed: int) -> list[int]:
-    return random.Random(seed).choices(range(3, 259), k=length)
 
 
 def promoted_blocks(daemon: DaemonProcess) -> float:
@@ -51,11 +46,7 @@ def truth(model: Path) -> Iterator[Truth]:
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
-    folder = tmp_path_factory.mktemp("daemon")
-    disk = ("--disk-path", str(folder / "disk"), "--disk-size-gb", "0.2")
-    # where a tier is slower than this model, which a busy machine makes likely, a hit is one still
-    loads = ("--load-policy", "always", "--acquire-deadline-ms", "20000")
-    with DaemonProcess(folder, *disk, *loads) as process:
+    with loading_daemon(tmp_path_factory.mktemp("daemon")) as process:
         yield process
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,6 +43,16 @@ async def put_by_another(folder: Path, store: ToldStore | str, *seeds: int) -> N
         engine = SharingEngine(cache)
         for seed in seeds:
             await engine.put(prompt(seed, BLOCKS))
+
+
+@asynccontextmanager
+async def second_host(
+    folder: Path, store: ToldStore | str, *seeds: int, **flags: Any
+) -> AsyncIterator[tuple[Cache, SharingEngine]]:
+    """And its engine, where another host has put these prompts."""
+    await put_by_another(folder, store, *seeds)
+    async with host(folder / "b", store, **flags) as cache:
+        yield cache, SharingEngine(cache)
 
 
 @on_a_loop
@@ -95,9 +108,7 @@ async def test_the_prefix_goes_on_past_what_the_disk_holds(tmp_path: Path) -> No
 @on_a_loop
 async def test_match_tells_what_the_store_has_and_brings_nothing(tmp_path: Path) -> None:
     store = ToldStore()
-    await put_by_another(tmp_path, store, 1)
-    async with host(tmp_path / "b", store) as cache:
-        engine = SharingEngine(cache)
+    async with second_host(tmp_path, store, 1) as (cache, engine):
         leases, whole = cache.leases, prompt(1, BLOCKS)
         found = await leases.match_beyond(engine.session, engine.opened, whole)
         assert found.matched_tokens == found.tiers.remote == TOKENS
@@ -131,9 +142,7 @@ async def test_an_image_is_part_of_what_is_put_and_found(tmp_path: Path) -> None
 @on_a_loop
 async def test_what_the_client_has_is_not_fetched_for_it(tmp_path: Path) -> None:
     store, whole = ToldStore(), prompt(1, BLOCKS)
-    await put_by_another(tmp_path, store, 1)
-    async with host(tmp_path / "b", store) as cache:
-        engine = SharingEngine(cache)
+    async with second_host(tmp_path, store, 1) as (cache, engine):
         for skipped, gets in ((BLOCKS, 0), (BLOCKS - 1, 1)):
             terms = Terms(0, 20.0, in_arena=True, skip_blocks=skipped)
             await cache.leases.acquire(engine.session, engine.opened, b"one", whole, terms)
@@ -144,9 +153,7 @@ async def test_what_the_client_has_is_not_fetched_for_it(tmp_path: Path) -> None
 @on_a_loop
 async def test_a_prefetch_brings_what_the_store_has(tmp_path: Path) -> None:
     store, whole = ToldStore(), prompt(1, BLOCKS)
-    await put_by_another(tmp_path, store, 1)
-    async with host(tmp_path / "b", store) as cache:
-        engine = SharingEngine(cache)
+    async with second_host(tmp_path, store, 1) as (cache, engine):
         asked = Asked(whole[: BLOCKS * PAGE_SIZE])
         told = await cache.prefetcher.prefetch(
             None, engine.opened, asked, tier="cpu", deadline_s=20.0
@@ -160,9 +167,7 @@ async def test_a_prefetch_brings_what_the_store_has(tmp_path: Path) -> None:
 @on_a_loop
 async def test_explain_names_the_store(tmp_path: Path) -> None:
     store = ToldStore()
-    await put_by_another(tmp_path, store, 1)
-    async with host(tmp_path / "b", store) as cache:
-        engine = SharingEngine(cache)
+    async with second_host(tmp_path, store, 1) as (cache, engine):
         request, _ = await engine.acquire(prompt(1, BLOCKS))
         told = cache.explainer.of_request(request, None)
         assert [tuple(each) for each in told.runs] == [("remote", BLOCKS)]
@@ -272,9 +277,7 @@ async def test_a_value_that_went_between_exists_and_get_ends_the_prefix(tmp_path
 @on_a_loop
 async def test_a_dead_store_costs_once(tmp_path: Path) -> None:
     with ServerProcess(tmp_path) as server:
-        await put_by_another(tmp_path, server.url, 1)
-        async with host(tmp_path / "b", server.url, patience_ms=100) as cache:
-            engine = SharingEngine(cache)
+        async with second_host(tmp_path, server.url, 1, patience_ms=100) as (cache, engine):
             server.kill()
             for seed in range(1, 6):
                 found = await engine.ask(prompt(seed, BLOCKS))
@@ -287,9 +290,7 @@ async def test_a_dead_store_costs_once(tmp_path: Path) -> None:
 @on_a_loop
 async def test_a_frozen_store_costs_once_and_is_used_again(tmp_path: Path) -> None:
     with ServerProcess(tmp_path) as server:
-        await put_by_another(tmp_path, server.url, 1)
-        async with host(tmp_path / "b", server.url, patience_ms=100) as cache:
-            engine = SharingEngine(cache)
+        async with second_host(tmp_path, server.url, 1, patience_ms=100) as (cache, engine):
             server.freeze()
             for seed in range(2, 7):
                 found = await engine.ask(prompt(seed, BLOCKS))
@@ -305,9 +306,7 @@ async def test_a_frozen_store_costs_once_and_is_used_again(tmp_path: Path) -> No
 @on_a_loop
 async def test_a_store_that_freezes_between_exists_and_get_costs_once(tmp_path: Path) -> None:
     store = ToldStore()
-    await put_by_another(tmp_path, store, 1, 2)
-    async with host(tmp_path / "b", store, patience_ms=100) as cache:
-        engine = SharingEngine(cache)
+    async with second_host(tmp_path, store, 1, 2, patience_ms=100) as (cache, engine):
         store.hangs, store.fails = {"get"}, {"ping"}
         found = await engine.ask(prompt(1, BLOCKS))
         assert found.matched_tokens == 0
@@ -320,9 +319,7 @@ async def test_a_store_that_freezes_between_exists_and_get_costs_once(tmp_path: 
 @on_a_loop
 async def test_what_the_engine_computes_sooner_is_not_waited_for(tmp_path: Path) -> None:
     store = ToldStore()
-    await put_by_another(tmp_path, store, 1, 2, 3)
-    async with host(tmp_path / "b", store) as cache:
-        engine = SharingEngine(cache)
+    async with second_host(tmp_path, store, 1, 2, 3) as (cache, engine):
         store.before = lambda call: setattr(store, "slow_s", 0.1 if call == "get" else 0.0)
         assert from_remote(await engine.ask(prompt(1, BLOCKS))) == BLOCKS  # not measured before
         engine.session.prefill_rate = 1e9
@@ -337,9 +334,7 @@ async def test_what_the_engine_computes_sooner_is_not_waited_for(tmp_path: Path)
 @on_a_loop
 async def test_a_store_that_answers_others_is_busy_not_silent(tmp_path: Path) -> None:
     store = ToldStore()
-    await put_by_another(tmp_path, store, 1)
-    async with host(tmp_path / "b", store, patience_ms=200) as cache:
-        engine = SharingEngine(cache)
+    async with second_host(tmp_path, store, 1, patience_ms=200) as (cache, engine):
         store.before = lambda call: setattr(store, "slow_s", 0.8 if call == "get" else 0.0)
 
         async def others() -> None:
@@ -358,9 +353,7 @@ async def test_a_store_that_answers_others_is_busy_not_silent(tmp_path: Path) ->
 @on_a_loop
 async def test_what_comes_too_late_for_a_request_is_there_for_the_next(tmp_path: Path) -> None:
     store = ToldStore()
-    await put_by_another(tmp_path, store, 1)
-    async with host(tmp_path / "b", store, patience_ms=50) as cache:
-        engine = SharingEngine(cache)
+    async with second_host(tmp_path, store, 1, patience_ms=50) as (cache, engine):
         store.hangs = {"ping"}
         store.before = lambda call: setattr(store, "slow_s", 0.4 if call == "get" else 0.0)
         request, found = await engine.acquire(prompt(1, BLOCKS))
@@ -393,9 +386,7 @@ async def test_blocks_are_dropped_when_the_queue_is_full(tmp_path: Path) -> None
 @on_a_loop
 async def test_a_store_that_is_full_is_read_all_the_same(tmp_path: Path) -> None:
     store = ToldStore()
-    await put_by_another(tmp_path, store, 1)
-    async with host(tmp_path / "b", store) as cache:
-        engine = SharingEngine(cache)
+    async with second_host(tmp_path, store, 1) as (cache, engine):
         store.refuses = {"put"}
         await engine.put(prompt(2, BLOCKS))
         assert counter(cache, "remote_not_put_blocks_total{why=store_refused}") == BLOCKS
@@ -425,9 +416,7 @@ async def test_a_time_to_live_goes_with_the_value(tmp_path: Path) -> None:
 @on_a_loop
 async def test_a_request_that_is_released_meanwhile_answers_with_nothing(tmp_path: Path) -> None:
     store = ToldStore()
-    await put_by_another(tmp_path, store, 1)
-    async with host(tmp_path / "b", store) as cache:
-        engine = SharingEngine(cache)
+    async with second_host(tmp_path, store, 1) as (cache, engine):
         store.hangs = {"get"}
         asking = asyncio.create_task(engine.acquire(prompt(1, BLOCKS)))
         await until(lambda: store.calls.count("get") > 0 and engine.session.leases)
@@ -443,9 +432,7 @@ async def test_a_request_that_is_released_meanwhile_answers_with_nothing(tmp_pat
 @on_a_loop
 async def test_the_same_request_twice_gets_one_lease(tmp_path: Path) -> None:
     store = ToldStore()
-    await put_by_another(tmp_path, store, 1)
-    async with host(tmp_path / "b", store) as cache:
-        engine = SharingEngine(cache)
+    async with second_host(tmp_path, store, 1) as (cache, engine):
         store.slow_s = 0.05
         terms = Terms(0, 20.0)
         found = await asyncio.gather(
@@ -466,9 +453,7 @@ async def test_the_same_request_twice_gets_one_lease(tmp_path: Path) -> None:
 @on_a_loop
 async def test_a_session_may_end_meanwhile(tmp_path: Path) -> None:
     store = ToldStore()
-    await put_by_another(tmp_path, store, 1)
-    async with host(tmp_path / "b", store, deadline_ms=300) as cache:
-        engine = SharingEngine(cache)
+    async with second_host(tmp_path, store, 1, deadline_ms=300) as (cache, engine):
         store.hangs = {"get"}
         asking = asyncio.create_task(engine.acquire(prompt(1, BLOCKS)))
         await until(lambda: engine.session.leases and store.calls.count("get") > 0)
@@ -521,9 +506,7 @@ async def test_a_caller_that_goes_away_may_ask_again(tmp_path: Path) -> None:
 @on_a_loop
 async def test_a_poll_does_not_wait_and_the_next_lease_has_it(tmp_path: Path) -> None:
     store = ToldStore()
-    await put_by_another(tmp_path, store, 1)
-    async with host(tmp_path / "b", store) as cache:
-        engine = SharingEngine(cache)
+    async with second_host(tmp_path, store, 1) as (cache, engine):
         store.slow_s = 0.05
         terms = Terms(0, 20.0, at_once=True)
         found = await cache.leases.acquire(
