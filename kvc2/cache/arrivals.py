@@ -238,7 +238,11 @@ class Arrivals:
         records = fetch.chain.records(np.arange(first, first + pages.size))
         arena, payloads = self._means.pools.arena.memory, pools.payloads(pages)
         judge = partial(sealer.open, sound[: pages.size], records, arena, payloads)
-        verdicts = await self._means.on_threads(judge)
+        try:
+            verdicts = await self._means.on_threads(judge)
+        except Exception:
+            self._give_back(fetch, pages)
+            raise
         good = sum(each is Verdict.GOOD for each in verdicts)
         if good < len(verdicts):
             self._drop(fetch.chain.names(pools.shape, first + good, first + good + 1))

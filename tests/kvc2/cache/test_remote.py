@@ -18,6 +18,7 @@ from kvc2.answers import Acquired, Asked, Hints, Media, Terms
 from kvc2.cache.cache import Cache
 from kvc2.config import LimitsConfig
 from kvc2.errors import SessionOver
+from kvc2.tiers.remote.codec import Sealer
 from tests.doubles.caches import faults
 from tests.doubles.shared_hosts import SharingEngine, host, remote_of
 from tests.doubles.stand_in import PAGE_SIZE, prompt
@@ -217,6 +218,22 @@ async def test_no_spoiled_value_is_served(tmp_path: Path) -> None:
 
 def _gone(store: ToldStore, name: bytes) -> bool:
     return name not in store.values
+
+
+@on_a_loop
+async def test_what_can_t_be_judged_keeps_no_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    store = ToldStore()
+    async with second_host(tmp_path, store, 1) as (cache, engine):
+        monkeypatch.setattr(Sealer, "open", fail)
+        assert (await engine.ask(prompt(1, BLOCKS))).matched_tokens == 0
+        await until(lambda: remote_of(cache).idle)
+        assert cache.index.pool_counts(engine.opened.pools.cpu.id).private == 0
+        assert faults(cache, "internal_error") == 1
 
 
 @on_a_loop
