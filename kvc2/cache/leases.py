@@ -93,7 +93,7 @@ class Leases:
     async def _open(
         self, session: Session, lease: OpenLease, asked: Asked, terms: Terms
     ) -> Acquired:
-        """Its answer. A lease that it is in the index already ends there."""
+        """Its answer. What it pinned before, while a store was asked, is its own from here on."""
         namespace, to, pinned = lease.namespace, lease.to, lease.id
         opened = self._index.acquire(
             namespace.number,

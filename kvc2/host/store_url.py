@@ -20,8 +20,10 @@ DATABASES_MAX = 1 << 16
 
 
 def masked(text: str) -> str:
-    """`text` without what may be a password."""
-    return re.sub(r"(?<=//).*@", "...@", text, flags=re.DOTALL)
+    """`text` without what may be a password, also in what is no URL of a store."""
+    if re.search(r"[?#]", text):
+        return "..."
+    return re.sub(r"^([a-z]+://)?.*@", r"\1...@", text, flags=re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,10 @@ class StoreUrl:
         """Raises InvalidRequest."""
         try:
             parts = urllib.parse.urlsplit(text)
-            port = parts.port or PORT
-        except ValueError as error:  # a port that is no number, a bracket that isn't closed
-            raise errors.InvalidRequest(field, masked(text), FORMS) from error
+            port = PORT if parts.port is None else parts.port
+        except ValueError:  # a port that is no number, a bracket that isn't closed
+            # not its cause: that quotes the text
+            raise errors.InvalidRequest(field, masked(text), FORMS) from None
         if parts.query or parts.fragment:
             allowed = f"{FORMS}, and nothing after it: other settings are flags"
             raise errors.InvalidRequest(field, masked(text), allowed)
@@ -58,6 +61,8 @@ class StoreUrl:
             return cls("", 0, 0, user, password, path=path)
         if parts.scheme not in ("redis", "rediss") or not parts.hostname:
             raise errors.InvalidRequest(field, masked(text), FORMS)
+        if not port:
+            raise errors.InvalidRequest(field, masked(text), f"{FORMS}: PORT is 1 to 65535")
         database = _database(parts.path, field, text)
         tls = parts.scheme == "rediss"
         return cls(parts.hostname, port, database, user, password, tls)
@@ -79,5 +84,7 @@ class StoreUrl:
 def _database(path: str, field: str, text: str) -> int:
     found = re.fullmatch(r"/?|/([0-9]{1,5})", path)
     if found is None or int(found[1] or 0) >= DATABASES_MAX:
-        raise errors.InvalidRequest(field, masked(text), f"{FORMS}: DATABASE is a number")
+        raise errors.InvalidRequest(
+            field, masked(text), f"{FORMS}: DATABASE is 0 to {DATABASES_MAX - 1}"
+        )
     return int(found[1] or 0)

@@ -51,7 +51,7 @@ class ServerTls:
                 if found == self._seen:
                     return None
                 self._files.check(found)
-            except errors.InvalidRequest as error:
+            except (errors.InvalidRequest, OSError) as error:  # OSError: no descriptors are left
                 self._metrics.fault("tls_files_refused")
                 events.warning("tls_files_refused", reason=str(error))
                 return None

@@ -31,13 +31,16 @@ def test_each_part_is_read() -> None:
         *("store:6379", "http://store", "redis://", "redis://:secret@", "redis://store/db"),
         *("redis://store/70000", "redis://store:99999", "redis://store:x", "redis://[::1"),
         *("redis://secret@store", "redis://store?db=1", "redis://store#x", "unix://run/store"),
-        *("unix:///", "redis://u:secret@store/1/2", "mooncake://store", ""),
+        *("unix:///", "redis://u:secret@store/1/2", "mooncake://store", "", "redis://store:0"),
+        *("redis:/:secret@store", ":secret@store:6379", "redis:user:secret@store"),
+        *("redis://store/0?password=secret", "redis://:secret#x@store", "redis://:#secret@store"),
     ],
 )
 def test_what_is_no_url_is_refused_and_no_secret_is_shown(text: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse(text)
     assert "secret" not in str(caught.value)
+    assert caught.value.__cause__ is None
 
 
 def test_a_password_is_shown_nowhere() -> None:
