@@ -235,6 +235,7 @@ class Graphs:
     def _give_up(self, why: str) -> None:
         log.warning("no decode step is replayed from a graph: %s", why)
         self._sizes = GraphSizes()
+        self._steps.clear()  # with what they have on the device
 
 
 def graph_bytes(model: ModelConfig, rows: Sequence[int]) -> int:

@@ -8,7 +8,6 @@ own. Not responsible for the model's configuration (config.py).
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -29,6 +28,7 @@ from kvc2.flags import (
 )
 from kvc2.host import machine
 from kvc2.host.address import Address
+from kvc2.host.loopback import is_loopback
 from kvc2.host.paths import user_path
 
 Dtype = Literal["auto", "bfloat16", "float32"]
@@ -303,6 +303,10 @@ class EngineConfig:
         if self.token_budget is not None and self.token_budget < least:
             allowed = f"at least {least}, chunk_size + max_running"
             raise InvalidConfig("token_budget", self.token_budget, allowed)
+        rows = graph_rows(self)
+        if rows and rows[-1] > self.step_tokens:
+            allowed = f"at most {self.step_tokens}, the tokens of a step"
+            raise InvalidConfig("cuda_graph_sizes", self.cuda_graph_sizes, allowed)
         _check_experts(self)
         if self.kvc2 is not None:
             with refused_as("kvc2", self.kvc2):
@@ -429,16 +433,6 @@ def cache_directory() -> Path | None:
         return platformdirs.user_cache_path("kvc2")
     except RuntimeError:
         return None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a service bound to it."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def load(config_file: Path | None, over: Values) -> EngineConfig:

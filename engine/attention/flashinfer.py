@@ -98,9 +98,6 @@ class CapturedFlashInfer(FlashInferAttention):
             paged_kv_last_page_len_buf=ints(rows),
         )
 
-    def captured(self, rows: int) -> Attention | None:
-        return CapturedFlashInfer(self, rows)
-
     def holds(self, batch: Batch) -> bool:
         pages = -(-batch.context_lens // self.pool.shape.page_size)
         if self.split_pages and int(pages.max()) > self.split_pages:

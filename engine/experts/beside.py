@@ -47,8 +47,8 @@ class Pinned:
 class BesideDevice:
     """All layers' experts of one model. One thread computes, within `step`.
 
-    `places`: room on the device for the hot ones, in the order of `hot`. `numerics`: the classes of
-    both, the device's first. `pinned`: for the largest step.
+    `places`: room on the device for the hot ones, in the order of `hot`. `pinned`: for the largest
+    step. `spent`: by the host; the device's time is not measured, so that no budget reads it.
     """
 
     def __init__(

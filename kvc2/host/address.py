@@ -58,6 +58,8 @@ class Address:
         """One to connect to, as its caller's settings have it, or one that is made already. Raises
         InvalidRequest."""
         if isinstance(text, Address):
+            if tls is not None:
+                raise errors.InvalidRequest(field, str(text), "text, with tls: this has its own")
             return text
         if not isinstance(text, str):
             raise errors.InvalidRequest(field, text, FORMS)

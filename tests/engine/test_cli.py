@@ -52,6 +52,7 @@ def test_flags_go_over_the_file(tmp_path: Path) -> None:
         ({"page_size": 24}, "page_size"),
         ({"chunk_size": 40}, "chunk_size"),
         ({"max_running": 0}, "max_running"),
+        ({"cuda_graph_sizes": "1,9999"}, "cuda_graph_sizes"),
         ({"max_queued": 0}, "max_queued"),
         ({"threads": -1}, "threads"),
         ({"threads": 1025}, "threads"),
