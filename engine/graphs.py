@@ -239,9 +239,10 @@ class Graphs:
 
 
 def graph_bytes(model: ModelConfig, rows: Sequence[int]) -> int:
-    """What graphs of these sizes take on the device, at most: the logits of each, and once, of the
-    largest, what lies between kernels (a layer's, and logits in the model's type). Without what a
-    driver keeps of a graph itself, which only hardware can tell."""
+    """About what graphs of these sizes take on the device: the logits of each, and once, of the
+    largest, what lies between kernels (a layer's, and logits in the model's type). Without the
+    plans of attention (8 bytes a page of the pool and size), and without what a driver keeps of a
+    graph itself, which only hardware can tell."""
     if not rows:
         return 0
     c = model
