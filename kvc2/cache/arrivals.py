@@ -196,6 +196,7 @@ class Arrivals:
         finally:
             for get in gets:
                 get.cancel()
+                get.add_done_callback(_seen)
             self._coming.remove(fetch)
             self._bytes -= fetch.num_bytes
             fetch.over = True
@@ -314,6 +315,12 @@ class Arrivals:
         self._means.metrics.all.transfer_seconds.labels("remote", "cpu").observe(seconds)
         if (estimate := self.meter.estimate) is not None:
             self._means.metrics.all.bandwidth.labels("remote").set(estimate.bandwidth_bytes_per_s)
+
+
+def _seen(get: asyncio.Task[list[bytes | None]]) -> None:
+    """What failed with the one before it is no news."""
+    if not get.cancelled():
+        get.exception()
 
 
 def leading(values: Sequence[object]) -> int:

@@ -101,8 +101,13 @@ class Fetches:
         if fetch is None:
             return None
         fetch.holders += 1
-        silent_s = max(0.0, self._link.patience_s - (time.monotonic() - begun))
-        await self._wait(fetch, wanted, silent_s, patience_s)
+        waited_s = time.monotonic() - begun
+        left = replace(wanted, deadline_s=max(0.0, wanted.deadline_s - waited_s))
+        try:
+            await self._wait(fetch, left, max(0.0, self._link.patience_s - waited_s), patience_s)
+        except BaseException:  # the caller went away
+            self._arrivals.let_go(fetch)
+            raise
         return fetch
 
     def bring_behind(self, wanted: Wanted) -> None:
@@ -133,7 +138,8 @@ class Fetches:
         if asking.done():
             found: int = asking.result()
             return found
-        if not wanted.released.done() and self._link.heard_at < begun:
+        silent = self._link.heard_at < begun and wait_s >= self._link.patience_s
+        if silent and not wanted.released.done():  # a short deadline says nothing of the store
             self._link.late()
         return 0
 
@@ -208,10 +214,9 @@ class Fetches:
             wait_s = max(0.0, min(begun + left_s - before, expected_s + silent_s))
             waits: list[asyncio.Future[Any]] = [changed, wanted.released]
             await asyncio.wait(waits, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
-            took_s = time.monotonic() - before
             if changed.done() or wanted.released.done():
-                silent_s -= max(0.0, took_s - expected_s)
                 continue
+            took_s = time.monotonic() - before
             silent = self._link.heard_at < before
             if silent or time.monotonic() >= begun + left_s:
                 self._give_up(fetch, silent=silent and took_s >= expected_s + silent_s)

@@ -75,11 +75,6 @@ class Puts:
             self._under_way = True
             try:
                 await self._put(item, loader)
-            except StoreRefused:
-                self._refused_until = time.monotonic() + REFUSED_S
-                self._not_put("store_refused", item.end - item.first)
-            except StoreError:
-                self._not_put("store_away", item.end - item.first)
             except Exception:
                 self._means.metrics.all.fault("internal_error")
                 LOG.exception("putting blocks into the remote store")
@@ -127,9 +122,17 @@ class Puts:
             with suppress(TimeoutError):
                 async with asyncio.timeout(PATIENCE_S):
                     await loader.until_idle()
-            there = await self._link.exists(chain.names(shape, first, end))
-            lacking = first + np.flatnonzero(~np.array(there))
-            done = await self._send(item, chain, lacking, end)
+            try:
+                there = await self._link.exists(chain.names(shape, first, end))
+                lacking = first + np.flatnonzero(~np.array(there))
+                done = await self._send(item, chain, lacking, end)
+            except StoreRefused:
+                self._refused_until = time.monotonic() + REFUSED_S
+                self._not_put("store_refused", item.end - first)
+                return
+            except StoreError:
+                self._not_put("store_away", item.end - first)
+                return
             for key in item.keys[first:done]:
                 self._known.add(key.tobytes())
             if done < end:

@@ -52,9 +52,17 @@ BUGS = (
         "    def mended(self) -> None:\n        self.closed = True\n",
         "    def mended(self) -> None:\n        self.closed, self.rest_s = True, 0.0\n"),
     bug("nobody waits for less than the deadline", FETCHES,
-        "        if not wanted.released.done() and self._link.heard_at < begun:\n"
+        "        if silent and not wanted.released.done():  # a short deadline says nothing of the store\n"
         "            self._link.late()\n",
         "        await asyncio.wait([asking])\n"),
+    bug("a short deadline makes a store silent", FETCHES,
+        "self._link.heard_at < begun and wait_s >= self._link.patience_s",
+        "self._link.heard_at < begun"),
+    bug("who goes away leaves pages pinned", FETCHES,
+        "            self._arrivals.let_go(fetch)\n            raise\n", "            raise\n"),
+    bug("what fails together rests ever longer", LINK,
+        "        if self._breaker.closed:\n            self._breaker.failed()\n",
+        "        self._breaker.failed()\n"),
     bug("a busy store is silent", FETCHES,
         "            silent = self._link.heard_at < before\n", "            silent = True\n"),
     bug("a silent store stays in use", FETCHES,

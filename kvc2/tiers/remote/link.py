@@ -101,11 +101,13 @@ class Link:
             found = await self._on_thread(self._bounded(make))
         except StoreRefused:
             self._metrics.all.fault("remote_refused")
+            self.heard_at = time.monotonic()
             self._close_breaker(self._breaker.worked)
             raise
         except StoreError as error:
-            self._metrics.all.fault("remote_error")
-            self._open(str(error))
+            if not self._closed:
+                self._metrics.all.fault("remote_error")
+                self._open(str(error))
             raise
         self.heard_at = time.monotonic()
         self._close_breaker(self._breaker.worked)
@@ -146,8 +148,10 @@ class Link:
     # ---- the breaker ----
 
     def _open(self, why: str) -> None:
+        """What fails together with the call that opened it makes no rest longer."""
         self._tell_away(why)
-        self._breaker.failed()
+        if self._breaker.closed:
+            self._breaker.failed()
         self._metrics.up.set(0)
         self._opened.set()
 
@@ -176,11 +180,14 @@ class Link:
                 async with asyncio.timeout(self.patience_s):
                     await self._on_thread(self._bounded(lambda store: store.ping()))
             except StoreError as error:
-                self._tell_away(str(error))
-                self._breaker.failed()
+                self._ping_failed(str(error))
             except TimeoutError:
-                self._tell_away(f"no answer within {self.patience_s:g} s")
-                self._breaker.failed()
+                self._ping_failed(f"no answer within {self.patience_s:g} s")
             else:
                 self._close_breaker(self._breaker.mended)
                 self._opened.clear()
+
+    def _ping_failed(self, why: str) -> None:
+        if not self._breaker.closed:  # else a call that was late has worked meanwhile
+            self._tell_away(why)
+            self._breaker.failed()

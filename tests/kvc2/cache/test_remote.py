@@ -334,6 +334,18 @@ async def test_a_store_that_freezes_between_exists_and_get_costs_once(tmp_path: 
 
 
 @on_a_loop
+async def test_a_short_deadline_says_nothing_of_the_store(tmp_path: Path) -> None:
+    store = ToldStore()
+    async with second_host(tmp_path, store, 1, patience_ms=5000) as (cache, engine):
+        store.slow_s = 0.05
+        ask = (engine.session, engine.opened, b"one", prompt(1, BLOCKS))
+        found = await cache.leases.acquire(*ask, Terms(0, 0.001))
+        assert found.matched_tokens == 0
+        assert remote_of(cache).link.up
+        assert faults(cache, "remote_late") == 0
+
+
+@on_a_loop
 async def test_what_the_engine_computes_sooner_is_not_waited_for(tmp_path: Path) -> None:
     store = ToldStore()
     async with second_host(tmp_path, store, 1, 2, 3) as (cache, engine):
@@ -502,8 +514,9 @@ async def test_what_comes_for_a_namespace_that_is_over_is_no_others(tmp_path: Pa
         assert found.matched_tokens == 0
 
 
+@pytest.mark.parametrize("call", ["exists", "get"])
 @on_a_loop
-async def test_a_caller_that_goes_away_may_ask_again(tmp_path: Path) -> None:
+async def test_a_caller_that_goes_away_may_ask_again(tmp_path: Path, call: str) -> None:
     store = ToldStore()
     await put_by_another(tmp_path, store, 1)
     async with host(tmp_path / "b", store) as cache:
@@ -511,7 +524,8 @@ async def test_a_caller_that_goes_away_may_ask_again(tmp_path: Path) -> None:
         store.slow_s = 0.1
         ask = (engine.session, engine.opened, b"one", prompt(1, BLOCKS), terms)
         asking = asyncio.create_task(cache.leases.acquire(*ask))
-        await until(lambda: engine.session.leases)
+        await until(lambda: call in store.calls)
+        await asyncio.sleep(0.01)  # it waits for that
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
         await cache.leases.acquire(*ask)

@@ -63,6 +63,18 @@ async def test_calls_reach_the_store() -> None:
 
 
 @on_a_loop
+async def test_calls_that_fail_together_make_one_rest() -> None:
+    store = ToldStore()
+    async with linked(store) as link:
+        await until(lambda: link.up)
+        store.slow_s, store.fails = 0.05, {"get", "ping"}
+        calls = [link.get([b"a"], 10) for _ in range(6)]
+        told = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(isinstance(each, StoreError) for each in told)
+        assert link._breaker.rest_s == REST_S
+
+
+@on_a_loop
 async def test_a_call_that_fails_is_the_last_one_until_a_ping_is_answered() -> None:
     store = ToldStore()
     async with linked(store) as link:
