@@ -229,6 +229,9 @@ class Arrivals:
     async def _take(self, fetch: Fetch, sealer: Sealer, values: Sequence[bytes | None]) -> int:
         """How many leading values are blocks of the cpu tier now."""
         sound = [each for each in values[: leading(values)] if each is not None]
+        if len(sound) < len(values):  # it has gone since, or is nothing that could be read
+            lost = fetch.first + fetch.came + len(sound)
+            self._delete(fetch.chain.names(fetch.prompt.pools.shape, lost, lost + 1))
         pages, first, pools = (
             self._grant(fetch, len(sound)),
             fetch.first + fetch.came,
@@ -246,7 +249,8 @@ class Arrivals:
             raise
         good = sum(each is Verdict.GOOD for each in verdicts)
         if good < len(verdicts):
-            self._drop(fetch.chain.names(pools.shape, first + good, first + good + 1))
+            self._means.metrics.all.fault("remote_bad_block")
+            self._delete(fetch.chain.names(pools.shape, first + good, first + good + 1))
         self._give_back(fetch, pages[good:])
         came = self._commit(fetch, pages[:good]) if good else 0
         fetch.came += came
@@ -298,17 +302,16 @@ class Arrivals:
         if pages.size:
             self._means.index.give_back(fetch.prompt.pools.cpu.id, np.ascontiguousarray(pages))
 
-    def _drop(self, names: list[bytes]) -> None:
+    def _delete(self, names: list[bytes]) -> None:
         """Values that are no blocks of ours: the next put mends them."""
-        self._means.metrics.all.fault("remote_bad_block", len(names))
 
-        async def drop() -> None:
+        async def delete() -> None:
             try:
                 await self._means.link.delete(names)
             except StoreError:
                 return  # it will be found bad again
 
-        self.keep(drop())
+        self.keep(delete())
 
     def _saw(self, num_bytes: int, seconds: float) -> None:
         self.meter.saw(num_bytes, seconds, 0.0)

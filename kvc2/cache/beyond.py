@@ -7,7 +7,6 @@ is (leases.py).
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from collections.abc import AsyncIterator
@@ -18,7 +17,7 @@ from kvc2 import _core, errors
 from kvc2.answers import Acquired, Terms
 from kvc2.cache.arrivals import Fetch, Prompt
 from kvc2.cache.brought import Brought
-from kvc2.cache.fetches import Wanted
+from kvc2.cache.fetches import Wanted, never
 from kvc2.cache.lease_views import LeaseViews, nothing
 from kvc2.cache.remote import Remote
 from kvc2.cache.sessions import OpenLease, Session
@@ -71,9 +70,8 @@ class Beyond:
         in the cpu tier, pinned while the body runs."""
         blocks = len(prompt.asked.tokens) // prompt.namespace.page_size
         held = self._match(prompt.pools.cpu.id, prompt, blocks)
-        never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         tiers = TIERS[1:]
-        wanted = Wanted(prompt, tiers, held, 0.0, math.inf, never, blocks)
+        wanted = Wanted(prompt, tiers, held, 0.0, math.inf, never(), blocks)
         fetch = await self.remote.bring(wanted)
         try:
             yield
@@ -87,9 +85,8 @@ class Beyond:
 
     async def tokens(self, to: Destination, prompt: Prompt) -> int:
         """That the store has after what the tiers hold. Brings nothing."""
-        never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         held, blocks = self._held(to, prompt), usable(prompt)
-        wanted = Wanted(prompt, to.tiers, held, 0.0, math.inf, never, blocks)
+        wanted = Wanted(prompt, to.tiers, held, 0.0, math.inf, never(), blocks)
         return await self.remote.beyond(wanted) * prompt.namespace.page_size
 
     def _held(self, to: Destination, prompt: Prompt) -> tuple[int, ...]:

@@ -29,6 +29,11 @@ WINDOW = 64  # blocks that are asked for at a time: a short prefix is found soon
 WINDOW_MAX = 4096  # ... and each next time eight times as many, in a call that is still short
 
 
+def never() -> asyncio.Future[None]:
+    """The `released` of what nobody lets go of."""
+    return asyncio.get_running_loop().create_future()
+
+
 @dataclass(frozen=True)
 class Wanted:
     """The leading `blocks` of a prompt; how many of them each tier of its chain (`tiers`, the
@@ -112,10 +117,9 @@ class Fetches:
 
     def bring_behind(self, wanted: Wanted) -> None:
         """The same, and nobody waits for it: also when the request is over."""
-        never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         async def bring() -> None:
-            if (fetch := await self.bring(replace(wanted, released=never))) is not None:
+            if (fetch := await self.bring(replace(wanted, released=never()))) is not None:
                 self._arrivals.let_go(fetch)
 
         self._arrivals.keep(bring())

@@ -22,6 +22,7 @@ from kvc2.host.store_url import StoreUrl
 from kvc2.tiers.remote.store import StoreError, StoreRefused
 
 CONNECTIONS_MAX = 16
+OTHER_TYPE = "WRONGTYPE"  # under this name is a list or the like: no value
 GROUP = 64  # names of one EXISTS: where all or none are there, one answer tells
 
 
@@ -93,7 +94,11 @@ class Valkey:
             for name in names:
                 batch.getrange(name, 0, num_bytes)
             found = await batch.execute(raise_on_error=False)
-            errors = [each for each in found if isinstance(each, RedisError)]
+            errors = [
+                each
+                for each in found
+                if isinstance(each, RedisError) and not str(each).startswith(OTHER_TYPE)
+            ]
             if errors and len(errors) == len(found):
                 raise errors[0]
             return [each if isinstance(each, bytes) and each else None for each in found]
