@@ -36,20 +36,40 @@ TEXT = Path(__file__).with_name("demo_prompt.md")
 PAGE, CHUNK = 16, 128
 
 
-def perplexity(placed: PlacedModel, tokens: list[int]) -> float:
-    """exp of the mean negative log-likelihood of each token after the first."""
+def surprise(placed: PlacedModel, tokens: list[int]) -> Tensor:
+    """Negative log-likelihoods of each token after the first, float64 [tokens - 1], in nats."""
     shape = KvShape.of(placed.model.config, PAGE)
     pages = list(range(-(-len(tokens) // PAGE)))
     memory = torch.zeros(len(pages) * shape.page_bytes, dtype=torch.uint8)
     runner = placed.compute(Runner(placed.model, KvPool(shape, len(pages), memory)))
-    total = 0.0
+    found = []
     for begin in range(0, len(tokens) - 1, CHUNK):
         end = min(begin + CHUNK, len(tokens) - 1)
         batch = Batch.of([Slice(tokens[begin:end], end, pages, True)], PAGE)
         rows = runner.step(replace(batch, logits_rows=torch.arange(end - begin)))
         wanted = torch.tensor(tokens[begin + 1 : end + 1])
-        total -= float(rows.log_softmax(-1).gather(1, wanted[:, None]).sum())
-    return math.exp(total / (len(tokens) - 1))
+        found.append(-rows.log_softmax(-1).gather(1, wanted[:, None])[:, 0].double())
+    return torch.cat(found)
+
+
+def perplexity(surprises: Tensor) -> float:
+    return math.exp(float(surprises.mean()))
+
+
+def perplexity_row(
+    case: str, surprises: Tensor, plain: Tensor, plain_name: str, most: float | None = None
+) -> report.Row:
+    """Beside the perplexity of the same tokens under `plain`. The ratio's standard error is that
+    of the mean of the differences, token by token."""
+    differences = surprises - plain
+    ratio = perplexity(differences)
+    error = ratio * float(differences.std()) / math.sqrt(len(differences))
+    goal = f"{ratio:.4f} +- {error:.4f} of {plain_name}'s over {len(differences)} tokens"
+    if most is not None:
+        goal += f"; at most {most}"
+    found = [perplexity(surprises)]
+    limit = perplexity(plain)
+    return report.row(case, "", "lower", found, limit=limit, limit_name=plain_name, goal=goal)
 
 
 def decode_s(
@@ -70,7 +90,7 @@ def parser_of_text(description: str, *, repeats: int) -> argparse.ArgumentParser
     """The flags of what runs a model over the text."""
     parser = report.parser(description, repeats=repeats)
     parser.add_argument("--model", type=Path, help="a directory; without it the embedded model")
-    parser.add_argument("--tokens", type=int, default=1024, help="of the text (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=1 << 20, help="of the text (all)")
     parser.add_argument("--threads", type=int, default=2)
     return parser
 
@@ -92,16 +112,14 @@ def main() -> None:
     directory, tokens = model_and_text(options)
     model = load_model(directory)
     plain = EngineConfig(model=directory, threads=options.threads, num_gpu_experts=0)
-    rows, before = [], 0.0
+    rows, plainly = [], torch.zeros(0)
     for deferred in range(model.config.experts_per_token):
         placed = PlacedModel(replace(plain, max_deferred_experts_per_token=deferred), model)
-        found = perplexity(placed, tokens)
-        before = before or found
+        found = surprise(placed, tokens)
+        plainly = found if not deferred else plainly
         placed.close()
         name = f"{deferred} of {model.config.experts_per_token} experts late: perplexity"
-        rows.append(
-            report.row(name, "", "lower", [found], limit=before, limit_name="without deferral")
-        )
+        rows.append(perplexity_row(name, found, plainly, "without deferral"))
     placed = PlacedModel(plain, model)
     assert placed.experts is not None
     wait_s = options.attention_ms / 1000

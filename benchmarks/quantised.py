@@ -1,8 +1,9 @@
 """Quantised experts of the embedded model: perplexity beside bf16, and how soon an engine is ready.
 
-Perplexity: of a fixed text (demo_prompt.md), token by token after its first. Ready: seconds from
-the start of a process of `kvc2-engine serve` to its line `serving`, medians by turns; with a file
-of packed experts, which the first start of all makes.
+Perplexity: of a fixed text (demo_prompt.md), token by token after its first, and the standard
+error of its ratio to bf16's. Ready: seconds from the start of a process of `kvc2-engine serve` to
+its line `serving`, medians by turns; with a file of packed experts, which the first start of all
+makes.
 Example: python -m benchmarks.quantised --json build/bench/quantised.json
 """
 
@@ -14,8 +15,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from torch import Tensor
+
 from benchmarks import report
-from benchmarks.deferral import model_and_text, parser_of_text, perplexity
+from benchmarks.deferral import model_and_text, parser_of_text, perplexity_row, surprise
 from engine.config import ModelConfig
 from engine.models import build_model
 from engine.models.packed import FORMATS, expert_bytes, open_packed
@@ -26,13 +29,13 @@ from engine.weights import Checkpoint
 MOST = {"int8": 1.01, "fp8": 1.01, "int4": 1.06}  # of bf16's perplexity
 
 
-def perplexity_of(directory: Path, expert_dtype: str, tokens: list[int], kept: Path) -> float:
+def surprise_of(directory: Path, expert_dtype: str, tokens: list[int], kept: Path) -> Tensor:
     config = ModelConfig.load(directory)
     with Checkpoint(directory, config.dtype) as checkpoint:
         packed = open_packed(config, checkpoint, expert_dtype, kept)
         model = build_model(config, checkpoint, packed)
     placed = PlacedModel(EngineConfig(model=directory), model)
-    found = perplexity(placed, tokens)
+    found = surprise(placed, tokens)
     placed.close()
     return found
 
@@ -56,18 +59,14 @@ def main() -> None:
     config, rows = ModelConfig.load(directory), []
     with tempfile.TemporaryDirectory(dir=directory.parent) as folder:
         kept = Path(folder)
-        plain = 0.0
+        plain: Tensor | None = None
         for expert_dtype in FORMATS:
-            found = perplexity_of(directory, expert_dtype, tokens, kept)
-            plain = plain or found
-            print(f"{expert_dtype}: {found:.4f}", flush=True)
-            goal = f"{found / plain:.4f} of bf16's"
-            if expert_dtype in MOST:
-                goal += f"; at most {MOST[expert_dtype]}"
-            megabytes = expert_bytes(config, expert_dtype) / 1e6
-            name = f"{expert_dtype} ({megabytes:.2f} MB an expert): perplexity"
-            row = report.row(name, "", "lower", [found], limit=plain, limit_name="bf16", goal=goal)
-            rows.append(row)
+            found = surprise_of(directory, expert_dtype, tokens, kept)
+            plain = found if plain is None else plain
+            name = f"{expert_dtype} ({expert_bytes(config, expert_dtype) / 1e6:.2f} MB an expert)"
+            name, most = f"{name}: perplexity", MOST.get(expert_dtype)
+            rows.append(perplexity_row(name, found, plain, "bf16", most))
+            print(f"{name} {rows[-1].ours:.4f}, {rows[-1].goal}", flush=True)
         ready: dict[str, list[float]] = {each: [] for each in ("bf16", "int8", "int4", "fp8")}
         for _ in range(options.repeats):
             for expert_dtype, samples in ready.items():
