@@ -14,7 +14,6 @@ Not responsible for what a step computes (runner).
 from __future__ import annotations
 
 import ctypes
-import importlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,12 +25,14 @@ from torch import Tensor
 from engine.attention.base import Attention
 from engine.batch import Batch
 from engine.config import ModelConfig
+from kvc2.cuda.faults import CudaFault
 
 log = logging.getLogger(__name__)
 
 # (attention, token_ids int64 [N], positions int64 [N]) -> float32 logits [N, vocab]
 Compute = Callable[[Attention, Tensor, Tensor], Tensor]
 Replay = Callable[[], None]
+Moment = Any  # as a SideStream marks them
 
 
 class Recorder(Protocol):
@@ -89,6 +90,13 @@ class SideStream(Protocol):
     def wait(self) -> None:
         """The host waits until all of it is done, and what was replayed."""
 
+    def mark(self) -> Moment | None:
+        """Of the device's own work: when all is done that it was told so far. None in a capture,
+        whose replays have no moments."""
+
+    def seconds(self, began: Moment, ended: Moment) -> float:
+        """Between two, after `wait`."""
+
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Zeros in the host's memory."""
 
@@ -98,20 +106,19 @@ class HostFunctions:
     no call for it. Run on the hostile driver of tests/cuda alone."""
 
     def __init__(self) -> None:
-        self._driver = importlib.import_module("cuda.bindings.driver")  # the extra `cuda`
+        from kvc2.cuda import driver  # the extra `cuda`
+
+        self._driver = driver
         self._functions: dict[Callable[[], None], Any] = {}  # the driver doesn't keep them
 
     def launch(self, work: Callable[[], None], stream: int) -> None:
         """It runs when what `stream` was told before is done; at each replay of a capture too.
-        Kept for ever: whoever calls gives the same few again and again."""
+        Kept for ever: whoever calls gives the same few again and again. Raises CudaFault."""
         if work not in self._functions:
             self._functions[work] = _HOST_FUNCTION(lambda _: work())
         address = ctypes.cast(self._functions[work], ctypes.c_void_p).value
-        driver = self._driver
-        function = driver.CUhostFn(address)
-        (status,) = driver.cuLaunchHostFunc(driver.CUstream(stream), function, 0)
-        if status != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"cuLaunchHostFunc: {status.name}")
+        cu = self._driver.cu
+        self._driver.ask(cu.cuLaunchHostFunc, cu.CUstream(stream), cu.CUhostFn(address), 0)
 
 
 _HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -140,6 +147,16 @@ class CudaSideStream:
 
     def wait(self) -> None:
         torch.cuda.synchronize(self._device)
+
+    def mark(self) -> Moment | None:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        moment = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        moment.record(torch.cuda.current_stream(self._device))
+        return moment
+
+    def seconds(self, began: Moment, ended: Moment) -> float:
+        return float(began.elapsed_time(ended)) / 1e3
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
@@ -228,7 +245,7 @@ class Graphs:
             return self._recorder.capture(
                 lambda: self._compute(step.attention, step.token_ids, step.positions)
             )
-        except RuntimeError as error:  # torch's of CUDA too
+        except (RuntimeError, CudaFault) as error:  # torch raises RuntimeError of CUDA too
             self._give_up(f"a step of {len(step.token_ids)} can't be captured: {error}")
             return None
 

@@ -206,6 +206,7 @@ CLIENT_SEES = (
 BRIDGE = ("engine/prefix", "engine/identity", "engine/settings")
 # What daemon and engine say in one way, and what talks to nobody.
 SHARED = ("kvc2.answers", "kvc2.host", "kvc2.shares", "kvc2.errors", "kvc2.flags")
+SHARED += ("kvc2.cuda.driver", "kvc2.cuda.faults")
 
 
 def floors(text: str) -> dict[str, int]:

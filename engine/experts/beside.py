@@ -29,7 +29,7 @@ from engine.experts.hybrid import Source, Spent, Weights
 from engine.experts.placement import Mask
 from engine.experts.router import Routing
 from engine.experts.statistics import Statistics
-from engine.graphs import SideStream
+from engine.graphs import Moment, SideStream
 from engine.kernels import Choices
 from engine.layers import some_experts
 
@@ -48,7 +48,8 @@ class BesideDevice:
     """All layers' experts of one model. One thread computes, within `step`.
 
     `places`: room on the device for the hot ones, in the order of `hot`. `pinned`: for the largest
-    step. `spent`: by the host; the device's time is not measured, so that no budget reads it.
+    step. `spent`: by the host in every step, by the device in those that no graph holds, since a
+    replay shows no moment within it.
     """
 
     def __init__(
@@ -70,6 +71,8 @@ class BesideDevice:
         self._pinned = pinned
         self._rows = 0  # of the step, without those that pad it
         self._failed: Exception | None = None
+        self._cold: dict[int, int] = {}  # choices of the step, by layer
+        self._took: dict[int, tuple[Moment, Moment]] = {}  # the device, for hot ones
         self._work = {at: functools.partial(self._compute_cold, at) for at in host.layers}
         table, everyone = torch.full(hot.shape, -1), torch.arange(hot.shape[1])
         for place, (layer, index) in enumerate(np.argwhere(hot).tolist()):
@@ -83,17 +86,22 @@ class BesideDevice:
         """Around a step of so many rows. Raises what failed on the host, when nothing of it is
         under way."""
         self._rows, self._failed = rows, None
+        self._cold, self._took = {}, {}
         try:
             yield
         finally:
             self._side.wait()
         if self._failed is not None:
             raise self._failed
+        for layer, (began, ended) in self._took.items():
+            self.spent.device_s += self._side.seconds(began, ended)
+            hot = rows * self._pinned.ids.shape[1] - self._cold.get(layer, 0)
+            self.spent.device_activations += hot
 
     def compute(self, layer: int, x: Tensor, routing: Routing) -> Tensor:
         """[T, hidden] -> [T, hidden], the weighed sum over each token's experts."""
         if self.hot[layer].all():
-            return self._compute_hot(layer, x, routing)
+            return self._timed_hot(layer, x, routing)
         side, mine, tokens = self._side, self._pinned, len(x)
         cold = torch.empty_like(x)
         side.fork()
@@ -102,7 +110,7 @@ class BesideDevice:
         side.copy(routing.weights, mine.weights[:tokens])
         side.call(self._work[layer])
         side.copy(mine.sums[:tokens], cold)
-        hot = self._compute_hot(layer, x, routing) if self.hot[layer].any() else None
+        hot = self._timed_hot(layer, x, routing) if self.hot[layer].any() else None
         side.join()
         return cold if hot is None else hot + cold
 
@@ -130,6 +138,18 @@ class BesideDevice:
     def close(self) -> None:
         self.host.close()
 
+    def _timed_hot(self, layer: int, x: Tensor, routing: Routing) -> Tensor:
+        """What is captured is computed once before, with all that a first call makes: that is no
+        time of a step."""
+        began = self._side.mark()
+        made = self._compute_hot(layer, x, routing)
+        ended = self._side.mark()
+        if began is not None and ended is not None:
+            self._took[layer] = began, ended
+        else:
+            self._took.pop(layer, None)
+        return made
+
     def _compute_hot(self, layer: int, x: Tensor, routing: Routing) -> Tensor:
         places = self._place_of[layer][routing.expert_ids]
         return some_experts(x, places, routing.weights, self._places.gate_up, self._places.down)
@@ -146,6 +166,7 @@ class BesideDevice:
                 self.host.compute(layer, x, ids, outputs)
                 mine.sums[:rows].copy_(self._sums.sum(outputs, weights, x.dtype))
                 self.spent.host_s += time.perf_counter() - began
-                self.spent.host_activations += int((ids >= 0).sum())
+                self._cold[layer] = int((ids >= 0).sum())
+                self.spent.host_activations += self._cold[layer]
         except Exception as error:  # nobody is there to be told now
             self._failed = self._failed or error

@@ -231,6 +231,8 @@ class PlacedModel:
     def measured(self) -> Measured:
         """What the traffic showed, in this run and before."""
         now = self.traffic()
+        if self.beside is not None:
+            now = replace(now, **asdict(self.beside.spent))
         if self.experts is not None:
             now = replace(now, **asdict(self.experts.spent))
             if isinstance(self.experts.host, ExpertStore):

@@ -177,13 +177,15 @@ class TapeRecorder:
 
 class TapeSideStream:
     """engine.graphs.SideStream, as late as it may be: nothing that was begun is done before `join`,
-    and until then its targets hold 0xDB. `prompt`: as early as it may be, at once."""
+    and until then its targets hold 0xDB. `prompt`: as early as it may be, at once. Its clock goes
+    on by a second a mark."""
 
     def __init__(self, recorder: TapeRecorder, *, prompt: bool = False) -> None:
         self._recorder = recorder
         self._prompt = prompt
         self._begun: list[Callable[[], object]] = []
         self._forked = False
+        self._marks = 0
         self.host_calls = 0
 
     def fork(self) -> None:
@@ -218,6 +220,17 @@ class TapeSideStream:
         for each in self._begun:
             each()
         self._begun, self._forked = [], False
+
+    def mark(self) -> int | None:
+        if self._recorder.tape is not None:
+            return None
+        self._marks += 1
+        return self._marks
+
+    def seconds(self, began: int, ended: int) -> float:
+        """A second from one to the next: so many as times were measured."""
+        assert not self._begun, "the host did not wait"
+        return float(ended - began)
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine import kernels, layers
 from engine.experts.beside import BesideDevice, Pinned
-from engine.experts.hybrid import HostExecutor, Weights
+from engine.experts.hybrid import HostExecutor, Spent, Weights
 from engine.experts.router import Routing
 from engine.kernels import Choices
 from tests.engine.graph_tape import TapeRecorder, TapeSideStream
@@ -94,6 +94,34 @@ def test_the_sum_is_that_of_all_experts_wherever_they_lie(
             near(bench.computed(layer, count), bench.expected(layer, count))
     cold = MASKS[mask].size - int(MASKS[mask].sum())
     assert bool(bench.side.host_calls) is bool(cold)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_what_both_spent_is_told_by_their_choices(mask: str) -> None:
+    """The stand-in's clock says how often the device was timed: once a layer that has hot ones."""
+    bench, spent, layers_timed = Bench(mask, torch.float32), Spent(), 0
+    hot = torch.from_numpy(MASKS[mask])
+    for layer in range(LAYERS):
+        for count in (TOKENS, 4):
+            bench.computed(layer, count)
+            chosen = hot[layer][bench.rows(count)[1].expert_ids]
+            spent.host_activations += int((~chosen).sum())
+            if hot[layer].any():
+                spent.device_activations += int(chosen.sum())
+                layers_timed += 1
+    ours = bench.experts.spent
+    assert ours.host_activations == spent.host_activations
+    assert ours.device_activations == spent.device_activations
+    assert ours.device_s == layers_timed
+    assert bool(ours.host_s) is not bool(hot.all())
+
+
+def test_what_a_failed_step_spent_on_the_device_is_not_told() -> None:
+    bench = Bench("some", torch.float32)
+    bench.host.error = OSError("a bad expert")
+    with pytest.raises(OSError, match="a bad expert"):
+        bench.computed(0, TOKENS)
+    assert (bench.experts.spent.device_activations, bench.experts.spent.device_s) == (0, 0)
 
 
 def test_two_layers_of_a_step_use_the_same_pinned_memory() -> None:

@@ -121,6 +121,11 @@ class NoCopies:
 
     def wait(self) -> None: ...
 
+    def mark(self) -> None: ...
+
+    def seconds(self, began: object, ended: object) -> float:
+        raise AssertionError("no moment was marked")
+
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
 

@@ -231,6 +231,7 @@ def test_cold_experts_are_computed_beside_a_replay_and_padding_is_not(
     """The graph calls the host at each replay, for the rows that are live then."""
     ours, theirs = bench(make=make, hot=hot), bench(GraphSizes(), make=make, hot=hot)
     assert torch.equal(ours.step(PROMPTS), theirs.step(PROMPTS))
+    prompts = ours.placed.statistics.counts
     for rows in DECODES:
         size = next(n for n in SIZES.rows if n >= len(rows))
         tokens = dict.fromkeys(rows, 1)
@@ -238,7 +239,10 @@ def test_cold_experts_are_computed_beside_a_replay_and_padding_is_not(
     assert ours.recorder.replays == len(DECODES)
     beside, counts = ours.placed.beside, ours.placed.statistics.counts
     assert beside is not None
-    assert beside.spent.host_activations == int((counts * ~beside.hot).sum())
+    measured = ours.placed.measured()  # what the budget of device memory is divided by
+    assert measured.host_activations == int((counts * ~beside.hot).sum())
+    assert measured.device_activations == int((prompts * beside.hot).sum())  # a replay isn't timed
+    assert (measured.activation_s is not None) is (hot > 0)
 
 
 ELSE: dict[str, tuple[tuple[int, ...], dict[int, int]]] = {
