@@ -25,7 +25,7 @@ from kvc2.cuda.memory import DeviceMemory, Registered, opened
 from kvc2.cuda.mover import DevicePages, Mover
 from kvc2.cuda.rows import GROUPS_MAX, groups
 from tests import ROOT
-from tests.cuda.check import SKIPPED
+from tests.cuda.check import NOT_RUN
 from tests.cuda.laws import engine
 from tests.cuda.laws.pools import Bytes, Shape, layer_major, side_by_side
 
@@ -297,7 +297,7 @@ def main() -> None:
         ask(cu.cuInit, 0)
     except (CudaFault, RuntimeError) as error:  # what the bindings raise without a driver
         print(f"no CUDA here: {error}")
-        sys.exit(SKIPPED)
+        sys.exit(NOT_RUN)
     STEPS[sys.argv[1]]()
 
 

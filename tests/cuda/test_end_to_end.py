@@ -1,6 +1,7 @@
 """`kvc2 serve` and `kvc2-engine serve`, real processes, with the hostile driver between them: the
 engine's pool is a device's memory, and a worker moves its pages. Greedy output is token for token
-what an engine without a cache says, wherever the prefix comes from and whoever has died."""
+what an engine without a cache says, wherever the prefix comes from and whoever has died; `make
+cuda-check` is told when each first token came, and when each layer was told (moments)."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ import torch
 
 from engine.settings import EngineConfig
 from tests.cuda import hostile
+from tests.cuda.moments import Timed, tell, timed
 from tests.doubles.waiting import wait_until
 from tests.system.daemon import DaemonProcess, loading_daemon
 from tests.system.engine import EngineProcess, Truth, prompt, small_model, without_cache
@@ -23,8 +25,21 @@ PAGES = 160
 LENGTH = 300  # of a prompt: 18 blocks, and 12 tokens more
 FLAGS = ("--num-pages", str(PAGES), "--chunk-size", "64", "--max-running", "4")
 WORDS = "seed=5,late_us=100"
-REAL = os.environ.get("KVC2_DRIVER") == "real"  # `make cuda-check` on a machine with a GPU
+CHECKED = "KVC2_DRIVER" in os.environ  # by `make cuda-check`
+REAL = os.environ.get("KVC2_DRIVER") == "real"  # on a machine with a GPU
 DEVICE = "cuda" if REAL else "cpu"
+# So many layers that they are told one after the other, and pages of 32 KiB a layer
+CHECKED_MODEL = {
+    "num_hidden_layers": 8,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "head_dim": 64,
+    "initializer_range": 0.06,
+}
+LAYERS = 8 if CHECKED else 3
+ROUNDS = 5 if CHECKED else 1
+COMPUTED = "nowhere: all is computed"
+DROPPED = {COMPUTED: (), "gpu": (), "cpu": ("gpu",), "disk": ("gpu", "cpu")}  # before each hit
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,7 +55,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model(tmp_path_factory.mktemp("model"))
+    return small_model(tmp_path_factory.mktemp("model"), **(CHECKED_MODEL if CHECKED else {}))
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +88,24 @@ def started(model: Path, daemon: DaemonProcess, log: Path) -> EngineProcess:
 @pytest.fixture
 def engine(model: Path, daemon: DaemonProcess, tmp_path: Path) -> Iterator[EngineProcess]:
     with started(model, daemon, tmp_path / "log") as process:
-        process.wait_attached()
+        warm_up(process)
         yield process
+
+
+def warm_up(engine: EngineProcess) -> None:
+    """What is made at a first call is no part of a first token's time."""
+    engine.wait_attached()
+    engine.complete(prompt(40, 99))
+
+
+def served(engine: EngineProcess, tokens: list[int], expected: list[int]) -> Timed:
+    """A hit of all 18 blocks, of which each layer was told, unless nothing was copied."""
+    found = timed(engine, tokens)
+    assert (found.answer.matched, found.answer.tokens) == (288, expected)
+    copied = found.answer.tiers["gpu"] < 288
+    assert len(found.layers_ms) == (LAYERS if copied else 0)
+    assert list(found.layers_ms) == sorted(found.layers_ms)
+    return found
 
 
 def test_the_daemon_says_what_it_found(daemon: DaemonProcess) -> None:
@@ -86,17 +117,22 @@ def test_the_daemon_says_what_it_found(daemon: DaemonProcess) -> None:
 def test_hits_of_every_tier_are_equal_to_no_cache(
     engine: EngineProcess, daemon: DaemonProcess, truth: Truth
 ) -> None:
-    tokens = prompt(LENGTH, 1)
-    expected = truth(tokens)
-    cold, gpu = engine.complete(tokens), engine.complete(tokens)
-    assert cold.tokens == gpu.tokens == expected
-    assert (cold.matched, gpu.tiers["gpu"]) == (0, 288)
-    daemon.empty("gpu")
-    cpu = engine.complete(tokens)
-    assert (cpu.tiers["cpu"], cpu.tokens) == (288, expected)
-    daemon.empty("gpu", "cpu")
-    disk = engine.complete(tokens)
-    assert (disk.tiers["disk"], disk.tokens) == (288, expected)
+    found: dict[str, list[Timed]] = {name: [] for name in DROPPED}
+    for seed in range(ROUNDS):
+        tokens = prompt(LENGTH, 10 + seed)
+        expected = truth(tokens)
+        for name, tiers in DROPPED.items():
+            if tiers:
+                daemon.empty(*tiers)
+            if name == COMPUTED:
+                found[name].append(timed(engine, tokens))
+                assert found[name][-1].answer.tokens == expected
+                assert (found[name][-1].answer.matched, found[name][-1].layers_ms) == (0, ())
+            else:
+                found[name].append(served(engine, tokens, expected))
+                assert found[name][-1].answer.tiers[name] == 288
+    for name, runs in found.items():
+        tell(name, runs)
 
 
 def processes(daemon: DaemonProcess) -> tuple[psutil.Process, list[psutil.Process]]:
@@ -115,8 +151,7 @@ def test_a_killed_worker_costs_a_session_and_no_answer(
     worker.kill()
     wait_until(lambda: processes(daemon)[1] not in ([], [worker]))  # the engine attached again
     engine.wait_attached()
-    answer = engine.complete(tokens)
-    assert (answer.matched, answer.tokens) == (288, truth(tokens))
+    tell("its worker was killed", [served(engine, tokens, truth(tokens))])
 
 
 def test_what_a_killed_engine_left_on_the_device_is_served_to_the_next(
@@ -131,9 +166,8 @@ def test_what_a_killed_engine_left_on_the_device_is_served_to_the_next(
         first.process.wait()
     wait_until(lambda: not daemon.admin().stats().sessions)
     with started(model, daemon, tmp_path / "second") as second:
-        second.wait_attached()
-        answer = second.complete(tokens)
-    assert (answer.matched, answer.tokens) == (288, truth(tokens))
+        warm_up(second)
+        tell("its engine was killed", [served(second, tokens, truth(tokens))])
 
 
 def test_an_engine_outlives_its_daemon_and_attaches_to_the_next(
@@ -148,14 +182,15 @@ def test_an_engine_outlives_its_daemon_and_attaches_to_the_next(
     assert engine.complete(tokens).tokens == truth(tokens)
     daemon.start()
     engine.wait_attached()
-    answer = engine.complete(tokens)
-    assert (answer.tiers["disk"], answer.tokens) == (288, truth(tokens))
+    found = served(engine, tokens, truth(tokens))
+    assert found.answer.tiers["disk"] == 288
+    tell("its daemon was killed", [found])
 
 
 def test_without_a_driver_the_daemon_says_so_and_refuses_devices_by_name(
     model: Path, tmp_path: Path, truth: Truth
 ) -> None:
-    if "KVC2_DRIVER" in os.environ:
+    if CHECKED:
         pytest.skip("the check finds a driver wherever it looks, a real or the hostile one")
     with DaemonProcess(tmp_path) as daemon:
         wait_until(lambda: " cuda " in daemon.log.read_text())

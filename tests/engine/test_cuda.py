@@ -7,6 +7,7 @@ tier runs on the stand-in, in the other tests.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.attention.base import KvPool, KvShape
+from engine.attention.base import Attention, KvPool, KvShape
+from engine.attention.paged_torch import PagedTorchAttention
 from engine.batch import Batch, Slice
 from engine.device import CPU, Device
 from engine.device import cuda as cuda_device
@@ -76,26 +78,38 @@ SLICES = {
 }
 
 
-@pytest.mark.parametrize("slices", list(SLICES.values()), ids=list(SLICES))
-def test_flashinfer_attends_as_our_own_kernel_does(
-    cuda_attends: Device, slices: list[Slice]
-) -> None:
-    batch = Batch.of(slices, PAGE_SIZE)
-    tokens = batch.token_ids.shape[0]
+def attended(device: Device, attention: Attention, batch: Batch) -> torch.Tensor:
+    """Of the same queries, keys and values on any device."""
+    tokens, dtype, memory = len(batch.token_ids), attention.pool.shape.dtype, device.memory
     random = torch.Generator().manual_seed(4)
-    query = torch.randn(tokens, QUERY_HEADS, SHAPE.head_dim, generator=random).to(SHAPE.dtype)
+    query = torch.randn(tokens, QUERY_HEADS, SHAPE.head_dim, generator=random).to(dtype)
     key, value = (
-        torch.randn(tokens, SHAPE.kv_heads, SHAPE.head_dim, generator=random).to(SHAPE.dtype)
+        torch.randn(tokens, SHAPE.kv_heads, SHAPE.head_dim, generator=random).to(dtype)
         for _ in range(2)
     )
+    attention.plan(batch)
+    attention.write(1, key.to(memory), value.to(memory))
+    return attention.attend(1, query.to(memory))
 
-    def attended(device: Device) -> torch.Tensor:
-        attention, memory = device.attention(pool_on(device), QUERY_HEADS), device.memory
-        attention.plan(batch)
-        attention.write(1, key.to(memory), value.to(memory))
-        return attention.attend(1, query.to(memory))
 
-    near(attended(cuda_attends), attended(CPU))
+@pytest.mark.parametrize("slices", list(SLICES.values()), ids=list(SLICES))
+def test_flashinfer_attends_as_plain_torch_and_as_our_own_kernel_do(
+    cuda_attends: Device, slices: list[Slice]
+) -> None:
+    device, batch = cuda_attends, Batch.of(slices, PAGE_SIZE)
+    ours = attended(device, device.attention(pool_on(device), QUERY_HEADS), batch)
+    near(ours, attended(device, PagedTorchAttention(pool_on(device), QUERY_HEADS), batch).cpu())
+    near(ours, attended(CPU, CPU.attention(pool_on(CPU), QUERY_HEADS), batch))
+
+
+@pytest.mark.parametrize("slices", list(SLICES.values()), ids=list(SLICES))
+def test_plain_torch_attends_on_the_device_as_on_the_cpu(cuda: Device, slices: list[Slice]) -> None:
+    """What serves where flashinfer is not installed."""
+    ours, theirs = (
+        attended(each, PagedTorchAttention(pool_on(each), QUERY_HEADS), Batch.of(slices, PAGE_SIZE))
+        for each in (cuda, CPU)
+    )
+    near(ours, theirs)
 
 
 def test_experts_on_the_device_are_those_of_the_cpu(cuda: Device) -> None:
@@ -212,6 +226,10 @@ def test_cold_experts_are_computed_beside_the_device_in_a_graph_too(cuda: Device
         with experts.step(tokens):
             made = experts.compute(0, x, there)
         near(made, expected())
+        spent = dataclasses.asdict(experts.spent)
+        assert spent["device_s"] > 0
+        assert spent["device_activations"] + spent["host_activations"] == 2 * tokens
+        print(f"of {tokens} tokens' choices: {spent}")
         recorder = cuda.recorder()
         assert recorder is not None
         with experts.step(tokens):
@@ -221,3 +239,4 @@ def test_cold_experts_are_computed_beside_the_device_in_a_graph_too(cuda: Device
             with experts.step(tokens):
                 replay()
             near(made, expected())
+        assert experts.spent.device_s == spent["device_s"]  # no moment of a replay is known
