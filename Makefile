@@ -17,6 +17,8 @@ REBUILD ?= false
 # Processes that run the tests, a file of tests in one of them
 JOBS ?= 2
 PYTEST = $(PYTHON) -m pytest -q -n $(JOBS) --dist loadfile
+# A folder of `make cuda-wheels`: what the environment is made of, on a host without a network
+WHEELS ?=
 # Where there is CUDA, or another index: make CONSTRAINTS=/dev/null
 CONSTRAINTS ?= constraints.txt
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/cpp/*.h' 'tests/cpp/*.cpp' 'tests/cuda/driver/*.h' 'tests/cuda/driver/*.cpp')
@@ -31,6 +33,17 @@ help:  ## this list
 
 env: $(READY)  ## the virtual environment, with both packages built and installed in place
 
+ifneq ($(WHEELS),)
+# without a network, beside the machine's own torch
+export PIP_NO_INDEX := 1
+export PIP_FIND_LINKS := $(abspath $(WHEELS))
+$(PACKAGES): pyproject.toml constraints.txt
+	$(BASE_PYTHON) -m venv --system-site-packages $(VENV)
+	$(PYTHON) -m pip install --quiet -r $(WHEELS)/requirements.txt
+	$(PYTHON) -m pip install --quiet --no-deps flashinfer-python
+	@$(PYTHON) -c "import torch; print('torch', torch.__version__, 'cuda' if torch.cuda.is_available() else 'cpu')"
+	@touch $@
+else
 $(PACKAGES): pyproject.toml constraints.txt
 	$(BASE_PYTHON) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --upgrade pip
@@ -38,6 +51,7 @@ $(PACKAGES): pyproject.toml constraints.txt
 	$(PYTHON) -m pip install --quiet -c $(CONSTRAINTS) --no-build-isolation $(INSTALL) ".[engine,dev]"
 	@$(PYTHON) -c "import torch; print('torch', torch.__version__, 'cuda' if torch.cuda.is_available() else 'cpu')"
 	@touch $@
+endif
 
 $(READY): $(PACKAGES) $(SOURCES)
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation $(INSTALL) .
@@ -102,7 +116,8 @@ DRIVER ?= real
 cuda-check: $(READY)  ## what is promised of a CUDA device, checked on one in 8 minutes
 	$(PYTHON) -m tests.cuda.check --driver $(DRIVER) $(ARGS)
 
-# For a host without a network that has torch: make cuda-wheels DIR=wheels TARGET_PYTHON=3.12
+# For a host without a network that has torch: make cuda-wheels DIR=wheels TARGET_PYTHON=3.12, and there
+# make WHEELS=wheels cuda-check
 TARGET_PYTHON ?= 3.12
 cuda-wheels: $(READY)  ## wheels that daemon, engine and check need beside torch, into DIR
 	$(PYTHON) -m tests.cuda.wheels $(DIR) --python $(TARGET_PYTHON)

@@ -1,10 +1,12 @@
 """Collects the wheels that a host without a network needs, beside a torch that is there already:
 
-    python -m tests.cuda.wheels DIR [--python 3.12]
+    make cuda-wheels DIR=wheels TARGET_PYTHON=3.12      where there is a network
+    make WHEELS=wheels cuda-check                       there, with g++ 12 or newer
 
-What `kvc2`, its engine, the extra `cuda` and the checks ask for, but torch and what torch brings
-with it; for x86-64 and glibc 2.31 or later, which llguidance asks for; as many bytes as it prints.
-There: `pip install --no-index --find-links DIR`.
+What `kvc2`, its engine, the extra `cuda`, their build and the checks ask for, but torch and what
+torch brings with it; for x86-64 and glibc 2.31 or later, which llguidance asks for; as many bytes
+as it prints. requirements.txt in the folder lists what is installed there, without flashinfer, most
+of whose own requirements are left out.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from tests import ROOT
 # torch is there, and with it these; transformers too, where models run
 THERE = {"torch", "transformers", "safetensors", "tokenizers", "numpy", "jinja2"}
 EXTRAS = ("engine", "cuda")
+BUILD = ("scikit-build-core", "pybind11", "cmake", "ninja")
 CHECKS = ("pytest", "httpx", "psutil", "openai", "pytest-timeout", "pytest-xdist", "hypothesis")
 # flashinfer asks for compilers of kernels that we don't use; it imports and attends with these
 # (0.6.13 and 0.7.4). 0.6.13 is the last small one, and the last with prebuilt kernels.
@@ -34,7 +37,7 @@ def wanted() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     asked = [*project["dependencies"], *(each for name in EXTRAS for each in extras[name])]
-    asked += [each for each in extras["dev"] if name_of(each) in CHECKS]
+    asked += [each for each in extras["dev"] if name_of(each) in {*BUILD, *CHECKS}]
     kept = [each for each in asked if name_of(each) not in {*THERE, "flashinfer-python"}]
     return [*kept, *FOR_FLASHINFER]
 
@@ -61,6 +64,7 @@ def main() -> None:
     for wheel in asked.folder.iterdir():
         if name_of(wheel.name).split("-")[0] in THERE:
             wheel.unlink()
+    (asked.folder / "requirements.txt").write_text("\n".join([*wanted(), ""]))
     sizes = {each.name: each.stat().st_size for each in sorted(asked.folder.iterdir())}
     for name, size in sizes.items():
         print(f"{size:12,}  {name}")
