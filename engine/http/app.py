@@ -136,7 +136,8 @@ def _add_dialects(app: FastAPI, service: Service) -> None:
     async def show(http: Request) -> Response:
         service.caller(http, None)
         asked = await service.body(http, ollama.ShowBody)
-        service.prompts.check_model((asked.model or asked.name or "").removesuffix(ollama.LATEST))
+        for name in [each for each in (asked.model, asked.name) if each is not None] or [""]:
+            service.prompts.check_model(name.removesuffix(ollama.LATEST))
         return JSONResponse(ollama.shown(service.model_card(), service.template))
 
 

@@ -255,7 +255,9 @@ def test_ollama_tells_of_the_model(spoken: Spoken) -> None:
     assert model["name"] == "hash"
     shown = post(spoken, "/api/show", {"model": "hash:latest"}).json()
     assert {"tools", "thinking"} <= set(shown["capabilities"])
-    post(spoken, "/api/show", {"model": "other"}, 404)
+    assert post(spoken, "/api/show", {"name": "hash"}).json() == shown  # as it once was called
+    for named in ({"model": "other"}, {"name": "other"}, {"model": "hash", "name": "other"}):
+        post(spoken, "/api/show", named, 404)
 
 
 # tokens
