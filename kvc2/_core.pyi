@@ -438,11 +438,17 @@ class Index:
     ) -> list[Explanation]:
         """`explain` of each key, as a prompt of one block; there are no siblings."""
     def acquire_keys(
-        self, namespace: int, pool: int, keys: Sequence[bytes], hints: Hints = ...
+        self,
+        namespace: int,
+        pool: int,
+        keys: Sequence[bytes],
+        hints: Hints = ...,
+        *,
+        touches: bool = True,
     ) -> KeyLease:
         """Open a lease on those of the keys that are found. Touches them, and pins those that are
         in `pool` or on their way there. promote and next_load bring the others, in the order of the
-        keys; one that cannot be brought is passed over."""
+        keys; one that cannot be brought is passed over. touches: as in acquire."""
     def key_lease(self, lease: int) -> KeyLease: ...
     def commit_keys(
         self,

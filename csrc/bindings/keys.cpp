@@ -95,11 +95,12 @@ void bind_keys(py::module_& module, py::class_<Index>& index) {
           "namespace"_a, "pools"_a, "keys"_a)
       .def(
           "acquire_keys",
-          [](Index& self, uint32_t space, PoolId pool, const py::object& keys, const Hints& hints) {
+          [](Index& self, uint32_t space, PoolId pool, const py::object& keys, const Hints& hints,
+             bool touches) {
             const auto blocks = blocks_of(keys);
-            return unlocked([&] { return self.acquire_keys(space, pool, blocks, hints); });
+            return unlocked([&] { return self.acquire_keys(space, pool, blocks, hints, touches); });
           },
-          "namespace"_a, "pool"_a, "keys"_a, "hints"_a = Hints{})
+          "namespace"_a, "pool"_a, "keys"_a, "hints"_a = Hints{}, py::kw_only(), "touches"_a = true)
       .def("key_lease", &Index::key_lease, "lease"_a, py::call_guard<py::gil_scoped_release>())
       .def("commit_keys", &commit, "namespace"_a, "pool"_a, "keys"_a, "pages"_a, py::kw_only(),
            "lease"_a = py::none(), "hints"_a = Hints{})

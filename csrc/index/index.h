@@ -185,7 +185,7 @@ class Index {
   std::vector<Explanation> explain_keys(uint32_t space, std::span<const PoolId> pools,
                                         std::span<const KeyBlock> keys) const;
   KeyLeaseView acquire_keys(uint32_t space, PoolId pool, std::span<const KeyBlock> keys,
-                            const Hints& hints);
+                            const Hints& hints, bool touches = true);
   KeyLeaseView key_lease(LeaseId lease) const;
   std::vector<CommitResult> commit_keys(uint32_t space, PoolId pool, std::span<const KeyBlock> keys,
                                         std::span<const PageId> pages, std::optional<LeaseId> lease,

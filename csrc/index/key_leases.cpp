@@ -45,20 +45,25 @@ void KeyLeases::open(LeaseId id, const Request& request) {
   for (size_t key = 0; key < lease.keys.size(); ++key) {
     const auto at = place_of(request.space, lease.keys[key]);
     lease.found[key] = at ? tier_of(tree_, request.pools, *at) : 0;
-    if (lease.found[key] == 0) {
-      const BlockKey name = name_of(request.space, lease.keys[key]);
-      const auto marks = tree_.asked(nullptr, {&name, 1}, request.stamp);
-      if (!marks.empty()) lease.marks[key] = marks[0];
-      continue;
-    }
-    const Run run{at->node, at->offset, 1};
-    tree_.touch(run, request.stamp);
-    tree_.mark_reused(run);
-    transfers_.requeue(run, request.pools);
-    tree_.say(*at, request.hints.life(tree_.now()), kNoneFresh);
-    if (tree_.page(*at, lease.pool) != kNoPage) hold(lease, key, *at);
+    if (request.touches) use(lease, key, at, request);
+    if (lease.found[key] != 0 && tree_.page(*at, lease.pool) != kNoPage) hold(lease, key, *at);
   }
   leases_.emplace(id, std::move(lease));
+}
+
+// What is known of uses learns of this one: of a key that was found at this place, or was not.
+void KeyLeases::use(Lease& lease, size_t key, std::optional<Place> at, const Request& request) {
+  if (lease.found[key] == 0) {
+    const BlockKey name = name_of(request.space, lease.keys[key]);
+    const auto marks = tree_.asked(nullptr, {&name, 1}, request.stamp);
+    if (!marks.empty()) lease.marks[key] = marks[0];
+    return;
+  }
+  const Run run{at->node, at->offset, 1};
+  tree_.touch(run, request.stamp);
+  tree_.mark_reused(run);
+  transfers_.requeue(run, request.pools);
+  tree_.say(*at, request.hints.life(tree_.now()), kNoneFresh);
 }
 
 BlockKey KeyLeases::name_of(uint32_t space, const KeyBlock& key) const {

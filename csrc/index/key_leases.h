@@ -43,6 +43,7 @@ class KeyLeases {
     std::span<const KeyBlock> keys;
     uint32_t stamp;
     const Hints& hints;
+    bool touches;  // it is a use; else nothing is learnt of it
   };
   struct Commit {
     uint32_t space;
@@ -107,6 +108,7 @@ class KeyLeases {
   const Lease& get(LeaseId id) const;
   std::optional<Place> place_of(uint32_t space,
                                 const KeyBlock& key) const;  // none where it is dead
+  void use(Lease& lease, size_t key, std::optional<Place> at, const Request& request);
   void hold(Lease& lease, size_t key, Place at);
   CommitResult commit_one(const Commit& asked, size_t i);
 

@@ -38,13 +38,13 @@ std::vector<Explanation> Index::explain_keys(uint32_t space, std::span<const Poo
 }
 
 KeyLeaseView Index::acquire_keys(uint32_t space, PoolId head, std::span<const KeyBlock> keys,
-                                 const Hints& hints) {
+                                 const Hints& hints, bool touches) {
   const Lock lock(mutex_);
   check_keys(space, head);
   check_leasable(head);
   const std::vector<PoolId> pools = pools_.chain(head);
   const LeaseId id = ++last_lease_;
-  key_leases_.open(id, {space, pools, keys, tick(), hints});
+  key_leases_.open(id, {space, pools, keys, tick(), hints, touches});
   return key_leases_.view(id);
 }
 

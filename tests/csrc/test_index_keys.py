@@ -292,3 +292,28 @@ def test_a_session_s_end_ends_its_leases_and_nothing_comes_into_its_pool(store: 
         index.acquire_keys(store.space, store.gpu, KEYS)
     assert index.prefetch_keys(store.space, store.gpu, KEYS, 9, touches=False) is None
     index.check()
+
+
+def test_a_lease_that_is_no_use_of_its_keys_pins_them_and_makes_none_warmer(store: Store) -> None:
+    index = store.index
+    for key in KEYS[:2]:
+        store.put(key)
+    lease = index.acquire_keys(store.space, store.cpu, [KEYS[0], b"x"], touches=False)
+    assert (lease.found.tolist(), lease.arrived.tolist()) == ([1, 0], [1, 0])
+    assert index.evict(store.cpu, 9).pages.size == 1
+    store.put(KEYS[1])
+    index.release_all(np.array([lease.id], np.uint64))
+    index.evict(store.cpu, 1)
+    assert store.found(*KEYS[:2]) == [0, 1]  # colder, though a lease was on it since
+
+
+def test_a_lease_on_no_keys_takes_commits_and_keeps_them(store: Store) -> None:
+    index = store.index
+    lease = index.acquire_keys(store.space, store.cpu, [], touches=False).id
+    pages = index.grant(store.cpu, 2)
+    answers = index.commit_keys(store.space, store.cpu, KEYS[:2], pages, lease=lease)
+    assert answers.tolist() == [_core.ADOPTED] * 2
+    assert index.evict(store.cpu, 9).pages.size == 0
+    index.release_all(np.array([lease], np.uint64))
+    assert store.found(*KEYS[:2]) == [1, 1]
+    assert index.evict(store.cpu, 9).pages.size == 2

@@ -24,7 +24,7 @@ from tests.oracles.lives import IndexLives
 from tests.oracles.machines import BLOCKS, SEEN
 from tests.oracles.model_parts import PRIVATE
 from tests.oracles.refusals import RefusalMachine
-from tests.oracles.untouched_machine import UntouchedLives
+from tests.oracles.untouched_machine import UntouchedKeys, UntouchedLives
 
 INDEX = ROOT / "csrc" / "index"
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
@@ -245,6 +245,7 @@ def test_opaque_keys_equal_their_oracle_beside_tokens() -> None:
 def test_leases_that_are_no_use_equal_their_oracle() -> None:
     least = {"acquire: no use of what it finds": 60}
     walk_and_see(UntouchedLives, WALK.examples // 4, least)
+    walk_and_see(UntouchedKeys, WALK.examples // 8, {"keys: no use of what is there": 25})
 
 
 def test_what_pools_refuse_is_what_their_oracle_refuses() -> None:

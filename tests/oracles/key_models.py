@@ -58,13 +58,28 @@ class KeysModel(AdmissionModel):
         return sum(1 + tier for tier in self.tiers(path[0], pools, [path[1]]))  # type: ignore[arg-type, list-item]
 
     def acquire_keys(
-        self, lease: int, namespace: int, pool: int, blocks: list[tuple[int, ...]], hints: Hints
+        self,
+        lease: int,
+        namespace: int,
+        pool: int,
+        blocks: list[tuple[int, ...]],
+        hints: Hints,
+        *,
+        touches: bool = True,
     ) -> None:
         self.clock += 1
         paths: list[Path] = [(namespace, block) for block in blocks]
         chain = self.chain(pool)
         found = [self.find_key(path, chain) for path in paths]
         known = [path for path, tier in zip(paths, found, strict=True) if tier]
+        if touches:
+            self.use_keys(known, chain, hints)
+        there = [path in known and self.pools[pool].present(path) for path in paths]
+        self.key_leases[lease] = KeyLeaseModel(
+            namespace, pool, self.clock, hints, paths, found, there
+        )
+
+    def use_keys(self, known: list[Path], chain: list[int], hints: Hints) -> None:
         for path in known:
             self.stamps[path] = self.clock
             for upper, lower in itertools.pairwise(chain):
@@ -72,10 +87,6 @@ class KeysModel(AdmissionModel):
                     self.enqueue(upper, self.pools[upper].blocks[path])
         self.again |= set(known)
         self.say(hints, known, fresh=[])
-        there = [path in known and self.pools[pool].present(path) for path in paths]
-        self.key_leases[lease] = KeyLeaseModel(
-            namespace, pool, self.clock, hints, paths, found, there
-        )
 
     def promote(
         self, lease_id: int, count: int, transfer: int | None, picks: list[int]

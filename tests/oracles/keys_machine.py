@@ -55,16 +55,21 @@ class KeysMachine(IndexLives):
         if not self.model.pools[at].closed:
             self.open_lease(at, keys, hints)
 
-    def open_lease(self, pool: int, keys: list[bytes], hints: Hints = NO_HINTS) -> int:
+    def open_lease(
+        self, pool: int, keys: list[bytes], hints: Hints = NO_HINTS, *, touches: bool = True
+    ) -> int:
         """With 3 open the oldest ends."""
         if len(self.model.key_leases) == 3:
             self.release_keys(min(self.model.key_leases))
-        real = self.index.acquire_keys(self.space, pool, keys, of_hints(hints))
-        self.model.acquire_keys(real.id, self.space, pool, list(map(words, keys)), hints)
+        real = self.index.acquire_keys(self.space, pool, keys, of_hints(hints), touches=touches)
+        blocks = list(map(words, keys))
+        self.model.acquire_keys(real.id, self.space, pool, blocks, hints, touches=touches)
         lease = self.model.key_leases[real.id]
         assert real.found.tolist() == lease.found
+        SEEN["keys: no use of what is there"] += not touches and any(lease.found)
         SEEN["keys: some are there"] += 0 < sum(lease.there) < len(keys)
-        SEEN["keys: with gaps"] += lease.there[0] and lease.there[-1] and not all(lease.there)
+        ends = lease.there[:1] + lease.there[-1:]
+        SEEN["keys: with gaps"] += all(ends) and not all(lease.there)
         SEEN["keys: one is on its way"] += any(
             self.model.arriving(pool, path) for path in lease.held()
         )
