@@ -113,7 +113,7 @@ class TierTokens:
 @dataclass(frozen=True)
 class Matched:
     """matched_tokens: a multiple of page_size, less than the tokens given. found: of each opaque
-    key 0 (nowhere), or 1 gpu, 2 cpu, 3 disk."""
+    key 0 (nowhere), or 1 gpu, 2 cpu, 3 disk, 4 remote."""
 
     matched_tokens: int
     tiers: TierTokens

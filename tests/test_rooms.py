@@ -75,8 +75,10 @@ FLOORS = {
         leases, prefetch
         beyond
         remote
-        fetches, puts
-        arrivals, chains, copied, explain, lease_views, pins, whole
+        fetches, key_fetches, puts
+        patience
+        arrivals
+        chains, copied, explain, landing, lease_views, pins, whole
         counts, extras
         sessions
         brought, namespaces, quotas, ticker

@@ -1,7 +1,9 @@
 """Blocks on their way from the remote store into the cpu tier, part by part, in prefix order.
 
 Each value is judged whole (tiers/remote/codec.py) before a byte of it is copied, and is then a
-block of the cpu tier as any other. Not here: which blocks are fetched, and who waits (fetches.py).
+block of the cpu tier as any other (landing.py). Of a prompt the first that doesn't come ends it; of
+opaque keys each is for itself. Not here: which blocks are fetched, and who waits (fetches.py,
+key_fetches.py).
 """
 
 from __future__ import annotations
@@ -10,106 +12,36 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
-from typing import Any, TypeVar
+from itertools import takewhile
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from kvc2 import _core
-from kvc2.answers import NO_HINTS, NO_PAGES, U32, Asked, Hints
-from kvc2.cache.extras import prompt_extras
-from kvc2.cache.namespaces import Namespace
-from kvc2.metrics import RemoteMetrics
-from kvc2.moving.changes import Waiters
+from kvc2.cache.landing import Fetch, Landing, Means, Prompt, Rows
 from kvc2.moving.loading import ARENA_SHARE
 from kvc2.tiers.meter import Meter
-from kvc2.tiers.pools import LayoutPools, Pools
+from kvc2.tiers.pools import LayoutPools
 from kvc2.tiers.remote.codec import Chain, Sealer, Verdict, value_bytes
-from kvc2.tiers.remote.link import Link
 from kvc2.tiers.remote.store import StoreError
 
 LOG = logging.getLogger(__name__)
-
-Made = TypeVar("Made")
 
 PART_S = 0.02  # of one get: so often shows that the store is alive ...
 PART_BYTES = 1 << 20  # ... before its speed is known
 PART_BYTES_MAX = 8 << 20
 GETS_MAX = 8  # of all fetches: the other connections are for who asks what there is
 DEPTH = 3  # gets under way: one is judged while others come
+Values = list[bytes | None]
 
 
-@dataclass(frozen=True)
-class Means:
-    """What blocks are fetched and put with. Names and values are made and judged on `threads`."""
+class Get(NamedTuple):
+    """Values of the blocks from `first` on."""
 
-    index: _core.Index
-    pools: Pools
-    link: Link
-    metrics: RemoteMetrics
-    threads: ThreadPoolExecutor
-
-    async def on_threads(self, work: Callable[[], Made]) -> Made:
-        return await asyncio.get_running_loop().run_in_executor(self.threads, work)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Whose blocks come, where to, and what the request says of them."""
-
-    namespace: Namespace
-    asked: Asked
-    pools: LayoutPools
-    hints: Hints = NO_HINTS
-
-    def tokens(self, blocks: int) -> U32:
-        """Of the first so many."""
-        end = blocks * self.namespace.page_size
-        return np.ascontiguousarray(self.asked.tokens[:end], np.uint32)
-
-    @property
-    def extras(self) -> _core.PromptExtras | None:
-        return prompt_extras(self.asked.extras, self.namespace.page_size)
-
-
-@dataclass(eq=False)
-class Fetch:
-    """Blocks [first, end) of a prompt on their way into the cpu tier.
-
-    | state  | to   | when [function]                                                            |
-    |--------|------|----------------------------------------------------------------------------|
-    | coming | over | all of them came, or one did not: lost, bad, no room, no answer [Arrivals]  |
-
-    The `came` leading ones are there. `leases` of the index pin them until it is over and the last
-    of its holders, requests that wait or are about to lease them, has let go."""
-
-    prompt: Prompt
-    chain: Chain
     first: int
-    end: int
-    number: int  # the namespace's, in the index, when it began
-    came: int = 0
-    over: bool = False
-    holders: int = 0
-    leases: list[int] = field(default_factory=list)
-    changed: Waiters = field(default_factory=Waiters)
-
-    @property
-    def num_bytes(self) -> int:
-        return (self.end - self.first) * self.prompt.pools.shape.page_bytes
-
-    def brings(self, block: int, digest: bytes) -> bool:
-        """Whether it is the block of this digest, at this place of its prompt."""
-        return self.first <= block < self.end and self.chain.digests[block].tobytes() == digest
-
-    @property
-    def valid(self) -> bool:
-        """Whether the namespace is what it was."""
-        namespace = self.prompt.namespace
-        return not namespace.gone and namespace.number == self.number
+    values: asyncio.Task[Values]
 
 
 class Arrivals:
@@ -118,6 +50,7 @@ class Arrivals:
     def __init__(self, means: Means, *, wake: Callable[[], None]) -> None:
         self._means = means
         self._wake = wake
+        self._landing = Landing(means, wake=wake)
         self._coming: list[Fetch] = []
         self._gets = asyncio.Semaphore(GETS_MAX)
         self._bytes = 0  # on their way
@@ -151,6 +84,15 @@ class Arrivals:
         """What brings this block."""
         digest = chain.digests[block].tobytes()
         return next((each for each in self._coming if each.brings(block, digest)), None)
+
+    def coming_keys(self, chain: Chain) -> list[Fetch | None]:
+        """What brings each of these blocks of opaque keys."""
+        digests = [each.tobytes() for each in chain.digests]
+        found: list[Fetch | None] = [None] * len(digests)
+        for fetch in self._coming:
+            for row in [i for i, digest in enumerate(digests) if fetch.brings_key(digest)]:
+                found[row] = fetch
+        return found
 
     @property
     def idle(self) -> bool:
@@ -188,122 +130,94 @@ class Arrivals:
         return max(1, most // pools.shape.page_bytes)
 
     async def _run(self, fetch: Fetch, sealer: Sealer) -> None:
-        gets: deque[asyncio.Task[list[bytes | None]]] = deque()
+        gets: deque[Get] = deque()
         try:
             await self._take_all(fetch, sealer, gets)
         except StoreError:
             return  # the link has counted it
         finally:
             for get in gets:
-                get.cancel()
-                get.add_done_callback(_seen)
+                get.values.cancel()
+                get.values.add_done_callback(_seen)
             self._coming.remove(fetch)
             self._bytes -= fetch.num_bytes
             fetch.over = True
             fetch.changed.changed()
             self._release(fetch)
 
-    async def _take_all(
-        self, fetch: Fetch, sealer: Sealer, gets: deque[asyncio.Task[list[bytes | None]]]
-    ) -> None:
+    async def _take_all(self, fetch: Fetch, sealer: Sealer, gets: deque[Get]) -> None:
         shape, at, mark = fetch.prompt.pools.shape, fetch.first, time.monotonic()
         while gets or at < fetch.end:
             while at < fetch.end and len(gets) < DEPTH:
                 end = min(at + self.part(fetch.prompt.pools), fetch.end)
                 names = fetch.chain.names(shape, at, end)
-                gets.append(asyncio.create_task(self._get(names, value_bytes(shape))))
+                getting = asyncio.create_task(self._get(names, value_bytes(shape)))
+                gets.append(Get(at, getting))
                 at = end
-            values = await gets[0]
-            gets.popleft()
-            came = await self._take(fetch, sealer, values)
-            if came < len(values):
+            values = await gets[0].values
+            first = gets.popleft().first
+            came = await self._take(fetch, sealer, first, values)
+            if came < len(values) and not (fetch.of_keys and fetch.valid):
                 return
             now = time.monotonic()
-            self._saw(came * shape.page_bytes, now - mark)
+            if came:
+                self._saw(came * shape.page_bytes, now - mark)
             mark = now
 
-    async def _get(self, names: list[bytes], num_bytes: int) -> list[bytes | None]:
+    async def _get(self, names: list[bytes], num_bytes: int) -> Values:
         async with self._gets:
             return await self._means.link.get(names, num_bytes)
 
-    async def _take(self, fetch: Fetch, sealer: Sealer, values: Sequence[bytes | None]) -> int:
-        """How many leading values are blocks of the cpu tier now."""
-        sound = [each for each in values[: leading(values)] if each is not None]
-        if len(sound) < len(values):  # it has gone since, or is nothing that could be read
-            lost = fetch.first + fetch.came + len(sound)
-            self._delete(fetch.chain.names(fetch.prompt.pools.shape, lost, lost + 1))
-        pages, first, pools = (
-            self._grant(fetch, len(sound)),
-            fetch.first + fetch.came,
-            fetch.prompt.pools,
-        )
-        if not pages.size:
+    async def _take(self, fetch: Fetch, sealer: Sealer, first: int, values: Values) -> int:
+        """How many of these values are blocks of the cpu tier now; of a prompt, leading ones."""
+        rows = self._there(fetch, first, values)
+        pages = self._landing.grant(fetch, rows.size)
+        rows = rows[: pages.size]
+        if not rows.size:
             return 0
-        records = fetch.chain.records(np.arange(first, first + pages.size))
-        arena, payloads = self._means.pools.arena.memory, pools.payloads(pages)
-        judge = partial(sealer.open, sound[: pages.size], records, arena, payloads)
+        sound = [values[row - first] or b"" for row in rows.tolist()]
+        arena, payloads = self._means.pools.arena.memory, fetch.prompt.pools.payloads(pages)
+        judge = partial(sealer.open, sound, fetch.chain.records(rows), arena, payloads)
         try:
             verdicts = await self._means.on_threads(judge)
         except Exception:
-            self._give_back(fetch, pages)
+            self._landing.give_back(fetch, pages)
             raise
-        good = sum(each is Verdict.GOOD for each in verdicts)
-        if good < len(verdicts):
-            self._means.metrics.all.fault("remote_bad_block")
-            self._delete(fetch.chain.names(pools.shape, first + good, first + good + 1))
-        self._give_back(fetch, pages[good:])
-        came = self._commit(fetch, pages[:good]) if good else 0
+        good = np.array([each is Verdict.GOOD for each in verdicts])
+        if not fetch.of_keys:
+            good[leading(good) :] = False
+        self._bad(fetch, rows, good)
+        self._landing.give_back(fetch, pages[~good])
+        came = self._landing.commit(fetch, rows[good], pages[good])
         fetch.came += came
-        self._means.metrics.moved(("remote", "cpu"), came, pools.shape.payload_bytes)
+        shape = fetch.prompt.pools.shape
+        self._means.metrics.moved(("remote", "cpu"), came, shape.payload_bytes)
         fetch.changed.changed()
         return came
 
-    def _grant(self, fetch: Fetch, count: int) -> U32:
-        if not count or not fetch.valid:
-            return NO_PAGES
-        self._means.pools.make_room(fetch.prompt.pools, count)
-        return self._means.index.grant(fetch.prompt.pools.cpu.id, count, fetch.number)
+    def _there(self, fetch: Fetch, first: int, values: Values) -> Rows:
+        """The blocks of those values that there are; of a prompt, of the leading ones. What has
+        gone since it was asked for, or is nothing that could be read, is deleted."""
+        there = np.array([bool(each) for each in values])
+        lost = np.flatnonzero(~there)
+        if not fetch.of_keys:
+            there[leading(there) :] = False
+            lost = lost[:1]
+        if lost.size:
+            self._delete(fetch, first + lost)
+        return first + np.flatnonzero(there)
 
-    def _commit(self, fetch: Fetch, pages: U32) -> int:
-        """The pages hold the blocks that follow those that came. How many are blocks of the cpu
-        tier now; fewer where what they hang on has gone, or the namespace was invalidated."""
-        if not fetch.valid:
-            self._give_back(fetch, pages)
-            return 0
-        prompt, first = fetch.prompt, fetch.first + fetch.came
-        size, end = prompt.namespace.page_size, first + pages.size
-        tokens, extras = prompt.tokens(end), prompt.extras
-        lease = self._means.index.acquire(
-            fetch.number,
-            prompt.pools.cpu.id,
-            tokens,
-            end,
-            prompt.namespace.hints(prompt.hints),
-            skip_blocks=first,
-            touches=False,
-            extras=extras,
-        )
-        fetch.leases.append(lease.id)
-        if lease.first_block < first:
-            self._give_back(fetch, pages)
-            return 0
-        held = lease.pages.size  # that others have brought meanwhile
-        self._give_back(fetch, pages[:held])
-        rest, at = pages[held:], first + held
-        if not rest.size:
-            return held
-        results = self._means.index.commit(lease.id, at, tokens[at * size :], rest, extras)
-        kept = np.isin(results, (_core.ADOPTED, _core.DUPLICATE))
-        self._give_back(fetch, rest[~kept])
-        self._wake()
-        return held + int(kept.sum())
+    def _bad(self, fetch: Fetch, rows: Rows, good: NDArray[np.bool_]) -> None:
+        """Counts and deletes those that are; after a prompt's first one nothing is known of any."""
+        bad = rows[~good] if fetch.of_keys else rows[~good][:1]
+        for _ in bad:
+            self._means.metrics.all.fault("remote_bad_block")
+        if bad.size:
+            self._delete(fetch, bad)
 
-    def _give_back(self, fetch: Fetch, pages: U32) -> None:
-        if pages.size:
-            self._means.index.give_back(fetch.prompt.pools.cpu.id, np.ascontiguousarray(pages))
-
-    def _delete(self, names: list[bytes]) -> None:
+    def _delete(self, fetch: Fetch, rows: Rows) -> None:
         """Values that are no blocks of ours: the next put mends them."""
+        names = [fetch.chain.name_of(fetch.prompt.pools.shape, each) for each in rows.tolist()]
 
         async def delete() -> None:
             try:
@@ -320,12 +234,12 @@ class Arrivals:
             self._means.metrics.all.bandwidth.labels("remote").set(estimate.bandwidth_bytes_per_s)
 
 
-def _seen(get: asyncio.Task[list[bytes | None]]) -> None:
+def _seen(get: asyncio.Task[Values]) -> None:
     """What failed with the one before it is no news."""
     if not get.cancelled():
         get.exception()
 
 
-def leading(values: Sequence[object]) -> int:
+def leading(values: Iterable[object]) -> int:
     """How many come before the first that is false or None."""
-    return next((i for i, each in enumerate(values) if not each), len(values))
+    return sum(1 for _ in takewhile(bool, values))

@@ -5,6 +5,8 @@ Not here: what the store has of them (fetches.py), the values themselves (tiers/
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from kvc2.answers import Asked
@@ -23,5 +25,14 @@ def chain_of(namespace: Namespace, shared: Shared, asked: Asked, blocks: int) ->
     if asked.extras:
         at, digests = block_digests(asked.extras, size)
         rows[at[at < blocks]] = digests[at < blocks]
-    name = of_era(shared.name, namespace.era)
+    name = _present(namespace, shared)
     return Chain.of(name, tokens, size, prompt_extras(asked.extras, size), rows)
+
+
+def chain_of_keys(namespace: Namespace, shared: Shared, keys: Sequence[bytes]) -> Chain:
+    """The same of opaque keys."""
+    return Chain.of_keys(_present(namespace, shared), keys, namespace.page_size)
+
+
+def _present(namespace: Namespace, shared: Shared) -> bytes:
+    return of_era(shared.name, namespace.era)

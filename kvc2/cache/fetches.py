@@ -2,23 +2,24 @@
 
 A prompt's blocks that no tier of this host has are asked for right after those that cpu and disk
 hold, so that the matched prefix goes on. The request waits while bringing is sooner than computing,
-as for the disk (moving/pace.py), and no longer than `link.patience_s` for a store that is silent.
-What it gives up on goes on coming. Whatever goes wrong is a miss.
+as for the disk (moving/pace.py), and no longer than `link.patience_s` for a store that is silent
+(patience.py). What it gives up on goes on coming. Whatever goes wrong is a miss.
 
-Not here: how blocks come (arrivals.py), what is put (puts.py), the request's own lease (leases.py).
+Not here: opaque keys (key_fetches.py), how blocks come (arrivals.py), what is put (puts.py), the
+request's own lease (leases.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
-from kvc2.cache.arrivals import Arrivals, Fetch, Means, Prompt, leading
+from kvc2.cache.arrivals import Arrivals, leading
 from kvc2.cache.chains import chain_of
+from kvc2.cache.landing import Fetch, Means, Prompt
+from kvc2.cache.patience import Patience
 from kvc2.moving import pace
 from kvc2.moving.loading import DEADLINE_SHARE, HERE
 from kvc2.tiers.meter import PROBE_BYTES, Estimate
@@ -58,10 +59,12 @@ class Wanted:
 class Fetches:
     """All on the event loop. always: also what an engine would compute sooner is brought."""
 
-    def __init__(self, means: Means, arrivals: Arrivals, *, always: bool) -> None:
+    def __init__(
+        self, means: Means, arrivals: Arrivals, patience: Patience, *, always: bool
+    ) -> None:
         self._means = means
         self._link = means.link
-        self._arrivals = arrivals
+        self._arrivals, self._patience = arrivals, patience
         self._always = always
 
     def may_bring(self, wanted: Wanted) -> Shared | None:
@@ -107,9 +110,14 @@ class Fetches:
             return None
         fetch.holders += 1
         waited_s = time.monotonic() - begun
-        left = replace(wanted, deadline_s=max(0.0, wanted.deadline_s - waited_s))
         try:
-            await self._wait(fetch, left, max(0.0, self._link.patience_s - waited_s), patience_s)
+            await self._patience.arrival(
+                fetch,
+                released=wanted.released,
+                deadline_s=max(0.0, wanted.deadline_s - waited_s),
+                silent_s=max(0.0, self._link.patience_s - waited_s),
+                patience_s=patience_s,
+            )
         except BaseException:  # the caller went away
             self._arrivals.let_go(fetch)
             raise
@@ -135,17 +143,12 @@ class Fetches:
         """Blocks from `wanted.first` on; 0 too where the store doesn't say so in time."""
         pools = wanted.prompt.pools
         end = min(wanted.blocks, wanted.first + self._arrivals.room(pools))
-        begun, asking = time.monotonic(), self._arrivals.keep(self._exist(wanted, chain, end))
-        waits: list[asyncio.Future[Any]] = [asking, wanted.released]
-        wait_s = min(self._link.patience_s, wanted.deadline_s)
-        await asyncio.wait(waits, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
-        if asking.done():
-            found: int = asking.result()
-            return found
-        silent = self._link.heard_at < begun and wait_s >= self._link.patience_s
-        if silent and not wanted.released.done():  # a short deadline says nothing of the store
-            self._link.late()
-        return 0
+        return await self._patience.answer(
+            self._arrivals.keep(self._exist(wanted, chain, end)),
+            0,
+            released=wanted.released,
+            deadline_s=wanted.deadline_s,
+        )
 
     async def _exist(self, wanted: Wanted, chain: Chain, end: int) -> int:
         """How many leading ones of those from `wanted.first` to `end`. Never raises."""
@@ -202,40 +205,3 @@ class Fetches:
                 prompt, chain, sealer, wanted.first, min(probe, wanted.blocks - wanted.first)
             )
         return None
-
-    async def _wait(
-        self, fetch: Fetch, wanted: Wanted, silent_s: float, patience_s: float | None
-    ) -> None:
-        """Until it is over, or as long as it is worth it. silent_s: for a store that says nothing
-        to anybody; one that answers others is busy, and alive."""
-        begun, left_s = time.monotonic(), wanted.deadline_s
-        if patience_s is not None:
-            left_s = min(left_s, self._seconds(fetch.num_bytes) + patience_s)
-        pools = wanted.prompt.pools
-        while not fetch.over and not wanted.released.done():
-            expected_s = self._seconds(self._arrivals.part(pools) * pools.shape.page_bytes)
-            before, changed = time.monotonic(), fetch.changed.until_changed()
-            wait_s = max(0.0, min(begun + left_s - before, expected_s + silent_s))
-            waits: list[asyncio.Future[Any]] = [changed, wanted.released]
-            await asyncio.wait(waits, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
-            if changed.done() or wanted.released.done():
-                continue
-            took_s = time.monotonic() - before
-            silent = self._link.heard_at < before
-            if silent or time.monotonic() >= begun + left_s:
-                self._give_up(fetch, silent=silent and took_s >= expected_s + silent_s)
-                return
-
-    def _seconds(self, num_bytes: int) -> float:
-        """In which so much should come; 0: not known."""
-        estimate = self._arrivals.meter.estimate
-        found = 0.0 if estimate is None else estimate.seconds(num_bytes)
-        return found if math.isfinite(found) else 0.0
-
-    def _give_up(self, fetch: Fetch, *, silent: bool) -> None:
-        """The engine computes what has not come; it goes on coming."""
-        if silent:
-            self._link.late()
-        left = fetch.end - fetch.first - fetch.came
-        tokens = left * fetch.prompt.namespace.page_size
-        self._means.metrics.all.recomputed_tokens.labels("overdue").inc(tokens)

@@ -22,6 +22,8 @@ from kvc2.answers import (
 from kvc2.cache.sessions import OpenLease
 from kvc2.moving.loading import Loader
 
+REMOTE = 4  # where a key was found: in the remote store
+
 
 class LeaseViews:
     def __init__(self, index: _core.Index, loader: Loader) -> None:
@@ -62,7 +64,9 @@ class LeaseViews:
         offsets = np.full(there.size, NOWHERE, np.uint64)
         offsets[there] = pools.payloads(view.pages[there])
         found = tiers_of_keys(view.found, lease.to.tiers)
-        blocks = [int(np.count_nonzero(there & (found == tier))) for tier in (1, 2, 3)]
+        if lease.keys_brought.size:
+            found[lease.keys_brought & there] = REMOTE
+        blocks = blocks_by_tier(found[there])
         missing = int(np.count_nonzero(found) - np.count_nonzero(there))
         coming = 0 if lease.is_brought else missing
         return Acquired(
@@ -86,6 +90,11 @@ def _expected_ms(loader: Loader, lease: OpenLease, coming_blocks: int) -> int:
 def tiers_of_keys(found: U8, tiers: Sequence[str]) -> U8:
     """By key 0, or 1 gpu, 2 cpu, 3 disk, of what the index found in these tiers."""
     return np.where(found, found + (3 - len(tiers)), 0).astype(np.uint8)
+
+
+def blocks_by_tier(found: U8) -> list[int]:
+    """How many keys were found in gpu, cpu, disk and remote."""
+    return [int(np.count_nonzero(found == tier)) for tier in (1, 2, 3, REMOTE)]
 
 
 def tokens_by_tier(blocks: Sequence[int], page_size: int) -> TierTokens:

@@ -27,11 +27,17 @@ from kvc2.answers import (
     Terms,
     of_pages,
 )
-from kvc2.cache.arrivals import Prompt
 from kvc2.cache.beyond import Beyond, ended_meanwhile
 from kvc2.cache.explain import Explainer, Found
 from kvc2.cache.extras import prompt_extras
-from kvc2.cache.lease_views import LeaseViews, nothing, tiers_of_keys, tokens_by_tier
+from kvc2.cache.landing import Prompt
+from kvc2.cache.lease_views import (
+    LeaseViews,
+    blocks_by_tier,
+    nothing,
+    tiers_of_keys,
+    tokens_by_tier,
+)
 from kvc2.cache.namespaces import Namespace
 from kvc2.cache.sessions import OpenLease, Session
 from kvc2.moving.loading import Destination, Loader
@@ -66,18 +72,26 @@ class Leases:
         """Open a lease on the longest prefix that comes sooner than it could be computed at
         session.prefill_rate; awaits only what comes from disk, till its deadline. While the lease
         is open the same request_id gets the same answer. Raises SessionOver."""
-        if (again := await self._again(session, request_id, terms)) is not None:
+        if (again := await _again(self._views, session, request_id, terms)) is not None:
             return again
-        to = self._destination(session, namespace, terms)
+        to = _destination(session, namespace, terms)
         self._tick()
         lease, asked = OpenLease(request_id, 0, namespace, namespace.number, to), Asked.of(what)
+        return await self._opened(session, lease, asked, terms)
+
+    async def _opened(
+        self, session: Session, lease: OpenLease, asked: Asked, terms: Terms
+    ) -> Acquired:
+        """Its answer, when what a remote store has beyond this host is here, or isn't waited
+        for."""
+        opening = self._open_keys if lease.namespace.opaque else self._open
         if self._beyond is None:
-            return await self._open(session, lease, asked, terms)
-        prompt = Prompt(namespace, asked, to.pools, terms.hints)
+            return await opening(session, lease, asked, terms)
+        prompt = Prompt(lease.namespace, asked, lease.to.pools, terms.hints)
         async with self._beyond.brought(session, lease, prompt, terms) as left:
             if not lease.is_open:
                 return ended_meanwhile(session, lease)
-            answer = await self._open(session, lease, asked, left)
+            answer = await opening(session, lease, asked, left)
         self._beyond.used(prompt, answer)
         return answer
 
@@ -105,8 +119,7 @@ class Leases:
             extras=prompt_extras(asked.extras, namespace.page_size),
         )
         lease.id, lease.number = opened.id, namespace.number
-        if pinned:
-            self._index.release_all(np.array([pinned], np.uint64))
+        self._unpin(pinned)
         found = Found(opened.explanation, to.tiers, lease.brought)
         tokens = len(asked.tokens)
         self._explainer.keep(session.epoch, namespace, lease.request_id, tokens, found)
@@ -137,16 +150,29 @@ class Leases:
         terms: Terms,
     ) -> Acquired:
         """As `acquire`, in the arena, of those of the opaque keys that are there."""
-        if (again := await self._again(session, request_id, terms)) is not None:
+        if (again := await _again(self._views, session, request_id, terms)) is not None:
             return again
         if not terms.in_arena:
             raise errors.InvalidRequest("place", 0, "1 (arena), for opaque keys")
-        to = self._destination(session, namespace, terms)
+        to = _destination(session, namespace, terms)
         self._tick()
-        hints = namespace.hints(terms.hints)
-        opened = self._index.acquire_keys(namespace.number, to.pool, keys, hints)
-        lease = OpenLease(request_id, opened.id, namespace, namespace.number, to)
+        lease = OpenLease(request_id, 0, namespace, namespace.number, to)
+        return await self._opened(session, lease, Asked(keys=keys), terms)
+
+    async def _open_keys(
+        self, session: Session, lease: OpenLease, asked: Asked, terms: Terms
+    ) -> Acquired:
+        """As `_open`."""
+        namespace, pinned, hints = lease.namespace, lease.id, lease.namespace.hints(terms.hints)
+        opened = self._index.acquire_keys(namespace.number, lease.to.pool, asked.keys, hints)
+        lease.id, lease.number = opened.id, namespace.number
+        self._unpin(pinned)
         return await self._bring(session, lease, terms)
+
+    def _unpin(self, lease: int) -> None:
+        """What only pinned while a remote store was asked; 0: nothing did."""
+        if lease:
+            self._index.release_all(np.array([lease], np.uint64))
 
     async def _bring(self, session: Session, lease: OpenLease, terms: Terms) -> Acquired:
         """What becomes of a lease that was opened just now: its answer."""
@@ -177,38 +203,11 @@ class Leases:
             raise errors.SessionOver(f"session {session.epoch} is {session.state}")
         return answer
 
-    def _destination(self, session: Session, namespace: Namespace, terms: Terms) -> Destination:
-        """Where its lease pins. Raises InvalidRequest for a place that there isn't."""
-        gpu, pools = session.mapped_pool(), session.layouts[namespace.id]
-        if terms.in_arena and not pools.chain:
-            raise errors.InvalidRequest("place", 1, "0: this daemon has no cpu tier")
-        if not terms.in_arena and pools is not gpu.pools:
-            raise errors.InvalidRequest("place", 0, "1: the namespace has another layout")
-        return Destination(gpu, pools, terms.in_arena)
-
     def _nearest(self, session: Session, namespace: Namespace) -> Destination:
         """The session's pool, or the arena where the namespace is of another layout."""
         self._tick()
         other = session.layouts[namespace.id] is not session.mapped_pool().pools
-        return self._destination(session, namespace, Terms(0, 0.0, in_arena=other))
-
-    async def _again(self, session: Session, request_id: bytes, terms: Terms) -> Acquired | None:
-        """Of a lease that is open, the same answer to the same question. None: there is none."""
-        lease = session.leases.get(request_id)
-        if lease is None:
-            if terms.poll:
-                raise errors.InvalidRequest("poll", terms.poll, "0, which opens the lease")
-            return None
-        first = await asyncio.shield(lease.reply)
-        if not terms.poll:
-            return first
-        if not terms.at_once or terms.poll not in (lease.poll, lease.poll + 1):
-            allowed = f"{lease.poll} or {lease.poll + 1}, with at_once"
-            raise errors.InvalidRequest("poll", terms.poll, allowed)
-        if terms.poll > lease.poll or lease.polled is None:
-            lease.poll = terms.poll
-            lease.polled = self._views.there(lease) if lease.is_open else nothing()
-        return lease.polled
+        return _destination(session, namespace, Terms(0, 0.0, in_arena=other))
 
     def _answer(self, session: Session, lease: OpenLease, grant_pages: int) -> Acquired:
         """What an open lease holds now, and pages to compute the rest into."""
@@ -235,10 +234,19 @@ class Leases:
     def match_keys(self, session: Session, namespace: Namespace, keys: Sequence[bytes]) -> Matched:
         """The fastest tier that has each key. Changes nothing."""
         to = self._nearest(session, namespace)
-        found = tiers_of_keys(self._index.match_keys(namespace.number, to.pool, keys), to.tiers)
-        blocks = [int(np.count_nonzero(found == tier)) for tier in (1, 2, 3)]
-        tiers = tokens_by_tier(blocks, namespace.page_size)
-        return Matched(sum(tiers), tiers, found)
+        found = self._index.match_keys(namespace.number, to.pool, keys)
+        return _matched_keys(namespace, tiers_of_keys(found, to.tiers))
+
+    async def match_keys_beyond(
+        self, session: Session, namespace: Namespace, keys: Sequence[bytes]
+    ) -> Matched:
+        """The same, and which others a remote store has. Brings nothing."""
+        here = self.match_keys(session, namespace, keys)
+        if self._beyond is None:
+            return here
+        to = self._nearest(session, namespace)
+        prompt = Prompt(namespace, Asked(keys=list(keys)), to.pools)
+        return _matched_keys(namespace, await self._beyond.found_keys(to, prompt, here.found))
 
     def commit(
         self, session: Session, request_id: bytes, first_block: int, what: Blocks, pages: U32
@@ -283,6 +291,42 @@ class Leases:
         """Granted pages come back unused. Raises InvalidRequest when one was not granted."""
         if not self._index.give_back(session.mapped_pool().id, u32(pages)):
             raise errors.InvalidRequest("returned", pages.size, "pages granted and not used")
+
+
+async def _again(
+    views: LeaseViews, session: Session, request_id: bytes, terms: Terms
+) -> Acquired | None:
+    """Of a lease that is open, the same answer to the same question. None: there is none."""
+    lease = session.leases.get(request_id)
+    if lease is None:
+        if terms.poll:
+            raise errors.InvalidRequest("poll", terms.poll, "0, which opens the lease")
+        return None
+    first = await asyncio.shield(lease.reply)
+    if not terms.poll:
+        return first
+    if not terms.at_once or terms.poll not in (lease.poll, lease.poll + 1):
+        allowed = f"{lease.poll} or {lease.poll + 1}, with at_once"
+        raise errors.InvalidRequest("poll", terms.poll, allowed)
+    if terms.poll > lease.poll or lease.polled is None:
+        lease.poll = terms.poll
+        lease.polled = views.there(lease) if lease.is_open else nothing()
+    return lease.polled
+
+
+def _destination(session: Session, namespace: Namespace, terms: Terms) -> Destination:
+    """Where its lease pins. Raises InvalidRequest for a place that there isn't."""
+    gpu, pools = session.mapped_pool(), session.layouts[namespace.id]
+    if terms.in_arena and not pools.chain:
+        raise errors.InvalidRequest("place", 1, "0: this daemon has no cpu tier")
+    if not terms.in_arena and pools is not gpu.pools:
+        raise errors.InvalidRequest("place", 0, "1: the namespace has another layout")
+    return Destination(gpu, pools, terms.in_arena)
+
+
+def _matched_keys(namespace: Namespace, found: U8) -> Matched:
+    tiers = tokens_by_tier(blocks_by_tier(found), namespace.page_size)
+    return Matched(sum(tiers), tiers, found)
 
 
 def _number_in_pool(session: Session, namespace: Namespace | None) -> int | None:

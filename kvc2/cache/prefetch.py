@@ -16,9 +16,9 @@ import numpy as np
 
 from kvc2 import _core, errors
 from kvc2.answers import Asked, Prefetched, TierTokens
-from kvc2.cache.arrivals import Prompt
 from kvc2.cache.beyond import Beyond
 from kvc2.cache.extras import prompt_extras
+from kvc2.cache.landing import Prompt
 from kvc2.cache.namespaces import Namespace
 from kvc2.cache.pins import Pins
 from kvc2.cache.sessions import Session
@@ -136,7 +136,7 @@ class Prefetcher:
 
     async def _bring_all(self, wish: Wish) -> None:
         """What a remote store has after this host's tiers comes to cpu first."""
-        if self._beyond is None or wish.namespace.opaque:
+        if self._beyond is None:
             await self._bring(wish)
             return
         prompt = Prompt(wish.namespace, wish.asked, wish.pools)

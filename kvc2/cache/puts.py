@@ -3,7 +3,8 @@
 A block is put when a request has found it here: its second use, since the first one committed it.
 So what nobody comes back to costs no network, and what a store has was worth having. Its bytes are
 those of the cpu tier; what isn't there just then is put after its next use. Parents go before their
-children. What a request gave a time to live has it in the store too.
+children, and opaque keys each for itself. What a request gave a time to live has it in the store
+too.
 
 Nobody waits: the queue is bounded and drops, and while the store is left alone nothing is queued.
 Not here: values (tiers/remote/codec.py), deadlines (tiers/remote/link.py).
@@ -15,17 +16,17 @@ import asyncio
 import logging
 import time
 from bisect import bisect_left
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvc2 import _core
-from kvc2.answers import U8, Asked, shorter
-from kvc2.cache.arrivals import Means, Prompt
-from kvc2.cache.chains import chain_of
+from kvc2.answers import U32, Asked, shorter
+from kvc2.cache.chains import chain_of, chain_of_keys
+from kvc2.cache.landing import Means, Prompt, Rows
 from kvc2.moving.loading import Loader
 from kvc2.tiers.remote.codec import Chain, Sealer, Shared
 from kvc2.tiers.remote.queue import Known, PutQueue
@@ -37,17 +38,16 @@ BATCH_BYTES = 4 << 20  # of one call: what of a core and of the network it takes
 BATCH_BLOCKS = 256
 REFUSED_S = 10.0  # so long nothing is put into a store that has refused a value
 PATIENCE_S = 0.5  # so long a batch yields to what requests wait for
-Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Reused:
-    """Blocks [first, end) of a prompt, with the keys of all before `end`; the namespace's number in
-    the index then."""
+    """Blocks [first, end) of a prompt, or of opaque keys, and what each before `end` is known as;
+    the namespace's number in the index then."""
 
     prompt: Prompt
     shared: Shared
-    keys: U8
+    known_as: Sequence[bytes]
     first: int
     end: int
     number: int
@@ -55,6 +55,26 @@ class Reused:
     @property
     def ttl_s(self) -> int:
         return shorter(self.prompt.hints.ttl_s, self.prompt.namespace.ttl_s)
+
+    @property
+    def of_keys(self) -> bool:
+        """Each of its blocks is for itself."""
+        return self.prompt.namespace.opaque
+
+    def chain(self) -> Chain:
+        namespace, asked = self.prompt.namespace, self.prompt.asked
+        if self.of_keys:
+            return chain_of_keys(namespace, self.shared, asked.keys)
+        return chain_of(namespace, self.shared, asked, self.end)
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """Blocks that a lease of the index keeps in these pages of the cpu tier."""
+
+    lease: int
+    blocks: Rows
+    pages: U32
 
 
 class Puts:
@@ -97,25 +117,43 @@ class Puts:
         first = bisect_left(
             range(blocks), True, key=lambda at: keys[at].tobytes() not in self._known
         )
-        if first == blocks:
-            return
-        if not self._link.up or time.monotonic() < self._refused_until:
-            self._not_put("store_away" if not self._link.up else "store_refused", blocks - first)
+        if first == blocks or self._is_left(blocks - first):
             return
         # the tokens are a view of the call's message, which goes with the call
         asked = Asked(prompt.tokens(blocks).copy(), extras=tuple(prompt.asked.extras))
-        own = Prompt(namespace, asked, prompt.pools, prompt.hints)
-        item = Reused(own, shared, keys, first, blocks, namespace.number)
-        if not self._queue.offer(item, (blocks - first) * prompt.pools.shape.page_bytes):
-            self._not_put("queue_full", blocks - first)
+        own, known_as = replace(prompt, asked=asked), [each.tobytes() for each in keys]
+        self._offer(Reused(own, shared, known_as, first, blocks, namespace.number))
+
+    def used_keys(self, prompt: Prompt) -> None:
+        """A request has found the blocks of these keys here."""
+        namespace, shared = prompt.namespace, prompt.namespace.owner.shared
+        if shared is None or namespace.gone:
+            return
+        named = {namespace.known + key: key for key in prompt.asked.keys}
+        lacking = {name: key for name, key in named.items() if name not in self._known}
+        if lacking and not self._is_left(len(lacking)):
+            own = replace(prompt, asked=Asked(keys=list(lacking.values())))
+            self._offer(Reused(own, shared, list(lacking), 0, len(lacking), namespace.number))
+
+    def _is_left(self, blocks: int) -> bool:
+        """Whether nothing is put now: so many blocks are not."""
+        why = "store_away" if not self._link.up else "store_refused"
+        left = not self._link.up or time.monotonic() < self._refused_until
+        if left:
+            self._not_put(why, blocks)
+        return left
+
+    def _offer(self, item: Reused) -> None:
+        blocks = item.end - item.first
+        if not self._queue.offer(item, blocks * item.prompt.pools.shape.page_bytes):
+            self._not_put("queue_full", blocks)
 
     def _not_put(self, why: str, blocks: int) -> None:
         self._means.metrics.not_put.labels(why).inc(blocks)
 
     async def _put(self, item: Reused, loader: Loader) -> None:
-        shape, namespace = item.prompt.pools.shape, item.prompt.namespace
-        make = partial(chain_of, namespace, item.shared, item.prompt.asked, item.end)
-        chain = await self._means.on_threads(make)
+        shape = item.prompt.pools.shape
+        chain = await self._means.on_threads(item.chain)
         step = max(1, min(BATCH_BLOCKS, BATCH_BYTES // shape.page_bytes))
         for first in range(item.first, item.end, step):
             end = min(first + step, item.end)
@@ -125,7 +163,7 @@ class Puts:
             try:
                 there = await self._link.exists(chain.names(shape, first, end))
                 lacking = first + np.flatnonzero(~np.array(there))
-                done = await self._send(item, chain, lacking, end)
+                left = await self._send(item, chain, lacking)
             except StoreRefused:
                 self._refused_until = time.monotonic() + REFUSED_S
                 self._not_put("store_refused", item.end - first)
@@ -133,20 +171,43 @@ class Puts:
             except StoreError:
                 self._not_put("store_away", item.end - first)
                 return
-            for key in item.keys[first:done]:
-                self._known.add(key.tobytes())
-            if done < end:
-                self._not_put("not_in_memory", item.end - done)
+            if self._learn(item, np.arange(first, end), left):
                 return
 
-    async def _send(self, item: Reused, chain: Chain, lacking: Rows, end: int) -> int:
-        """Put those of the blocks before `end` that the store lacks. Up to which block it has them
-        all now."""
-        if not lacking.size:
-            return end
-        prompt, shape, start = item.prompt, item.prompt.pools.shape, int(lacking[0])
-        if prompt.namespace.gone or prompt.namespace.number != item.number:
-            return start
+    def _learn(self, item: Reused, blocks: Rows, left: Rows) -> bool:
+        """That the store has these blocks but those that are left. Whether those after them are
+        left too: children of what isn't there."""
+        if left.size and not item.of_keys:
+            blocks, left = blocks[blocks < left[0]], np.arange(left[0], item.end)
+        for each in np.setdiff1d(blocks, left).tolist():
+            self._known.add(item.known_as[each])
+        self._not_put("not_in_memory", left.size)
+        return left.size > 0 and not item.of_keys
+
+    async def _send(self, item: Reused, chain: Chain, lacking: Rows) -> Rows:
+        """Put these blocks, which the store lacks. Those of them that it lacks still."""
+        prompt, shape = item.prompt, item.prompt.pools.shape
+        if not lacking.size or prompt.namespace.gone or prompt.namespace.number != item.number:
+            return lacking
+        pinned = self._pin_keys(item, lacking) if item.of_keys else self._pin(item, lacking)
+        try:
+            payloads = prompt.pools.payloads(pinned.pages)
+            sealer = Sealer(item.shared.key, shape)
+            arena, records = self._means.pools.arena.memory, chain.records(pinned.blocks)
+            seal = partial(sealer.seal, arena, payloads, records)
+            values = await self._means.on_threads(seal)
+        finally:
+            self._means.index.release_all(np.array([pinned.lease], np.uint64))
+        if values:
+            begun = time.monotonic()
+            names = [chain.name_of(shape, each) for each in pinned.blocks.tolist()]
+            await self._link.put(list(zip(names, values, strict=True)), item.ttl_s)
+            self._count(len(values), shape.payload_bytes, time.monotonic() - begun)
+        return np.setdiff1d(lacking, pinned.blocks)
+
+    def _pin(self, item: Reused, lacking: Rows) -> Pinned:
+        """Those of the blocks of a prompt that are in the cpu tier, with all between them."""
+        prompt, start, end = item.prompt, int(lacking[0]), int(lacking[-1]) + 1
         lease = self._means.index.acquire(
             item.number,
             prompt.pools.cpu.id,
@@ -156,24 +217,18 @@ class Puts:
             touches=False,
             extras=prompt.extras,
         )
-        try:
-            here = lease.arrived if lease.first_block == start else 0
-            chosen = lacking[lacking < start + here]
-            payloads = prompt.pools.payloads(lease.pages[chosen - start])
-            sealer = Sealer(item.shared.key, shape)
-            seal = partial(
-                sealer.seal, self._means.pools.arena.memory, payloads, chain.records(chosen)
-            )
-            values = await self._means.on_threads(seal)
-        finally:
-            self._means.index.release_all(np.array([lease.id], np.uint64))
-        if values:
-            begun = time.monotonic()
-            names = chain.names(shape, start, start + here)
-            chosen_names = [names[each - start] for each in chosen.tolist()]
-            await self._link.put(list(zip(chosen_names, values, strict=True)), item.ttl_s)
-            self._count(len(values), shape.payload_bytes, time.monotonic() - begun)
-        return min(start + here, end)
+        here = lease.arrived if lease.first_block == start else 0
+        blocks = lacking[lacking < start + here]
+        return Pinned(lease.id, blocks, lease.pages[blocks - start])
+
+    def _pin_keys(self, item: Reused, lacking: Rows) -> Pinned:
+        prompt = item.prompt
+        keys = [prompt.asked.keys[each] for each in lacking.tolist()]
+        lease = self._means.index.acquire_keys(
+            item.number, prompt.pools.cpu.id, keys, touches=False
+        )
+        here = lease.arrived.astype(bool)
+        return Pinned(lease.id, lacking[here], lease.pages[here])
 
     def _count(self, blocks: int, payload_bytes: int, seconds: float) -> None:
         way = ("cpu", "remote")

@@ -1,19 +1,22 @@
 """The remote store as the cache uses it: what requests fetch from it, and what goes there behind.
 
-Not here: whether and how a request waits (fetches.py), what is put (puts.py), which kind of
-store it is (tiers/remote/).
+Not here: whether and how a request waits (fetches.py, key_fetches.py), what is put (puts.py),
+which kind of store it is (tiers/remote/).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from kvc2 import _core, errors, events
-from kvc2.cache.arrivals import Arrivals, Fetch, Means, Prompt
-from kvc2.cache.fetches import Fetches, Wanted
+from kvc2.cache.arrivals import Arrivals
+from kvc2.cache.fetches import Fetches
+from kvc2.cache.key_fetches import KeyFetches
+from kvc2.cache.landing import Fetch, Means, Prompt
+from kvc2.cache.patience import Patience
 from kvc2.cache.puts import Puts
 from kvc2.config import RemoteConfig, ServeConfig
 from kvc2.metrics import Metrics, RemoteMetrics
@@ -44,7 +47,7 @@ def store_of(config: RemoteConfig) -> MakeStore:
 
 class Remote:
     """All on the event loop. `make` opens the store. `wake`: there is something to copy to the
-    disk."""
+    disk. `prompts`, `keys`: what brings blocks of these."""
 
     def __init__(
         self,
@@ -62,8 +65,9 @@ class Remote:
             index, pools, self.link, counted, ThreadPoolExecutor(THREADS, "kvc2-values")
         )
         self._arrivals = Arrivals(self._means, wake=wake)
-        always = config.load_policy == "always"
-        self._fetches = Fetches(self._means, self._arrivals, always=always)
+        always, patience = config.load_policy == "always", Patience(self._means, self._arrivals)
+        self.prompts = Fetches(self._means, self._arrivals, patience, always=always)
+        self.keys = KeyFetches(self._means, self._arrivals, patience)
         self._puts = Puts(self._means, queue_bytes=of.queue_bytes)
         self._putting: asyncio.Task[None] | None = None
 
@@ -81,26 +85,17 @@ class Remote:
         await self._arrivals.stop()
         await asyncio.to_thread(self._means.threads.shutdown)
 
-    def may_bring(self, wanted: Wanted) -> bool:
-        """Whether it is worth asking the store."""
-        return self._fetches.may_bring(wanted) is not None
-
-    async def beyond(self, wanted: Wanted) -> int:
-        """As Fetches has it, as the next three do."""
-        return await self._fetches.beyond(wanted)
-
-    async def bring(self, wanted: Wanted) -> Fetch | None:
-        return await self._fetches.bring(wanted)
-
-    def bring_behind(self, wanted: Wanted) -> None:
-        self._fetches.bring_behind(wanted)
-
-    def let_go(self, fetch: Fetch) -> None:
-        self._arrivals.let_go(fetch)
+    def let_go(self, fetches: Iterable[Fetch]) -> None:
+        """By one of the holders of each."""
+        for fetch in fetches:
+            self._arrivals.let_go(fetch)
 
     def used(self, prompt: Prompt, blocks: int) -> None:
-        """As Puts has it."""
+        """As Puts has it, as the next does."""
         self._puts.used(prompt, blocks)
+
+    def used_keys(self, prompt: Prompt) -> None:
+        self._puts.used_keys(prompt)
 
     @property
     def idle(self) -> bool:

@@ -51,7 +51,7 @@ class OpenLease:
     5. The same poll number gets the same answer (`polled`); the next one gets what is there by
        then. `bringing` is what goes on meanwhile.
     6. While the remote store is waited for, `id` is a lease that only pins what this host has.
-       `brought` says which blocks came from there then.
+       `brought` says which blocks came from there then, `keys_brought` [n] which of its keys'.
     """
 
     request_id: bytes
@@ -60,6 +60,7 @@ class OpenLease:
     number: int  # the index's, of the namespace's era then
     to: Destination
     brought: Brought = NOT_BROUGHT
+    keys_brought: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
     poll: int = 0
     polled: Acquired | None = None
     bringing: asyncio.Task[None] | None = None

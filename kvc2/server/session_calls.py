@@ -108,7 +108,7 @@ class SessionCalls:
         namespace = checks.namespace_id(session, request.namespace_id)
         asked = checks.asked(request, namespace, self._limits)
         if namespace.opaque:
-            found = self._cache.leases.match_keys(session, namespace, asked.keys)
+            found = await self._cache.leases.match_keys_beyond(session, namespace, asked.keys)
         else:
             found = await self._cache.leases.match_beyond(session, namespace, asked)
         return to_message(found, cache_pb2.MatchResponse)

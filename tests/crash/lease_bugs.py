@@ -44,20 +44,20 @@ WHAT_IS_TOLD = (
     bug(
         "a poll that comes again answers anew",
         LEASES,
-        "        if terms.poll > lease.poll or lease.polled is None:\n",
-        "        if True:\n",
+        "    if terms.poll > lease.poll or lease.polled is None:\n",
+        "    if True:\n",
     ),
     bug(
         "the next poll answers as the last one",
         LEASES,
-        "        if terms.poll > lease.poll or lease.polled is None:\n",
-        "        if lease.polled is None:\n",
+        "    if terms.poll > lease.poll or lease.polled is None:\n",
+        "    if lease.polled is None:\n",
     ),
     bug(
         "any poll number is taken",
         LEASES,
-        "        if not terms.at_once or terms.poll not in (lease.poll, lease.poll + 1):\n",
-        "        if False:\n",
+        "    if not terms.at_once or terms.poll not in (lease.poll, lease.poll + 1):\n",
+        "    if False:\n",
     ),
     bug(
         "a poll brings nothing",
@@ -74,8 +74,8 @@ WHAT_IS_TOLD = (
     bug(
         "a pool has pages of another layout",
         LEASES,
-        "        if not terms.in_arena and pools is not gpu.pools:\n",
-        "        if False:\n",
+        "    if not terms.in_arena and pools is not gpu.pools:\n",
+        "    if False:\n",
     ),
 )
 ENDS = (

@@ -13,7 +13,7 @@ another block too. So a value counts only if
   2. its MAC, HMAC-SHA256 over header and payload, is that of the namespace's key, which only hosts
      with the secret file have (namespaces of others have other keys),
   3. its header is sound and names this very block: namespace and era, digest of the whole prefix,
-     parent, tokens, extras, layout (csrc/block/header.h),
+     parent, tokens or opaque key, extras, layout (csrc/block/header.h),
   4. its payload has the checksum that the header says.
 
 Until all four hold no byte of it leaves this file. Not here: how it is fetched (link.py).
@@ -36,6 +36,7 @@ from kvc2.tiers.base import U8, U32, U64, PageShape, part_of
 
 FORMAT = b"kvc2:1"
 MAC_BYTES = 32
+EXTERNAL_KEY_MAX = 64
 ALIGNMENT = 4096
 
 
@@ -74,14 +75,19 @@ def value_bytes(shape: PageShape) -> int:
 
 @dataclass(frozen=True)
 class Chain:
-    """The leading blocks of a prompt in a namespace's era, as the store knows them: digests
-    [n, 32], keys [n, 16], tokens [n, page_size], extras [n, 32]."""
+    """Blocks of a namespace's era, as the store knows them: the leading ones of a prompt, or those
+    of opaque keys, of which each is a chain for itself. digests and parents [n, 32], keys [n, 16],
+    tokens [n, page_size], extras [n, 32]; external_bytes [n] and external_keys [n, 64] as in
+    `_core.Records`."""
 
     name: bytes
     digests: U8
+    parents: U8
     keys: U8
     tokens: U32
     extras: U8
+    external_bytes: U8
+    external_keys: U8
 
     @staticmethod
     def of(
@@ -89,31 +95,83 @@ class Chain:
     ) -> Chain:
         """`rows`: what `extras` have, by block; takes 1 us a block."""
         count = tokens.size // page_size
+        digests = _core.chain_digests(name, tokens, page_size, extras)
         return Chain(
             name,
-            _core.chain_digests(name, tokens, page_size, extras),
+            digests,
+            np.concatenate([_row(name), digests])[:count],
             _core.chain_keys(name, tokens, page_size, extras),
             tokens[: count * page_size].reshape(count, page_size),
             rows,
+            np.zeros(count, np.uint8),
+            np.zeros((count, EXTERNAL_KEY_MAX), np.uint8),
+        )
+
+    @staticmethod
+    def of_keys(name: bytes, keys: Sequence[bytes], page_size: int) -> Chain:
+        """Takes 4 us a key."""
+        padded = [key.ljust(EXTERNAL_KEY_MAX, b"\0") for key in keys]
+        lengths = np.array([len(key) for key in keys], np.uint8)
+        words = [
+            len(key).to_bytes(4, "little") + row for key, row in zip(keys, padded, strict=True)
+        ]
+        root = _core.xxh3_128(name)
+        return Chain(
+            name,
+            _rows([hashlib.sha256(name + each).digest() for each in words], 32),
+            np.repeat(_row(name), len(keys), axis=0),
+            _rows([_core.xxh3_128(root + each) for each in words], 16),
+            np.zeros((len(keys), page_size), np.uint32),
+            np.zeros((len(keys), 32), np.uint8),
+            lengths,
+            _rows(padded, EXTERNAL_KEY_MAX),
+        )
+
+    def chosen(self, rows: NDArray[np.int64]) -> Chain:
+        """These blocks [n]."""
+        return Chain(
+            self.name,
+            self.digests[rows],
+            self.parents[rows],
+            self.keys[rows],
+            self.tokens[rows],
+            self.extras[rows],
+            self.external_bytes[rows],
+            self.external_keys[rows],
         )
 
     def names(self, shape: PageShape, first: int, end: int) -> list[bytes]:
         """Of blocks [first, end)."""
+        return [self.name_of(shape, each) for each in range(first, end)]
+
+    def name_of(self, shape: PageShape, block: int) -> bytes:
         stem = FORMAT + b":" + shape.layout_digest[:8].hex().encode() + b":"
-        return [stem + row.tobytes().hex().encode() for row in self.digests[first:end]]
+        digest: bytes = self.digests[block].tobytes()
+        return stem + digest.hex().encode()
 
     def records(self, blocks: NDArray[np.int64]) -> _core.Records:
         """Of these blocks [n]."""
-        root = np.frombuffer(self.name, np.uint8).reshape(1, 32)
         return _core.Records(
-            namespaces=np.repeat(root, blocks.size, axis=0),
+            namespaces=np.repeat(_row(self.name), blocks.size, axis=0),
             digests=self.digests[blocks],
-            parents=np.concatenate([root, self.digests])[blocks],
+            parents=self.parents[blocks],
             keys=self.keys[blocks],
             tokens=self.tokens[blocks],
             generations=np.zeros(blocks.size, np.uint64),
+            external_bytes=self.external_bytes[blocks],
+            external_keys=self.external_keys[blocks],
             extras=self.extras[blocks],
         )
+
+
+def _row(name: bytes) -> U8:
+    """[1, 32]."""
+    return np.frombuffer(name, np.uint8).reshape(1, 32)
+
+
+def _rows(each: Sequence[bytes], width: int) -> U8:
+    """[n, width]."""
+    return np.frombuffer(b"".join(each), np.uint8).reshape(len(each), width)
 
 
 class Sealer:
@@ -143,13 +201,13 @@ class Sealer:
     def open(
         self, values: Sequence[bytes], records: _core.Records, arena: U8, payloads: U64
     ) -> list[Verdict]:
-        """Judge the values of blocks [n], and copy the payloads of the leading good ones to these
-        offsets of the arena. The verdicts end with the first that isn't good."""
+        """Judge the values of blocks [n], each for itself, and copy the payloads of those that are
+        good to these offsets of the arena."""
         size, verdicts = self._shape.payload_bytes, []
         for i, (value, to) in enumerate(zip(values, payloads.tolist(), strict=True)):
             verdicts.append(self._judge(value, part_of(records, slice(i, i + 1))))
             if verdicts[-1] is not Verdict.GOOD:
-                break
+                continue
             payload = np.frombuffer(value, np.uint8, size, HEADER_BYTES)
             arena[to : to + size] = payload
         return verdicts

@@ -17,12 +17,17 @@ SHAPE = PageShape(hashlib.sha256(b"layout").digest(), SIZE, 1000, 8192, 1 << 20,
 NAME = hashlib.sha256(b"namespace").digest()
 KEY = hashlib.sha256(b"key").digest()
 BLOCKS = 5
+KEYS = [b"k", b"x" * 64, b"k\0", b"\0", bytes(range(32))]
 MUTATIONS = 1000
 
 
 def chain(name: bytes = NAME, first_token: int = 0) -> Chain:
     tokens = np.arange(first_token, first_token + BLOCKS * SIZE, dtype=np.uint32)
     return Chain.of(name, tokens, SIZE, None, np.zeros((BLOCKS, 32), np.uint8))
+
+
+def keyed(name: bytes = NAME, keys: list[bytes] = KEYS) -> Chain:
+    return Chain.of_keys(name, keys, SIZE)
 
 
 def payloads(seed: int = 0) -> U8:
@@ -46,11 +51,12 @@ def opened(values: list[bytes], of: Chain, block: int = 0) -> tuple[list[Verdict
     return found, memory
 
 
-def test_what_is_sealed_opens() -> None:
-    found, memory = opened(sealed(chain()), chain())
+@pytest.mark.parametrize("of", [chain(), keyed()], ids=["tokens", "keys"])
+def test_what_is_sealed_opens(of: Chain) -> None:
+    found, memory = opened(sealed(of), of)
     assert found == [Verdict.GOOD] * BLOCKS
     assert (memory == payloads()).all()
-    assert {len(each) for each in sealed(chain())} == {value_bytes(SHAPE)}
+    assert {len(each) for each in sealed(of)} == {value_bytes(SHAPE)}
 
 
 def mutated(value: bytes, random: np.random.Generator, others: list[bytes]) -> bytes:
@@ -73,16 +79,32 @@ def mutated(value: bytes, random: np.random.Generator, others: list[bytes]) -> b
     return other
 
 
-def test_no_mutation_is_believed() -> None:
-    """The others are all sound values: of other blocks, prompts, namespaces, eras and keys."""
-    random, of = np.random.default_rng(7), chain()
-    values = sealed(of)
+OTHER_KEYS = [b"l", b"x" * 63, b"k\0\0", b"\1", bytes(range(33))]
+
+
+@pytest.mark.parametrize(
+    ("of", "alike"),
+    [
+        (chain(), [chain(first_token=1), chain(of_era(NAME, 1)), chain(hashlib.sha256().digest())]),
+        (
+            keyed(),
+            [
+                keyed(keys=OTHER_KEYS),
+                keyed(of_era(NAME, 1)),
+                keyed(hashlib.sha256().digest()),
+                chain(),
+            ],
+        ),
+    ],
+    ids=["tokens", "keys"],
+)
+def test_no_mutation_is_believed(of: Chain, alike: list[Chain]) -> None:
+    """The others are all sound values: of other blocks, prompts, namespaces, eras and secrets."""
+    random, values = np.random.default_rng(7), sealed(of)
     others = [
-        *sealed(chain(first_token=1)),
-        *sealed(chain(of_era(NAME, 1))),
+        *(value for each in alike for value in sealed(each)),
         *sealed(of, key=hashlib.sha256(b"another secret").digest()),
         *sealed(of, key=hashlib.sha256(b"another secret").digest(), seed=1),
-        *sealed(chain(hashlib.sha256(b"another").digest())),
     ]
     tried = 0
     while tried < MUTATIONS:
@@ -118,12 +140,13 @@ def test_each_check_stands_alone() -> None:
     assert opened([bytes(spoiled)], of)[0] == [Verdict.PAYLOAD]
 
 
-def test_verdicts_end_with_the_first_bad_one() -> None:
+def test_each_value_is_judged_for_itself() -> None:
     values = sealed(chain())
     values[2] = values[1]
     found, memory = opened(values, chain())
-    assert found == [Verdict.GOOD, Verdict.GOOD, Verdict.OTHER]
-    assert not memory[2000:].any()
+    assert found == [Verdict.GOOD, Verdict.GOOD, Verdict.OTHER, Verdict.GOOD, Verdict.GOOD]
+    assert not memory[2000:3000].any()
+    assert (memory[3000:] == payloads()[3000:]).all()
 
 
 def test_names_tell_layouts_prefixes_and_eras_apart() -> None:
@@ -148,6 +171,24 @@ def test_extras_are_in_the_names_after_them() -> None:
     assert not set(found[2:]) & set(plain)
     assert opened(sealed(with_image), with_image)[0] == [Verdict.GOOD] * BLOCKS
     assert opened([sealed(with_image)[2]], chain(), 2)[0] == [Verdict.OTHER]
+
+
+def test_names_tell_keys_eras_and_prompts_apart() -> None:
+    found = [
+        *keyed(keys=KEYS + OTHER_KEYS).names(SHAPE, 0, 2 * BLOCKS),
+        *keyed(of_era(NAME, 1)).names(SHAPE, 0, BLOCKS),
+        *chain().names(SHAPE, 0, BLOCKS),
+    ]
+    assert len(set(found)) == len(found)
+    assert keyed(keys=KEYS[2:]).names(SHAPE, 0, 1) == found[2:3]  # whatever stands beside it
+
+
+def test_a_key_is_in_the_header() -> None:
+    """As whoever has the secret might put it: under one key's name another one's block."""
+    values = sealed(keyed(keys=OTHER_KEYS))
+    assert opened(values, keyed())[0] == [Verdict.OTHER] * BLOCKS
+    header = sealed(keyed())[1][:4096]
+    assert b"x" * 64 in header
 
 
 @pytest.mark.parametrize("tenant_secret", [b"", b"s" * 16])
