@@ -27,7 +27,8 @@ from kvc2.host import machine
 from kvc2.host.address import SOCKET_PATH_BYTES_MAX, Address
 from kvc2.host.loopback import is_loopback
 from kvc2.host.machine import GB as GB
-from kvc2.host.store_url import StoreUrl, masked
+from kvc2.host.store_url import MooncakeUrl, StoreUrl, masked
+from kvc2.host.store_url import parse as parse_store
 from kvc2.host.tls import TlsFiles
 
 ALIGNMENT = 4096
@@ -366,8 +367,10 @@ class RemoteConfig:
         str | None,
         Flag(
             "Valkey or Redis: redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE], rediss://... with "
-            "TLS, or unix:///PATH. Prompts lie there in clear. Needs the extra `remote`, and "
-            "disk.path, where invalidations are kept.",
+            "TLS, or unix:///PATH (the extra `remote`). Mooncake Store (the extra `mooncake`): its "
+            "master, mooncake://HOST:PORT, or its own configuration, mooncake+file:///PATH or, of "
+            "its variables, mooncake+env:. Prompts lie there in clear. Needs disk.path, where "
+            "invalidations are kept.",
             shown="no remote tier",
         ),
     ] = None
@@ -417,11 +420,11 @@ class RemoteConfig:
             raise errors.InvalidConfig("remote.ca_file", str(self.ca_file), allowed)
 
     @property
-    def parsed_url(self) -> StoreUrl:
+    def parsed_url(self) -> StoreUrl | MooncakeUrl:
         """Of `url`, which is there. Raises InvalidConfig."""
         text = self.url or ""
         with refused_as("remote.url", masked(text)):
-            return StoreUrl.parse(text, field="remote.url")
+            return parse_store(text, field="remote.url")
 
     @property
     def patience_s(self) -> float:

@@ -52,6 +52,7 @@ NOT_PUT = (
     "queue_full",
     "store_away",
     "store_refused",
+    "store_unable",
     "not_in_memory",
 )  # why reused blocks were not put
 RECOMPUTED = ("slower", "overdue", "deadline")  # why matched tokens were not brought

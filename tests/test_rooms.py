@@ -99,8 +99,8 @@ FLOORS = {
         base, meter
     """,
     "kvc2/tiers/remote": """
-        link, valkey
-        breaker, codec, queue, store
+        link, mooncake, valkey
+        breaker, codec, mooncake_child, queue, store
     """,
     "kvc2/tiers/disk": """
         repair

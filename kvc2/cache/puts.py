@@ -30,7 +30,7 @@ from kvc2.cache.landing import Means, Prompt, Rows
 from kvc2.moving.loading import Loader
 from kvc2.tiers.remote.codec import Chain, Sealer, Shared
 from kvc2.tiers.remote.queue import Known, PutQueue
-from kvc2.tiers.remote.store import StoreError, StoreRefused
+from kvc2.tiers.remote.store import StoreError, StoreRefused, StoreUnable
 
 LOG = logging.getLogger(__name__)
 
@@ -167,6 +167,9 @@ class Puts:
             except StoreRefused:
                 self._refused_until = time.monotonic() + REFUSED_S
                 self._not_put("store_refused", item.end - first)
+                return
+            except StoreUnable:
+                self._not_put("store_unable", item.end - first)
                 return
             except StoreError:
                 self._not_put("store_away", item.end - first)

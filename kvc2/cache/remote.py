@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from importlib.util import find_spec
 
 from kvc2 import _core, errors, events
 from kvc2.cache.arrivals import Arrivals
@@ -19,6 +20,7 @@ from kvc2.cache.landing import Fetch, Means, Prompt
 from kvc2.cache.patience import Patience
 from kvc2.cache.puts import Puts
 from kvc2.config import RemoteConfig, ServeConfig
+from kvc2.host.store_url import MooncakeUrl
 from kvc2.metrics import Metrics, RemoteMetrics
 from kvc2.moving.loading import Loader
 from kvc2.tiers.pools import Pools
@@ -33,16 +35,28 @@ MakeStore = Callable[[], Store]
 def store_of(config: RemoteConfig) -> MakeStore:
     """What opens the store of a configuration that has one. Raises StartRefused where the package
     for it is missing."""
-    try:
-        from kvc2.tiers.remote.valkey import Valkey
-    except ModuleNotFoundError as error:
-        raise errors.StartRefused(
-            f"remote.url: {error.name} is missing: pip install 'kvc2[remote]'"
-        ) from error
     url = config.parsed_url
     if not url.tls and not url.is_local:
         events.warning("remote_in_clear", store=url.shown)
+    if isinstance(url, MooncakeUrl):
+        return _mooncake(url, config.deadline_s)
+    try:
+        from kvc2.tiers.remote.valkey import Valkey
+    except ModuleNotFoundError as error:
+        raise _missing(error.name, "remote") from error
     return lambda: Valkey(url, config.ca_file, config.deadline_s)
+
+
+def _mooncake(url: MooncakeUrl, deadline_s: float) -> MakeStore:
+    if find_spec("mooncake") is None:  # its native code is only for a process of its own
+        raise _missing("mooncake", "mooncake")
+    from kvc2.tiers.remote.mooncake import Mooncake
+
+    return lambda: Mooncake(url, deadline_s)
+
+
+def _missing(package: str | None, among: str) -> errors.StartRefused:
+    return errors.StartRefused(f"remote.url: {package} is missing: pip install 'kvc2[{among}]'")
 
 
 class Remote:

@@ -14,8 +14,12 @@ from pathlib import Path
 from kvc2 import errors
 from kvc2.host.loopback import is_loopback
 
-FORMS = "redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE], rediss://... (TLS) or unix://PATH"
+FORMS = (
+    "redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE], rediss://... (TLS), unix://PATH, "
+    "mooncake://HOST:PORT, mooncake+file:///PATH or mooncake+env:"
+)
 PORT = 6379
+MASTER_PORT = 50051
 DATABASES_MAX = 1 << 16
 
 
@@ -41,15 +45,8 @@ class StoreUrl:
     @classmethod
     def parse(cls, text: str, *, field: str) -> StoreUrl:
         """Raises InvalidRequest."""
-        try:
-            parts = urllib.parse.urlsplit(text)
-            port = PORT if parts.port is None else parts.port
-        except ValueError:  # a port that is no number, a bracket that isn't closed
-            # not its cause: that quotes the text
-            raise errors.InvalidRequest(field, masked(text), FORMS) from None
-        if parts.query or parts.fragment:
-            allowed = f"{FORMS}, and nothing after it: other settings are flags"
-            raise errors.InvalidRequest(field, masked(text), allowed)
+        parts, port = _split(text, field)
+        port = PORT if port is None else port
         user = urllib.parse.unquote(parts.username or "")
         password = urllib.parse.unquote(parts.password or "")
         if user and not password:
@@ -79,6 +76,66 @@ class StoreUrl:
             return f"unix://{self.path}"
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"redis{'s' * self.tls}://{host}:{self.port}/{self.database}"
+
+
+@dataclass(frozen=True)
+class MooncakeUrl:
+    """Mooncake Store: its master, or its own configuration: in `file`, or (neither) as its
+    variables say."""
+
+    master: str = ""
+    file: Path | None = None
+    tls: bool = False
+    is_local: bool = False  # its nodes are wherever they are
+
+    @classmethod
+    def parse(cls, text: str, *, field: str) -> MooncakeUrl:
+        """Raises InvalidRequest."""
+        parts, port = _split(text, field)
+        kind, path = parts.scheme, urllib.parse.unquote(parts.path)
+        if kind == "mooncake+env" and not (parts.netloc or path):
+            return cls()
+        if kind == "mooncake+file" and not parts.netloc and Path(path).is_absolute():
+            return cls(file=Path(path))
+        if kind == "mooncake" and parts.hostname and path in ("", "/") and "@" not in parts.netloc:
+            host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+            return cls(f"{host}:{MASTER_PORT if port is None else port}")
+        allowed = "mooncake://HOST[:PORT], mooncake+file:///PATH, absolute, or mooncake+env:"
+        raise errors.InvalidRequest(field, masked(text), allowed)
+
+    @property
+    def shown(self) -> str:
+        """For logs."""
+        if self.file is not None:
+            return f"mooncake+file://{self.file}"
+        return f"mooncake://{self.master}" if self.master else "mooncake+env:"
+
+    @property
+    def spec(self) -> str:
+        """As the process that has its client is told."""
+        if self.file is not None:
+            return f"file:{self.file}"
+        return f"master:{self.master}" if self.master else "env:"
+
+
+def parse(text: str, *, field: str) -> StoreUrl | MooncakeUrl:
+    """Raises InvalidRequest."""
+    found = StoreUrl if not text.startswith("mooncake") else MooncakeUrl
+    return found.parse(text, field=field)
+
+
+def _split(text: str, field: str) -> tuple[urllib.parse.SplitResult, int | None]:
+    """With its port, if it names one. Raises InvalidRequest."""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        port = parts.port
+    except ValueError:  # a port that is no number, a bracket that isn't closed
+        # not its cause: that quotes the text
+        raise errors.InvalidRequest(field, masked(text), FORMS) from None
+    if parts.query or parts.fragment:
+        allowed = f"{FORMS}, and nothing after it: other settings are flags"
+        raise errors.InvalidRequest(field, masked(text), allowed)
+    return parts, port
 
 
 def _database(path: str, field: str, text: str) -> int:

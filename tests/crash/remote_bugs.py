@@ -12,6 +12,8 @@ CODEC, LINK, BREAKER = (
     "kvc2/tiers/remote/breaker.py",
 )
 QUEUE = "kvc2/tiers/remote/queue.py"
+MOONCAKE = "kvc2/tiers/remote/mooncake.py"
+MOONCAKE_CHILD = "kvc2/tiers/remote/mooncake_child.py"
 CHAINS, ARRIVALS = "kvc2/cache/chains.py", "kvc2/cache/arrivals.py"
 FETCHES, PUTS, LEASES = "kvc2/cache/fetches.py", "kvc2/cache/puts.py", "kvc2/cache/leases.py"
 LANDING, PATIENCE = "kvc2/cache/landing.py", "kvc2/cache/patience.py"
@@ -20,6 +22,7 @@ TESTS = (
     (
         "tests/kvc2/tiers/test_remote_codec.py",
         "tests/kvc2/tiers/test_remote_link.py",
+        "tests/kvc2/tiers/test_mooncake.py",
         "tests/kvc2/tiers/test_stores.py",
     ),
     ("tests/kvc2/cache/test_remote_keys.py", "tests/kvc2/cache/test_remote.py"),
@@ -66,6 +69,21 @@ BUGS = (
     bug("what came stays pinned", BEYOND,
         "deadline_s=max(0.0, left_s))\n        finally:\n            self.remote.let_go(fetches)\n",
         "deadline_s=max(0.0, left_s))\n        finally:\n            pass\n"),
+    bug("Mooncake's process outlives a late call", MOONCAKE,
+        "        self._process.kill()  # whatever it is in the middle of\n", ""),
+    bug("a late call of Mooncake's is waited for", MOONCAKE,
+        "timer = self._loop.call_later(seconds, self._end, late)",
+        "timer = self._loop.call_later(1e6, self._end, late)"),
+    bug("memory of a call that was left is another's", MOONCAKE,
+        "            if part.call is None or part.call.done():\n", "            if True:\n"),
+    bug("what Mooncake must forget is put for ever", MOONCAKE,
+        "        if ttl_s:\n            raise", "        if False:\n            raise"),
+    bug("a master that is dead is well", MOONCAKE_CHILD,
+        "            if each < 0 and each not in OF_OBJECT:\n", "            if False:\n"),
+    bug("a full Mooncake is left alone", MOONCAKE_CHILD,
+        "            if error.refused:\n                return []\n", ""),
+    bug("we lend memory by default", MOONCAKE_CHILD,
+        '        os.environ.setdefault("MOONCAKE_GLOBAL_SEGMENT_SIZE", "0")\n', ""),
     bug("an image's extras are not in the header", CHAINS,
         "        rows[at[at < blocks]] = digests[at < blocks]\n", ""),
     bug("the breaker never opens", BREAKER,
@@ -93,8 +111,7 @@ BUGS = (
         "            async with asyncio.timeout(self._deadline_s):\n                return",
         "            async with asyncio.timeout(None):\n                return"),
     bug("a call that was late and is answered doesn't count", LINK,
-        "        self._close_breaker(self._breaker.worked)\n        return found\n",
-        "        return found\n"),
+        "        self._heard()\n        return found\n", "        return found\n"),
     bug("a bad value stays in the store", ARRIVALS,
         "                await self._means.link.delete(names)\n", "                pass\n"),
     bug("what comes for an ended namespace is committed", LANDING,

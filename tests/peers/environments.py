@@ -15,6 +15,9 @@ SGLANG = ["sglang==0.5.23", "orjson", "IPython", "traitlets", "gguf"]
 # its indexer is native code; of the rest of its Python only the imports are wanted
 DYNAMO = ["ai-dynamo-runtime==1.6.1"]
 
+# its native code is for a process of its own; 46 MB
+MOONCAKE = ["mooncake-transfer-engine-non-cuda==0.3.13.post1"]
+
 # 3 GB, most of it torch for searches in documents
 OPEN_WEBUI = ["open-webui==0.12.4", "torch==2.13.0"]
 
@@ -24,6 +27,13 @@ def dynamo_python() -> Path:
     if given := os.environ.get("KVC2_PEERS_DYNAMO"):
         return Path(given)
     return environment(ROOT / "build/peers/dynamo", DYNAMO, [])
+
+
+def mooncake_python() -> Path:
+    """The python of an environment with Mooncake Store. KVC2_PEERS_MOONCAKE names one."""
+    if given := os.environ.get("KVC2_PEERS_MOONCAKE"):
+        return Path(given)
+    return environment(ROOT / "build/peers/mooncake", MOONCAKE, [])
 
 
 def open_webui_python() -> Path:

@@ -62,14 +62,14 @@ class Engine(TinyEngine):
 
 
 @contextmanager
-def daemon(folder: Path, server: ServerProcess, *flags: str) -> Iterator[DaemonProcess]:
-    secret = server.socket.parent / "remote.secret"
+def daemon(folder: Path, url: str, *flags: str) -> Iterator[DaemonProcess]:
+    secret = folder.parent / "remote.secret"
     secret.write_bytes(b"of two hosts that trust each other")
     secret.chmod(0o600)
     folder.mkdir()
     given = (
         *("--disk-path", str(folder / "disk"), "--disk-size-gb", "0.05"),
-        *("--remote-url", server.url, "--remote-secret-file", str(secret), *flags),
+        *("--remote-url", url, "--remote-secret-file", str(secret), *flags),
     )
     with DaemonProcess(folder, *given) as found:
         wait_until(lambda: found.admin().stats().counters["remote_up"] == 1)
@@ -89,8 +89,8 @@ def test_a_prefix_of_one_host_is_served_by_another_also_when_that_is_dead(
     tmp_path: Path, server: ServerProcess
 ) -> None:
     with ExitStack() as stack:
-        a = stack.enter_context(daemon(tmp_path / "a", server, *PATIENT))
-        b = stack.enter_context(daemon(tmp_path / "b", server, *PATIENT))
+        a = stack.enter_context(daemon(tmp_path / "a", server.url, *PATIENT))
+        b = stack.enter_context(daemon(tmp_path / "b", server.url, *PATIENT))
         first = stack.enter_context(Engine(a.address))
         for seed in (1, 2):
             first.compute(seed)
@@ -111,7 +111,7 @@ def test_a_frozen_store_is_a_miss_and_nothing_after_that(
     tmp_path: Path, server: ServerProcess
 ) -> None:
     with (
-        daemon(tmp_path / "a", server) as a,
+        daemon(tmp_path / "a", server.url) as a,
         Engine(a.address) as engine,
     ):
         server.freeze()
@@ -132,6 +132,6 @@ def test_a_frozen_store_is_a_miss_and_nothing_after_that(
 def test_a_daemon_ends_in_time_with_a_store_that_is_frozen(
     tmp_path: Path, server: ServerProcess
 ) -> None:
-    with daemon(tmp_path / "a", server) as a:
+    with daemon(tmp_path / "a", server.url) as a:
         server.freeze()
         assert a.stop() == 0

@@ -22,7 +22,7 @@ from typing_extensions import Buffer
 from kvc2 import events
 from kvc2.metrics import RemoteMetrics
 from kvc2.tiers.remote.breaker import Breaker
-from kvc2.tiers.remote.store import Store, StoreError, StoreRefused
+from kvc2.tiers.remote.store import Store, StoreError, StoreRefused, StoreUnable
 
 T = TypeVar("T")
 
@@ -101,17 +101,23 @@ class Link:
             found = await self._on_thread(self._bounded(make))
         except StoreRefused:
             self._metrics.all.fault("remote_refused")
-            self.heard_at = time.monotonic()
-            self._close_breaker(self._breaker.worked)
+            self._heard()
+            raise
+        except StoreUnable:
+            self._heard()
             raise
         except StoreError as error:
             if not self._closed:
                 self._metrics.all.fault("remote_error")
                 self._open(str(error))
             raise
+        self._heard()
+        return found
+
+    def _heard(self) -> None:
+        """A call was answered."""
         self.heard_at = time.monotonic()
         self._close_breaker(self._breaker.worked)
-        return found
 
     async def _bounded(self, make: Callable[[Store], Awaitable[T]]) -> T:
         """On the thread."""

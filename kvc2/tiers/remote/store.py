@@ -20,6 +20,10 @@ class StoreRefused(StoreError):
     """The store is there and has answered: it won't. It is full, or may only be read."""
 
 
+class StoreUnable(StoreError):
+    """The store is there, and has nothing with which it could do what is asked."""
+
+
 class Store(Protocol):
     """All on the event loop of link.py's thread; several calls may be under way. Each raises
     StoreError alone, and may be cancelled."""
@@ -32,7 +36,8 @@ class Store(Protocol):
         that one that is too long shows, and takes no memory. None: there is none."""
 
     async def put(self, values: Sequence[tuple[bytes, Buffer]], ttl_s: int) -> None:
-        """Names and values, in the place of what was there; gone after ttl_s, unless that is 0."""
+        """Names and values, in the place of what was there; gone after ttl_s, unless that is 0.
+        StoreUnable where it keeps no time, or takes no value of that size."""
 
     async def delete(self, names: Sequence[bytes]) -> None: ...
 

@@ -9,11 +9,20 @@ import pytest
 from kvc2 import flags
 from kvc2.config import ServeConfig
 from kvc2.errors import InvalidConfig, InvalidRequest
-from kvc2.host.store_url import StoreUrl, masked
+from kvc2.host.store_url import MooncakeUrl, StoreUrl, masked
+from kvc2.host.store_url import parse as parse_any
 
 
 def parse(text: str) -> StoreUrl:
-    return StoreUrl.parse(text, field="url")
+    found = parse_any(text, field="url")
+    assert isinstance(found, StoreUrl)
+    return found
+
+
+def parse_mooncake(text: str) -> MooncakeUrl:
+    found = parse_any(text, field="url")
+    assert isinstance(found, MooncakeUrl)
+    return found
 
 
 def test_each_part_is_read() -> None:
@@ -25,13 +34,27 @@ def test_each_part_is_read() -> None:
     assert parse("unix://:p@/run/store.sock").password == "p"
 
 
+def test_a_mooncake_is_named_by_its_master_or_by_its_own_configuration() -> None:
+    assert parse_mooncake("mooncake://store:7000").spec == "master:store:7000"
+    assert parse_mooncake("mooncake://store/").spec == "master:store:50051"
+    assert parse_mooncake("mooncake://[::1]:7").spec == "master:[::1]:7"
+    file = parse_mooncake("mooncake+file:///etc/moon%20cake.json")
+    assert (file.spec, file.file) == ("file:/etc/moon cake.json", Path("/etc/moon cake.json"))
+    assert parse_mooncake("mooncake+env:").spec == "env:"
+    shown = [parse_mooncake(each).shown for each in ("mooncake://h:1", "mooncake+file:///a")]
+    assert shown == ["mooncake://h:1", "mooncake+file:///a"]
+
+
 @pytest.mark.parametrize(
     "text",
     [
         *("store:6379", "http://store", "redis://", "redis://:secret@", "redis://store/db"),
         *("redis://store/70000", "redis://store:99999", "redis://store:x", "redis://[::1"),
         *("redis://secret@store", "redis://store?db=1", "redis://store#x", "unix://run/store"),
-        *("unix:///", "redis://u:secret@store/1/2", "mooncake://store", "", "redis://store:0"),
+        *("unix:///", "redis://u:secret@store/1/2", "mooncakes://store", "", "redis://store:0"),
+        *("mooncake://", "mooncake://u:secret@store", "mooncake://store/x", "mooncake+file:a.json"),
+        *("mooncake+env:x", "mooncake+env://x", "mooncake+file://host/a", "mooncake+file:"),
+        *("mooncake://store:70000", "mooncake://store?x=secret", "mooncake:store:1"),
         *("redis:/:secret@store", ":secret@store:6379", "redis:user:secret@store"),
         *("redis://store/0?password=secret", "redis://:secret#x@store", "redis://:#secret@store"),
     ],

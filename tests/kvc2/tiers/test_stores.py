@@ -20,18 +20,24 @@ from kvc2.host.store_url import StoreUrl
 from kvc2.tiers.remote.store import Store, StoreError, StoreRefused
 from kvc2.tiers.remote.valkey import GROUP, Valkey
 from tests import ROOT
+from tests.doubles.mooncakes import mooncake, standing_in
 from tests.doubles.stores import ServerProcess, ToldStore
 from tests.doubles.waiting import on_a_loop
 
 CERTIFICATES = ROOT / "tests/fixtures"
 DEADLINE_S = 20.0
-KINDS = ("told", "valkey")
+KINDS = ("told", "valkey", "mooncake")
 
 
 @asynccontextmanager
 async def opened(kind: str, folder: Path) -> AsyncIterator[Store]:
     if kind == "told":
         yield ToldStore()
+        return
+    if kind == "mooncake":
+        with standing_in(folder / "standin") as stand_in:
+            async with mooncake(stand_in.url) as store:
+                yield store
         return
     with ServerProcess(folder) as server:
         async with connected(server.url) as store:
@@ -181,6 +187,10 @@ def test_without_the_package_the_start_is_refused_by_name(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "redis.asyncio", None)
     config = RemoteConfig("redis://store", Path("/secret"))
     with pytest.raises(StartRefused, match=r"remote\.url: redis.* pip install 'kvc2\[remote\]'"):
+        store_of(config)
+    monkeypatch.setattr("kvc2.cache.remote.find_spec", lambda name: None)
+    config = RemoteConfig("mooncake://store", Path("/secret"))
+    with pytest.raises(StartRefused, match=r"remote\.url: mooncake.*'kvc2\[mooncake\]'"):
         store_of(config)
 
 
