@@ -17,7 +17,7 @@ MOONCAKE_CHILD = "kvc2/tiers/remote/mooncake_child.py"
 CHAINS, ARRIVALS = "kvc2/cache/chains.py", "kvc2/cache/arrivals.py"
 FETCHES, PUTS, LEASES = "kvc2/cache/fetches.py", "kvc2/cache/puts.py", "kvc2/cache/leases.py"
 LANDING, PATIENCE = "kvc2/cache/landing.py", "kvc2/cache/patience.py"
-KEY_FETCHES, BEYOND = "kvc2/cache/key_fetches.py", "kvc2/cache/beyond.py"
+BEYOND = "kvc2/cache/beyond.py"
 TESTS = (
     (
         "tests/kvc2/tiers/test_remote_codec.py",
@@ -63,9 +63,8 @@ BUGS = (
     bug("a bad value of a key ends the others", ARRIVALS,
         "        if not fetch.of_keys:\n            good[leading(good) :] = False\n",
         "        good[leading(good) :] = False\n"),
-    bug("each who asks for a key fetches it", KEY_FETCHES,
-        "coming = self._arrivals.coming_keys(chain)\n        if not all(coming):",
-        "coming: list[Fetch | None] = [None] * len(wanted.keys)\n        if not all(coming):"),
+    bug("each who asks for a key fetches it", ARRIVALS,
+        "                found[row] = fetch\n", "                pass\n"),
     bug("what came stays pinned", BEYOND,
         "deadline_s=max(0.0, left_s))\n        finally:\n            self.remote.let_go(fetches)\n",
         "deadline_s=max(0.0, left_s))\n        finally:\n            pass\n"),
