@@ -27,7 +27,7 @@ from kvc2.host import machine
 from kvc2.host.address import SOCKET_PATH_BYTES_MAX, Address
 from kvc2.host.loopback import is_loopback
 from kvc2.host.machine import GB as GB
-from kvc2.host.store_url import MooncakeUrl, StoreUrl, masked
+from kvc2.host.store_url import AnyUrl, masked
 from kvc2.host.store_url import parse as parse_store
 from kvc2.host.tls import TlsFiles
 
@@ -369,7 +369,8 @@ class RemoteConfig:
             "Valkey or Redis: redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE], rediss://... with "
             "TLS, or unix:///PATH (the extra `remote`). Mooncake Store (the extra `mooncake`): its "
             "master, mooncake://HOST:PORT, or its own configuration, mooncake+file:///PATH or, of "
-            "its variables, mooncake+env:. Prompts lie there in clear. Needs disk.path, where "
+            "its variables, mooncake+env:. A bucket of S3 (the extra `s3`): s3://BUCKET[/PREFIX], "
+            "where AWS_* variables say. Prompts lie there in clear. Needs disk.path, where "
             "invalidations are kept.",
             shown="no remote tier",
         ),
@@ -385,7 +386,7 @@ class RemoteConfig:
     ca_file: Annotated[
         Path | None,
         Flag(
-            "Certificates, one of which has signed that of a rediss:// store.",
+            "Certificates, one of which has signed that of a rediss:// or s3:// store.",
             shown="those that the system trusts",
         ),
     ] = None
@@ -416,11 +417,11 @@ class RemoteConfig:
         if self.secret_file is None:
             raise errors.InvalidConfig("remote.secret_file", None, "a path, with remote.url")
         if self.ca_file is not None and not found.tls:
-            allowed = "only with a rediss:// URL"
+            allowed = "only with a rediss:// or s3:// URL"
             raise errors.InvalidConfig("remote.ca_file", str(self.ca_file), allowed)
 
     @property
-    def parsed_url(self) -> StoreUrl | MooncakeUrl:
+    def parsed_url(self) -> AnyUrl:
         """Of `url`, which is there. Raises InvalidConfig."""
         text = self.url or ""
         with refused_as("remote.url", masked(text)):

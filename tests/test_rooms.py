@@ -99,7 +99,7 @@ FLOORS = {
         base, meter
     """,
     "kvc2/tiers/remote": """
-        link, mooncake, valkey
+        link, mooncake, s3, valkey
         breaker, codec, mooncake_child, queue, store
     """,
     "kvc2/tiers/disk": """

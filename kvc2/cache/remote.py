@@ -20,7 +20,7 @@ from kvc2.cache.landing import Fetch, Means, Prompt
 from kvc2.cache.patience import Patience
 from kvc2.cache.puts import Puts
 from kvc2.config import RemoteConfig, ServeConfig
-from kvc2.host.store_url import MooncakeUrl
+from kvc2.host.store_url import MooncakeUrl, S3Url
 from kvc2.metrics import Metrics, RemoteMetrics
 from kvc2.moving.loading import Loader
 from kvc2.tiers.pools import Pools
@@ -40,6 +40,8 @@ def store_of(config: RemoteConfig) -> MakeStore:
         events.warning("remote_in_clear", store=url.shown)
     if isinstance(url, MooncakeUrl):
         return _mooncake(url, config.deadline_s)
+    if isinstance(url, S3Url):
+        return _s3(url, config)
     try:
         from kvc2.tiers.remote.valkey import Valkey
     except ModuleNotFoundError as error:
@@ -53,6 +55,14 @@ def _mooncake(url: MooncakeUrl, deadline_s: float) -> MakeStore:
     from kvc2.tiers.remote.mooncake import Mooncake
 
     return lambda: Mooncake(url, deadline_s)
+
+
+def _s3(url: S3Url, config: RemoteConfig) -> MakeStore:
+    try:
+        from kvc2.tiers.remote.s3 import S3
+    except ModuleNotFoundError as error:
+        raise _missing(error.name, "s3") from error
+    return lambda: S3(url, config.ca_file, config.deadline_s)
 
 
 def _missing(package: str | None, among: str) -> errors.StartRefused:

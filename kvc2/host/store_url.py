@@ -6,6 +6,7 @@ here: who connects (tiers/remote/), which settings go together (config.py).
 
 from __future__ import annotations
 
+import os
 import re
 import urllib.parse
 from dataclasses import dataclass, field
@@ -16,10 +17,11 @@ from kvc2.host.loopback import is_loopback
 
 FORMS = (
     "redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE], rediss://... (TLS), unix://PATH, "
-    "mooncake://HOST:PORT, mooncake+file:///PATH or mooncake+env:"
+    "mooncake://HOST:PORT, mooncake+file:///PATH, mooncake+env: or s3://BUCKET[/PREFIX]"
 )
 PORT = 6379
 MASTER_PORT = 50051
+BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
 DATABASES_MAX = 1 << 16
 
 
@@ -118,9 +120,50 @@ class MooncakeUrl:
         return f"master:{self.master}" if self.master else "env:"
 
 
-def parse(text: str, *, field: str) -> StoreUrl | MooncakeUrl:
+@dataclass(frozen=True)
+class S3Url:
+    """A bucket, and what the names in it begin with. Where it is, its variables say."""
+
+    bucket: str
+    prefix: str = ""
+
+    @classmethod
+    def parse(cls, text: str, *, field: str) -> S3Url:
+        """Raises InvalidRequest."""
+        parts, port = _split(text, field)
+        prefix = urllib.parse.unquote(parts.path).strip("/")
+        if parts.scheme != "s3" or port is not None or not re.fullmatch(BUCKET, parts.netloc):
+            raise errors.InvalidRequest(field, masked(text), "s3://BUCKET[/PREFIX]")
+        return cls(parts.netloc, prefix)
+
+    @property
+    def _endpoint(self) -> urllib.parse.SplitResult:
+        found = (os.environ.get(each) for each in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
+        return urllib.parse.urlsplit(next(filter(None, found), "https://"))
+
+    @property
+    def tls(self) -> bool:
+        return self._endpoint.scheme != "http"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether what goes there stays on this host."""
+        return is_loopback(self._endpoint.hostname or "")
+
+    @property
+    def shown(self) -> str:
+        """For logs."""
+        return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+
+
+AnyUrl = StoreUrl | MooncakeUrl | S3Url
+
+
+def parse(text: str, *, field: str) -> AnyUrl:
     """Raises InvalidRequest."""
-    found = StoreUrl if not text.startswith("mooncake") else MooncakeUrl
+    if text.startswith("mooncake"):
+        return MooncakeUrl.parse(text, field=field)
+    found = S3Url if text.startswith("s3:") else StoreUrl
     return found.parse(text, field=field)
 
 

@@ -12,7 +12,7 @@ CODEC, LINK, BREAKER = (
     "kvc2/tiers/remote/breaker.py",
 )
 QUEUE = "kvc2/tiers/remote/queue.py"
-MOONCAKE = "kvc2/tiers/remote/mooncake.py"
+MOONCAKE, S3 = "kvc2/tiers/remote/mooncake.py", "kvc2/tiers/remote/s3.py"
 MOONCAKE_CHILD = "kvc2/tiers/remote/mooncake_child.py"
 CHAINS, ARRIVALS = "kvc2/cache/chains.py", "kvc2/cache/arrivals.py"
 FETCHES, PUTS, LEASES = "kvc2/cache/fetches.py", "kvc2/cache/puts.py", "kvc2/cache/leases.py"
@@ -23,6 +23,7 @@ TESTS = (
         "tests/kvc2/tiers/test_remote_codec.py",
         "tests/kvc2/tiers/test_remote_link.py",
         "tests/kvc2/tiers/test_mooncake.py",
+        "tests/kvc2/tiers/test_s3.py",
         "tests/kvc2/tiers/test_stores.py",
     ),
     ("tests/kvc2/cache/test_remote_keys.py", "tests/kvc2/cache/test_remote.py"),
@@ -83,6 +84,9 @@ BUGS = (
         "            if error.refused:\n                return []\n", ""),
     bug("we lend memory by default", MOONCAKE_CHILD,
         '        os.environ.setdefault("MOONCAKE_GLOBAL_SEGMENT_SIZE", "0")\n', ""),
+    bug("a full bucket is left alone", S3,
+        "    if refused or any(each in text for each in FULL):\n", "    if refused:\n"),
+    bug("a value without a byte ends a get", S3, " or EMPTY in text:", ":"),
     bug("an image's extras are not in the header", CHAINS,
         "        rows[at[at < blocks]] = digests[at < blocks]\n", ""),
     bug("the breaker never opens", BREAKER,

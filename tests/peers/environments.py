@@ -18,6 +18,9 @@ DYNAMO = ["ai-dynamo-runtime==1.6.1"]
 # its native code is for a process of its own; 46 MB
 MOONCAKE = ["mooncake-transfer-engine-non-cuda==0.3.13.post1"]
 
+# 330 MB, most of it what it knows of AWS
+MOTO = ["moto[server]==5.2.5"]
+
 # 3 GB, most of it torch for searches in documents
 OPEN_WEBUI = ["open-webui==0.12.4", "torch==2.13.0"]
 
@@ -34,6 +37,14 @@ def mooncake_python() -> Path:
     if given := os.environ.get("KVC2_PEERS_MOONCAKE"):
         return Path(given)
     return environment(ROOT / "build/peers/mooncake", MOONCAKE, [])
+
+
+def moto_python() -> Path:
+    """The python of an environment with moto's server, which plays S3. KVC2_PEERS_MOTO names
+    one."""
+    if given := os.environ.get("KVC2_PEERS_MOTO"):
+        return Path(given)
+    return environment(ROOT / "build/peers/moto", MOTO, [])
 
 
 def open_webui_python() -> Path:

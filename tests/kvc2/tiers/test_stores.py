@@ -16,17 +16,20 @@ import pytest
 from kvc2.cache.remote import store_of
 from kvc2.config import RemoteConfig
 from kvc2.errors import StartRefused
-from kvc2.host.store_url import StoreUrl
+from kvc2.host.store_url import S3Url, StoreUrl
+from kvc2.tiers.remote.s3 import S3
 from kvc2.tiers.remote.store import Store, StoreError, StoreRefused
 from kvc2.tiers.remote.valkey import GROUP, Valkey
 from tests import ROOT
+from tests.doubles.buckets import NAME as BUCKET
+from tests.doubles.buckets import bucket
 from tests.doubles.mooncakes import mooncake, standing_in
 from tests.doubles.stores import ServerProcess, ToldStore
 from tests.doubles.waiting import on_a_loop
 
 CERTIFICATES = ROOT / "tests/fixtures"
 DEADLINE_S = 20.0
-KINDS = ("told", "valkey", "mooncake")
+KINDS = ("told", "valkey", "mooncake", "s3")
 
 
 @asynccontextmanager
@@ -38,6 +41,10 @@ async def opened(kind: str, folder: Path) -> AsyncIterator[Store]:
         with standing_in(folder / "standin") as stand_in:
             async with mooncake(stand_in.url) as store:
                 yield store
+        return
+    if kind == "s3":
+        with bucket():
+            yield S3(S3Url(BUCKET, "a prefix"), None, DEADLINE_S)
         return
     with ServerProcess(folder) as server:
         async with connected(server.url) as store:
@@ -188,6 +195,10 @@ def test_without_the_package_the_start_is_refused_by_name(monkeypatch: pytest.Mo
     config = RemoteConfig("redis://store", Path("/secret"))
     with pytest.raises(StartRefused, match=r"remote\.url: redis.* pip install 'kvc2\[remote\]'"):
         store_of(config)
+    monkeypatch.delitem(sys.modules, "kvc2.tiers.remote.s3", raising=False)
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(StartRefused, match=r"remote\.url: obstore.*'kvc2\[s3\]'"):
+        store_of(RemoteConfig("s3://store", Path("/secret")))
     monkeypatch.setattr("kvc2.cache.remote.find_spec", lambda name: None)
     config = RemoteConfig("mooncake://store", Path("/secret"))
     with pytest.raises(StartRefused, match=r"remote\.url: mooncake.*'kvc2\[mooncake\]'"):
