@@ -58,6 +58,7 @@ FLOORS = {
     """,
     "kvc2/integrations": """
         lmcache_l2, sglang_hicache, vllm
+        versions
     """,
     "kvc2/integrations/vllm": """
         connector, tier

