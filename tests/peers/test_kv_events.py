@@ -19,7 +19,7 @@ import pytest
 from benchmarks.processes import free_port
 from tests.doubles.replicas import SIZE, Served, prompt, two_replicas
 from tests.doubles.waiting import wait_until
-from tests.peers.environments import dynamo_python, peers_python
+from tests.peers.environments import dynamo_python, vllm_python
 
 pytestmark = pytest.mark.peers
 DECODER = Path(__file__).with_name("kv_events.py")
@@ -35,7 +35,7 @@ def replicas(tmp_path: Path) -> Iterator[list[Served]]:
 def decoded(folder: Path) -> list[dict[str, Any]]:
     """A daemon's batches, as vLLM reads them."""
     done = subprocess.run(
-        [str(peers_python()), str(DECODER), str(folder / "events")],
+        [str(vllm_python()), str(DECODER), str(folder / "events")],
         check=True,
         capture_output=True,
         text=True,

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.connectors import Completion, Vllm
+from benchmarks.connectors import Completion, Vllm, behind_kvc2
 from benchmarks.processes import Daemon, ProcessError
 from engine import demo_model
-from tests.peers.environments import peers_python
+from tests.peers.environments import vllm_python
 
 pytestmark = pytest.mark.peers
 SHARED, OWN = 512, 40  # tokens: four blocks of vLLM on the CPU, and what is computed
@@ -32,7 +32,7 @@ class Setting:
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._folder, self._stack = folder, stack
-        self._python = peers_python()
+        self._python = vllm_python()
         self._model = demo_model.build(demo_model.default_directory())
         self.expected = self._computed()
         self.daemon = self.new_daemon()
@@ -44,8 +44,9 @@ class Setting:
         return self.daemon
 
     def vllm(self, name: str, *, attached: bool = True) -> Vllm:
-        address = f"unix:{self._folder / 'kvc2.sock'}" if attached else None
-        made = Vllm(name, self._python, self._model, self._folder, kvc2=address, dtype="float32")
+        transfer = behind_kvc2(f"unix:{self._folder / 'kvc2.sock'}") if attached else None
+        folder, model = self._folder, self._model
+        made = Vllm(name, self._python, model, folder, transfer=transfer, dtype="float32")
         self._stack.callback(made.stop)
         made.wait_ready()
         return made
