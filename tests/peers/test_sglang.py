@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.driven import Driven
 from benchmarks.processes import Daemon
+from tests import ROOT
 from tests.doubles.waiting import wait_until
-from tests.peers.driven import Driven
 from tests.peers.environments import sglang_python
 
 pytestmark = pytest.mark.peers
+DRIVER = ROOT / "benchmarks/hicache.py"
 ALL = 2048  # tokens, as the driver has them
 NOTHING = {"hit": 0, "loaded": 0, "equal": 0}
 EVERYTHING = {"hit": ALL, "loaded": ALL, "equal": ALL}
@@ -24,7 +26,7 @@ def python() -> Path:
 
 
 def started(python: Path, folder: Path, layout: str) -> Driven:
-    return Driven(python, "hicache.py", folder, f"unix:{folder / 'kvc2.sock'}", layout, "1")
+    return Driven(python, DRIVER, folder, f"unix:{folder / 'kvc2.sock'}", layout, "1")
 
 
 @pytest.mark.timeout(1200)
@@ -45,13 +47,13 @@ def test_pages_come_back_from_every_tier_and_after_deaths(
         assert first.ask("load") == EVERYTHING  # from the disk
         first.kill()
         first = started(python, tmp_path, layout)
-        first.wait_attached(NOTHING)
+        wait_until(lambda: first.ask("load") != NOTHING)
         assert first.ask("load") == EVERYTHING
         daemon.kill()
         assert first.ask("load") == NOTHING  # a fault is a miss
         daemon = Daemon(tmp_path, cpu_gb=0.5, disk_gb=1.0)
         daemon.wait_ready()
-        first.wait_attached(NOTHING)
+        wait_until(lambda: first.ask("load") != NOTHING)
         assert first.ask("load") == EVERYTHING
     finally:
         first.kill()

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.driven import Driven
 from benchmarks.processes import Daemon
 from tests.doubles.waiting import wait_until
-from tests.peers.driven import Driven
 from tests.peers.environments import vllm_python
 
 pytestmark = pytest.mark.peers
+DRIVER = Path(__file__).with_name("vllm_tier.py")
 ALL = 32  # chunks, as the driver has them
 NOTHING = {"found": 0, "equal": 0}
 EVERYTHING = {"found": ALL, "equal": ALL}
@@ -20,7 +21,7 @@ EVERYTHING = {"found": ALL, "equal": ALL}
 
 def started(python: Path, folder: Path, chunk_bytes: int) -> Driven:
     address = f"unix:{folder / 'kvc2.sock'}"
-    return Driven(python, "vllm_tier.py", folder, address, str(chunk_bytes), "1")
+    return Driven(python, DRIVER, folder, address, str(chunk_bytes), "1")
 
 
 def again(vllm: Driven) -> dict[str, int]:
@@ -47,13 +48,13 @@ def test_chunks_come_back_from_every_tier_and_after_deaths(
         assert again(vllm) == EVERYTHING  # from the disk
         vllm.kill()
         vllm = started(python, tmp_path, chunk_bytes)
-        vllm.wait_attached(NOTHING)
+        wait_until(lambda: vllm.ask("load") != NOTHING)
         assert again(vllm) == EVERYTHING
         daemon.kill()
         assert again(vllm) == NOTHING  # a fault is a miss
         daemon = Daemon(tmp_path, cpu_gb=0.5, disk_gb=1.0)
         daemon.wait_ready()
-        vllm.wait_attached(NOTHING)
+        wait_until(lambda: vllm.ask("load") != NOTHING)
         assert again(vllm) == EVERYTHING
     finally:
         vllm.kill()

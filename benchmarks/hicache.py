@@ -1,11 +1,13 @@
-"""SGLang's own HiCache controller, host pool and storage threads, on memory of the CPU, for
-test_sglang.py, in an environment that has SGLang. What it imports and doesn't need here, since it
-has no build for the CPU, is a stand-in.
+"""SGLang's own HiCache controller, host pool and storage threads, on memory of the CPU; run by
+second_levels.py and tests/peers/test_sglang.py with the python of an environment that has SGLang.
+What it imports and doesn't need here, since it has no build for the CPU, is a stand-in.
 
-    python hicache.py ADDRESS LAYOUT SEED
+    python hicache.py STORAGE LAYOUT SEED
 
-It reads a word from each line of its input, and answers it with a line of JSON: `store` the pages
-of SEED, or `load` them into memory that was zero.
+STORAGE is the address of a daemon, unix:PATH, or file:FOLDER for SGLang's own files. It reads a
+word from each line of its input, and answers it with a line of JSON: `store` the pages of SEED, or
+`load` them into memory that was zero; `took`: microseconds that the last of these waited for the
+storage; `renew`: from now on it is another SEED.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import random
 import sys
 import threading
+import time
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -65,8 +68,25 @@ class Tokens(list[int]):
     cache_salt = None
 
 
+def of_storage(storage: str) -> dict[str, Any]:
+    """As HiCacheController takes it."""
+    kind, _, folder = storage.partition(":")
+    if kind == "file":
+        extra: dict[str, Any] = {"file_storage_path": folder}
+    else:
+        extra = {
+            "backend_name": "kvc2",
+            "module_path": "kvc2.integrations.sglang_hicache",
+            "class_name": "Kvc2HiCache",
+            "interface_v1": 1,
+            "address": storage,
+        }
+    backend = "file" if kind == "file" else "dynamic"
+    return {"storage_backend": backend, "storage_backend_extra_config": extra}
+
+
 class HiCache:
-    def __init__(self, address: str, layout: str, seed: int) -> None:
+    def __init__(self, storage: str, layout: str, seed: int) -> None:
         get_parallel().override_permanently(
             tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, attn_dcp_size=1, attn_dcp_rank=0
         )
@@ -91,17 +111,15 @@ class HiCache:
             torch.distributed.group.WORLD,
             threading.Event(),
             io_backend="direct",
-            storage_backend="dynamic",
             model_name="tiny",
             prefetch_threshold=PAGE,
-            storage_backend_extra_config={
-                "backend_name": "kvc2",
-                "module_path": "kvc2.integrations.sglang_hicache",
-                "class_name": "Kvc2HiCache",
-                "interface_v1": 1,
-                "address": address,
-            },
+            **of_storage(storage),
         )
+        self._took_us = 0
+        self._fill(seed)
+
+    def _fill(self, seed: int) -> None:
+        self._seed = seed
         self.tokens = Tokens(random.Random(seed).choices(range(40_000), k=TOKENS))
         count = TOKENS // PAGE
         shape = self._page(0).shape
@@ -113,13 +131,16 @@ class HiCache:
         for index, page in enumerate(self.pages):
             self._page(slots[index * PAGE]).copy_(page)
         hashes = self.controller.get_hash_str(self.tokens, None, page_size=PAGE)
+        began = time.perf_counter()
         self.controller.write_storage(slots, list(self.tokens), hashes)
         done = self.controller.ack_backup_queue.get(timeout=WAIT_S)
+        self._took_us = round((time.perf_counter() - began) * 1e6)
         self._forget(slots)
         return {"stored": done.completed_tokens}
 
     def load(self) -> dict[str, int]:
         """`equal`: tokens of the pages that came, and are as they were stored."""
+        began = time.perf_counter()
         self.controller.prefetch("request", self.tokens, None)
         operation = self.controller.prefetch_hit_queue.get(timeout=WAIT_S)
         hit, loaded, equal = operation.storage_hit_count, 0, 0
@@ -133,6 +154,7 @@ class HiCache:
                     loaded = told.completed_tokens
                 if told.completed_req:
                     break
+            self._took_us = round((time.perf_counter() - began) * 1e6)
             same = [
                 torch.equal(self._page(slots[index * PAGE]), self.pages[index])
                 for index in range(loaded // PAGE)
@@ -140,6 +162,13 @@ class HiCache:
             equal = PAGE * sum(same)
             self._forget(slots)
         return {"hit": hit, "loaded": loaded, "equal": equal}
+
+    def took(self) -> dict[str, int]:
+        return {"us": self._took_us}
+
+    def renew(self) -> dict[str, int]:
+        self._fill(self._seed + 1)
+        return {}
 
     def _page(self, slot: Any) -> torch.Tensor:
         page: torch.Tensor = self.host.get_data_page(slot, flat=False)
@@ -151,9 +180,9 @@ class HiCache:
 
 
 def main() -> None:
-    address, layout, seed = sys.argv[1:]
+    storage, layout, seed = sys.argv[1:]
     answers, sys.stdout = sys.stdout, sys.stderr
-    hicache = HiCache(address, layout, int(seed))
+    hicache = HiCache(storage, layout, int(seed))
     for line in sys.stdin:
         print(json.dumps(getattr(hicache, line.strip())()), file=answers, flush=True)
     hicache.controller.detach_storage_backend()
