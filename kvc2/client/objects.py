@@ -100,9 +100,11 @@ class Objects:
 
     def exists(self, keys: Sequence[bytes]) -> Bools:
         """[n] whether each is in any tier. Changes nothing."""
-        return self._in_parts(
-            keys, lambda part: self.client.match_keys(self._namespace, keys[part]) != 0
-        )
+
+        def match(part: slice) -> Bools:
+            return np.asarray(self.client.match_keys(self._namespace, keys[part]) != 0)
+
+        return self._in_parts(keys, match, moves=False)
 
     def get_into(self, keys: Sequence[bytes], buffers: Buffers) -> Bools:
         """[n] whether each was read into its part of `buffers`, writable. Where it was not, the
@@ -151,12 +153,15 @@ class Objects:
 
     # ---- one call's worth
 
-    def _in_parts(self, keys: Sequence[bytes], do: Callable[[slice], Bools]) -> Bools:
-        """Of all keys, by calls of as many as the daemon takes, until one is in vain."""
+    def _in_parts(
+        self, keys: Sequence[bytes], do: Callable[[slice], Bools], *, moves: bool = True
+    ) -> Bools:
+        """Of all keys, by calls of as many as the daemon takes, until one is in vain. `moves`: they
+        move as many blocks."""
         done = np.zeros(len(keys), np.bool_)
         with suppress(errors.Detached, errors.LimitReached):
             most = min(KEYS_A_CALL, self.client.limits.max_keys)
-            step = max(1, min(most, BYTES_A_CALL // self.num_bytes))
+            step = max(1, min(most, BYTES_A_CALL // self.num_bytes)) if moves else most
             for begin in range(0, len(keys), step):
                 part = slice(begin, begin + step)
                 done[part] = do(part)

@@ -167,20 +167,29 @@ def test_batches_are_cut_by_what_a_daemon_takes(
 ) -> None:
     with serving(tmp_path) as (_, objects):
         told: list[int] = []
-        match_keys = objects.client.match_keys
-        monkeypatch.setattr(
-            objects.client,
-            "match_keys",
-            lambda at, keys: told.append(len(keys)) or match_keys(at, keys),
-        )
+
+        def counted(name: str) -> None:
+            """Of how many keys each call was."""
+            call = getattr(objects.client, name)
+            at = {"match_keys": 1, "acquire_keys": 2}[name]
+            monkeypatch.setattr(
+                objects.client,
+                name,
+                lambda *given, **named: told.append(len(given[at])) or call(*given, **named),
+            )
+
+        counted("match_keys")
+        counted("acquire_keys")
         limits = objects.client.limits
         few = Limits(**{**vars(limits), "max_keys": 16})
         monkeypatch.setattr(type(objects.client), "limits", property(lambda _: few))
         objects.exists(KEYS)
         assert told == [16, 16, 8]
         monkeypatch.setattr(objects_module, "BYTES_A_CALL", 15 * BYTES)
-        objects.exists(KEYS)
-        assert told[3:] == [15, 15, 10]
+        objects.exists(KEYS)  # moves no bytes
+        assert told[3:] == [16, 16, 8]
+        read(objects, KEYS)
+        assert told[6:] == [15, 15, 10]
 
 
 def test_a_full_arena_takes_what_it_can_and_says_so(tmp_path: Path) -> None:
