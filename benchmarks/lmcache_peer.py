@@ -23,7 +23,7 @@ STEADY_S = 2.0  # as long as nothing was written, all is
 
 def on_disk(folder: Path) -> dict[str, object]:
     """A second level of its own, read with O_DIRECT, as our disk is."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     return {"type": "fs_native", "base_path": str(folder), "use_odirect": True}
 
 

@@ -10,6 +10,7 @@ in an environment below --venvs, made there by pip if need be.
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import sys
 import tempfile
@@ -45,21 +46,24 @@ def of_lmcache(python: Path, folder: Path, repeats: int) -> Samples:
     """By operation and size of block."""
     samples: Samples = defaultdict(lambda: defaultdict(list))
     with daemon_in(folder) as daemon:
-        cached = on_disk(folder / "cached") | {"use_odirect": False}
-        seconds = {
-            OURS: on_kvc2(daemon.address),
-            "its files, O_DIRECT": on_disk(folder / "direct"),
-            "its files, page cache": cached,
-        }
         for size in SIZES:
-            load = Load(size)
-            for _ in range(repeats):
+            for number in range(repeats):
+                files = folder / f"{size} {number}"  # its keys are the same in each run
+                cached = on_disk(files / "cached") | {"use_odirect": False}
+                seconds = {
+                    OURS: on_kvc2(daemon.address),
+                    "its files, O_DIRECT": on_disk(files / "direct"),
+                    "its files, page cache": cached,
+                }
                 for name, second in seconds.items():
-                    for operation, told in bench(python, second, load, folder).items():
-                        if told["total_success"] != load.objects:
+                    for operation, told in bench(python, second, Load(size), folder).items():
+                        if told["total_success"] != told["total_keys"]:
                             raise Unavailable(f"{name}: {told}")
                         case = f"lmcache {operation.lower()} {size >> 10} KiB"
                         samples[case][name].append(told["duration_p50_ms"])
+                daemon.flush()
+                daemon.evict("cpu", "disk")
+                shutil.rmtree(files)
     return samples
 
 
