@@ -18,6 +18,7 @@ from tests.peers.environments import vllm_python
 
 pytestmark = pytest.mark.peers
 SHARED, OWN = 512, 40  # tokens: four blocks of vLLM on the CPU, and what is computed
+LOADS = ("--load-policy", "always")  # also what is late on a busy machine, which is computed else
 RANDOM = np.random.default_rng(1)
 PROMPTS = [RANDOM.integers(100, 40_000, SHARED + OWN).tolist() for _ in range(3)]
 
@@ -38,7 +39,7 @@ class Setting:
         self.daemon = self.new_daemon()
 
     def new_daemon(self) -> Daemon:
-        self.daemon = Daemon(self._folder, cpu_gb=1.0, disk_gb=2.0)
+        self.daemon = Daemon(self._folder, cpu_gb=1.0, disk_gb=2.0, flags=LOADS)
         self._stack.callback(self.daemon.stop)
         self.daemon.wait_ready()
         return self.daemon
