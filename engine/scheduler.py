@@ -1,12 +1,12 @@
 """Decides what each step computes: first come, first served, continuous batching, chunked prefill.
 
-Laws: a chunk ends at a multiple of chunk_size counted from token 0, or at the prompt's end; in a
-step that decodes too, of mixed_chunk_size, and no more is prefilled there, so that a long prompt
-doesn't hold up what others read. Decodes go first, then prefills by their tenants' turns (turns)
-and arrival, within the token budget. A prompt whose next tokens another request computes now waits
-for those commits, for a bounded time, and then hits them. Not responsible for whose pages go when
-they run out (running), what a request is told (delivery), the daemon (prefix), the thread (worker),
-or HTTP.
+Laws: a chunk ends at a multiple of its size counted from token 0, or at the prompt's end. The size
+is chunk_size, in a step that decodes too what fits beside decodes (rate.MixedSteps), and no more is
+prefilled there, so that a long prompt doesn't hold up what others read. Decodes go first, then
+prefills by their tenants' turns (turns) and arrival, within the token budget. A prompt whose next
+tokens another request computes now waits for those commits, for a bounded time, and then hits them.
+Not responsible for whose pages go when they run out (running), what a request is told (delivery),
+the daemon (prefix), the thread (worker), or HTTP.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from engine.batch import Batch, Slice
 from engine.delivery import Delivery
 from engine.metrics import EngineMetrics
 from engine.prefix import Bridge, Lease, PrefixLostError
-from engine.rate import PrefillRate
+from engine.rate import MixedSteps, PrefillRate
 from engine.request import Output, Request
 from engine.running import Running
 from engine.sampler import Sampler
@@ -42,13 +42,15 @@ class Compute(Protocol):
 @dataclass(frozen=True)
 class SchedulerConfig:
     """`token_budget`: tokens a step computes at most. `mixed_chunk_size`: tokens that a step with
-    decodes prefills at most. `starve_s`: how long a request that is alone may wait for pages that a
+    decodes prefills at most, `mixed_step_stretch`: how many times as long as without them it may
+    take. `starve_s`: how long a request that is alone may wait for pages that a
     silent daemon holds, before it fails."""
 
     chunk_size: int
     token_budget: int
     max_running: int
-    mixed_chunk_size: int = 64
+    mixed_chunk_size: int = 256
+    mixed_step_stretch: float = 2.5
     starve_s: float = 30.0
 
 
@@ -79,7 +81,8 @@ class Scheduler:
     ) -> None:
         self.config = config
         self.bridge = bridge
-        self._rate = PrefillRate(config.chunk_size, self._tell_rate)
+        rate, most = PrefillRate(config.chunk_size, self._tell_rate), config.mixed_chunk_size
+        self._mixed = MixedSteps(config.mixed_step_stretch, most, rate)
         self._compute = compute
         self._sampler = Sampler()
         self._delivery = Delivery(bridge=bridge, metrics=metrics, clock=clock)
@@ -129,7 +132,7 @@ class Scheduler:
     @property
     def prefill_rate(self) -> float | None:
         """Tokens/s; None: nothing was measured yet."""
-        return self._rate.tokens_per_s
+        return self._mixed.rate.tokens_per_s
 
     @property
     def requests(self) -> int:
@@ -163,7 +166,7 @@ class Scheduler:
         for decoding in (True, False):
             found = [s for s in self.running if s.decoding is decoding]
             if work:
-                chunk = min(chunk, self.config.mixed_chunk_size)
+                chunk = min(chunk, self._mixed.tokens(len(work)))
                 budget = min(budget, chunk)
             for sequence in found if decoding else self._admission.turns.sorted(found, ()):
                 if sequence not in self.running:  # an older one took its pages meanwhile
@@ -199,10 +202,10 @@ class Scheduler:
             return
         self.bridge.arrived(leases)
         self._metrics.steps.inc()
-        prefilled = sum(w.count for w in work if not w.sequence.decoding)
-        self._metrics.prefilled_tokens.inc(prefilled)
+        chunks = [w.count for w in work if not w.sequence.decoding]
+        self._metrics.prefilled_tokens.inc(sum(chunks))
         if layer_ready is None:  # a step that waited for its prefix would measure that
-            self._rate.measured(prefilled, self._clock() - started)
+            self._mixed.measured(len(work) - len(chunks), sum(chunks), self._clock() - started)
         self._advance(work, logits)
 
     def _batch(self, work: list[Work], leases: list[Lease]) -> Batch:

@@ -93,8 +93,13 @@ class Engine:
 
 
 def _steps(config: EngineConfig) -> SchedulerConfig:
-    chunk, mixed = config.chunk_size, config.mixed_chunk_size
-    return SchedulerConfig(chunk, config.step_tokens, config.max_running, mixed)
+    return SchedulerConfig(
+        config.chunk_size,
+        config.step_tokens,
+        config.max_running,
+        config.mixed_chunk_size,
+        config.mixed_step_stretch,
+    )
 
 
 def assemble(config: EngineConfig) -> Engine:

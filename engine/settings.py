@@ -72,6 +72,10 @@ GRAPHS = Flag(
     shown="1, 2, 4, 8 and so on, up to --max-running",
     example="1,2,4,8,16",
 )
+STRETCH = Flag(
+    "How many times as long as without it a step with decodes may take for what it prefills.",
+    above(1),
+)
 SPLIT_PAGES = Flag(
     "On CUDA attention sums a context so many pages at a time, whatever else is in the batch. It "
     "changes bits: KV is shared with engines of the same number only. 0: as the GPU is free, which "
@@ -123,7 +127,8 @@ class EngineConfig:
     ] = 256
     mixed_chunk_size: Annotated[
         int, Flag("Tokens that a step with decodes prefills at most.", at_least(1))
-    ] = 64
+    ] = 256
+    mixed_step_stretch: Annotated[float, STRETCH] = 2.5
     num_pages: Annotated[
         int | None, Flag("Pages of the KV pool.", at_least(2), shown="what --kv-memory-gb holds")
     ] = None
