@@ -28,7 +28,7 @@ from engine.graphs import GraphSizes, graph_bytes
 from engine.host_budget import Redivision
 from engine.http.app import build
 from engine.http.connection import ClientLimits
-from engine.http.keys import FileKeys, Keys
+from engine.http.keys import file_keys
 from engine.http.loading import refused_meanwhile
 from engine.http.outside import with_cors, with_ids
 from engine.http.server import Server, fit_descriptors
@@ -70,6 +70,7 @@ from engine.weights import Checkpoint
 from engine.worker import Worker
 from kvc2.errors import InvalidConfig
 from kvc2.host import machine
+from kvc2.keyring import Keyring
 
 log = logging.getLogger(__name__)
 
@@ -263,7 +264,7 @@ def _served(config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer) -> S
         model=config.model_name,
         end_token_ids=frozenset(end_token_ids),
         tenant=config.tenant,
-        keys=FileKeys(config.api_keys) if config.api_keys else Keys({}),
+        keys=file_keys(config.api_keys) if config.api_keys else Keyring({}),
         max_body_bytes=int(config.max_body_mb * 1e6),
         strict_fields=config.strict_fields,
     )

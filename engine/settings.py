@@ -461,14 +461,3 @@ def read_file(path: Path) -> Values:
         section = flags.build(AttnSection, flags.mapping("attn", attn), "attn")
         values |= {key: value for key, value in asdict(section).items() if value is not None}
     return values
-
-
-def read_api_keys(path: Path) -> dict[str, str]:
-    """API key -> tenant. Raises InvalidConfig; never shows a key."""
-    found = flags.read("api_keys", path)
-    for key, tenant in found.items():
-        if not key or not isinstance(tenant, str):
-            raise InvalidConfig("api_keys", str(path), "keys to tenants' names, as strings")
-    if not found:
-        raise InvalidConfig("api_keys", str(path), "holds no key, so that nobody could call")
-    return found

@@ -43,6 +43,7 @@ CERTIFICATE_NAMES = each_matching(
 )
 TTL_S_MAX = (1 << 32) - 1
 DEFAULT_TENANT = "default"
+ADMINISTRATOR = "administrator"  # in a token file, in the place of a tenant
 WritePolicy = Literal["behind", "back", "through"]
 LoadPolicy = Literal["faster", "always"]
 Durability = Literal["durable", "relaxed"]
@@ -72,8 +73,8 @@ NUMA = r"interleave|local|\d{1,3}(-\d{1,3})?(,\d{1,3}(-\d{1,3})?)*"  # nodes as 
 
 @dataclass(frozen=True)
 class TlsConfig:
-    """TLS of a listener on TCP, whose clients show certificates too (mTLS): all three files, or
-    none. Which names are a tenant's: `tenants`."""
+    """TLS of a listener on TCP. With client_ca its clients show certificates too (mTLS); without,
+    each call shows a bearer token. Which names are a tenant's: `tenants`."""
 
     certificate: Annotated[
         Path | None,
@@ -88,7 +89,11 @@ class TlsConfig:
     ] = None
     client_ca: Annotated[
         Path | None,
-        Flag("In PEM; one of these has signed each client's certificate.", shown="no TLS"),
+        Flag(
+            "In PEM; one of these has signed each client's certificate. With token_file a client "
+            "needs none where this isn't given.",
+            shown="no client shows a certificate",
+        ),
     ] = None
     administrators: Annotated[
         tuple[str, ...],
@@ -102,20 +107,23 @@ class TlsConfig:
 
     def __post_init__(self) -> None:
         check(self, "tls")
-        given = {name: getattr(self, name) for name in ("certificate", "key", "client_ca")}
+        given = {name: getattr(self, name) for name in ("certificate", "key")}
         missing = [name for name, path in given.items() if path is None]
-        if missing and len(missing) < len(given):
+        if len(missing) == 1:
             other = next(name for name in given if name not in missing)
             raise errors.InvalidConfig(f"tls.{missing[0]}", None, f"a path, with tls.{other}")
-        if missing and self.administrators:
+        if missing and self.client_ca is not None:
+            allowed = "a path, with tls.client_ca"
+            raise errors.InvalidConfig("tls.certificate", None, allowed)
+        if self.administrators and self.client_ca is None:
             raise errors.InvalidConfig(
-                "tls.administrators", self.administrators, "only with tls.certificate"
+                "tls.administrators", self.administrators, "only with tls.client_ca"
             )
 
     @property
     def files(self) -> TlsFiles | None:
         """None: there is no TLS."""
-        if self.certificate is None or self.key is None or self.client_ca is None:
+        if self.certificate is None or self.key is None:
             return None
         return TlsFiles(self.certificate, self.key, self.client_ca, ca_field="tls.client_ca")
 
@@ -516,6 +524,15 @@ class ServeConfig:
             shown="off",
         ),
     ] = None
+    token_file: Annotated[
+        Path | None,
+        Flag(
+            "YAML, readable by its owner alone: bearer token (16 to 512 of A-Z a-z 0-9 - . _ ~ + / "
+            "=) to tenant, or to `administrator`, who may do what a unix socket's owner may. Each "
+            "call needs one then. Read again when it changes.",
+            shown="no tokens",
+        ),
+    ] = None
     gpu_only: Annotated[bool, Flag("No arena and no disk.")] = False
     write_policy: Annotated[
         WritePolicy,
@@ -603,10 +620,13 @@ class ServeConfig:
         if address.path is not None and self.tls.files is not None:
             path = str(self.tls.certificate)
             raise errors.InvalidConfig("tls.certificate", path, "only with listen on HOST:PORT")
+        if address.path is not None and self.token_file is not None:
+            path = str(self.token_file)
+            raise errors.InvalidConfig("token_file", path, "only with listen on HOST:PORT")
         if address.path is None and self.tls.files is None and not is_loopback(address.host):
             allowed = (
-                "a loopback address: a public one needs mTLS, by tls.certificate, tls.key and "
-                "tls.client_ca"
+                "a loopback address: a public one needs TLS, by tls.certificate, tls.key and "
+                "tls.client_ca or token_file"
             )
             raise errors.InvalidConfig("listen", self.listen, allowed)
         self._check_names()
@@ -614,8 +634,18 @@ class ServeConfig:
     def _check_names(self) -> None:
         """Who may call over TLS is named, and nobody where there is none."""
         names = [name for each in self.tenants for name in each.certificate_names]
-        if self.tls.files is None and names:
-            raise errors.InvalidConfig("tenants.certificate_names", names, "none without tls")
-        if self.tls.files is not None and not names and not self.tls.administrators:
+        asks = self.tls.client_ca is not None
+        if names and not asks:
+            allowed = "none without tls.client_ca"
+            raise errors.InvalidConfig("tenants.certificate_names", names, allowed)
+        if self.token_file is not None:
+            if any(each.name == ADMINISTRATOR for each in self.tenants):
+                allowed = "another name: in token_file it is no tenant's"
+                raise errors.InvalidConfig("tenants.name", ADMINISTRATOR, allowed)
+            return
+        if self.tls.files is not None and not asks:
+            allowed = "a path, with tls.certificate; or token_file: else nobody says who calls"
+            raise errors.InvalidConfig("tls.client_ca", None, allowed)
+        if asks and not names and not self.tls.administrators:
             allowed = "a name, here or in tenants.certificate_names: else nobody may call"
             raise errors.InvalidConfig("tls.administrators", (), allowed)

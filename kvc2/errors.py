@@ -64,7 +64,11 @@ class LimitReached(FieldError):
 
 
 class Denied(FieldError):
-    """The caller, by its user id or its certificate, may not do this."""
+    """The caller, by its user id, its certificate or its bearer token, may not do this."""
+
+
+class Unauthenticated(FieldError):
+    """A call shows no bearer token where one is needed, or one that isn't known."""
 
 
 class SessionOver(Kvc2Error):
@@ -126,6 +130,7 @@ STATUS: dict[type[Kvc2Error], str] = {
     NotFound: "NOT_FOUND",
     LimitReached: "RESOURCE_EXHAUSTED",
     Denied: "PERMISSION_DENIED",
+    Unauthenticated: "UNAUTHENTICATED",
     SessionOver: "FAILED_PRECONDITION",
     Draining: "UNAVAILABLE",
 }

@@ -28,6 +28,8 @@ import yaml
 from kvc2 import errors
 from kvc2.host.paths import user_path
 
+# in what PyYAML says: an anchor's name, a tag, a value; not a sign or <a kind of token>
+QUOTED_WORDS = re.compile(r"(['\"])(?!<)[^'\"]{2,}\1")
 Values = dict[str, Any]  # field -> value, or section -> {field -> value}
 Config = TypeVar("Config")
 Command = Callable[..., None]
@@ -170,20 +172,35 @@ def _kinds(kind: Any) -> tuple[Any, ...]:
 
 
 def read(key: str, path: Path) -> Values:
-    """The mapping that a YAML file holds; an empty file has an empty one. No error quotes the
-    file's content, which may be secret. Raises InvalidConfig for `key`."""
+    """The mapping that a YAML file holds. Raises InvalidConfig for `key`."""
     path = config_path(key, path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        content = path.read_bytes()
+    except OSError as error:
         raise errors.InvalidConfig(key, str(path), f"a readable file: {error}") from error
+    return parse(key, content, shown=str(path))
+
+
+def parse(key: str, content: bytes, *, shown: str) -> Values:
+    """The mapping that YAML holds; nothing is an empty one. No error quotes the content, which may
+    be secret, but `shown`. Raises InvalidConfig for `key`."""
+    try:
+        values = yaml.safe_load(content.decode())
+    except UnicodeDecodeError as error:
+        allowed = f"a readable file: UTF-8 ends at byte {error.start}"
+        raise errors.InvalidConfig(key, shown, allowed) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise errors.InvalidConfig(key, str(path), f"YAML: {place}{error.problem}") from error
+        problem = QUOTED_WORDS.sub("...", str(error.problem))
+        raise errors.InvalidConfig(key, shown, f"YAML: {place}{problem}") from None
+    except yaml.reader.ReaderError as error:
+        allowed = f"YAML: a character at {error.position} that may not be there"
+        raise errors.InvalidConfig(key, shown, allowed) from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise errors.InvalidConfig(key, str(path), f"YAML: {error}") from error
-    return {} if values is None else mapping(key, values, shown=str(path))
+        allowed = f"YAML: a value can't be read ({type(error).__name__})"
+        raise errors.InvalidConfig(key, shown, allowed) from None
+    return {} if values is None else mapping(key, values, shown=shown)
 
 
 def mapping(key: str, value: object, *, shown: object = None) -> Values:

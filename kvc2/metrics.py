@@ -40,6 +40,7 @@ FAULTS = {
     "side_socket_refused": "a hand-over on the side socket was refused",
     "slab_retired": "a sync of a slab failed: nothing is written to it any more",
     "stale_page": "a page's generation was not its record's",
+    "token_file_refused": "a changed token_file can't be used: the earlier tokens stay",
     "tls_files_refused": "changed files of TLS can't be used: the earlier ones stay",
     "transfer_failed": "a transfer failed in part or whole",
     "undemoted_lost": "blocks of an ended session had no other copy and were not saved in time",

@@ -26,7 +26,7 @@ FLOORS = {
         namespace
         integrations
         client
-        earlier_identity, foreign_identity
+        earlier_identity, foreign_identity, keyring
         arena, flags, identity
         host, layout, periodic
         answers, cuda, errors, events, metrics, payloads, shares, v1, wire
@@ -124,7 +124,8 @@ FLOORS = {
     """,
     "kvc2/host": """
         address, store_url
-        file_stamp, heap, loopback, machine, numa, paths, priority, tls
+        tls, token_file
+        file_stamp, heap, loopback, machine, numa, paths, priority, private_file
     """,
     "engine": """
         __main__
@@ -201,14 +202,14 @@ CPP_FLOORS = """
 """
 # The client is what an engine carries: it must not pull in the daemon. Of _core it takes Beat.
 CLIENT_SEES = (
-    *("_core", "v1", "answers", "client", "errors", "host.address", "layout", "payloads"),
-    *("shares", "wire", "identity", "foreign_identity"),
+    *("_core", "v1", "answers", "client", "errors", "host.address", "host.token_file"),
+    *("layout", "payloads", "shares", "wire", "identity", "foreign_identity"),
 )
 # Only the bridge talks to the daemon's client; what KV depends on is named in the daemon's terms,
 # and paths and the daemon's address are read as the daemon reads them.
 BRIDGE = ("engine/prefix", "engine/identity", "engine/settings")
 # What daemon and engine say in one way, and what talks to nobody.
-SHARED = ("kvc2.answers", "kvc2.host", "kvc2.shares", "kvc2.errors", "kvc2.flags")
+SHARED = ("kvc2.answers", "kvc2.host", "kvc2.keyring", "kvc2.shares", "kvc2.errors", "kvc2.flags")
 SHARED += ("kvc2.cuda.driver", "kvc2.cuda.faults")
 
 

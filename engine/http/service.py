@@ -24,7 +24,6 @@ from engine.http.dialects.ollama import ChatOfOllama, GenerateBody, GenerateRepl
 from engine.http.dialects.responses import ResponsesBody, ResponsesReply
 from engine.http.errors import ApiError
 from engine.http.fields import Strict
-from engine.http.keys import Keys
 from engine.http.prompts import AnyBody, ModelServed, Prompts, Understood
 from engine.http.replies import Asked, ChatReply, Choice, CompletionReply, Reply
 from engine.http.run import Run
@@ -34,6 +33,7 @@ from engine.http.tokenizer import Tokenizer
 from engine.request import SEED_LIMIT, Caller, Explanation, Output, SamplingParams
 from engine.text import IncrementalText
 from engine.worker import StoppedError, TooBusyError, Worker
+from kvc2.keyring import Keyring
 
 COMPLETION_TOKENS_DEFAULT = 16  # OpenAI's, for /v1/completions; a chat may fill the context
 STOP_S = 10.0  # for the step under way
@@ -53,7 +53,7 @@ class Served:
     model: str
     end_token_ids: frozenset[int]
     tenant: str = ""
-    keys: Keys = field(default_factory=lambda: Keys({}))
+    keys: Keyring = field(default_factory=lambda: Keyring({}))
     max_body_bytes: int = 8 << 20
     strict_fields: bool = False
 
@@ -142,7 +142,7 @@ class Service:
             return Caller(self._served.tenant, salt_bytes)
         given = http.headers.get("x-api-key", "")  # as Anthropic's clients say it
         kind, _, token = http.headers.get("authorization", f"Bearer {given}").partition(" ")
-        tenant = self._served.keys.tenant(token.strip())
+        tenant = self._served.keys.owner(token.strip())
         if kind.lower() != "bearer" or tenant is None:
             message = "Authorization: a known key is needed (Bearer KEY)"
             raise ApiError(401, message, param="Authorization", code="invalid_api_key")

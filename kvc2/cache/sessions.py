@@ -159,7 +159,7 @@ class SessionTable:
 
     def __init__(self, *, max_sessions: int, clock: Callable[[], float]) -> None:
         self.instance = secrets.token_bytes(INSTANCE_BYTES)
-        self._clock = clock
+        self.clock = clock
         self._max_sessions = max_sessions
         self._next_epoch = 1
         self._open: dict[int, Session] = {}
@@ -172,7 +172,7 @@ class SessionTable:
             raise errors.LimitReached(
                 "limits.max_sessions", self._max_sessions, "sessions are open"
             )
-        now = self._clock()
+        now = self.clock()
         session = Session(
             self._next_epoch, engine_name, layout, num_pages, now, now, expiry_s=expiry_s
         )
@@ -185,7 +185,7 @@ class SessionTable:
         if session.state != "joining":
             raise errors.SessionOver(f"session {session.epoch} is {session.state}")
         session.life.become("ready")
-        session.last_heartbeat = self._clock()
+        session.last_heartbeat = self.clock()
 
     def end(self, session: Session) -> bool:
         """Fence it off: no call of it is served again. False when it was already."""
@@ -199,7 +199,7 @@ class SessionTable:
         """Raises SessionOver: a thawed engine learns here that it was given up."""
         if session.life.over:
             raise errors.SessionOver(f"session {session.epoch} has ended")
-        session.last_heartbeat = self._clock()
+        session.last_heartbeat = self.clock()
 
     def of_call(self, secret: bytes, epoch: int) -> Session:
         """The session that a call names. Raises SessionOver for one that is over or joining."""
@@ -215,7 +215,7 @@ class SessionTable:
     def expired(self) -> list[Session]:
         """Sessions without a heartbeat for so long as they may be (expiry_s), or not joined for
         JOIN_S. Changes nothing."""
-        now = self._clock()
+        now = self.clock()
         return [
             each
             for each in self._open.values()
@@ -227,7 +227,7 @@ class SessionTable:
         ]
 
     def seconds_open(self, session: Session) -> float:
-        return self._clock() - session.attached_at
+        return self.clock() - session.attached_at
 
     def __iter__(self) -> Iterator[Session]:
         return iter(list(self._open.values()))

@@ -61,8 +61,8 @@ class Admin:
         namespace: bytes = b"",
     ) -> answers.Explained:
         """Why a recent request hit or missed, or a prompt or an opaque key would now, in any
-        session. Needs the unix socket or TLS. namespace: 32 bytes, for `tokens` and `key`; empty:
-        the only one. Changes nothing."""
+        session. Needs the unix socket, TLS or a bearer token. namespace: 32 bytes, for `tokens` and
+        `key`; empty: the only one. Changes nothing."""
         if key:
             request = cache_pb2.ExplainRequest(key=key, namespace=namespace)
         elif tokens is not None:
@@ -104,7 +104,7 @@ class Admin:
     ) -> answers.PrefixPinned:
         """Keep the full blocks of a prompt, or of opaque keys, in cpu or disk, there or not: hard,
         they are never evicted; else last. ttl_s: how long; 0: until unpin. namespace: 32 bytes;
-        empty: the only one. Needs the unix socket or TLS."""
+        empty: the only one. Needs the unix socket, TLS or a bearer token."""
         request = cache_pb2.PinRequest(
             **meant(what),
             tier=tier,
@@ -135,7 +135,7 @@ class Admin:
     ) -> answers.Prefetched:
         """Bring a prompt's longest cached prefix, or what is cached of opaque keys, to the cpu
         tier; answers when it is there or the time is over (0: at once), and it goes on. Needs the
-        unix socket or TLS."""
+        unix socket, TLS or a bearer token."""
         request = cache_pb2.PrefetchRequest(
             **meant(what),
             tier=tier,

@@ -13,6 +13,7 @@ import grpc
 
 from kvc2 import errors
 from kvc2.host.address import Address
+from kvc2.host.token_file import TokenFile
 from kvc2.v1 import cache_pb2
 
 MESSAGE_BYTES_MAX = 256 << 20  # the daemon's own limit is lower, and it says so by name
@@ -72,7 +73,8 @@ class Closed(grpc.RpcError):
 
 class Channel:
     """One connection. Threads may share it. `close` cancels what is under way. The files of TLS are
-    read when it is made; raises InvalidRequest for those that can't be used."""
+    read when it is made, and the bearer token's too, which is read again when it changes; raises
+    InvalidRequest for those that can't be used."""
 
     def __init__(self, address: Address) -> None:
         options = [
@@ -89,6 +91,8 @@ class Channel:
             pems = address.tls.read()
             credentials = grpc.ssl_channel_credentials(pems.ca, pems.key, pems.certificate)
             self._channel = grpc.secure_channel(address.grpc_target, credentials, options)
+        token_file = address.token_file
+        self._token = None if token_file is None else TokenFile(token_file)
         self._calls: dict[str, Callable[..., Any]] = {}
 
     def call(self, name: str, request: Any, timeout_s: float = CALL_S) -> Any:
@@ -122,9 +126,12 @@ class Channel:
 
     def _begun(self, stub: Any, request: Any, timeout_s: float) -> Any:
         try:
-            return stub(request, timeout=timeout_s)
+            return stub(request, timeout=timeout_s, metadata=self._headers())
         except ValueError as error:
             raise Closed(str(error)) from error
+
+    def _headers(self) -> tuple[tuple[str, str], ...]:
+        return () if self._token is None else self._token.headers()
 
     def serves(self, timeout_s: float) -> bool:
         """Whether the daemon's health service says SERVING in time."""
@@ -154,7 +161,7 @@ class Channel:
             request_serializer=cache_pb2.AttachRequest.SerializeToString,
             response_deserializer=cache_pb2.AttachResponse.FromString,
         )
-        return stub(requests)
+        return stub(requests, metadata=self._headers())
 
     def close(self) -> None:
         self._channel.close()

@@ -176,7 +176,8 @@ def replay(
 @app.command(
     epilog="Example: kvc2 explain chatcmpl-5f1d, or kvc2 explain --text prompt.txt --tokenizer "
     "/models/qwen3. A request is known by its id while it is among the last 1024; neither it nor "
-    "the dead outlive the daemon. Needs the unix socket or TLS: it tells tokens of other prompts."
+    "the dead outlive the daemon. Needs the unix socket, TLS or a bearer token: it tells tokens of "
+    "other prompts."
 )
 @flags.takes(Reach)
 def explain(
@@ -291,7 +292,8 @@ def quota(
 
 @app.command(
     epilog="Example: kvc2 pin --text system.txt --tokenizer /models/qwen3 --hard. A pin ends with "
-    "unpin, after --ttl, with an invalidate or with the daemon. Needs the unix socket or TLS."
+    "unpin, after --ttl, with an invalidate or with the daemon. Needs the unix socket, TLS or a "
+    "bearer token."
 )
 @flags.takes(Reach)
 def pin(
@@ -351,7 +353,7 @@ def unpin(
 
 @app.command(
     epilog="Example: kvc2 prefetch --text system.txt --tokenizer /models/qwen3 --deadline-s 5. "
-    "Needs the unix socket or TLS."
+    "Needs the unix socket, TLS or a bearer token."
 )
 @flags.takes(Reach)
 def prefetch(

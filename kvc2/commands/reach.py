@@ -20,7 +20,7 @@ NO_TLS = "no TLS"
 
 @dataclass(frozen=True)
 class TlsOptions:
-    """All three, or none."""
+    """`ca` alone, or all three."""
 
     certificate: Annotated[
         Path | None,
@@ -41,19 +41,18 @@ class TlsOptions:
         check(self, "tls")
         given = {name: getattr(self, name) for name in ("certificate", "key", "ca")}
         missing = [name for name, path in given.items() if path is None]
-        if missing and len(missing) < len(given):
-            raise errors.InvalidConfig(f"tls.{missing[0]}", None, "all three of TLS, or none")
+        if missing and missing not in (["certificate", "key"], list(given)):
+            allowed = "all three of TLS, or tls.ca alone, with token_file"
+            raise errors.InvalidConfig(f"tls.{missing[0]}", None, allowed)
 
     @property
     def files(self) -> TlsFiles | None:
-        if self.certificate is None or self.key is None or self.ca is None:
-            return None
-        return TlsFiles(self.certificate, self.key, self.ca)
+        return None if self.ca is None else TlsFiles(self.certificate, self.key, self.ca)
 
 
 @dataclass(frozen=True)
 class Reach:
-    """The daemon's address, and how TLS there knows both ends."""
+    """The daemon's address, and how either end knows the other."""
 
     address: Annotated[
         str | None,
@@ -62,7 +61,20 @@ class Reach:
             shown="as `kvc2 serve`'s",
         ),
     ] = None
+    token_file: Annotated[
+        Path | None,
+        Flag(
+            "Holds this caller's bearer token, readable by its owner alone. In clear only of a "
+            "loopback address.",
+            shown="no token",
+        ),
+    ] = None
     tls: TlsOptions = field(default_factory=TlsOptions)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.tls.ca is not None and self.tls.certificate is None and self.token_file is None:
+            raise errors.InvalidConfig("token_file", None, "a path, with tls.ca alone")
 
 
 def admin(given: dict[str, Any]) -> Admin:
@@ -72,4 +84,4 @@ def admin(given: dict[str, Any]) -> Admin:
 
     reach = flags.build(Reach, flags.nested(Reach, given))
     text = reach.address or default_listen()
-    return Admin(Address.of_daemon(text, tls=reach.tls.files))
+    return Admin(Address.of_daemon(text, tls=reach.tls.files, token_file=reach.token_file))

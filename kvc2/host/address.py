@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvc2 import errors
+from kvc2.host.loopback import is_loopback
 from kvc2.host.paths import user_path
 from kvc2.host.tls import TlsFiles
 
@@ -26,12 +27,14 @@ FORMS = "unix:PATH or HOST:PORT"
 @dataclass(frozen=True)
 class Address:
     """`path`, absolute, of a unix socket; or None, and `host` (an IPv6 one without brackets) and
-    `port`; `tls`, then: how it is spoken to, None: in clear."""
+    `port`; then `tls`: how it is spoken to, None: in clear; and `token_file`: what has the bearer
+    token that each call shows."""
 
     path: Path | None
     host: str = ""
     port: int = 0
     tls: TlsFiles | None = None
+    token_file: Path | None = None
 
     @classmethod
     def parse(
@@ -53,13 +56,19 @@ class Address:
 
     @classmethod
     def of_daemon(
-        cls, text: str | Address, *, field: str = "address", tls: TlsFiles | None = None
+        cls,
+        text: str | Address,
+        *,
+        field: str = "address",
+        tls: TlsFiles | None = None,
+        token_file: str | Path | None = None,
     ) -> Address:
-        """One to connect to, as its caller's settings have it, or one that is made already. Raises
-        InvalidRequest."""
+        """One to connect to, as its caller's settings have it, or one that is made already. A token
+        in clear goes no further than this host. Raises InvalidRequest."""
         if isinstance(text, Address):
-            if tls is not None:
-                raise errors.InvalidRequest(field, str(text), "text, with tls: this has its own")
+            if tls is not None or token_file is not None:
+                allowed = "text, with tls or token_file: this has its own"
+                raise errors.InvalidRequest(field, str(text), allowed)
             return text
         if not isinstance(text, str):
             raise errors.InvalidRequest(field, text, FORMS)
@@ -68,10 +77,17 @@ class Address:
             raise errors.InvalidRequest(field, text, f"{FORMS}, port 1 to {PORT_MAX}")
         if found.path is not None and tls is not None:
             raise errors.InvalidRequest(field, text, "HOST:PORT, with tls")
-        return replace(found, tls=tls)
+        if token_file is None:
+            return replace(found, tls=tls)
+        if found.path is not None:
+            raise errors.InvalidRequest(field, text, "HOST:PORT, with token_file")
+        if tls is None and not is_loopback(found.host):
+            allowed = "a loopback address, with token_file and no tls: all could read the token"
+            raise errors.InvalidRequest(field, text, allowed)
+        return replace(found, tls=tls, token_file=user_path("token_file", token_file))
 
     def __str__(self) -> str:
-        """As it is written, without what TLS needs."""
+        """As it is written, without the files of TLS and token."""
         return self.grpc_target if self.path is None else f"unix:{self.path}"
 
     @property

@@ -18,7 +18,7 @@ _COARSE_NS = 2_000_000_000  # the coarsest clock of a file system that is in use
 
 @dataclass(frozen=True)
 class Stamp:
-    """Of an open file, as it is now."""
+    """Of a file as it is now: an open one, or what is at a path."""
 
     path: str
     device: int
@@ -29,8 +29,16 @@ class Stamp:
 
     @classmethod
     def of(cls, path: Path, fd: int) -> Stamp:
-        s = os.fstat(fd)
-        return cls(str(path.resolve()), s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+        return cls._of(str(path.resolve()), os.fstat(fd))
+
+    @classmethod
+    def at(cls, path: Path) -> Stamp:
+        """Raises OSError."""
+        return cls._of(str(path), path.stat())
+
+    @classmethod
+    def _of(cls, path: str, s: os.stat_result) -> Stamp:
+        return cls(path, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
 
     @property
     def settled(self) -> bool:

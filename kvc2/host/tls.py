@@ -1,8 +1,8 @@
-"""The PEM files of one end of a TLS connection whose both ends show a certificate.
+"""The PEM files of one end of a TLS connection.
 
 Read and checked together, so that nobody begins with a key that isn't the certificate's. Not here:
 gRPC's credentials (client/channel.py, server/tls.py), and whose name a certificate has
-(server/callers.py).
+(server/credentials.py).
 """
 
 from __future__ import annotations
@@ -10,35 +10,42 @@ from __future__ import annotations
 import contextlib
 import os
 import ssl
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvc2 import errors
-
-FILE_BYTES_MAX = 1 << 20
+from kvc2.host.private_file import read_file
 
 
 @dataclass(frozen=True)
 class Pems:
     """What the files held at one moment."""
 
-    certificate: bytes
-    key: bytes = field(repr=False)
-    ca: bytes
+    certificate: bytes | None
+    key: bytes | None = field(repr=False)
+    ca: bytes | None
 
 
 @dataclass(frozen=True)
 class TlsFiles:
     """`certificate`: this end's, and those between it and its CA. `key`: of that certificate,
-    readable by its owner alone. `ca`: one of these has signed the other end's certificate.
-    `ca_field` is its name in errors."""
+    readable by its owner alone. `ca`: one of these has signed the other end's certificate. An end
+    without the first two shows no certificate; one without the last asks for none. `ca_field` is
+    its name in errors. Raises InvalidRequest for a certificate or a key alone, and for no file."""
 
-    certificate: Path
-    key: Path
-    ca: Path
+    certificate: Path | None = None
+    key: Path | None = None
+    ca: Path | None = None
     ca_field: str = "tls.ca"
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            missing = "certificate" if self.certificate is None else "key"
+            allowed = "both tls.certificate and tls.key, or none"
+            raise errors.InvalidRequest(f"tls.{missing}", None, allowed)
+        if self.certificate is None and self.ca is None:
+            raise errors.InvalidRequest(self.ca_field, None, "a path")
 
     def read(self) -> Pems:
         """Raises InvalidRequest for the file that can't be used, by name."""
@@ -50,23 +57,26 @@ class TlsFiles:
         """Unchecked but for who may read the key. Raises InvalidRequest."""
         return Pems(
             _read("tls.certificate", self.certificate),
-            _read("tls.key", self.key, secret=True),
+            _read("tls.key", self.key, private=True),
             _read(self.ca_field, self.ca),
         )
 
     def check(self, found: Pems) -> None:
         """Raises InvalidRequest for what no TLS can begin with."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self._check_loads(context, found)
+        if found.certificate is not None and found.key is not None:
+            self._check_loads(context, found.certificate, found.key)
+        if found.ca is None:
+            return
         try:
             context.load_verify_locations(cadata=found.ca.decode("ascii"))
         except (ssl.SSLError, ValueError) as error:
             allowed = f"certificates in PEM: {_reason(error)}"
             raise errors.InvalidRequest(self.ca_field, str(self.ca), allowed) from None
 
-    def _check_loads(self, context: ssl.SSLContext, found: Pems) -> None:
+    def _check_loads(self, context: ssl.SSLContext, pem: bytes, key_pem: bytes) -> None:
         """OpenSSL takes the two from files alone: from those that hold just what was read."""
-        with _held(found.certificate) as certificate, _held(found.key) as key:
+        with _held(pem) as certificate, _held(key_pem) as key:
             try:
                 # asked for a passphrase, it would ask the terminal
                 context.load_cert_chain(certificate, key, password=lambda: b"")
@@ -76,19 +86,8 @@ class TlsFiles:
                 raise errors.InvalidRequest("tls.key", path, allowed) from None
 
 
-def _read(name: str, path: Path, *, secret: bool = False) -> bytes:
-    try:
-        with path.open("rb") as file:
-            facts = os.fstat(file.fileno())
-            content = file.read(FILE_BYTES_MAX + 1)
-    except OSError as error:
-        allowed = f"a readable file: {error.strerror}"
-        raise errors.InvalidRequest(name, str(path), allowed) from error
-    if secret and stat.S_IMODE(facts.st_mode) & 0o077:
-        raise errors.InvalidRequest(name, str(path), "mode 0600: others may read it")
-    if len(content) > FILE_BYTES_MAX:
-        raise errors.InvalidRequest(name, str(path), f"at most {FILE_BYTES_MAX} bytes")
-    return content
+def _read(field: str, path: Path | None, *, private: bool = False) -> bytes | None:
+    return None if path is None else read_file(field, path, private=private)
 
 
 @contextlib.contextmanager

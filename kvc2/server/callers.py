@@ -1,6 +1,6 @@
 """Who makes a call, what that may call, and how many of them may wait.
 
-Not here: whose a certificate is (credentials.py), what a call may carry (checks.py), and what it
+Not here: whose a credential is (credentials.py), what a call may carry (checks.py), and what it
 does (session_calls.py, shared_calls.py).
 """
 
@@ -14,7 +14,7 @@ import grpc
 
 from kvc2 import errors
 from kvc2.cache.sessions import Session, SessionTable
-from kvc2.config import ServeConfig, listen_address
+from kvc2.config import ADMINISTRATOR, ServeConfig, listen_address
 from kvc2.metrics import Metrics
 from kvc2.server.credentials import CALLER, Credential, Credentials
 from kvc2.v1 import cache_pb2
@@ -22,7 +22,7 @@ from kvc2.v1 import cache_pb2
 Whose = Literal["owner", "session", "session or owner", "session or administrator", "administrator"]
 # Whose each rpc is. owner: who may open the unix socket, and so the side socket beside it. session:
 # the engine that was told its secret. administrator: whoever reaches the address, which on TCP is
-# any local user. Over TLS: `Callers.gate`.
+# any local user. Where callers show certificates or tokens: `Callers.gate`.
 WHOSE: dict[str, Whose] = {
     "Attach": "owner",
     "OpenNamespace": "session",
@@ -46,19 +46,20 @@ WHOSE: dict[str, Whose] = {
     "Drain": "administrator",
 }
 Context = grpc.aio.ServicerContext[Any, Any]
-Gate = Callable[[Context], None]  # raises Denied
+Gate = Callable[[Context], None]  # raises Denied and Unauthenticated
 DURABLE_WAITS_MAX = 64  # flushes and durable commits that wait at a time
 
 
 class Callers:
     """A call is its session's, which its secret proves, or the socket's owner's.
 
-    Over TLS each call needs a certificate that the configuration names: a session's calls the one
-    that it attached with, an administrator's one of tls.administrators, which is the owner too. Who
-    calls for tenants and without a session knows the namespaces of these alone (`tenants`)."""
+    Over TLS, and with token_file, each call needs a credential that the configuration knows: a
+    session's calls the one that it attached with, an administrator's an administrator's, who is the
+    owner too. Who calls for tenants and without a session knows the namespaces of these alone
+    (`tenants`)."""
 
     def __init__(self, config: ServeConfig, table: SessionTable, metrics: Metrics) -> None:
-        self._credentials = None if config.tls.files is None else Credentials(config)
+        self._credentials = Credentials.of_config(config, metrics, table.clock)
         self._owner_is_known = listen_address(config.listen).path is not None
         self._metrics = metrics
         self.table = table
@@ -73,12 +74,13 @@ class Callers:
             raise
         caller = CALLER.get()
         if found.credential != caller:
-            raise errors.Denied("certificate", str(caller), "the one that the session began with")
+            field = "certificate" if caller is None else caller.field
+            raise errors.Denied(field, str(caller), "the one that the session began with")
         return found
 
     def session_or_owner(self, request: Any) -> Session | None:
-        """None: the socket's owner asks, of all sessions, or over TLS who has a certificate, of
-        what `tenants` says. Raises Denied on TCP in clear."""
+        """None: the socket's owner asks, of all sessions, or who has a credential, of what
+        `tenants` says. Raises Denied on TCP without one."""
         if request.HasField("session"):
             return self.session(request.session)
         if not self._owner_is_known and self._credentials is None:
@@ -86,14 +88,14 @@ class Callers:
         return None
 
     def gate(self, rpc: str) -> Gate | None:
-        """What each call of this rpc passes first, which makes its credential CALLER; None: there
-        is no TLS. KeyError for an rpc without a rule."""
+        """What each call of this rpc passes first, which makes its credential CALLER; None: nobody
+        asks who calls. KeyError for an rpc without a rule."""
         whose, credentials = WHOSE[rpc], self._credentials
         if credentials is None:
             return None
 
         def admit(context: Context) -> None:
-            caller = credentials.of(context.auth_context())
+            caller = credentials.of(context)
             if whose == "administrator":
                 check_administrator(caller)
             CALLER.set(caller)
@@ -101,7 +103,7 @@ class Callers:
         return admit
 
     def administrator(self) -> None:
-        """Raises Denied for another's call, which came over TLS."""
+        """Raises Denied for another's call, whose credential is known."""
         if (caller := CALLER.get()) is not None:
             check_administrator(caller)
 
@@ -114,7 +116,8 @@ class Callers:
 def check_administrator(caller: Credential) -> None:
     """Raises Denied."""
     if not caller.is_administrator:
-        raise errors.Denied("certificate", str(caller), "one of tls.administrators, for this rpc")
+        whose = "one of tls.administrators" if caller.kind == "certificate" else ADMINISTRATOR
+        raise errors.Denied(caller.field, str(caller), f"{whose}, for this rpc")
 
 
 class UnderWay:

@@ -70,6 +70,7 @@ async def running(
             listen=config.listen,
             **port,
             tls=config.tls.files is not None,
+            tokens=config.token_file is not None,
             arena_bytes=0 if config.gpu_only else config.cpu.memory_bytes,
             disk=config.disk.path,
             seconds=round(time.monotonic() - started, 3),

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import os
 import secrets
-import stat
 from pathlib import Path
 
 from kvc2 import errors
 from kvc2.config import DEFAULT_TENANT, ServeConfig
+from kvc2.flags import refused_as
+from kvc2.host.private_file import read_file
 from kvc2.namespace import SECRET_BYTES_MIN, namespace
 from kvc2.server.credentials import Credential
 from kvc2.tiers.remote.codec import Shared, mac_key, shared_key
 
 SECRET_FILE = "default-tenant.secret"
 SECRET_BYTES = 32
+SECRET_BYTES_MAX = 4096  # of a longer file only these count
 
 
 class Tenants:
@@ -57,10 +59,10 @@ class Tenants:
         return Shared(name, mac_key(key, name))
 
     def check_credential(self, tenant: str, caller: Credential | None) -> None:
-        """Raises Denied where a call over TLS is not this tenant's, known or not."""
+        """Raises Denied where a call's credential is not this tenant's, known or not."""
         name = tenant or DEFAULT_TENANT
         if caller is not None and name not in caller.tenants:
-            raise errors.Denied("tenant", name, f"not open to the certificate of {caller}")
+            raise errors.Denied("tenant", name, f"not open to the {caller.kind} of {caller}")
 
     def namespace(
         self, tenant: str, uid: int, identity: bytes, salt: bytes, *, opaque: bool = False
@@ -94,18 +96,8 @@ def _default_secret(disk: Path | None) -> bytes:
 
 
 def _read_secret(field: str, path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            facts = os.fstat(file.fileno())
-            secret = file.read(4096)
-    except OSError as error:
-        raise errors.InvalidConfig(
-            f"{field}.secret_file", str(path), f"a readable file: {error.strerror}"
-        ) from error
-    if stat.S_IMODE(facts.st_mode) & 0o077:
-        raise errors.InvalidConfig(
-            f"{field}.secret_file", str(path), "mode 0600: others may read it"
-        )
+    with refused_as(f"{field}.secret_file", str(path)):
+        secret = read_file(f"{field}.secret_file", path, private=True)[:SECRET_BYTES_MAX]
     if len(secret) < SECRET_BYTES_MIN:
         raise errors.InvalidConfig(
             f"{field}.secret_file", str(path), f"at least {SECRET_BYTES_MIN} bytes in it"

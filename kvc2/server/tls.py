@@ -1,6 +1,7 @@
-"""TLS of the daemon's port: each client shows a certificate, and changed files count at once.
+"""TLS of the daemon's port, whose clients show certificates where there is a CA for these, and
+changed files count at once.
 
-The three files are read with each new connection, before its handshake: what is new and good is
+The files are read with each new connection, before its handshake: what is new and good is
 used from then on. What can't be used (a key that isn't the certificate's yet, while two files are
 replaced one after the other) is told to the log, and the earlier ones stay. Connections that are
 open go on as they began. Not here: what a certificate's name may do (callers.py).
@@ -24,6 +25,7 @@ class ServerTls:
 
     def __init__(self, files: TlsFiles, metrics: Metrics) -> None:
         self._files = files
+        self._asks = files.ca is not None  # gRPC's Python can ask for a certificate or need none
         self._metrics = metrics
         self._lock = threading.Lock()
         try:
@@ -39,7 +41,7 @@ class ServerTls:
     def credentials(self) -> grpc.ServerCredentials:
         """For one server's port."""
         return grpc.dynamic_ssl_server_credentials(
-            _configuration(self._seen), self._changed, require_client_authentication=True
+            _configuration(self._seen), self._changed, require_client_authentication=self._asks
         )
 
     def _changed(self) -> Any:
@@ -61,6 +63,5 @@ class ServerTls:
 
 
 def _configuration(found: Pems) -> Any:
-    return grpc.ssl_server_certificate_configuration(
-        [(found.key, found.certificate)], root_certificates=found.ca
-    )
+    pair = (found.key or b"", found.certificate or b"")  # a daemon has both
+    return grpc.ssl_server_certificate_configuration([pair], root_certificates=found.ca)

@@ -235,8 +235,8 @@ class CacheServicer:
     def Explain(self, request, context):
         """Explain tells which leading blocks of a prompt hit in which tier, and why the next one does not.
         Changes nothing. With `session`: of a namespace or request of that session. Without: of any, for
-        who owns the unix socket, over TLS of what the certificate's tenants have; PERMISSION_DENIED over
-        TCP in clear, since it tells tokens of other prompts.
+        who owns the unix socket, with a certificate or a bearer token of what its tenants have;
+        PERMISSION_DENIED over TCP without one, since it tells tokens of other prompts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -7,6 +7,7 @@ import fcntl
 import os
 import queue
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -69,9 +70,13 @@ def status_of(error: grpc.RpcError) -> tuple[str, str]:
 
 
 class Wire:
-    """One connection. `attach` and `join` open a session; `call` sends any request of the wire."""
+    """One connection. `attach` and `join` open a session; `call` sends any request of the wire,
+    with `headers`, which may be changed."""
 
-    def __init__(self, address: str, tls: TlsFiles | None = None) -> None:
+    def __init__(
+        self, address: str, tls: TlsFiles | None = None, headers: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        self.headers = tuple(headers)
         options = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
         if tls is None:
             self._channel = grpc.insecure_channel(address, options)
@@ -89,7 +94,7 @@ class Wire:
             request_serializer=type(request).SerializeToString,
             response_deserializer=getattr(cache_pb2, f"{rpc}Response").FromString,
         )
-        return stub(request, timeout=ANSWER_S)
+        return stub(request, timeout=ANSWER_S, metadata=self.headers)
 
     def refusal(self, rpc: str, request: Any) -> tuple[str, str]:
         """The status and the words with which a call is refused."""
@@ -107,7 +112,8 @@ class Wire:
             response_deserializer=cache_pb2.AttachResponse.FromString,
         )
         self.send(first or hello())
-        self.stream = stub(iter(self._outbox.get, None), timeout=ANSWER_S)
+        outbox = iter(self._outbox.get, None)
+        self.stream = stub(outbox, timeout=ANSWER_S, metadata=self.headers)
         attached = next(self.stream).attached
         self.head = cache_pb2.SessionRef(
             secret=attached.secret, session_epoch=attached.session_epoch

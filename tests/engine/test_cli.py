@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from engine import _kernels, demo_model, spellings
 from engine.cli import app
-from engine.settings import THREADS_MAX, EngineConfig, load, read_api_keys
+from engine.http.keys import file_keys
+from engine.settings import THREADS_MAX, EngineConfig, load
 from engine.text import IncrementalText
 from kvc2.client import Admin
 from kvc2.errors import InvalidConfig, InvalidRequest
@@ -166,10 +167,11 @@ def test_a_setting_in_two_spellings_is_refused() -> None:
 def test_keys_are_read_and_never_shown(tmp_path: Path) -> None:
     path = tmp_path / "keys.yaml"
     path.write_text("secret-a: team-a\nsecret-b: team-b\n")
-    assert read_api_keys(path) == {"secret-a": "team-a", "secret-b": "team-b"}
+    keys = file_keys(path)
+    assert [keys.owner(f"secret-{each}") for each in "abc"] == ["team-a", "team-b", None]
     path.write_text("secret-a: 5\n")
     with pytest.raises(InvalidConfig) as refused:
-        read_api_keys(path)
+        file_keys(path)
     assert "secret" not in str(refused.value)
 
 

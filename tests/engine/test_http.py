@@ -12,13 +12,13 @@ from fastapi.testclient import TestClient
 from openai.types.chat import ChatCompletion
 
 from engine.http.app import build
-from engine.http.keys import Keys
 from engine.http.service import Served
 from engine.http.speech.voice import Voice
 from engine.http.template import TemplateError
 from engine.request import Bounds
 from engine.scheduler import SchedulerConfig
 from engine.worker import Worker
+from kvc2.keyring import Keyring
 from tests.doubles.engine_doubles import VOCABULARY, House, expected_tokens
 from tests.doubles.engine_doubles import build as build_house
 
@@ -75,7 +75,7 @@ def over(
     served = Served(
         model="hash",
         end_token_ids=end_token_ids,
-        keys=Keys(tenants),
+        keys=Keyring(tenants),
         max_body_bytes=max_body_bytes,
         strict_fields=strict_fields,
     )

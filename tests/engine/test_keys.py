@@ -10,23 +10,24 @@ import pytest
 from fastapi.testclient import TestClient
 from starlette.responses import PlainTextResponse
 
-from engine.http.keys import LOOK_S, FileKeys
+from engine.http.keys import file_keys
 from engine.http.outside import with_cors, with_ids
 from kvc2.errors import InvalidConfig
+from kvc2.keyring import LOOK_S
 from tests.doubles.engine_doubles import Clock
 
 
 def test_keys_are_read_again_when_their_file_changes(tmp_path: Path) -> None:
     path, clock = tmp_path / "keys.yaml", Clock()
     path.write_text("a: one\n")
-    keys = FileKeys(path, clock)
+    keys = file_keys(path, clock)
     assert keys.needed
-    assert (keys.tenant("a"), keys.tenant("b")) == ("one", None)
+    assert (keys.owner("a"), keys.owner("b")) == ("one", None)
     path.write_text("b: two\n")
     os.utime(path, ns=(1, 1))
-    assert keys.tenant("b") is None  # it was looked at a moment ago
+    assert keys.owner("b") is None  # it was looked at a moment ago
     clock.now += LOOK_S
-    assert (keys.tenant("a"), keys.tenant("b")) == (None, "two")
+    assert (keys.owner("a"), keys.owner("b")) == (None, "two")
 
 
 @pytest.mark.parametrize("text", ["", "[", "b: 3\n", None])
@@ -35,18 +36,18 @@ def test_a_file_that_can_not_be_read_keeps_the_last_keys(
 ) -> None:
     path, clock = tmp_path / "keys.yaml", Clock()
     path.write_text("a: one\n")
-    keys = FileKeys(path, clock)
+    keys = file_keys(path, clock)
     if text is None:
         path.unlink()
     else:
         path.write_text(text)
     for _ in range(2):
         clock.now += LOOK_S
-        assert keys.tenant("a") == "one"
+        assert keys.owner("a") == "one"
     assert caplog.text.count("stay as they were") == 1
     if text is not None:
         with pytest.raises(InvalidConfig):
-            FileKeys(path, clock)
+            file_keys(path, clock)
 
 
 app = PlainTextResponse("yes")

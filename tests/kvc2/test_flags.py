@@ -185,7 +185,11 @@ def test_the_example_of_the_daemon_is_one_that_it_takes() -> None:
     assert found.output.startswith(f"kvc2: config = '{missing}': a readable file")
 
 
-SECRETS = ["key: 'secret", "secret: {", "a: b: secret", "\0secret", "- secret", "secret: [\x07]"]
+SECRETS = [
+    *("key: 'secret", "secret: {", "a: b: secret", "\0secret", "- secret", "secret: [\x07]"),
+    *("a: *secret", "a: !secret b", "a: &secret b\nb: &secret c"),
+    *("{a: b: secret", "? secret\n- b", "@secret", "secret: b\n c: d\n  secret"),
+]
 
 
 @pytest.mark.parametrize("text", SECRETS)

@@ -35,7 +35,7 @@ def test_every_key_of_the_file_but_tenants_is_a_flag() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["serve", "--listen", "0.0.0.0:1"], "mTLS"),
+        (["serve", "--listen", "0.0.0.0:1"], "a public one needs TLS"),
         (["serve", "--cpu-memory-size-gb", "-3"], "cpu.memory_size_gb = -3"),
         (["serve", "--config", "/does/not/exist"], "config"),
         (["serve", "--disk-size-gb", "5"], "disk.size_gb"),

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from engine.settings import EngineConfig, read_api_keys
+from engine.http.keys import file_keys
+from engine.settings import EngineConfig
 from engine.settings import load as load_engine
 from kvc2 import config, flags
 from kvc2.commands import config_file, prompts
@@ -228,7 +229,7 @@ def test_files_of_every_name_are_read(name: str, home: Path) -> None:
     file.write_text("disk: {size_gb: 0.1, path: DISK}\n".replace("DISK", json.dumps(str(folder))))
     assert config_file.load(file, {}).disk.path == folder
     file.write_text("key: tenant\n")
-    assert read_api_keys(file) == {"key": "tenant"}
+    assert file_keys(file).owner("key") == "tenant"
     file.write_text(json.dumps({"model": str(folder), "api_keys": str(file)}))
     found = load_engine(file, {})
     assert (found.model, found.api_keys) == (folder, file)
