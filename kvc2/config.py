@@ -266,6 +266,9 @@ class AttnConfig:
             raise errors.InvalidConfig("attn.chunk_size", self.chunk_size, allowed)
 
 
+Rate = between(0, 1e9)
+
+
 @dataclass(frozen=True)
 class LimitsConfig:
     """What one daemon takes on; a call beyond one is refused with the limit's name."""
@@ -297,6 +300,14 @@ class LimitsConfig:
     max_streams: Annotated[
         int, Flag("Reads and writes of a session at a time.", between(1, 32))
     ] = 8
+    max_calls_per_s: Annotated[
+        int,
+        Flag("Calls of a tenant in a second, of its sessions and others; 0: no limit.", Rate),
+    ] = 0
+    max_mb_per_s: Annotated[
+        float,
+        Flag("What a tenant's Read, Write and Commit bring, 10^6 bytes/s; 0: no limit.", Rate),
+    ] = 0.0
     hard_pin_percent: Annotated[
         int, Flag("Percent of a tier that hard pins may keep from eviction.", between(0, 90))
     ] = 25
@@ -485,6 +496,19 @@ class TenantConfig:
     max_blocks: Annotated[
         int, Flag("Blocks that it may have in each tier; 0: no limit.", between(0, 1 << 40))
     ] = 0
+
+    max_calls_per_s: Annotated[
+        int | None,
+        Flag("Its calls in a second; 0: no limit.", Rate, shown="limits.max_calls_per_s"),
+    ] = None
+    max_mb_per_s: Annotated[
+        float | None,
+        Flag(
+            "What its Read, Write and Commit bring, 10^6 bytes/s; 0: no limit.",
+            Rate,
+            shown="limits.max_mb_per_s",
+        ),
+    ] = None
 
     def bytes_of(self, tier: str) -> int:
         """Its quota of gpu, cpu or disk; 0: no limit."""

@@ -63,6 +63,14 @@ class LimitReached(FieldError):
     """A limit of the daemon's configuration is reached; the message names it."""
 
 
+class RateLimited(LimitReached):
+    """A tenant has had its calls, or its bytes, of this moment: `limit` says which, on the daemon's
+    side. `retry_s`: when there are some again; 0: it wasn't told."""
+
+    limit: str = ""
+    retry_s: float = 0.0
+
+
 class Denied(FieldError):
     """The caller, by its user id, its certificate or its bearer token, may not do this."""
 
@@ -122,6 +130,7 @@ class Detached(Kvc2Error):
 
 
 ERROR_KIND = "kvc2-error"  # metadata key
+RETRY_MS = "grpc-retry-pushback-ms"  # another, gRPC's own for when to come back
 
 # exception -> the name of its grpc.StatusCode; what is not listed is INTERNAL and logged
 STATUS: dict[type[Kvc2Error], str] = {
@@ -129,6 +138,7 @@ STATUS: dict[type[Kvc2Error], str] = {
     Reserved: "UNIMPLEMENTED",
     NotFound: "NOT_FOUND",
     LimitReached: "RESOURCE_EXHAUSTED",
+    RateLimited: "RESOURCE_EXHAUSTED",
     Denied: "PERMISSION_DENIED",
     Unauthenticated: "UNAUTHENTICATED",
     SessionOver: "FAILED_PRECONDITION",

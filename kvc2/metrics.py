@@ -199,6 +199,40 @@ class RemoteMetrics:
         self.all.transfer_bytes.labels(*way).inc(blocks * payload_bytes)
 
 
+class RateMetrics:
+    """What each tenant has had, and what its limits of rate have refused it."""
+
+    def __init__(self, registry: CollectorRegistry, tenants: Iterable[str]) -> None:
+        calls = Counter(
+            "kvc2_tenant_calls",
+            "Calls of a tenant: those that name one of its namespaces or leases, or are its alone",
+            ["tenant"],
+            registry=registry,
+        )
+        payloads = Counter(
+            "kvc2_tenant_payload_bytes",
+            "Bytes of payloads of a tenant's Read, Write and Commit",
+            ["tenant"],
+            registry=registry,
+        )
+        self._refused = Counter(
+            "kvc2_rate_limited_calls",
+            "Calls of a tenant that were refused, or commits among others', and by which limit",
+            ["tenant", "limit"],
+            registry=registry,
+        )
+        self._taken = {each: (calls.labels(each), payloads.labels(each)) for each in tenants}
+
+    def taken(self, tenant: str, num_bytes: int) -> None:
+        calls, payloads = self._taken[tenant]
+        calls.inc()
+        if num_bytes:
+            payloads.inc(num_bytes)
+
+    def refused(self, tenant: str, limit: str) -> None:
+        self._refused.labels(tenant, limit).inc()
+
+
 class _Tiers(Collector):
     def __init__(self, tiers: Callable[[], Iterable[TierSample]]) -> None:
         self._tiers = tiers

@@ -54,6 +54,11 @@ class SharedTable(Generic[Owner, Key, Value]):
             if not entries:
                 del self._entries[owner]
 
+    @property
+    def sole_owner(self) -> Owner | None:
+        """Of all entries; None: there are several owners, or no entries."""
+        return next(iter(self._entries)) if len(self._entries) == 1 else None
+
     def victims(self, owner: Owner) -> Iterator[Key]:
         """What may go for a new entry of this owner, first what should: of those who have more
         entries than it, and then its own, each owner's longest unused ones first."""

@@ -44,7 +44,7 @@ FLOORS = {
         attach, commits
         callers, hello, kv_events
         checks, claim, kv_event_messages, scrapes, side, tenants
-        credentials, tls
+        credentials, rates, tls
     """,
     "kvc2/client": """
         examples

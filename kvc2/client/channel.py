@@ -181,6 +181,8 @@ def translated(error: grpc.RpcError) -> errors.Kvc2Error:
         return errors.Unreachable(str(error))
     kinds = dict(error.trailing_metadata() or ())
     answered = errors.of_kind(str(kinds.get(errors.ERROR_KIND)), str(error.details()))
+    if isinstance(answered, errors.RateLimited):
+        answered.retry_s = int(kinds.get(errors.RETRY_MS) or 0) / 1000
     return answered or errors.Unreachable(f"{code(error)}: {error.details()}")
 
 

@@ -13,10 +13,12 @@ from typing import Any, Literal
 import grpc
 
 from kvc2 import errors
+from kvc2.cache.namespaces import Namespace
 from kvc2.cache.sessions import Session, SessionTable
 from kvc2.config import ADMINISTRATOR, ServeConfig, listen_address
 from kvc2.metrics import Metrics
 from kvc2.server.credentials import CALLER, Credential, Credentials
+from kvc2.server.rates import Rates
 from kvc2.v1 import cache_pb2
 
 Whose = Literal["owner", "session", "session or owner", "session or administrator", "administrator"]
@@ -62,6 +64,7 @@ class Callers:
         self._credentials = Credentials.of_config(config, metrics, table.clock)
         self._owner_is_known = listen_address(config.listen).path is not None
         self._metrics = metrics
+        self.rates = Rates(config, metrics, table.clock)
         self.table = table
         self.waits = UnderWay("durable waits", DURABLE_WAITS_MAX)
 
@@ -106,6 +109,20 @@ class Callers:
         """Raises Denied for another's call, whose credential is known."""
         if (caller := CALLER.get()) is not None:
             check_administrator(caller)
+
+    def take(self, session: Session | None, namespace: Namespace | None = None) -> None:
+        """A call in this namespace off its tenant's rate, or one in none off its session's or its
+        credential's, where that is of one tenant alone. The owner and an administrator have no
+        limit without a session. Raises RateLimited."""
+        caller = CALLER.get()
+        if session is None and (caller is None or caller.is_administrator):
+            return
+        if namespace is not None:
+            self.rates.take(namespace.owner.tenant)
+        elif session is not None and (tenant := session.namespaces.sole_owner) is not None:
+            self.rates.take(tenant)
+        elif caller is not None and len(caller.tenants) == 1:
+            self.rates.take(next(iter(caller.tenants)))
 
     def tenants(self) -> frozenset[str] | None:
         """Whose namespaces this call may name; None: all."""

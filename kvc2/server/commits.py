@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from kvc2 import errors
+from kvc2 import _core, errors
 from kvc2.answers import NO_PAGES, U32
 from kvc2.cache.cache import Cache
 from kvc2.cache.copied import GivenBlocks, WrittenBlocks
@@ -20,13 +20,20 @@ from kvc2.cache.sessions import OpenLease, Session
 from kvc2.config import ServeConfig
 from kvc2.metrics import Metrics
 from kvc2.server import checks
-from kvc2.server.callers import UnderWay
+from kvc2.server.callers import Callers
 from kvc2.v1 import cache_pb2
 
 RESULTS = ("adopted", "duplicate", "refused", "no_room")
 # Under write_policy through, a disk that is slower than this is not waited for: an engine takes a
 # daemon that is 5 s late for silent.
 THROUGH_S = 3.0
+
+
+def paid(session: Session, blocks: GivenBlocks) -> tuple[str, int]:
+    """The tenant that a commit is of, and the bytes of its payloads."""
+    lease = blocks.lease
+    pools = session.layouts[blocks.namespace.id] if lease is None else lease.to.pools
+    return blocks.namespace.owner.tenant, blocks.count * pools.shape.payload_bytes
 
 
 @dataclass(frozen=True)
@@ -43,12 +50,13 @@ class Commits:
     """Commits of all sessions."""
 
     def __init__(
-        self, config: ServeConfig, cache: Cache, waits: UnderWay, metrics: Metrics
+        self, config: ServeConfig, cache: Cache, callers: Callers, metrics: Metrics
     ) -> None:
         self._config = config
         self._limits = config.limits
         self._cache = cache
-        self._waits = waits
+        self._rates = callers.rates
+        self._waits = callers.waits
         self._metrics = metrics
         self._committed = [metrics.committed_blocks.labels(result) for result in RESULTS]
 
@@ -84,7 +92,40 @@ class Commits:
     async def run(
         self, session: Session, commits: list[GivenBlocks], request: cache_pb2.CommitRequest
     ) -> tuple[list[NDArray[np.uint8]], bool]:
-        """Results of each, and whether all adopted blocks are on disk: False unless asked for."""
+        """Results of each, and whether all adopted blocks are on disk: False unless asked for.
+        Raises RateLimited where no tenant of theirs may commit now; else the blocks of those that
+        may not are refused."""
+        taken = self._taken(session, commits)
+        if all(taken):
+            return await self._run(session, commits, request)
+        kept = [each for each, is_taken in zip(commits, taken, strict=True) if is_taken]
+        results, durable = await self._run(session, kept, request)
+        for index, each in enumerate(commits):
+            if not taken[index]:
+                results.insert(index, np.full(each.count, _core.REFUSED, np.uint8))
+                self.count(results[index])
+        return results, durable
+
+    def _taken(self, session: Session, commits: list[GivenBlocks]) -> list[bool]:
+        """Which of them their tenants' rates allow: a call of each tenant, with all of its bytes.
+        Raises RateLimited if none."""
+        num_bytes: dict[str, int] = {}
+        for each in commits:
+            tenant, size = paid(session, each)
+            num_bytes[tenant] = num_bytes.get(tenant, 0) + size
+        late: dict[str, errors.RateLimited] = {}
+        for tenant, size in num_bytes.items():
+            try:
+                self._rates.take(tenant, size)
+            except errors.RateLimited as error:
+                late[tenant] = error
+        if late and len(late) == len(num_bytes):
+            raise max(late.values(), key=lambda error: error.retry_s)
+        return [each.namespace.owner.tenant not in late for each in commits]
+
+    async def _run(
+        self, session: Session, commits: list[GivenBlocks], request: cache_pb2.CommitRequest
+    ) -> tuple[list[NDArray[np.uint8]], bool]:
         wait_s = self._durable_wait_s(request)
         if not wait_s:
             done = await self._commit(session, commits, copied=request.copied)

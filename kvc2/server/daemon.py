@@ -105,7 +105,7 @@ class Daemon:
         self._claim = claim
         self.attachments = Attachments(config, cache, table, metrics)
         callers = Callers(config, table, metrics)
-        commits = Commits(config, cache, callers.waits, metrics)
+        commits = Commits(config, cache, callers, metrics)
         self.calls = Calls(
             callers,
             SessionCalls(config, cache, self.attachments, callers, commits, metrics),

@@ -70,6 +70,7 @@ class SessionCalls:
         name = self._tenants.namespace(
             tenant, session.uid, request.identity, request.salt, opaque=of.opaque
         )
+        self._callers.rates.take(tenant or DEFAULT_TENANT)
         ttl_s = shorter(request.ttl_s, self._tenants.ttl_s(tenant))
         quota = self._cache.quotas.number(tenant)
         shared = self._tenants.shared(tenant, request.identity, request.salt, opaque=of.opaque)
@@ -106,6 +107,7 @@ class SessionCalls:
     async def Match(self, request: cache_pb2.MatchRequest) -> cache_pb2.MatchResponse:
         session = self._callers.session(request.session)
         namespace = checks.namespace_id(session, request.namespace_id)
+        self._callers.take(session, namespace)
         asked = checks.asked(request, namespace, self._limits)
         if namespace.opaque:
             found = await self._cache.leases.match_keys_beyond(session, namespace, asked.keys)
@@ -118,6 +120,7 @@ class SessionCalls:
         if self._attachments.draining:
             raise errors.Draining("the daemon drains: no new leases")
         namespace = checks.namespace_id(session, request.namespace_id)
+        self._callers.take(session, namespace)
         request_id = checks.request_id("request_id", request.request_id)
         asked = checks.asked(request, namespace, self._limits)
         grant = checks.grants(request.grants, self._limits)
@@ -151,6 +154,7 @@ class SessionCalls:
 
     async def Grant(self, request: cache_pb2.GrantRequest) -> cache_pb2.GrantResponse:
         session = self._callers.session(request.session)
+        self._callers.take(session)
         granted = self._grant(session, checks.grants(request.grants, self._limits))
         return to_message(Released(granted), cache_pb2.GrantResponse)
 
@@ -162,6 +166,8 @@ class SessionCalls:
         wanted = checks.grants(request.grants, self._limits)
         rate = checks.rate("prefill_tokens_per_s", request.prefill_tokens_per_s)
         commits = self._commits.check(session, request)
+        if not commits:
+            self._callers.take(session)
         if rate:
             session.prefill_rate = rate
             self._metrics.prefill_rate.labels(str(session.epoch)).set(rate)
@@ -184,6 +190,8 @@ class SessionCalls:
                 "hints", f"{len(request.hints)} of them", f"one for each of {len(ids)} request_ids"
             )
         said = [checks.hints(f"hints[{i}]", each) for i, each in enumerate(request.hints)]
+        if not len(returned) and session.leases.keys().isdisjoint(ids):
+            self._callers.take(session)  # one that lets go of something is never refused
         for each, hints in zip(ids, said or [NO_HINTS] * len(ids), strict=True):
             self._cache.leases.release(session, each, hints)
         if len(returned):

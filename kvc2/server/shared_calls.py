@@ -69,6 +69,7 @@ class SharedCalls:
     def _explain(self, request: cache_pb2.ExplainRequest) -> Explained:
         session = self._callers.session_or_owner(request)
         if request.WhichOneof("what") == "request_id":
+            self._callers.take(session)
             request_id = checks.request_id("request_id", request.request_id)
             checks.no_extras("extras", request.extras, "they were the request's own")
             if session is None:
@@ -96,7 +97,9 @@ class SharedCalls:
         what = request.WhichOneof("what")
         if what == "namespace_id":
             session = self._callers.session(request.session)
-            names = [checks.namespace_id(session, request.namespace_id).name]
+            namespace = checks.namespace_id(session, request.namespace_id)
+            self._callers.take(session, namespace)
+            names = [namespace.name]
         elif what == "namespace":
             self._callers.administrator()
             names = [checks.namespace("namespace", request.namespace)]
@@ -153,9 +156,13 @@ class SharedCalls:
         return session, namespace, checks.asked(request, namespace, self._limits)
 
     def _namespace(self, session: Session | None, request: InNamespace) -> Namespace:
+        """The one that a call names, which is one of its tenant's."""
         if session is None:
-            return self._cache.namespaces.find(request.namespace, self._callers.tenants())
-        return checks.namespace_id(session, request.namespace_id)
+            found = self._cache.namespaces.find(request.namespace, self._callers.tenants())
+        else:
+            found = checks.namespace_id(session, request.namespace_id)
+        self._callers.take(session, found)
+        return found
 
     async def Stats(self, request: cache_pb2.StatsRequest) -> cache_pb2.StatsResponse:
         stats = self._cache.stats()

@@ -25,7 +25,7 @@ from kvc2.config import LimitsConfig
 from kvc2.payloads import MESSAGE_BYTES, Part, blocks_per_message, messages_of, parts_of
 from kvc2.server import checks
 from kvc2.server.callers import Callers, UnderWay
-from kvc2.server.commits import Commits
+from kvc2.server.commits import Commits, paid
 from kvc2.v1 import cache_pb2
 
 SILENT_S = 10.0  # a client that sends nothing for longer holds neither pages nor pins
@@ -60,6 +60,7 @@ class Streams:
         blocks, starts = self._asked(lease, request)
         memory = self._cache.arena.memory.data
         size = lease.to.pools.shape.payload_bytes
+        self._callers.rates.take(lease.namespace.owner.tenant, blocks.size * size)
         for first, end in grouped(blocks, blocks_per_message(size)):
             payloads = [memory[start : start + size] for start in starts[first:end].tolist()]
             await sender.send(int(blocks[first]), payloads)
@@ -96,6 +97,7 @@ class Streams:
         self, session: Session, commit: cache_pb2.LeaseCommit, receiver: Receiver
     ) -> cache_pb2.WriteResponse:
         blocks = self._commits.check_written(session, "commit", commit)
+        self._callers.rates.take(*paid(session, blocks))
         life = Life(session, blocks.lease)
         with life.cancels():
             to = session.layouts[blocks.namespace.id] if life.lease is None else life.lease.to.pools

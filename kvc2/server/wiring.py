@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
@@ -185,7 +186,10 @@ def refuse(name: str, error: Exception, context: Context, metrics: Metrics) -> N
         metrics.fault("refused_request")
         events.warning("refused_request", rpc=name, reason=str(error))
     context.set_details(str(error))
-    context.set_trailing_metadata(((errors.ERROR_KIND, type(error).__name__),))
+    told = [(errors.ERROR_KIND, type(error).__name__)]
+    if isinstance(error, errors.RateLimited):
+        told.append((errors.RETRY_MS, str(math.ceil(error.retry_s * 1000))))
+    context.set_trailing_metadata(tuple(told))
 
 
 class LibraryServices:

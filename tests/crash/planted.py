@@ -1,5 +1,5 @@
-"""Do the tests catch bugs of the disk's path, of leases, of the remote tier, of TLS, of what calls
-CUDA?
+"""Do the tests catch bugs of the disk's path, of leases, of the remote tier, of TLS and tokens, of
+limits of rate, of what calls CUDA?
 Plants each in a copy of the tree, runs the tests that are about it, and demands that one of them
 fails.
 
@@ -31,6 +31,8 @@ from tests.crash.extras_bugs import EXTRAS_BUGS
 from tests.crash.extras_bugs import TESTS as EXTRAS_TESTS
 from tests.crash.lease_bugs import LEASE_BUGS
 from tests.crash.lease_bugs import TESTS as LEASE_TESTS
+from tests.crash.rate_bugs import RATE_BUGS
+from tests.crash.rate_bugs import TESTS as RATE_TESTS
 from tests.crash.remote_bugs import REMOTE_BUGS
 from tests.crash.remote_bugs import TESTS as REMOTE_TESTS
 from tests.crash.tls_bugs import TESTS as TLS_TESTS
@@ -54,7 +56,11 @@ TESTS = (  # the quick ones first
     ("tests/crash/test_power_cuts.py",),
     ("tests/crash/test_migration.py", "tests/crash/test_kills.py"),
 )
-BUGS = (*DISK_BUGS, *LEASE_BUGS, *EXTRAS_BUGS, *REMOTE_BUGS, *TLS_BUGS, *CUDA_BUGS)
+BUGS = (*DISK_BUGS, *LEASE_BUGS, *EXTRAS_BUGS, *REMOTE_BUGS, *TLS_BUGS, *RATE_BUGS, *CUDA_BUGS)
+ALL_TESTS = (
+    *(*TESTS, *LEASE_TESTS, *EXTRAS_TESTS, *REMOTE_TESTS, *TLS_TESTS, *RATE_TESTS),
+    *CUDA_TESTS,
+)
 LIMIT_S = 600  # a bug that makes a test hang is caught too
 # An editable install answers for kvc2 before the path does: not here.
 SITE = """
@@ -150,12 +156,7 @@ def main() -> int:
             folder.mkdir()
             copy_to(folder)
             folders.put(folder)
-        if "" in asked.only and (
-            sound := failure(
-                folder,
-                (*TESTS, *LEASE_TESTS, *EXTRAS_TESTS, *REMOTE_TESTS, *TLS_TESTS, *CUDA_TESTS),
-            )
-        ):
+        if "" in asked.only and (sound := failure(folder, ALL_TESTS)):
             print(f"without any bug: {sound}")
             return 1
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -130,7 +131,7 @@ class FakeCache:
         if name not in self.names:
             self.names.append(name)
         number = self.names.index(name)
-        pools: Any = None  # nothing lies below
+        pools: Any = SimpleNamespace(shape=session.layout)  # nothing lies below
         size = session.layout.page_size
         entry = NamespaceEntry(size, identity)
         return Namespace(number, name, entry, owner, 0, number, pools)

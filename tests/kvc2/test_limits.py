@@ -325,6 +325,8 @@ LIMITS: dict[str, Callable[[Path], None] | str] = {
     "limits.max_grant_pages": grant_pages,
     "limits.max_keys": keys,
     "limits.max_streams": "kvc2.server.test_streams.test_one_stream_too_many_is_refused_by_name",
+    "limits.max_calls_per_s": "kvc2.server.test_rates.test_one_tenant_s_flood_is_its_own",
+    "limits.max_mb_per_s": "kvc2.server.test_rates.test_bytes_are_those_of_payloads",
     "limits.hard_pin_percent": hard_pins,
     "limits.soft_pin_percent": soft_pins,
     "explain.RECENT_MAX": requests_told_of,
