@@ -18,6 +18,7 @@ from benchmarks import (
     replayers,
     report,
     tier_hits,
+    timing_probe,
     ttft,
 )
 from benchmarks.equality import bf16_step, compare
@@ -236,3 +237,25 @@ def test_what_a_first_repeat_finds_and_how_long_it_takes() -> None:
     assert (found["whole"], found["found"]) == (50, 75)
     assert found["TTFT mean"] == pytest.approx(200)
     assert found["TTFT mean, all requests"] == pytest.approx(300)
+
+
+def test_times_are_told_apart_by_rank() -> None:
+    dice = np.random.default_rng(0)
+    one, other = dice.normal(0.0, 1.0, 400), dice.normal(0.5, 1.0, 300)
+    pairs = (other[None, :] > one[:, None]).mean() + (other[None, :] == one[:, None]).mean() / 2
+    assert timing_probe.auc(one, other) == pytest.approx(pairs)
+    assert timing_probe.auc(np.array([1.0, 2.0]), np.array([3.0])) == 1.0
+    assert timing_probe.told_apart(np.array([3.0]), np.array([1.0, 2.0])) == 1.0
+    assert timing_probe.auc(np.ones(5), np.ones(7)) == 0.5
+
+
+def test_a_bootstrap_s_interval_holds_what_it_is_of() -> None:
+    """0.638 is the chance for two normal distributions that are half a deviation apart."""
+    inside = 0
+    for seed in range(20):
+        dice = np.random.default_rng(seed)
+        one, other = dice.normal(0.0, 1.0, 200), dice.normal(0.5, 1.0, 200)
+        low, high = timing_probe.interval(one, other, seed)
+        assert 0.5 <= low < high < 0.8
+        inside += low < 0.638 < high
+    assert inside >= 16
