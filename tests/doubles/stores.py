@@ -27,12 +27,13 @@ def server_program() -> str:
 
 class ServerProcess(CanStandStill):
     """`with ServerProcess(folder) as server:` serves at `server.url`, a unix socket in the folder,
-    keeps nothing on disk, and is killed at the end."""
+    keeps nothing on disk, and is killed at the end. `before` begins its command."""
 
-    def __init__(self, folder: Path, *flags: str) -> None:
+    def __init__(self, folder: Path, *flags: str, before: Sequence[str] = ()) -> None:
         self.socket = folder / "store.sock"
         self.url = f"unix://{self.socket}"
         self._command = [
+            *before,
             *(server_program(), "--port", "0", "--unixsocket", str(self.socket)),
             *("--save", "", "--appendonly", "no", "--dir", str(folder), *flags),
         ]

@@ -27,7 +27,7 @@ class DaemonProcess(CanStandStill):
     """`with DaemonProcess(folder) as daemon:` listens at `daemon.address` and is killed at the end.
 
     Its stderr goes to folder/daemon.log. `start` after `kill` or `stop` starts it again there.
-    `python` is what the interpreter is told to run.
+    `python` is what the interpreter is told to run, by a command that `before` begins.
     """
 
     def __init__(
@@ -37,7 +37,9 @@ class DaemonProcess(CanStandStill):
         sizes: Sequence[str] = SMALL,
         python: Sequence[str] = ("-m", "kvc2"),
         environment: Mapping[str, str] = os.environ,
+        before: Sequence[str] = (),
     ) -> None:
+        self._before = before
         self._python = python
         self._environment = environment
         self.folder = folder
@@ -57,7 +59,7 @@ class DaemonProcess(CanStandStill):
         started = time.monotonic()
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, *self._python, "serve", *self._flags],
+                [*self._before, sys.executable, *self._python, "serve", *self._flags],
                 stderr=log,
                 env=self._environment,
             )

@@ -3,7 +3,7 @@ by byte, also when the first is gone; a store that freezes is a miss, once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -62,7 +62,10 @@ class Engine(TinyEngine):
 
 
 @contextmanager
-def daemon(folder: Path, url: str, *flags: str) -> Iterator[DaemonProcess]:
+def daemon(
+    folder: Path, url: str, *flags: str, before: Sequence[str] = ()
+) -> Iterator[DaemonProcess]:
+    """With a disk, and the store at this URL. `before` begins its command."""
     secret = folder.parent / "remote.secret"
     secret.write_bytes(b"of two hosts that trust each other")
     secret.chmod(0o600)
@@ -71,7 +74,7 @@ def daemon(folder: Path, url: str, *flags: str) -> Iterator[DaemonProcess]:
         *("--disk-path", str(folder / "disk"), "--disk-size-gb", "0.05"),
         *("--remote-url", url, "--remote-secret-file", str(secret), *flags),
     )
-    with DaemonProcess(folder, *given) as found:
+    with DaemonProcess(folder, *given, before=before) as found:
         wait_until(lambda: found.admin().stats().counters["remote_up"] == 1)
         yield found
 
