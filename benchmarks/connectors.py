@@ -46,7 +46,7 @@ from benchmarks.processes import (
     free_port,
     store_program,
 )
-from benchmarks.remote import store
+from benchmarks.remote import redis_store
 from engine import demo_model
 
 ROOT = Path(__file__).parents[1]
@@ -380,9 +380,8 @@ def remote_store(folder: Path, wanted: bool) -> Iterator[list[str]]:
     secret = folder / "remote.secret"
     secret.write_bytes(secrets.token_bytes(32))
     secret.chmod(0o600)
-    with store(folder) as (_, port):
-        url = f"redis://127.0.0.1:{port}"
-        yield ["--remote-url", url, "--remote-secret-file", str(secret), *PATIENT]
+    with redis_store(folder) as store:
+        yield ["--remote-url", store.url, "--remote-secret-file", str(secret), *PATIENT]
 
 
 def main() -> int:
