@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -31,6 +32,19 @@ from kvc2.commands import replay, traces
 from tests.doubles.byte_tokenizer import VOCAB_SIZE, add_tokenizer
 from tests.doubles.checkpoints import make_mixtral, reshard
 from tests.kvc2.commands.test_replay import random_trace
+
+PEERS = {"lmcache", "mooncake", "sglang", "vllm"}  # in whose environments some parts run
+
+
+@pytest.mark.parametrize(
+    "name", sorted(each.stem for each in Path(report.__file__).parent.glob("*.py"))
+)
+def test_each_finds_what_it_is_made_of(name: str) -> None:
+    try:
+        importlib.import_module(f"benchmarks.{name}")
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] not in PEERS:
+            raise
 
 
 @pytest.mark.parametrize(
