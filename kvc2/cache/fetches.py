@@ -108,19 +108,13 @@ class Fetches:
                 fetch = self._begin(wanted, shared, chain, choice.blocks - wanted.first)
         if fetch is None:
             return None
-        fetch.holders += 1
-        waited_s = time.monotonic() - begun
-        try:
-            await self._patience.arrival(
-                fetch,
-                released=wanted.released,
-                deadline_s=max(0.0, wanted.deadline_s - waited_s),
-                silent_s=max(0.0, self._link.patience_s - waited_s),
-                patience_s=patience_s,
-            )
-        except BaseException:  # the caller went away
-            self._arrivals.let_go(fetch)
-            raise
+        await self._patience.arrivals(
+            [fetch],
+            begun=begun,
+            released=wanted.released,
+            deadline_s=wanted.deadline_s,
+            patience_s=patience_s,
+        )
         return fetch
 
     def bring_behind(self, wanted: Wanted) -> None:

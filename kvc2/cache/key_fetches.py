@@ -70,22 +70,9 @@ class KeyFetches:
             return []
         begun, chain = time.monotonic(), await self._chain(wanted, shared)
         fetches = await self._begun(wanted, shared, chain)
-        for fetch in fetches:
-            fetch.holders += 1
-        try:
-            for fetch in fetches:
-                waited_s = time.monotonic() - begun
-                await self._patience.arrival(
-                    fetch,
-                    released=wanted.released,
-                    deadline_s=max(0.0, wanted.deadline_s - waited_s),
-                    silent_s=max(0.0, self._link.patience_s - waited_s),
-                    patience_s=None,
-                )
-        except BaseException:  # the caller went away
-            for fetch in fetches:
-                self._arrivals.let_go(fetch)
-            raise
+        await self._patience.arrivals(
+            fetches, begun=begun, released=wanted.released, deadline_s=wanted.deadline_s
+        )
         return fetches
 
     def bring_behind(self, wanted: WantedKeys, nobody: asyncio.Future[None]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from kvc2.cache.arrivals import Arrivals
@@ -45,7 +46,35 @@ class Patience:
             self._link.late()
         return otherwise
 
-    async def arrival(
+    async def arrivals(
+        self,
+        fetches: Sequence[Fetch],
+        *,
+        begun: float,
+        released: asyncio.Future[None],
+        deadline_s: float,
+        patience_s: float | None = None,
+    ) -> None:
+        """Holds them until the caller lets go of each, and waits for one after the other, as long
+        as that is worth it for a request that has waited since `begun`."""
+        for fetch in fetches:
+            fetch.holders += 1
+        try:
+            for fetch in fetches:
+                waited_s = time.monotonic() - begun
+                await self._arrival(
+                    fetch,
+                    released=released,
+                    deadline_s=max(0.0, deadline_s - waited_s),
+                    silent_s=max(0.0, self._link.patience_s - waited_s),
+                    patience_s=patience_s,
+                )
+        except BaseException:  # the caller went away
+            for fetch in fetches:
+                self._arrivals.let_go(fetch)
+            raise
+
+    async def _arrival(
         self,
         fetch: Fetch,
         *,
