@@ -37,6 +37,7 @@ class LmcacheServer(HttpServer):
     """`python`: of an environment that has it. `second`: its second level."""
 
     start_timeout_s = 300.0
+    health = "/healthcheck"
 
     def __init__(
         self, python: Path, folder: Path, second: dict[str, object], memory_gb: float = 1.0
@@ -49,13 +50,6 @@ class LmcacheServer(HttpServer):
         command += ["--eviction-policy", "LRU", "--chunk-size", str(CHUNK)]
         command += ["--supported-transfer-mode", "auto", "--l2-adapter", json.dumps(second)]
         super().__init__("lmcache", command, folder)
-
-    def answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/healthcheck", timeout=5) as reply:
-                return bool(reply.status == 200)
-        except OSError:
-            return False
 
     @property
     def transfer(self) -> dict[str, object]:

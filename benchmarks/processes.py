@@ -178,16 +178,17 @@ class SlowDaemon(Daemon):
 
 
 class HttpServer(Process):
-    """One that listens on a port of 127.0.0.1, and answers /health once it serves."""
+    """One that listens on a port of 127.0.0.1, and answers `health` once it serves."""
 
     port: int
+    health = "/health"
 
     def wait_ready(self) -> None:
         self.wait_until(self.answers, f"answer of {self.name}")
 
     def answers(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as reply:
+            with urllib.request.urlopen(f"{self.url}{self.health}", timeout=5) as reply:
                 return bool(reply.status == 200)
         except OSError:
             return False

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import grpc
+import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
@@ -134,3 +136,14 @@ def status(wire: Wire, rpc: str, request: Any = None) -> str:
     except grpc.RpcError as error:
         return status_of(error)[0]
     return "OK"
+
+
+@contextmanager
+def served_callers(folder: Path, shown: Shown, *, on_clock: bool = False) -> Iterator[Callers]:
+    """With their daemon, which has no cache; `on_clock`: by their clock, not the host's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(folder))
+        found = Callers(folder, shown)
+        clock = found.clock if on_clock else None
+        with ServedDaemon(found.config, cache=None, clock=clock) as found.served:
+            yield found

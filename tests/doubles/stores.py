@@ -9,11 +9,12 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typing_extensions import Buffer
 
 from benchmarks.processes import NO_STORE, store_program
-from kvc2.tiers.remote.store import StoreError, StoreRefused
+from kvc2.tiers.remote.store import Store, StoreError, StoreRefused
 from tests.doubles.standing_still import CanStandStill
 from tests.doubles.waiting import wait_until
 
@@ -153,3 +154,19 @@ class ToldStore:
 
     async def close(self) -> None:
         self.calls.append("close")
+
+
+async def holds_the_seam(store: Store) -> None:
+    """A store that is empty does what a Store does, with large values and with many."""
+    large = np.random.default_rng(1).bytes(5 << 20)
+    await store.put([(b"a", b"one"), (b"b", large)], 0)
+    assert await store.get([b"a", b"x", b"b"], len(large)) == [b"one", None, large]
+    assert await store.get([b"b"], 4) == [large[:5]]
+    await store.put([(b"a", b"another")], 0)
+    assert await store.get([b"a"], 100) == [b"another"]
+    assert await store.exists([b"a", b"x", b"b"]) == [True, False, True]
+    await store.delete([b"a", b"x"])
+    assert await store.get([b"a", b"b"], len(large)) == [None, large]
+    many = [(b"%d" % each, bytes([each % 256]) * 1000) for each in range(500)]
+    await store.put(many, 0)
+    assert await store.get([name for name, _ in many], 1000) == [value for _, value in many]

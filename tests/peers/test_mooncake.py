@@ -10,7 +10,6 @@ from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from benchmarks.mooncake_servers import (
@@ -25,6 +24,7 @@ from kvc2.tiers.remote.mooncake import Mooncake
 from kvc2.tiers.remote.store import StoreError
 from tests.doubles.engines import PAGE_SIZE
 from tests.doubles.mooncakes import answering, mooncake
+from tests.doubles.stores import holds_the_seam
 from tests.doubles.waiting import on_a_loop, wait_until
 from tests.peers.environments import mooncake_python
 from tests.system.daemon import DaemonProcess
@@ -66,18 +66,7 @@ async def connected(store: Servers, deadline_s: float = 20.0) -> AsyncIterator[M
 @on_a_loop
 async def _holds_the_seam(url: str) -> None:
     async with mooncake(url) as store:
-        large = np.random.default_rng(1).bytes(5 << 20)
-        await store.put([(b"a", b"one"), (b"b", large)], 0)
-        assert await store.get([b"a", b"x", b"b"], len(large)) == [b"one", None, large]
-        assert await store.get([b"b"], 4) == [large[:5]]
-        await store.put([(b"a", b"another")], 0)
-        assert await store.get([b"a"], 100) == [b"another"]
-        assert await store.exists([b"a", b"x", b"b"]) == [True, False, True]
-        await store.delete([b"a", b"x"])
-        assert await store.get([b"a", b"b"], len(large)) == [None, large]
-        many = [(b"%d" % each, bytes([each % 256]) * 1000) for each in range(500)]
-        await store.put(many, 0)
-        assert await store.get([name for name, _ in many], 1000) == [value for _, value in many]
+        await holds_the_seam(store)
 
 
 def test_it_holds_what_every_store_must(store: Servers) -> None:

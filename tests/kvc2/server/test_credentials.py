@@ -23,10 +23,10 @@ from tests.doubles.callers import (
     Callers,
     request_of,
     rpcs,
+    served_callers,
     status,
 )
 from tests.doubles.certificates import replace
-from tests.doubles.daemons import ServedDaemon
 from tests.doubles.wires import Wire, status_of
 
 # Whoever gets a connection may ask whether the daemon serves, and what services there are.
@@ -39,11 +39,8 @@ def callers(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callers]:
     folder = tmp_path_factory.mktemp("daemon")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_RUNTIME_DIR", str(folder))
-        found = Callers(folder, request.param)
-        with ServedDaemon(found.config, cache=None) as found.served:
-            yield found
+    with served_callers(folder, request.param) as found:
+        yield found
 
 
 @pytest.fixture
@@ -207,11 +204,8 @@ def test_a_client_learns_that_it_was_denied(callers: Callers, tmp_path: Path) ->
 @pytest.fixture(scope="module")
 def by_certificate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callers]:
     folder = tmp_path_factory.mktemp("daemon")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_RUNTIME_DIR", str(folder))
-        found = Callers(folder, "certificates")
-        with ServedDaemon(found.config, cache=None) as found.served:
-            yield found
+    with served_callers(folder, "certificates") as found:
+        yield found
 
 
 def test_alternative_names_count_before_the_common_one(

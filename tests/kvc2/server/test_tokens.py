@@ -19,7 +19,15 @@ from kvc2.metrics import Metrics
 from kvc2.server.callers import WHOSE
 from kvc2.server.credentials import TOKENS_MAX, Credentials, token_source
 from kvc2.v1 import cache_pb2 as pb
-from tests.doubles.callers import OPERATOR, Callers, Clock, request_of, rpcs, status
+from tests.doubles.callers import (
+    OPERATOR,
+    Callers,
+    Clock,
+    request_of,
+    rpcs,
+    served_callers,
+    status,
+)
 from tests.doubles.certificates import replace
 from tests.doubles.daemons import ServedDaemon, serve_config
 from tests.doubles.wires import Wire, status_of
@@ -44,11 +52,8 @@ def callers(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callers]:
     folder = tmp_path_factory.mktemp("daemon")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_RUNTIME_DIR", str(folder))
-        found = Callers(folder, request.param)
-        with ServedDaemon(found.config, cache=None, clock=found.clock) as found.served:
-            yield found
+    with served_callers(folder, request.param, on_clock=True) as found:
+        yield found
 
 
 @pytest.fixture
