@@ -21,6 +21,7 @@ class Bucket(ThreadingHTTPServer):
     """`values` by path. `fault`: a status that every call has; `going` is cleared to freeze it."""
 
     daemon_threads = True
+    request_queue_size = 1024  # a client connects once for each call under way; 5 make it wait
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Calls)
