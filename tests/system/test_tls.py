@@ -139,6 +139,7 @@ def test_changed_files_count_from_the_next_connection_on(tmp_path: Path) -> None
         try:
             theirs = OTHERS.pair(OPERATOR).files(tmp_path / "theirs", OTHERS)
             assert daemon.reason(theirs)
+            wait_until(lambda: calls or failed)  # it is connected before anything changes
 
             expired = OURS.pair("daemon", HOSTS, days=-1).files(tmp_path / "tls", OURS)
             assert "expired" in daemon.reason(daemon.operator)

@@ -53,8 +53,9 @@ def test_what_is_evicted_is_not_routed_to_and_what_the_disk_has_is(
     here.store(tokens)
     with here.admin() as asked:
         assert not asked.flush().not_durable_blocks
+        wait_until(lambda: here.listener.catch_up().there.keys() == {"CPU", "STORAGE"})
         asked.evict("cpu")
-        wait_until(lambda: not here.listener.catch_up().there["CPU"])
+        wait_until(lambda: not here.listener.catch_up().there.get("CPU"))
         assert here.cached(tokens) == 8
         assert len(here.listener.replica.there["STORAGE"]) == 8
         asked.evict("disk")
