@@ -53,7 +53,7 @@ def test_vllm_reads_what_it_would_have_written(replicas: list[Served], tmp_path:
     wait_until(lambda: len(here.listener.catch_up().there.get("STORAGE", ())) == BLOCKS)
     with here.admin() as asked:
         asked.evict("cpu")
-    wait_until(lambda: not here.listener.catch_up().there["CPU"])
+    wait_until(lambda: not here.listener.catch_up().there.get("CPU", ()))
     batches = decoded(tmp_path / "a")
     assert [each["number"] for each in batches] == list(range(len(batches)))
     assert all(each["same"] and each["rank"] == 0 for each in batches)
