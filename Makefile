@@ -16,7 +16,8 @@ READY := $(VENV)/.ready
 REBUILD ?= false
 # Processes that run the tests, a file of tests in one of them
 JOBS ?= 2
-PYTEST = $(PYTHON) -m pytest -q -n $(JOBS) --dist loadfile
+# Threads of torch that spin for each other beside other tests make some take fifty times as long.
+PYTEST = OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -q -n $(JOBS) --dist loadfile
 # A folder of `make cuda-wheels`: what the environment is made of, on a host without a network
 WHEELS ?=
 # Where there is CUDA, or another index: make CONSTRAINTS=/dev/null

@@ -66,9 +66,9 @@ Cpu detect() {
   found.isa = Isa::kAvx512Vnni;
   if (!all_bits(seven_one.eax, bit(5))) return found;
   found.isa = Isa::kAvx512Bf16;
-  // AMX-BF16, AMX-TILE, AMX-INT8; tile configuration and data saved
-  if (all_bits(seven.edx, bit(22) | bit(24) | bit(25)) && all_bits(saved, bit(17) | bit(18)) &&
-      tiles_allowed()) {
+  // VBMI; AMX-BF16, AMX-TILE, AMX-INT8; tile configuration and data saved
+  if (all_bits(seven.ecx, bit(1)) && all_bits(seven.edx, bit(22) | bit(24) | bit(25)) &&
+      all_bits(saved, bit(17) | bit(18)) && tiles_allowed()) {
     found.isa = Isa::kAmx;
   }
   return found;

@@ -113,6 +113,7 @@ inline void store_from_floats(uint16_t* to, Lanes x) {
 // The first `count` of sixteen; the rest is zero, and is not read.
 template <class T>
 inline Lanes load_some(const T* from, size_t count) {
+  if (count == kLanes) return load_as_floats(from);
   T some[kLanes] = {};
   std::memcpy(some, from, count * sizeof(T));
   return load_as_floats(some);
@@ -127,6 +128,7 @@ inline Register load_some_register(const T* from, size_t count) {
 
 template <class T>
 inline void store_some(T* to, Lanes x, size_t count) {
+  if (count == kLanes) return store_from_floats(to, x);
   T some[kLanes];
   store_from_floats(some, x);
   std::memcpy(to, some, count * sizeof(T));

@@ -24,78 +24,79 @@ class TilesProduct {
 
   WeightRows<uint16_t> rows(const Pick& pick) const { return {weight_, pick}; }
 
+  // Two panels share each tile of weights that is loaded.
   class Multiplier {
    public:
     template <class Epilogue>
     void run(const WeightRows<uint16_t>& rows, const Panels& panels, const Epilogue& epilogue) {
-      const size_t in = rows.in;
       // A missing second run is computed as the first again, and dropped by the caller.
       const uint16_t* second = rows.second_count > 0 ? rows.second : rows.first;
+      const uint16_t* const runs[2] = {rows.first, second};
+      tiles_read_memory();
       const size_t count = divided_up(panels.tokens, kTokens);
-      const bool fetch = count <= 2;  // then it is the weights that we wait for
-      size_t p = 0;
-      for (; p + 2 <= count; p += 2) {
-        multiply_two(rows.first, second, in, panels.at(p), panels.at(p + 1), fetch);
-        for (auto& tile : sums_) transpose(tile);
-        epilogue(p, sums_[0], sums_[1]);
-        epilogue(p + 1, sums_[2], sums_[3]);
-      }
-      if (p < count) {
-        multiply_one(rows.first, second, in, panels.at(p), fetch);
-        for (size_t i = 0; i < 2; ++i) transpose(sums_[i]);
-        epilogue(p, sums_[0], sums_[1]);
+      for (size_t p = 0; p < count; p += 2) {
+        if (p + 1 == count) {
+          p == 0 ? multiply<1, true>(runs, rows.in, panels, p)
+                 : multiply<1, false>(runs, rows.in, panels, p);
+          finish(p, sums_[0], epilogue);
+        } else {
+          p == 0 ? multiply<2, true>(runs, rows.in, panels, p)
+                 : multiply<2, false>(runs, rows.in, panels, p);
+          finish(p, sums_[0], epilogue);
+          finish(p + 1, sums_[1], epilogue);
+        }
       }
     }
 
    private:
-    // The same lines of the next sixteen rows: one call's rows are too few for the prefetcher.
-    static void prefetch(const uint16_t* w, size_t in) {
-      for (size_t row = kLanes; row < 2 * kLanes; ++row) {
-        _mm_prefetch(reinterpret_cast<const char*>(w + row * in), _MM_HINT_T0);
-      }
+    // A lane is a token, and after `transpose` a weight row.
+    using Sums = Lanes[2][kLanes];  // of a panel and both runs
+
+    // While a tile is loaded, as many lines are fetched of the rows that come next, one line after
+    // the other: this is how memory is fastest. Later panels find all in the second cache.
+    static void fetch(const uint16_t* rows, size_t in, size_t k) {
+      const auto* next = reinterpret_cast<const char*>(rows + kLanes * (in + k));
+      for (size_t line = 0; line < kLanes; ++line) __builtin_prefetch(next + line * 64, 0, 2);
     }
 
-    void multiply_two(const uint16_t* first, const uint16_t* second, size_t in,
-                      const std::byte* left, const std::byte* right, bool fetch) {
+    template <size_t kNow, bool kFetch>
+    void multiply(const uint16_t* const (&runs)[2], size_t in, const Panels& panels, size_t panel) {
+      const std::byte* left = panels.at(panel);
+      const std::byte* right = panels.at(panel + kNow - 1);
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
       for (size_t k = 0; k < in; k += kTilePairs * 2) {
-        if (fetch) prefetch(first + k, in), prefetch(second + k, in);
-        _tile_loadd(4, first + k, in * sizeof(uint16_t));
+        if (kFetch) fetch(runs[0], in, k), fetch(runs[1], in, k);
+        _tile_loadd(4, runs[0] + k, in * sizeof(uint16_t));
         _tile_loadd(6, left + k / 2 * kTileRowBytes, kTileRowBytes);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, second + k, in * sizeof(uint16_t));
+        _tile_loadd(5, runs[1] + k, in * sizeof(uint16_t));
         _tile_dpbf16ps(1, 5, 6);
-        _tile_loadd(7, right + k / 2 * kTileRowBytes, kTileRowBytes);
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
+        if constexpr (kNow == 2) {
+          _tile_loadd(7, right + k / 2 * kTileRowBytes, kTileRowBytes);
+          _tile_dpbf16ps(2, 4, 7);
+          _tile_dpbf16ps(3, 5, 7);
+        }
       }
-      _tile_stored(0, sums_[0], kTileRowBytes);
-      _tile_stored(1, sums_[1], kTileRowBytes);
-      _tile_stored(2, sums_[2], kTileRowBytes);
-      _tile_stored(3, sums_[3], kTileRowBytes);
+      _tile_stored(0, sums_[0][0], kTileRowBytes);
+      _tile_stored(1, sums_[0][1], kTileRowBytes);
+      if constexpr (kNow == 2) {
+        _tile_stored(2, sums_[1][0], kTileRowBytes);
+        _tile_stored(3, sums_[1][1], kTileRowBytes);
+      }
     }
 
-    void multiply_one(const uint16_t* first, const uint16_t* second, size_t in,
-                      const std::byte* panel, bool fetch) {
-      _tile_zero(0);
-      _tile_zero(1);
-      for (size_t k = 0; k < in; k += kTilePairs * 2) {
-        if (fetch) prefetch(first + k, in), prefetch(second + k, in);
-        _tile_loadd(4, first + k, in * sizeof(uint16_t));
-        _tile_loadd(5, second + k, in * sizeof(uint16_t));
-        _tile_loadd(6, panel + k / 2 * kTileRowBytes, kTileRowBytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 5, 6);
-      }
-      _tile_stored(0, sums_[0], kTileRowBytes);
-      _tile_stored(1, sums_[1], kTileRowBytes);
+    template <class Epilogue>
+    static void finish(size_t panel, Sums& sums, const Epilogue& epilogue) {
+      transpose(sums[0]);
+      transpose(sums[1]);
+      epilogue(panel, sums[0], sums[1]);
     }
 
     Tiles tiles_;
-    Lanes sums_[4][kLanes];  // a lane is a token, and after `transpose` a weight row
+    Sums sums_[2];
   };
 
  private:

@@ -10,7 +10,8 @@
 //   multiplier.run(rows, panels, epilogue)   these rows with each panel;
 //                                            epilogue(panel, first[kTokens], second[kTokens])
 //
-// Costs: packing is tokens x in; a row of a weight is read from memory once for all its tokens.
+// Costs: packing is tokens x in; a row of a weight is read from memory once for as many tokens as
+// the second cache holds panels of.
 #pragma once
 
 #include <algorithm>
@@ -74,6 +75,13 @@ inline size_t packing_grain(size_t panels, size_t panel_bytes, const ThreadTeam&
 
 inline size_t divided_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
+// Panels that stay in the second cache while all rows of a weight go by.
+constexpr size_t kCachedBytes = 1 << 20;
+
+inline size_t panels_at_once(size_t panel_bytes) {
+  return std::max<size_t>(2, kCachedBytes / std::max<size_t>(1, panel_bytes) / 2 * 2);
+}
+
 // Up to 32 rows of a matrix of one part, from `first` on.
 inline Pick next_rows(size_t matrix, size_t rows, size_t in, size_t first) {
   const size_t second = std::min(first + kLanes, rows);
@@ -124,9 +132,12 @@ class LinearRun {
   void run() {
     pack();
     const size_t blocks = divided_up(call_.out, 2 * kLanes);
-    team_.parallel_for(blocks, grain(blocks, team_), [&](size_t begin, size_t end) {
+    const size_t items = divided_up(panels_, at_once_) * blocks;
+    team_.parallel_for(items, grain(items, team_), [&](size_t begin, size_t end) {
       typename Product::Multiplier multiplier;
-      for (size_t block = begin; block < end; ++block) multiply(multiplier, block * 2 * kLanes);
+      for (size_t item = begin; item < end; ++item) {
+        multiply(multiplier, item / blocks * at_once_, item % blocks * 2 * kLanes);
+      }
     });
   }
 
@@ -147,10 +158,14 @@ class LinearRun {
     });
   }
 
-  void multiply(typename Product::Multiplier& multiplier, size_t first) {
-    const Pick pick = next_rows(0, call_.out, call_.in, first);
-    const Panels panels{packed_, call_.tokens, bytes_};
-    multiplier.run(product_.rows(pick), panels, [&](size_t p, const auto& low, const auto& high) {
+  // Up to at_once_ panels with up to 32 rows.
+  void multiply(typename Product::Multiplier& multiplier, size_t first_panel, size_t first_row) {
+    const Pick pick = next_rows(0, call_.out, call_.in, first_row);
+    const size_t before = first_panel * Product::kTokens;
+    const size_t tokens = std::min(at_once_ * Product::kTokens, call_.tokens - before);
+    const Panels panels{packed_ + first_panel * bytes_, tokens, bytes_};
+    multiplier.run(product_.rows(pick), panels, [&](size_t i, const auto& low, const auto& high) {
+      const size_t p = first_panel + i;
       T* y = static_cast<T*>(call_.y) + p * Product::kTokens * call_.out;
       for (size_t t = 0; t < count(p); ++t, y += call_.out) {
         store_some(y + pick.first.row, low[t], pick.first_count);
@@ -164,6 +179,7 @@ class LinearRun {
   const Product product_;
   const size_t panels_ = divided_up(call_.tokens, Product::kTokens);
   const size_t bytes_ = product_.panel_bytes();
+  const size_t at_once_ = panels_at_once(bytes_);
   std::byte* packed_;
 };
 
@@ -175,9 +191,10 @@ class FfnRun {
   FfnRun(const Ffn& call, Workspace& workspace)
       : call_(call),
         team_(workspace.team),
-        groups_(call, Product::kTokens),
         gate_up_(call.gate_up, call.hidden),
-        down_(call.down, call.size) {
+        down_(call.down, call.size),
+        groups_(call, Product::kTokens,
+                Product::kTokens * panels_at_once(Product::kTokens * call.hidden * sizeof(T))) {
     const size_t inputs = groups_.num_panels * in_bytes_;
     const size_t packed = groups_.num_panels * hidden_bytes_;
     const size_t choices = call.outputs == nullptr ? call.tokens * call.chosen : 0;
@@ -301,8 +318,8 @@ class FfnRun {
 
   const Ffn& call_;
   ThreadTeam& team_;
-  const Grouping groups_;
   const Product gate_up_, down_;
+  const Grouping groups_;
   const size_t in_bytes_ = groups_.num_slots > 0 ? gate_up_.panel_bytes() : 0;
   const size_t hidden_bytes_ = groups_.num_slots > 0 ? down_.panel_bytes() : 0;
   std::byte* inputs_;         // panels of x, expert by expert

@@ -4,7 +4,7 @@
 
 namespace kvc2::experts {
 
-Grouping::Grouping(const Ffn& call, size_t panel_tokens) {
+Grouping::Grouping(const Ffn& call, size_t panel_tokens, size_t share_tokens) {
   const size_t choices = call.expert_ids == nullptr ? 0 : call.tokens * call.chosen;
   const auto is_ours = [&](size_t s) { return call.expert_ids[s] >= 0; };
   std::vector<size_t> next(call.experts + 1);
@@ -13,7 +13,10 @@ Grouping::Grouping(const Ffn& call, size_t panel_tokens) {
   }
   for (size_t e = 0; e < call.experts; ++e) {
     const size_t begin = next[e], count = next[e + 1], end = begin + count;
-    if (count > 0) all_shares_.push_back({e, begin, count, all_panels_.size()});
+    for (size_t at = begin; at < end; at += share_tokens) {
+      const size_t first_panel = all_panels_.size() + (at - begin) / panel_tokens;
+      all_shares_.push_back({e, at, std::min(share_tokens, end - at), first_panel});
+    }
     for (size_t at = begin; at < end; at += panel_tokens) {
       all_panels_.push_back({at, std::min(panel_tokens, end - at)});
     }

@@ -17,12 +17,14 @@ class Grouping {
   struct Panel {
     size_t begin, count;
   };
-  // An expert that has tokens, and where its places and its panels begin.
+  // An expert, up to so many of its tokens as are computed together, and where their places and
+  // their panels begin.
   struct Share {
     size_t expert, begin, count, first_panel;
   };
 
-  Grouping(const Ffn& call, size_t panel_tokens);
+  // `share_tokens`: a multiple of `panel_tokens`.
+  Grouping(const Ffn& call, size_t panel_tokens, size_t share_tokens);
   ~Grouping();
   Grouping(const Grouping&) = delete;
   Grouping& operator=(const Grouping&) = delete;
