@@ -5,7 +5,7 @@ namespace kvc2::experts {
 Kernels kernels(Isa isa, bool packed) {
   switch (isa) {
     case Isa::kAmx:
-      return packed ? kAvx512Bf16Packed : kAmxKernels;
+      return packed ? kAmxPacked : kAmxKernels;
     case Isa::kAvx512Bf16:
       return packed ? kAvx512Bf16Packed : kAvx512Bf16Kernels;
     case Isa::kAvx512Vnni:

@@ -76,12 +76,13 @@ struct Kernels {
 // The kernels for an instruction set, which the machine must have; of plain weights, or of packed
 // ones, where gate_up and down may differ in all but that. Tiles add one product after the
 // other and can't give the bits of lanes: amx does bfloat16 whose sizes are multiples of 32
-// (outputs: 16) in tiles, for one token as for many, and leaves the rest to avx512_bf16.
+// (outputs: 16) in tiles, and fp8, for one token as for many, integers for many, and leaves the
+// rest to avx512_bf16.
 Kernels kernels(Isa isa, bool packed = false);
 
 extern const Kernels kPortableKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels,
     kAmxKernels;
 extern const Kernels kPortablePacked, kAvx2Packed, kAvx512Packed, kAvx512VnniPacked,
-    kAvx512Bf16Packed;
+    kAvx512Bf16Packed, kAmxPacked;
 
 }  // namespace kvc2::experts

@@ -54,6 +54,76 @@ struct Registers {
   }
 };
 
+// Fours of inputs, to the end of the last line.
+inline size_t steps_of(const PackedHead& head) { return head.lines() * head.values_a_line() / 4; }
+
+// To the nearest integer, ties to even: adding 1.5 * 2^23 (0x4b400000) leaves no fraction.
+inline IntLanes rounded(Lanes x) {
+  return reinterpret_cast<IntLanes>(x + 12582912.0f) - 0x4b400000;
+}
+
+// Up to sixteen inputs from k on, before `to` and before the row's end; then zeros.
+template <class T>
+Lanes inputs_before(size_t to, const T* row, size_t in, size_t k) {
+  const size_t end = std::min(to, in);
+  if (k + kLanes <= end) return load_as_floats(row + k);
+  return k < end ? load_some(row + k, end - k) : Lanes{};
+}
+
+// A token's inputs as integers: put_four(group, its how manieth four, four of them), and of each
+// group put_group(group, scale, sum of its integers). A scale is that of the group's largest input
+// to 127. A NaN or an infinity makes it one, and so all of its token's outputs.
+template <class T, class PutFour, class PutGroup>
+void quantise_row(const PackedHead& head, const T* row, const PutFour& put_four,
+                  const PutGroup& put_group) {
+  const size_t all = steps_of(head) * 4;
+  for (size_t g = 0; g < head.groups(); ++g) {
+    const size_t from = g * head.group, to = std::min<size_t>(from + head.group, all);
+    IntLanes most = {};  // bits of magnitudes are ordered as they are, and NaN above all
+    for (size_t k = from; k < to; k += kLanes) {
+      const Lanes x = inputs_before(to, row, head.in, k);
+      const auto bits = reinterpret_cast<IntLanes>(x) & 0x7fffffff;
+      most = most > bits ? most : bits;
+    }
+    int32_t largest = 0;
+    for (size_t i = 0; i < kLanes; ++i) largest = std::max(largest, most[i]);
+    float magnitude;
+    std::memcpy(&magnitude, &largest, sizeof magnitude);
+    const float inverse = magnitude > 0 ? 127.0f / magnitude : 0.0f;
+    IntLanes sums = {};
+    for (size_t k = from; k < to; k += kLanes) {
+      const IntLanes q = rounded(inputs_before(to, row, head.in, k) * inverse);
+      sums += q;
+      using ByteLanes = int8_t __attribute__((vector_size(16)));
+      const ByteLanes bytes = __builtin_convertvector(q, ByteLanes);
+      int8_t fours[kLanes];
+      std::memcpy(fours, &bytes, sizeof bytes);
+      for (size_t i = 0; i < std::min(kLanes, to - k); i += 4) {
+        put_four(g, (k - from + i) / 4, fours + i);
+      }
+    }
+    int32_t sum_of_all = 0;
+    for (size_t i = 0; i < kLanes; ++i) sum_of_all += sums[i];
+    put_group(g, magnitude / 127.0f, sum_of_all);
+  }
+}
+
+// Where the lines, scales and zero points lie of the rows that a product is asked for.
+inline PackedRows packed_rows(const Weight& weight, const Pick& pick) {
+  const PackedHead& head = *weight.head;
+  const std::byte* record = weight.data + pick.matrix * weight.record_bytes;
+  PackedRows found{&head, {}, {}, {}, pick.first_count, pick.second_count};
+  for (size_t i = 0; i < 2; ++i) {
+    const Place& place = i == 1 && pick.second_count > 0 ? pick.second : pick.first;
+    const size_t block = place.part * head.blocks() + place.row / kLanes;
+    const size_t scale = block * head.groups() * kLanes;
+    found.lines[i] = record + head.values_at() + block * head.lines() * 64;
+    found.scales[i] = record + head.scales_at() + scale * head.scale_bytes();
+    if (head.has_zeros) found.zeros[i] = record + head.zeros_at() + scale;
+  }
+  return found;
+}
+
 // kTokensNow inputs and kBlocks blocks of sixteen rows at once: as many sums as registers hold.
 template <class T, class Bytes, class Nibbles, class Fp8, size_t kTokensNow, size_t kBlocks>
 class PackedProduct {
@@ -78,19 +148,7 @@ class PackedProduct {
     }
   }
 
-  PackedRows rows(const Pick& pick) const {
-    const std::byte* record = weight_.data + pick.matrix * weight_.record_bytes;
-    PackedRows found{&head_, {}, {}, {}, pick.first_count, pick.second_count};
-    for (size_t i = 0; i < 2; ++i) {
-      const Place& place = i == 1 && pick.second_count > 0 ? pick.second : pick.first;
-      const size_t block = place.part * head_.blocks() + place.row / kLanes;
-      const size_t scale = block * head_.groups() * kLanes;
-      found.lines[i] = record + head_.values_at() + block * head_.lines() * 64;
-      found.scales[i] = record + head_.scales_at() + scale * head_.scale_bytes();
-      if (head_.has_zeros) found.zeros[i] = record + head_.zeros_at() + scale;
-    }
-    return found;
-  }
+  PackedRows rows(const Pick& pick) const { return packed_rows(weight_, pick); }
 
   class Multiplier {
    public:
@@ -318,7 +376,7 @@ class PackedProduct {
 
  private:
   bool is_fp8() const { return head_.format == Format::kFp8; }
-  size_t steps() const { return head_.lines() * head_.values_a_line() / 4; }
+  size_t steps() const { return steps_of(head_); }
   size_t inputs_at() const { return is_fp8() ? 0 : head_.groups() * kTokens * 8; }
 
   size_t step_bytes() const {
@@ -337,59 +395,18 @@ class PackedProduct {
     }
   }
 
-  void put_group(size_t group, size_t token, float scale, int32_t sum, std::byte* panel) const {
-    const size_t at = (group * kTokens + token) * sizeof(float);
-    std::memcpy(panel + at, &scale, sizeof scale);
-    std::memcpy(panel + head_.groups() * kTokens * sizeof(float) + at, &sum, sizeof sum);
-  }
-
-  // A scale is that of the largest input to 127. A NaN or an infinity makes it one, and so all of
-  // its token's outputs.
   template <class How>
   void quantise(const T* row, size_t token, std::byte* panel) const {
     std::byte* at = panel + inputs_at() + token * How::kStepBytes;
-    const size_t end = steps() * 4;
-    for (size_t g = 0; g < head_.groups(); ++g) {
-      const size_t from = g * head_.group, to = std::min<size_t>(from + head_.group, end);
-      IntLanes most = {};  // bits of magnitudes are ordered as they are, and NaN above all
-      for (size_t k = from; k < to; k += kLanes) {
-        const auto bits = reinterpret_cast<IntLanes>(inputs(row, k, to)) & 0x7fffffff;
-        most = most > bits ? most : bits;
-      }
-      int32_t largest = 0;
-      for (size_t i = 0; i < kLanes; ++i) largest = std::max(largest, most[i]);
-      float magnitude;
-      std::memcpy(&magnitude, &largest, sizeof magnitude);
-      const float inverse = magnitude > 0 ? 127.0f / magnitude : 0.0f;
-      IntLanes sums = {};
-      for (size_t k = from; k < to; k += kLanes) {
-        const IntLanes q = rounded(inputs(row, k, to) * inverse);
-        sums += q;
-        using ByteLanes = int8_t __attribute__((vector_size(16)));
-        const ByteLanes bytes = __builtin_convertvector(q, ByteLanes);
-        int8_t four[kLanes];
-        std::memcpy(four, &bytes, sizeof bytes);
-        for (size_t i = 0; i < std::min(kLanes, to - k); i += 4) {
-          How::put(four + i, at);
-          at += kTokens * How::kStepBytes;
-        }
-      }
-      int32_t sum_of_all = 0;
-      for (size_t i = 0; i < kLanes; ++i) sum_of_all += sums[i];
-      put_group(g, token, magnitude / 127.0f, sum_of_all, panel);
-    }
-  }
-
-  // Up to sixteen from k on, before `to` and before the row's end; then zeros.
-  Lanes inputs(const T* row, size_t k, size_t to) const {
-    const size_t end = std::min<size_t>(to, head_.in);
-    if (k + kLanes <= end) return load_as_floats(row + k);
-    return k < end ? load_some(row + k, end - k) : Lanes{};
-  }
-
-  // To the nearest integer, ties to even: adding 1.5 * 2^23 (0x4b400000) leaves no fraction.
-  static IntLanes rounded(Lanes x) {
-    return reinterpret_cast<IntLanes>(x + 12582912.0f) - 0x4b400000;
+    const auto put_four = [&](size_t, size_t, const int8_t* four) {
+      How::put(four, at);
+      at += kTokens * How::kStepBytes;
+    };
+    quantise_row(head_, row, put_four, [&](size_t group, float scale, int32_t sum) {
+      const size_t of_group = (group * kTokens + token) * sizeof(float);
+      std::memcpy(panel + of_group, &scale, sizeof scale);
+      std::memcpy(panel + head_.groups() * kTokens * sizeof(float) + of_group, &sum, sizeof sum);
+    });
   }
 
   const Weight& weight_;

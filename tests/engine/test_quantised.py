@@ -209,6 +209,22 @@ def test_instruction_sets_of_one_class_give_the_same_bits(format: Format) -> Non
             assert bits == found.setdefault(numerics(dtype, name).split(".")[0], bits)
 
 
+@pytest.mark.parametrize("format", FORMATS[:-1], ids=lambda format: format.name)
+@DTYPES
+def test_sums_of_integers_are_exact_in_lanes_and_in_tiles(
+    format: Format, dtype: torch.dtype
+) -> None:
+    """So sets that differ in floats have the same bits: few tokens may go to another than many."""
+    torch.manual_seed(0)
+    sets = [name for name in _kernels.instruction_sets() if name.startswith(("avx512", "amx"))]
+    if len(sets) < 2:
+        pytest.skip("needs two sets of AVX-512 or AMX")
+    for inputs, out in ((512, 64), (200, 40), (72, 16)):
+        x, w = torch.randn(70, inputs).to(dtype), record(format, [torch.randn(out, inputs)])
+        found = [linear(_kernels.Workbench(name, 2), x, w, out) for name in sets]
+        assert all(torch.equal(y, found[0]) for y in found)
+
+
 @EACH
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_no_number_stays_none(instruction_set: str, format: Format, bad: float) -> None:
