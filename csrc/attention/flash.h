@@ -18,6 +18,10 @@
 //                          keys, zeros behind: to[word][key]
 //   pack(weights, to)      sixteen weights as words
 //   score(Score), mix(Mix) the products
+//   Held                   what a thread holds while it computes
+//
+// It may have turn_queries(queries, rows, steps), which changes how the words of a tile's queries
+// lie, and in_order(first, second), where `mix` leaves 32 sums of a row in another order.
 #pragma once
 
 #include <algorithm>
@@ -203,6 +207,9 @@ class TileRun {
         store(queries_ + row * steps_ + step, Math::words(from + at, some));
       }
     }
+    if constexpr (requires { Math::turn_queries(queries_, tile.rows, steps_); }) {
+      Math::turn_queries(queries_, tile.rows, steps_);
+    }
   }
 
   void clear(const Part& part) const {
@@ -374,14 +381,20 @@ class TileRun {
         total = total * share + exponential(broadcast(sink - best))[0];
       }
       T* to = static_cast<T*>(call_.output) + place_of(row) * size;
-      for (size_t d = 0; d < size; d += kLanes) {
-        const Lanes mixed = load(whole_.sums + row * width_ + d) * share / total;
-        store_some(to + d, mixed, std::min(kLanes, size - d));
+      for (size_t d = 0; d < size; d += kWidth) {
+        const float* sums = whole_.sums + row * width_ + d;
+        Lanes low = load(sums), high = load(sums + kLanes);
+        if constexpr (requires { Math::in_order(low, high); }) Math::in_order(low, high);
+        store_some(to + d, low * share / total, std::min(kLanes, size - d));
+        if (size > d + kLanes) {
+          store_some(to + d + kLanes, high * share / total, std::min(kLanes, size - d - kLanes));
+        }
       }
     }
   }
 
   static constexpr size_t kFetching = 8;  // rows that fetch two lines for sixteen scores
+  [[no_unique_address]] typename Math::Held held_{};
   const Attend& call_;
   const size_t group_, steps_, width_;
   float* const queries_;  // words [kTile][steps]

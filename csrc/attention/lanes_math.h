@@ -27,6 +27,7 @@ inline Register spread(const float* word) {  // not a sum with zeros: a word nee
 // elements are left, zeros behind.
 template <class Add>
 struct Products {
+  struct Held {};
   using T = typename Add::Element;
 #ifdef __AVX512F__
   static constexpr size_t kRows = 8;  // times two vectors or, of four rows, four

@@ -344,8 +344,8 @@ bool in_tiles(const PackedHead& head, Type type) {
          (division.floats || division.steps_a_group % 16 == 0);
 }
 
-// From so many tokens of a weight on tiles are faster than vpdpbusd.
-constexpr size_t kFew = 4;
+// From so many tokens of a weight on tiles are faster than vpdpbusd, of nibbles a few more.
+constexpr size_t kFew = 8;
 
 template <template <class> class Run, class Call>
 void by_type(const Call& call, Workspace& workspace) {
