@@ -93,7 +93,8 @@ class Ours:
         self.runner = Runner(self.model, self.pool)
         self.watched = Watched(self.runner)
         self.scheduler = Scheduler(
-            SchedulerConfig(CHUNK, CHUNK + 16, 16),
+            # whole chunks beside decodes: a start is not what is measured
+            SchedulerConfig(CHUNK, CHUNK + 16, 16, mixed_chunk_size=CHUNK, mixed_step_stretch=1e6),
             bridge=self.bridge,
             compute=self.watched,
             metrics=metrics,

@@ -11,6 +11,7 @@ from statistics import median
 SMOOTHING = 0.3  # weight of a step of a whole chunk
 STEPS = 8  # of each kind that are remembered, so that a step that was disturbed says little
 UNMEASURED = 64  # tokens of a chunk beside decodes of which nothing is known
+ALONE_EVERY = 64  # of so many steps with decodes and prompts that wait, one has no chunk
 LEAST = 8  # a chunk of fewer reads as many weights, and brings the prompt no further
 
 
@@ -43,13 +44,16 @@ class _Took:
 
     alone: deque[float] = field(default_factory=lambda: deque(maxlen=STEPS))
     a_token: deque[float] = field(default_factory=lambda: deque(maxlen=STEPS))
+    until_alone: int = 0  # steps
 
 
 class MixedSteps:
     """How many tokens a step with decodes prefills: a power of two, with which it takes at most
     `stretch` times as long as the decodes alone take, as recent steps show; LEAST where fewer would
-    be needed, and `most` at most. Steps with 2^i to 2^(i+1) - 1 decodes are one kind. `rate` is
-    told of all steps, and stands for what no mixed step has shown yet."""
+    be needed, and `most` at most. Steps with 2^i to 2^(i+1) - 1 decodes are one kind. While prompts
+    never stop coming no step of a kind is without one, and how long its decodes take alone would
+    stay unknown: so its first step prefills none, and one in ALONE_EVERY. `rate` is told of all
+    steps, and stands for what no mixed step has shown yet."""
 
     def __init__(self, stretch: float, most: int, rate: PrefillRate) -> None:
         self.rate = rate
@@ -68,7 +72,12 @@ class MixedSteps:
             kind.a_token.append(max(0.0, seconds - median(kind.alone)) / prefilled)
 
     def tokens(self, decodes: int) -> int:
-        """Beside so many decodes."""
+        """Beside so many decodes, of prompts that wait; asked once a step."""
+        kind = self._kinds.setdefault(decodes.bit_length(), _Took())
+        kind.until_alone -= 1
+        if kind.until_alone < 0:
+            kind.until_alone = ALONE_EVERY - 1
+            return 0
         alone = self._nearest(decodes, lambda kind: kind.alone)
         a_token = self._nearest(decodes, lambda kind: kind.a_token)
         if a_token is None and self.rate.tokens_per_s:

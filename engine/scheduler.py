@@ -165,9 +165,11 @@ class Scheduler:
         work: list[Work] = []
         for decoding in (True, False):
             found = [s for s in self.running if s.decoding is decoding]
-            if work:
+            if work and found:
                 chunk = min(chunk, self._mixed.tokens(len(work)))
                 budget = min(budget, chunk)
+                if chunk == 0:
+                    break
             for sequence in found if decoding else self._admission.turns.sorted(found, ()):
                 if sequence not in self.running:  # an older one took its pages meanwhile
                     continue

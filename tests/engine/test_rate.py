@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.rate import LEAST, UNMEASURED, MixedSteps, PrefillRate
+from engine.rate import ALONE_EVERY, LEAST, UNMEASURED, MixedSteps, PrefillRate
 
 MOST = 256
 
@@ -50,6 +50,7 @@ def test_a_mixed_step_takes_no_longer_than_it_may(
     that is more than the least."""
     mixed = mixed_steps(stretch)
     allowed = stretch * machine.takes(decodes, 0)
+    assert mixed.tokens(decodes) == 0
     sizes = []
     for _ in range(40):
         mixed.measured(decodes, 0, machine.takes(decodes, 0))
@@ -62,8 +63,22 @@ def test_a_mixed_step_takes_no_longer_than_it_may(
     assert all(LEAST <= each <= MOST and each & (each - 1) == 0 for each in sizes)
 
 
+@given(machines, st.floats(1.5, 10), st.integers(1, 64))
+def test_what_decodes_take_alone_is_learned_while_prompts_never_stop(
+    machine: Machine, stretch: float, decodes: int
+) -> None:
+    mixed, sizes = mixed_steps(stretch), []
+    for _ in range(2 * ALONE_EVERY):
+        sizes.append(mixed.tokens(decodes))
+        mixed.measured(decodes, sizes[-1], machine.takes(decodes, sizes[-1]))
+    assert [i for i, size in enumerate(sizes) if size == 0] == [0, ALONE_EVERY]
+    allowed = stretch * machine.takes(decodes, 0) * 1.0001
+    assert all(size == LEAST or machine.takes(decodes, size) <= allowed for size in sizes[-8:])
+
+
 def test_a_step_that_was_disturbed_changes_nothing() -> None:
     mixed = mixed_steps()
+    assert mixed.tokens(4) == 0
     for disturbed in (1, 1, 1, 50, 1, 1, 1):
         mixed.measured(4, 0, 0.040 * disturbed)
         mixed.measured(4, 16, 0.040 * disturbed + 16 * 0.002)
@@ -72,6 +87,8 @@ def test_a_step_that_was_disturbed_changes_nothing() -> None:
 
 def test_what_was_not_measured_is_as_the_most_like_it() -> None:
     unknown, known = mixed_steps(), mixed_steps(rate=1000.0)
+    for decodes in (1, 2, 8, 16):
+        assert unknown.tokens(decodes) == known.tokens(decodes) == 0
     assert unknown.tokens(1) == known.tokens(1) == UNMEASURED
     for each in (unknown, known):
         each.measured(1, 0, 0.02)
@@ -85,6 +102,7 @@ def test_what_was_not_measured_is_as_the_most_like_it() -> None:
 def test_no_more_than_the_most() -> None:
     for rate in (1e6, 1e-3):
         mixed = mixed_steps(most=4, rate=rate)
+        assert mixed.tokens(1) == 0
         assert mixed.tokens(1) == 4
         mixed.measured(1, 0, 1.0)
         assert mixed.tokens(1) == 4
