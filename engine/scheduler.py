@@ -168,10 +168,8 @@ class Scheduler:
             if work and found:
                 chunk = min(chunk, self._mixed.tokens(len(work)))
                 budget = min(budget, chunk)
-                if chunk == 0:
-                    break
             for sequence in found if decoding else self._admission.turns.sorted(found, ()):
-                if sequence not in self.running:  # an older one took its pages meanwhile
+                if not budget or sequence not in self.running:  # an older one took its pages
                     continue
                 count = self._next_count(sequence, chunk)
                 if count > budget:  # nobody overtakes it, so that it isn't starved
