@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from engine.http.speech import formats
@@ -328,6 +328,7 @@ WORDS = sorted(
     inside=st.booleans(),
     cuts=st.lists(st.integers(0, 200), max_size=4),
 )
+@example(words=["\n"], form=ARRAY, inside=False, cuts=[])
 def test_no_text_is_too_odd_and_no_cut_changes_what_is_heard(
     words: list[str], form: Format, inside: bool, cuts: list[int]
 ) -> None:

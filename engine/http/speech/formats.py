@@ -49,8 +49,8 @@ def hermes(reader: Reader, tools: Tools) -> Steps[None]:
 
 def array(reader: Reader, tools: Tools) -> Steps[None]:
     """[{"name": NAME, "arguments": {...}}, ...]: what a grammar of ours makes a model write."""
-    yield from reader.spaces()
     reader.begin("")
+    yield from reader.spaces()
     if (yield from reader.next(("[",))) is None or not (yield from _objects(reader)):
         reader.give_up()
         yield from reader.until((), reader.text)
