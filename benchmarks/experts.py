@@ -1,7 +1,7 @@
 """The experts of one layer: milliseconds a call, beside other projects' kernels and what this
 machine's memory and units give, all in one process and by turns.
 
-Example: python -m benchmarks.experts --peers torch,vllm,sglang --json build/bench/experts.json
+Example: python -m benchmarks.experts --peers torch,vllm,sglang,kt --json build/bench/experts.json
 
 Up to 64 tokens the limit is the time in which the weights of the experts that were hit can be read
 (the best of several plain loops over the memory of bf16); from 512 on the time that the arithmetic

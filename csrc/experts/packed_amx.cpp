@@ -6,6 +6,8 @@
 // the same bits. Tiles of bfloat16 have an order of their own: fp8 goes through them always.
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "base/tiles.h"
 #include "experts/fp8_pairs.h"
 #include "experts/vnni.h"
@@ -344,7 +346,7 @@ bool in_tiles(const PackedHead& head, Type type) {
          (division.floats || division.steps_a_group % 16 == 0);
 }
 
-// From so many tokens of a weight on tiles are faster than vpdpbusd, of nibbles a few more.
+// With so many tokens a weight, tiles are faster than vpdpbusd.
 constexpr size_t kFew = 8;
 
 template <template <class> class Run, class Call>
